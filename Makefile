@@ -1,0 +1,60 @@
+# One word a job, each complete on a fresh machine: the first run makes .venv, later runs reuse it until
+# pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMPS := .venv/.stamps
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	--constraint constraints.txt --build-constraint constraints.txt
+# Tests run in two processes; one thread each keeps them from fighting over the cores.
+ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS=1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-slow check format bench docs clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(STAMPS)/run ## do the whole job on an embedded pair of scans, into demo/
+	$(BIN)/atlassegfm demo -o demo
+
+test: $(STAMPS)/test ## run the tests that take seconds
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(STAMPS)/test ## run the tests marked slow (real scans where ATLASSEGFM_DATA names them)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m slow
+
+check: $(STAMPS)/lint ## lint, format, types and import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMPS)/lint ## format the code and apply safe lint fixes
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+bench: $(STAMPS)/run ## measure accuracy and time, one atlas to all queries
+	$(BIN)/python benchmarks/one_to_all.py
+
+docs: $(STAMPS)/docs ## build the documentation into site/
+	$(BIN)/zensical build --clean --strict
+
+clean: ## delete what the other jobs made, .venv included
+	rm -rf .venv .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .cache build demo dist site
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=...")'
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --upgrade pip
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/run: $(STAMPS)/venv pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[report]'
+	@touch $@
+
+$(STAMPS)/test $(STAMPS)/lint $(STAMPS)/docs: $(STAMPS)/%: $(STAMPS)/run
+	$(INSTALL) --group $*
+	@touch $@

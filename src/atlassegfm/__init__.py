@@ -1,0 +1,1 @@
+"""One annotated scan customizes a frozen segmentation foundation model to every other scan of its kind."""

@@ -1,0 +1,41 @@
+"""Errors a caller can act on.
+
+Every message is one sentence (or two) in the caller's words: the file first, what was found, what was
+expected, what to do. Programming errors stay ordinary Python exceptions.
+"""
+
+
+class AtlasSegError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class InputError(AtlasSegError):
+    """A file, a setting or an argument cannot be used as given."""
+
+
+class RegistrationError(AtlasSegError):
+    """The two scans could not be brought into one space."""
+
+
+class ModelError(AtlasSegError):
+    """A segmentation model or a compute device cannot do what was asked."""
+
+
+class MissingExtraError(AtlasSegError):
+    """An optional dependency is needed and not installed.
+
+    Parameters
+    ----------
+    feature : str
+        What needs it, as the beginning of a sentence ("drawing the picture").
+    extra : str
+        Name of the extra of this package that brings it.
+    """
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(
+            f"{feature} needs an optional part that is not installed; "
+            f"install it with: pip install 'atlassegfm[{extra}]'"
+        )
+        self.feature = feature
+        self.extra = extra

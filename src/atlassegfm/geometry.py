@@ -1,0 +1,188 @@
+"""Where voxels are in the world.
+
+World coordinates are RAS+ millimetres: x grows to the patient's right, y to the front (anterior), z to
+the head (superior). Voxel indices (i, j, k) count voxel *centres* along the three array axes. See
+``docs/coordinates.md``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .errors import InputError
+
+#: Voxel axes are called flattened when the unit-length axes span less than this volume (1 is orthogonal).
+#: 1e-3 still admits every sheared acquisition (a gantry tilt of 30 degrees spans 0.87).
+_SMALLEST_UNIT_AXES_VOLUME = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A regular lattice of voxel centres in the world.
+
+    Parameters
+    ----------
+    shape : tuple of int, (3,)
+        Number of voxels along i, j, k; each at least 1.
+    affine : array, (4, 4)
+        Maps homogeneous voxel indices (i, j, k, 1) to RAS+ mm. May be oblique or sheared, not singular.
+
+    Raises
+    ------
+    InputError
+        If the shape is not three positive numbers, or the affine is not finite, not affine or singular.
+    """
+
+    shape: tuple[int, int, int]
+    affine: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        shape = tuple(int(n) for n in self.shape)
+        if len(shape) != 3 or min(shape) < 1:
+            raise InputError(f"the image has shape {shape}; expected three positive numbers of voxels")
+        affine = np.array(self.affine, dtype=np.float64)
+        if affine.shape != (4, 4) or not np.isfinite(affine).all():
+            raise InputError("the affine is not a finite 4 x 4 matrix; correct the header")
+        if not np.allclose(affine[3], (0, 0, 0, 1)):
+            raise InputError(f"the affine ends in the row {affine[3].tolist()}; expected 0 0 0 1")
+        lengths = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+        unit_volume = 0.0 if lengths.min() == 0 else abs(np.linalg.det(affine[:3, :3] / lengths))
+        if unit_volume < _SMALLEST_UNIT_AXES_VOLUME:
+            raise InputError(
+                "the affine is singular (voxel axes of length "
+                f"{', '.join(f'{n:g}' for n in lengths)} mm that do not span a volume); correct the header"
+            )
+        affine.setflags(write=False)
+        object.__setattr__(self, "shape", shape)
+        object.__setattr__(self, "affine", affine)
+
+    @cached_property
+    def inverse_affine(self) -> NDArray[np.float64]:
+        """(4, 4) RAS+ mm to voxel indices."""
+        return np.linalg.inv(self.affine).astype(np.float64)
+
+    @cached_property
+    def spacing_mm(self) -> NDArray[np.float64]:
+        """(3,) distance in mm between neighbouring voxel centres along i, j, k."""
+        spacing: NDArray[np.float64] = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0))
+        return spacing
+
+    @property
+    def voxel_volume_mm3(self) -> float:
+        """Volume of one voxel in cubic mm."""
+        return float(abs(np.linalg.det(self.affine[:3, :3])))
+
+    @property
+    def size(self) -> int:
+        """Number of voxels."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @cached_property
+    def axis_codes(self) -> str:
+        """Where each voxel axis points, as three letters: "RAS", "LPS", ..."""
+        from nibabel.orientations import aff2axcodes
+
+        return "".join(str(code) for code in aff2axcodes(self.affine))
+
+    @cached_property
+    def corners_mm(self) -> NDArray[np.float64]:
+        """(8, 3) centres of the eight corner voxels, RAS+ mm."""
+        last = np.array(self.shape) - 1
+        ijk = np.array(np.meshgrid(*[(0, n) for n in last], indexing="ij")).reshape(3, 8).T
+        return self.voxel_to_world(ijk)
+
+    @property
+    def centre_mm(self) -> NDArray[np.float64]:
+        """(3,) centre of the grid, RAS+ mm."""
+        return self.voxel_to_world((np.array(self.shape) - 1) / 2)
+
+    def voxel_to_world(self, ijk: ArrayLike) -> NDArray[np.float64]:
+        """(..., 3) voxel indices, fractions allowed, to (..., 3) RAS+ mm."""
+        return np.asarray(ijk, dtype=np.float64) @ self.affine[:3, :3].T + self.affine[:3, 3]
+
+    def world_to_voxel(self, points_mm: ArrayLike) -> NDArray[np.float64]:
+        """(..., 3) RAS+ mm to (..., 3) fractional voxel indices."""
+        return np.asarray(points_mm, dtype=np.float64) @ self.inverse_affine[:3, :3].T + self.inverse_affine[:3, 3]
+
+    def contains(self, points_mm: ArrayLike) -> NDArray[np.bool_]:
+        """(..., 3) RAS+ mm to (...) bool: inside the field of view, half a voxel of border included."""
+        ijk = self.world_to_voxel(points_mm)
+        return np.asarray(((ijk >= -0.5) & (ijk <= np.array(self.shape) - 0.5)).all(axis=-1))
+
+    def distance_mm(self, other: Grid) -> float:
+        """Largest distance in mm between corresponding corners of two grids."""
+        return float(np.linalg.norm(self.corners_mm - other.corners_mm, axis=1).max())
+
+    def matches(self, other: Grid, tolerance_voxels: float = 0.1) -> bool:
+        """Whether both grids have the same voxels.
+
+        The tolerance is a share of the smallest spacing. A tenth of a voxel changes no label and lets pass
+        what rounded headers differ by (a few 1e-5 mm up to 0.05 mm are common).
+        """
+        if self.shape != other.shape:
+            return False
+        return self.distance_mm(other) <= tolerance_voxels * float(min(self.spacing_mm.min(), other.spacing_mm.min()))
+
+    def crop(self, start: ArrayLike, stop: ArrayLike) -> Grid:
+        """The grid of the voxels start <= (i, j, k) < stop; both (3,) int, inside this grid."""
+        first, last = np.asarray(start, dtype=int), np.asarray(stop, dtype=int)
+        if (first < 0).any() or (last > np.array(self.shape)).any() or (last <= first).any():
+            raise InputError(f"the box {first.tolist()} to {last.tolist()} is not inside a grid of shape {self.shape}")
+        affine = self.affine.copy()
+        affine[:3, 3] = self.voxel_to_world(first)
+        return Grid(tuple(last - first), affine)
+
+    def resampled(self, spacing_mm: ArrayLike) -> Grid:
+        """A grid over the same field of view, along the same axes, with about the given spacing.
+
+        Parameters
+        ----------
+        spacing_mm : float or array, (3,)
+            Wanted spacing. The field of view (outer faces of the border voxels) is kept, its centre
+            exactly, its size to within half a new voxel.
+        """
+        wanted = np.broadcast_to(np.asarray(spacing_mm, dtype=np.float64), (3,))
+        extent_mm = np.array(self.shape) * self.spacing_mm
+        shape = np.maximum(np.round(extent_mm / wanted).astype(int), 1)
+        affine = np.eye(4)
+        affine[:3, :3] = self.affine[:3, :3] / self.spacing_mm * wanted
+        affine[:3, 3] = self.centre_mm - affine[:3, :3] @ ((shape - 1) / 2)
+        return Grid(tuple(shape), affine)
+
+    def canonical(self) -> Grid:
+        """The same voxels with axes permuted and flipped so that i, j, k point closest to R, A, S."""
+        from nibabel.orientations import io_orientation
+
+        return self._turned(io_orientation(self.affine))
+
+    def axes_relative_to(self, other: Grid) -> NDArray[np.float64] | None:
+        """How this grid's array axes turn into those of ``other``, if both have the same voxels.
+
+        Returns
+        -------
+        array (3, 2) or None
+            Row n: the axis of ``other`` that this grid's axis n becomes, and +1 or -1 (flipped), as
+            :func:`nibabel.orientations.apply_orientation` takes it; None where the voxels differ.
+        """
+        from nibabel.orientations import io_orientation
+
+        orientation = io_orientation(other.inverse_affine @ self.affine)
+        if np.isnan(orientation).any():
+            return None
+        return orientation if self._turned(orientation).matches(other) else None
+
+    def _turned(self, orientation: NDArray[np.float64]) -> Grid:
+        from nibabel.orientations import inv_ornt_aff
+
+        i, j, k = (self.shape[int(np.flatnonzero(orientation[:, 0] == axis)[0])] for axis in range(3))
+        return Grid((i, j, k), self.affine @ inv_ornt_aff(orientation, self.shape))
+
+    def describe(self) -> str:
+        """Shape, spacing and orientation in one phrase, for messages."""
+        shape = " x ".join(str(n) for n in self.shape)
+        spacing = " x ".join(f"{s:.4g}" for s in self.spacing_mm)
+        return f"{shape} voxels of {spacing} mm, axes {self.axis_codes}"

@@ -1,0 +1,113 @@
+"""Prompts for a segmentation model, made from the warped atlas mask of one structure.
+
+The three kinds are those of the paper (arXiv 2512.18176): a click in the middle of the largest connected
+component, the bounding box of its middle slice, or the mask itself. Voxel indices are those of the query
+in RAS-canonical array order, so that the third axis runs from feet to head and a slice is axial.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import ndimage
+
+from .image import LocalMap
+
+PromptKind = Literal["click", "box", "mask"]
+
+#: A voxel belongs to the structure from this probability on.
+INSIDE = 0.5
+
+
+@dataclass(frozen=True)
+class ClickPrompt:
+    """A voxel inside the structure.
+
+    Parameters
+    ----------
+    ijk : tuple of int, (3,)
+        Voxel of the query.
+    """
+
+    ijk: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class BoxPrompt:
+    """A rectangle around the structure on one axial slice.
+
+    Parameters
+    ----------
+    start, stop : tuple of int, (3,)
+        Voxels ``start`` <= (i, j, k) < ``stop`` of the query; one voxel thick along k.
+    """
+
+    start: tuple[int, int, int]
+    stop: tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class MaskPrompt:
+    """The soft mask itself.
+
+    Parameters
+    ----------
+    probability : LocalMap
+        On the query.
+    """
+
+    probability: LocalMap
+
+
+Prompt = ClickPrompt | BoxPrompt | MaskPrompt
+
+
+def make_prompt(kind: PromptKind, probability: LocalMap) -> Prompt | None:
+    """Turn the warped mask of one structure into a prompt.
+
+    Parameters
+    ----------
+    kind : {"click", "box", "mask"}
+        What the model is to be asked with.
+    probability : LocalMap
+        The warped mask, in [0, 1].
+
+    Returns
+    -------
+    ClickPrompt, BoxPrompt, MaskPrompt or None
+        None where no voxel reaches :data:`INSIDE`: there is nothing to point at.
+    """
+    inside = probability.values >= INSIDE
+    if not inside.any():
+        return None
+    if kind == "mask":
+        return MaskPrompt(probability)
+    # Click and box point at one object: stray parts of a warped mask would drag both off it.
+    components, count = ndimage.label(inside, structure=np.ones((3, 3, 3)))
+    sizes = np.bincount(components.ravel())[1:] if count else np.zeros(1)
+    largest = components == int(sizes.argmax()) + 1
+    start = np.array(probability.start)
+    if kind == "click":
+        i, j, k = (int(n) for n in start + _middle(largest))
+        return ClickPrompt((i, j, k))
+    slices = np.flatnonzero(largest.any(axis=(0, 1)))
+    # A component has no empty slice between its first and last one, so the middle one is never empty.
+    middle = int(slices[0] + slices[-1]) // 2
+    plane = np.argwhere(largest[:, :, middle])
+    low, high = plane.min(axis=0), plane.max(axis=0) + 1
+    first = start + (low[0], low[1], middle)
+    last = start + (high[0], high[1], middle + 1)
+    return BoxPrompt(
+        (int(first[0]), int(first[1]), int(first[2])),
+        (int(last[0]), int(last[1]), int(last[2])),
+    )
+
+
+def _middle(mask: np.ndarray[tuple[int, int, int], np.dtype[np.bool_]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """(3,) the voxel of the mask next to its centroid: the centroid itself unless that lies outside."""
+    voxels = np.argwhere(mask)
+    centroid = voxels.mean(axis=0)
+    nearest: np.ndarray[tuple[int], np.dtype[np.int64]] = voxels[int(((voxels - centroid) ** 2).sum(axis=1).argmin())]
+    return nearest

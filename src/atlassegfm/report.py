@@ -1,0 +1,623 @@
+"""Pictures of a result: one page a person can judge it by.
+
+Slices are drawn along the voxel axes of the scan, as it was acquired, not resampled to the world's axes:
+nothing is invented between thick slices, and an oblique scan fills its panel. The letters at the edges then
+say where an edge really points (two letters where it points between two directions, as in DICOM).
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from .errors import MissingExtraError
+from .image import Volume, atomic_path
+from .structures import Structure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+_FEATURE = "drawing the picture"
+_EXTRA = "report"
+
+#: Width of the picture and its parts, in pixels.
+_WIDTH_PX = 1600
+_MARGIN_PX = 40
+_GAP_PX = 14
+_DPI = 100
+#: No panel grows beyond this height, so that a tall narrow scan keeps the page on one screen.
+_HIGHEST_PX = 840
+#: Rows and columns of the legend: 5 x 4 names are read at a glance.
+_LEGEND_ROWS = 5
+_LEGEND_COLUMNS = 4
+_LEGEND_LINE_PX = 29
+#: Right edges of the legend's numbers, from the left edge of their column.
+_LEGEND_VOLUME_PX = 268
+_LEGEND_SCORE_PX = 326
+
+_PAGE = "#0d1015"
+_PANEL = "#000000"
+_FRAME = "#262c36"
+_TEXT = "#eef1f5"
+_FAINT = "#8b95a5"
+_FONT = "DejaVu Sans"  # comes with matplotlib: the same letters on every machine
+
+#: Dashes of the reference's outline: 4 points of line, 3 of gap.
+_DASHES = (0, (4, 3))
+
+#: A slice is shown with at least this much of the scan around the structures, mm, as far as it reaches.
+_SMALLEST_VIEW_MM = 100.0
+#: And with this share of the structures' extent as margin on each side.
+_MARGIN_SHARE = 0.22
+#: A direction gets a letter when its cosine is above this (an edge within 17 degrees has one letter).
+_LETTER_COSINE = 0.3
+#: The brightest voxels are drawn a little below white, so that a fill still tints them.
+_WHITE = 1.1
+#: Scale bar lengths to choose from, mm.
+_BARS_MM = (1, 2, 5, 10, 20, 50, 100, 200)
+
+
+@dataclass(frozen=True)
+class _View:
+    """One of the three ways to cut a canonical (RAS) volume.
+
+    Parameters
+    ----------
+    name : str
+        In the words of radiology.
+    normal : int
+        Voxel axis the slice is across.
+    right : int
+        Voxel axis that runs along the rows of the picture, in its negative direction in all three.
+    down : int
+        Voxel axis that runs down the picture, in its negative direction in all three.
+    """
+
+    name: str
+    normal: int
+    right: int
+    down: int
+
+
+#: Radiological display: the patient's right is at the left, front at the top or at the left, head at the top.
+_VIEWS = (_View("axial", 2, 0, 1), _View("coronal", 1, 0, 2), _View("sagittal", 0, 1, 2))
+
+
+@dataclass(frozen=True)
+class _Rectangle:
+    """Part of the picture, in pixels from its top left corner."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One slice to draw.
+
+    Parameters
+    ----------
+    view : _View
+        Which plane.
+    index : int
+        Slice number along the plane's normal.
+    start, stop : tuple of int, (3,)
+        Voxels shown, start <= ijk < stop; along the normal all of them.
+    width_mm, height_mm : float
+        Size of the shown part.
+    """
+
+    view: _View
+    index: int
+    start: tuple[int, int, int]
+    stop: tuple[int, int, int]
+    width_mm: float
+    height_mm: float
+
+    @property
+    def aspect(self) -> float:
+        """Width over height."""
+        return self.width_mm / self.height_mm
+
+
+def require_report_extra() -> None:
+    """Check that pictures can be drawn, before hours of work that end in one.
+
+    Raises
+    ------
+    MissingExtraError
+        If matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise MissingExtraError(_FEATURE, _EXTRA) from None
+
+
+def draw_overview(
+    image: Volume,
+    result: Volume,
+    structures: Sequence[Structure],
+    path: Path,
+    *,
+    title: str,
+    subtitle: str = "",
+    reference: Volume | None = None,
+    scores: Mapping[int, float] | None = None,
+) -> None:
+    """Draw a scan with its segmentation in three planes and write it as PNG.
+
+    Each slice is the one on which most structures show most of themselves. The same voxels give the same
+    file, in whatever order they are stored.
+
+    Parameters
+    ----------
+    image : Volume
+        Intensities.
+    result : Volume
+        Integer labels on the voxels of ``image`` (the array order may differ); drawn as solid outlines.
+    structures : sequence of Structure
+        Which labels to draw, with names and colours.
+    path : Path
+        Ends in ``.png``; written under a temporary name first.
+    title, subtitle : str
+        Head of the page. Nothing else is written on it that could name a patient.
+    reference : Volume, optional
+        True labels, on the voxels of ``image``; drawn as thin dashed white outlines.
+    scores : mapping of int to float, optional
+        Dice coefficient of each label value, 0 to 1 or NaN, for the legend.
+
+    Raises
+    ------
+    MissingExtraError
+        If matplotlib is not installed.
+    ValueError
+        If the label maps do not have the voxels of the image.
+    """
+    require_report_extra()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    scan = image.canonical()
+    labels = _indices(result.turned_to(scan.grid).data, structures)
+    truth = None if reference is None else _indices(reference.turned_to(scan.grid).data, structures)
+    drawn = labels if truth is None else np.where(labels > 0, labels, truth)
+    spacing_mm = scan.grid.spacing_mm
+    panels = _panels(drawn, len(structures), spacing_mm)
+    window = _window(scan.data, drawn, panels)
+    narrowest_mm = min(panel.width_mm for panel in panels)
+    bar_mm = max(length for length in _BARS_MM if length <= max(0.3 * narrowest_mm, _BARS_MM[0]))
+
+    header_px = 76 + (26 * len(_wrapped(subtitle)) if subtitle else 0)
+    places, panels_bottom = _layout(panels, header_px)
+    entries = _legend_entries(labels, structures, scan.grid.voxel_volume_mm3, scores)
+    rows = -(-len(entries) // _LEGEND_COLUMNS)
+    legend_top = panels_bottom + 22
+    height = int(np.ceil(legend_top + _LEGEND_LINE_PX * (rows + 1) + 22))
+
+    figure = Figure(figsize=(_WIDTH_PX / _DPI, height / _DPI), dpi=_DPI, facecolor=_PAGE)
+    FigureCanvasAgg(figure)
+    _draw_header(figure, title, subtitle, height, [_rgb(s) for s in structures], reference is not None)
+    for panel, place in zip(panels, places, strict=True):
+        axes = figure.add_axes(
+            (
+                place.left / _WIDTH_PX,
+                1 - (place.top + place.height) / height,
+                place.width / _WIDTH_PX,
+                place.height / height,
+            )
+        )
+        _draw_panel(axes, panel, place, scan, labels, truth, structures, window, bar_mm)
+    _draw_legend(figure, entries, legend_top, height)
+    with atomic_path(path) as temporary:
+        # The default metadata name the version of matplotlib; without it the file depends on the voxels alone.
+        figure.savefig(temporary, format="png", dpi=_DPI, facecolor=_PAGE, metadata={"Software": None})
+
+
+# What to show
+
+
+def _indices(labels: NDArray[Any], structures: Sequence[Structure]) -> NDArray[Any]:
+    """Label values replaced by 1 + position in ``structures``; 0 for all others."""
+    largest = max([int(labels.max(initial=0)), *(s.value for s in structures)], default=0)
+    table = np.zeros(largest + 1, np.min_scalar_type(len(structures)))
+    for position, structure in enumerate(structures):
+        table[structure.value] = position + 1
+    indices: NDArray[Any] = table[labels]
+    return indices
+
+
+def _areas(labels: NDArray[Any], count: int, axis: int) -> NDArray[np.int64]:
+    """(slices, count) voxels of each structure on each slice across ``axis``."""
+    # Slice by slice: a joint histogram of a large CT would take gigabytes.
+    slices = np.ascontiguousarray(np.moveaxis(labels, axis, 0))
+    areas = [np.bincount(one.ravel(), minlength=count + 1) for one in slices]
+    return np.array(areas, dtype=np.int64)[:, 1:]
+
+
+def _best_slice(areas: NDArray[np.int64]) -> int:
+    """The slice on which most structures show most of themselves; the middle one if there are none.
+
+    Each structure votes with the root of its area relative to its largest section: being there at all counts
+    more than being there at the full width, and a small structure as much as a large one.
+    """
+    largest = areas.max(axis=0, initial=0)
+    present = largest > 0
+    if not present.any():
+        return len(areas) // 2
+    votes = np.sqrt(areas[:, present] / largest[present]).sum(axis=1)
+    best = np.flatnonzero(votes >= votes.max() - 1e-9)
+    return int(best[len(best) // 2])
+
+
+def _panels(labels: NDArray[Any], count: int, spacing_mm: NDArray[np.float64]) -> list[_Panel]:
+    """The three slices, the plane of acquisition (finest voxels in it) first."""
+    shape = np.array(labels.shape)
+    boxes = ndimage.find_objects((labels > 0).astype(np.uint8))
+    start, stop = np.zeros(3, int), shape.copy()
+    if boxes:
+        box = boxes[0]
+        low = np.array([side.start for side in box]) * spacing_mm
+        high = np.array([side.stop for side in box]) * spacing_mm
+        margin = np.maximum(_MARGIN_SHARE * float((high - low).max()), (_SMALLEST_VIEW_MM - (high - low)) / 2)
+        start = np.maximum(np.floor((low - margin) / spacing_mm).astype(int), 0)
+        stop = np.minimum(np.ceil((high + margin) / spacing_mm).astype(int), shape)
+    size_mm = (stop - start) * spacing_mm
+    panels = [
+        _Panel(
+            view,
+            _best_slice(_areas(labels, count, view.normal)),
+            (int(start[0]), int(start[1]), int(start[2])),
+            (int(stop[0]), int(stop[1]), int(stop[2])),
+            float(size_mm[view.right]),
+            float(size_mm[view.down]),
+        )
+        for view in _VIEWS
+    ]
+    coarsest = float(spacing_mm.max())
+    # Isotropic scans: axial, which comes first.
+    first = next(panel for panel in panels if spacing_mm[panel.view.normal] >= 0.99 * coarsest)
+    return [first, *(panel for panel in panels if panel is not first)]
+
+
+def _window(data: NDArray[Any], labels: NDArray[Any], panels: Sequence[_Panel]) -> tuple[float, float]:
+    """Intensities shown black and white.
+
+    Percentiles of the shown part keep single bright voxels from darkening the rest. Around the structures'
+    own range the window is narrowed further: on CT, air and metal would leave the organs one grey.
+    """
+    start, stop = panels[0].start, panels[0].stop
+    part = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
+    shown = _thinned(data[part])
+    low, high = (float(v) for v in np.percentile(shown, (1.0, 99.9)))
+    inside = _thinned(data[labels > 0])
+    if inside.size:
+        first, last = (float(v) for v in np.percentile(inside, (3, 97)))
+        span = max(last - first, 0.08 * (high - low))
+        low, high = max(low, first - 1.6 * span), min(high, last + 0.8 * span)
+    if not high > low:
+        low, high = float(shown.min()), float(shown.max())
+    return (low, high) if high > low else (low - 1, low + 1)
+
+
+def _thinned(values: NDArray[Any]) -> NDArray[Any]:
+    """At most about a million of the values, evenly spread: enough for percentiles."""
+    step = int(np.ceil((values.size / 1e6) ** (1 / values.ndim))) if values.size else 1
+    return np.asarray(values[(slice(None, None, step),) * values.ndim], dtype=np.float32)
+
+
+def _layout(panels: Sequence[_Panel], top_px: float) -> tuple[list[_Rectangle], float]:
+    """Where the panels go, and where they end: whichever of two patterns shows them larger.
+
+    Either the first panel large at the left and the other two stacked beside it, or all three in a row.
+    """
+    width = _WIDTH_PX - 2 * _MARGIN_PX
+    first, second, third = (panel.aspect for panel in panels)
+
+    # Side by side: h1 = w2 / second + gap + w2 / third, first * h1 + gap + w2 = width.
+    stacked = (width - _GAP_PX - first * _GAP_PX) / (1 + first * (1 / second + 1 / third))
+    tall = stacked / second + _GAP_PX + stacked / third
+    shrink = min(1.0, _HIGHEST_PX / tall)
+    beside_area = shrink**2 * (first * tall**2 + stacked**2 * (1 / second + 1 / third))
+
+    row = (width - 2 * _GAP_PX) / (first + second + third)
+    row_height = min(row, _HIGHEST_PX)
+    row_area = row_height**2 * (first + second + third)
+
+    if beside_area >= row_area and stacked > 0:
+        # What shrinking frees becomes black around the slices, so that the page keeps its edges.
+        right = stacked * shrink + (1 - shrink) * width * 0.35
+        left = width - _GAP_PX - right
+        total = tall * shrink
+        upper = (total - _GAP_PX) * (1 / second) / (1 / second + 1 / third)
+        x = _MARGIN_PX + left + _GAP_PX
+        return [
+            _Rectangle(_MARGIN_PX, top_px, left, total),
+            _Rectangle(x, top_px, right, upper),
+            _Rectangle(x, top_px + upper + _GAP_PX, right, total - _GAP_PX - upper),
+        ], top_px + total
+    widths = np.array([first, second, third])
+    widths = widths / widths.sum() * (width - 2 * _GAP_PX)
+    lefts = _MARGIN_PX + np.concatenate([[0], np.cumsum(widths[:2] + _GAP_PX)])
+    return [_Rectangle(float(x), top_px, float(w), row_height) for x, w in zip(lefts, widths, strict=True)], (
+        top_px + row_height
+    )
+
+
+# Drawing
+
+
+def _cut(array: NDArray[Any], panel: _Panel) -> NDArray[Any]:
+    """The shown part of the slice as a picture: rows downwards, columns to the right."""
+    view = panel.view
+    part = [slice(a, b) for a, b in zip(panel.start, panel.stop, strict=True)]
+    part[view.normal] = slice(panel.index, panel.index + 1)
+    cut = np.squeeze(array[tuple(part)], axis=view.normal)
+    # The axes of a canonical volume point to R, A, S: all three views show them reversed.
+    return cut[::-1, ::-1].T
+
+
+def _draw_panel(
+    axes: Axes,
+    panel: _Panel,
+    place: _Rectangle,
+    scan: Volume,
+    labels: NDArray[Any],
+    truth: NDArray[Any] | None,
+    structures: Sequence[Structure],
+    window: tuple[float, float],
+    bar_mm: int,
+) -> None:
+    from matplotlib.patheffects import withStroke
+
+    width, height = panel.width_mm, panel.height_mm
+    px_per_mm = min(place.width / width, place.height / height)
+    view_width, view_height = place.width / px_per_mm, place.height / px_per_mm
+    left, top = (view_width - width) / 2, (view_height - height) / 2
+    axes.set_facecolor(_PANEL)
+    axes.set_xlim(0, view_width)
+    axes.set_ylim(view_height, 0)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_color(_FRAME)
+
+    picture = np.asarray(_cut(scan.data, panel), dtype=np.float32)
+    axes.imshow(
+        np.clip((picture - window[0]) / (window[1] - window[0]), 0, 1),
+        cmap="gray",
+        vmin=0,
+        vmax=_WHITE,
+        extent=(left, left + width, top + height, top),
+        interpolation="bicubic",
+        aspect="auto",
+        zorder=0,
+    )
+    axes.set_xlim(0, view_width)
+    axes.set_ylim(view_height, 0)
+
+    pixel_mm = (width / picture.shape[1], height / picture.shape[0])
+    shown = _cut(labels, panel)
+    many = len(np.unique(shown)) > 25
+    for position in np.unique(shown[shown > 0]):
+        color = _rgb(structures[int(position) - 1])
+        xs, ys, level = _smooth_mask(shown == position, pixel_mm, px_per_mm)
+        lattice = (xs + left, ys + top, level)
+        axes.contourf(*lattice, levels=[0.5, 10], colors=[color], alpha=0.24 if many else 0.20, zorder=1)
+        axes.contour(*lattice, levels=[0.5], colors=[color], linewidths=1.1 if many else 1.9, zorder=2)
+    if truth is not None:
+        shown = _cut(truth, panel)
+        for position in np.unique(shown[shown > 0]):
+            xs, ys, level = _smooth_mask(shown == position, pixel_mm, px_per_mm)
+            lattice = (xs + left, ys + top, level)
+            axes.contour(*lattice, levels=[0.5], colors=["white"], linewidths=0.9, linestyles=[_DASHES], zorder=3)
+
+    outline = [withStroke(linewidth=3, foreground="#000000b0")]
+    style: dict[str, Any] = {"family": _FONT, "color": _TEXT, "path_effects": outline, "zorder": 5}
+    inset = 14 / px_per_mm
+    direction = scan.grid.affine[:3, :3] / scan.grid.spacing_mm
+    rightwards, downwards = -direction[:, panel.view.right], -direction[:, panel.view.down]
+    middle_x, middle_y = view_width / 2, view_height / 2
+    for x, y, towards, across, upright in (
+        (inset, middle_y, -rightwards, "left", "center"),
+        (view_width - inset, middle_y, rightwards, "right", "center"),
+        (middle_x, inset, -downwards, "center", "top"),
+        (middle_x, view_height - inset, downwards, "center", "bottom"),
+    ):
+        axes.text(x, y, _letters(towards), ha=across, va=upright, fontsize=12.5, fontweight="bold", **style)
+
+    tilt = _tilt_degrees(direction, panel.view)
+    name = panel.view.name + (f"  (tilted {tilt:.0f}°)" if tilt >= 3 else "")
+    axes.text(inset, inset, name, ha="left", va="top", fontsize=11.5, **{**style, "color": "#c9d1dc"})
+
+    x, y = inset, view_height - inset
+    axes.plot(
+        [x, x + bar_mm], [y, y], color=_TEXT, linewidth=2.6, solid_capstyle="butt", path_effects=outline, zorder=5
+    )
+    axes.text(x, y - 7 / px_per_mm, f"{bar_mm} mm", ha="left", va="bottom", fontsize=10.5, **style)
+
+
+def _smooth_mask(
+    mask: NDArray[np.bool_], pixel_mm: tuple[float, float], px_per_mm: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float32]]:
+    """A mask on a finer lattice, cut to its box, for outlines without staircase.
+
+    Cubic interpolation keeps the value at every voxel centre: no voxel changes sides, and a structure of a
+    single voxel stays.
+
+    Returns
+    -------
+    x : array, (W,)
+        mm to the right of the shown part's edge.
+    y : array, (H,)
+        mm below its upper edge.
+    level : array, (H, W)
+        0.5 on the border.
+    """
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    margin = 3
+    # Outside the shown part is background, so that an outline closes at its edge.
+    padded = np.pad(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], margin).astype(np.float32)
+    first = np.array([rows[0] - margin, columns[0] - margin])
+    steps = [int(np.clip(np.ceil(size_mm * px_per_mm / 2.5), 1, 12)) for size_mm in (pixel_mm[1], pixel_mm[0])]
+    at = [np.linspace(0, n - 1, (n - 1) * step + 1) for n, step in zip(padded.shape, steps, strict=True)]
+    grid = np.meshgrid(at[0], at[1], indexing="ij")
+    level = ndimage.map_coordinates(padded, grid, order=3, mode="constant").astype(np.float32)
+    y = (at[0] + first[0] + 0.5) * pixel_mm[1]
+    x = (at[1] + first[1] + 0.5) * pixel_mm[0]
+    return x, y, level
+
+
+def _rgb(structure: Structure) -> tuple[float, float, float]:
+    red, green, blue = structure.color
+    return red / 255, green / 255, blue / 255
+
+
+def _letters(direction: NDArray[np.float64]) -> str:
+    """Where a (3,) unit vector in RAS+ points: "R", or "RA" between two directions; the strongest first."""
+    order = np.argsort(-np.abs(direction), kind="stable")
+    kept = [axis for axis in order if abs(direction[axis]) > _LETTER_COSINE]
+    return "".join("RAS"[a] if direction[a] > 0 else "LPI"[a] for a in kept)
+
+
+def _tilt_degrees(direction: NDArray[np.float64], view: _View) -> float:
+    """Angle between a slice and the world plane it is named after."""
+    normal = np.cross(direction[:, view.right], direction[:, view.down])
+    cosine = abs(float(normal[view.normal])) / float(np.linalg.norm(normal))
+    return float(np.degrees(np.arccos(min(cosine, 1.0))))
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 150)
+
+
+def _draw_header(
+    figure: Figure,
+    title: str,
+    subtitle: str,
+    height: int,
+    colors: Sequence[tuple[float, float, float]],
+    has_reference: bool,
+) -> None:
+    from matplotlib.lines import Line2D
+
+    left = _MARGIN_PX / _WIDTH_PX
+    head = textwrap.shorten(title, 90, placeholder=" …")
+    # A name may hold a dollar sign; it is not mathematics.
+    plain: dict[str, Any] = {"family": _FONT, "parse_math": False, "va": "baseline"}
+    figure.text(left, 1 - 46 / height, head, color=_TEXT, fontsize=21, fontweight="bold", ha="left", **plain)
+    for number, line in enumerate(_wrapped(subtitle)):
+        figure.text(left, 1 - (76 + 26 * number) / height, line, color=_FAINT, fontsize=12, ha="left", **plain)
+    right = _WIDTH_PX - _MARGIN_PX
+    if not has_reference:
+        return
+    keys: list[tuple[str, Any, float, Sequence[Any]]] = [
+        ("result", "-", 2.4, colors[:3] or [_TEXT]),
+        ("reference", _DASHES, 1.2, ["white"]),
+    ]
+    for name, dashes, linewidth, shades in reversed(keys):
+        figure.text(right / _WIDTH_PX, 1 - 46 / height, name, color=_FAINT, fontsize=12, ha="right", **plain)
+        right -= 10 * len(name) + 8
+        piece = 42 / len(shades)
+        y = 1 - 41 / height
+        style: dict[str, Any] = {"linewidth": linewidth, "linestyle": dashes, "solid_capstyle": "butt"}
+        for number, shade in enumerate(reversed(shades)):
+            ends = [(right - piece * (number + 1)) / _WIDTH_PX, (right - piece * number) / _WIDTH_PX]
+            figure.add_artist(Line2D(ends, [y, y], color=shade, transform=figure.transFigure, **style))
+        right -= 70
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A line of the legend; without a colour it is a remark."""
+
+    name: str
+    color: tuple[float, float, float] | None = None
+    volume_ml: float = 0.0
+    score: float | None = None
+
+
+def _legend_entries(
+    labels: NDArray[Any],
+    structures: Sequence[Structure],
+    voxel_volume_mm3: float,
+    scores: Mapping[int, float] | None,
+) -> list[_Entry]:
+    """The structures in their order, or the largest ones and how many more there are."""
+    voxels = np.bincount(labels.ravel(order="K"), minlength=len(structures) + 1)[1:]
+    room = _LEGEND_ROWS * _LEGEND_COLUMNS
+    kept = list(range(len(structures)))
+    if len(kept) > room:
+        largest = sorted(kept, key=lambda position: (-int(voxels[position]), position))[: room - 1]
+        kept = sorted(largest)
+    entries = [
+        _Entry(
+            structures[position].name,
+            _rgb(structures[position]),
+            float(voxels[position]) * voxel_volume_mm3 / 1000,
+            None if scores is None else scores.get(structures[position].value),
+        )
+        for position in kept
+    ]
+    if len(kept) < len(structures):
+        entries.append(_Entry(f"and {len(structures) - len(kept)} more"))
+    return entries
+
+
+def _draw_legend(figure: Figure, entries: Sequence[_Entry], top_px: float, height: int) -> None:
+    from matplotlib.patches import Rectangle
+
+    rows = -(-len(entries) // _LEGEND_COLUMNS)
+    column_px = (_WIDTH_PX - 2 * _MARGIN_PX + 30) / _LEGEND_COLUMNS
+    style: dict[str, Any] = {"family": _FONT, "parse_math": False, "va": "center_baseline"}
+    scored = any(entry.score is not None for entry in entries)
+    volume_px = _LEGEND_VOLUME_PX if scored else _LEGEND_SCORE_PX
+    heads = [(volume_px, "volume"), (_LEGEND_SCORE_PX, "Dice")] if scored else [(volume_px, "volume")]
+    for column in range(-(-len(entries) // max(rows, 1))):
+        for offset, head in heads:
+            x = _MARGIN_PX + column * column_px + offset
+            figure.text(x / _WIDTH_PX, 1 - (top_px + 6) / height, head, color=_FAINT, ha="right", fontsize=10, **style)
+    style["fontsize"] = 12.5
+    for number, entry in enumerate(entries):
+        column, row = divmod(number, rows)
+        x, y = _MARGIN_PX + column * column_px, top_px + _LEGEND_LINE_PX * (row + 1) + 2
+        at = 1 - y / height
+        if entry.color is None:
+            figure.text((x + 26) / _WIDTH_PX, at, entry.name, color=_FAINT, ha="left", **style)
+            continue
+        corner, size = (x / _WIDTH_PX, 1 - (y + 7) / height), (14 / _WIDTH_PX, 14 / height)
+        figure.add_artist(Rectangle(corner, *size, color=entry.color, linewidth=0, transform=figure.transFigure))
+        name = figure.text((x + 26) / _WIDTH_PX, at, entry.name, color=_TEXT, ha="left", **style)
+        volume = figure.text(
+            (x + volume_px) / _WIDTH_PX, at, _millilitres(entry.volume_ml), color=_FAINT, ha="right", **style
+        )
+        _shorten(name, volume.get_window_extent().x0 - 12)
+        if entry.score is not None:
+            text = "–" if np.isnan(entry.score) else f"{entry.score:.2f}"
+            figure.text(
+                (x + _LEGEND_SCORE_PX) / _WIDTH_PX, at, text, color=_TEXT, ha="right", fontweight="bold", **style
+            )
+
+
+def _shorten(text: Text, right_px: float) -> None:
+    """Take letters out of the middle until a text ends before ``right_px``; names often differ at both ends."""
+    full = text.get_text()
+    for kept in range(len(full) - 1, 3, -1):
+        if text.get_window_extent().x1 <= right_px:
+            return
+        text.set_text(full[: kept - kept // 2] + "…" + full[len(full) - kept // 2 :])
+
+
+def _millilitres(volume_ml: float) -> str:
+    return f"{volume_ml:.0f} ml" if volume_ml >= 99.5 else f"{volume_ml:.3g} ml"

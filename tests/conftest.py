@@ -1,0 +1,108 @@
+"""What several test modules share: synthetic scans, awkward grids, and the folder of real scans."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from numpy.typing import NDArray
+
+from atlassegfm.geometry import Grid
+from atlassegfm.image import Volume
+
+# Examples are the same on every machine, and a busy one is not a failure.
+settings.register_profile(
+    "project", deadline=None, max_examples=50, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("project")
+
+
+def rotation(x_deg: float, y_deg: float, z_deg: float) -> NDArray[np.float64]:
+    """(3, 3) rotation by degrees about x, then y, then z."""
+    matrix = np.eye(3)
+    for axis, degrees in enumerate((x_deg, y_deg, z_deg)):
+        one, two = [n for n in range(3) if n != axis]
+        turn = np.eye(3)
+        c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+        turn[one, one], turn[one, two], turn[two, one], turn[two, two] = c, -s, s, c
+        matrix = turn @ matrix
+    return matrix
+
+
+def affine_of(axes: NDArray[np.float64], origin_mm: tuple[float, float, float]) -> NDArray[np.float64]:
+    """(4, 4) affine with the given columns, mm, and the position of voxel (0, 0, 0)."""
+    affine = np.eye(4)
+    affine[:3, :3] = axes
+    affine[:3, 3] = origin_mm
+    return affine
+
+
+#: One affine for each way a scan can lie in the world; spacing 1.5 x 2 x 4 mm, so that swapped axes show.
+ORIENTATIONS: dict[str, NDArray[np.float64]] = {
+    "RAS": affine_of(np.diag([1.5, 2.0, 4.0]), (-20.0, 30.0, 7.0)),
+    "LPS": affine_of(np.diag([-1.5, -2.0, 4.0]), (-20.0, 30.0, 7.0)),
+    "LAS": affine_of(np.diag([-1.5, 2.0, 4.0]), (-20.0, 30.0, 7.0)),
+    "SRA": affine_of(np.array([[0, 2.0, 0], [0, 0, 4.0], [1.5, 0, 0]]), (1.0, 2.0, 3.0)),
+    "oblique": affine_of(rotation(20, -15, 33) @ np.diag([1.5, 2.0, 4.0]), (5.0, -6.0, 70.0)),
+    "oblique-flipped": affine_of(rotation(10, 25, -12) @ np.diag([-1.5, 2.0, -4.0]), (5.0, -6.0, 70.0)),
+}
+
+#: Axes that are not at right angles: a gantry tilted by 20 degrees.
+SHEARED = affine_of(np.array([[1.5, 0, 0], [0, 2.0, 4.0 * np.tan(np.deg2rad(20))], [0, 0, 4.0]]), (-9.0, 8.0, 7.0))
+
+
+@pytest.fixture
+def synthetic_image() -> Callable[..., Volume]:
+    """Build a scan of smooth blobs and noise: ``synthetic_image(shape, affine, dtype=..., seed=...)``."""
+
+    def build(
+        shape: tuple[int, int, int] = (7, 8, 9),
+        affine: NDArray[np.float64] | None = None,
+        *,
+        dtype: type = np.float32,
+        seed: int = 0,
+    ) -> Volume:
+        random = np.random.default_rng(seed)
+        grid = Grid(shape, ORIENTATIONS["RAS"] if affine is None else affine)
+        ijk = np.moveaxis(np.indices(shape), 0, -1)
+        data = random.normal(0, 20, shape)
+        for centre in random.uniform(0, shape, (3, 3)):
+            data += 500 * np.exp(-(((ijk - centre) / (np.array(shape) / 4)) ** 2).sum(axis=-1))
+        return Volume(data.astype(dtype), grid)
+
+    return build
+
+
+@pytest.fixture
+def synthetic_labels() -> Callable[..., Volume]:
+    """Build a label map of boxes, asymmetric along every axis: ``synthetic_labels(shape, affine, values=...)``."""
+
+    def build(
+        shape: tuple[int, int, int] = (7, 8, 9),
+        affine: NDArray[np.float64] | None = None,
+        *,
+        values: tuple[int, ...] = (1, 2),
+        dtype: type = np.uint8,
+    ) -> Volume:
+        data = np.zeros(shape, dtype)
+        for number, value in enumerate(values):
+            data[1 + number : 4 + number, 2 : 5 + number, 3 + number : 5 + number] = value
+        return Volume(data, Grid(shape, ORIENTATIONS["RAS"] if affine is None else affine))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real scans in nnU-Net raw layout; tests that need it are skipped without it."""
+    named = os.environ.get("ATLASSEGFM_DATA")
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    for candidate in [Path(named)] if named else [beside / "data", beside]:
+        if any(candidate.glob("Dataset*/dataset.json")):
+            return candidate
+    where = f"{named} has" if named else "ATLASSEGFM_DATA is not set, and ../shared has"
+    pytest.skip(f"no real scans: {where} no Dataset*/dataset.json")

@@ -1,0 +1,203 @@
+"""The overview picture: right sides, right proportions, the same file for the same voxels."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from atlassegfm.errors import InputError, MissingExtraError
+from atlassegfm.geometry import Grid
+from atlassegfm.image import Volume
+from atlassegfm.report import _best_slice, _letters, draw_overview, require_report_extra
+from atlassegfm.structures import Structure, palette_color
+
+pytest.importorskip("matplotlib")
+
+RED = Structure(1, "right front $organ", (255, 40, 40))
+BLUE = Structure(7, "left back organ", (40, 80, 255))
+
+
+def grid(shape: Sequence[int] = (50, 40, 12), spacing_mm: Sequence[float] = (2.0, 2.0, 6.0)) -> Grid:
+    affine = np.diag([*spacing_mm, 1.0])
+    affine[:3, 3] = (-30, 12, 400)
+    return Grid((shape[0], shape[1], shape[2]), affine)
+
+
+@pytest.fixture
+def scan() -> tuple[Volume, Volume]:
+    """An image and labels: red at the patient's right, front and top; blue at the left, back and bottom."""
+    where = grid()
+    labels = np.zeros(where.shape, np.uint8)
+    labels[32:42, 24:34, 5:9] = 1
+    labels[8:18, 6:16, 3:7] = 7
+    noise = np.random.default_rng(0).normal(100, 10, where.shape)
+    return Volume((noise + 60 * (labels > 0)).astype(np.float32), where), Volume(labels, where)
+
+
+def stored_as(volume: Volume, codes: str) -> Volume:
+    """The same voxels with the array axes in another order and direction."""
+    from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+
+    change = ornt_transform(io_orientation(volume.grid.affine), axcodes2ornt(codes))
+    affine = volume.grid.affine @ inv_ornt_aff(change, volume.grid.shape)
+    shape = np.empty(3, int)
+    shape[change[:, 0].astype(int)] = volume.grid.shape
+    turned = volume.turned_to(Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine))
+    assert turned.grid.axis_codes == codes
+    return turned
+
+
+def pixels(path: Path) -> NDArray[np.float64]:
+    from matplotlib.image import imread
+
+    return 255 * np.asarray(imread(path), dtype=np.float64)[:, :, :3]
+
+
+def near(picture: NDArray[np.float64], structure: Structure) -> NDArray[np.int64]:
+    """(N, 2) row and column of the pixels of the structure's outline."""
+    return np.argwhere(np.abs(picture - structure.color).max(axis=2) < 12)
+
+
+def in_first_panel(found: NDArray[np.int64], picture: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Leave out the other panels (right of the middle) and the legend (lowest eighth)."""
+    kept: NDArray[np.int64] = found[(found[:, 1] < 0.5 * picture.shape[1]) & (found[:, 0] < 0.87 * picture.shape[0])]
+    return kept
+
+
+def test_picture_shows_each_structure_on_its_side(scan: tuple[Volume, Volume], tmp_path: Path) -> None:
+    path = tmp_path / "overview.png"
+    draw_overview(*scan, (RED, BLUE), path, title="A title", subtitle="A subtitle")
+    picture = pixels(path)
+    assert picture.shape[1] == 1600
+    assert 500 < picture.shape[0] < 1300
+    red, blue = (in_first_panel(near(picture, s), picture) for s in (RED, BLUE))
+    assert len(red) > 300
+    assert len(blue) > 300
+    # Radiological display: the patient's right is at the left, the front at the top.
+    assert red[:, 1].max() < blue[:, 1].min()
+    assert red[:, 0].max() < blue[:, 0].min()
+
+
+def test_same_picture_however_the_voxels_are_stored(scan: tuple[Volume, Volume], tmp_path: Path) -> None:
+    image, labels = scan
+    files = []
+    for number, codes in enumerate(("RAS", "LPS", "PSR")):
+        files.append(tmp_path / f"{number}.png")
+        draw_overview(
+            stored_as(image, codes), stored_as(labels, codes), (RED, BLUE), files[-1], title="t", reference=labels
+        )
+    assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
+
+
+def test_file_depends_on_nothing_but_the_voxels(scan: tuple[Volume, Volume], tmp_path: Path) -> None:
+    draw_overview(*scan, (RED, BLUE), tmp_path / "a.png", title="t")
+    content = (tmp_path / "a.png").read_bytes()
+    for key in (b"tEXt", b"tIME", b"iTXt"):
+        assert key not in content
+
+
+def test_a_ball_is_round_whatever_the_spacing(tmp_path: Path) -> None:
+    where = grid((60, 24, 24), (1.0, 2.5, 2.5))
+    points = where.voxel_to_world(np.moveaxis(np.indices(where.shape), 0, -1))
+    ball = (np.linalg.norm(points - where.centre_mm, axis=-1) < 20).astype(np.uint8)
+    path = tmp_path / "ball.png"
+    draw_overview(Volume(ball.astype(np.float32), where), Volume(ball, where), (RED,), path, title="t")
+    picture = pixels(path)
+    found = in_first_panel(near(picture, RED), picture)
+    height, width = np.ptp(found, axis=0)
+    assert height == pytest.approx(width, rel=0.07)
+
+
+def test_reference_and_scores_are_drawn(scan: tuple[Volume, Volume], tmp_path: Path) -> None:
+    image, labels = scan
+    moved = Volume(np.roll(labels.data, 4, axis=0), labels.grid)
+    draw_overview(image, labels, (RED, BLUE), tmp_path / "without.png", title="t")
+    draw_overview(
+        image, labels, (RED, BLUE), tmp_path / "with.png", title="t", reference=moved, scores={1: 0.5, 7: float("nan")}
+    )
+    white = [int((pixels(tmp_path / f"{n}.png") > 250).all(axis=2).sum()) for n in ("without", "with")]
+    assert white[1] > white[0] + 200
+
+
+def test_a_missed_structure_still_shows_where_it_should_be(scan: tuple[Volume, Volume], tmp_path: Path) -> None:
+    image, labels = scan
+    nothing = Volume(np.zeros_like(labels.data), labels.grid)
+    path = tmp_path / "missed.png"
+    draw_overview(image, nothing, (RED, BLUE), path, title="t", reference=labels)
+    picture = pixels(path)
+    white = in_first_panel(np.argwhere((picture > 250).all(axis=2)), picture)
+    dashes = white[(white[:, 0] > 0.1 * len(picture)) & (white[:, 0] < 0.7 * len(picture))]
+    # Red's place is at the left of blue's and above it.
+    assert len(dashes) > 80
+    assert np.corrcoef(dashes[:, 0], dashes[:, 1]).min() > 0.5
+
+
+def test_an_empty_result_is_drawn(scan: tuple[Volume, Volume], tmp_path: Path) -> None:
+    image, labels = scan
+    nothing = Volume(np.zeros_like(labels.data), labels.grid)
+    draw_overview(image, nothing, (RED,), tmp_path / "empty.png", title="t")
+    assert pixels(tmp_path / "empty.png").shape[1] == 1600
+
+
+def test_one_voxel_keeps_its_outline(scan: tuple[Volume, Volume], tmp_path: Path) -> None:
+    image, labels = scan
+    one = np.zeros_like(labels.data)
+    one[25, 20, 6] = 1
+    path = tmp_path / "one.png"
+    draw_overview(image, Volume(one, labels.grid), (RED,), path, title="t")
+    picture = pixels(path)
+    assert len(in_first_panel(near(picture, RED), picture)) > 20
+
+
+def test_legend_of_many_structures_stays_small(tmp_path: Path) -> None:
+    where = grid((24, 24, 24), (1.0, 1.0, 1.0))
+    i, j, k = np.indices(where.shape) // 4
+    number = 1 + 36 * i + 6 * j + k
+    labels = np.where(number <= 130, number, 0).astype(np.uint8)
+    many = [Structure(value, f"a_rather_long_name_of_region_{value}", palette_color(value)) for value in range(1, 131)]
+    path = tmp_path / "many.png"
+    draw_overview(Volume(labels.astype(np.float32), where), Volume(labels, where), many, path, title="t")
+    assert pixels(path).shape[0] < 1250
+
+
+def test_other_voxels_are_refused(scan: tuple[Volume, Volume], tmp_path: Path) -> None:
+    image, labels = scan
+    other = Volume(labels.data[1:], labels.grid.crop((1, 0, 0), labels.grid.shape))
+    with pytest.raises(ValueError, match="do not share their voxels"):
+        draw_overview(image, other, (RED,), tmp_path / "x.png", title="t")
+
+
+def test_missing_folder_is_told(scan: tuple[Volume, Volume], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot write there"):
+        draw_overview(*scan, (RED,), tmp_path / "nowhere" / "x.png", title="t")
+
+
+def test_missing_matplotlib_names_the_extra(
+    scan: tuple[Volume, Volume], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match=r"drawing the picture .* pip install 'atlassegfm\[report\]'"):
+        require_report_extra()
+    with pytest.raises(MissingExtraError, match=r"atlassegfm\[report\]"):
+        draw_overview(*scan, (RED,), tmp_path / "x.png", title="t")
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("direction", "letters"),
+    [((1, 0, 0), "R"), ((-1, 0, 0), "L"), ((0, 0.99, 0.14), "A"), ((0.5, -0.86, 0), "PR"), ((0, 0.6, -0.8), "IA")],
+)
+def test_letters_tell_where_an_edge_points(direction: tuple[float, float, float], letters: str) -> None:
+    assert _letters(np.array(direction)) == letters
+
+
+def test_best_slice_prefers_many_structures_to_a_large_one() -> None:
+    # Slices 0 to 3; the first structure is largest on slice 0, all three meet on slice 2.
+    areas = np.array([[100, 0, 0], [90, 0, 0], [60, 4, 9], [0, 5, 0]])
+    assert _best_slice(areas) == 2
+    assert _best_slice(np.zeros((9, 3), np.int64)) == 4
