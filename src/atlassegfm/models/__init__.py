@@ -60,7 +60,7 @@ MODELS: Mapping[str, ModelDescription] = {
     for description in (
         ModelDescription(
             name="builtin",
-            summary="random walker on the image around the prompt; needs no download",
+            summary="random field on the appearance and edges around the prompt; needs no download",
             module="builtin",
             prompts=("mask", "box", "click"),
             code_licence="Apache-2.0",
