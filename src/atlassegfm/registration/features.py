@@ -78,3 +78,56 @@ def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 1) -> Tensor:
     middle = noise.mean()
     noise = noise.clamp(float(middle) * 1e-3, float(middle) * 1e3).clamp_min(1e-12)
     return torch.exp(-distances / noise)
+
+
+def box_sum(image: Tensor, radius: int) -> Tensor:
+    """Sum over cubes of 2 * radius + 1 voxels; zero beyond the border.
+
+    Adding shifted copies is four times as fast as average pooling on a CPU, where pooling re-reads the cube for
+    every voxel.
+
+    Parameters
+    ----------
+    image : Tensor, (N, C, I, J, K)
+    radius : int
+        In voxels.
+    """
+    for axis in (2, 3, 4):
+        padding = [0] * 6
+        padding[2 * (4 - axis)] = padding[2 * (4 - axis) + 1] = radius
+        padded, length = F.pad(image, padding), image.shape[axis]
+        image = padded.narrow(axis, 0, length) + padded.narrow(axis, 1, length)
+        for step in range(2, 2 * radius + 1):
+            image = image + padded.narrow(axis, step, length)
+    return image
+
+
+class LocalCorrelation:
+    """Squared correlation of intensities in a cube around every voxel, against one fixed image.
+
+    Indifferent to contrast that changes slowly over the scan (coils, bias field); blind to nothing else.
+
+    Parameters
+    ----------
+    fixed : Tensor, (1, 1, I, J, K)
+        Intensities in [0, 1].
+    radius : int
+        Of the cube, in voxels.
+    """
+
+    #: Added to both variances: contrast below 2 % of the range is noise.
+    _NOISE_VARIANCE = 0.02**2
+
+    def __init__(self, fixed: Tensor, radius: int) -> None:
+        self.fixed, self.radius = fixed, radius
+        self.count = box_sum(torch.ones_like(fixed), radius)
+        self.mean = box_sum(fixed, radius) / self.count
+        self.variance = (box_sum(fixed * fixed, radius) / self.count - self.mean**2).clamp_min(0)
+
+    def __call__(self, moving: Tensor) -> Tensor:
+        """(1, 1, I, J, K) intensities in [0, 1] to (1, 1, I, J, K) squared correlations in [0, 1]."""
+        sums = box_sum(torch.cat((moving, moving * moving, moving * self.fixed), dim=1), self.radius) / self.count
+        mean = sums[:, :1]
+        variance = (sums[:, 1:2] - mean**2).clamp_min(0)
+        covariance = sums[:, 2:] - mean * self.mean
+        return covariance**2 / ((self.variance + self._NOISE_VARIANCE) * (variance + self._NOISE_VARIANCE))

@@ -1,0 +1,547 @@
+"""The command line: arguments to volumes and settings, results to tables and exit codes.
+
+Progress and errors go to standard error, results to standard output. Exit codes: 0 all done, 1 some queries
+failed, 2 bad usage or input, 130 interrupted.
+
+What computes is imported inside the commands: help and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from .errors import AtlasSegError, InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    from .context import Context
+    from .models import Segmenter
+    from .pipeline import Settings
+
+logger = logging.getLogger(__name__)
+
+EXIT_FAILURES = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+#: Tables that rich lays out are as wide as this where they go into a file or a pipe.
+_PIPED_WIDTH = 160
+#: Shells report a process that a signal ended as 128 + the signal's number.
+_SIGNALLED = 128
+
+app = typer.Typer(
+    name="atlassegfm",
+    help="One annotated scan (the atlas) segments every other scan of its kind (the queries).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting; may be repeated. `atlassegfm settings` lists them."
+    ),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Settings in TOML, as `atlassegfm settings` prints them."),
+]
+DeviceOption = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress; warnings and errors stay.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Start of the random numbers [default: 0].")
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="Segmentation model, or none [default: builtin].")
+]
+PromptOption = Annotated[
+    str | None,
+    typer.Option("--prompt", metavar="auto|click|box|mask", help="What to prompt the model with [default: auto]."),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"atlassegfm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def segment(
+    queries: Annotated[
+        list[Path], typer.Argument(metavar="QUERY...", help="Scans to segment: image files, or folders of them.")
+    ],
+    atlas: Annotated[Path, typer.Option("--atlas", metavar="IMG", help="The annotated scan.")],
+    labels: Annotated[Path, typer.Option("--labels", metavar="LAB", help="Its label map, on the same voxels.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder that gets one folder per query.")],
+    names: Annotated[
+        Path | None, typer.Option("--names", metavar="FILE", help="Names of the labels: JSON, or '1 liver' lines.")
+    ] = None,
+    model: ModelOption = None,
+    prompt: PromptOption = None,
+    device: DeviceOption = "auto",
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    seed: SeedOption = None,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Also write atlas, model and probability maps, and the transform.")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Segment scans by one annotated scan.
+
+    Each query gets a folder of its name in OUT, with segmentation.nii.gz (on the query's own voxels) and
+    run.json (what was done).
+    """
+    with _session(quiet) as session:
+        from .pipeline import NO_MODEL, prompt_kind, resolve_device
+        from .results import output_folder
+
+        settings = _settings(config, overrides, model=model, prompt=prompt, seed=seed)
+        prompt_kind(settings)
+        jobs = _plan(queries, out, [path for path in (atlas, labels, names, config) if path is not None])
+        resolved = resolve_device(device)
+        with output_folder(out):
+            session.progress("reading the atlas")
+            loaded = None
+            if settings.model != NO_MODEL:
+                from .models import load_model
+
+                loaded = load_model(settings.model, resolved)
+            from .context import Context
+
+            context = Context.from_files(atlas, labels, names)
+            done, failed = _segment_all(jobs, context, settings, resolved, loaded, session, keep=keep)
+    if as_json:
+        failures = [{"query": failure.job.query.name, "reason": failure.reason} for failure in failed]
+        _print_json({"results": done, "failures": failures})
+    else:
+        for run in done:
+            _print_run(run)
+    if failed:
+        if len(jobs) > 1:
+            listed = ", ".join(str(failure.job.query) for failure in failed)
+            session.error(f"{len(failed)} of {len(jobs)} queries failed: {listed}")
+        # Where every query is bad input, the call was wrong as a whole.
+        raise typer.Exit(EXIT_USAGE if all(failure.is_input for failure in failed) and not done else EXIT_FAILURES)
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="OUT", help="Folder for the scans and the result.")
+    ] = Path("atlassegfm-demo"),
+    picture: Annotated[bool, typer.Option("--picture/--no-picture", help="Draw OUT/demo.png (extra 'report').")] = True,
+    device: DeviceOption = "auto",
+    overrides: SetOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Do the whole job on two made-up scans; nothing to download."""
+    with _session(quiet) as session:
+        if picture:
+            from .report import require_report_extra
+
+            try:
+                require_report_extra()
+            except MissingExtraError as error:
+                raise InputError(f"{error}, or use --no-picture") from None
+        from .demo import ATLAS, LABELS, QUERY, run_demo
+        from .pipeline import prompt_kind, resolve_device
+
+        settings = _settings(None, overrides, seed=seed)
+        prompt_kind(settings)
+        resolved = resolve_device(device)
+        outcome = run_demo(out, settings, device=resolved, picture=picture, on_stage=session.progress)
+    means = outcome.means()
+    if as_json:
+        scores = [
+            {
+                "name": s.structure.name,
+                "atlas": _or_none(s.atlas),
+                "model": _or_none(s.model),
+                "fused": _or_none(s.fused),
+            }
+            for s in outcome.scores
+        ]
+        mean = dict(zip(("atlas", "model", "fused"), (_or_none(value) for value in means), strict=True))
+        _print_json({"dice": {"structures": scores, "mean": mean}, "run": outcome.run})
+        return
+    rows: list[tuple[str, ...]] = [
+        (s.structure.name, _score(s.atlas), _score(s.model), _score(s.fused)) for s in outcome.scores
+    ]
+    rows.append(("mean", *(_score(mean) for mean in means)))
+    typer.echo("Dice against the true labels")
+    _print_table(("structure", "atlas only", "model", "fused"), rows, numbers_from=1)
+    command = ["atlassegfm", "segment", "--atlas", str(out / "data" / ATLAS), "--labels", str(out / "data" / LABELS)]
+    command += [str(out / "data" / QUERY), "-o", str(out / "result")]
+    for assignment in overrides or ():
+        command += ["--set", assignment]
+    if seed is not None:
+        command += ["--seed", str(seed)]
+    typer.echo(f"\nresult    {out / 'result'}")
+    if picture:
+        typer.echo(f"picture   {out / 'demo.png'}")
+    typer.echo(f"repeat    {shlex.join(command)}")
+
+
+@app.command()
+def check(
+    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Scans and label maps.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Look for what is wrong with scans and label maps, and how to mend it.
+
+    The exit code is 2 if a file could not be used.
+    """
+    with _session(quiet=True, warnings=False):
+        from . import doctor
+
+        result = doctor.check(file for path in files for file in _files(path))
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        from rich.console import Console
+
+        console = Console()
+        if not console.is_terminal:
+            console.width = _PIPED_WIDTH
+        console.print(doctor.as_table(result))
+    if result.worst == "error":
+        raise typer.Exit(EXIT_USAGE)
+
+
+@app.command()
+def settings(config: ConfigOption = None, overrides: SetOption = None) -> None:
+    """Print all settings as TOML, with what they mean."""
+    with _session(quiet=True):
+        from .settings import to_toml
+
+        text = to_toml(_settings(config, overrides))
+    typer.echo(text, nl=False)
+
+
+@app.command()
+def models(as_json: JsonOption = False) -> None:
+    """List the segmentation models."""
+    with _session(quiet=True):
+        from .models import MODELS
+        from .pipeline import NO_MODEL
+
+        rows: list[tuple[str, ...]] = [
+            (row.name, ", ".join(row.prompts), row.code_licence, row.weights_licence, row.summary)
+            for row in MODELS.values()
+        ]
+        rows.append((NO_MODEL, "", "", "", "the result is the warped atlas"))
+    if as_json:
+        keys = ("name", "prompts", "code_licence", "weights_licence", "summary")
+        _print_json([dict(zip(keys, (r[0], r[1].split(", ") if r[1] else [], *r[2:]), strict=True)) for r in rows])
+        return
+    _print_table(("model", "prompts, best first", "code", "weights", ""), rows)
+
+
+def main() -> NoReturn:
+    """Run the command line and exit."""
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = typer.main.get_command(app).main(prog_name="atlassegfm", standalone_mode=False)
+    except typer.TyperException as error:
+        typer.echo(f"error: {_sentence(error.format_message())}", err=True)
+        code = error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        code = EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code == EXIT_INTERRUPTED:
+        typer.echo("interrupted", err=True)
+    sys.exit(code or 0)
+
+
+# One query after the other
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A query and the folder of its result."""
+
+    query: Path
+    folder: Path
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why there is no result, and whether the query itself is to blame."""
+
+    job: _Job
+    reason: str
+    is_input: bool
+
+
+def _plan(queries: Sequence[Path], out: Path, inputs: Sequence[Path]) -> list[_Job]:
+    """Which files are to be segmented and where the results go; checked before anything is computed."""
+    from .image import image_stem
+    from .results import RESULT_NAMES, check_replaceable
+
+    jobs: dict[str, _Job] = {}
+    for query in [file for path in queries for file in _files(path)]:
+        stem = image_stem(query)
+        if not stem:
+            raise InputError(f"{query}: the file has no name before its ending; rename it")
+        if stem in jobs:
+            raise InputError(
+                f"{query}: its result would go to {out / stem}, as that of {jobs[stem].query}; "
+                "rename one, or segment them in two calls"
+            )
+        jobs[stem] = _Job(query, out / stem)
+    for job in jobs.values():
+        target = job.folder.resolve()
+        for path in (*(other.query for other in jobs.values()), *inputs):
+            if path.resolve().is_relative_to(target):
+                raise InputError(
+                    f"{path}: would be overwritten, as the result of {job.query} goes to {job.folder}; "
+                    "choose another output folder"
+                )
+        if out.exists() and out.resolve() == job.query.resolve():
+            raise InputError(f"{out}: is the query and would be overwritten; choose another output folder")
+        check_replaceable(job.folder, RESULT_NAMES)
+    return list(jobs.values())
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or the image files of a folder."""
+    from .image import IMAGE_SUFFIXES, image_suffix
+
+    if not path.is_dir():
+        return [path]
+    try:
+        found = sorted(
+            file for file in path.iterdir() if image_suffix(file) and file.is_file() and not file.name.startswith(".")
+        )
+    except OSError as error:
+        raise InputError(f"{path}: the folder cannot be read ({error.strerror}); check the permissions") from None
+    if not found:
+        raise InputError(f"{path}: no image file in this folder; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    return found
+
+
+def _segment_all(
+    jobs: Sequence[_Job],
+    context: Context,
+    settings: Settings,
+    device: str,
+    model: Segmenter | None,
+    session: _Session,
+    *,
+    keep: bool,
+) -> tuple[list[dict[str, Any]], list[_Failure]]:
+    """What was written to each ``run.json``, and what failed; a failure does not stop the others."""
+    done, failed = [], []
+    for number, job in enumerate(jobs, start=1):
+        session.begin(number, len(jobs), job.query.name)
+        try:
+            done.append(_segment_one(job, context, settings, device, model, session, keep=keep))
+        except AtlasSegError as error:
+            reason = str(error)
+            if not reason.startswith(str(job.query)):
+                reason = f"{job.query}: {reason}"
+            session.error(reason)
+            failed.append(_Failure(job, reason, isinstance(error, InputError)))
+        except Exception as error:
+            # A defect of this program: one scan that meets it must not cost the results of all others.
+            if len(jobs) == 1:
+                raise
+            logger.exception("%s: unexpected error", job.query)
+            failed.append(_Failure(job, f"{job.query}: unexpected error ({error!r})", is_input=False))
+    return done, failed
+
+
+def _segment_one(
+    job: _Job,
+    context: Context,
+    settings: Settings,
+    device: str,
+    model: Segmenter | None,
+    session: _Session,
+    *,
+    keep: bool,
+) -> dict[str, Any]:
+    from . import pipeline
+    from .image import load_image
+    from .results import RunInputs, write_result
+
+    session.progress("reading")
+    query = load_image(job.query)
+    result = pipeline.segment(context, query, settings, device=device, on_stage=session.progress, model=model)
+    session.progress("writing")
+    run = write_result(result, RunInputs(context, query), job.folder, keep=keep)
+    return {"query": job.query.name, "output": str(job.folder), **run}
+
+
+def _settings(
+    config: Path | None,
+    overrides: Sequence[str] | None,
+    *,
+    model: str | None = None,
+    prompt: str | None = None,
+    seed: int | None = None,
+) -> Settings:
+    """Defaults, then the file, then ``--set``, then the options of their own."""
+    from .pipeline import Settings
+    from .settings import with_file, with_overrides, with_table
+
+    chosen = Settings()
+    if config is not None:
+        chosen = with_file(chosen, config)
+    chosen = with_overrides(chosen, overrides or ())
+    for key, value in (("model", model), ("prompt", prompt), ("seed", seed)):
+        if value is not None:
+            chosen = with_table(chosen, {key: value}, origin=f"--{key}")
+    return chosen
+
+
+# Talking to the user
+
+
+class _Session:
+    """Progress, warnings and errors on standard error."""
+
+    def __init__(self, console: Console, bar: Progress | None, *, quiet: bool) -> None:
+        self._console = console
+        self._bar = bar
+        self._task: TaskID | None = None if bar is None else bar.add_task("starting")
+        self._quiet = quiet
+        self._prefix = ""
+
+    def begin(self, number: int, count: int, name: str) -> None:
+        """Say that a query begins."""
+        self._prefix = f"{name} " if count == 1 else f"[{number}/{count}] {name} "
+
+    def progress(self, stage: str) -> None:
+        """Say what is being done; parts of a stage come as "stage: part"."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=f"{self._prefix}{stage}".replace("[", r"\["))
+        elif not self._quiet and ": " not in stage:
+            self.say(f"{self._prefix}{stage}")
+
+    def error(self, sentence: str) -> None:
+        """Say what went wrong."""
+        self.say(f"error: {_sentence(sentence)}")
+
+    def say(self, text: str) -> None:
+        """One line, as it is."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _WarningLines(logging.Handler):
+    """Log records as lines of a session."""
+
+    def __init__(self, session: _Session) -> None:
+        super().__init__(logging.WARNING)
+        self._session = session
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._session.say(f"{record.levelname.lower()}: {self.format(record)}")
+
+
+@contextmanager
+def _session(quiet: bool, *, warnings: bool = True) -> Iterator[_Session]:
+    """Show progress and warnings; turn errors of this package into a line and an exit code."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with ExitStack() as stack:
+        bar = None
+        if console.is_terminal and not quiet:
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            bar = Progress(
+                SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+            )
+            stack.enter_context(bar)
+        session = _Session(console, bar, quiet=quiet)
+        handler = _WarningLines(session) if warnings else logging.NullHandler()
+        package = logging.getLogger(__package__)
+        package.addHandler(handler)
+        stack.callback(package.removeHandler, handler)
+        try:
+            yield session
+        except AtlasSegError as error:
+            session.error(str(error))
+            raise typer.Exit(EXIT_USAGE) from None
+
+
+def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
+    """End by an exception, so that nothing unfinished is left behind when a cluster ends the job."""
+    raise SystemExit(_SIGNALLED + number)
+
+
+def _sentence(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _print_json(content: Any) -> None:
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _print_run(run: dict[str, Any]) -> None:
+    rows = [
+        (
+            one["name"],
+            f"{one['volume_ml']:.1f}",
+            "" if one["round_trip_dice"] is None else f"{one['round_trip_dice']:.2f}",
+            one["status"] + (f" ({one['reason']})" if one.get("reason") else ""),
+        )
+        for one in run["structures"]
+    ]
+    typer.echo(f"{run['query']} -> {run['output']}  ({run['total_seconds']:.1f} s on {run['device']})")
+    _print_table(("structure", "volume ml", "round trip", "status"), rows, numbers_from=1, numbers_to=3)
+
+
+def _print_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int = 99, numbers_to: int = 99
+) -> None:
+    """Columns as wide as their content, the numbers to the right."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    for row in (head, *rows):
+        cells = [
+            cell.rjust(width) if numbers_from <= column < numbers_to else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        typer.echo("  " + "  ".join(cells).rstrip())
+
+
+def _score(value: float | None) -> str:
+    return "-" if value is None or value != value else f"{value:.3f}"
+
+
+def _or_none(value: float | None) -> float | None:
+    return None if value is None or value != value else round(value, 4)

@@ -1,0 +1,696 @@
+"""From one annotated scan and one query to the query's segmentation: register, prompt, predict, fuse.
+
+Everything is computed in RAS-canonical array order and turned back at the end, so that a result does not
+depend on the array order a query is stored in. The label of a query plays no part: nothing here takes one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as settings_dataclass
+from scipy import ndimage
+
+from .context import Context, canonical_scan
+from .errors import InputError, ModelError
+from .fusion import FusionSettings, Gate, GateExample, fuse, label_map, train_gate
+from .geometry import Grid
+from .image import LocalMap, Volume, smallest_label_type
+from .metrics import dice
+from .models import Segmenter, describe_model, load_model
+from .prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, PromptKind, make_prompt
+from .registration import Registration, RegistrationSettings, register
+from .structures import Structure
+from .transforms import Affine, warp_labels
+
+logger = logging.getLogger(__name__)
+
+#: Name of the model that is none: the result is the warped atlas.
+NO_MODEL = "none"
+#: From this share outside the query's field of view on, a structure counts as outside. With less than a tenth
+#: of it in view, registration errors of a few mm decide whether any of it is.
+_OUTSIDE_SHARE = 0.9
+#: A structure whose warped mask is nowhere is called outside, not absent, if most of it is out of view.
+_MOSTLY_OUTSIDE_SHARE = 0.5
+#: Voxels mapped at a time: bounds the memory of coordinates.
+_CHUNK_VOXELS = 1_000_000
+
+DEVICES = ("auto", "cpu", "cuda")
+Status = Literal["present", "absent", "outside"]
+
+
+@settings_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class Settings:
+    """All settings of a job."""
+
+    registration: RegistrationSettings = field(default_factory=RegistrationSettings)
+    """How the atlas is registered to the query."""
+
+    fusion: FusionSettings = field(default_factory=FusionSettings)
+    """How the warped atlas and the model's answer become one."""
+
+    model: str = "builtin"
+    """Name of the segmentation model; "none" stops after the registration: the result is the warped atlas.
+    ``atlassegfm models`` lists them."""
+
+    prompt: Literal["auto", "click", "box", "mask"] = "auto"
+    """What the model is prompted with; "auto" is the best of the prompts it takes."""
+
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    """Start of the random numbers: the same seed gives the same result on the same machine."""
+
+
+@dataclass(frozen=True)
+class PromptUsed:
+    """What the model was prompted with for one structure, in the query's own terms.
+
+    Parameters
+    ----------
+    kind : {"click", "box", "mask"}
+        Click: both corners are the clicked voxel. Box, mask: the first and the last voxel inside.
+    first_voxel, last_voxel : tuple of int, (3,)
+        In the array order the query is stored in.
+    first_mm, last_mm : tuple of float, (3,)
+        Centres of these voxels, RAS+ mm.
+    """
+
+    kind: PromptKind
+    first_voxel: tuple[int, int, int]
+    last_voxel: tuple[int, int, int]
+    first_mm: tuple[float, float, float]
+    last_mm: tuple[float, float, float]
+
+    def summary(self) -> dict[str, Any]:
+        """For ``run.json``."""
+        if self.kind == "click":
+            return {"kind": self.kind, "voxel": list(self.first_voxel), "point_mm": list(self.first_mm)}
+        return {
+            "kind": self.kind,
+            "first_voxel": list(self.first_voxel),
+            "last_voxel": list(self.last_voxel),
+            "first_mm": list(self.first_mm),
+            "last_mm": list(self.last_mm),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class StructureMaps:
+    """Probabilities of one structure on the query in RAS-canonical array order, each in [0, 1].
+
+    Parameters
+    ----------
+    fused : LocalMap
+        What the result is made of.
+    atlas : LocalMap
+        The warped atlas mask.
+    model : LocalMap or None
+        The model's answer; None without a model.
+    """
+
+    fused: LocalMap
+    atlas: LocalMap
+    model: LocalMap | None
+
+
+@dataclass(frozen=True)
+class StructureResult:
+    """What became of one structure of the atlas.
+
+    Parameters
+    ----------
+    structure : Structure
+        Its label value, name and colour.
+    status : {"present", "absent", "outside"}
+        "outside": (nearly) all of it lies outside the query's field of view. "absent": nothing of it was found
+        in view.
+    reason : str
+        Why it is not present, in words; empty where it is.
+    volume_ml : float
+        Of the result.
+    outside_share : float
+        Share of the atlas's structure that the linear registration maps outside the query's field of view, in
+        [0, 1].
+    prompt : PromptUsed or None
+        None without a model, or where there was nothing to point at.
+    round_trip_dice : float or None
+        Agreement of the atlas's label with itself after a way to the query and back; None without a model.
+    """
+
+    structure: Structure
+    status: Status
+    reason: str
+    volume_ml: float
+    outside_share: float
+    prompt: PromptUsed | None = None
+    round_trip_dice: float | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """For ``run.json``."""
+        return {
+            "value": self.structure.value,
+            "name": self.structure.name,
+            "status": self.status,
+            **({"reason": self.reason} if self.reason else {}),
+            "volume_ml": round(self.volume_ml, 4),
+            "outside_share": round(self.outside_share, 4),
+            "round_trip_dice": _number(self.round_trip_dice),
+            "prompt": None if self.prompt is None else self.prompt.summary(),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """The result for one query.
+
+    Parameters
+    ----------
+    labels : Volume
+        Label values of the atlas, on the query's own grid and in its array order, as the smallest integer type
+        that holds all labels of the atlas.
+    atlas_labels : Volume
+        The same of the warped atlas alone.
+    model_labels : Volume or None
+        The same of the model alone.
+    grid : Grid
+        The query's grid in RAS-canonical array order, which ``probabilities`` lie on.
+    probabilities : mapping of int to StructureMaps
+        For each label value that was not outside or absent before the fusion.
+    structures : tuple of StructureResult
+        One for each structure of the atlas.
+    registration : Registration
+        Query world to atlas world.
+    gate : Gate or None
+        None without a model.
+    settings : Settings
+        That it was made with.
+    prompt : {"click", "box", "mask"} or None
+        Kind of prompt that was used.
+    device : {"cpu", "cuda"}
+        Where it was computed.
+    seconds : mapping of str to float
+        Wall time of each stage.
+    """
+
+    labels: Volume
+    atlas_labels: Volume
+    model_labels: Volume | None
+    grid: Grid
+    probabilities: Mapping[int, StructureMaps]
+    structures: tuple[StructureResult, ...]
+    registration: Registration
+    gate: Gate | None
+    settings: Settings
+    prompt: PromptKind | None
+    device: str
+    seconds: Mapping[str, float]
+
+    def summary(self) -> dict[str, Any]:
+        """What happened, as plain values for ``run.json``."""
+        model: dict[str, Any] = {"name": self.settings.model}
+        if self.settings.model != NO_MODEL:
+            row = describe_model(self.settings.model)
+            model |= {
+                "summary": row.summary,
+                "code_licence": row.code_licence,
+                "weights_licence": row.weights_licence,
+                "prompt": self.prompt,
+            }
+        return {
+            "device": self.device,
+            "seed": self.settings.seed,
+            "model": model,
+            "registration": {
+                "confidence": _number(self.registration.confidence),
+                "folding": _number(self.registration.folding, 6),
+                "seconds": {name: round(seconds, 3) for name, seconds in self.registration.seconds.items()},
+                "linear_query_to_atlas_mm": [
+                    [round(n, 6) for n in row] for row in self.registration.linear.matrix.tolist()
+                ],
+            },
+            "gate": None if self.gate is None else self.gate.describe(),
+            "structures": [result.summary() for result in self.structures],
+            "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
+        }
+
+
+class _Clock:
+    """Tells the name of each stage as it begins, and keeps how long it took."""
+
+    def __init__(self, on_stage: Callable[[str], None] | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._on_stage = on_stage
+
+    def tell(self, text: str) -> None:
+        if self._on_stage is not None:
+            self._on_stage(text)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[str], None]]:
+        """Time a stage; gives a function that tells of its parts."""
+        self.tell(name)
+        start = time.perf_counter()
+        yield lambda part: self.tell(f"{name}: {part}")
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def resolve_device(name: str) -> str:
+    """Turn "auto", "cpu" or "cuda" into "cpu" or "cuda".
+
+    Raises
+    ------
+    InputError
+        If the name is not known.
+    ModelError
+        If "cuda" was asked for and there is none.
+    """
+    if name not in DEVICES:
+        raise InputError(f"unknown device {name!r}; expected one of {', '.join(DEVICES)}")
+    if name == "cpu":
+        return name
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if name == "cuda":
+        raise ModelError("the device 'cuda' was asked for and PyTorch sees no CUDA GPU; use the device 'cpu' or 'auto'")
+    return "cpu"
+
+
+def prompt_kind(settings: Settings) -> PromptKind | None:
+    """The kind of prompt the settings come to; None without a model.
+
+    Raises
+    ------
+    InputError
+        If the model is not known or does not take the wanted prompt.
+    """
+    if settings.model == NO_MODEL:
+        return None
+    row = describe_model(settings.model)
+    if settings.prompt == "auto":
+        return row.prompts[0]
+    if settings.prompt not in row.prompts:
+        raise InputError(
+            f"the model {row.name!r} does not take the prompt {settings.prompt!r}; it takes {', '.join(row.prompts)}"
+        )
+    return settings.prompt
+
+
+def segment(
+    context: Context,
+    query: Volume,
+    settings: Settings | None = None,
+    *,
+    device: str = "auto",
+    on_stage: Callable[[str], None] | None = None,
+    model: Segmenter | None = None,
+) -> Segmentation:
+    """Segment one scan by one annotated scan.
+
+    Parameters
+    ----------
+    context : Context
+        The atlas.
+    query : Volume
+        The scan: intensities in any array order and any field of view.
+    settings : Settings, optional
+        Defaults if left out.
+    device : {"auto", "cpu", "cuda"}
+        Where to compute; "auto" takes a CUDA GPU if there is one.
+    on_stage : callable, optional
+        Told the name of each stage as it begins.
+    model : Segmenter, optional
+        The model that ``settings.model`` names, where it is loaded already.
+
+    Raises
+    ------
+    InputError
+        If the scan or a setting cannot be used.
+    RegistrationError
+        If the scans have nothing in common to register.
+    ModelError
+        If the model or the device cannot do what was asked.
+    """
+    settings = settings or Settings()
+    kind = prompt_kind(settings)
+    device = resolve_device(device)
+    name = "the query" if query.source is None else str(query.source.path)
+    scan = canonical_scan(query, name)
+    if kind is not None and model is None:
+        model = load_model(settings.model, device)
+    with _reproducible(settings.seed), _memory_errors():
+        labels = Volume(_numbers(context.labels.data, context.values), context.labels.grid)
+        return _Job(context, labels, query, scan, settings, device, _Clock(on_stage)).run(model, kind)
+
+
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """The atlas on the query, by number of the structure.
+
+    Parameters
+    ----------
+    registration : Registration
+        Query to atlas.
+    masks : mapping of int to LocalMap
+        Warped, without those that are missing.
+    labels : array, (I, J, K)
+        The label map of ``masks``.
+    outside : mapping of int to float
+        Share out of view.
+    missing : mapping of int to (status, reason)
+        Those not to be looked for.
+    """
+
+    registration: Registration
+    masks: Mapping[int, LocalMap]
+    labels: NDArray[Any]
+    outside: Mapping[int, float]
+    missing: Mapping[int, tuple[Status, str]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Answers:
+    """What the model was asked about one scan, and what it said, by number of the structure."""
+
+    kind: PromptKind
+    prompts: Mapping[int, Prompt]
+    maps: Mapping[int, LocalMap]
+
+
+@dataclass(frozen=True, eq=False)
+class _Learned:
+    """The gate, and how well each structure's label came back, by number."""
+
+    gate: Gate
+    round_trip_dice: Mapping[int, float]
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """One query on its way.
+
+    In here a structure goes by its number, its position in ``context.structures`` plus 1: label values may be as
+    large as 32 bits, and tables over them would not fit into memory.
+
+    Parameters
+    ----------
+    context : Context
+        The atlas.
+    labels : Volume
+        Its labels as numbers.
+    query, scan : Volume
+        The query as it is stored, and in canonical order.
+    settings, device, clock
+        As they come from the caller.
+    """
+
+    context: Context
+    labels: Volume
+    query: Volume
+    scan: Volume
+    settings: Settings
+    device: str
+    clock: _Clock
+
+    def run(self, model: Segmenter | None, kind: PromptKind | None) -> Segmentation:
+        """All stages; ``kind`` is None without a model."""
+        grid, numbers = self.scan.grid, range(1, len(self.context.structures) + 1)
+        with self.clock.stage("registration") as tell:
+            registration = register(
+                self.scan,
+                self.context.image,
+                self.settings.registration,
+                moving_labels=self.context.labels,
+                device=self.device,
+                on_stage=tell,
+            )
+        with self.clock.stage("warping"):
+            outside = outside_shares(self.labels, numbers, registration.linear, grid)
+            warped = warp_labels(self.labels, numbers, grid, registration.fixed_to_moving)
+            missing = {n: why for n in numbers if (why := _missing(warped[n], outside[n])) is not None}
+            warped = {n: mask for n, mask in warped.items() if n not in missing}
+            placed = _Placed(registration, warped, label_map(warped, grid.shape), outside, missing)
+        if model is None or kind is None:
+            return self._result(placed, None, None)
+        with self.clock.stage("model") as tell:
+            answers = self._ask(model, kind, self.scan, warped, tell)
+        return self._result(placed, answers, self._learn(model, kind, placed))
+
+    def _ask(
+        self,
+        model: Segmenter,
+        kind: PromptKind,
+        image: Volume,
+        masks: Mapping[int, LocalMap],
+        tell: Callable[[str], None],
+    ) -> _Answers:
+        """Prompt the model for each structure on one scan; masks with nothing to point at are left out."""
+        prompts = {n: made for n, mask in masks.items() if (made := make_prompt(kind, mask)) is not None}
+        encoded = model.encode(image) if prompts else None
+        maps = {}
+        for n, prompt in prompts.items():
+            tell(self.context.structures[n - 1].name)
+            maps[n] = model.predict(encoded, prompt)
+        return _Answers(kind, prompts, maps)
+
+    def _learn(self, model: Segmenter, kind: PromptKind, placed: _Placed) -> _Learned:
+        """Train the gate on the atlas's own scan.
+
+        The labels go to the query and come back by a registration of its own, so that they are as wrong there
+        as registration makes them; what they should be is known.
+        """
+        image, there = self.context.image, Volume(placed.labels, self.scan.grid)
+        to_query = placed.registration.linear.inverse()
+        with self.clock.stage("round trip") as tell:
+            back = register(
+                image,
+                self.scan,
+                self.settings.registration,
+                moving_labels=there,
+                initial=to_query,
+                device=self.device,
+                on_stage=tell,
+            )
+            returned = warp_labels(there, tuple(placed.masks), image.grid, back.fixed_to_moving)
+            echoes = self._ask(model, kind, image, returned, tell)
+        with self.clock.stage("gate"):
+            # What the query does not show cannot come back: there neither mask is right or wrong.
+            boxes = ndimage.find_objects(self.labels.data)
+            truths = {n: self._in_view(_label(self.labels.data, boxes[n - 1], n), to_query) for n in placed.masks}
+            returned = {n: self._in_view(mask, to_query) for n, mask in returned.items()}
+            examples = [
+                GateExample(returned[n], self._in_view(answer, to_query), truths[n])
+                for n, answer in echoes.maps.items()
+            ]
+            gate = train_gate(examples, self.settings.fusion, device=self.device)
+        return _Learned(gate, {n: _local_dice(returned[n], truth) for n, truth in truths.items()})
+
+    def _in_view(self, mask: LocalMap, atlas_to_query: Affine) -> LocalMap:
+        """A mask on the atlas cut to 0 where it lies outside the query's field of view."""
+        if mask.is_empty:
+            return mask
+        box = self.context.image.grid.crop(mask.start, mask.stop)
+        view = self.scan.grid
+        if view.contains(atlas_to_query.map(box.corners_mm)).all():
+            return mask  # and so does all between the corners
+        voxels = np.moveaxis(np.indices(box.shape), 0, -1).reshape(-1, 3)
+        inside = view.contains(atlas_to_query.map(box.voxel_to_world(voxels))).reshape(box.shape)
+        return LocalMap(mask.start, mask.values * inside)
+
+    def _result(self, placed: _Placed, answers: _Answers | None, learned: _Learned | None) -> Segmentation:
+        grid, structures = self.scan.grid, self.context.structures
+        with self.clock.stage("fusion"):
+            maps = {}
+            for n, mask in placed.masks.items():
+                answer = None if answers is None else answers.maps.get(n)
+                fused = mask
+                if answer is not None and learned is not None:
+                    fused = fuse(mask, answer, learned.gate, device=self.device)
+                maps[n] = StructureMaps(fused, mask, answer)
+            labels = label_map({n: one.fused for n, one in maps.items()}, grid.shape)
+            model_labels = None if answers is None else label_map(answers.maps, grid.shape)
+            voxels = np.bincount(labels.ravel(), minlength=len(structures) + 1)
+        results = []
+        for n, structure in enumerate(structures, start=1):
+            status, reason = placed.missing.get(n, ("present", ""))
+            if status == "present" and not voxels[n]:
+                status, reason = "absent", "no voxel of the query is more likely to be it than anything else"
+            prompt = None if answers is None else answers.prompts.get(n)
+            results.append(
+                StructureResult(
+                    structure,
+                    status,
+                    reason,
+                    volume_ml=float(voxels[n]) * grid.voxel_volume_mm3 / 1000,
+                    outside_share=placed.outside[n],
+                    prompt=None if prompt is None else _describe_prompt(prompt, grid, self.query.grid),
+                    round_trip_dice=None if learned is None else learned.round_trip_dice.get(n),
+                )
+            )
+        return Segmentation(
+            labels=self._as_stored(labels),
+            atlas_labels=self._as_stored(placed.labels),
+            model_labels=None if model_labels is None else self._as_stored(model_labels),
+            grid=grid,
+            probabilities={structures[n - 1].value: one for n, one in maps.items()},
+            structures=tuple(results),
+            registration=placed.registration,
+            gate=None if learned is None else learned.gate,
+            settings=self.settings,
+            prompt=None if answers is None else answers.kind,
+            device=self.device,
+            seconds=self.clock.seconds,
+        )
+
+    def _as_stored(self, numbers: NDArray[Any]) -> Volume:
+        """A map of numbers as label values in the query's own array order; one type for all queries of an atlas."""
+        values = self.context.values
+        labels = np.array((0, *values), smallest_label_type(max(values)))[numbers]
+        return Volume(labels, self.scan.grid, self.query.source).turned_to(self.query.grid)
+
+
+def outside_shares(labels: Volume, values: Sequence[int], query_to_atlas: Affine, view: Grid) -> dict[int, float]:
+    """Share of each structure of the atlas that lies outside the query's field of view.
+
+    Parameters
+    ----------
+    labels : Volume
+        Of the atlas.
+    values : sequence of int
+        Label values wanted; each occurs in ``labels``.
+    query_to_atlas : Affine
+        The linear stages of the registration. The displacement field has nothing to go by out of view.
+    view : Grid
+        Of the query.
+
+    Returns
+    -------
+    dict of int to float
+        In [0, 1].
+    """
+    atlas_to_query = query_to_atlas.inverse()
+    count = np.zeros(int(labels.data.max()) + 1, np.int64)
+    seen = np.zeros_like(count)
+    voxels = np.flatnonzero(labels.data)
+    for first in range(0, len(voxels), _CHUNK_VOXELS):
+        part = voxels[first : first + _CHUNK_VOXELS]
+        found = labels.data.ravel()[part]
+        ijk = np.stack(np.unravel_index(part, labels.grid.shape), axis=-1)
+        inside = view.contains(atlas_to_query.map(labels.grid.voxel_to_world(ijk)))
+        count += np.bincount(found, minlength=len(count))
+        seen += np.bincount(found[inside], minlength=len(count))
+    return {value: float(1 - seen[value] / count[value]) for value in values}
+
+
+def _missing(mask: LocalMap, outside_share: float) -> tuple[Status, str] | None:
+    """Status and reason of a structure that is not to be looked for in the query, else None."""
+    found = bool((mask.values >= INSIDE).any())
+    if outside_share >= _OUTSIDE_SHARE or (not found and outside_share >= _MOSTLY_OUTSIDE_SHARE):
+        return "outside", f"{outside_share:.0%} of it lies outside the field of view"
+    if not found:
+        return "absent", "the warped atlas fills no voxel of the query with it by half"
+    return None
+
+
+def _numbers(labels: NDArray[Any], values: Sequence[int]) -> NDArray[Any]:
+    """Label values replaced by their position in ``values`` (ascending) plus 1; 0 stays."""
+    known = np.array((0, *values), labels.dtype)
+    numbers = np.empty(labels.shape, smallest_label_type(len(values)))
+    for plane, out in zip(labels, numbers, strict=True):
+        out[...] = np.searchsorted(known, plane)
+    return numbers
+
+
+def _label(labels: NDArray[Any], box: tuple[slice, slice, slice], value: int) -> LocalMap:
+    """One structure of a label map as a mask of 0 and 1."""
+    i, j, k = (int(side.start) for side in box)
+    return LocalMap((i, j, k), (labels[box] == value).astype(np.float32))
+
+
+def _local_dice(one: LocalMap, other: LocalMap) -> float:
+    """Dice coefficient of two masks on the same grid."""
+    start, stop = np.minimum(one.start, other.start), np.maximum(one.stop, other.stop)
+    if one.is_empty or other.is_empty:
+        start, stop = (other.start, other.stop) if one.is_empty else (one.start, one.stop)
+    first, last = (tuple(int(n) for n in corner) for corner in (start, stop))
+    return dice(one.on_box(first, last) >= INSIDE, other.on_box(first, last) >= INSIDE)
+
+
+def _describe_prompt(prompt: Prompt, grid: Grid, stored: Grid) -> PromptUsed:
+    """A prompt on the canonical grid, as the user meets it in the query as it is stored."""
+    kind: PromptKind
+    if isinstance(prompt, ClickPrompt):
+        kind, low, high = "click", np.array(prompt.ijk), np.array(prompt.ijk)
+    elif isinstance(prompt, BoxPrompt):
+        kind, low, high = "box", np.array(prompt.start), np.array(prompt.stop) - 1
+    else:
+        inside = np.argwhere(prompt.probability.values >= INSIDE) + prompt.probability.start
+        kind, low, high = "mask", inside.min(axis=0), inside.max(axis=0)
+    ends = np.rint(stored.world_to_voxel(grid.voxel_to_world(np.stack([low, high])))).astype(int)
+    first, last = ends.min(axis=0), ends.max(axis=0)
+    return PromptUsed(
+        kind, _ints(first), _ints(last), _mm(stored.voxel_to_world(first)), _mm(stored.voxel_to_world(last))
+    )
+
+
+def _ints(voxel: NDArray[np.int64]) -> tuple[int, int, int]:
+    i, j, k = (int(n) for n in voxel)
+    return i, j, k
+
+
+def _mm(point_mm: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Rounded to a hundredth of a mm, and no -0."""
+    x, y, z = (round(float(n), 2) + 0.0 for n in point_mm)
+    return x, y, z
+
+
+def _number(value: float | None, digits: int = 4) -> float | None:
+    """For JSON, which has no NaN."""
+    return None if value is None or not np.isfinite(value) else round(float(value), digits)
+
+
+@contextmanager
+def _reproducible(seed: int) -> Iterator[None]:
+    """Seed PyTorch and ask it for algorithms that give the same bits twice; all is put back at the end.
+
+    Nothing in this package draws from NumPy's global generator.
+    """
+    import torch
+
+    # Read by cuBLAS when it starts; without it some matrix products are not reproducible.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        # A few CUDA kernels exist in one form only: they are used, and need not be told of.
+        warnings.filterwarnings("ignore", message=".*deterministic")
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(was_deterministic, warn_only=only_warned)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turn what PyTorch and NumPy say when memory runs out into a sentence."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ModelError("the GPU ran out of memory; use the device 'cpu', or crop the scan") from None
+    except MemoryError:
+        raise ModelError("the memory does not suffice for this scan; crop it, or use a larger machine") from None

@@ -1,0 +1,195 @@
+"""Scans as registration sees them: normalised, smoothed, on coarse grids of one common frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+
+from ..errors import RegistrationError
+from ..geometry import Grid
+from ..image import Volume
+from ..transforms import DisplacementField, Transform, resample
+
+#: Foreground is what is brighter than this share of the range between the 1st and the 99th percentile. It parts
+#: tissue from air in CT and MR, skull-stripped ones too, and takes in small crops whole.
+_FOREGROUND_SHARE = 0.1
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """One scan prepared for registration, reduced to no more than the finest level needs.
+
+    Parameters
+    ----------
+    intensity : Volume
+        float32, 0 to 1 between the 1st and 99th percentile of the foreground, clipped.
+    foreground : Volume
+        float32, share of each voxel that is foreground, on the same grid.
+    near : Volume or None
+        float32, share of each voxel inside any labelled structure, where labels were given.
+    """
+
+    intensity: Volume
+    foreground: Volume
+    near: Volume | None
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """One scan on one grid.
+
+    Parameters
+    ----------
+    grid : Grid
+    image : Tensor, (1, 1, I, J, K)
+        Intensity, 0 to 1.
+    inside : Tensor, (1, 1, I, J, K)
+        1 inside the scan's field of view, else 0.
+    weight : Tensor, (1, 1, I, J, K)
+        Share of foreground, 0 outside the field of view.
+    near : Tensor, (1, 1, I, J, K) or None
+        Share inside labelled structures.
+    """
+
+    grid: Grid
+    image: Tensor
+    inside: Tensor
+    weight: Tensor
+    near: Tensor | None
+
+
+def level_spacings_mm(grid: Grid, voxels: Sequence[int]) -> tuple[float, ...]:
+    """Isotropic spacing in mm of each level, so that the field of view holds the wanted numbers of voxels.
+
+    Never finer than the smallest spacing of the scan; levels that would come out alike are kept once.
+    """
+    volume_mm3 = float(np.prod(np.array(grid.shape) * grid.spacing_mm))
+    finest = float(grid.spacing_mm.min())
+    spacings: list[float] = []
+    for count in sorted(voxels):
+        spacing = max((volume_mm3 / count) ** (1 / 3), finest)
+        if not spacings or spacing < 0.9 * spacings[-1]:
+            spacings.append(spacing)
+    return tuple(spacings)
+
+
+def prepare(scan: Volume, labels: Volume | None, finest_mm: float, name: str) -> Scan:
+    """Normalise a scan and reduce it by whole factors as far as ``finest_mm`` allows.
+
+    Raises
+    ------
+    RegistrationError
+        If there is no foreground; ``name`` says of which scan.
+    """
+    factors = tuple(max(1, int(finest_mm / spacing)) for spacing in scan.grid.spacing_mm)
+    grid = _reduced_grid(scan.grid, factors)
+    data = _block_means(scan.data, factors)
+    low, high = np.percentile(data, (1, 99))
+    foreground = data > low + _FOREGROUND_SHARE * (high - low)
+    if not foreground.any():
+        raise RegistrationError(f"the {name} shows nothing but background; check its intensities")
+    low, high = np.percentile(data[foreground], (1, 99))
+    intensity = np.clip((data - low) / max(float(high - low), 1e-12), 0, 1).astype(np.float32)
+    near = None
+    if labels is not None:
+        near = Volume(_block_means((labels.data > 0).astype(np.float32), factors), grid)
+    return Scan(Volume(intensity, grid), Volume(foreground.astype(np.float32), grid), near)
+
+
+def frame_grid(grid: Grid, axes: NDArray[np.float64], spacing_mm: float) -> Grid:
+    """An isotropic grid over the field of view of ``grid``, along other axes.
+
+    Parameters
+    ----------
+    grid : Grid
+        Whose voxel centres are to be covered.
+    axes : array, (3, 3)
+        Unit vectors in columns, RAS+; need not be orthogonal (they are made so).
+    spacing_mm : float
+        Of the new grid.
+    """
+    orthogonal, upper = np.linalg.qr(axes)
+    orthogonal = orthogonal * np.sign(np.diag(upper))
+    local = grid.corners_mm @ orthogonal
+    low, high = local.min(axis=0), local.max(axis=0)
+    shape = np.maximum(np.round((high - low) / spacing_mm).astype(int) + 1, 2)
+    affine = np.eye(4)
+    affine[:3, :3] = orthogonal * spacing_mm
+    affine[:3, 3] = orthogonal @ ((low + high) / 2 - (shape - 1) / 2 * spacing_mm)
+    return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
+
+
+def axes_of(grid: Grid) -> NDArray[np.float64]:
+    """(3, 3) unit vectors of a grid's canonical axes in columns, RAS+."""
+    canonical = grid.canonical()
+    axes: NDArray[np.float64] = canonical.affine[:3, :3] / canonical.spacing_mm
+    return axes
+
+
+def on_grid(scan: Scan, grid: Grid, device: str, fixed_to_moving: Transform | None = None) -> Level:
+    """Smooth a scan as the grid's spacing asks for and sample it, through a transform where given."""
+    spacing = float(grid.spacing_mm.min())
+    image = resample(_smoothed(scan.intensity, spacing), grid, fixed_to_moving, outside=-1)
+    inside = (image >= 0).astype(np.float32)
+    weight = resample(_smoothed(scan.foreground, spacing), grid, fixed_to_moving)
+    near = None if scan.near is None else resample(_smoothed(scan.near, spacing), grid, fixed_to_moving)
+
+    def tensor(values: NDArray[np.float32]) -> Tensor:
+        return torch.from_numpy(values).to(device)[None, None]
+
+    return Level(
+        grid,
+        tensor(np.maximum(image, 0)),
+        tensor(inside),
+        tensor(np.clip(weight, 0, 1) * inside),
+        None if near is None else tensor(near),
+    )
+
+
+def folding_in_body(field: DisplacementField, fixed: Scan) -> float:
+    """Share of the field's nodes in the foreground of the fixed scan with a Jacobian determinant of 0 or less."""
+    body = resample(fixed.foreground, field.grid) > 0.5
+    if not body.any():
+        return 0.0
+    return float((field.jacobian_determinant()[body] <= 0).mean())
+
+
+def _smoothed(volume: Volume, spacing_mm: float) -> Volume:
+    """Gaussian-filtered against aliasing at ``spacing_mm``.
+
+    The standard deviation is half the ratio of spacings, less the half voxel that sampling itself blurs by
+    (as for pyramids in ITK and elastix).
+    """
+    ratio = 0.5 * spacing_mm / volume.grid.spacing_mm
+    sigma = np.sqrt(np.maximum(ratio**2 - 0.25, 0))
+    if not sigma.any():
+        return volume
+    return Volume(ndimage.gaussian_filter(volume.data, sigma, mode="nearest"), volume.grid)
+
+
+def _block_means(data: NDArray[np.float32], factors: Sequence[int]) -> NDArray[np.float32]:
+    """Means over blocks of voxels; an incomplete last block is filled up with its last plane."""
+    for axis, factor in enumerate(factors):
+        if factor == 1:
+            continue
+        rest = -data.shape[axis] % factor
+        if rest:
+            data = np.pad(data, [(0, rest if n == axis else 0) for n in range(3)], mode="edge")
+        shape = (*data.shape[:axis], data.shape[axis] // factor, factor, *data.shape[axis + 1 :])
+        data = data.reshape(shape).mean(axis=axis + 1, dtype=np.float32)
+    return np.ascontiguousarray(data, dtype=np.float32)
+
+
+def _reduced_grid(grid: Grid, factors: Sequence[int]) -> Grid:
+    scale = np.array(factors, dtype=np.float64)
+    affine = grid.affine.copy()
+    affine[:3, :3] = grid.affine[:3, :3] * scale
+    affine[:3, 3] = grid.voxel_to_world((scale - 1) / 2)
+    i, j, k = (-(-n // factor) for n, factor in zip(grid.shape, factors, strict=True))
+    return Grid((i, j, k), affine)

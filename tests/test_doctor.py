@@ -1,0 +1,424 @@
+"""Every finding of the geometry doctor, on a file that has it, and silence on files that are well."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+
+from atlassegfm.doctor import Check, FileReport, Finding, as_table, check
+from atlassegfm.geometry import Grid
+from atlassegfm.image import Volume, save_volume
+from atlassegfm.structures import Structure
+from conftest import SHEARED, affine_of, rotation
+
+WELL = affine_of(np.diag([1.5, 2.0, 4.0]), (-20.0, 30.0, 7.0))
+SHAPE = (30, 28, 20)
+LIVER = (Structure(1, "liver", (200, 80, 60)), Structure(2, "spleen", (10, 20, 255)))
+
+
+def scan_data(shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 1500, shape).astype(np.int16)
+
+
+def label_data(shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
+    data = np.zeros(shape, np.uint8)
+    data[5:15, 5:15, 5:15] = 1
+    data[18:25, 8:20, 6:12] = 2
+    return data
+
+
+def nifti(path: Path, data: Any, affine: Any = WELL, *, sform: int = 1, qform: int = 1) -> Path:
+    image = nib.Nifti1Image(np.asarray(data), affine)
+    image.set_sform(affine, sform)
+    image.set_qform(affine, qform)
+    nib.save(image, path)
+    return path
+
+
+@pytest.fixture
+def scan(tmp_path: Path) -> Path:
+    return nifti(tmp_path / "scan.nii.gz", scan_data())
+
+
+@pytest.fixture
+def labels(tmp_path: Path) -> Path:
+    path = tmp_path / "labels.nii.gz"
+    save_volume(Volume(label_data(), Grid(SHAPE, WELL)), path, structures=LIVER)
+    return path
+
+
+def only(path: Path) -> FileReport:
+    (report,) = check([path]).files
+    return report
+
+
+def finding(report: Any, words: str) -> Finding:
+    found = [one for one in report.findings if words in one.text]
+    assert len(found) == 1, report.findings
+    return found[0]
+
+
+def terminal(result: Check, width: int = 400) -> str:
+    from rich.console import Console
+
+    out = io.StringIO()
+    Console(file=out, width=width).print(as_table(result))
+    return out.getvalue()
+
+
+def test_a_scan_that_is_well(scan: Path) -> None:
+    report = only(scan)
+    assert report.findings == ()
+    assert (report.name, report.kind) == ("scan.nii.gz", "scan")
+    assert report.shape == SHAPE
+    assert report.spacing_mm == pytest.approx((1.5, 2, 4))
+    assert report.axes == "RAS"
+    assert report.oblique_deg == pytest.approx(0, abs=1e-3)
+    assert report.sheared_deg == pytest.approx(0, abs=1e-3)
+    assert report.stored_type == "int16"
+    assert (report.sform_code, report.qform_code) == (1, 1)
+    data = scan_data()
+    assert report.value_range == (data.min(), data.max())
+    assert report.percentiles == pytest.approx(np.percentile(data, (1, 50, 99)))
+    assert check([scan]).worst is None
+
+
+def test_labels_that_are_well(labels: Path) -> None:
+    report = only(labels)
+    assert report.kind == "labels"
+    assert report.findings == ()
+    assert report.percentiles == ()
+    one, two = report.labels
+    assert (one.value, one.name, one.voxels, one.parts, one.stray) == (1, "liver", 1000, 1, 0)
+    assert one.volume_ml == pytest.approx(1000 * 1.5 * 2 * 4 / 1000)
+    assert (two.value, two.name, two.voxels) == (2, "spleen", 7 * 12 * 6)
+
+
+def test_other_formats(tmp_path: Path) -> None:
+    path = tmp_path / "scan.mha"
+    image = sitk.GetImageFromArray(scan_data())
+    image.SetSpacing((2, 2, 2))
+    sitk.WriteImage(image, str(path))
+    report = only(path)
+    assert (report.kind, report.axes, report.sform_code, report.qform_code) == ("scan", "LPS", None, None)
+    assert report.findings == ()
+
+
+class TestRefused:
+    def test_a_missing_file(self, tmp_path: Path) -> None:
+        result = check([tmp_path / "gone.nii"])
+        (report,) = result.files
+        assert report.kind == "unreadable"
+        assert report.findings == (Finding("error", "no such file; check the path"),)
+        assert result.worst == "error"
+        assert str(tmp_path) not in json.dumps(result.to_dict())
+
+    def test_a_folder(self, tmp_path: Path) -> None:
+        assert "a folder" in finding(only(tmp_path), "expected a file ending in").text
+
+    def test_a_damaged_file_among_good_ones(self, scan: Path, tmp_path: Path) -> None:
+        broken = tmp_path / "broken.nii.gz"
+        broken.write_bytes(scan.read_bytes()[:2000])
+        result = check([broken, scan])
+        assert [report.kind for report in result.files] == ["unreadable", "scan"]
+        assert finding(result.files[0], "truncated or damaged").severity == "error"
+        assert result.pairs == ()
+
+    def test_four_dimensions(self, tmp_path: Path) -> None:
+        report = only(nifti(tmp_path / "bold.nii", scan_data((6, 6, 6, 4))))
+        assert finding(report, "4 dimensions (6 x 6 x 6 x 4)").severity == "error"
+
+
+class TestHeader:
+    def test_no_orientation(self, tmp_path: Path) -> None:
+        report = only(nifti(tmp_path / "a.nii", scan_data(), sform=0, qform=0))
+        one = finding(report, "no orientation")
+        assert one.severity == "warning"
+        assert "left and right may be swapped" in one.text
+        assert "DICOM" in one.remedy
+        assert (report.sform_code, report.qform_code) == (0, 0)
+
+    def test_sform_and_qform_differ(self, tmp_path: Path) -> None:
+        image = nib.Nifti1Image(scan_data(), WELL)
+        image.set_sform(WELL, 1)
+        shifted = WELL.copy()
+        shifted[0, 3] += 10
+        image.set_qform(shifted, 1)
+        nib.save(image, tmp_path / "a.nii")
+        one = finding(only(tmp_path / "a.nii"), "sform and qform differ by up to 10.00 mm")
+        assert one.severity == "warning"
+        assert "qform" in one.remedy
+
+    def test_unusable_qform(self, tmp_path: Path) -> None:
+        path = nifti(tmp_path / "a.nii", scan_data())
+        content = bytearray(path.read_bytes())
+        content[256:268] = np.array([3.0, 3.0, 3.0], "<f4").tobytes()  # quatern_b to _d: longer than 1
+        content[252:254] = np.array([1], "<i2").tobytes()
+        path.write_bytes(content)
+        assert finding(only(path), "qform").severity == "warning"
+
+
+class TestGrid:
+    def test_thick_slices(self, tmp_path: Path) -> None:
+        one = finding(only(nifti(tmp_path / "a.nii", scan_data(), np.diag([1.25, 1.25, 7.7, 1]))), "6.2 times")
+        assert one.severity == "warning"
+        assert "15.4 mm" in one.text
+
+    def test_thick_slices_along_any_axis(self, tmp_path: Path) -> None:
+        finding(only(nifti(tmp_path / "a.nii", scan_data(), np.diag([8, 1.25, 1.3, 1]))), "6.2 times")
+
+    def test_four_times_is_not_thick(self, tmp_path: Path) -> None:
+        assert only(nifti(tmp_path / "a.nii", scan_data(), np.diag([1, 1, 4, 1]))).findings == ()
+
+    def test_oblique(self, tmp_path: Path) -> None:
+        affine = affine_of(rotation(0, 0, 12.0) @ np.diag([1.5, 2.0, 4.0]), (0, 0, 0))
+        report = only(nifti(tmp_path / "a.nii", scan_data(), affine))
+        assert report.oblique_deg == pytest.approx(12, abs=0.01)
+        assert finding(report, "turned by 12.0 degrees").severity == "note"
+
+    def test_sheared(self, tmp_path: Path) -> None:
+        report = only(nifti(tmp_path / "a.nii", scan_data(), SHEARED, qform=0))
+        assert report.sheared_deg == pytest.approx(20, abs=0.01)
+        assert finding(report, "20.0 degrees off a right angle").severity == "note"
+
+    @pytest.mark.parametrize(("spacing", "word"), [(0.001, "metres"), (150.0, "micrometres")])
+    def test_unit_of_the_spacing(self, tmp_path: Path, spacing: float, word: str) -> None:
+        one = finding(only(nifti(tmp_path / "a.nii", scan_data(), np.diag([spacing] * 3 + [1]))), word)
+        assert one.severity == "warning"
+
+    def test_lost_spacing(self, tmp_path: Path) -> None:
+        data = scan_data((512, 512, 3))
+        one = finding(only(nifti(tmp_path / "a.nii", data, np.eye(4))), "spacing seems to be lost")
+        assert one.severity == "warning"
+        assert only(nifti(tmp_path / "b.nii", data, np.diag([0.9, 0.9, 3, 1]))).findings == ()
+
+
+class TestIntensities:
+    def test_nan(self, tmp_path: Path) -> None:
+        data = scan_data().astype(np.float32)
+        data[0, 0, :3] = (np.nan, np.inf, -np.inf)
+        report = only(nifti(tmp_path / "a.nii", data))
+        assert finding(report, "3 of 16800 voxels are NaN or infinite").severity == "error"
+        assert report.kind == "scan"
+        assert np.isfinite(report.value_range).all()
+
+    def test_nothing_but_nan(self, tmp_path: Path) -> None:
+        report = only(nifti(tmp_path / "a.nii", np.full(SHAPE, np.nan, np.float32)))
+        assert finding(report, "16800 of 16800 voxels").severity == "error"
+        assert report.value_range == ()
+
+    @pytest.mark.parametrize(("value", "what"), [(0, "an empty label map or a blank scan"), (7, "a blank scan")])
+    def test_constant(self, tmp_path: Path, value: int, what: str) -> None:
+        one = finding(only(nifti(tmp_path / "a.nii", np.full(SHAPE, value, np.int16))), f"the value {value}: {what}")
+        assert one.severity == "error"
+
+    def test_hardly_any_contrast(self, tmp_path: Path) -> None:
+        data = np.zeros(SHAPE, np.float32)
+        data[:2, :2, :2] = np.random.default_rng(0).random((2, 2, 2))
+        assert finding(only(nifti(tmp_path / "a.nii", data)), "98 % of the voxels").severity == "warning"
+
+    def test_eight_bits(self, tmp_path: Path) -> None:
+        data = np.random.default_rng(0).integers(0, 256, SHAPE).astype(np.uint8)
+        report = only(nifti(tmp_path / "a.nii", data))
+        assert report.kind == "scan"
+        assert finding(report, "8-bit").severity == "note"
+
+    def test_ct(self, tmp_path: Path) -> None:
+        data = scan_data() - 1000
+        assert finding(only(nifti(tmp_path / "a.nii", data)), "CT-like").text == "CT-like intensities (air near -1000)"
+        data[0] = -3024
+        assert "down to -3024" in finding(only(nifti(tmp_path / "a.nii", data)), "CT-like").text
+
+
+class TestLabels:
+    def test_names_of_the_dataset(self, tmp_path: Path) -> None:
+        (tmp_path / "labelsTr").mkdir()
+        (tmp_path / "dataset.json").write_text('{"labels": {"background": 0, "kidney": 1}}', encoding="utf-8")
+        report = only(nifti(tmp_path / "labelsTr" / "a.nii", label_data()))
+        assert [label.name for label in report.labels] == ["kidney", "label_2"]
+        assert finding(report, "no name for label 2 although others have one").severity == "warning"
+        (tmp_path / "dataset.json").write_text("{", encoding="utf-8")
+        report = only(tmp_path / "labelsTr" / "a.nii")
+        assert (
+            finding(report, "the names of the labels are not readable (dataset.json: not valid JSON").severity
+            == "warning"
+        )
+
+    def test_no_names(self, tmp_path: Path) -> None:
+        report = only(nifti(tmp_path / "a.nii", label_data()))
+        assert finding(report, "names the labels").severity == "note"
+
+    def test_many_labels_of_a_large_type(self, tmp_path: Path) -> None:
+        data = np.zeros(SHAPE, np.int32)
+        data[2:-2, 2:-2, 2:-2] = (np.arange(26)[:, None, None] // 4 * 1000 + np.arange(24)[:, None] // 4 + 5) * 30_000
+        report = only(nifti(tmp_path / "a.nii", data))
+        assert report.kind == "labels"
+        assert [label.value for label in report.labels] == [int(value) for value in np.unique(data[data > 0])]
+        assert sum(label.voxels for label in report.labels) == np.count_nonzero(data)
+
+    def test_stored_as_floats(self, tmp_path: Path) -> None:
+        report = only(nifti(tmp_path / "a.nii", label_data().astype(np.float32)))
+        assert report.kind == "labels"
+        assert finding(report, "stored as float32").severity == "note"
+        assert [label.voxels for label in report.labels] == [1000, 504]
+
+    def test_resampled_smoothly(self, tmp_path: Path) -> None:
+        data = label_data().astype(np.float32)
+        data[5, 5:15, 5:15] = 0.4
+        one = finding(only(nifti(tmp_path / "a.nii", data)), "100 voxels of what looks like a label map")
+        assert one.severity == "error"
+        assert "nearest neighbour" in one.remedy
+
+    def test_with_nan(self, tmp_path: Path) -> None:
+        data = label_data().astype(np.float32)
+        data[0, 0, 0] = np.nan
+        report = only(nifti(tmp_path / "a.nii", data))
+        assert report.kind == "labels"
+        assert report.findings[0].severity == "error"
+
+    def test_negative_values(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.nii"
+        data = label_data().astype(np.int16)
+        data[0, 0, 0] = -3
+        image = nib.Nifti1Image(data, WELL)
+        image.header["intent_code"] = 1002
+        nib.save(image, path)
+        report = only(path)
+        assert report.kind == "labels"
+        assert finding(report, "the value -3").severity == "error"
+        assert [label.value for label in report.labels] == [1, 2]
+
+    def test_tiny_structure(self, tmp_path: Path) -> None:
+        data = label_data()
+        data[3, 20:23, 3] = 9
+        one = finding(only(nifti(tmp_path / "a.nii", data)), "fewer than 20 voxels: label_9 (3)")
+        assert one.severity == "warning"
+
+    def test_cut_off(self, tmp_path: Path) -> None:
+        data = label_data()
+        data[18:25, 8:20, :6] = 2
+        assert finding(only(nifti(tmp_path / "a.nii", data)), "cut off by the border").severity == "warning"
+
+    def test_stray_islands(self, tmp_path: Path) -> None:
+        data = label_data()
+        data[1, 1, 1] = data[3, 1, 1] = 1
+        report = only(nifti(tmp_path / "a.nii", data))
+        assert finding(report, "stray islands of less than 5% of their structure: label_1 (2)").severity == "note"
+        assert (report.labels[0].parts, report.labels[0].stray, report.labels[0].voxels) == (3, 2, 1002)
+
+    def test_pair_of_organs_in_one_label(self, tmp_path: Path) -> None:
+        report = only(nifti(tmp_path / "a.nii", (label_data() > 0).astype(np.uint8)))
+        assert finding(report, "several large parts: label_1 (2)").severity == "note"
+
+    def test_long_lists_are_cut(self, tmp_path: Path) -> None:
+        data = np.zeros((60, 28, 20), np.uint8)
+        for n in range(10):
+            data[2 + 4 * n : 4 + 4 * n, 2, 2] = n + 1
+        assert "and 2 more" in finding(only(nifti(tmp_path / "a.nii", data)), "fewer than 20 voxels").text
+
+
+class TestPairs:
+    def test_same_grid(self, scan: Path, labels: Path) -> None:
+        (pair,) = check([scan, labels]).pairs
+        assert (pair.first, pair.second) == ("scan.nii.gz", "labels.nii.gz")
+        assert pair.same_grid
+        assert pair.distance_mm == pytest.approx(0, abs=1e-3)
+        assert pair.overlap_percent == (100, 100)
+        assert pair.findings == ()
+
+    def test_other_order(self, scan: Path, tmp_path: Path) -> None:
+        volume = Volume(scan_data(), Grid(SHAPE, WELL))
+        flipped = volume.grid.affine @ np.diag([-1, 1, 1, 1])
+        flipped[:3, 3] = volume.grid.voxel_to_world((SHAPE[0] - 1, 0, 0))
+        (pair,) = check([scan, nifti(tmp_path / "b.nii", volume.data[::-1], flipped)]).pairs
+        assert not pair.same_grid
+        assert finding(pair, "another order (RAS and LAS)").severity == "note"
+
+    @pytest.mark.parametrize("name", ["labels.nii", "scan_labels.nii"])
+    def test_labels_beside_their_scan(self, scan: Path, tmp_path: Path, name: str) -> None:
+        # 12 mm of 80 mm: apart enough to be another patient, unless the names say otherwise.
+        shifted = WELL.copy()
+        shifted[2, 3] += 12
+        (pair,) = check([scan, nifti(tmp_path / name, label_data(), shifted)]).pairs
+        assert pair.distance_mm == pytest.approx(12)
+        if name == "scan_labels.nii":
+            assert finding(pair, "corners up to 12 mm apart").severity == "warning"
+        else:
+            assert finding(pair, "different grids").severity == "note"
+
+    def test_half_a_voxel_beside(self, scan: Path, tmp_path: Path) -> None:
+        shifted = WELL.copy()
+        shifted[0, 3] += 0.75
+        (pair,) = check([scan, nifti(tmp_path / "labels.nii", label_data(), shifted)]).pairs
+        assert finding(pair, "corners up to 0.75 mm apart").severity == "warning"
+
+    def test_share_of_the_field_of_view(self, scan: Path, tmp_path: Path) -> None:
+        # The upper half of the scan, and a second scan that holds it whole.
+        upper = WELL.copy()
+        upper[2, 3] += 40
+        (pair,) = check([scan, nifti(tmp_path / "b.nii", scan_data((30, 28, 10)), upper)]).pairs
+        assert pair.overlap_percent == (pytest.approx(50), pytest.approx(100))
+        assert pair.distance_mm is None
+        assert pair.centres_mm == pytest.approx(20)
+        assert pair.findings == ()
+
+    def test_nothing_in_common(self, scan: Path, tmp_path: Path) -> None:
+        away = WELL.copy()
+        away[1, 3] += 1000
+        (pair,) = check([scan, nifti(tmp_path / "b.nii", scan_data(), away)]).pairs
+        assert pair.overlap_percent == (0, 0)
+        assert finding(pair, "centres 1000 mm apart").severity == "note"
+
+
+class TestReport:
+    def test_plain_for_json(self, scan: Path, labels: Path, tmp_path: Path) -> None:
+        result = check([scan, labels, tmp_path / "gone.nii"])
+        plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+        assert plain["worst"] == "error"
+        assert [report["name"] for report in plain["files"]] == ["scan.nii.gz", "labels.nii.gz", "gone.nii"]
+        assert plain["files"][1]["labels"][0]["name"] == "liver"
+        assert plain["pairs"][0]["same_grid"] is True
+        assert str(tmp_path) not in json.dumps(plain)
+
+    def test_table(self, scan: Path, labels: Path, tmp_path: Path) -> None:
+        text = terminal(check([scan, labels]))
+        for words in ("scan.nii.gz", "labels: 2", "30 x 28 x 20", "1.5 x 2 x 4", "liver", "100 % / 100 %"):
+            assert words in text
+        assert "nothing to complain about" in text
+        assert "error  gone.nii: no such file" in terminal(check([tmp_path / "gone.nii"]))
+
+    def test_findings_of_many_files_are_told_once(self, factory: Callable[[str], Path]) -> None:
+        text = terminal(check([factory("a.nii"), factory("b.nii")]), width=1000)
+        assert text.count("times the in-plane spacing") == 1
+        assert "warning  a.nii, b.nii: slices" in text
+
+    def test_names_are_no_markup(self, factory: Callable[[str], Path]) -> None:
+        assert "[red]a.nii" in terminal(check([factory("[red]a.nii")]))
+
+    def test_gravest_first(self, tmp_path: Path) -> None:
+        data = scan_data().astype(np.float32) - 1000
+        data[0, 0, 0] = np.nan
+        report = only(nifti(tmp_path / "a.nii", data, np.diag([1, 1, 8, 1])))
+        assert [one.severity for one in report.findings] == ["error", "warning", "note"]
+
+    @pytest.fixture
+    def factory(self, tmp_path: Path) -> Callable[[str], Path]:
+        return lambda name: nifti(tmp_path / name, scan_data(), np.diag([1.25, 1.25, 7.7, 1]))
+
+
+@pytest.mark.slow
+def test_real_files_are_told_apart(data_dir: Path) -> None:
+    for dataset in sorted(data_dir.glob("Dataset*")):
+        for kind, folder in (("scan", "imagesTr"), ("labels", "labelsTr")):
+            for path in sorted((dataset / folder).glob("*.nii.gz"))[:3]:
+                report = only(path)
+                assert report.kind == kind, path
+                assert "error" not in {one.severity for one in report.findings}, report.findings
