@@ -237,7 +237,7 @@ class TestTraining:
         assert train_gate([ATLAS_RIGHT, MODEL_RIGHT, ATLAS_RIGHT]).start >= 0.5
 
     def test_the_atlas_must_be_better_by_what_flatters_it(self) -> None:
-        # The atlas has all 30 voxels, the model 28 of them and 2 others: Dice 1 for K of 3/4 and 1, 60 / 62 for 1/2 (the
+        # The atlas has all 30 voxels, the model 28 of them and 2 more: Dice 1 for K of 3/4 and 1, 60 / 62 for 1/2 (the
         # voxels of both), 28 / 30 for 0 and 1/4.
         truth, model = (np.zeros((32, 1, 1), np.float32) for _ in range(2))
         truth[:30] = model[2:] = 1
@@ -313,6 +313,10 @@ class TestSettings:
     def test_wrong_settings_are_refused(self, wrong: dict[str, object]) -> None:
         with pytest.raises(ValidationError):
             FusionSettings(**wrong)
+
+    def test_other_kernels(self) -> None:
+        gate = train_gate([MODEL_RIGHT], FusionSettings(kernels=(9,), iterations=3))
+        assert (gate.kernels, len(gate.weights)) == ((9,), 2)
 
     def test_start_may_come_as_text(self) -> None:
         assert FusionSettings(start="0.25").start == 0.25  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -271,6 +272,9 @@ def models(as_json: JsonOption = False) -> None:
 
 def main() -> NoReturn:
     """Run the command line and exit."""
+    # PyTorch's threads spin while they wait for each other. On a machine with other work, two threads on two cores
+    # then took 140 s for a pair that takes 25 s when they sleep. Read when PyTorch is loaded, so set first.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         code = typer.main.get_command(app).main(prog_name="atlassegfm", standalone_mode=False)

@@ -10,7 +10,8 @@ import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
@@ -41,7 +42,8 @@ class RegistrationSettings:
 
     structure_search: bool = True
     """Whether each labelled structure is searched for on its own, to start the deformable stage: organs move by
-    centimetres against each other, out of reach of a smooth fit. Abd-MR, atlas 001: 0.724 without, 0.764 with."""
+    centimetres against each other, out of reach of a smooth fit. Abd-MR, atlas 001: mean Dice 0.724 without, 0.764
+    with, the worst query 0.535 and 0.698."""
 
     coarse_voxels: Annotated[int, Field(ge=2_000, le=1_000_000)] = 40_000
     """Voxels of the coarse level over the query's field of view. Its spacing follows (about 9 mm for an abdomen),
@@ -62,12 +64,17 @@ class RegistrationSettings:
     fine_iterations: Annotated[int, Field(ge=0, le=2000)] = 50
     """Adam steps of the deformable fit on the fine level."""
 
-    smoothness: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the squared gradient of the displacement. Abd-MR, atlas 001: 0.3 folds 2 % of the voxels, 3 misses
-    what the organs differ by."""
+    smoothness: Annotated[float, Field(ge=0)] = 0.4
+    """Weight of the squared gradient of the displacement. Mean Dice of the warped atlas at 1 / 0.5 / 0.3, first atlas of
+    each set: Abd-MR 0.767 / 0.761 / 0.763, Abd-CT 0.691 / 0.710 / 0.709, Cardiac 0.757 / 0.751 / 0.748, Hippocampus
+    0.763 / 0.772 / 0.778."""
 
-    mind_weight: Annotated[float, Field(ge=0)] = 5.0
-    """Weight of the MIND-SSC difference against the local correlation (which counts 1/2)."""
+    folding_penalty: Annotated[float, Field(ge=0)] = 10.0
+    """Weight of the squared shortfall of the local volume (Jacobian determinant) below 0.3."""
+
+    mind_weight: Annotated[float, Field(ge=0)] = 2.5
+    """Weight of the MIND-SSC difference against the local correlation (which counts 1/2). Mean Dice of the warped atlas
+    at 5 / 2 / 1, first atlas: Abd-MR 0.762 / 0.760 / 0.754, Hippocampus 0.774 / 0.779 / 0.781."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +97,7 @@ class Registration:
 
     linear: Affine
     field: DisplacementField | None
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = dataclass_field(default_factory=dict)
     confidence: float = 0.0
     folding: float = 0.0
 

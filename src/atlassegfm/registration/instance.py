@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from ..transforms import Affine, DisplacementField, resample
 from ..image import Volume
+from ..transforms import Affine, DisplacementField, resample
 from .features import MIND_CHANNELS, LocalCorrelation, mind_ssc
 from .pyramid import Scan, axes_of, frame_grid, on_grid
 
@@ -28,6 +28,8 @@ _STRIDE = 2
 #: Cube of the local correlation, voxels. On Abd-MR, atlas 001: 2, 3 and 5 within 0.004 of each other.
 _CORRELATION_RADIUS = 3
 _CORRELATION_WEIGHT = 0.5
+#: Tissue squeezed to less than this share of its volume is penalised.
+_LEAST_VOLUME = 0.3
 #: Adam's step in voxels of the level.
 _STEP_VOXELS = 0.5
 
@@ -100,6 +102,7 @@ def fit(
                 settings.mind_weight * (difference * counted).sum()
                 + _CORRELATION_WEIGHT * (unlike * counted).sum()
                 + settings.smoothness * roughness
+                + settings.folding_penalty * _compression(smooth / _STRIDE)
             )
             optimizer.zero_grad()
             loss.backward()
@@ -108,8 +111,34 @@ def fit(
             smooth = F.interpolate(_smooth(control), shape, mode="trilinear", align_corners=True)[0]
         world = np.einsum("wv,vijk->wijk", grid.affine[:3, :3], smooth.cpu().numpy())
         field = DisplacementField(grid, world.astype(np.float32))
-    assert field is not None  # noqa: S101  (there is always a level)
+    if field is None:
+        raise ValueError("there must be a level to fit on")
     return field
+
+
+def _compression(displacement: Tensor) -> Tensor:
+    """Mean squared shortfall of the Jacobian determinant below :data:`_LEAST_VOLUME`.
+
+    Parameters
+    ----------
+    displacement : Tensor, (1, 3, I, J, K)
+        In units of its own grid's spacing.
+    """
+    rows = []
+    for axis in (2, 3, 4):
+        row = displacement.diff(dim=axis)
+        # Forward differences, cut to the nodes that have all three.
+        for other in (2, 3, 4):
+            if other != axis:
+                row = row.narrow(other, 0, row.shape[other] - 1)
+        rows.append(row[0])
+    x, y, z = rows
+    determinant = (
+        (1 + x[0]) * ((1 + y[1]) * (1 + z[2]) - y[2] * z[1])
+        - x[1] * (y[0] * (1 + z[2]) - y[2] * z[0])
+        + x[2] * (y[0] * z[1] - (1 + y[1]) * z[0])
+    )
+    return (_LEAST_VOLUME - determinant).clamp_min(0).pow(2).mean()
 
 
 def _smooth(control: Tensor) -> Tensor:

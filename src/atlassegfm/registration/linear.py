@@ -33,7 +33,8 @@ _OUTSIDE_PRICE = 2.0
 #: Voxels of labelled structures count 1 + this in the atlas. Median error of the start over the 30 Abd-CT pairs:
 #: 24.5 mm at 0, 20.5 mm at 3.
 _STRUCTURE_EMPHASIS = 3.0
-#: Standard deviations of the priors on rotation (radian), log scale and log shear, and their weight (design.md's trial).
+#: Standard deviations of the priors on rotation (radian), log scale and log shear, and their weight (design.md's
+#: trial).
 _PRIOR_ROTATION, _PRIOR_SCALE, _PRIOR_SHEAR, _PRIOR_WEIGHT = 0.15, 0.15, 0.1, 0.02
 #: Points drawn from the foreground of each scan on the coarse and the fine level.
 _COARSE_POINTS, _FINE_POINTS = 5_000, 10_000
@@ -102,10 +103,12 @@ def translations(query: _Side, atlas: _Side, count: int) -> NDArray[np.float64]:
     size = tuple(int(n) for n in query_shape + atlas_shape - 1)
 
     def spectrum(values: Tensor) -> Tensor:
-        return torch.fft.rfftn(values, s=size)
+        transformed: Tensor = torch.fft.rfftn(values, s=size)
+        return transformed
 
     def correlation(product: Tensor) -> Tensor:
-        return torch.fft.irfftn(product, s=size)
+        correlated: Tensor = torch.fft.irfftn(product, s=size)
+        return correlated
 
     query_inside, atlas_inside = spectrum(query.level.inside[0, 0]), spectrum(atlas.level.inside[0, 0])
 
@@ -226,7 +229,7 @@ class _Problem:
                 best_cost = torch.where(better, costs, best_cost)
                 best = torch.where(better[:, None], parameters, best)
             optimizer.zero_grad()
-            costs.sum().backward()  # type: ignore[no-untyped-call]
+            costs.sum().backward()
             optimizer.step()
         return best.detach(), best_cost.detach()
 

@@ -65,18 +65,23 @@ class Level:
 
 
 def level_spacings_mm(grid: Grid, voxels: Sequence[int]) -> tuple[float, ...]:
-    """Isotropic spacing in mm of each level, so that the field of view holds the wanted numbers of voxels.
+    """Isotropic spacing in mm of each level, coarse to fine.
 
-    Never finer than the smallest spacing of the scan; levels that would come out alike are kept once.
+    The finest level holds the largest of the wanted numbers of voxels over the field of view, unless that is finer
+    than the scan itself. The ratios between levels follow from the numbers, so that a small crop at its own
+    resolution still gets coarser levels to start from.
+
+    Parameters
+    ----------
+    grid : Grid
+        Of the fixed scan.
+    voxels : sequence of int
+        Of each level, in any order.
     """
     volume_mm3 = float(np.prod(np.array(grid.shape) * grid.spacing_mm))
-    finest = float(grid.spacing_mm.min())
-    spacings: list[float] = []
-    for count in sorted(voxels):
-        spacing = max((volume_mm3 / count) ** (1 / 3), finest)
-        if not spacings or spacing < 0.9 * spacings[-1]:
-            spacings.append(spacing)
-    return tuple(spacings)
+    most = max(voxels)
+    finest = max((volume_mm3 / most) ** (1 / 3), float(grid.spacing_mm.min()))
+    return tuple(finest * (most / count) ** (1 / 3) for count in sorted(voxels))
 
 
 def prepare(scan: Volume, labels: Volume | None, finest_mm: float, name: str) -> Scan:

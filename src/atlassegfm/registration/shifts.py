@@ -137,10 +137,12 @@ class _Matcher:
         around = 2 * self.reach + 1
 
         def spectrum(values: Tensor) -> Tensor:
-            return torch.fft.rfftn(values, s=size)
+            transformed: Tensor = torch.fft.rfftn(values, s=size)
+            return transformed
 
         def at_shifts(product: Tensor) -> Tensor:
-            return torch.fft.irfftn(product, s=size)[:around, :around, :around]
+            shifted: Tensor = torch.fft.irfftn(product, s=size)[:around, :around, :around]
+            return shifted
 
         patch, scene = spectrum(weight).conj(), torch.fft.rfftn(query, s=size, dim=(1, 2, 3))
         mean, square, seen = (at_shifts(patch * scene[channel]) for channel in range(3))
