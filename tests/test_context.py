@@ -172,3 +172,12 @@ def test_canonical_scan_does_not_depend_on_the_order(affine: np.ndarray) -> None
         np.testing.assert_array_equal(scan.grid.affine, scans[0].grid.affine)
         np.testing.assert_array_equal(scan.data, scans[0].data)
     assert scans[0].grid.distance_mm(straight) < 0.01 * straight.spacing_mm.min()
+
+
+def test_the_scan_given_as_its_own_labels_is_refused(tmp_path):
+    data = np.zeros((6, 6, 6), np.uint8)
+    data[2:4, 2:4, 2:4] = 7
+    scan = tmp_path / "scan.nii.gz"
+    save_volume(Volume(data, Grid((6, 6, 6), np.eye(4))), scan)
+    with pytest.raises(InputError, match=r"scan\.nii\.gz: these are the voxels of the scan itself"):
+        Context.from_files(scan, scan)

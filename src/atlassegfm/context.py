@@ -122,6 +122,11 @@ class Context:
             raise InputError(_mismatch(image, labels, image_name, labels_name))
         scan = canonical_scan(image, image_name)
         turned = labels.turned_to(image.grid.canonical())
+        if np.array_equal(turned.data, scan.data):
+            raise InputError(
+                f"{labels_name}: these are the voxels of the scan itself ({image_name}), not labels; "
+                "give the label map that was drawn on it"
+            )
         return cls(
             scan,
             Volume(np.ascontiguousarray(turned.data), scan.grid, labels.source),

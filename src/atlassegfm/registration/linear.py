@@ -37,7 +37,7 @@ _STRUCTURE_EMPHASIS = 3.0
 #: trial).
 _PRIOR_ROTATION, _PRIOR_SCALE, _PRIOR_SHEAR, _PRIOR_WEIGHT = 0.15, 0.15, 0.1, 0.02
 #: Points drawn from the foreground of each scan on the coarse and the fine level.
-_COARSE_POINTS, _FINE_POINTS = 5_000, 10_000
+_COARSE_POINTS, _FINE_POINTS = 3_000, 6_000
 #: Candidate starts closer than this share of the field of view's size are one.
 _CANDIDATE_DISTANCE = 0.07
 #: Carried to the fine level.
