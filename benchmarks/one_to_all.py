@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("extra", nargs="*", help="options for atlassegfm segment, after --")
     arguments = parser.parse_args()
     if arguments.dataset is not None:
-        first = sorted((arguments.dataset / "labelsTr").glob("*.nii.gz"))[0].name.removesuffix(".nii.gz")
+        first = min((arguments.dataset / "labelsTr").glob("*.nii.gz")).name.removesuffix(".nii.gz")
         run(arguments.dataset, Job("", arguments.atlas or first, arguments.queries), arguments.extra)
         return
     data = Path(os.environ.get("ATLASSEGFM_DATA", "../shared")) / "data"

@@ -27,13 +27,17 @@ from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 GRID = straight_grid()
 
 
+#: All stages, on grids of the size of the tiny patient.
+QUICKLY = ("registration.coarse_voxels=10000", "registration.fine_voxels=40000")
+
+
 @pytest.fixture(scope="module")
 def context() -> Context:
     return Context.from_volumes(ATLAS.scan(GRID), ATLAS.labels(GRID), STRUCTURES)
 
 
 def settings(*overrides: str, registered: bool = False) -> Settings:
-    return with_overrides(Settings(), [*(() if registered else UNREGISTERED), *overrides])
+    return with_overrides(Settings(), [*(QUICKLY if registered else UNREGISTERED), *overrides])
 
 
 def stored_as(volume: Volume, codes: str) -> Volume:
@@ -90,7 +94,6 @@ def test_array_order_changes_nothing(context: Context, codes: str, prompt: str) 
             assert one.prompt.first_mm == other.prompt.first_mm
 
 
-@pytest.mark.slow
 def test_array_order_changes_nothing_after_registration(context: Context) -> None:
     query = QUERY.scan(GRID)
     straight = segment(context, query, settings(registered=True))
@@ -106,7 +109,7 @@ def oblique_grid() -> Grid:
     return Grid(shape, affine)
 
 
-@pytest.mark.parametrize("registered", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("registered", [False, True])
 @pytest.mark.parametrize(
     "grid", [oblique_grid(), straight_grid((64, 54, 24), (1.5, 1.5, 3.0))], ids=["oblique", "anisotropic"]
 )
@@ -126,7 +129,7 @@ def dice_of(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
 
 def test_the_same_twice(context: Context) -> None:
     query = QUERY.scan(GRID)
-    one, other = (segment(context, query, settings("seed=3")) for _ in range(2))
+    one, other = (segment(context, query, settings("seed=3", registered=True)) for _ in range(2))
     np.testing.assert_array_equal(one.labels.data, other.labels.data)
     for value in context.values:
         np.testing.assert_array_equal(one.probabilities[value].fused.values, other.probabilities[value].fused.values)

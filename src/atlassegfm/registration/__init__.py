@@ -65,9 +65,9 @@ class RegistrationSettings:
     """Adam steps of the deformable fit on the fine level."""
 
     smoothness: Annotated[float, Field(ge=0)] = 0.4
-    """Weight of the squared gradient of the displacement. Mean Dice of the warped atlas at 1 / 0.5 / 0.3, first atlas of
-    each set: Abd-MR 0.767 / 0.761 / 0.763, Abd-CT 0.691 / 0.710 / 0.709, Cardiac 0.757 / 0.751 / 0.748, Hippocampus
-    0.763 / 0.772 / 0.778."""
+    """Weight of the squared gradient of the displacement. Mean Dice of the warped atlas at 1 / 0.5 / 0.3, first atlas
+    of each set: Abd-MR 0.767 / 0.761 / 0.763, Abd-CT 0.691 / 0.710 / 0.709, Cardiac 0.757 / 0.751 / 0.748,
+    Hippocampus 0.763 / 0.772 / 0.778."""
 
     folding_penalty: Annotated[float, Field(ge=0)] = 10.0
     """Weight of the squared shortfall of the local volume (Jacobian determinant) below 0.3."""
