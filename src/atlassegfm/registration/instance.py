@@ -90,9 +90,7 @@ def fit(
         for _ in range(steps):
             smooth = _smooth(control)
             displaced = nodes + F.interpolate(smooth, shape, mode="trilinear", align_corners=True).movedim(1, -1)
-            warped = F.grid_sample(
-                atlas_channels, (displaced * to_unit - 1).flip(-1), padding_mode="border", align_corners=True
-            )
+            warped = _sample(atlas_channels, (displaced * to_unit - 1).flip(-1))
             # What is outside the atlas says nothing; it must not pay to leave it either, so no gradient through this.
             counted = weight * warped[:, -1:].detach()
             difference = (warped[:, :MIND_CHANNELS] - query_mind).pow(2).mean(dim=1, keepdim=True)
@@ -114,6 +112,35 @@ def fit(
     if field is None:
         raise ValueError("there must be a level to fit on")
     return field
+
+
+def _sample(channels: Tensor, where: Tensor) -> Tensor:
+    """Read a volume at points, the border's values beyond it.
+
+    PyTorch samples one volume with one thread on a CPU. Cut into as many slabs as there are threads, each beside
+    the same volume, it uses them all, to the same bits.
+
+    Parameters
+    ----------
+    channels : Tensor, (1, C, I, J, K)
+    where : Tensor, (1, A, B, D, 3)
+        In units of -1 to 1, the last axis first, as :func:`torch.nn.functional.grid_sample` takes it.
+
+    Returns
+    -------
+    Tensor, (1, C, A, B, D)
+    """
+    planes = where.shape[1]
+    slabs = min(torch.get_num_threads(), planes) if channels.device.type == "cpu" else 1
+    thickness = -(-planes // slabs)
+    filled = F.pad(where, (0, 0, 0, 0, 0, 0, 0, slabs * thickness - planes))
+    sampled = F.grid_sample(
+        channels.expand(slabs, -1, -1, -1, -1),
+        filled.reshape(slabs, thickness, *where.shape[2:]),
+        padding_mode="border",
+        align_corners=True,
+    )
+    return sampled.movedim(1, 0).flatten(1, 2)[None, :, :planes]
 
 
 def _compression(displacement: Tensor) -> Tensor:
