@@ -37,6 +37,9 @@ def box_mean(image: Tensor, radius: int) -> Tensor:
     Tensor, (N, C, I, J, K)
     """
     size = 2 * radius + 1
+    if min(image.shape[2:]) < size:
+        # Pooling refuses a kernel longer than the image, as in a scan of one or two slices.
+        return box_sum(image, radius) / box_sum(torch.ones_like(image[:1, :1]), radius)
     for axis in range(3):
         kernel = [1, 1, 1]
         padding = [0, 0, 0]
@@ -96,8 +99,8 @@ def box_sum(image: Tensor, radius: int) -> Tensor:
         padding = [0] * 6
         padding[2 * (4 - axis)] = padding[2 * (4 - axis) + 1] = radius
         padded, length = F.pad(image, padding), image.shape[axis]
-        image = padded.narrow(axis, 0, length) + padded.narrow(axis, 1, length)
-        for step in range(2, 2 * radius + 1):
+        image = padded.narrow(axis, 0, length)
+        for step in range(1, 2 * radius + 1):
             image = image + padded.narrow(axis, step, length)
     return image
 
