@@ -334,11 +334,25 @@ def test_deformable_alone_trusts_the_coordinates() -> None:
     grid = scenes.straight_grid()
     told: list[str] = []
     result = register(
-        scenes.QUERY.scan(grid), scenes.ATLAS.scan(grid), replace(QUICK, rigid=False), on_stage=told.append
+        scenes.QUERY.scan(grid),
+        scenes.ATLAS.scan(grid),
+        replace(QUICK, rigid=False, affine=False),
+        on_stage=told.append,
     )
     np.testing.assert_array_equal(result.linear.matrix, np.eye(4))
     assert result.field is not None
     assert told == list(result.seconds) == ["prepare", "deformable", "assess"]
+
+
+def test_affine_alone_starts_from_the_coordinates() -> None:
+    grid = scenes.straight_grid()
+    grown = Affine(np.diag([1.08, 1.0, 0.94, 1.0]))
+    moving, fixed = scenes.ATLAS.scan(grid), seen_through(grown.matrix, grid)
+    found = register(fixed, moving, replace(LINEAR, rigid=False)).linear
+    corners = grid.corners_mm / 2
+    before = np.linalg.norm(grown.map(corners) - corners, axis=1).mean()
+    after = np.linalg.norm(grown.map(corners) - found.map(corners), axis=1).mean()
+    assert after < before / 2
 
 
 def test_initial_takes_the_place_of_the_linear_stages() -> None:

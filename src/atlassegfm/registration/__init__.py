@@ -32,7 +32,8 @@ class RegistrationSettings:
     """Deformable engine."""
 
     rigid: bool = True
-    """Whether to search translations and fit a rigid motion. Off: the scanner's coordinates are trusted."""
+    """Whether to search translations and fit a rigid motion. Off: the scanner's coordinates are the start of what
+    follows."""
 
     affine: bool = True
     """Whether to fit scale and shear too."""
@@ -159,7 +160,7 @@ def register(
         fixed_scan = pyramid.prepare(fixed, None, spacings[-1], "query")
         moving_scan = pyramid.prepare(moving, moving_labels, spacings[-1], "atlas")
     linear = initial or Affine.identity()
-    if initial is None and settings.rigid:
+    if initial is None and (settings.rigid or settings.affine):
         with stage("linear"):
             linear = linear_stages.fit(fixed_scan, moving_scan, spacings, settings, device)
     field = None

@@ -49,6 +49,8 @@ def fit(
 ) -> Affine:
     """Search, fit rigidly, fit affinely; from the coarse to the fine level.
 
+    Without the rigid stage there is no search: the affine fit starts from the scanner's coordinates.
+
     Returns
     -------
     Affine
@@ -62,7 +64,9 @@ def fit(
         atlas = _Side(on_grid(moving, frame_grid(moving.intensity.grid, axes, spacing), device), _STRUCTURE_EMPHASIS)
         points = _COARSE_POINTS if number == 0 else _FINE_POINTS
         problem = _Problem(query, atlas, centre, points)
-        if number == 0:
+        if number == 0 and not settings.rigid:
+            parameters = torch.zeros((1, 12), device=device)
+        elif number == 0:
             shifts_mm = translations(query, atlas, settings.candidates)
             parameters = torch.zeros((len(shifts_mm), 12), device=device)
             parameters[:, :3] = torch.as_tensor(shifts_mm, dtype=torch.float32, device=device)
