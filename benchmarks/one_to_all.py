@@ -37,9 +37,7 @@ class Job:
 README_JOBS = (
     Job("Dataset001_AbdMR", "abdmr_001"),
     Job("Dataset004_Hippocampus", "hippocampus_001"),
-    Job("Dataset002_AbdCT", "abdct_003", 2),
-    Job("Dataset005_Cardiac", "cardiac_004", 2),
-    Job("Dataset003_OASIS", "oasis_1003", 1),
+    Job("Dataset002_AbdCT", "abdct_003"),
 )
 
 
