@@ -91,16 +91,19 @@ def main() -> None:
     parser.add_argument("dataset", nargs="?", type=Path, help="folder in nnU-Net raw layout")
     parser.add_argument("--atlas", help="case to take as atlas (the first one if left out)")
     parser.add_argument("--queries", type=int, help="at most so many")
-    parser.add_argument("extra", nargs="*", help="options for atlassegfm segment, after --")
-    arguments = parser.parse_args()
+    parser.epilog = "What follows -- goes to atlassegfm segment."
+    own, extra = sys.argv[1:], []
+    if "--" in own:
+        own, extra = own[: own.index("--")], own[own.index("--") + 1 :]
+    arguments = parser.parse_args(own)
     if arguments.dataset is not None:
         first = min((arguments.dataset / "labelsTr").glob("*.nii.gz")).name.removesuffix(".nii.gz")
-        run(arguments.dataset, Job("", arguments.atlas or first, arguments.queries), arguments.extra)
+        run(arguments.dataset, Job("", arguments.atlas or first, arguments.queries), extra)
         return
     data = Path(os.environ.get("ATLASSEGFM_DATA", "../shared")) / "data"
     for job in README_JOBS:
         if (data / job.folder).is_dir():
-            run(data / job.folder, job, arguments.extra)
+            run(data / job.folder, job, extra)
         else:
             print(f"{data / job.folder}: not there, left out")
 

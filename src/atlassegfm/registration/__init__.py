@@ -59,10 +59,10 @@ class RegistrationSettings:
     linear_iterations: Annotated[int, Field(ge=1, le=1000)] = 30
     """Adam steps of each linear fit (rigid and affine on the coarse level, affine again on the fine one)."""
 
-    coarse_iterations: Annotated[int, Field(ge=0, le=2000)] = 60
-    """Adam steps of the deformable fit on the coarse level; more change nothing (150: the same Dice)."""
+    coarse_iterations: Annotated[int, Field(ge=0, le=2000)] = 40
+    """Adam steps of the deformable fit on the coarse level; more change little."""
 
-    fine_iterations: Annotated[int, Field(ge=0, le=2000)] = 50
+    fine_iterations: Annotated[int, Field(ge=0, le=2000)] = 35
     """Adam steps of the deformable fit on the fine level."""
 
     smoothness: Annotated[float, Field(ge=0)] = 0.4
