@@ -68,7 +68,7 @@ def search(
     atlas = on_grid(moving, grid, device, linear)
     size_mm = float(np.prod(np.array(grid.shape) * spacing_mm)) ** (1 / 3)
     values = [int(value) for value in np.unique(labels.data) if value]
-    # An atlas in view from outside the query would be lost on the query's own grid: give it room to move in.
+    # What the linear map puts outside the query's grid is not searched for.
     maps = {value: mask for value, mask in warp_labels(labels, values, grid, linear).items() if not mask.is_empty}
     large = sorted(maps, key=lambda value: -float(maps[value].values.sum()))[:_MOST_STRUCTURES]
     matcher = _Matcher(query, atlas, spacing_mm, size_mm)
