@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from atlassegfm import metrics
-from atlassegfm.metrics import dice, dice_per_structure
+from atlassegfm.metrics import dice, dice_per_structure, overlap
 
 
 def test_dice_by_hand() -> None:
@@ -59,7 +58,7 @@ def test_per_structure_by_hand() -> None:
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 22])
 def test_per_structure_in_any_order_and_chunk(order: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_CHUNK", chunk)
+    monkeypatch.setattr(overlap, "_CHUNK", chunk)
     random = np.random.default_rng(0)
     result = np.array(random.integers(0, 5, (4, 5, 6)), np.uint16, order=order)
     reference = np.array(random.integers(0, 5, (4, 5, 6)), np.int32)

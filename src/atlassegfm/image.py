@@ -258,13 +258,20 @@ def load_image(path: Path) -> Volume:
     return Volume(data, volume.grid, volume.source)
 
 
-def load_labels(path: Path) -> Volume:
+def load_labels(path: Path, *, allow_empty: bool = False) -> Volume:
     """Read a label map: whole numbers, 0 for background, as the smallest unsigned integer type.
+
+    Parameters
+    ----------
+    path : Path
+        As :func:`load_volume` takes it.
+    allow_empty : bool
+        Whether a map without any label is one: a result may have found nothing, an atlas may not.
 
     Raises
     ------
     InputError
-        As :func:`load_volume`, and if there are fractions, negative values or no label at all.
+        As :func:`load_volume`, and if there are fractions, negative values or no label where one is needed.
     """
     volume = load_volume(path)
     data = volume.data
@@ -280,7 +287,7 @@ def load_labels(path: Path) -> Volume:
     low, high = int(data.min()), int(data.max())
     if low < 0:
         raise InputError(f"{path}: the label map has the value {low}; expected 0 for background and labels above 0")
-    if high == 0:
+    if high == 0 and not allow_empty:
         raise InputError(f"{path}: the label map is empty (all voxels are 0); expected at least one structure")
     try:
         label_type = smallest_label_type(high)

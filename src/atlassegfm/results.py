@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from .context import Context
 from .errors import InputError
 from .geometry import Grid
 from .image import Volume, save_volume
+from .memory import peak_memory_mb
 from .pipeline import Segmentation
 from .registration import Registration
 from .settings import to_dict
@@ -216,7 +216,7 @@ def run_summary(segmentation: Segmentation, inputs: RunInputs) -> dict[str, Any]
         "inputs": inputs.summary(),
         **summary,
         "total_seconds": round(sum(segmentation.seconds.values()), 3),
-        "peak_memory_mb": _peak_memory_mb(),
+        "peak_memory_mb": peak_memory_mb(),
         "settings": to_dict(segmentation.settings),
         "versions": {
             "atlassegfm": version(),
@@ -285,13 +285,3 @@ def _save_probabilities(segmentation: Segmentation, path: Path) -> None:
     # nibabel takes a slope for a wish to be rescaled; set on the header it scales what it is given.
     image.header.set_slope_inter(1 / 255, 0)
     nib.save(image, path)
-
-
-def _peak_memory_mb() -> int | None:
-    """Largest memory of this process so far; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))

@@ -20,7 +20,8 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from ..image import Volume
 from ..transforms import Affine, Chain, DisplacementField, Transform
 
-#: Deformable engines: name to module of this package. Each has ``fit(fixed, moving, linear, start, settings, device)``.
+#: Deformable engines: name to module of this package. Each has ``fit(fixed, moving, linear, spacings_mm, start,
+#: settings, device)``, which gives the field and how many numbers it fitted.
 ENGINES: Mapping[str, str] = {"instance": "instance"}
 
 
@@ -94,6 +95,8 @@ class Registration:
         In [0, 1]: 0 if the scans are as unlike where they overlap as misplaced ones, 1 if they are the same.
     folding : float
         Share of the field's nodes in the query's body at which space is folded, in [0, 1].
+    parameters : mapping of str to int
+        How many numbers each stage fitted; of the deformable one, on its finest level.
     """
 
     linear: Affine
@@ -101,6 +104,7 @@ class Registration:
     seconds: Mapping[str, float] = dataclass_field(default_factory=dict)
     confidence: float = 0.0
     folding: float = 0.0
+    parameters: Mapping[str, int] = dataclass_field(default_factory=dict)
 
     @property
     def fixed_to_moving(self) -> Transform:
@@ -146,6 +150,7 @@ def register(
 
     settings = settings or RegistrationSettings()
     seconds: dict[str, float] = {}
+    parameters: dict[str, int] = {}
 
     @contextmanager
     def stage(name: str) -> Iterator[None]:
@@ -163,6 +168,7 @@ def register(
     if initial is None and (settings.rigid or settings.affine):
         with stage("linear"):
             linear = linear_stages.fit(fixed_scan, moving_scan, spacings, settings, device)
+        parameters["linear"] = 12 if settings.affine else 6
     field = None
     if settings.deformable:
         start = None
@@ -171,9 +177,11 @@ def register(
                 start = shifts.search(fixed_scan, moving_scan, moving_labels, linear, spacings[-1], device)
         engine = importlib.import_module(f".{ENGINES[settings.engine]}", __name__)
         with stage("deformable"):
-            field = engine.fit(fixed_scan, moving_scan, linear, spacings, start, settings, device)
+            field, parameters["deformable"] = engine.fit(
+                fixed_scan, moving_scan, linear, spacings, start, settings, device
+            )
     with stage("assess"):
         composed: Transform = linear if field is None else Chain((field, linear))
         confidence = linear_stages.confidence(fixed_scan, moving_scan, composed, spacings[-1])
         folding = 0.0 if field is None else pyramid.folding_in_body(field, fixed_scan)
-    return Registration(linear, field, seconds, confidence, folding)
+    return Registration(linear, field, seconds, confidence, folding, parameters)

@@ -42,7 +42,7 @@ def fit(
     start: DisplacementField | None,
     settings: RegistrationSettings,
     device: str,
-) -> DisplacementField:
+) -> tuple[DisplacementField, int]:
     """Optimise the displacement of one pair.
 
     Parameters
@@ -58,8 +58,10 @@ def fit(
 
     Returns
     -------
-    DisplacementField
+    field : DisplacementField
         On the fine level's grid, in the fixed world.
+    parameters : int
+        Numbers fitted on the finest level.
     """
     axes = axes_of(fixed.intensity.grid)
     field = start
@@ -111,7 +113,7 @@ def fit(
         field = DisplacementField(grid, world.astype(np.float32))
     if field is None:
         raise ValueError("there must be a level to fit on")
-    return field
+    return field, control.numel()
 
 
 def _sample(channels: Tensor, where: Tensor) -> Tensor:

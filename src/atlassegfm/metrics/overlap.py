@@ -1,7 +1,4 @@
-"""How well a result agrees with a reference, on the query's native grid.
-
-A structure that neither of the two has gives NaN, never 1: whoever averages must say how those are counted.
-"""
+"""Dice coefficient: voxels in common."""
 
 from __future__ import annotations
 

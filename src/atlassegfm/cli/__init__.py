@@ -8,14 +8,12 @@ What computes is imported inside the commands: help and usage errors come at onc
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -23,21 +21,38 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from .errors import AtlasSegError, InputError, MissingExtraError
+from ..errors import AtlasSegError, InputError, MissingExtraError
+from .benchmark import app as benchmark_app
+from .evaluation import evaluate
+from .session import (
+    EXIT_FAILURES,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    ConfigOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    PromptOption,
+    QuietOption,
+    SeedOption,
+    Session,
+    SetOption,
+    build_settings,
+    open_session,
+    or_none,
+    print_json,
+    print_table,
+    score_text,
+    sentence,
+)
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.progress import Progress, TaskID
-
-    from .context import Context
-    from .models import Segmenter
-    from .pipeline import Settings
+    from ..context import Context
+    from ..models import Segmenter
+    from ..pipeline import Settings
 
 logger = logging.getLogger(__name__)
 
-EXIT_FAILURES = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 #: Tables that rich lays out are as wide as this where they go into a file or a pipe.
 _PIPED_WIDTH = 160
 #: Shells report a process that a signal ended as 128 + the signal's number.
@@ -52,34 +67,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a setting; may be repeated. `atlassegfm settings` lists them."
-    ),
-]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", metavar="FILE", help="Settings in TOML, as `atlassegfm settings` prints them."),
-]
-DeviceOption = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress; warnings and errors stay.")]
-SeedOption = Annotated[
-    int | None, typer.Option("--seed", metavar="N", help="Start of the random numbers [default: 0].")
-]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", metavar="NAME", help="Segmentation model, or none [default: builtin].")
-]
-PromptOption = Annotated[
-    str | None,
-    typer.Option("--prompt", metavar="auto|click|box|mask", help="What to prompt the model with [default: auto]."),
-]
-
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from . import __version__
+        from .. import __version__
 
         typer.echo(f"atlassegfm {__version__}")
         raise typer.Exit
@@ -122,11 +113,11 @@ def segment(
     Each query gets a folder of its name in OUT, with segmentation.nii.gz (on the query's own voxels) and
     run.json (what was done).
     """
-    with _session(quiet) as session:
-        from .pipeline import NO_MODEL, prompt_kind, resolve_device
-        from .results import output_folder
+    with open_session(quiet) as session:
+        from ..pipeline import NO_MODEL, prompt_kind, resolve_device
+        from ..results import output_folder
 
-        settings = _settings(config, overrides, model=model, prompt=prompt, seed=seed)
+        settings = build_settings(config, overrides, model=model, prompt=prompt, seed=seed)
         prompt_kind(settings)
         jobs = _plan(queries, out, [path for path in (atlas, labels, names, config) if path is not None])
         resolved = resolve_device(device)
@@ -134,16 +125,16 @@ def segment(
             session.progress("reading the atlas")
             loaded = None
             if settings.model != NO_MODEL:
-                from .models import load_model
+                from ..models import load_model
 
                 loaded = load_model(settings.model, resolved)
-            from .context import Context
+            from ..context import Context
 
             context = Context.from_files(atlas, labels, names)
             done, failed = _segment_all(jobs, context, settings, resolved, loaded, session, keep=keep)
     if as_json:
         failures = [{"query": failure.job.query.name, "reason": failure.reason} for failure in failed]
-        _print_json({"results": done, "failures": failures})
+        print_json({"results": done, "failures": failures})
     else:
         for run in done:
             _print_run(run)
@@ -168,18 +159,18 @@ def demo(
     quiet: QuietOption = False,
 ) -> None:
     """Do the whole job on two made-up scans; nothing to download."""
-    with _session(quiet) as session:
+    with open_session(quiet) as session:
         if picture:
-            from .report import require_report_extra
+            from ..report import require_report_extra
 
             try:
                 require_report_extra()
             except MissingExtraError as error:
                 raise InputError(f"{error}, or use --no-picture") from None
-        from .demo import ATLAS, LABELS, QUERY, run_demo
-        from .pipeline import prompt_kind, resolve_device
+        from ..demo import ATLAS, LABELS, QUERY, run_demo
+        from ..pipeline import prompt_kind, resolve_device
 
-        settings = _settings(None, overrides, seed=seed)
+        settings = build_settings(None, overrides, seed=seed)
         prompt_kind(settings)
         resolved = resolve_device(device)
         outcome = run_demo(out, settings, device=resolved, picture=picture, on_stage=session.progress)
@@ -188,21 +179,21 @@ def demo(
         scores = [
             {
                 "name": s.structure.name,
-                "atlas": _or_none(s.atlas),
-                "model": _or_none(s.model),
-                "fused": _or_none(s.fused),
+                "atlas": or_none(s.atlas),
+                "model": or_none(s.model),
+                "fused": or_none(s.fused),
             }
             for s in outcome.scores
         ]
-        mean = dict(zip(("atlas", "model", "fused"), (_or_none(value) for value in means), strict=True))
-        _print_json({"dice": {"structures": scores, "mean": mean}, "run": outcome.run})
+        mean = dict(zip(("atlas", "model", "fused"), (or_none(value) for value in means), strict=True))
+        print_json({"dice": {"structures": scores, "mean": mean}, "run": outcome.run})
         return
     rows: list[tuple[str, ...]] = [
-        (s.structure.name, _score(s.atlas), _score(s.model), _score(s.fused)) for s in outcome.scores
+        (s.structure.name, score_text(s.atlas), score_text(s.model), score_text(s.fused)) for s in outcome.scores
     ]
-    rows.append(("mean", *(_score(mean) for mean in means)))
+    rows.append(("mean", *(score_text(mean) for mean in means)))
     typer.echo("Dice against the true labels")
-    _print_table(("structure", "atlas only", "model", "fused"), rows, numbers_from=1)
+    print_table(("structure", "atlas only", "model", "fused"), rows, numbers_from=1)
     command = ["atlassegfm", "segment", "--atlas", str(out / "data" / ATLAS), "--labels", str(out / "data" / LABELS)]
     command += [str(out / "data" / QUERY), "-o", str(out / "result")]
     for assignment in overrides or ():
@@ -224,12 +215,12 @@ def check(
 
     The exit code is 2 if a file could not be used.
     """
-    with _session(quiet=True, warnings=False):
-        from . import doctor
+    with open_session(quiet=True, warnings=False):
+        from .. import doctor
 
         result = doctor.check(file for path in files for file in _files(path))
     if as_json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
         from rich.console import Console
 
@@ -241,22 +232,26 @@ def check(
         raise typer.Exit(EXIT_USAGE)
 
 
+app.command()(evaluate)
+app.add_typer(benchmark_app, name="benchmark")
+
+
 @app.command()
 def settings(config: ConfigOption = None, overrides: SetOption = None) -> None:
     """Print all settings as TOML, with what they mean."""
-    with _session(quiet=True):
-        from .settings import to_toml
+    with open_session(quiet=True):
+        from ..settings import to_toml
 
-        text = to_toml(_settings(config, overrides))
+        text = to_toml(build_settings(config, overrides))
     typer.echo(text, nl=False)
 
 
 @app.command()
 def models(as_json: JsonOption = False) -> None:
     """List the segmentation models."""
-    with _session(quiet=True):
-        from .models import MODELS
-        from .pipeline import NO_MODEL
+    with open_session(quiet=True):
+        from ..models import MODELS
+        from ..pipeline import NO_MODEL
 
         rows: list[tuple[str, ...]] = [
             (row.name, ", ".join(row.prompts), row.code_licence, row.weights_licence, row.summary)
@@ -265,9 +260,9 @@ def models(as_json: JsonOption = False) -> None:
         rows.append((NO_MODEL, "", "", "", "the result is the warped atlas"))
     if as_json:
         keys = ("name", "prompts", "code_licence", "weights_licence", "summary")
-        _print_json([dict(zip(keys, (r[0], r[1].split(", ") if r[1] else [], *r[2:]), strict=True)) for r in rows])
+        print_json([dict(zip(keys, (r[0], r[1].split(", ") if r[1] else [], *r[2:]), strict=True)) for r in rows])
         return
-    _print_table(("model", "prompts, best first", "code", "weights", ""), rows)
+    print_table(("model", "prompts, best first", "code", "weights", ""), rows)
 
 
 def main() -> NoReturn:
@@ -279,7 +274,7 @@ def main() -> NoReturn:
     try:
         code = typer.main.get_command(app).main(prog_name="atlassegfm", standalone_mode=False)
     except typer.TyperException as error:
-        typer.echo(f"error: {_sentence(error.format_message())}", err=True)
+        typer.echo(f"error: {sentence(error.format_message())}", err=True)
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = EXIT_INTERRUPTED
@@ -312,8 +307,8 @@ class _Failure:
 
 def _plan(queries: Sequence[Path], out: Path, inputs: Sequence[Path]) -> list[_Job]:
     """Which files are to be segmented and where the results go; checked before anything is computed."""
-    from .image import image_stem
-    from .results import RESULT_NAMES, check_replaceable
+    from ..image import image_stem
+    from ..results import RESULT_NAMES, check_replaceable
 
     jobs: dict[str, _Job] = {}
     for query in [file for path in queries for file in _files(path)]:
@@ -342,7 +337,7 @@ def _plan(queries: Sequence[Path], out: Path, inputs: Sequence[Path]) -> list[_J
 
 def _files(path: Path) -> list[Path]:
     """The file itself, or the image files of a folder."""
-    from .image import IMAGE_SUFFIXES, image_suffix
+    from ..image import IMAGE_SUFFIXES, image_suffix
 
     if not path.is_dir():
         return [path]
@@ -363,7 +358,7 @@ def _segment_all(
     settings: Settings,
     device: str,
     model: Segmenter | None,
-    session: _Session,
+    session: Session,
     *,
     keep: bool,
 ) -> tuple[list[dict[str, Any]], list[_Failure]]:
@@ -394,13 +389,13 @@ def _segment_one(
     settings: Settings,
     device: str,
     model: Segmenter | None,
-    session: _Session,
+    session: Session,
     *,
     keep: bool,
 ) -> dict[str, Any]:
-    from . import pipeline
-    from .image import load_image
-    from .results import RunInputs, write_result
+    from .. import pipeline
+    from ..image import load_image
+    from ..results import RunInputs, write_result
 
     session.progress("reading")
     query = load_image(job.query)
@@ -410,110 +405,9 @@ def _segment_one(
     return {"query": job.query.name, "output": str(job.folder), **run}
 
 
-def _settings(
-    config: Path | None,
-    overrides: Sequence[str] | None,
-    *,
-    model: str | None = None,
-    prompt: str | None = None,
-    seed: int | None = None,
-) -> Settings:
-    """Defaults, then the file, then ``--set``, then the options of their own."""
-    from .pipeline import Settings
-    from .settings import with_file, with_overrides, with_table
-
-    chosen = Settings()
-    if config is not None:
-        chosen = with_file(chosen, config)
-    chosen = with_overrides(chosen, overrides or ())
-    for key, value in (("model", model), ("prompt", prompt), ("seed", seed)):
-        if value is not None:
-            chosen = with_table(chosen, {key: value}, origin=f"--{key}")
-    return chosen
-
-
-# Talking to the user
-
-
-class _Session:
-    """Progress, warnings and errors on standard error."""
-
-    def __init__(self, console: Console, bar: Progress | None, *, quiet: bool) -> None:
-        self._console = console
-        self._bar = bar
-        self._task: TaskID | None = None if bar is None else bar.add_task("starting")
-        self._quiet = quiet
-        self._prefix = ""
-
-    def begin(self, number: int, count: int, name: str) -> None:
-        """Say that a query begins."""
-        self._prefix = f"{name} " if count == 1 else f"[{number}/{count}] {name} "
-
-    def progress(self, stage: str) -> None:
-        """Say what is being done; parts of a stage come as "stage: part"."""
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=f"{self._prefix}{stage}".replace("[", r"\["))
-        elif not self._quiet and ": " not in stage:
-            self.say(f"{self._prefix}{stage}")
-
-    def error(self, sentence: str) -> None:
-        """Say what went wrong."""
-        self.say(f"error: {_sentence(sentence)}")
-
-    def say(self, text: str) -> None:
-        """One line, as it is."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-class _WarningLines(logging.Handler):
-    """Log records as lines of a session."""
-
-    def __init__(self, session: _Session) -> None:
-        super().__init__(logging.WARNING)
-        self._session = session
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._session.say(f"{record.levelname.lower()}: {self.format(record)}")
-
-
-@contextmanager
-def _session(quiet: bool, *, warnings: bool = True) -> Iterator[_Session]:
-    """Show progress and warnings; turn errors of this package into a line and an exit code."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    with ExitStack() as stack:
-        bar = None
-        if console.is_terminal and not quiet:
-            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-            bar = Progress(
-                SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
-            )
-            stack.enter_context(bar)
-        session = _Session(console, bar, quiet=quiet)
-        handler = _WarningLines(session) if warnings else logging.NullHandler()
-        package = logging.getLogger(__package__)
-        package.addHandler(handler)
-        stack.callback(package.removeHandler, handler)
-        try:
-            yield session
-        except AtlasSegError as error:
-            session.error(str(error))
-            raise typer.Exit(EXIT_USAGE) from None
-
-
 def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
     """End by an exception, so that nothing unfinished is left behind when a cluster ends the job."""
     raise SystemExit(_SIGNALLED + number)
-
-
-def _sentence(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _print_json(content: Any) -> None:
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _print_run(run: dict[str, Any]) -> None:
@@ -527,25 +421,4 @@ def _print_run(run: dict[str, Any]) -> None:
         for one in run["structures"]
     ]
     typer.echo(f"{run['query']} -> {run['output']}  ({run['total_seconds']:.1f} s on {run['device']})")
-    _print_table(("structure", "volume ml", "round trip", "status"), rows, numbers_from=1, numbers_to=3)
-
-
-def _print_table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int = 99, numbers_to: int = 99
-) -> None:
-    """Columns as wide as their content, the numbers to the right."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    for row in (head, *rows):
-        cells = [
-            cell.rjust(width) if numbers_from <= column < numbers_to else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        typer.echo("  " + "  ".join(cells).rstrip())
-
-
-def _score(value: float | None) -> str:
-    return "-" if value is None or value != value else f"{value:.3f}"
-
-
-def _or_none(value: float | None) -> float | None:
-    return None if value is None or value != value else round(value, 4)
+    print_table(("structure", "volume ml", "round trip", "status"), rows, numbers_from=1, numbers_to=3)

@@ -1,0 +1,105 @@
+"""Which case is the atlas for which query."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from ..errors import InputError
+from ..names import listed
+
+logger = logging.getLogger(__name__)
+
+Protocol = Literal["one-shot-5fold", "one-to-all", "all-pairs"]
+PROTOCOLS: tuple[str, ...] = get_args(Protocol)
+#: Of the paper's protocol.
+FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An atlas and a query, by the names of their cases."""
+
+    atlas: str
+    query: str
+
+
+def make_pairs(
+    cases: Sequence[str],
+    protocol: str,
+    *,
+    seed: int = 0,
+    folds: int = FOLDS,
+    atlases: Sequence[str] = (),
+    every: int = 1,
+) -> tuple[Pair, ...]:
+    """Pairs of a protocol, those of one atlas together.
+
+    Parameters
+    ----------
+    cases : sequence of str
+        Names of all cases, sorted.
+    protocol : {"one-shot-5fold", "one-to-all", "all-pairs"}
+        "one-shot-5fold" is the paper's: the cases are shuffled and dealt into folds, and in each fold the first
+        case is the atlas for its other cases. "one-to-all": each of ``atlases`` for all other cases. "all-pairs":
+        every case for every other one.
+    seed : int
+        Start of the random numbers of the shuffle.
+    folds : int
+        How many, at least 2.
+    atlases : sequence of str
+        For "one-to-all"; the first case if left out.
+    every : int
+        Keep only the first of so many successive pairs.
+
+    Raises
+    ------
+    InputError
+        If there are too few cases, an atlas is not among them, or an option belongs to another protocol.
+    """
+    if protocol not in PROTOCOLS:
+        raise InputError(f"unknown protocol {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
+    if len(cases) < 2:
+        raise InputError(f"a benchmark needs an atlas and a query; found {len(cases)} case: add labelled cases")
+    if every < 1:
+        raise InputError(f"--every {every}: expected 1 (all pairs) or more")
+    if atlases and protocol != "one-to-all":
+        raise InputError(f"--atlas belongs to the protocol one-to-all, not {protocol}; leave one of them out")
+    if protocol == "one-shot-5fold":
+        pairs = _folds(cases, seed, folds)
+    else:
+        unknown = [atlas for atlas in atlases if atlas not in cases]
+        if unknown:
+            raise InputError(
+                f"--atlas {unknown[0]}: not a case of this benchmark; expected one of {listed(list(cases))}"
+            )
+        chosen = list(dict.fromkeys(atlases)) or list(cases[:1])
+        chosen = list(cases) if protocol == "all-pairs" else chosen
+        pairs = [Pair(atlas, query) for atlas in chosen for query in cases if query != atlas]
+    return tuple(pairs[::every])
+
+
+def _folds(cases: Sequence[str], seed: int, folds: int) -> list[Pair]:
+    if folds < 2:
+        raise InputError(f"--folds {folds}: expected 2 or more")
+    if len(cases) < folds:
+        raise InputError(
+            f"{folds} folds need at least {folds} cases, found {len(cases)}; "
+            "use --folds with a smaller number, or --protocol all-pairs"
+        )
+    shuffled = [cases[int(n)] for n in np.random.default_rng(seed).permutation(len(cases))]
+    dealt = [shuffled[n::folds] for n in range(folds)]
+    pairs = [Pair(fold[0], query) for fold in dealt for query in sorted(fold[1:])]
+    alone = sum(len(fold) == 1 for fold in dealt)
+    if not pairs:
+        raise InputError(
+            f"{folds} folds of {len(cases)} cases leave one case in each, an atlas without a query; "
+            "use --folds with a smaller number, or --protocol all-pairs"
+        )
+    if alone:
+        logger.warning("%d of %d folds hold a single case, an atlas without a query; they give no pair", alone, folds)
+    return pairs

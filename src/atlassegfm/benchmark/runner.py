@@ -1,0 +1,582 @@
+"""Running a benchmark: pair after pair, every method on each, kept on disk so that a killed run goes on.
+
+A finished pair is a file ``pairs/VARIANT/ATLAS__QUERY.json``. ``plan.json`` says what they were made with; a
+folder that was made with something else is refused, as its figures would be mixed with those of today.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import math
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from .. import __version__
+from ..context import Context, canonical_scan
+from ..dataset import Dataset
+from ..errors import AtlasSegError, InputError
+from ..evaluation import label_values, score_volumes
+from ..fusion import label_map
+from ..image import LocalMap, Volume, atomic_path, load_image, load_labels
+from ..memory import peak_memory_mb, reset_peak_memory
+from ..metrics import StructureScores
+from ..models import load_model
+from ..pipeline import NO_MODEL, Segmentation, Settings, segment
+from ..prompts import make_prompt
+from ..settings import to_dict
+from ..tolerances import Tolerances
+from .protocols import Pair
+
+logger = logging.getLogger(__name__)
+
+#: What is scored of each pair. "oracle": where atlas and model disagree, the one that is right, if one is: what a
+#: perfect gate between both would give.
+METHODS = ("atlas", "model", "fused", "oracle")
+#: Code that cannot change a score: a run goes on after a change to it.
+_HARMLESS = ("__main__.py", "cli.py", "cli/", "demo.py", "doctor.py", "report.py", "results.py", "benchmark/tables.py")
+_HARMLESS_TOO = ("benchmark/plots.py", "benchmark/protocols.py", "phantom.py", "memory.py", "benchmark/timing.py")
+PLAN, PAIRS = "plan.json", "pairs"
+#: Files of a benchmark's folder; one with anything else in it is not touched.
+OUTPUTS = frozenset({PLAN, PAIRS, "results.csv", "times.csv", "summary.json", "report.md", "dice.png", "dice-time.png"})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of doing the job, a column of the benchmark.
+
+    Parameters
+    ----------
+    name : str
+        As tables show it.
+    settings : Settings
+        Of the job.
+    prompts_from : {"atlas", "user"}
+        "user": the model alone, with one click into the middle of the true structure.
+    methods : tuple of str
+        Which of :data:`METHODS` tables show.
+    """
+
+    name: str
+    settings: Settings
+    prompts_from: Literal["atlas", "user"] = "atlas"
+    methods: tuple[str, ...] = METHODS
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Which methods this variant has."""
+        if self.prompts_from == "user":
+            return ("model",)
+        return ("atlas",) if self.settings.model == NO_MODEL else METHODS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides the figures of a benchmark.
+
+    Parameters
+    ----------
+    title : str
+        What it is, in a few words ("all-pairs").
+    dataset : Dataset
+        With the cases that take part.
+    pairs : tuple of Pair
+        In the order they are run.
+    variants : tuple of Variant
+        Run one after the other on each pair, beginning with another one each time, so that their times compare.
+    values : tuple of int
+        Label values that take part: the others are taken out of the atlas and are not scored.
+    tolerances : Tolerances
+        For the NSD.
+    centreline : tuple of int
+        Label values that clDice is wanted for.
+    seed : int
+        Of the protocol and the bootstrap.
+    device : {"cpu", "cuda"}
+        Where to compute.
+    command : str
+        That gives the same again.
+    """
+
+    title: str
+    dataset: Dataset
+    pairs: tuple[Pair, ...]
+    variants: tuple[Variant, ...]
+    values: tuple[int, ...]
+    tolerances: Tolerances
+    centreline: tuple[int, ...] = ()
+    seed: int = 0
+    device: str = "cpu"
+    command: str = ""
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Name of each label value that takes part."""
+        return {value: self.dataset.structures[value] for value in self.values}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be the same for a run to go on, as plain values."""
+        import torch
+
+        used = sorted({name for pair in self.pairs for name in (pair.atlas, pair.query)})
+        cases = {name: self.dataset.case(name) for name in used}
+        return {
+            "benchmark": self.title,
+            "dataset": self.dataset.name,
+            "files": {name: [one.image.stat().st_size, one.labels.stat().st_size] for name, one in cases.items()},
+            "pairs": [[pair.atlas, pair.query] for pair in self.pairs],
+            "structures": {str(value): name for value, name in self.names.items()},
+            "tolerances_mm": {name: self.tolerances.of(value, name) for value, name in self.names.items()},
+            "centreline": list(self.centreline),
+            "variants": {
+                one.name: {"prompts_from": one.prompts_from, "settings": to_dict(one.settings)} for one in self.variants
+            },
+            "seed": self.seed,
+            "device": self.device,
+            # Sums round differently with another number of threads.
+            "threads": torch.get_num_threads(),
+            "code": code_digest(),
+            "versions": {
+                "atlassegfm": __version__,
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in ("numpy", "scipy", "torch")},
+            },
+        }
+
+
+@dataclass(frozen=True)
+class Row:
+    """One structure of one pair by one method; a thing :func:`~atlassegfm.evaluation.summarise` takes.
+
+    Parameters
+    ----------
+    case : str
+        The query.
+    method : str
+        One of :data:`METHODS`.
+    value : int
+        Label value.
+    structure : str
+        Its name.
+    scores : StructureScores
+        The status "failed" is that of a pair that ended in an error: it counts as missed. "not_in_atlas": the atlas
+        does not have the structure, and nothing is scored.
+    """
+
+    case: str
+    method: str
+    value: int
+    structure: str
+    scores: StructureScores
+
+
+@dataclass(frozen=True)
+class Record:
+    """One pair by one variant.
+
+    Parameters
+    ----------
+    variant : str
+        Name of the variant.
+    pair : Pair
+        Atlas and query.
+    rows : tuple of Row
+        Scores.
+    failure : str
+        Why there is no result; empty if there is one.
+    seconds : mapping of str to float
+        Wall time of each stage; those of the registration begin with "registration: ".
+    total_seconds : float
+        Of all stages, files already read.
+    peak_memory_mb, gpu_memory_mb : int or None
+        Largest memory while it ran; None where the system does not tell, or no GPU took part.
+    confidence : float or None
+        Of the registration.
+    folding : float or None
+        Share of the body at which the displacement field is folded.
+    """
+
+    variant: str
+    pair: Pair
+    rows: tuple[Row, ...]
+    failure: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    total_seconds: float = 0.0
+    peak_memory_mb: int | None = None
+    gpu_memory_mb: int | None = None
+    confidence: float | None = None
+    folding: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON, which has no NaN: it is the text "nan" there."""
+        return {
+            "variant": self.variant,
+            "atlas": self.pair.atlas,
+            "query": self.pair.query,
+            "failure": self.failure,
+            "seconds": dict(self.seconds),
+            "total_seconds": self.total_seconds,
+            "peak_memory_mb": self.peak_memory_mb,
+            "gpu_memory_mb": self.gpu_memory_mb,
+            "confidence": self.confidence,
+            "folding": self.folding,
+            "rows": [
+                {"method": row.method, "value": row.value, "structure": row.structure}
+                | {key: "nan" if _is_nan(value) else value for key, value in vars(row.scores).items()}
+                for row in self.rows
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Record:
+        """The way back."""
+        rows = []
+        for row in content["rows"]:
+            scores: dict[str, Any] = {key: math.nan if value == "nan" else value for key, value in row.items()}
+            method, value, structure = (scores.pop(key) for key in ("method", "value", "structure"))
+            rows.append(Row(content["query"], method, value, structure, StructureScores(**scores)))
+        kept = {key: content[key] for key in ("failure", "seconds", "total_seconds", "peak_memory_mb")}
+        kept |= {key: content[key] for key in ("gpu_memory_mb", "confidence", "folding")}
+        return cls(content["variant"], Pair(content["atlas"], content["query"]), tuple(rows), **kept)
+
+
+def run(
+    plan: Plan,
+    out: Path,
+    *,
+    force: bool = False,
+    on_pair: Callable[[int, int, str], None] | None = None,
+    on_stage: Callable[[str], None] | None = None,
+) -> list[Record]:
+    """Run all pairs that are not done yet.
+
+    Parameters
+    ----------
+    plan : Plan
+        What to run.
+    out : Path
+        Folder of the benchmark, made if it is not there.
+    force : bool
+        Whether to begin anew where the folder holds another benchmark, or the same one.
+    on_pair : callable, optional
+        Told number (from 1), count and name of each pair as it begins.
+    on_stage : callable, optional
+        Told of each stage.
+
+    Returns
+    -------
+    list of Record
+        Variant by variant, in the order of the pairs.
+
+    Raises
+    ------
+    InputError
+        If the folder holds something else, or a dataset's file cannot be used as reference.
+    """
+    _prepare(plan, out, force=force)
+    store = {
+        (variant.name, pair): out / PAIRS / slug(variant.name) / f"{pair.atlas}__{pair.query}.json"
+        for variant in plan.variants
+        for pair in plan.pairs
+    }
+    todo = [key for key in _alternating(plan) if not store[key[0].name, key[1]].exists()]
+    if todo and len(todo) < len(store):
+        logger.warning("%s: %d of %d are done already", out, len(store) - len(todo), len(store))
+    bench = _Bench(plan)
+    for number, (variant, pair) in enumerate(todo, start=1):
+        if on_pair is not None:
+            name = f"{pair.atlas} -> {pair.query}" + (f" ({variant.name})" if len(plan.variants) > 1 else "")
+            on_pair(number, len(todo), name)
+        record = bench.run(variant, pair, on_stage)
+        path = store[variant.name, pair]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(record.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return [Record.from_dict(_read(path)) for path in store.values()]
+
+
+def slug(name: str) -> str:
+    """A name as part of a path."""
+    return re.sub(r"[^A-Za-z0-9.=_-]+", "-", name).strip("-") or "variant"
+
+
+def code_digest() -> str:
+    """12 hex digits over the source of all that can change a score."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root).as_posix()
+        if not name.startswith((*_HARMLESS, *_HARMLESS_TOO)):
+            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def oracle(atlas: Volume, model: Volume, reference: Volume) -> Volume:
+    """What a gate that always picks the better of atlas and model would give.
+
+    Parameters
+    ----------
+    atlas, model, reference : Volume
+        Label maps on one grid.
+
+    Returns
+    -------
+    Volume
+        Where both agree, that; where one of them is right, the reference; background elsewhere.
+    """
+    a, m, r = atlas.data, model.data, reference.turned_to(atlas.grid).data
+    right = np.where((r == a) | (r == m), r, 0)
+    return Volume(np.where(a == m, a, right).astype(a.dtype), atlas.grid, atlas.source)
+
+
+class _Bench:
+    """Keeps what successive pairs share: the atlas, the query with its reference, and the models."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._contexts: dict[str, Context] = {}
+        self._queries: dict[str, tuple[Volume, Volume]] = {}
+        self._models: dict[str, Any] = {}
+
+    def run(self, variant: Variant, pair: Pair, on_stage: Callable[[str], None] | None) -> Record:
+        """One pair by one variant; an error of this package is a failure of the pair."""
+        query, reference = self._query(pair.query)
+        failure, results, cost = "", {}, _Cost()
+        try:
+            model = self._model(variant)
+            if variant.prompts_from == "user":
+                context = None
+                results = self._user_click(model, query, reference, cost)
+            else:
+                context = self._context(pair.atlas)
+                results = self._segment(variant, context, query, reference, model, cost, on_stage)
+            atlas_values = set(self._plan.values) if context is None else set(context.values)
+        except AtlasSegError as error:
+            logger.warning("%s -> %s (%s): %s", pair.atlas, pair.query, variant.name, error)
+            failure = str(error)
+            nothing = Volume(np.zeros_like(reference.data), reference.grid)
+            results = dict.fromkeys(variant.scored, nothing)
+            atlas_values = set(self._plan.values)
+        if on_stage is not None:
+            on_stage("scoring")
+        rows = self._score(pair, results, reference, atlas_values, failed=bool(failure))
+        return Record(variant.name, pair, rows, failure, **vars(cost))
+
+    def _segment(
+        self,
+        variant: Variant,
+        context: Context,
+        query: Volume,
+        reference: Volume,
+        model: Any,
+        cost: _Cost,
+        on_stage: Callable[[str], None] | None,
+    ) -> dict[str, Volume]:
+        with cost.measured(self._plan.device):
+            result = segment(context, query, variant.settings, device=self._plan.device, on_stage=on_stage, model=model)
+        cost.take(result)
+        if result.model_labels is None:
+            return {"atlas": result.atlas_labels}
+        return {
+            "atlas": result.atlas_labels,
+            "model": result.model_labels,
+            "fused": result.labels,
+            "oracle": oracle(result.atlas_labels, result.model_labels, reference),
+        }
+
+    def _user_click(self, model: Any, query: Volume, reference: Volume, cost: _Cost) -> dict[str, Volume]:
+        scan = canonical_scan(query, "the query")
+        truth = reference.turned_to(scan.grid).data
+        values = [value for value in self._plan.values if (truth == value).any()]
+        # Where the user clicks is no work of the program's.
+        prompts = [make_prompt("click", LocalMap.from_full(truth == value)) for value in values]
+        with cost.measured(self._plan.device):
+            start = time.perf_counter()
+            encoded = model.encode(scan)
+            maps = {
+                n: model.predict(encoded, prompt) for n, prompt in enumerate(prompts, start=1) if prompt is not None
+            }
+            numbers = label_map(maps, scan.grid.shape)
+            cost.seconds = {"model": round(time.perf_counter() - start, 3)}
+        cost.total_seconds = cost.seconds["model"]
+        labels = np.array((0, *values), reference.data.dtype)[numbers]
+        return {"model": Volume(labels, scan.grid).turned_to(query.grid)}
+
+    def _score(
+        self,
+        pair: Pair,
+        results: Mapping[str, Volume],
+        reference: Volume,
+        atlas_values: set[int],
+        *,
+        failed: bool,
+    ) -> tuple[Row, ...]:
+        plan = self._plan
+        scores = score_volumes(results, reference, plan.names, plan.tolerances, centreline=plan.centreline)
+        rows = []
+        for method, by_value in scores.items():
+            for value, one in by_value.items():
+                if value not in atlas_values:
+                    one = _unscored(one)
+                elif failed and one.status == "missed":
+                    one = replace(one, status="failed")
+                rows.append(Row(pair.query, method, value, plan.names[value], one))
+        return tuple(rows)
+
+    def _context(self, name: str) -> Context:
+        if name not in self._contexts:
+            self._contexts.clear()
+            case = self._plan.dataset.case(name)
+            context = Context.from_files(case.image, case.labels)
+            unknown = [value for value in context.values if value not in self._plan.dataset.structures]
+            if unknown:
+                raise InputError(f"{case.labels}: has the label values {unknown}, which dataset.json does not name")
+            self._contexts[name] = restricted(context, self._plan.values, case.labels)
+        return self._contexts[name]
+
+    def _query(self, name: str) -> tuple[Volume, Volume]:
+        if name not in self._queries:
+            self._queries.clear()
+            case = self._plan.dataset.case(name)
+            reference = load_labels(case.labels, allow_empty=True)
+            unknown = sorted(label_values(reference) - self._plan.dataset.structures.keys())
+            if unknown:
+                logger.warning("%s: has the label values %s, which dataset.json does not name", case.labels, unknown)
+            self._queries[name] = load_image(case.image), reference
+        return self._queries[name]
+
+    def _model(self, variant: Variant) -> Any:
+        name = variant.settings.model
+        if name == NO_MODEL:
+            return None
+        if name not in self._models:
+            self._models.clear()  # two models may not fit into memory
+            self._models[name] = load_model(name, self._plan.device)
+        return self._models[name]
+
+
+@dataclass
+class _Cost:
+    """What a pair took."""
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    total_seconds: float = 0.0
+    peak_memory_mb: int | None = None
+    gpu_memory_mb: int | None = None
+    confidence: float | None = None
+    folding: float | None = None
+
+    def measured(self, device: str) -> _Peak:
+        """Around what is to be measured."""
+        return _Peak(self, device)
+
+    def take(self, result: Segmentation) -> None:
+        """Copy what a result says."""
+        inside = {f"registration: {name}": seconds for name, seconds in result.registration.seconds.items()}
+        self.seconds = {name: round(seconds, 3) for name, seconds in (*result.seconds.items(), *inside.items())}
+        self.total_seconds = round(sum(result.seconds.values()), 3)
+        self.confidence = round(float(result.registration.confidence), 6)
+        self.folding = round(float(result.registration.folding), 8)
+
+
+class _Peak:
+    """Peak memory of a block."""
+
+    def __init__(self, cost: _Cost, device: str) -> None:
+        self._cost, self._device = cost, device
+
+    def __enter__(self) -> None:
+        reset_peak_memory()
+        if self._device == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+
+    def __exit__(self, *_: object) -> None:
+        self._cost.peak_memory_mb = peak_memory_mb()
+        if self._device == "cuda":
+            import torch
+
+            self._cost.gpu_memory_mb = round(torch.cuda.max_memory_allocated() / (1 << 20))
+
+
+def restricted(context: Context, values: Sequence[int], path: Path) -> Context:
+    """The atlas with these label values only."""
+    if set(context.values) <= set(values):
+        return context
+    kept = np.isin(context.labels.data, values)
+    if not kept.any():
+        raise InputError(f"{path}: has none of the structures of this benchmark; leave the case out of the atlases")
+    labels = replace(context.labels, data=np.where(kept, context.labels.data, 0).astype(context.labels.data.dtype))
+    present = label_values(labels)
+    return Context(context.image, labels, tuple(one for one in context.structures if one.value in present))
+
+
+def _unscored(scores: StructureScores) -> StructureScores:
+    nan = math.nan
+    cldice = None if scores.cldice is None else nan
+    return replace(scores, status="not_in_atlas", dice=nan, nsd=nan, hd95_mm=nan, hd95_voxel_mm=nan, cldice=cldice)
+
+
+def _alternating(plan: Plan) -> Iterator[tuple[Variant, Pair]]:
+    for number, pair in enumerate(plan.pairs):
+        first = number % len(plan.variants)
+        for variant in (*plan.variants[first:], *plan.variants[:first]):
+            yield variant, pair
+
+
+def _prepare(plan: Plan, out: Path, *, force: bool) -> None:
+    """Make the folder, or check that what it holds is a part of this benchmark."""
+    names = [slug(variant.name) for variant in plan.variants]
+    if len(set(names)) < len(names):
+        raise ValueError(f"variants of one name: {names}")
+    wanted = plan.fingerprint()
+    path = out / PLAN
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: a file is in the way, expected a folder for the benchmark; choose another")
+    if out.is_dir():
+        foreign = sorted(entry.name for entry in out.iterdir() if entry.name not in OUTPUTS)
+        foreign = [name for name in foreign if not name.startswith(".writing-")]
+        if foreign:
+            raise InputError(f"{out}: holds other files ({foreign[0]}); choose another folder for the benchmark")
+        if force:
+            shutil.rmtree(out / PAIRS, ignore_errors=True)
+            path.unlink(missing_ok=True)
+    if path.exists():
+        found = _read(path)
+        differing = [key for key in wanted if found.get(key) != json.loads(json.dumps(wanted[key]))]
+        if differing:
+            raise InputError(
+                f"{out}: holds a benchmark made with other {', '.join(differing)}; "
+                "choose another folder, or begin anew with --force"
+            )
+        return
+    if (out / PAIRS).exists():
+        raise InputError(f"{out}: holds results without {PLAN}, which says of what; choose another folder, or --force")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made ({error.strerror}); choose another place") from None
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise InputError(f"{path}: is damaged; delete it, and it is computed again") from None
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)

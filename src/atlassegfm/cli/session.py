@@ -1,0 +1,181 @@
+"""What all commands share: options, progress, errors and tables on the screen."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import AtlasSegError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    from ..pipeline import Settings
+
+EXIT_FAILURES = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+#: Whose log records are shown.
+_PACKAGE = "atlassegfm"
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting; may be repeated. `atlassegfm settings` lists them."
+    ),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", metavar="FILE", help="Settings in TOML, as `atlassegfm settings` prints them."),
+]
+DeviceOption = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress; warnings and errors stay.")]
+SeedOption = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="Start of the random numbers [default: 0].")
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", metavar="NAME", help="Segmentation model, or none [default: builtin].")
+]
+PromptOption = Annotated[
+    str | None,
+    typer.Option("--prompt", metavar="auto|click|box|mask", help="What to prompt the model with [default: auto]."),
+]
+
+
+def build_settings(
+    config: Path | None,
+    overrides: Sequence[str] | None,
+    *,
+    model: str | None = None,
+    prompt: str | None = None,
+    seed: int | None = None,
+) -> Settings:
+    """Defaults, then the file, then ``--set``, then the options of their own."""
+    from ..pipeline import Settings
+    from ..settings import with_file, with_overrides, with_table
+
+    chosen = Settings()
+    if config is not None:
+        chosen = with_file(chosen, config)
+    chosen = with_overrides(chosen, overrides or ())
+    for key, value in (("model", model), ("prompt", prompt), ("seed", seed)):
+        if value is not None:
+            chosen = with_table(chosen, {key: value}, origin=f"--{key}")
+    return chosen
+
+
+class Session:
+    """Progress, warnings and errors on standard error."""
+
+    def __init__(self, console: Console, bar: Progress | None, *, quiet: bool) -> None:
+        self._console = console
+        self._bar = bar
+        self._task: TaskID | None = None if bar is None else bar.add_task("starting")
+        self._quiet = quiet
+        self._prefix = ""
+        self._silent = False
+
+    def begin(self, number: int, count: int, name: str) -> None:
+        """Say that a query begins."""
+        self._prefix = f"{name} " if count == 1 else f"[{number}/{count}] {name} "
+
+    def begin_pair(self, number: int, count: int, name: str) -> None:
+        """Say that a pair of a benchmark begins; one line for each where there is no bar."""
+        self.begin(number, count, name)
+        if self._bar is None and not self._quiet:
+            self.say(self._prefix.rstrip())
+            self._silent = True
+
+    def progress(self, stage: str) -> None:
+        """Say what is being done; parts of a stage come as "stage: part"."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=f"{self._prefix}{stage}".replace("[", r"\["))
+        elif not self._quiet and not self._silent and ": " not in stage:
+            self.say(f"{self._prefix}{stage}")
+
+    def error(self, reason: str) -> None:
+        """Say what went wrong."""
+        self.say(f"error: {sentence(reason)}")
+
+    def say(self, text: str) -> None:
+        """One line, as it is."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _WarningLines(logging.Handler):
+    """Log records as lines of a session."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(logging.WARNING)
+        self._session = session
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._session.say(f"{record.levelname.lower()}: {self.format(record)}")
+
+
+@contextmanager
+def open_session(quiet: bool, *, warnings: bool = True) -> Iterator[Session]:
+    """Show progress and warnings; turn errors of this package into a line and an exit code."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with ExitStack() as stack:
+        bar = None
+        if console.is_terminal and not quiet:
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+            bar = Progress(
+                SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
+            )
+            stack.enter_context(bar)
+        session = Session(console, bar, quiet=quiet)
+        handler = _WarningLines(session) if warnings else logging.NullHandler()
+        package = logging.getLogger(_PACKAGE)
+        package.addHandler(handler)
+        stack.callback(package.removeHandler, handler)
+        try:
+            yield session
+        except AtlasSegError as error:
+            session.error(str(error))
+            raise typer.Exit(EXIT_USAGE) from None
+
+
+def sentence(text: str) -> str:
+    """Text on one line."""
+    return " ".join(text.split())
+
+
+def print_json(content: Any) -> None:
+    """Print plain values as JSON, which has no NaN."""
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def print_table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int = 99, numbers_to: int = 99
+) -> None:
+    """Columns as wide as their content, the numbers to the right."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    for row in (head, *rows):
+        cells = [
+            cell.rjust(width) if numbers_from <= column < numbers_to else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        typer.echo("  " + "  ".join(cells).rstrip())
+
+
+def score_text(value: float | None) -> str:
+    """A score for a table; a dash for none."""
+    return "-" if value is None or value != value else f"{value:.3f}"
+
+
+def or_none(value: float | None) -> float | None:
+    """A score for JSON."""
+    return None if value is None or value != value else round(value, 4)

@@ -1,0 +1,857 @@
+"""Scoring results against references: pairing of files, names and label sets, scores, summaries, tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from atlassegfm.errors import InputError
+from atlassegfm.evaluation import (
+    SMALL_ML,
+    CaseScore,
+    FilePair,
+    evaluate_files,
+    find_pairs,
+    label_values,
+    score_row,
+    score_volumes,
+    spread_dict,
+    summarise,
+    write_scores,
+)
+from atlassegfm.geometry import Grid
+from atlassegfm.image import Volume, save_volume
+from atlassegfm.metrics import StructureScores
+from atlassegfm.statistics import spread
+from atlassegfm.structures import Structure
+from atlassegfm.tolerances import Tolerances, load_tolerances, uniform
+from conftest import ORIENTATIONS, SHEARED
+from scenes import straight_grid
+
+#: 4 mm³ a voxel; the diagonal is sqrt(10² + 20² + 20²) = 30 mm.
+GRID = straight_grid((10, 10, 10), (1.0, 2.0, 2.0))
+DIAGONAL_MM = 30.0
+#: 250 voxels, 1 ml.
+LIVER = (slice(0, 5), slice(2, 7), slice(0, 10))
+#: 2 voxels.
+NODE = (slice(7, 9), slice(8, 9), slice(4, 5))
+TOLERANCES = uniform(2)
+
+Box = tuple[slice, slice, slice]
+Build = Callable[..., Volume]
+
+
+def boxes(content: Mapping[int, Box], grid: Grid = GRID) -> Volume:
+    data = np.zeros(grid.shape, np.uint8)
+    for value, box in content.items():
+        data[box] = value
+    return Volume(data, grid)
+
+
+def write(path: Path, content: Mapping[int, Box], names: Mapping[int, str] | None = None, grid: Grid = GRID) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    structures = None if names is None else [Structure(value, name, (9, 9, 9)) for value, name in names.items()]
+    save_volume(boxes(content, grid), path, structures=structures)
+    return path
+
+
+def turned(volume: Volume, codes: str) -> Volume:
+    """The same voxels stored in another array order."""
+    from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+
+    turn = ornt_transform(io_orientation(volume.grid.affine), axcodes2ornt(codes))
+    shape = tuple(volume.grid.shape[int(np.flatnonzero(turn[:, 0] == axis)[0])] for axis in range(3))
+    grid = Grid(shape, volume.grid.affine @ inv_ornt_aff(turn, volume.grid.shape))
+    assert grid.axis_codes == codes
+    return Volume(np.ascontiguousarray(volume.turned_to(grid).data), grid)
+
+
+def close(one: StructureScores, other: StructureScores) -> bool:
+    """Whether all scores are the same, NaN counting as the same as NaN."""
+    pairs = zip(asdict(one).values(), asdict(other).values(), strict=True)
+    return all(a == (pytest.approx(b, nan_ok=True) if isinstance(b, float) else b) for a, b in pairs)
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return folder
+
+
+def evaluated(result: Path, reference: Path, **options: Any) -> dict[tuple[str, int], StructureScores]:
+    scored = evaluate_files(find_pairs(result, reference), options.pop("tolerances", TOLERANCES), **options)
+    return {(one.case, one.value): one.scores for one in scored}
+
+
+def names_of(scored: Sequence[CaseScore]) -> dict[int, str]:
+    return {one.value: one.structure for one in scored}
+
+
+def made(status: Any, dice: float, **other: Any) -> StructureScores:
+    """Scores of a structure of 1 ml."""
+    scores: dict[str, Any] = {"nsd": dice, "tolerance_mm": 2.0, "hd95_mm": 0.0, "hd95_voxel_mm": 0.0}
+    scores |= {"result_voxels": 250, "reference_voxels": 250, "result_ml": 1.0, "reference_ml": 1.0}
+    scores |= {"cldice": None, "cldice_note": ""}
+    return StructureScores(status=status, dice=dice, **(scores | other))
+
+
+def made_empty(**other: Any) -> StructureScores:
+    nothing: dict[str, Any] = {"hd95_mm": math.nan, "hd95_voxel_mm": math.nan}
+    nothing |= {"result_voxels": 0, "reference_voxels": 0, "result_ml": 0.0, "reference_ml": 0.0}
+    return made("both_empty", math.nan, **(nothing | other))
+
+
+# Volumes
+
+
+@pytest.mark.parametrize("codes", ["LPS", "LAS", "SRA", "PIR"])
+def test_scores_do_not_depend_on_the_array_order_of_the_result(synthetic_labels: Build, codes: str) -> None:
+    reference = synthetic_labels((12, 10, 9), values=(1, 2, 3))
+    result = Volume(np.roll(reference.data, 1, axis=1), reference.grid)
+    names = {1: "a", 2: "b", 3: "c", 4: "none"}
+    straight = score_volumes({"": result}, reference, names, TOLERANCES, centreline=[1])[""]
+    stored = score_volumes({"": turned(result, codes)}, reference, names, TOLERANCES, centreline=[1])[""]
+    assert 0 < straight[1].dice < 1
+    assert straight[4].status == "both_empty"
+    for value in names:
+        assert close(stored[value], straight[value])
+
+
+@pytest.mark.parametrize("codes", ["LPS", "SRA", "PIR"])
+def test_scores_do_not_depend_on_the_array_order_of_the_reference(synthetic_labels: Build, codes: str) -> None:
+    reference = synthetic_labels((12, 10, 9), values=(1, 2))
+    result = Volume(np.roll(reference.data, (1, -1), axis=(0, 2)), reference.grid)
+    straight = score_volumes({"": result}, reference, {1: "a", 2: "b"}, TOLERANCES)[""]
+    stored = score_volumes({"": result}, turned(reference, codes), {1: "a", 2: "b"}, TOLERANCES)[""]
+    assert straight[2].hd95_mm > 0
+    for value in (1, 2):
+        assert close(stored[value], straight[value])
+
+
+@pytest.mark.parametrize("affine", [*ORIENTATIONS.values(), SHEARED], ids=[*ORIENTATIONS, "sheared"])
+def test_every_way_a_scan_can_lie_is_scored(synthetic_labels: Build, affine: np.ndarray) -> None:
+    reference = synthetic_labels(affine=affine)
+    result = Volume(np.roll(reference.data, 1, axis=2), reference.grid)
+    scores = score_volumes({"": result}, reference, {1: "a"}, TOLERANCES)[""][1]
+    one, other = result.data == 1, reference.data == 1
+    assert scores.dice == pytest.approx(2 * (one & other).sum() / (one.sum() + other.sum()))
+    # Moved by one voxel along the third axis, which is 4 mm long (tilted ones a little more).
+    assert scores.hd95_voxel_mm == pytest.approx(reference.grid.spacing_mm[2])
+
+
+def test_several_results_at_once_are_scored_as_one_at_a_time(synthetic_labels: Build) -> None:
+    reference = synthetic_labels((12, 10, 9), values=(1, 2))
+    results = {
+        "same": reference,
+        "moved": Volume(np.roll(reference.data, 1, axis=0), reference.grid),
+        "turned": turned(Volume(np.roll(reference.data, 2, axis=1), reference.grid), "LPS"),
+        "empty": Volume(np.zeros_like(reference.data), reference.grid),
+    }
+    names = {2: "b", 1: "a", 9: "none"}
+    together = score_volumes(results, reference, names, TOLERANCES, centreline=[1])
+    assert list(together) == list(results)
+    for method, result in results.items():
+        alone = score_volumes({method: result}, reference, names, TOLERANCES, centreline=[1])[method]
+        assert list(together[method]) == [2, 1, 9]
+        assert all(close(together[method][value], alone[value]) for value in names)
+    assert len({together[method][1].dice for method in results}) == 4
+
+
+def test_no_result_and_no_structure_give_nothing() -> None:
+    assert score_volumes({}, boxes({1: LIVER}), {1: "liver"}, TOLERANCES) == {}
+    assert score_volumes({"a": boxes({1: LIVER})}, boxes({1: LIVER}), {}, TOLERANCES) == {"a": {}}
+
+
+def test_each_structure_has_its_own_tolerance() -> None:
+    kidney, spleen = (slice(1, 4), slice(1, 4), slice(1, 4)), (slice(1, 4), slice(6, 9), slice(6, 9))
+    reference = boxes({1: kidney, 2: spleen})
+    result = Volume(np.roll(reference.data, 1, axis=1), GRID)  # 2 mm to the front
+    tolerances = Tolerances(1.0, (("left kidney", 2.0),), "test")
+    scores = score_volumes({"": result}, reference, {1: "Left_Kidney", 2: "spleen"}, tolerances)[""]
+    assert (scores[1].tolerance_mm, scores[2].tolerance_mm) == (2, 1)
+    assert scores[1].nsd == 1
+    assert scores[2].nsd < 1
+    assert scores[1].dice == scores[2].dice == pytest.approx(2 / 3)
+
+
+def test_centrelines_are_compared_for_wanted_structures_alone() -> None:
+    volume = boxes({1: LIVER, 2: NODE})
+    scores = score_volumes({"": volume}, volume, {1: "liver", 2: "node", 3: "none"}, TOLERANCES, centreline=[1, 3])[""]
+    assert scores[1].cldice == 1
+    assert scores[2].cldice is None
+    assert scores[3].cldice is not None
+    assert math.isnan(scores[3].cldice)
+
+
+@pytest.mark.parametrize(
+    ("grid", "difference"),
+    [
+        (GRID.crop((0, 0, 0), (10, 9, 10)), "it has 10 x 9 x 10 voxels instead of 10 x 10 x 10"),
+        (straight_grid((10, 10, 10), (1.0, 2.0, 2.5)), "its voxels are 1 x 2 x 2.5 mm instead of 1 x 2 x 2 mm"),
+        (Grid(GRID.shape, GRID.affine @ np.diag([1, 1.05, 1, 1.0])), "its voxels are 1 x 2.1 x 2 mm instead of 1 x 2"),
+        (
+            Grid(GRID.shape, GRID.affine + np.outer([0, 0, 1, 0], [0, 0, 0, 12.5])),
+            "its corners lie up to 12.5 mm away (origin or direction differ)",
+        ),
+        # Mirrored: the voxels run from -4 to 5 mm instead of -5 to 4 mm.
+        (
+            Grid(GRID.shape, np.diag([-1.0, 1, 1, 1]) @ GRID.affine),
+            "its corners lie up to 1.0 mm away (origin or direction differ)",
+        ),
+    ],
+)
+def test_results_elsewhere_are_refused(tmp_path: Path, grid: Grid, difference: str) -> None:
+    result = write(tmp_path / "out" / "case.nii", {1: LIVER}, grid=grid)
+    reference = write(tmp_path / "truth" / "case.nii", {1: LIVER})
+    with pytest.raises(InputError) as caught:
+        evaluated(result, reference)
+    message = str(caught.value)
+    assert message.startswith(f"{result}: not on the voxels of {reference}: {difference}")
+    assert message.endswith(
+        "; results are scored on the reference's voxels: resample with nearest neighbour, or give the right file"
+    )
+
+
+def test_rounded_headers_are_no_difference(tmp_path: Path) -> None:
+    grid = Grid(GRID.shape, GRID.affine @ np.diag([1, 1.005, 1, 1.0]))  # at most 0.09 mm away, of voxels of 1 mm
+    result, reference = write(tmp_path / "a.nii", {1: LIVER}, grid=grid), write(tmp_path / "b.nii", {1: LIVER})
+    scores = evaluated(result, reference)["b", 1]
+    assert (scores.dice, scores.reference_ml) == (1, 1)
+
+
+def test_a_small_difference_of_the_spacing_is_called_one() -> None:
+    """On a large image half a per cent is more than a voxel, and no matter of the origin."""
+    one = Grid((200, 4, 4), np.diag([1.0, 2.0, 2.0, 1.0]))
+    other = Grid((200, 4, 4), np.diag([1.005, 2.0, 2.0, 1.0]))
+    result, reference = (Volume(np.ones(grid.shape, np.uint8), grid) for grid in (other, one))
+    with pytest.raises(
+        InputError,
+        match=r"^the result: not on the voxels of the reference: its voxels are 1\.005 x 2 x 2 mm instead of 1 x 2 x 2",
+    ):
+        score_volumes({"": result}, reference, {1: "a"}, TOLERANCES)
+
+
+def test_one_result_elsewhere_among_several_is_refused() -> None:
+    reference = boxes({1: LIVER})
+    other = boxes({}, straight_grid((10, 10, 9), (1.0, 2.0, 2.0)))
+    with pytest.raises(InputError, match="it has 10 x 10 x 9 voxels instead of 10 x 10 x 10"):
+        score_volumes({"good": reference, "bad": other}, reference, {1: "liver"}, TOLERANCES)
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_label_values_are_found_in_any_array_order(order: Any) -> None:
+    data = np.zeros((4, 5, 6), np.uint32, order=order)
+    data[3, 4, 5], data[0, 0, 0], data[2, 1, 3] = 614_454_277, 7, 1
+    assert label_values(Volume(data, Grid(data.shape, np.eye(4)))) == {1, 7, 614_454_277}
+    assert label_values(Volume(data[::-1, :, ::-2], Grid((4, 5, 3), np.eye(4)))) == {1, 614_454_277}
+
+
+# Pairs
+
+
+def test_two_files_are_a_pair_whatever_their_names(tmp_path: Path) -> None:
+    touch(tmp_path, "mine.nrrd", "truth.nii.gz")
+    result, reference = tmp_path / "mine.nrrd", tmp_path / "truth.nii.gz"
+    assert find_pairs(result, reference) == [FilePair("truth", result, reference)]
+
+
+def test_files_of_two_folders_belong_together_by_name(tmp_path: Path) -> None:
+    result = touch(tmp_path / "out", "b.nrrd", "a.nii.gz", "notes.txt", "dataset.json", "logs/run.txt")
+    reference = touch(tmp_path / "truth", "a.nii.gz", "b.nii.gz", "plan.json", "old/c.nii.gz")
+    assert find_pairs(result, reference) == [
+        FilePair("a", result / "a.nii.gz", reference / "a.nii.gz"),
+        FilePair("b", result / "b.nrrd", reference / "b.nii.gz"),
+    ]
+
+
+def test_results_of_segment_belong_to_the_references_of_nnunet(tmp_path: Path) -> None:
+    result = touch(
+        tmp_path / "out", "q1_0000/segmentation.nii.gz", "q1_0000/run.json", "q2/segmentation.nii.gz", "failed/run.json"
+    )
+    reference = touch(tmp_path / "truth", "q1.nii.gz", "q2.nii.gz")
+    assert find_pairs(result, reference) == [
+        FilePair("q1", result / "q1_0000" / "segmentation.nii.gz", reference / "q1.nii.gz"),
+        FilePair("q2", result / "q2" / "segmentation.nii.gz", reference / "q2.nii.gz"),
+    ]
+
+
+def test_a_reference_may_itself_end_as_a_channel(tmp_path: Path) -> None:
+    result, reference = touch(tmp_path / "out", "q_0000.nii.gz"), touch(tmp_path / "truth", "q_0000.nii.gz")
+    assert [pair.case for pair in find_pairs(result, reference)] == ["q_0000"]
+    touch(reference, "q.nii.gz")
+    with pytest.raises(InputError, match="no result for 1 of 2 references: q; add them"):
+        find_pairs(result, reference)
+
+
+def test_hidden_files_do_not_count(tmp_path: Path) -> None:
+    """macOS leaves "._case.nii.gz" beside files on foreign disks."""
+    result = touch(tmp_path / "out", "a.nii.gz", "._a.nii.gz", ".writing-x/segmentation.nii.gz")
+    reference = touch(tmp_path / "truth", "a.nii.gz", "._a.nii.gz", ".b.nii.gz")
+    assert [pair.case for pair in find_pairs(result, reference)] == ["a"]
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_result_without_reference_is_refused(tmp_path: Path, partial: bool) -> None:
+    result = touch(tmp_path / "out", "a.nii.gz", "b_0000/segmentation.nii.gz")
+    reference = touch(tmp_path / "truth", "a.nii.gz")
+    with pytest.raises(InputError) as caught:
+        find_pairs(result, reference, partial=partial)
+    assert str(caught.value) == (
+        f"{result}/b_0000/segmentation.nii.gz: no reference in {reference}; expected b.nii.gz or another image "
+        "ending there: add it, or take the result away"
+    )
+
+
+def test_references_without_result_are_refused(tmp_path: Path) -> None:
+    result = touch(tmp_path / "out", "c3.nii.gz")
+    reference = touch(tmp_path / "truth", *[f"c{number}.nii.gz" for number in range(8)])
+    with pytest.raises(InputError) as caught:
+        find_pairs(result, reference)
+    assert str(caught.value) == (
+        f"{result}: no result for 7 of 8 references: c0, c1, c2, c4, c5 and 2 more; add them, or use --partial to "
+        "score the others alone"
+    )
+
+
+def test_references_without_result_are_left_out_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    result = touch(tmp_path / "out", "b.nii.gz")
+    reference = touch(tmp_path / "truth", "a.nii.gz", "b.nii.gz", "c.nii.gz")
+    with caplog.at_level(logging.WARNING):
+        pairs = find_pairs(result, reference, partial=True)
+    assert [pair.case for pair in pairs] == ["b"]
+    assert caplog.messages == [f"{result}: no result for 2 of 3 references: a, c; they are not counted"]
+
+
+def test_nothing_is_said_where_nothing_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = touch(tmp_path, "a.nii.gz")
+    with caplog.at_level(logging.WARNING):
+        find_pairs(folder, folder, partial=True)
+    assert caplog.messages == []
+
+
+def test_a_file_against_a_folder_is_refused(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "folder", "a.nii.gz")
+    file = folder / "a.nii.gz"
+    for pair in [(folder, file), (file, folder)]:
+        with pytest.raises(
+            InputError, match=re.escape(f"{folder}: a folder, while {file} is a file; give two files or two folders")
+        ):
+            find_pairs(*pair)
+
+
+def test_paths_that_do_not_exist_are_refused(tmp_path: Path) -> None:
+    folder, absent = touch(tmp_path / "folder", "a.nii.gz"), tmp_path / "absent"
+    with pytest.raises(
+        InputError, match=re.escape(f"{absent}: no such file or folder; expected the results: check the path")
+    ):
+        find_pairs(absent, folder)
+    with pytest.raises(
+        InputError, match=re.escape(f"{absent}: no such file or folder; expected the references: check the path")
+    ):
+        find_pairs(folder, absent)
+
+
+def test_folders_without_label_map_are_refused(tmp_path: Path) -> None:
+    full = touch(tmp_path / "full", "a.nii.gz")
+    empty = touch(tmp_path / "empty", "run.json", "a/segmentation.nii.gz")
+    endings = r"expected files ending in \.nii\.gz, \.nii, \.nrrd, \.nhdr, \.mha, \.mhd"
+    with pytest.raises(InputError, match=re.escape(str(empty)) + f": no label map in this folder; {endings}$"):
+        find_pairs(full, empty)  # folders of segment are results, not references
+    (empty / "a" / "segmentation.nii.gz").unlink()
+    with pytest.raises(InputError, match=rf": no label map in this folder; {endings}, or folders with segmentation"):
+        find_pairs(empty, full)
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match=r"the folder cannot be read \(Permission denied\); check the permissions$"):
+        find_pairs(tmp_path, tmp_path)
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    single = touch(tmp_path / "single", "a.nii.gz")
+    double = touch(tmp_path / "double", "a.nii.gz", "a.nrrd")
+    message = f"{double}/a.nrrd: {double}/a.nii.gz has the same name; take one away"
+    for pair in [(double, single), (single, double)]:
+        with pytest.raises(InputError, match=re.escape(message)):
+            find_pairs(*pair)
+    both = touch(tmp_path / "both", "a/segmentation.nii.gz", "a.nii.gz")
+    with pytest.raises(
+        InputError, match=re.escape(f"{both}/a.nii.gz: {both}/a/segmentation.nii.gz has the same name; take one away")
+    ):
+        find_pairs(both, single)
+
+
+def test_two_results_of_one_reference_are_refused(tmp_path: Path) -> None:
+    result = touch(tmp_path / "out", "a.nii.gz", "a_0000.nii.gz")
+    with pytest.raises(
+        InputError,
+        match=re.escape(f"{result}/a_0000.nii.gz: belongs to the reference a as does {result}/a.nii.gz; take one away"),
+    ):
+        find_pairs(result, touch(tmp_path / "truth", "a.nii.gz"))
+
+
+# Files
+
+
+def test_files_are_scored_case_by_case(tmp_path: Path) -> None:
+    half = (slice(0, 5), slice(2, 7), slice(0, 5))
+    for case, box in [("b", half), ("a", LIVER)]:
+        write(tmp_path / "out" / f"{case}.nii", {2: NODE, 1: box})
+        write(tmp_path / "truth" / f"{case}.nii", {1: LIVER, 2: NODE})
+    seen: list[tuple[int, str]] = []
+    pairs = find_pairs(tmp_path / "out", tmp_path / "truth")
+    scored = evaluate_files(pairs, TOLERANCES, on_case=lambda number, case: seen.append((number, case)))
+    assert seen == [(1, "a"), (2, "b")]
+    assert [(one.case, one.value, one.structure) for one in scored] == [
+        *[("a", 1, "label_1"), ("a", 2, "label_2")],
+        *[("b", 1, "label_1"), ("b", 2, "label_2")],
+    ]
+    assert [one.scores.dice for one in scored] == pytest.approx([1, 1, 2 * 125 / (125 + 250), 1])
+    assert scored[2].scores.result_ml == 0.5
+    assert scored[2].scores.tolerance_mm == 2
+
+
+def test_result_folders_of_segment_are_scored(tmp_path: Path) -> None:
+    write(tmp_path / "out" / "q_0000" / "segmentation.nii.gz", {1: LIVER}, {1: "liver"})
+    write(tmp_path / "truth" / "q.nii.gz", {1: LIVER})
+    scored = evaluate_files(find_pairs(tmp_path / "out", tmp_path / "truth"), TOLERANCES)
+    assert [(one.case, one.structure, one.scores.dice) for one in scored] == [("q", "liver", 1.0)]
+
+
+def test_names_come_from_the_users_file_then_the_references_then_the_results(tmp_path: Path) -> None:
+    content = {value: (slice(value, value + 1), slice(2, 3), slice(2, 3)) for value in (1, 2, 3, 4, 5)}
+    result = write(tmp_path / "out" / "a.nii", content, {value: f"result {value}" for value in (1, 2, 3, 4)})
+    reference = write(tmp_path / "truth" / "a.nii", content, {1: "header 1", 2: "header 2"})
+    (tmp_path / "truth" / "dataset.json").write_text(
+        json.dumps({"labels": {"background": 0, "dataset 1": 1, "dataset 2": 2, "dataset 3": 3}})
+    )
+    (tmp_path / "names.txt").write_text("1 given 1\n9 given 9\n")
+    pairs = find_pairs(result, reference)
+    found = {2: "header 2", 3: "dataset 3", 4: "result 4", 5: "label_5"}
+    assert names_of(evaluate_files(pairs, TOLERANCES)) == {1: "header 1"} | found
+    assert names_of(evaluate_files(pairs, TOLERANCES, names=tmp_path / "names.txt")) == {1: "given 1"} | found
+
+
+def test_names_are_gathered_from_all_files_of_a_folder(tmp_path: Path) -> None:
+    for case, names in [("a", {1: "liver"}), ("b", {2: "node", 1: "other"})]:
+        write(tmp_path / "out" / f"{case}.nii", {1: LIVER, 2: NODE})
+        write(tmp_path / "truth" / f"{case}.nii", {1: LIVER, 2: NODE}, names)
+    scored = evaluate_files(find_pairs(tmp_path / "out", tmp_path / "truth"), TOLERANCES)
+    assert names_of(scored) == {1: "liver", 2: "node"}
+    assert [one.structure for one in scored] == ["liver", "node"] * 2
+
+
+def test_a_names_file_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.nii", {1: LIVER})
+    with pytest.raises(InputError, match=r"absent\.txt: no such file; expected a names file \(JSON or text\)"):
+        evaluate_files(find_pairs(file, file), TOLERANCES, names=tmp_path / "absent.txt")
+
+
+def test_a_dataset_json_with_regions_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody asked for it, so it stops nothing; and it is said once, not once a file."""
+    for case in "abc":
+        write(tmp_path / "out" / f"{case}.nii", {1: LIVER})
+        write(tmp_path / "truth" / f"{case}.nii", {1: LIVER})
+    (tmp_path / "truth" / "dataset.json").write_text(json.dumps({"labels": {"whole": [1, 2], "tumour": 2}}))
+    with caplog.at_level(logging.WARNING):
+        scored = evaluate_files(find_pairs(tmp_path / "out", tmp_path / "truth"), TOLERANCES)
+    assert names_of(scored) == {1: "label_1"}
+    assert len(caplog.messages) == 1
+    assert "dataset.json: 'whole': [1, 2] is not a label" in caplog.text
+    assert "its names are not used" in caplog.text
+
+
+@pytest.fixture
+def kidneys(tmp_path: Path) -> tuple[Path, Path]:
+    """A result and a reference of four structures."""
+    content = {value: (slice(place, place + 1), slice(2, 5), slice(2, 5)) for place, value in enumerate((1, 2, 3, 12))}
+    names = {1: "liver", 2: "kidney_left", 3: "kidney_right", 12: "2"}
+    return write(tmp_path / "out.nii", content), write(tmp_path / "truth.nii", content, names)
+
+
+@pytest.mark.parametrize(
+    ("labels", "values"),
+    [
+        ((), [1, 2, 3, 12]),
+        (("*",), [1, 2, 3, 12]),
+        (("3",), [3]),
+        (("Kidney Right",), [3]),
+        (("*kidney*",), [2, 3]),
+        (("kidney*", "liver", "1"), [1, 2, 3]),
+        (("2",), [2]),  # a value comes before a name
+        (("kidney?right", "12"), [3, 12]),
+    ],
+)
+def test_structures_are_picked_by_value_name_or_pattern(
+    kidneys: tuple[Path, Path], labels: tuple[str, ...], values: list[int]
+) -> None:
+    assert [value for _, value in evaluated(*kidneys, labels=labels)] == values
+
+
+@pytest.mark.parametrize("option", ["labels", "centreline"])
+def test_a_structure_that_nothing_has_is_refused(kidneys: tuple[Path, Path], option: str) -> None:
+    known = r"1 \(liver\), 2 \(kidney_left\), 3 \(kidney_right\), 12 \(2\)"
+    with pytest.raises(InputError, match=rf"^no structure 'livr'; expected a value, name or pattern of {known}$"):
+        evaluated(*kidneys, **{option: ["liver", "livr"]})
+
+
+def test_centrelines_are_for_wanted_structures_alone(kidneys: tuple[Path, Path]) -> None:
+    scores = evaluated(*kidneys, centreline=["kidney*"])
+    assert {value: one.cldice for (_, value), one in scores.items()} == {1: None, 2: 1, 3: 1, 12: None}
+
+
+def test_a_centreline_is_wanted_of_what_is_scored(kidneys: tuple[Path, Path]) -> None:
+    with pytest.raises(InputError, match=r"no structure 'kidney\*'; expected a value, name or pattern of 1 \(liver\)$"):
+        evaluated(*kidneys, labels=["liver"], centreline=["kidney*"])
+
+
+def test_label_sets_that_differ_are_refused(tmp_path: Path) -> None:
+    lung, bone = (slice(7, 9), slice(0, 2), slice(0, 2)), (slice(7, 9), slice(3, 5), slice(0, 2))
+    result = write(tmp_path / "result.nii", {1: LIVER, 3: lung})
+    more = write(tmp_path / "more.nii", {1: LIVER, 2: NODE, 4: bone}, {2: "node"})
+    less = write(tmp_path / "less.nii", {1: LIVER})
+    what_to_do = (
+        ": the label sets differ; say what to score with --labels (values or names with commas between, or '*' for all)"
+    )
+    for reference, difference in [
+        (less, f"{result} has 3 (label_3), which {less} lacks"),
+        (
+            more,
+            f"{result} has 3 (label_3), which {more} lacks; {more} has 2 (node), 4 (label_4), which {result} lacks",
+        ),
+    ]:
+        with pytest.raises(InputError) as caught:
+            evaluated(result, reference)
+        assert str(caught.value) == difference + what_to_do
+    with pytest.raises(InputError) as caught:
+        evaluated(less, result)
+    assert str(caught.value) == f"{result} has 3 (label_3), which {less} lacks{what_to_do}"
+    statuses = {value: one.status for (_, value), one in evaluated(result, more, labels=["*"]).items()}
+    assert statuses == {1: "ok", 2: "missed", 3: "hallucinated", 4: "missed"}
+    assert list(evaluated(result, more, labels=["1", "node"])) == [("more", 1), ("more", 2)]
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_folders_are_named_where_the_label_sets_of_their_files_differ(tmp_path: Path, nested: bool) -> None:
+    for case in "ab":
+        name = f"{case}/segmentation.nii.gz" if nested else f"{case}.nii.gz"
+        write(tmp_path / "out" / name, {1: LIVER})
+        write(tmp_path / "truth" / f"{case}.nii.gz", {1: LIVER} | ({2: NODE} if case == "b" else {}))
+    with pytest.raises(
+        InputError, match=re.escape(f"{tmp_path}/truth has 2 (label_2), which {tmp_path}/out lacks: the label sets")
+    ):
+        evaluated(tmp_path / "out", tmp_path / "truth")
+
+
+def test_a_structure_of_one_case_counts_for_all(tmp_path: Path) -> None:
+    """Cases of one folder need not have the same structures."""
+    for case, content in [("a", {1: LIVER}), ("b", {1: LIVER, 2: NODE})]:
+        write(tmp_path / "out" / f"{case}.nii", content)
+        write(tmp_path / "truth" / f"{case}.nii", content)
+    scores = evaluated(tmp_path / "out", tmp_path / "truth")
+    assert {key: one.status for key, one in scores.items()} == {
+        ("a", 1): "ok",
+        ("a", 2): "both_empty",
+        ("b", 1): "ok",
+        ("b", 2): "ok",
+    }
+
+
+def test_what_the_result_knows_and_did_not_find_is_missed(tmp_path: Path) -> None:
+    reference = write(tmp_path / "truth.nii", {1: LIVER, 2: NODE})
+    result = write(tmp_path / "out.nii", {1: LIVER}, {1: "liver", 2: "node", 5: "elsewhere"})
+    scores = evaluated(result, reference)
+    assert {value: one.status for (_, value), one in scores.items()} == {1: "ok", 2: "missed"}
+    assert (scores["truth", 2].dice, scores["truth", 2].nsd) == (0, 0)
+    assert scores["truth", 2].hd95_mm == scores["truth", 2].hd95_voxel_mm == DIAGONAL_MM
+
+
+def test_what_the_reference_knows_and_does_not_have_is_hallucinated(tmp_path: Path) -> None:
+    reference = write(tmp_path / "truth" / "a.nii", {1: LIVER})
+    (tmp_path / "truth" / "dataset.json").write_text(json.dumps({"labels": {"liver": 1, "node": 2}}))
+    result = write(tmp_path / "out" / "a.nii", {1: LIVER, 2: NODE})
+    assert {value: one.status for (_, value), one in evaluated(result, reference).items()} == {
+        1: "ok",
+        2: "hallucinated",
+    }
+
+
+def test_an_empty_result_has_missed_everything(tmp_path: Path) -> None:
+    for case, content in [("a", {1: LIVER, 2: NODE}), ("b", {})]:
+        write(tmp_path / "out" / f"{case}.nii", content)
+        write(tmp_path / "truth" / f"{case}.nii", {1: LIVER, 2: NODE})
+    scores = evaluated(tmp_path / "out", tmp_path / "truth")
+    assert [scores["b", value].status for value in (1, 2)] == ["missed", "missed"]
+    single = evaluated(tmp_path / "out" / "b.nii", tmp_path / "truth" / "b.nii", labels=["*"])
+    assert [one.status for one in single.values()] == ["missed", "missed"]
+
+
+@pytest.mark.parametrize("labels", [(), ("*",)])
+def test_files_that_are_all_empty_are_refused(tmp_path: Path, labels: tuple[str, ...]) -> None:
+    result, reference = write(tmp_path / "out.nii", {}), write(tmp_path / "truth.nii", {}, {1: "liver"})
+    message = f"{result}: no structure here or in {reference} (all voxels are 0); give the right files"
+    with pytest.raises(InputError, match=re.escape(message)):
+        evaluated(result, reference, labels=labels)
+
+
+def test_one_name_for_two_values_is_refused(tmp_path: Path) -> None:
+    """Liver and spleen in another order: each would be scored against the other."""
+    content = {1: LIVER, 2: NODE}
+    result = write(tmp_path / "out.nii", content, {1: "Node", 2: "liver"})
+    reference = write(tmp_path / "truth.nii", content, {1: "liver", 2: "node"})
+    for labels in ([], ["*"], ["1"]):
+        with pytest.raises(InputError) as caught:
+            evaluated(result, reference, labels=labels)
+        assert str(caught.value) == (
+            f"{result}: 'Node' has the value 1, but 2 in {reference}; renumber one of them, or give the right names "
+            "with --names"
+        )
+    (tmp_path / "names.txt").write_text("1 liver\n2 node\n")
+    scored = evaluate_files(find_pairs(result, reference), TOLERANCES, names=tmp_path / "names.txt")
+    assert names_of(scored) == {1: "liver", 2: "node"}
+
+
+def test_two_values_of_one_name_on_both_sides_are_no_conflict(tmp_path: Path) -> None:
+    content, names = {1: LIVER, 2: NODE}, {1: "cyst", 2: "Cyst"}
+    result, reference = write(tmp_path / "out.nii", content, names), write(tmp_path / "truth.nii", content, names)
+    assert list(evaluated(result, reference)) == [("truth", 1), ("truth", 2)]
+
+
+def test_other_names_for_the_same_values_are_no_conflict(tmp_path: Path) -> None:
+    result = write(tmp_path / "out.nii", {1: LIVER}, {1: "Leber", 2: "Niere"})
+    reference = write(tmp_path / "truth.nii", {1: LIVER}, {1: "liver", 2: "kidney"})
+    assert names_of(evaluate_files(find_pairs(result, reference), TOLERANCES)) == {1: "liver"}
+
+
+def test_a_tolerance_for_no_structure_is_told(
+    tmp_path: Path, kidneys: tuple[Path, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "preset_mine.toml").write_text(
+        'default_mm = 1\n[tolerance_mm]\n"kidny*" = 3\nliver = 5\n99 = 2\n"*kidney*" = 4\n'
+    )
+    with caplog.at_level(logging.WARNING):
+        # Not picked is not misspelt.
+        scores = evaluated(*kidneys, tolerances=load_tolerances("preset_mine.toml"), labels=["kidney*"])
+    assert caplog.messages == ["preset_mine.toml: no structure is called kidny*, 99; check the spelling"]
+    assert [one.tolerance_mm for one in scores.values()] == [4, 4]
+
+
+@pytest.mark.parametrize("preset", ["flare22", "kits21", "nikolov"])
+def test_a_preset_may_name_more_than_there_is(
+    kidneys: tuple[Path, Path], caplog: pytest.LogCaptureFixture, preset: str
+) -> None:
+    tolerances = load_tolerances(preset)
+    assert tolerances.unmatched([(1, "liver")])
+    with caplog.at_level(logging.WARNING):
+        evaluated(*kidneys, tolerances=tolerances)
+    assert caplog.messages == []
+
+
+def test_a_file_that_is_no_label_map_is_refused(tmp_path: Path) -> None:
+    reference = write(tmp_path / "truth.nii", {1: LIVER})
+    scan = tmp_path / "scan.nii"
+    save_volume(Volume(np.full(GRID.shape, 0.5, np.float32), GRID), scan)
+    with pytest.raises(InputError, match=r"scan\.nii: 1000 voxels are not whole numbers"):
+        evaluated(scan, reference)
+
+
+# Summaries
+
+
+@pytest.fixture
+def three_cases(tmp_path: Path) -> list[CaseScore]:
+    """The liver (1 ml) is found, missed, found; the node (0.008 ml) is nowhere, made up, found."""
+    liver, node = {1: LIVER}, {2: NODE}
+    for case, result, reference in [("a", liver, liver), ("b", node, liver), ("c", liver | node, liver | node)]:
+        write(tmp_path / "out" / f"{case}.nii", result)
+        write(tmp_path / "truth" / f"{case}.nii", reference, {1: "liver", 2: "node"})
+    return evaluate_files(find_pairs(tmp_path / "out", tmp_path / "truth"), TOLERANCES)
+
+
+def test_three_cases_by_hand(three_cases: list[CaseScore]) -> None:
+    summary = summarise(three_cases)
+    assert summary.cases == 3
+    assert summary.counts == {"ok": 3, "missed": 1, "hallucinated": 1, "both_empty": 1}
+    liver, node = summary.structures
+    assert (liver.value, liver.structure, liver.tolerance_mm, liver.reference_ml) == (1, "liver", 2, 1.0)
+    assert (node.value, node.structure, node.reference_ml) == (2, "node", pytest.approx(0.008))
+    assert liver.counts == {"ok": 2, "missed": 1, "hallucinated": 0, "both_empty": 0}
+    assert node.counts == {"ok": 1, "missed": 0, "hallucinated": 1, "both_empty": 1}
+    # Liver: 1, 0, 1 and 0, 30, 0 mm. Node: none, 0, 1 and none, 30, 0 mm; none counts as 1 and 0 mm, or not at all.
+    assert (liver.scores["dice"].count, liver.scores["dice"].mean) == (3, pytest.approx(2 / 3))
+    assert liver.scores["dice"].sd == pytest.approx(math.sqrt(1 / 3))
+    assert (node.scores["dice"].count, node.scores["dice"].mean) == (2, 0.5)
+    assert liver.with_empty == pytest.approx({"dice": 2 / 3, "nsd": 2 / 3, "hd95_mm": 10, "hd95_voxel_mm": 10})
+    assert node.with_empty == pytest.approx({"dice": 2 / 3, "nsd": 2 / 3, "hd95_mm": 10, "hd95_voxel_mm": 10})
+    assert liver.scores["hd95_mm"].high == node.scores["hd95_mm"].high == DIAGONAL_MM
+    assert summary.means == pytest.approx({"dice": 7 / 12, "nsd": 7 / 12, "hd95_mm": 12.5, "hd95_voxel_mm": 12.5})
+    assert summary.means_with_empty == pytest.approx({"dice": 2 / 3, "nsd": 2 / 3, "hd95_mm": 10, "hd95_voxel_mm": 10})
+    assert summary.small == ("node",)
+    assert summary.small_means == pytest.approx({"dice": 0.5, "nsd": 0.5, "hd95_mm": 15, "hd95_voxel_mm": 15})
+
+
+def test_summaries_are_json(three_cases: list[CaseScore]) -> None:
+    content = json.loads(json.dumps(summarise(three_cases).to_dict(), allow_nan=False))
+    assert content["cases"] == 3
+    assert content["mean"] == {"dice": 0.583333, "nsd": 0.583333, "hd95_mm": 12.5, "hd95_voxel_mm": 12.5}
+    assert content["mean_with_both_empty_as_perfect"]["dice"] == 0.666667
+    assert content["counts"] == {"ok": 3, "missed": 1, "hallucinated": 1, "both_empty": 1}
+    assert content["small_structures"]["names"] == ["node"]
+    assert content["small_structures"]["below_ml"] == SMALL_ML
+    assert content["small_structures"]["mean"]["hd95_mm"] == 15
+    liver, node = content["structures"]
+    assert (liver["structure"], liver["value"], liver["tolerance_mm"], liver["reference_ml"]) == ("liver", 1, 2, 1)
+    assert node["dice"] == {
+        "count": 2,
+        "mean": 0.5,
+        "sd": 0.707107,
+        "low": 0,
+        "quartile": 0.25,
+        "median": 0.5,
+        "upper_quartile": 0.75,
+        "high": 1,
+    }
+
+
+def test_nan_is_null_in_json() -> None:
+    content = summarise([CaseScore("a", 1, "liver", made_empty())]).to_dict()
+    text = json.dumps(content, allow_nan=False)
+    assert content["mean"]["dice"] is None
+    assert content["mean_with_both_empty_as_perfect"]["dice"] == 1
+    assert content["structures"][0]["reference_ml"] is None
+    assert content["structures"][0]["hd95_mm"]["median"] is None
+    assert "NaN" not in text
+    assert spread_dict(spread([0.5])) == {"count": 1, "sd": None} | dict.fromkeys(
+        ("mean", "low", "quartile", "median", "upper_quartile", "high"), 0.5
+    )
+
+
+def test_structures_count_the_same_however_many_cases_have_them() -> None:
+    scored = [CaseScore(case, 1, "liver", made("ok", 1.0)) for case in "abc"]
+    scored += [CaseScore("a", 2, "node", made("ok", 0.5)), *[CaseScore(case, 2, "node", made_empty()) for case in "bc"]]
+    summary = summarise(scored)
+    assert summary.means["dice"] == 0.75  # over all scores it would be 0.875
+    assert summary.means_with_empty["dice"] == pytest.approx((1 + (0.5 + 1 + 1) / 3) / 2)
+
+
+def test_structures_that_no_case_has_are_left_out_of_one_mean_alone() -> None:
+    summary = summarise([CaseScore("a", 1, "liver", made("ok", 0.5)), CaseScore("a", 2, "node", made_empty())])
+    assert summary.means["dice"] == 0.5
+    assert summary.means_with_empty["dice"] == 0.75
+    assert math.isnan(summary.structures[1].reference_ml)
+    assert summary.small == ()  # of unknown size
+
+
+def test_structures_are_small_below_the_limit_alone() -> None:
+    at, below = made("ok", 1.0, reference_ml=SMALL_ML), made("ok", 0.5, reference_ml=SMALL_ML - 1e-6)
+    summary = summarise([CaseScore("a", 1, "at", at), CaseScore("a", 2, "below", below)])
+    assert summary.small == ("below",)
+    assert summary.small_means["dice"] == 0.5
+
+
+def test_volumes_are_averaged_over_references_that_have_the_structure() -> None:
+    hallucinated = made("hallucinated", 0.0, reference_voxels=0, reference_ml=0.0)
+    missed = made("missed", 0.0, reference_ml=3.0)
+    scored = [
+        CaseScore(case, 1, "liver", one) for case, one in [("a", made("ok", 1.0)), ("b", hallucinated), ("c", missed)]
+    ]
+    assert summarise(scored).structures[0].reference_ml == 2
+
+
+def test_structures_come_in_the_order_of_their_values() -> None:
+    scored = [CaseScore("a", value, f"s{value}", made("ok", 1.0)) for value in (12, 3, 7)]
+    assert [one.value for one in summarise(scored).structures] == [3, 7, 12]
+
+
+def test_centrelines_count_for_structures_they_are_wanted_of() -> None:
+    aorta = [
+        CaseScore("a", 1, "aorta", made("ok", 0.9, cldice=0.5)),
+        CaseScore("b", 1, "aorta", made_empty(cldice=math.nan)),
+    ]
+    liver = [CaseScore("a", 2, "liver", made("ok", 0.9)), CaseScore("b", 2, "liver", made_empty())]
+    summary = summarise([aorta[0], liver[0], aorta[1], liver[1]])
+    assert summary.means["cldice"] == 0.5
+    # The liver, whose centreline nobody asked for, is not perfect in case b, where there is none.
+    assert summary.means_with_empty["cldice"] == 0.75
+    assert math.isnan(summary.structures[1].with_empty["cldice"])
+    assert "cldice" not in summarise(liver).means
+
+
+def test_other_statuses_are_counted_too() -> None:
+    """Of programs that score more than files: a result that could not be made."""
+    scored = [CaseScore("a", 1, "liver", made("failed", 0.0))]
+    counts = summarise(scored).counts
+    assert counts == {"ok": 0, "missed": 0, "hallucinated": 0, "both_empty": 0, "failed": 1}
+    assert list(counts)[-1] == "failed"
+
+
+def test_a_summary_of_nothing() -> None:
+    summary = summarise([])
+    assert (summary.cases, summary.structures, summary.small) == (0, (), ())
+    assert all(math.isnan(mean) for mean in summary.means.values())
+    json.dumps(summary.to_dict(), allow_nan=False)
+
+
+# Tables
+
+
+def test_scores_are_written_as_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "scores.csv"
+    rows = [
+        {"case": "a, b", "value": 1, "dice": 2 / 3, "hd95_mm": math.nan, "cldice": None},
+        {"case": "ä", "value": 12, "dice": np.float64(1), "hd95_mm": 30.0, "cldice": 0.1234567},
+    ]
+    write_scores(path, iter(rows))
+    assert path.read_bytes().decode() == (
+        'case,value,dice,hd95_mm,cldice\n"a, b",1,0.666667,,\nä,12,1.000000,30.000000,0.123457\n'
+    )
+
+
+def test_rows_of_scores_come_back_from_the_table(tmp_path: Path) -> None:
+    scores = made("ok", 0.25, cldice=0.5, cldice_note="resampled to 1 mm; result: lost")
+    write_scores(tmp_path / "scores.csv", [{"case": "a"} | score_row(scores), {"case": "b"} | score_row(made_empty())])
+    with (tmp_path / "scores.csv").open(newline="", encoding="utf-8") as file:
+        first, second = csv.DictReader(file)
+    assert list(first) == ["case", *asdict(scores)]
+    assert (first["status"], float(first["dice"]), int(first["result_voxels"])) == ("ok", 0.25, 250)
+    assert (first["cldice"], first["cldice_note"]) == ("0.500000", "resampled to 1 mm; result: lost")
+    assert (second["status"], second["dice"], second["cldice"]) == ("both_empty", "", "")
+
+
+def test_tables_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "scores.csv"
+    write_scores(path, [{"case": "old"}])
+    with pytest.raises(ValueError, match="fields not in fieldnames: 'dice'"):
+        write_scores(path, [{"case": "new"}, {"case": "newer", "dice": 1.0}])
+    assert path.read_text() == "case\nold\n"
+    assert [one.name for one in tmp_path.iterdir()] == ["scores.csv"]
+    write_scores(path, [{"case": "new"}])
+    assert path.read_text() == "case\nnew\n"
+
+
+def test_tables_that_cannot_be_written_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "absent" / "scores.csv"
+    message = f"{path}: the folder {path.parent} does not exist; make it, or choose another place"
+    with pytest.raises(InputError, match=re.escape(message)):
+        write_scores(path, [{"case": "a"}])
+    path.mkdir(parents=True)
+    with pytest.raises(InputError, match=r"scores\.csv: cannot write there \(.*directory.*\); choose another place"):
+        write_scores(path, [{"case": "a"}])
+    assert [one.name for one in path.parent.iterdir()] == ["scores.csv"]
