@@ -11,7 +11,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 ITK_GLO
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow check format bench docs clean
+.PHONY: help demo test test-slow check format results bench docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,8 +35,11 @@ format: $(STAMPS)/lint ## format the code and apply safe lint fixes
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
-bench: $(STAMPS)/run ## measure accuracy and time, one atlas to all queries
-	$(BIN)/python benchmarks/one_to_all.py
+results: $(STAMPS)/run ## measure all of docs/results.md (about an hour on 2 cores; goes on where it stopped)
+	$(BIN)/python benchmarks/results.py
+
+bench: $(STAMPS)/test ## time the scores against surface-distance, in one run
+	$(BIN)/python benchmarks/metrics_speed.py --rounds 3
 
 docs: $(STAMPS)/docs ## build the documentation into site/
 	$(BIN)/zensical build --clean --strict

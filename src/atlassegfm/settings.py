@@ -121,8 +121,15 @@ def with_table(settings: S, table: Table, *, origin: str) -> S:
         raise InputError(f"{origin}: {'.'.join(keys)} is {_shown(_at(merged, keys))}; expected {expected}") from None
 
 
-def load_toml(path: Path) -> dict[str, Any]:
+def load_toml(path: Path, what: str = "a settings file") -> dict[str, Any]:
     """Read a TOML file.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    what : str
+        What it should be, for messages.
 
     Raises
     ------
@@ -132,15 +139,15 @@ def load_toml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a byte order mark
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a settings file in TOML") from None
+        raise InputError(f"{path}: no such file; expected {what} in TOML") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file; expected a settings file in TOML") from None
+        raise InputError(f"{path}: not a text file; expected {what} in TOML") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be opened ({error.strerror}); expected a settings file in TOML") from None
+        raise InputError(f"{path}: cannot be opened ({error.strerror}); expected {what} in TOML") from None
     try:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML: {error}; correct it, or begin with the printed settings") from None
+        raise InputError(f"{path}: not valid TOML: {error}; expected {what}: correct it") from None
 
 
 def to_toml(settings: Any) -> str:

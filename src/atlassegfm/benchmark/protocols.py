@@ -54,7 +54,7 @@ def make_pairs(
     atlases : sequence of str
         For "one-to-all"; the first case if left out.
     every : int
-        Keep only the first of so many successive pairs.
+        Keep one pair of so many. Of "all-pairs" the sample is balanced: every case is about as often atlas as query.
 
     Raises
     ------
@@ -80,7 +80,17 @@ def make_pairs(
         chosen = list(dict.fromkeys(atlases)) or list(cases[:1])
         chosen = list(cases) if protocol == "all-pairs" else chosen
         pairs = [Pair(atlas, query) for atlas in chosen for query in cases if query != atlas]
+        if protocol == "all-pairs" and every > 1:
+            return _balanced(cases, pairs, every)
     return tuple(pairs[::every])
+
+
+def _balanced(cases: Sequence[str], pairs: Sequence[Pair], every: int) -> tuple[Pair, ...]:
+    """One pair of ``every``: first those of each case and the next one, then of each case and the next but one ..."""
+    place = {case: n for n, case in enumerate(cases)}
+    apart = sorted(pairs, key=lambda pair: ((place[pair.query] - place[pair.atlas]) % len(cases), place[pair.atlas]))
+    kept = set(apart[: -(-len(pairs) // every)])
+    return tuple(pair for pair in pairs if pair in kept)
 
 
 def _folds(cases: Sequence[str], seed: int, folds: int) -> list[Pair]:

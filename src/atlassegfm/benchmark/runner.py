@@ -556,9 +556,9 @@ def _prepare(plan: Plan, out: Path, *, force: bool) -> None:
         found = _read(path)
         differing = [key for key in wanted if found.get(key) != json.loads(json.dumps(wanted[key]))]
         if differing:
+            named = ", ".join(_difference(key, found, wanted) for key in differing)
             raise InputError(
-                f"{out}: holds a benchmark made with other {', '.join(differing)}; "
-                "choose another folder, or begin anew with --force"
+                f"{out}: holds a benchmark made with other {named}; choose another folder, or begin anew with --force"
             )
         return
     if (out / PAIRS).exists():
@@ -569,6 +569,14 @@ def _prepare(plan: Plan, out: Path, *, force: bool) -> None:
         raise InputError(f"{out}: cannot be made ({error.strerror}); choose another place") from None
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
+
+
+def _difference(key: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What differs between two plans; short values are named."""
+    values = (found.get(key), wanted[key])
+    if any(isinstance(value, dict | list) for value in values):
+        return key
+    return f"{key} ({values[0]} there, {values[1]} now)"
 
 
 def _read(path: Path) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -29,7 +29,8 @@ from .runner import Plan, Record, Row
 _COMPARED = ("dice", "nsd")
 #: Tables of single structures grow no longer than this; all are in results.csv.
 _LONGEST_TABLE = 40
-_METHOD_NAMES = {"atlas": "atlas only", "model": "model", "fused": "fused", "oracle": "oracle"}
+#: As tables and plots name them.
+METHOD_NAMES: Mapping[str, str] = {"atlas": "atlas only", "model": "model", "fused": "fused", "oracle": "oracle"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +181,12 @@ def write_reports(plan: Plan, records: Sequence[Record], out: Path, *, plots: bo
     return summary
 
 
+def title_of(column: Column, *, several: bool = True) -> str:
+    """What a column is called."""
+    method = METHOD_NAMES[column.method]
+    return f"{column.variant}: {method}" if several else method
+
+
 def main_table(columns: Sequence[Column]) -> list[list[str]]:
     """Head and a line for each column, for a table on the screen."""
     several = len({column.variant for column in columns}) > 1
@@ -189,7 +196,7 @@ def main_table(columns: Sequence[Column]) -> list[list[str]]:
         lines.append(
             [
                 *([column.variant] if several else []),
-                _METHOD_NAMES[column.method],
+                METHOD_NAMES[column.method],
                 _decimal(means["dice"], 4),
                 _decimal(column.over_atlases().sd, 3),
                 _decimal(_least(column.pair_means()), 3),
@@ -297,7 +304,7 @@ def _page(
     yield ""
     yield from _markdown(main_table(columns), words=2 if several else 1)
     yield ""
-    yield _statuses(columns)
+    yield _statuses(columns, several=several)
     failed = [record for record in records if record.failure]
     for record in failed:
         yield f"Failed: {record.pair.atlas} -> {record.pair.query} ({record.variant}): {record.failure}"
@@ -312,12 +319,12 @@ def _page(
         yield "![Dice against time](dice-time.png)"
 
 
-def _statuses(columns: Sequence[Column]) -> str:
+def _statuses(columns: Sequence[Column], *, several: bool) -> str:
     parts = []
     for column in columns:
         counts = {status: n for status, n in column.summary.counts.items() if n}
         words = ", ".join(f"{n} {status.replace('_', ' ')}" for status, n in counts.items())
-        parts.append(f"{_title(column)}: {words}")
+        parts.append(f"{title_of(column, several=several)}: {words}")
     return f"Structures of pairs by status: {'; '.join(parts)}."
 
 
@@ -338,7 +345,7 @@ def _differences(comparisons: Sequence[Comparison], *, several: bool) -> Iterabl
         if one.first.variant == one.second.variant or one.first.method == one.second.method:
             key = (id(one.first), id(one.second))
             by_columns.setdefault(key, {})[one.score] = one.interval
-            titles[key] = f"{_title(one.first, several=several)} − {_title(one.second, several=several)}"
+            titles[key] = f"{title_of(one.first, several=several)} − {title_of(one.second, several=several)}"
     for key, intervals in by_columns.items():
         cells = [
             f"{_signed(i.difference)} ({_signed(i.low)} to {_signed(i.high)})"
@@ -354,7 +361,7 @@ def _per_structure(columns: Sequence[Column], *, several: bool) -> Iterable[str]
     yield ""
     first = columns[0].summary.structures
     shown = first[:_LONGEST_TABLE]
-    lines = [["structure", "ml", *(_title(column, several=several) for column in columns)]]
+    lines = [["structure", "ml", *(title_of(column, several=several) for column in columns)]]
     for n, one in enumerate(shown):
         cells = []
         for column in columns:
@@ -376,7 +383,7 @@ def _per_structure(columns: Sequence[Column], *, several: bool) -> Iterable[str]
             "Where result and reference both lack a structure it is left out above; counted as perfect the means are "
             + (
                 ", ".join(
-                    f"{_title(column, several=several)} {_decimal(column.summary.means_with_empty['dice'], 4)}"
+                    f"{title_of(column, several=several)} {_decimal(column.summary.means_with_empty['dice'], 4)}"
                     for column in columns
                 )
                 + "."
@@ -390,7 +397,7 @@ def _per_atlas(columns: Sequence[Column], atlases: Sequence[str], *, several: bo
         return
     yield "## Dice of each atlas"
     yield ""
-    lines = [["atlas", *(_title(column, several=several) for column in columns)]]
+    lines = [["atlas", *(title_of(column, several=several) for column in columns)]]
     lines += [[atlas, *(_decimal(column.of_atlas(atlas), 3) for column in columns)] for atlas in atlases]
     spreads = [column.over_atlases() for column in columns]
     lines.append(["mean ± sd", *(f"{_decimal(one.mean, 3)} ± {_decimal(one.sd, 3)}" for one in spreads)])
@@ -427,11 +434,6 @@ def _markdown(lines: Sequence[Sequence[str]], words: int = 1) -> Iterable[str]:
     yield "|" + "|".join("---" if n < words else "---:" for n in range(len(head))) + "|"
     for line in rest:
         yield "| " + " | ".join(line) + " |"
-
-
-def _title(column: Column, *, several: bool = True) -> str:
-    method = _METHOD_NAMES[column.method]
-    return f"{column.variant}: {method}" if several else method
 
 
 def _decimal(value: float, digits: int) -> str:

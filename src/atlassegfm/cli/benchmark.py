@@ -73,7 +73,7 @@ AtlasOption = Annotated[
     str | None, typer.Option("--atlas", metavar="A,B,...", help="Atlases of one-to-all [default: the first case].")
 ]
 CasesOption = Annotated[str | None, typer.Option("--cases", metavar="A,B,...", help="Cases that take part.")]
-EveryOption = Annotated[int, typer.Option("--every", metavar="N", help="Keep the first of N successive pairs.")]
+EveryOption = Annotated[int, typer.Option("--every", metavar="N", help="A sample: one pair of N.")]
 FoldsOption = Annotated[int, typer.Option("--folds", metavar="N", help="Of one-shot-5fold, where 5 are too many.")]
 ChannelOption = Annotated[int, typer.Option("--channel", metavar="N", help="Channel of the scans.")]
 PlotsOption = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots (extra 'report').")]
@@ -380,7 +380,7 @@ class _Choice:
 
     def title(self, text: str) -> str:
         """What is run, with what is left out."""
-        return f"{text}, every {self.every}th" if self.every > 1 else text
+        return f"{text}, one of {self.every}" if self.every > 1 else text
 
     def dataset(self, folder: Path) -> Dataset:
         """The cases that take part."""

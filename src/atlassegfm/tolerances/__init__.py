@@ -141,13 +141,13 @@ def load_tolerances(name_or_file: str) -> Tolerances:
     """
     if name_or_file in PRESETS:
         with resources.as_file(resources.files(__name__) / PRESETS[name_or_file]) as path:
-            return _from_table(load_toml(path), f"preset {name_or_file}")
+            return _from_table(load_toml(path, "a file of tolerances"), f"preset {name_or_file}")
     path = Path(name_or_file)
     if not path.exists():
         raise InputError(
             f"{name_or_file}: neither a preset nor a file; expected {', '.join(PRESETS)} or a TOML file of tolerances"
         )
-    return _from_table(load_toml(path), name_or_file)
+    return _from_table(load_toml(path, "a file of tolerances"), name_or_file)
 
 
 def _from_table(table: Mapping[str, Any], origin: str) -> Tolerances:
