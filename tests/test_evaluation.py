@@ -151,6 +151,20 @@ def test_every_way_a_scan_can_lie_is_scored(synthetic_labels: Build, affine: np.
     assert scores.hd95_voxel_mm == pytest.approx(reference.grid.spacing_mm[2])
 
 
+def test_volumes_are_right_and_a_warning_is_given_on_sheared_axes(
+    synthetic_labels: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    labels = synthetic_labels(affine=SHEARED)
+    one = score_volumes({"": labels}, labels, {1: "organ"}, TOLERANCES)[""][1]
+    # 1.5 x 2 x 4 mm as in the upright scan: shear keeps the volume, and lengthens an edge.
+    assert one.reference_ml == one.result_ml == pytest.approx(one.reference_voxels * 12 / 1000)
+    assert "the reference: its axes are not at right angles; distances are measured as if they were" in caplog.text
+    caplog.clear()
+    upright = synthetic_labels(affine=ORIENTATIONS["oblique"])
+    score_volumes({"": upright}, upright, {1: "organ"}, TOLERANCES)
+    assert not caplog.text
+
+
 def test_several_results_at_once_are_scored_as_one_at_a_time(synthetic_labels: Build) -> None:
     reference = synthetic_labels((12, 10, 9), values=(1, 2))
     results = {

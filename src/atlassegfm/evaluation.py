@@ -13,7 +13,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +38,8 @@ _FIRST_CHANNEL = "_0000"
 SMALL_ML = 1.0
 #: Scores that are averaged, and what "as perfect" means for them where both masks are empty.
 PERFECT: Mapping[str, float] = {"dice": 1.0, "nsd": 1.0, "hd95_mm": 0.0, "hd95_voxel_mm": 0.0, "cldice": 1.0}
+#: A voxel smaller than the product of its edges by this share has axes that are not at right angles (2.6 degrees).
+_SHEARED = 1e-3
 #: Statuses in the order of reports.
 STATUSES = ("ok", "missed", "hallucinated", "both_empty")
 
@@ -216,6 +218,10 @@ def score_volumes(
     dict of str to dict of int to StructureScores
         For each method, in the order of ``names``.
 
+    Notes
+    -----
+    On axes that are not at right angles (a tilted gantry) volumes are right and distances are not: a warning says so.
+
     Raises
     ------
     InputError
@@ -223,6 +229,10 @@ def score_volumes(
     """
     spacing_mm = tuple(float(step) for step in reference.grid.spacing_mm)
     diagonal = diagonal_mm(reference.grid.shape, spacing_mm)
+    voxel_ml = reference.grid.voxel_volume_mm3 / 1000
+    if voxel_ml < (1 - _SHEARED) * math.prod(spacing_mm) / 1000:
+        name = "the reference" if reference.source is None else str(reference.source.path)
+        logger.warning("%s: its axes are not at right angles; distances are measured as if they were", name)
     wanted = frozenset(centreline)
     turned = {}
     for method, result in results.items():
@@ -233,13 +243,16 @@ def score_volumes(
     for value, name in names.items():
         shape = references.pop(value)  # its surfaces are kept for all methods, and then dropped
         for method, shapes in turned.items():
-            scores[method][value] = compare(
+            one = compare(
                 shapes.pop(value),
                 shape,
                 tolerance_mm=tolerances.of(value, name),
                 diagonal_mm=diagonal,
                 centreline=value in wanted,
             )
+            # Those of the comparison are products of the spacing: too large where axes are not at right angles.
+            result_ml, reference_ml = (n * voxel_ml for n in (one.result_voxels, one.reference_voxels))
+            scores[method][value] = replace(one, result_ml=result_ml, reference_ml=reference_ml)
     return scores
 
 
