@@ -441,7 +441,9 @@ def _decimal(value: float, digits: int) -> str:
 
 
 def _signed(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:+.3f}".replace("-", "−")
+    if math.isnan(value):
+        return "–"
+    return f"{round(value, 3) + 0.0:+.3f}".replace("-", "−")  # no −0.000
 
 
 def _least(values: NDArray[np.float64]) -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,7 +31,6 @@ from .session import (
     ModelOption,
     QuietOption,
     SeedOption,
-    Session,
     SetOption,
     build_settings,
     open_session,
@@ -38,8 +39,7 @@ from .session import (
 )
 
 if TYPE_CHECKING:
-    from ..benchmark import Variant
-    from ..dataset import Dataset
+    from ..benchmark import Plan, Variant
     from ..pipeline import Settings
 
 #: The subcommand meant where none is named.
@@ -63,33 +63,71 @@ app = typer.Typer(
 )
 
 DatasetArgument = Annotated[Path, typer.Argument(metavar="DATASET", help="Folder in nnU-Net raw layout, with labels.")]
-OutOption = Annotated[
-    Path, typer.Option("--out", "-o", metavar="OUT", help="Folder of the benchmark; an interrupted one goes on.")
-]
-ProtocolOption = Annotated[
-    str, typer.Option("--protocol", metavar="one-shot-5fold|one-to-all|all-pairs", help="Which atlas for which query.")
-]
-AtlasOption = Annotated[
-    str | None, typer.Option("--atlas", metavar="A,B,...", help="Atlases of one-to-all [default: the first case].")
-]
-CasesOption = Annotated[str | None, typer.Option("--cases", metavar="A,B,...", help="Cases that take part.")]
-EveryOption = Annotated[int, typer.Option("--every", metavar="N", help="A sample: one pair of N.")]
-FoldsOption = Annotated[int, typer.Option("--folds", metavar="N", help="Of one-shot-5fold, where 5 are too many.")]
-ChannelOption = Annotated[int, typer.Option("--channel", metavar="N", help="Channel of the scans.")]
-PlotsOption = Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots (extra 'report').")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Begin anew where OUT holds results.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What all comparisons take."""
+
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="OUT", help="Folder of the benchmark; an interrupted one goes on.")
+    ]
+    protocol: Annotated[
+        str,
+        typer.Option("--protocol", metavar="one-shot-5fold|one-to-all|all-pairs", help="Which atlas for which query."),
+    ] = "one-shot-5fold"
+    atlas: Annotated[
+        str | None, typer.Option("--atlas", metavar="A,B,...", help="Atlases of one-to-all [default: the first case].")
+    ] = None
+    cases: Annotated[str | None, typer.Option("--cases", metavar="A,B,...", help="Cases that take part.")] = None
+    labels: LabelsOption = None
+    every: Annotated[int, typer.Option("--every", metavar="N", help="A sample: one pair of N.")] = 1
+    folds: Annotated[int, typer.Option("--folds", metavar="N", help="Of one-shot-5fold, where 5 are too many.")] = 5
+    tolerance: ToleranceOption = f"{DEFAULT_TOLERANCE_MM:g}"
+    cldice: CentrelineOption = None
+    channel: Annotated[int, typer.Option("--channel", metavar="N", help="Channel of the scans.")] = 0
+    device: DeviceOption = "auto"
+    config: ConfigOption = None
+    overrides: SetOption = None
+    seed: SeedOption = None
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots (extra 'report').")] = True
+    force: Annotated[bool, typer.Option("--force", help="Begin anew where OUT holds results.")] = False
+    as_json: JsonOption = False
+    quiet: QuietOption = False
+
+    def settings(self, **chosen: str | None) -> Settings:
+        """The settings that the variants begin with."""
+        return build_settings(self.config, self.overrides, seed=self.seed, **chosen)
+
+    @property
+    def title(self) -> str:
+        """Which pairs are run."""
+        return f"{self.protocol}, one of {self.every}" if self.every > 1 else self.protocol
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command, whose last parameter is ``options``, those of :class:`_Options` one by one."""
+    own = inspect.signature(command, eval_str=True).parameters
+    shared = inspect.signature(_Options, eval_str=True).parameters
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        kept = {name: value for name, value in values.items() if name in own}
+        command(**kept, options=_Options(**{name: values[name] for name in shared}))
+
+    everything = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*own.values(), *shared.values())]
+    parameters = [one for one in everything if one.name != "options"]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    del run.__wrapped__
+    return run
 
 
 @app.command(_DEFAULT)
+@_with_options
 def protocol_command(
     dataset: DatasetArgument,
-    out: OutOption,
-    protocol: ProtocolOption = "one-shot-5fold",
-    atlas: AtlasOption = None,
-    cases: CasesOption = None,
-    labels: LabelsOption = None,
-    every: EveryOption = 1,
-    folds: FoldsOption = 5,
+    options: _Options,
     models: Annotated[
         str | None, typer.Option("--models", metavar="A,B,...", help="Models side by side [default: builtin].")
     ] = None,
@@ -104,80 +142,38 @@ def protocol_command(
             help="Also with these settings, side by side; may be repeated.",
         ),
     ] = None,
-    tolerance: ToleranceOption = f"{DEFAULT_TOLERANCE_MM:g}",
-    cldice: CentrelineOption = None,
-    channel: ChannelOption = 0,
-    device: DeviceOption = "auto",
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    seed: SeedOption = None,
-    plots: PlotsOption = True,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Atlas only, model, fused and oracle over the pairs of a protocol (what `benchmark DATASET` runs)."""
-    with open_session(quiet) as session:
+
+    def columns() -> list[Variant]:
         from ..benchmark import Variant
 
-        base = build_settings(config, overrides, seed=seed)
+        base = options.settings()
         made = [Variant("", base)]
         if models is not None:
             made = [_with(one, model, model=model) for one in made for model in split_list(models, "--models")]
         if engines is not None:
             names = split_list(engines, "--engines")
             made = [_with(one, engine, registration={"engine": engine}) for one in made for engine in names]
-        if variants:
-            made += [_parsed(text, base) for text in variants]
-        made = [replace(one, name=one.name or "default") for one in made]
-        failed = _run(
-            session,
-            dataset,
-            out,
-            f"{protocol}",
-            made,
-            _Choice(protocol, atlas, cases, labels, every, folds, tolerance, cldice, channel),
-            seed=base.seed,
-            device=device,
-            plots=plots,
-            force=force,
-            as_json=as_json,
-        )
-    _leave(failed)
+        made += [_parsed(text, base) for text in variants or ()]
+        return [replace(one, name=one.name or "default") for one in made]
+
+    _run(dataset, options.title, columns, options)
 
 
 @app.command()
-def ablation(
-    dataset: DatasetArgument,
-    out: OutOption,
-    protocol: ProtocolOption = "all-pairs",
-    atlas: AtlasOption = None,
-    cases: CasesOption = None,
-    labels: LabelsOption = None,
-    every: EveryOption = 1,
-    folds: FoldsOption = 5,
-    model: ModelOption = None,
-    tolerance: ToleranceOption = f"{DEFAULT_TOLERANCE_MM:g}",
-    cldice: CentrelineOption = None,
-    channel: ChannelOption = 0,
-    device: DeviceOption = "auto",
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    seed: SeedOption = None,
-    plots: PlotsOption = True,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
+@_with_options
+def ablation(dataset: DatasetArgument, options: _Options, model: ModelOption = None) -> None:
     """The paper's Table 4: stages of the registration off and on; the model alone, with prompts, with fusion.
 
     "user click" is the model alone: a simulated user, who sees the structure, clicks once into its middle.
     """
-    with open_session(quiet) as session:
-        from ..benchmark import METHODS, Variant
+
+    def columns() -> list[Variant]:
+        from ..benchmark import Variant
         from ..pipeline import NO_MODEL
 
-        base = build_settings(config, overrides, model=model, seed=seed)
+        base = options.settings(model=model)
         if base.model == NO_MODEL:
             raise InputError("an ablation needs a model; leave out --model none")
         stages = {
@@ -186,132 +182,63 @@ def ablation(
             "rigid, deformable": {"affine": False},
             "rigid, affine": {"deformable": False},
         }
-        alone = replace(base, model=NO_MODEL)
-        made = [_with(Variant("", alone), name, registration=table) for name, table in stages.items()]
-        made += [
-            Variant("user click", base, prompts_from="user", methods=("model",)),
-            Variant("all stages", base, methods=METHODS),
+        alone = Variant("", replace(base, model=NO_MODEL))
+        return [
+            *(_with(alone, name, registration=table) for name, table in stages.items()),
+            Variant("user click", base, prompts_from="user"),
+            Variant("all stages", base),
         ]
-        failed = _run(
-            session,
-            dataset,
-            out,
-            f"ablation, {protocol}",
-            made,
-            _Choice(protocol, atlas, cases, labels, every, folds, tolerance, cldice, channel),
-            seed=base.seed,
-            device=device,
-            plots=plots,
-            force=force,
-            as_json=as_json,
-        )
-    _leave(failed)
+
+    _run(dataset, f"ablation, {options.title}", columns, options)
 
 
 @app.command()
+@_with_options
 def prompts(
     dataset: DatasetArgument,
-    out: OutOption,
-    protocol: ProtocolOption = "all-pairs",
-    atlas: AtlasOption = None,
-    cases: CasesOption = None,
-    labels: LabelsOption = None,
-    every: EveryOption = 1,
-    folds: FoldsOption = 5,
+    options: _Options,
     models: Annotated[
         str, typer.Option("--models", metavar="A,B,...", help="Models, each with all the prompts it takes.")
     ] = "builtin",
-    tolerance: ToleranceOption = f"{DEFAULT_TOLERANCE_MM:g}",
-    cldice: CentrelineOption = None,
-    channel: ChannelOption = 0,
-    device: DeviceOption = "auto",
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    seed: SeedOption = None,
-    plots: PlotsOption = True,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """The paper's Table 6: click, box and mask from the warped atlas, for each model that takes them."""
-    with open_session(quiet) as session:
+
+    def columns() -> list[Variant]:
         from ..benchmark import Variant
         from ..models import describe_model
 
-        base = build_settings(config, overrides, seed=seed)
-        made = [
-            _with(Variant("", base, methods=("model", "fused")), f"{model} {kind}", model=model, prompt=kind)
+        base = Variant("", options.settings(), methods=("model", "fused"))
+        return [
+            _with(base, f"{model} {kind}", model=model, prompt=kind)
             for model in split_list(models, "--models")
             for kind in ("click", "box", "mask")
             if kind in describe_model(model).prompts
         ]
-        failed = _run(
-            session,
-            dataset,
-            out,
-            f"prompts, {protocol}",
-            made,
-            _Choice(protocol, atlas, cases, labels, every, folds, tolerance, cldice, channel),
-            seed=base.seed,
-            device=device,
-            plots=plots,
-            force=force,
-            as_json=as_json,
-        )
-    _leave(failed)
+
+    _run(dataset, f"prompts, {options.title}", columns, options)
 
 
 @app.command()
+@_with_options
 def engines(
     dataset: DatasetArgument,
-    out: OutOption,
-    protocol: ProtocolOption = "all-pairs",
-    atlas: AtlasOption = None,
-    cases: CasesOption = None,
-    labels: LabelsOption = None,
-    every: EveryOption = 1,
-    folds: FoldsOption = 5,
+    options: _Options,
     engines: Annotated[
         str | None, typer.Option("--engines", metavar="A,B,...", help="Registration engines [default: all there are].")
     ] = None,
     model: ModelOption = None,
-    tolerance: ToleranceOption = f"{DEFAULT_TOLERANCE_MM:g}",
-    cldice: CentrelineOption = None,
-    channel: ChannelOption = 0,
-    device: DeviceOption = "auto",
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    seed: SeedOption = None,
-    plots: PlotsOption = True,
-    force: ForceOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """The paper's Table 7: registration engines, alternating on the same pairs so that their times compare."""
-    with open_session(quiet) as session:
+
+    def columns() -> list[Variant]:
         from ..benchmark import Variant
         from ..registration import ENGINES
 
-        base = build_settings(config, overrides, model=model, seed=seed)
+        base = Variant("", options.settings(model=model), methods=("atlas", "fused"))
         names = tuple(ENGINES) if engines is None else split_list(engines, "--engines")
-        made = [
-            _with(Variant("", base, methods=("atlas", "fused")), engine, registration={"engine": engine})
-            for engine in names
-        ]
-        failed = _run(
-            session,
-            dataset,
-            out,
-            f"engines, {protocol}",
-            made,
-            _Choice(protocol, atlas, cases, labels, every, folds, tolerance, cldice, channel),
-            seed=base.seed,
-            device=device,
-            plots=plots,
-            force=force,
-            as_json=as_json,
-        )
-    _leave(failed)
+        return [_with(base, engine, registration={"engine": engine}) for engine in names]
+
+    _run(dataset, f"engines, {options.title}", columns, options)
 
 
 @app.command("time")
@@ -356,108 +283,75 @@ def time_command(
     print_table(("stage", "seconds", "fitted numbers"), rows, numbers_from=1)
 
 
-class _Choice:
-    """Which pairs and structures, as the user says."""
+def _run(folder: Path, title: str, columns: Callable[[], Sequence[Variant]], options: _Options) -> None:
+    """Run a benchmark and print its table; the exit code says whether a pair failed."""
+    with open_session(options.quiet) as session:
+        if options.plots:
+            from ..report import require_report_extra
 
-    def __init__(
-        self,
-        protocol: str,
-        atlas: str | None,
-        cases: str | None,
-        labels: str | None,
-        every: int,
-        folds: int,
-        tolerance: str,
-        cldice: str | None,
-        channel: int,
-    ) -> None:
-        self.protocol, self.every, self.folds, self.channel = protocol, every, folds, channel
-        self.atlases = split_list(atlas, "--atlas")
-        self.cases = split_list(cases, "--cases")
-        self.labels = split_list(labels, "--labels")
-        self.centreline = split_list(cldice, "--cldice")
-        self.tolerances = read_tolerance(tolerance)
+            require_report_extra()
+        from ..benchmark import run, write_reports
+        from ..benchmark.tables import columns_of, main_table
 
-    def title(self, text: str) -> str:
-        """What is run, with what is left out."""
-        return f"{text}, one of {self.every}" if self.every > 1 else text
-
-    def dataset(self, folder: Path) -> Dataset:
-        """The cases that take part."""
-        from ..dataset import load_dataset
-
-        dataset = load_dataset(folder, channel=self.channel)
-        return dataset.select(self.cases) if self.cases else dataset
+        plan = _plan(folder, title, columns(), options)
+        dataset, cases = plan.dataset, [case.name for case in plan.dataset.cases]
+        session.say(f"{dataset.name}: {len(plan.pairs)} pairs of {len(cases)} cases: {', '.join(cases)}")
+        session.say(f"structures: {', '.join(f'{name} ({value})' for value, name in plan.names.items())}")
+        left = [name for value, name in dataset.structures.items() if value not in plan.values]
+        if left:
+            session.say(f"left out on request: {', '.join(left)}")
+        records = run(plan, options.out, force=options.force, on_pair=session.begin_pair, on_stage=session.progress)
+        session.progress("tables")
+        summary = write_reports(plan, records, options.out, plots=options.plots)
+        if options.as_json:
+            print_json(summary)
+        else:
+            head, *rows = main_table(columns_of(plan, records))
+            print_table(head, rows, numbers_from=len(head) - 5)
+            typer.echo(f"\nreport    {options.out / 'report.md'}")
+    if any(record.failure for record in records):
+        raise typer.Exit(EXIT_FAILURES)
 
 
-def _run(
-    session: Session,
-    folder: Path,
-    out: Path,
-    title: str,
-    variants: Sequence[Variant],
-    choice: _Choice,
-    *,
-    seed: int,
-    device: str,
-    plots: bool,
-    force: bool,
-    as_json: bool,
-) -> int:
-    """Run a benchmark and print its table; the number of pairs that failed."""
-    from ..benchmark import Plan, make_pairs, run, write_reports
-    from ..benchmark.tables import columns_of, main_table
-    from ..dataset import pick_structures
+def _plan(folder: Path, title: str, variants: Sequence[Variant], options: _Options) -> Plan:
+    """What is to be run, checked as far as can be without opening a scan."""
+    from ..benchmark import Plan, make_pairs
+    from ..dataset import load_dataset, pick_structures
     from ..pipeline import prompt_kind, resolve_device
 
-    if plots:
-        from ..report import require_report_extra
-
-        require_report_extra()
     names = [one.name for one in variants]
     if len(set(names)) < len(names):
         raise InputError(f"two variants have the same name ({', '.join(names)}); name each once")
     for one in variants:
         prompt_kind(one.settings)
-    dataset = choice.dataset(folder)
-    values = pick_structures(dataset, choice.labels or ["*"])
-    centreline = pick_structures(dataset, choice.centreline) if choice.centreline else ()
-    cases = [case.name for case in dataset.cases]
+    seed = variants[0].settings.seed
+    tolerances = read_tolerance(options.tolerance)
+    dataset = load_dataset(folder, channel=options.channel)
+    if options.cases is not None:
+        dataset = dataset.select(split_list(options.cases, "--cases"))
+    values = pick_structures(dataset, split_list(options.labels, "--labels") or ["*"])
+    centreline = split_list(options.cldice, "--cldice")
+    thin = pick_structures(dataset, centreline) if centreline else ()
     pairs = make_pairs(
-        cases, choice.protocol, seed=seed, folds=choice.folds, atlases=choice.atlases, every=choice.every
+        [case.name for case in dataset.cases],
+        options.protocol,
+        seed=seed,
+        folds=options.folds,
+        atlases=split_list(options.atlas, "--atlas"),
+        every=options.every,
     )
-    plan = Plan(
-        choice.title(title),
+    return Plan(
+        title,
         dataset,
         pairs,
         tuple(variants),
         values,
-        choice.tolerances,
-        tuple(value for value in centreline if value in values),
+        tolerances,
+        tuple(value for value in thin if value in values),
         seed,
-        resolve_device(device),
+        resolve_device(options.device),
         shlex.join(["atlassegfm", *sys.argv[1:]]),
     )
-    session.say(f"{dataset.name}: {len(pairs)} pairs of {len(cases)} cases: {', '.join(cases)}")
-    session.say(f"structures: {', '.join(f'{name} ({value})' for value, name in plan.names.items())}")
-    left = [name for value, name in dataset.structures.items() if value not in values]
-    if left:
-        session.say(f"left out on request: {', '.join(left)}")
-    records = run(plan, out, force=force, on_pair=session.begin_pair, on_stage=session.progress)
-    session.progress("tables")
-    summary = write_reports(plan, records, out, plots=plots)
-    if as_json:
-        print_json(summary)
-    else:
-        head, *rows = main_table(columns_of(plan, records))
-        print_table(head, rows, numbers_from=len(head) - 5)
-        typer.echo(f"\nreport    {out / 'report.md'}")
-    return sum(bool(record.failure) for record in records)
-
-
-def _leave(failed: int) -> None:
-    if failed:
-        raise typer.Exit(EXIT_FAILURES)
 
 
 def _with(variant: Variant, name: str, **table: Any) -> Variant:

@@ -1,0 +1,316 @@
+"""The command ``evaluate`` from outside: label maps in, tables and exit codes out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from atlassegfm import cli
+from atlassegfm.geometry import Grid
+from atlassegfm.image import Volume, save_volume
+from atlassegfm.structures import Structure
+from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
+
+#: 4 mm³ a voxel.
+GRID = straight_grid((10, 10, 10), (1.0, 2.0, 2.0))
+LIVER, NODE = (Structure(1, "liver", (9, 9, 9)), Structure(2, "node", (99, 9, 9)))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """``evaluate`` with these arguments, in this process."""
+
+    def call(*arguments: str | Path, command: str = "evaluate") -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["atlassegfm", command, *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Outcome(ended.value.code, captured.out, captured.err)
+
+    return call
+
+
+def write(path: Path, length: int, *, node: bool = True, grid: Grid = GRID, names: bool = True) -> None:
+    """A liver of 25 x ``length`` voxels (0.1 ml x ``length``) and a node of two."""
+    data = np.zeros(grid.shape, np.uint8)
+    data[:5, 2:7, :length] = 1
+    if node:
+        data[7:9, 8, 4] = 2
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_volume(Volume(data, grid), path, structures=(LIVER, NODE) if names else None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two cases: livers of 8 against 10 and of 5 against 5 slices; the second result has no node."""
+    write(tmp_path / "ref/one.nii.gz", 10)
+    write(tmp_path / "ref/two.nii.gz", 5)
+    write(tmp_path / "pred/one.nii.gz", 8)
+    write(tmp_path / "pred/two.nii.gz", 5, node=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+PAIR = ("--pred", "pred/one.nii.gz", "--ref", "ref/one.nii.gz")
+FOLDERS = ("--pred", "pred", "--ref", "ref")
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def lines(outcome: Outcome) -> dict[str, list[str]]:
+    """The table by the first word of each line."""
+    rows = [line.split() for line in outcome.out.splitlines() if line.startswith("  ")]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_two_files_give_a_table(folder: Path, run: Run) -> None:
+    before = tree(folder)
+    outcome = run(*PAIR)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("1 case, 2 structures; NSD at 2 mm for all\n  structure ")
+    # Dice 2 * 200 / (200 + 250).
+    liver = lines(outcome)["liver"]
+    assert liver[:7] == ["1.00", "1", "0", "0", "0", "0.889", "-"]
+    assert liver[8:] == ["2", "4.00", "4.00"]
+    assert lines(outcome)["node"][5:9] == ["1.000", "-", "1.000", "2"]
+    assert lines(outcome)["mean"][0] == "0.944"
+    assert "clDice" not in outcome.out
+    assert "one scoring" in outcome.err
+    assert tree(folder) == before
+
+
+def test_folders_give_means_over_cases_then_structures(folder: Path, run: Run) -> None:
+    outcome = run(*FOLDERS)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("2 cases, 2 structures; NSD at 2 mm for all\n")
+    table = lines(outcome)
+    # Livers 0.889 and 1; the node of one case is found, that of the other one missed.
+    assert table["liver"][:7] == ["0.75", "2", "0", "0", "0", "0.944", "0.079"]
+    assert table["node"][:7] == ["0.01", "2", "1", "0", "0", "0.500", "0.707"]
+    assert table["mean"][0] == "0.722"
+    assert "[2/2] two scoring" in outcome.err
+    assert run(*FOLDERS, "--quiet").err == ""
+
+
+def test_what_both_lack_is_left_out_and_counted_as_perfect_in_a_line_of_its_own(folder: Path, run: Run) -> None:
+    write(folder / "ref/two.nii.gz", 5, node=False)
+    outcome = run(*FOLDERS)
+    assert outcome.code == 0, outcome.err
+    assert lines(outcome)["node"][:7] == ["0.01", "2", "0", "0", "1", "1.000", "-"]
+    (perfect,) = [line for line in outcome.out.splitlines() if line.startswith("  mean, neither = perfect")]
+    assert perfect.split()[4] == "0.972"
+    write(folder / "ref/two.nii.gz", 5)
+    assert "neither = perfect" not in run(*FOLDERS).out
+
+
+def test_the_folder_that_segment_wrote_is_scored(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    grid = straight_grid((24, 20, 18), (4.0, 4.0, 4.0))
+    save_volume(ATLAS.scan(grid), tmp_path / "atlas.nii.gz")
+    save_volume(ATLAS.labels(grid), tmp_path / "labels.nii.gz", structures=STRUCTURES)
+    save_volume(QUERY.scan(grid), tmp_path / "case_2_0000.nii.gz")
+    (tmp_path / "labelsTr").mkdir()
+    save_volume(QUERY.labels(grid), tmp_path / "labelsTr/case_2.nii.gz")
+    fast = [part for assignment in UNREGISTERED for part in ("--set", assignment)]
+    atlas = ("--atlas", "atlas.nii.gz", "--labels", "labels.nii.gz")
+    done = run("case_2_0000.nii.gz", *atlas, "-o", "out", "--keep", *fast, command="segment")
+    assert done.code == 0, done.err
+    outcome = run("--pred", "out", "--ref", "labelsTr", "--json")
+    assert outcome.code == 0, outcome.err
+    assert [(one["case"], one["structure"]) for one in outcome.json["scores"]] == [
+        *(("case_2", "liver"), ("case_2", "kidney"), ("case_2", "node"))
+    ]
+    assert all(one["dice"] > 0.8 for one in outcome.json["scores"])
+
+
+def test_json_has_what_the_table_has(folder: Path, run: Run) -> None:
+    outcome = run(*FOLDERS, "--json", "--quiet", "--tolerance", "3")
+    assert (outcome.code, outcome.err) == (0, "")
+    content = outcome.json
+    assert content.keys() == {"tolerances", "summary", "scores"}
+    assert content["tolerances"] == "3 mm for all"
+    assert content["summary"]["mean"]["dice"] == pytest.approx(0.722222, abs=1e-6)
+    assert content["summary"]["counts"] == {"ok": 3, "missed": 1, "hallucinated": 0, "both_empty": 0}
+    assert [(one["case"], one["value"], one["status"], one["dice"]) for one in content["scores"]] == [
+        ("one", 1, "ok", 0.888889),
+        ("one", 2, "ok", 1.0),
+        ("two", 1, "ok", 1.0),
+        ("two", 2, "missed", 0.0),
+    ]
+    assert {one["tolerance_mm"] for one in content["scores"]} == {3.0}
+    # No NaN, which JSON does not have.
+    write(folder / "ref/two.nii.gz", 5, node=False)
+    assert run(*FOLDERS, "--json").json["scores"][3]["dice"] is None
+
+
+@pytest.mark.parametrize("name", ["scores.csv", "SCORES.CSV"])
+def test_scores_are_written_as_csv(folder: Path, run: Run, name: str) -> None:
+    before = tree(folder)
+    outcome = run(*FOLDERS, "-o", name)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.endswith(f"\nscores    {name}\n")
+    assert tree(folder) == before | {name}
+    with (folder / name).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["case"], row["structure"], row["status"], row["dice"]) for row in rows] == [
+        ("one", "liver", "ok", "0.888889"),
+        ("one", "node", "ok", "1.000000"),
+        ("two", "liver", "ok", "1.000000"),
+        ("two", "node", "missed", "0.000000"),
+    ]
+    assert {row["cldice"] for row in rows} == {""}
+
+
+def test_structures_tolerances_and_centrelines_on_request(folder: Path, run: Run) -> None:
+    (folder / "mm.toml").write_text("default_mm = 1\n[tolerance_mm]\nliver = 4\n")
+    outcome = run(*PAIR, "--labels", "liver", "--cldice", "1", "--tolerance", "mm.toml")
+    assert outcome.code == 0, outcome.err
+    table = lines(outcome)
+    assert "node" not in table
+    # Within 4 mm everywhere.
+    assert table["liver"][7:9] == ["1.000", "4"]
+    assert len(table["liver"]) == 12
+    assert table["structure"][-1] == "clDice"
+    (folder / "names.txt").write_text("1 left lobe\n2 dot\n")
+    assert "left lobe" in run(*PAIR, "--names", "names.txt").out
+
+
+def test_references_without_result_may_be_left_out(folder: Path, run: Run) -> None:
+    (folder / "pred/two.nii.gz").unlink()
+    outcome = run(*FOLDERS, "--partial", "--quiet")
+    assert outcome.code == 0
+    assert outcome.err == "warning: pred: no result for 1 of 2 references: two; they are not counted\n"
+    assert outcome.out.startswith("1 case, ")
+
+
+def _no_reference(folder: Path) -> tuple[tuple[str, ...], str]:
+    (folder / "ref/two.nii.gz").unlink()
+    return FOLDERS, (
+        "pred/two.nii.gz: no reference in ref; expected two.nii.gz or another image ending there: "
+        "add it, or take the result away"
+    )
+
+
+def _no_result(folder: Path) -> tuple[tuple[str, ...], str]:
+    (folder / "pred/two.nii.gz").unlink()
+    return FOLDERS, ("pred: no result for 1 of 2 references: two; add them, or use --partial to score the others alone")
+
+
+def _absent(folder: Path) -> tuple[tuple[str, ...], str]:
+    return ("--pred", "pred", "--ref", "nowhere"), (
+        "nowhere: no such file or folder; expected the references: check the path"
+    )
+
+
+def _file_and_folder(folder: Path) -> tuple[tuple[str, ...], str]:
+    return ("--pred", "pred", "--ref", "ref/one.nii.gz"), (
+        "pred: a folder, while ref/one.nii.gz is a file; give two files or two folders"
+    )
+
+
+def _other_labels(folder: Path) -> tuple[tuple[str, ...], str]:
+    write(folder / "pred/one.nii.gz", 8, node=False, names=False)
+    write(folder / "ref/one.nii.gz", 8, names=False)
+    return PAIR, (
+        "ref/one.nii.gz has 2 (label_2), which pred/one.nii.gz lacks: the label sets differ; say what to score with "
+        "--labels (values or names with commas between, or '*' for all)"
+    )
+
+
+def _other_grid(folder: Path) -> tuple[tuple[str, ...], str]:
+    write(folder / "pred/one.nii.gz", 8, grid=straight_grid((10, 10, 9), (1.0, 2.0, 2.0)))
+    return PAIR, (
+        "pred/one.nii.gz: not on the voxels of ref/one.nii.gz: it has 10 x 10 x 9 voxels instead of 10 x 10 x 10; "
+        "results are scored on the reference's voxels: resample with nearest neighbour, or give the right file"
+    )
+
+
+def _empty(folder: Path) -> tuple[tuple[str, ...], str]:
+    (folder / "empty").mkdir()
+    return ("--pred", "pred", "--ref", "empty"), "empty: no label map in this folder; expected files ending in "
+
+
+def _not_csv(folder: Path) -> tuple[tuple[str, ...], str]:
+    return (*PAIR, "-o", "scores.xlsx"), "scores.xlsx: the scores are written as CSV; give a file ending in .csv"
+
+
+def _no_folder_for_csv(folder: Path) -> tuple[tuple[str, ...], str]:
+    return (*PAIR, "-o", "deep/scores.csv"), (
+        "deep/scores.csv: the folder deep does not exist; make it, or choose another place"
+    )
+
+
+def _unknown_label(folder: Path) -> tuple[tuple[str, ...], str]:
+    return (*PAIR, "--labels", "liver,spleen"), (
+        "no structure 'spleen'; expected a value, name or pattern of 1 (liver), 2 (node)"
+    )
+
+
+def _gap_in_labels(folder: Path) -> tuple[tuple[str, ...], str]:
+    return (*PAIR, "--labels", "liver,,node"), "--labels liver,,node: expected names with commas between"
+
+
+def _bad_tolerance(folder: Path) -> tuple[tuple[str, ...], str]:
+    return (*PAIR, "--tolerance", "-1"), (
+        "-1 mm for all: the tolerance of 'default_mm' is -1.0; expected a finite number of mm, at least 0"
+    )
+
+
+def _damaged(folder: Path) -> tuple[tuple[str, ...], str]:
+    path = folder / "pred/one.nii.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    return PAIR, "pred/one.nii.gz: the file is truncated or damaged; copy it again"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(_no_reference, _no_result, _absent, _file_and_folder, _other_labels, _other_grid, _empty, _not_csv),
+        *(_no_folder_for_csv, _unknown_label, _gap_in_labels, _bad_tolerance, _damaged),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    folder: Path, run: Run, make: Callable[[Path], tuple[tuple[str, ...], str]], as_json: bool
+) -> None:
+    arguments, message = make(folder)
+    if "-o" not in arguments:
+        arguments = (*arguments, "-o", "scores.csv")
+    before = tree(folder)
+    outcome = run(*arguments, "--quiet", *(["--json"] if as_json else []))
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: {message}"), outcome.err
+    assert outcome.err.count("\n") == 1
+    assert outcome.out == ""
+    assert tree(folder) == before
+
+
+def test_missing_options(run: Run) -> None:
+    outcome = run("--pred", "pred")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("error: Missing option '--ref'")
