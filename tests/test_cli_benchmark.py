@@ -95,8 +95,8 @@ def test_a_protocol_needs_no_subcommand(folder: Path, run: Run) -> None:
     out = folder / "deep" / "out"
     assert {path.name for path in out.iterdir()} == TABLES | {"pairs", "dice.png", "dice-time.png"}
     pairs = [("1", "2"), ("1", "3"), ("2", "3"), ("2", "4"), ("3", "4"), ("4", "1")]
-    assert {path.name for path in (out / "pairs/default").iterdir()} == {
-        f"case_{atlas}__case_{query}.json" for atlas, query in pairs
+    assert {str(path.relative_to(out / "pairs/default")) for path in (out / "pairs/default").rglob("*.json")} == {
+        f"case_{atlas}/case_{query}.json" for atlas, query in pairs
     }
     assert outcome.err.splitlines() == [
         "data: 6 pairs of 4 cases: case_1, case_2, case_3, case_4",
@@ -300,7 +300,9 @@ def test_an_interrupted_run_goes_on(folder: Path, run: Run, monkeypatch: pytest.
     outcome = run(*arguments)
     assert (outcome.code, outcome.out) == (130, "")
     assert outcome.err.endswith("interrupted\n")
-    assert tree(folder / "out") == {"plan.json", "pairs", "pairs/none", "pairs/none/case_1__case_2.json"}
+    assert tree(folder / "out") == {
+        *("plan.json", "pairs", "pairs/none", "pairs/none/case_1", "pairs/none/case_1/case_2.json")
+    }
     outcome = run(*arguments)
     assert outcome.code == 0
     assert "warning: out: 1 of 3 are done already\n[1/2] case_1 -> case_3\n" in outcome.err
@@ -461,7 +463,7 @@ def test_time_on_made_up_scans(folder: Path, run: Run, monkeypatch: pytest.Monke
     monkeypatch.setattr(timing, "segment", never)
     outcome = run("time", "--labels", "liver", "--quiet")
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err == "error: --labels needs a dataset; made-up scans are used as they are\n"
+    assert outcome.err == "error: --labels belongs to a dataset; made-up scans are used as they are\n"
 
 
 @pytest.mark.parametrize("command", [[], ["ablation"], ["prompts"], ["engines"]])
@@ -507,7 +509,17 @@ def test_another_benchmark_in_the_folder_is_refused(folder: Path, run: Run, monk
     outcome = run(*arguments, "--labels", "liver", "--seed", "1")
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.endswith(
-        "error: out: holds a benchmark made with other structures, tolerances_mm, variants, seed (0 there, 1 now); "
+        "error: out: holds a benchmark made with other structures, tolerances_mm, variants; "
         "choose another folder, or begin anew with --force\n"
     )
     assert run(*arguments).code == 0
+
+
+def test_what_cannot_be_compared_is_refused_at_once(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "segment", never)
+    outcome = run("prompts", "data", "-o", "out", "--models", "builtin,none", *FAST)
+    assert (outcome.code, outcome.err) == (2, "error: --models builtin,none: 'none' takes no prompt; leave it out\n")
+    outcome = run("data", "-o", "out", "--labels", "liver", "--cldice", "node", *FAST)
+    assert outcome.code == 2
+    assert outcome.err == "error: --cldice node: is not among the structures of --labels liver; add it\n"
+    assert not (folder / "out").exists()

@@ -63,6 +63,8 @@ class Dataset:
         Name of each label value in ascending order, background and "ignore" left out.
     channels : tuple of str
         Name of each channel of the scans ("CT", "T2").
+    ignored : int or None
+        Label value of voxels that nobody annotated; None where there is none.
     """
 
     folder: Path
@@ -70,6 +72,7 @@ class Dataset:
     cases: tuple[Case, ...]
     structures: Mapping[int, str]
     channels: tuple[str, ...]
+    ignored: int | None = None
 
     def __post_init__(self) -> None:
         names = [case.name for case in self.cases]
@@ -126,7 +129,7 @@ def load_dataset(folder: Path, *, channel: int = 0) -> Dataset:
     path = folder / "dataset.json"
     content = _read_json(folder, path)
     ending = _file_ending(content, path)
-    structures = _structures(content, path)
+    structures, ignored = _structures(content, path)
     channels = _channels(content, path)
     if not 0 <= channel < len(channels):
         known = ", ".join(f"{number} ({name})" for number, name in enumerate(channels))
@@ -140,7 +143,7 @@ def load_dataset(folder: Path, *, channel: int = 0) -> Dataset:
     _check_complete(content, path, [case.name for case in cases], place)
     # "." has no name of its own, and a link to a folder goes by the name of the link.
     name = folder.name if folder.name not in ("", "..") else folder.resolve().name
-    return Dataset(folder, name, tuple(cases), structures, channels)
+    return Dataset(folder, name, tuple(cases), structures, channels, ignored)
 
 
 def pick_structures(dataset: Dataset, wanted: Sequence[str]) -> tuple[int, ...]:
@@ -218,7 +221,8 @@ def _file_ending(content: Mapping[str, Any], path: Path) -> str:
     return ending
 
 
-def _structures(content: Mapping[str, Any], path: Path) -> dict[int, str]:
+def _structures(content: Mapping[str, Any], path: Path) -> tuple[dict[int, str], int | None]:
+    """Name of each label value, and the value of "ignore"."""
     table = content.get("labels")
     if not isinstance(table, dict):
         raise InputError(
@@ -245,7 +249,7 @@ def _structures(content: Mapping[str, Any], path: Path) -> dict[int, str]:
     kept = {value: structures[value] for value in sorted(structures) if value and structures[value] != _IGNORE}
     if not kept:
         raise InputError(f'{path}: "labels" has no structure; expected at least one besides background')
-    return kept
+    return kept, next((value for value, name in structures.items() if name == _IGNORE and value), None)
 
 
 def _channels(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Running a benchmark: pair after pair, every method on each, kept on disk so that a killed run goes on.
 
-A finished pair is a file ``pairs/VARIANT/ATLAS__QUERY.json``. ``plan.json`` says what they were made with; a
-folder that was made with something else is refused, as its figures would be mixed with those of today.
+A finished pair is a file ``pairs/VARIANT/ATLAS/QUERY.json``. ``plan.json`` says what they were made with; a
+folder that was made with something else is refused, as its figures would be mixed with those of today. Other pairs
+of the same may be added, and a pair whose files have changed is computed again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import numpy as np
 from .. import __version__
 from ..context import Context, canonical_scan
 from ..dataset import Dataset
-from ..errors import AtlasSegError, InputError
+from ..errors import InputError, ModelError, RegistrationError
 from ..evaluation import label_values, score_volumes
 from ..fusion import label_map
 from ..image import LocalMap, Volume, atomic_path, load_image, load_labels
@@ -124,24 +125,23 @@ class Plan:
         """Name of each label value that takes part."""
         return {value: self.dataset.structures[value] for value in self.values}
 
+    def file_sizes(self, pair: Pair) -> tuple[int, ...]:
+        """Bytes of the files that a pair is made from: a pair is computed again where they are others now."""
+        cases = [self.dataset.case(name) for name in (pair.atlas, pair.query)]
+        return tuple(path.stat().st_size for case in cases for path in (case.image, case.labels))
+
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same for a run to go on, as plain values."""
         import torch
 
-        used = sorted({name for pair in self.pairs for name in (pair.atlas, pair.query)})
-        cases = {name: self.dataset.case(name) for name in used}
         return {
-            "benchmark": self.title,
             "dataset": self.dataset.name,
-            "files": {name: [one.image.stat().st_size, one.labels.stat().st_size] for name, one in cases.items()},
-            "pairs": [[pair.atlas, pair.query] for pair in self.pairs],
             "structures": {str(value): name for value, name in self.names.items()},
             "tolerances_mm": {name: self.tolerances.of(value, name) for value, name in self.names.items()},
             "centreline": list(self.centreline),
             "variants": {
                 one.name: {"prompts_from": one.prompts_from, "settings": to_dict(one.settings)} for one in self.variants
             },
-            "seed": self.seed,
             "device": self.device,
             # Sums round differently with another number of threads.
             "threads": torch.get_num_threads(),
@@ -204,6 +204,8 @@ class Record:
         Of the registration.
     folding : float or None
         Share of the body at which the displacement field is folded.
+    file_sizes : tuple of int
+        Of the files it was made from.
     """
 
     variant: str
@@ -216,6 +218,7 @@ class Record:
     gpu_memory_mb: int | None = None
     confidence: float | None = None
     folding: float | None = None
+    file_sizes: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: it is the text "nan" there."""
@@ -230,6 +233,7 @@ class Record:
             "gpu_memory_mb": self.gpu_memory_mb,
             "confidence": self.confidence,
             "folding": self.folding,
+            "file_sizes": list(self.file_sizes),
             "rows": [
                 {"method": row.method, "value": row.value, "structure": row.structure}
                 | {key: "nan" if _is_nan(value) else value for key, value in vars(row.scores).items()}
@@ -242,12 +246,17 @@ class Record:
         """The way back."""
         rows = []
         for row in content["rows"]:
-            scores: dict[str, Any] = {key: math.nan if value == "nan" else value for key, value in row.items()}
-            method, value, structure = (scores.pop(key) for key in ("method", "value", "structure"))
+            method, value, structure = row["method"], row["value"], row["structure"]
+            scores: dict[str, Any] = {
+                key: math.nan if score == "nan" else score
+                for key, score in row.items()
+                if key not in ("method", "value", "structure")
+            }
             rows.append(Row(content["query"], method, value, structure, StructureScores(**scores)))
         kept = {key: content[key] for key in ("failure", "seconds", "total_seconds", "peak_memory_mb")}
         kept |= {key: content[key] for key in ("gpu_memory_mb", "confidence", "folding")}
-        return cls(content["variant"], Pair(content["atlas"], content["query"]), tuple(rows), **kept)
+        pair, sizes = Pair(content["atlas"], content["query"]), tuple(content["file_sizes"])
+        return cls(content["variant"], pair, tuple(rows), file_sizes=sizes, **kept)
 
 
 def run(
@@ -281,15 +290,21 @@ def run(
     Raises
     ------
     InputError
-        If the folder holds something else, or a dataset's file cannot be used as reference.
+        If the folder holds something else, or a file of the dataset cannot be used. What is done by then is kept.
     """
     _prepare(plan, out, force=force)
     store = {
-        (variant.name, pair): out / PAIRS / slug(variant.name) / f"{pair.atlas}__{pair.query}.json"
+        (variant.name, pair): out / PAIRS / slug(variant.name) / pair.atlas / f"{pair.query}.json"
         for variant in plan.variants
         for pair in plan.pairs
     }
-    todo = [key for key in _alternating(plan) if not store[key[0].name, key[1]].exists()]
+    done = {key: _load(path) for key, path in store.items() if path.exists()}
+    changed = [key for key, record in done.items() if record.file_sizes != plan.file_sizes(key[1])]
+    for key in changed:
+        del done[key]
+    if changed:
+        logger.warning("%s: the files of %d pairs have changed; they are computed again", out, len(changed))
+    todo = [(variant, pair) for variant, pair in _alternating(plan) if (variant.name, pair) not in done]
     if todo and len(todo) < len(store):
         logger.warning("%s: %d of %d are done already", out, len(store) - len(todo), len(store))
     bench = _Bench(plan)
@@ -297,12 +312,13 @@ def run(
         if on_pair is not None:
             name = f"{pair.atlas} -> {pair.query}" + (f" ({variant.name})" if len(plan.variants) > 1 else "")
             on_pair(number, len(todo), name)
-        record = bench.run(variant, pair, on_stage)
+        record = replace(bench.run(variant, pair, on_stage), file_sizes=plan.file_sizes(pair))
+        done[variant.name, pair] = record
         path = store[variant.name, pair]
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(record.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return [Record.from_dict(_read(path)) for path in store.values()]
+    return [done[key] for key in store]
 
 
 def slug(name: str) -> str:
@@ -349,24 +365,23 @@ class _Bench:
         self._models: dict[str, Any] = {}
 
     def run(self, variant: Variant, pair: Pair, on_stage: Callable[[str], None] | None) -> Record:
-        """One pair by one variant; an error of this package is a failure of the pair."""
+        """One pair by one variant; where registration or model give up, the pair has failed."""
         query, reference = self._query(pair.query)
-        failure, results, cost = "", {}, _Cost()
+        model = self._model(variant)
+        context = None if variant.prompts_from == "user" else self._context(pair.atlas)
+        atlas_values = set(self._plan.values) if context is None else set(context.values)
+        failure, cost = "", _Cost()
         try:
-            model = self._model(variant)
-            if variant.prompts_from == "user":
-                context = None
+            if context is None:
                 results = self._user_click(model, query, reference, cost)
             else:
-                context = self._context(pair.atlas)
                 results = self._segment(variant, context, query, reference, model, cost, on_stage)
-            atlas_values = set(self._plan.values) if context is None else set(context.values)
-        except AtlasSegError as error:
+        except (RegistrationError, ModelError) as error:
+            # A file that cannot be used is no failure of the method, and ends the run.
             logger.warning("%s -> %s (%s): %s", pair.atlas, pair.query, variant.name, error)
             failure = str(error)
             nothing = Volume(np.zeros_like(reference.data), reference.grid)
             results = dict.fromkeys(variant.scored, nothing)
-            atlas_values = set(self._plan.values)
         if on_stage is not None:
             on_stage("scoring")
         rows = self._score(pair, results, reference, atlas_values, failed=bool(failure))
@@ -422,6 +437,8 @@ class _Bench:
         failed: bool,
     ) -> tuple[Row, ...]:
         plan = self._plan
+        if plan.dataset.ignored is not None:
+            results = {method: _without(one, reference, plan.dataset.ignored) for method, one in results.items()}
         scores = score_volumes(results, reference, plan.names, plan.tolerances, centreline=plan.centreline)
         rows = []
         for method, by_value in scores.items():
@@ -438,9 +455,7 @@ class _Bench:
             self._contexts.clear()
             case = self._plan.dataset.case(name)
             context = Context.from_files(case.image, case.labels)
-            unknown = [value for value in context.values if value not in self._plan.dataset.structures]
-            if unknown:
-                raise InputError(f"{case.labels}: has the label values {unknown}, which dataset.json does not name")
+            self._check_named(set(context.values), case.labels)
             self._contexts[name] = restricted(context, self._plan.values, case.labels)
         return self._contexts[name]
 
@@ -449,11 +464,19 @@ class _Bench:
             self._queries.clear()
             case = self._plan.dataset.case(name)
             reference = load_labels(case.labels, allow_empty=True)
-            unknown = sorted(label_values(reference) - self._plan.dataset.structures.keys())
-            if unknown:
-                logger.warning("%s: has the label values %s, which dataset.json does not name", case.labels, unknown)
+            self._check_named(label_values(reference), case.labels)
             self._queries[name] = load_image(case.image), reference
         return self._queries[name]
+
+    def _check_named(self, values: set[int], path: Path) -> None:
+        dataset = self._plan.dataset
+        unknown = sorted(values - dataset.structures.keys() - {dataset.ignored})
+        if unknown:
+            listed_values = ", ".join(map(str, unknown))
+            raise InputError(
+                f"{path}: has the label values {listed_values}, which dataset.json does not name; "
+                "name them there, or correct the label map"
+            )
 
     def _model(self, variant: Variant) -> Any:
         name = variant.settings.model
@@ -522,6 +545,12 @@ def restricted(context: Context, values: Sequence[int], path: Path) -> Context:
     return Context(context.image, labels, tuple(one for one in context.structures if one.value in present))
 
 
+def _without(result: Volume, reference: Volume, ignored: int) -> Volume:
+    """A result without the voxels that nobody annotated."""
+    there = reference.turned_to(result.grid).data == ignored
+    return replace(result, data=np.where(there, 0, result.data).astype(result.data.dtype))
+
+
 def _unscored(scores: StructureScores) -> StructureScores:
     nan = math.nan
     cldice = None if scores.cldice is None else nan
@@ -537,9 +566,12 @@ def _alternating(plan: Plan) -> Iterator[tuple[Variant, Pair]]:
 
 def _prepare(plan: Plan, out: Path, *, force: bool) -> None:
     """Make the folder, or check that what it holds is a part of this benchmark."""
-    names = [slug(variant.name) for variant in plan.variants]
-    if len(set(names)) < len(names):
-        raise ValueError(f"variants of one name: {names}")
+    folders = {slug(variant.name): variant.name for variant in plan.variants}
+    for variant in plan.variants:
+        if folders[slug(variant.name)] != variant.name:
+            raise InputError(
+                f"the variants {variant.name!r} and {folders[slug(variant.name)]!r} would share a folder; rename one"
+            )
     wanted = plan.fingerprint()
     path = out / PLAN
     if out.exists() and not out.is_dir():
@@ -551,9 +583,15 @@ def _prepare(plan: Plan, out: Path, *, force: bool) -> None:
             raise InputError(f"{out}: holds other files ({foreign[0]}); choose another folder for the benchmark")
         if force:
             shutil.rmtree(out / PAIRS, ignore_errors=True)
-            path.unlink(missing_ok=True)
+            for name in OUTPUTS - {PAIRS}:
+                (out / name).unlink(missing_ok=True)
     if path.exists():
-        found = _read(path)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict):
+            raise InputError(f"{path}: is damaged; begin anew with --force, or choose another folder")
         differing = [key for key in wanted if found.get(key) != json.loads(json.dumps(wanted[key]))]
         if differing:
             named = ", ".join(_difference(key, found, wanted) for key in differing)
@@ -579,10 +617,10 @@ def _difference(key: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -
     return f"{key} ({values[0]} there, {values[1]} now)"
 
 
-def _read(path: Path) -> Any:
+def _load(path: Path) -> Record:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return Record.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: is damaged; delete it, and it is computed again") from None
 
 

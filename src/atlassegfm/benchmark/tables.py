@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -23,7 +23,7 @@ from ..image import atomic_path
 from ..names import listed
 from ..statistics import LEVEL, Interval, Spread, macro_mean, paired_bootstrap, spread
 from .protocols import Pair
-from .runner import Plan, Record, Row
+from .runner import PLAN, Plan, Record, Row
 
 #: Scores that methods are compared by.
 _COMPARED = ("dice", "nsd")
@@ -170,7 +170,7 @@ def write_reports(plan: Plan, records: Sequence[Record], out: Path, *, plots: bo
     comparisons = compare_columns(columns, plan.seed)
     write_scores(out / "results.csv", _score_rows(records))
     write_scores(out / "times.csv", _cost_rows(records))
-    summary = _summary(plan, records, columns, comparisons)
+    summary = _summary(plan, records, columns, comparisons, out)
     _write(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     _write(out / "report.md", "\n".join(_page(plan, records, columns, comparisons, plots=plots)) + "\n")
     if plots:
@@ -237,10 +237,14 @@ def _cost_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _summary(
-    plan: Plan, records: Sequence[Record], columns: Sequence[Column], comparisons: Sequence[Comparison]
+    plan: Plan, records: Sequence[Record], columns: Sequence[Column], comparisons: Sequence[Comparison], out: Path
 ) -> dict[str, Any]:
     return {
-        **plan.fingerprint(),
+        "benchmark": plan.title,
+        # What the pairs were made with: the sources may have changed since.
+        **json.loads((out / PLAN).read_text(encoding="utf-8")),
+        "pairs": [[pair.atlas, pair.query] for pair in plan.pairs],
+        "seed": plan.seed,
         "tolerances": plan.tolerances.origin,
         "failures": [
             {"variant": one.variant, "atlas": one.pair.atlas, "query": one.pair.query, "reason": one.failure}
@@ -289,9 +293,9 @@ def _page(
         yield f"```sh\n{plan.command}\n```"
         yield ""
     yield (
-        f"{len(plan.pairs)} pairs, {len(atlases)} {'atlas' if len(atlases) == 1 else 'atlases'}, "
-        f"{len({pair.query for pair in plan.pairs})} queries. NSD at {plan.tolerances.origin}; HD95 on surface "
-        "elements, the larger of both directions. Means over the cases of each structure, then over structures."
+        f"{_count(plan.pairs, 'pair', 'pairs')}, {_count(atlases, 'atlas', 'atlases')}, "
+        f"{_count({pair.query for pair in plan.pairs}, 'query', 'queries')}. NSD at {plan.tolerances.origin}; HD95 on "
+        "surface elements, the larger of both directions. Means over the cases of each structure, then over structures."
     )
     yield ""
     taken = listed([f"{name} ({value})" for value, name in plan.names.items()], _LONGEST_TABLE)
@@ -434,6 +438,10 @@ def _markdown(lines: Sequence[Sequence[str]], words: int = 1) -> Iterable[str]:
     yield "|" + "|".join("---" if n < words else "---:" for n in range(len(head))) + "|"
     for line in rest:
         yield "| " + " | ".join(line) + " |"
+
+
+def _count(things: Collection[Any], one: str, several: str) -> str:
+    return f"{len(things)} {one if len(things) == 1 else several}"
 
 
 def _decimal(value: float, digits: int) -> str:

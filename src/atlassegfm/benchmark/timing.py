@@ -93,8 +93,6 @@ def scans_for(
     if folder is None:
         pair = make_pair(seed)
         context, query = Context.from_volumes(pair.atlas, pair.atlas_labels, pair.structures), pair.query
-        if labels:
-            raise InputError("--labels needs a dataset; made-up scans are used as they are")
     else:
         dataset = load_dataset(folder)
         if len(dataset.cases) < 2:

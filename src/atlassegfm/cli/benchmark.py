@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import InputError
+from ..errors import InputError, MissingExtraError
 from .evaluation import (
     DEFAULT_TOLERANCE_MM,
     CentrelineOption,
@@ -177,16 +177,17 @@ def ablation(dataset: DatasetArgument, options: _Options, model: ModelOption = N
         if base.model == NO_MODEL:
             raise InputError("an ablation needs a model; leave out --model none")
         stages = {
-            "deformable": {"rigid": False, "affine": False},
-            "rigid": {"affine": False, "deformable": False},
-            "rigid, deformable": {"affine": False},
-            "rigid, affine": {"deformable": False},
+            "deformable": {"rigid": False, "affine": False, "deformable": True},
+            "rigid": {"rigid": True, "affine": False, "deformable": False},
+            "rigid, deformable": {"rigid": True, "affine": False, "deformable": True},
+            "rigid, affine": {"rigid": True, "affine": True, "deformable": False},
         }
+        all_stages = {"rigid": True, "affine": True, "deformable": True}
         alone = Variant("", replace(base, model=NO_MODEL))
         return [
             *(_with(alone, name, registration=table) for name, table in stages.items()),
             Variant("user click", base, prompts_from="user"),
-            Variant("all stages", base),
+            _with(Variant("", base), "all stages", registration=all_stages),
         ]
 
     _run(dataset, f"ablation, {options.title}", columns, options)
@@ -206,7 +207,10 @@ def prompts(
     def columns() -> list[Variant]:
         from ..benchmark import Variant
         from ..models import describe_model
+        from ..pipeline import NO_MODEL
 
+        if NO_MODEL in split_list(models, "--models"):
+            raise InputError(f"--models {models}: {NO_MODEL!r} takes no prompt; leave it out")
         base = Variant("", options.settings(), methods=("model", "fused"))
         return [
             _with(base, f"{model} {kind}", model=model, prompt=kind)
@@ -264,8 +268,11 @@ def time_command(
         from ..pipeline import resolve_device
 
         base = build_settings(config, overrides, model=model, seed=seed)
+        size, wanted = _shape(shape), split_list(labels, "--labels")
+        if wanted and dataset is None:
+            raise InputError("--labels belongs to a dataset; made-up scans are used as they are")
         session.progress("making the scans")
-        context, query = scans_for(dataset, _shape(shape), split_list(labels, "--labels"), base.seed)
+        context, query = scans_for(dataset, size, wanted, base.seed)
         timing = measure(context, query, base, device=resolve_device(device), rounds=rounds, on_stage=session.progress)
     if as_json:
         print_json(timing.to_dict())
@@ -289,13 +296,17 @@ def _run(folder: Path, title: str, columns: Callable[[], Sequence[Variant]], opt
         if options.plots:
             from ..report import require_report_extra
 
-            require_report_extra()
+            try:
+                require_report_extra()
+            except MissingExtraError as error:
+                raise InputError(f"{error}, or use --no-plots") from None
         from ..benchmark import run, write_reports
         from ..benchmark.tables import columns_of, main_table
 
         plan = _plan(folder, title, columns(), options)
         dataset, cases = plan.dataset, [case.name for case in plan.dataset.cases]
-        session.say(f"{dataset.name}: {len(plan.pairs)} pairs of {len(cases)} cases: {', '.join(cases)}")
+        count = "1 pair" if len(plan.pairs) == 1 else f"{len(plan.pairs)} pairs"
+        session.say(f"{dataset.name}: {count} of {len(cases)} cases: {', '.join(cases)}")
         session.say(f"structures: {', '.join(f'{name} ({value})' for value, name in plan.names.items())}")
         left = [name for value, name in dataset.structures.items() if value not in plan.values]
         if left:
@@ -332,6 +343,8 @@ def _plan(folder: Path, title: str, variants: Sequence[Variant], options: _Optio
     values = pick_structures(dataset, split_list(options.labels, "--labels") or ["*"])
     centreline = split_list(options.cldice, "--cldice")
     thin = pick_structures(dataset, centreline) if centreline else ()
+    if not set(thin) <= set(values):
+        raise InputError(f"--cldice {options.cldice}: is not among the structures of --labels {options.labels}; add it")
     pairs = make_pairs(
         [case.name for case in dataset.cases],
         options.protocol,
@@ -347,7 +360,7 @@ def _plan(folder: Path, title: str, variants: Sequence[Variant], options: _Optio
         tuple(variants),
         values,
         tolerances,
-        tuple(value for value in thin if value in values),
+        thin,
         seed,
         resolve_device(options.device),
         shlex.join(["atlassegfm", *sys.argv[1:]]),

@@ -62,6 +62,8 @@ def evaluate(
         tolerances = read_tolerance(tolerance)
         if out is not None and out.suffix.lower() != ".csv":
             raise InputError(f"{out}: the scores are written as CSV; give a file ending in .csv")
+        if out is not None and not out.parent.is_dir():
+            raise InputError(f"{out}: the folder {out.parent} does not exist; make it, or choose another place")
         from ..evaluation import evaluate_files, find_pairs, score_row, summarise, write_scores
 
         pairs = find_pairs(pred, ref, partial=partial)
