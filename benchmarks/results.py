@@ -129,6 +129,9 @@ def main() -> int:
     missing = [job.name for job in JOBS if job.name not in found]
     if missing:
         print(f"not measured, and left out of the page: {', '.join(missing)}", file=sys.stderr)
+    if not found:
+        print("nothing has been measured; the page stays as it is", file=sys.stderr)
+        return max(codes.values(), default=1)
     PAGE.write_text("\n".join(page(found)) + "\n", encoding="utf-8")
     for name in PAPER:
         if (RESULTS / name / "dice.png").exists():
