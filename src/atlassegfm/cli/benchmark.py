@@ -305,9 +305,10 @@ def _run(folder: Path, title: str, columns: Callable[[], Sequence[Variant]], opt
 
         plan = _plan(folder, title, columns(), options)
         dataset, cases = plan.dataset, [case.name for case in plan.dataset.cases]
-        count = "1 pair" if len(plan.pairs) == 1 else f"{len(plan.pairs)} pairs"
-        session.say(f"{dataset.name}: {count} of {len(cases)} cases: {', '.join(cases)}")
-        session.say(f"structures: {', '.join(f'{name} ({value})' for value, name in plan.names.items())}")
+        if not options.quiet:
+            count = "1 pair" if len(plan.pairs) == 1 else f"{len(plan.pairs)} pairs"
+            session.say(f"{dataset.name}: {count} of {len(cases)} cases: {', '.join(cases)}")
+            session.say(f"structures: {', '.join(f'{name} ({value})' for value, name in plan.names.items())}")
         left = [name for value, name in dataset.structures.items() if value not in plan.values]
         if left:
             session.say(f"left out on request: {', '.join(left)}")
