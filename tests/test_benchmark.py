@@ -478,19 +478,25 @@ def test_a_defect_is_no_failure_of_the_pair(dataset: Dataset, tmp_path: Path, sp
 
 
 @pytest.mark.parametrize("pair", [Pair("case_1", "case_2"), Pair("case_2", "case_1")])
-def test_labels_without_a_name_end_the_run(dataset: Dataset, tmp_path: Path, pair: Pair) -> None:
+def test_labels_without_a_name_are_background_and_told(
+    dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture, pair: Pair
+) -> None:
     shutil.copytree(dataset.folder, tmp_path / "data")
     strange = load_dataset(tmp_path / "data")
     path = strange.case("case_2").labels
     labels = load_labels(path)
-    labels.data[0, 0, 0] = 99
+    labels.data[labels.data == NODE] = 99
     save_volume(labels, path)
-    with pytest.raises(InputError) as raised:
-        run(plan_of(strange, (pair,)), tmp_path / "out")
-    assert str(raised.value) == (
-        f"{path}: has the label values 99, which dataset.json does not name; name them there, or correct the label map"
-    )
-    assert not list((tmp_path / "out").rglob("case_*.json"))
+    plan, out = plan_of(strange, (pair,), Variant("a", NO_MODEL), Variant("b", NO_MODEL)), tmp_path / "out"
+    records = run(plan, out)
+    assert caplog.messages == [f"{path}: dataset.json does not name the label values 99; taken as background"]
+    assert [record.unnamed for record in records] == [(99,), (99,)]
+    status = {row.scores.status for row in records[0].rows if row.value == NODE}
+    assert status == {"hallucinated" if pair.query == "case_2" else "not_in_atlas"}
+    summary = write_reports(plan, records, out, plots=False)
+    assert summary["unnamed_label_values"] == [99]
+    told = "Label values that dataset.json does not name, taken as background where a case has them: 99."
+    assert told in (out / "report.md").read_text()
 
 
 def test_voxels_that_nobody_annotated_do_not_count(dataset: Dataset, tmp_path: Path) -> None:

@@ -206,6 +206,8 @@ class Record:
         Share of the body at which the displacement field is folded.
     file_sizes : tuple of int
         Of the files it was made from.
+    unnamed : tuple of int
+        Label values of atlas or query that ``dataset.json`` does not name: they were taken as background.
     """
 
     variant: str
@@ -219,6 +221,7 @@ class Record:
     confidence: float | None = None
     folding: float | None = None
     file_sizes: tuple[int, ...] = ()
+    unnamed: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: it is the text "nan" there."""
@@ -234,6 +237,7 @@ class Record:
             "confidence": self.confidence,
             "folding": self.folding,
             "file_sizes": list(self.file_sizes),
+            "unnamed": list(self.unnamed),
             "rows": [
                 {"method": row.method, "value": row.value, "structure": row.structure}
                 | {key: "nan" if _is_nan(value) else value for key, value in vars(row.scores).items()}
@@ -255,8 +259,8 @@ class Record:
             rows.append(Row(content["query"], method, value, structure, StructureScores(**scores)))
         kept = {key: content[key] for key in ("failure", "seconds", "total_seconds", "peak_memory_mb")}
         kept |= {key: content[key] for key in ("gpu_memory_mb", "confidence", "folding")}
-        pair, sizes = Pair(content["atlas"], content["query"]), tuple(content["file_sizes"])
-        return cls(content["variant"], pair, tuple(rows), file_sizes=sizes, **kept)
+        kept |= {key: tuple(content[key]) for key in ("file_sizes", "unnamed")}
+        return cls(content["variant"], Pair(content["atlas"], content["query"]), tuple(rows), **kept)
 
 
 def run(
@@ -363,6 +367,7 @@ class _Bench:
         self._contexts: dict[str, Context] = {}
         self._queries: dict[str, tuple[Volume, Volume]] = {}
         self._models: dict[str, Any] = {}
+        self._unnamed: dict[str, set[int]] = {}
 
     def run(self, variant: Variant, pair: Pair, on_stage: Callable[[str], None] | None) -> Record:
         """One pair by one variant; where registration or model give up, the pair has failed."""
@@ -385,7 +390,8 @@ class _Bench:
         if on_stage is not None:
             on_stage("scoring")
         rows = self._score(pair, results, reference, atlas_values, failed=bool(failure))
-        return Record(variant.name, pair, rows, failure, **vars(cost))
+        unnamed = sorted(set().union(*(self._unnamed.get(name, set()) for name in (pair.atlas, pair.query))))
+        return Record(variant.name, pair, rows, failure, unnamed=tuple(unnamed), **vars(cost))
 
     def _segment(
         self,
@@ -455,7 +461,7 @@ class _Bench:
             self._contexts.clear()
             case = self._plan.dataset.case(name)
             context = Context.from_files(case.image, case.labels)
-            self._check_named(set(context.values), case.labels)
+            self._tell_unnamed(set(context.values), name, case.labels)
             self._contexts[name] = restricted(context, self._plan.values, case.labels)
         return self._contexts[name]
 
@@ -464,19 +470,18 @@ class _Bench:
             self._queries.clear()
             case = self._plan.dataset.case(name)
             reference = load_labels(case.labels, allow_empty=True)
-            self._check_named(label_values(reference), case.labels)
+            self._tell_unnamed(label_values(reference), name, case.labels)
             self._queries[name] = load_image(case.image), reference
         return self._queries[name]
 
-    def _check_named(self, values: set[int], path: Path) -> None:
+    def _tell_unnamed(self, values: set[int], name: str, path: Path) -> None:
+        """Warn, once for each case, of label values that nothing is known of: they cannot be scored by name."""
         dataset = self._plan.dataset
-        unknown = sorted(values - dataset.structures.keys() - {dataset.ignored})
-        if unknown:
-            listed_values = ", ".join(map(str, unknown))
-            raise InputError(
-                f"{path}: has the label values {listed_values}, which dataset.json does not name; "
-                "name them there, or correct the label map"
-            )
+        unknown = values - dataset.structures.keys() - {dataset.ignored}
+        if unknown and name not in self._unnamed:
+            self._unnamed[name] = unknown
+            found = ", ".join(map(str, sorted(unknown)))
+            logger.warning("%s: dataset.json does not name the label values %s; taken as background", path, found)
 
     def _model(self, variant: Variant) -> Any:
         name = variant.settings.model

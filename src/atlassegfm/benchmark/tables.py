@@ -246,6 +246,7 @@ def _summary(
         "pairs": [[pair.atlas, pair.query] for pair in plan.pairs],
         "seed": plan.seed,
         "tolerances": plan.tolerances.origin,
+        "unnamed_label_values": sorted({value for record in records for value in record.unnamed}),
         "failures": [
             {"variant": one.variant, "atlas": one.pair.atlas, "query": one.pair.query, "reason": one.failure}
             for one in records
@@ -303,6 +304,10 @@ def _page(
     left = [name for value, name in plan.dataset.structures.items() if value not in plan.values]
     if left:
         yield f"Left out on request: {listed(left, _LONGEST_TABLE)}."
+    unnamed = sorted({value for record in records for value in record.unnamed})
+    if unnamed:
+        found = ", ".join(map(str, unnamed))
+        yield f"Label values that dataset.json does not name, taken as background where a case has them: {found}."
     yield ""
     yield "## Methods"
     yield ""
