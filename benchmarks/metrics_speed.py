@@ -10,14 +10,16 @@ libraries score them in one run, in turns; ours goes first, so that the peak of 
 from __future__ import annotations
 
 import argparse
-import resource
-import sys
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from atlassegfm.geometry import Grid
+from atlassegfm.image import Volume, save_volume
+from atlassegfm.memory import peak_memory_mb
 from atlassegfm.metrics import StructureScores, score_labels
 
 SHAPE = (512, 512, 300)
@@ -72,39 +74,41 @@ def score_theirs(
     return scores
 
 
-def peak_mb() -> float:
-    """Most memory this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-
-
 def main() -> None:
     """Print a row a round and fail where the scores differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--centreline", action="store_true", help="also time ours with clDice of the two vessels")
+    parser.add_argument("--save", type=Path, help="only write both label maps into this folder, for `evaluate`")
     options = parser.parse_args()
     warnings.simplefilter("ignore")  # surface-distance calls scipy by old names
 
     reference = make_labels(wobble_mm=0, shift_mm=0)
     result = make_labels(wobble_mm=1.5, shift_mm=1)
+    if options.save is not None:
+        options.save.mkdir(parents=True, exist_ok=True)
+        grid = Grid(SHAPE, np.diag([*SPACING_MM, 1.0]))
+        for name, labels in (("reference", reference), ("result", result)):
+            save_volume(Volume(labels, grid), options.save / f"{name}.nii.gz")
+        return
     values = list(range(1, len(ORGANS) + 1))
     tolerances = dict.fromkeys(values, TOLERANCE_MM)
 
     def score_ours(centreline: tuple[int, ...] = ()) -> dict[int, StructureScores]:
         return score_labels(result, reference, values, SPACING_MM, tolerances, centreline=centreline)
 
-    before = peak_mb()
+    before = peak_memory_mb()
     if options.centreline:
         start = time.perf_counter()
         scores = score_ours((12, 13))
-        print(f"with clDice of two vessels: {time.perf_counter() - start:.1f} s, peak {peak_mb():.0f} MB")
+        print(f"with clDice of two vessels: {time.perf_counter() - start:.1f} s, peak {peak_memory_mb()} MB")
         print(*(f"  {value}: {scores[value].cldice} ({scores[value].cldice_note})" for value in (12, 13)), sep="\n")
     for number in range(options.rounds):
         start = time.perf_counter()
         ours = score_ours()
         our_seconds = time.perf_counter() - start
         if number == 0:
-            print(f"peak of ours: {peak_mb():.0f} MB ({before:.0f} MB before, of making the label maps)")
+            print(f"peak of ours: {peak_memory_mb()} MB ({before} MB before, of making the label maps)")
         start = time.perf_counter()
         theirs = score_theirs(result, reference, values)
         their_seconds = time.perf_counter() - start

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,6 +57,38 @@ ORIENTATIONS: dict[str, NDArray[np.float64]] = {
 
 #: Axes that are not at right angles: a gantry tilted by 20 degrees.
 SHEARED = affine_of(np.array([[1.5, 0, 0], [0, 2.0, 4.0 * np.tan(np.deg2rad(20))], [0, 0, 4.0]]), (-9.0, 8.0, 7.0))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the program ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Outcome]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The program with these arguments, in this process."""
+    from atlassegfm import cli
+
+    def call(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["atlassegfm", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Outcome(ended.value.code, captured.out, captured.err)
+
+    return call
 
 
 @pytest.fixture

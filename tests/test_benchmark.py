@@ -751,7 +751,7 @@ def test_other_code_is_refused_and_other_files_are_computed_again(
     run(plan, out)
     assert len(spy.calls) == sum("case_3" in (pair.atlas, pair.query) for pair in plan.pairs) == 1
     assert caplog.messages == [
-        f"{out}: the files of 1 pairs have changed; they are computed again",
+        f"{out}: pairs whose files have changed, and that are computed again: 1",
         f"{out}: 2 of 3 are done already",
     ]
 

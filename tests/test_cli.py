@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
 
-from atlassegfm import __version__, cli, pipeline, results
+from atlassegfm import __version__, pipeline, results
 from atlassegfm import image as image_module
 from atlassegfm.errors import InputError, RegistrationError
 from atlassegfm.geometry import Grid
@@ -32,39 +31,11 @@ from atlassegfm.registration import Registration
 from atlassegfm.results import save_transform
 from atlassegfm.settings import to_dict
 from atlassegfm.transforms import Affine, Chain, DisplacementField
+from conftest import Run
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
 GRID = straight_grid((24, 20, 18), (4.0, 4.0, 4.0))
 FAST = [part for assignment in UNREGISTERED for part in ("--set", assignment)]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Outcome]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The program with these arguments, in this process."""
-
-    def call(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["atlassegfm", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Outcome(ended.value.code, captured.out, captured.err)
-
-    return call
 
 
 @pytest.fixture

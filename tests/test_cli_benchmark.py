@@ -8,16 +8,15 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from atlassegfm import cli
 from atlassegfm.benchmark import runner, timing
 from atlassegfm.errors import RegistrationError
 from atlassegfm.phantom import PhantomPair
+from conftest import Run
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 from test_benchmark import write_dataset, write_json
 
@@ -27,33 +26,10 @@ ONE_PAIR = ["--protocol", "one-to-all", "--cases", "case_1,case_2", "--no-plots"
 TABLES = {"plan.json", "results.csv", "times.csv", "summary.json", "report.md"}
 
 
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Outcome]
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """``benchmark`` with these arguments, in this process."""
-
-    def call(*arguments: str | Path) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["atlassegfm", "benchmark", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Outcome(ended.value.code, captured.out, captured.err)
-
-    return call
+def run(run: Run) -> Run:
+    """``benchmark`` with these arguments."""
+    return lambda *arguments: run("benchmark", *arguments)
 
 
 @pytest.fixture(scope="module")

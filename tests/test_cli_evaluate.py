@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from atlassegfm import cli
 from atlassegfm.geometry import Grid
 from atlassegfm.image import Volume, save_volume
 from atlassegfm.structures import Structure
+from conftest import Outcome, Run
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
 #: 4 mm³ a voxel.
@@ -24,33 +20,10 @@ GRID = straight_grid((10, 10, 10), (1.0, 2.0, 2.0))
 LIVER, NODE = (Structure(1, "liver", (9, 9, 9)), Structure(2, "node", (99, 9, 9)))
 
 
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-Run = Callable[..., Outcome]
-
-
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """``evaluate`` with these arguments, in this process."""
-
-    def call(*arguments: str | Path, command: str = "evaluate") -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["atlassegfm", command, *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Outcome(ended.value.code, captured.out, captured.err)
-
-    return call
+def run(run: Run) -> Run:
+    """``evaluate`` with these arguments."""
+    return lambda *arguments, command="evaluate": run(command, *arguments)
 
 
 def write(path: Path, length: int, *, node: bool = True, grid: Grid = GRID, names: bool = True) -> None:

@@ -165,7 +165,7 @@ class Summary:
                     "structure": one.structure,
                     "counts": dict(one.counts),
                     "tolerance_mm": one.tolerance_mm,
-                    "reference_ml": _number(one.reference_ml),
+                    "reference_ml": plain_number(one.reference_ml),
                     **{name: spread_dict(scores) for name, scores in one.scores.items()},
                 }
                 for one in self.structures
@@ -401,12 +401,12 @@ def score_row(scores: StructureScores) -> dict[str, Any]:
 
 def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row for JSON, which has no NaN."""
-    return {key: _number(value) if isinstance(value, float) else value for key, value in row.items()}
+    return {key: plain_number(value) if isinstance(value, float) else value for key, value in row.items()}
 
 
 def spread_dict(one: Spread) -> dict[str, Any]:
     """For JSON, which has no NaN."""
-    return {field.name: _number(getattr(one, field.name)) for field in fields(one)}
+    return {field.name: plain_number(getattr(one, field.name)) for field in fields(one)}
 
 
 def label_values(volume: Volume) -> set[int]:
@@ -589,10 +589,11 @@ def _labelled(values: Sequence[int], names: Mapping[int, str]) -> str:
 
 
 def _rounded(values: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: _number(value) for name, value in values.items()}
+    return {name: plain_number(value) for name, value in values.items()}
 
 
-def _number(value: float | None) -> float | int | None:
+def plain_number(value: float | None) -> float | int | None:
+    """For JSON, which has no NaN: None for that, and 6 decimals."""
     if value is None or isinstance(value, int):
         return value
     return None if math.isnan(value) else round(value, 6)

@@ -307,7 +307,7 @@ def run(
     for key in changed:
         del done[key]
     if changed:
-        logger.warning("%s: the files of %d pairs have changed; they are computed again", out, len(changed))
+        logger.warning("%s: pairs whose files have changed, and that are computed again: %d", out, len(changed))
     todo = [(variant, pair) for variant, pair in _alternating(plan) if (variant.name, pair) not in done]
     if todo and len(todo) < len(store):
         logger.warning("%s: %d of %d are done already", out, len(store) - len(todo), len(store))
@@ -380,7 +380,9 @@ class _Bench:
             if context is None:
                 results = self._user_click(model, query, reference, cost)
             else:
-                results = self._segment(variant, context, query, reference, model, cost, on_stage)
+                results = self._segment(variant, context, query, model, cost, on_stage)
+                if "model" in results:
+                    results["oracle"] = oracle(results["atlas"], results["model"], reference)
         except (RegistrationError, ModelError) as error:
             # A file that cannot be used is no failure of the method, and ends the run.
             logger.warning("%s -> %s (%s): %s", pair.atlas, pair.query, variant.name, error)
@@ -398,7 +400,6 @@ class _Bench:
         variant: Variant,
         context: Context,
         query: Volume,
-        reference: Volume,
         model: Any,
         cost: _Cost,
         on_stage: Callable[[str], None] | None,
@@ -412,7 +413,6 @@ class _Bench:
             "atlas": result.atlas_labels,
             "model": result.model_labels,
             "fused": result.labels,
-            "oracle": oracle(result.atlas_labels, result.model_labels, reference),
         }
 
     def _user_click(self, model: Any, query: Volume, reference: Volume, cost: _Cost) -> dict[str, Volume]:

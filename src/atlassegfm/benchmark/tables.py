@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..evaluation import SMALL_ML, Summary, score_row, spread_dict, summarise, write_scores
+from ..evaluation import SMALL_ML, Summary, plain_number, score_row, spread_dict, summarise, write_scores
 from ..image import atomic_path
 from ..names import listed
 from ..statistics import LEVEL, Interval, Spread, macro_mean, paired_bootstrap, spread
@@ -260,7 +260,7 @@ def _summary(
                 "over_pairs": {"dice": spread_dict(spread(column.pair_means()))},
                 "over_atlases": {"dice": spread_dict(column.over_atlases())},
                 "atlases": {
-                    atlas: _json_number(column.of_atlas(atlas))
+                    atlas: plain_number(column.of_atlas(atlas))
                     for atlas in dict.fromkeys(pair.atlas for pair in column.pairs)
                 },
             }
@@ -271,7 +271,7 @@ def _summary(
                 "score": one.score,
                 "first": [one.first.variant, one.first.method],
                 "second": [one.second.variant, one.second.method],
-                **{key: _json_number(value) for key, value in vars(one.interval).items()},
+                **{key: plain_number(value) for key, value in vars(one.interval).items()},
             }
             for one in comparisons
         ],
@@ -461,12 +461,6 @@ def _signed(value: float) -> str:
 
 def _least(values: NDArray[np.float64]) -> float:
     return math.nan if np.isnan(values).all() else float(np.nanmin(values))
-
-
-def _json_number(value: float) -> float | int | None:
-    if isinstance(value, int):
-        return value
-    return None if math.isnan(value) else round(value, 6)
 
 
 def _write(path: Path, text: str) -> None:
