@@ -15,7 +15,16 @@ import scenes
 from atlassegfm.errors import RegistrationError
 from atlassegfm.geometry import Grid
 from atlassegfm.image import Volume
-from atlassegfm.registration import Registration, RegistrationSettings, features, instance, linear, pyramid, register
+from atlassegfm.registration import (
+    InstanceSettings,
+    Registration,
+    RegistrationSettings,
+    features,
+    instance,
+    linear,
+    pyramid,
+    register,
+)
 from atlassegfm.transforms import Affine, DisplacementField, Transform, resample
 from conftest import ORIENTATIONS, SHEARED, affine_of, rotation
 
@@ -399,7 +408,9 @@ def test_a_known_deformation_is_recovered(grid: Grid) -> None:
     moving = scenes.ATLAS.scan(centred_grid((80, 70, 70), np.diag([2.0] * 3)))
     truth = wavy(grid)
     fixed = Volume(resample(moving, grid, truth), grid)
-    result = register(fixed, moving, replace(QUICK, smoothness=0.2), initial=Affine.identity())
+    result = register(
+        fixed, moving, replace(QUICK, instance=InstanceSettings(smoothness=0.2)), initial=Affine.identity()
+    )
     organs = Volume((resample(scenes.ATLAS.scan(moving.grid), grid, truth) > 0).astype(np.float32), grid)
     before = error_mm(Affine.identity(), truth, organs)
     assert error_mm(result.fixed_to_moving, truth, organs) < before / 2
@@ -437,7 +448,10 @@ def test_structure_search_finds_an_organ_that_slid() -> None:
 
     def missed_by_mm(search: bool) -> float:
         given = RegistrationSettings(
-            coarse_voxels=20_000, fine_voxels=60_000, smoothness=0.1, structure_search=search, fine_iterations=25
+            coarse_voxels=20_000,
+            fine_voxels=60_000,
+            structure_search=search,
+            instance=InstanceSettings(smoothness=0.1, fine_iterations=25),
         )
         result = register(fixed, moving, given, moving_labels=labels, initial=Affine.identity())
         assert ("structures" in result.seconds) == search
@@ -455,7 +469,7 @@ def test_penalty_lessens_folding() -> None:
     )
 
     def folding(penalty: float) -> float:
-        free = replace(QUICK, smoothness=0, folding_penalty=penalty)
+        free = replace(QUICK, instance=InstanceSettings(smoothness=0, folding_penalty=penalty))
         return register(fixed, moving, free, initial=Affine.identity()).folding
 
     assert folding(0) > 0.005
@@ -486,7 +500,7 @@ def test_two_runs_are_the_same_to_the_last_bit() -> None:
 
 @pytest.mark.parametrize("shape", [(64, 64, 3), (48, 40, 1), (2, 40, 36), (5, 5, 5)], ids=str)
 def test_thin_volumes_register(shape: tuple[int, int, int]) -> None:
-    few = replace(QUICK, linear_iterations=5, coarse_iterations=5, fine_iterations=5)
+    few = replace(QUICK, linear_iterations=5, instance=InstanceSettings(coarse_iterations=5, fine_iterations=5))
     thin, whole = centred_grid(shape, np.diag([1.5, 1.5, 5.0])), scenes.straight_grid()
     for fixed, moving in ((thin, thin), (thin, whole), (whole, thin)):
         result = run(fixed, moving, few)

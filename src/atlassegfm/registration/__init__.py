@@ -12,71 +12,54 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from typing import Annotated, Literal
-
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass as settings_dataclass
 
 from ..image import Volume
 from ..transforms import Affine, Chain, DisplacementField, Transform
+from .pair import Fitted, Pair
+from .settings import (
+    AntsSettings,
+    ElastixSettings,
+    GreedySettings,
+    InstanceSettings,
+    RegistrationSettings,
+    VoxelmorphSettings,
+)
 
-#: Deformable engines: name to module of this package. Each has ``fit(fixed, moving, linear, spacings_mm, start,
-#: settings, device)``, which gives the field and how many numbers it fitted.
-ENGINES: Mapping[str, str] = {"instance": "instance"}
+__all__ = [
+    "ENGINES",
+    "AntsSettings",
+    "ElastixSettings",
+    "Engine",
+    "Fitted",
+    "GreedySettings",
+    "InstanceSettings",
+    "Pair",
+    "Registration",
+    "RegistrationSettings",
+    "VoxelmorphSettings",
+    "register",
+]
 
 
-@settings_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
-class RegistrationSettings:
-    """How the atlas is registered to the query."""
+@dataclass(frozen=True)
+class Engine:
+    """One row of the table of engines.
 
-    engine: Literal["instance"] = "instance"
-    """Deformable engine."""
+    Parameters
+    ----------
+    module : str
+        Of this package; it has ``fit(pair, linear, start, settings, device) -> Fitted``. ``linear`` is None if the
+        engine is to do the linear stages too, ``start`` a displacement to begin with or None.
+    is_peer : bool
+        Whether it is another package's: it can do the linear stages itself and takes no start.
+    """
 
-    rigid: bool = True
-    """Whether to search translations and fit a rigid motion. Off: the scanner's coordinates are the start of what
-    follows."""
+    module: str
+    is_peer: bool = False
 
-    affine: bool = True
-    """Whether to fit scale and shear too."""
 
-    deformable: bool = True
-    """Whether to fit a displacement field after the linear stages."""
-
-    structure_search: bool = True
-    """Whether each labelled structure is searched for on its own, to start the deformable stage: organs move by
-    centimetres against each other, out of reach of a smooth fit. Abd-MR, atlas 001: mean Dice 0.724 without, 0.764
-    with, the worst query 0.535 and 0.698."""
-
-    coarse_voxels: Annotated[int, Field(ge=2_000, le=1_000_000)] = 40_000
-    """Voxels of the coarse level over the query's field of view. Its spacing follows (about 9 mm for an abdomen),
-    so that heads, hearts and small crops need no settings of their own."""
-
-    fine_voxels: Annotated[int, Field(ge=2_000, le=20_000_000)] = 150_000
-    """Voxels of the fine level (about 6 mm for an abdomen), never finer than the scan itself."""
-
-    candidates: Annotated[int, Field(ge=1, le=32)] = 4
-    """Starts carried from the search over translations to the linear fit."""
-
-    linear_iterations: Annotated[int, Field(ge=1, le=1000)] = 30
-    """Adam steps of each linear fit (rigid and affine on the coarse level, affine again on the fine one)."""
-
-    coarse_iterations: Annotated[int, Field(ge=0, le=2000)] = 40
-    """Adam steps of the deformable fit on the coarse level; more change little."""
-
-    fine_iterations: Annotated[int, Field(ge=0, le=2000)] = 35
-    """Adam steps of the deformable fit on the fine level."""
-
-    smoothness: Annotated[float, Field(ge=0)] = 0.4
-    """Weight of the squared gradient of the displacement. Mean Dice of the warped atlas at 1 / 0.5 / 0.3, first atlas
-    of each set: Abd-MR 0.767 / 0.761 / 0.763, Abd-CT 0.691 / 0.710 / 0.709, Cardiac 0.757 / 0.751 / 0.748,
-    Hippocampus 0.763 / 0.772 / 0.778."""
-
-    folding_penalty: Annotated[float, Field(ge=0)] = 10.0
-    """Weight of the squared shortfall of the local volume (Jacobian determinant) below 0.3."""
-
-    mind_weight: Annotated[float, Field(ge=0)] = 2.5
-    """Weight of the MIND-SSC difference against the local correlation (which counts 1/2). Mean Dice of the warped atlas
-    at 5 / 2 / 1, first atlas: Abd-MR 0.762 / 0.760 / 0.754, Hippocampus 0.774 / 0.779 / 0.781."""
+#: Deformable engines by name.
+ENGINES: Mapping[str, Engine] = {"instance": Engine("instance")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,22 +147,26 @@ def register(
         spacings = pyramid.level_spacings_mm(fixed.grid, (settings.coarse_voxels, settings.fine_voxels))
         fixed_scan = pyramid.prepare(fixed, None, spacings[-1], "query")
         moving_scan = pyramid.prepare(moving, moving_labels, spacings[-1], "atlas")
+        pair = Pair(fixed, moving, fixed_scan, moving_scan, moving_labels, spacings)
+    engine = ENGINES[settings.engine]
     linear = initial or Affine.identity()
-    if initial is None and (settings.rigid or settings.affine):
+    wants_linear = initial is None and (settings.rigid or settings.affine)
+    if wants_linear and not (engine.is_peer and settings.peer_linear):
         with stage("linear"):
             linear = linear_stages.fit(fixed_scan, moving_scan, spacings, settings, device)
         parameters["linear"] = 12 if settings.affine else 6
     field = None
-    if settings.deformable:
+    if settings.deformable or (engine.is_peer and settings.peer_linear and wants_linear):
         start = None
-        if settings.structure_search and moving_labels is not None:
+        if settings.structure_search and moving_labels is not None and not engine.is_peer:
             with stage("structures"):
                 start = shifts.search(fixed_scan, moving_scan, moving_labels, linear, spacings[-1], device)
-        engine = importlib.import_module(f".{ENGINES[settings.engine]}", __name__)
+        module = importlib.import_module(f".{engine.module}", __name__)
+        own_linear = engine.is_peer and settings.peer_linear and wants_linear
         with stage("deformable"):
-            field, parameters["deformable"] = engine.fit(
-                fixed_scan, moving_scan, linear, spacings, start, settings, device
-            )
+            fitted = module.fit(pair, None if own_linear else linear, start, settings, device)
+        linear, field = fitted.linear, fitted.field
+        parameters.update(fitted.parameters)
     with stage("assess"):
         composed: Transform = linear if field is None else Chain((field, linear))
         confidence = linear_stages.confidence(fixed_scan, moving_scan, composed, spacings[-1])

@@ -18,10 +18,11 @@ from torch import Tensor
 from ..image import Volume
 from ..transforms import Affine, DisplacementField, resample
 from .features import MIND_CHANNELS, LocalCorrelation, mind_ssc
-from .pyramid import Scan, axes_of, frame_grid, on_grid
+from .pair import Fitted, Pair
+from .pyramid import axes_of, frame_grid, on_grid
 
 if TYPE_CHECKING:
-    from . import RegistrationSettings
+    from .settings import RegistrationSettings
 
 #: Voxels between control points.
 _STRIDE = 2
@@ -35,37 +36,29 @@ _STEP_VOXELS = 0.5
 
 
 def fit(
-    fixed: Scan,
-    moving: Scan,
-    linear: Affine,
-    spacings_mm: tuple[float, ...],
-    start: DisplacementField | None,
-    settings: RegistrationSettings,
-    device: str,
-) -> tuple[DisplacementField, int]:
+    pair: Pair, linear: Affine, start: DisplacementField | None, settings: RegistrationSettings, device: str
+) -> Fitted:
     """Optimise the displacement of one pair.
 
     Parameters
     ----------
-    fixed, moving : Scan
+    pair : Pair
         Query and atlas.
     linear : Affine
         Fixed to moving world, applied after the field.
-    spacings_mm : tuple of float
-        Of the levels, coarse to fine.
     start : DisplacementField or None
         To begin with.
 
     Returns
     -------
-    field : DisplacementField
-        On the fine level's grid, in the fixed world.
-    parameters : int
-        Numbers fitted on the finest level.
+    Fitted
+        Its field lies on the fine level's grid.
     """
+    options = settings.instance
+    fixed, moving, spacings_mm = pair.fixed_scan, pair.moving_scan, pair.spacings_mm
     axes = axes_of(fixed.intensity.grid)
     field = start
-    iterations = (settings.coarse_iterations, settings.fine_iterations)[-len(spacings_mm) :]
+    iterations = (options.coarse_iterations, options.fine_iterations)[-len(spacings_mm) :]
     for spacing, steps in zip(spacings_mm, iterations, strict=True):
         grid = frame_grid(fixed.intensity.grid, axes, spacing)
         query, atlas = on_grid(fixed, grid, device), on_grid(moving, grid, device, linear)
@@ -99,10 +92,10 @@ def fit(
             unlike = 1 - correlation(warped[:, MIND_CHANNELS : MIND_CHANNELS + 1])
             roughness = sum((smooth.diff(dim=axis) / _STRIDE).pow(2).mean() for axis in (2, 3, 4))
             loss = (
-                settings.mind_weight * (difference * counted).sum()
+                options.mind_weight * (difference * counted).sum()
                 + _CORRELATION_WEIGHT * (unlike * counted).sum()
-                + settings.smoothness * roughness
-                + settings.folding_penalty * _compression(smooth / _STRIDE)
+                + options.smoothness * roughness
+                + options.folding_penalty * _compression(smooth / _STRIDE)
             )
             optimizer.zero_grad()
             loss.backward()
@@ -113,7 +106,7 @@ def fit(
         field = DisplacementField(grid, world.astype(np.float32))
     if field is None:
         raise ValueError("there must be a level to fit on")
-    return field, control.numel()
+    return Fitted(linear, field, {"deformable": control.numel()})
 
 
 def _sample(channels: Tensor, where: Tensor) -> Tensor:

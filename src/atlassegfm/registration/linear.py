@@ -22,7 +22,7 @@ from .features import MIND_CHANNELS, mind_ssc
 from .pyramid import Level, Scan, axes_of, frame_grid, on_grid
 
 if TYPE_CHECKING:
-    from . import RegistrationSettings
+    from .settings import RegistrationSettings
 
 #: Sum over the 12 channels of the squared MIND-SSC difference between misplaced abdomens: its median over all
 #: translations of two Abd-CT scans is 2.2, the minimum 1.8. The price of foreground on background.
