@@ -16,6 +16,7 @@ import pytest
 from atlassegfm.benchmark import runner, timing
 from atlassegfm.errors import RegistrationError
 from atlassegfm.phantom import PhantomPair
+from atlassegfm.registration import _peer
 from conftest import Run
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 from test_benchmark import write_dataset, write_json
@@ -127,7 +128,11 @@ def test_models_and_variants_stand_side_by_side(folder: Path, run: Run) -> None:
     assert first_words(outcome.out) == ["variant", "none", "builtin", "builtin", "builtin", "builtin", "stiff"]
     variants = json.loads((folder / "out/plan.json").read_text())["variants"]
     assert [one["settings"]["model"] for one in variants.values()] == ["none", "builtin", "none"]
-    assert [one["settings"]["registration"]["instance"]["smoothness"] == 1 for one in variants.values()] == [False, False, True]
+    assert [one["settings"]["registration"]["instance"]["smoothness"] == 1 for one in variants.values()] == [
+        False,
+        False,
+        True,
+    ]
     assert not any(one["settings"]["registration"]["rigid"] for one in variants.values())
 
 
@@ -181,15 +186,39 @@ def test_prompts_has_every_prompt_of_every_model(folder: Path, run: Run) -> None
     assert [one["settings"]["prompt"] for one in variants.values()] == ["click", "box", "mask"]
 
 
-def test_engines_has_every_engine(folder: Path, run: Run) -> None:
-    from atlassegfm.registration import ENGINES
-
+def test_engines_has_every_engine(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for engine in ("GREEDY", "ANTS", "ELASTIX"):
+        monkeypatch.delenv(f"ATLASSEGFM_{engine}_PYTHON", raising=False)
     outcome = run("engines", "data", "-o", "out", *ONE_PAIR, *FAST, "--engines", "instance")
     assert outcome.code == 0, outcome.err
     assert columns_of(folder / "out") == [("instance", "atlas"), ("instance", "fused")]
-    outcome = run("engines", "data", "-o", "all", *ONE_PAIR, *FAST, "--model", "none", "--engines", ",".join(ENGINES))
+    # Without them named: those that are there, and what is left out is said.
+    monkeypatch.setattr(_peer, "_is_installed", lambda engine, _: engine == "greedy")
+    shown = [part for part in ONE_PAIR if part != "--quiet"]
+    outcome = run("engines", "data", "-o", "all", *shown, *FAST, "--model", "none", "--device", "cpu")
     assert outcome.code == 0, outcome.err
-    assert columns_of(folder / "all") == [(engine, "atlas") for engine in ENGINES]
+    assert columns_of(folder / "all") == [("instance", "atlas"), ("greedy", "atlas")]
+    assert "left out: voxelmorph takes minutes a pair on a CPU; name it with --engines" in outcome.err
+    for engine in ("ants", "elastix"):
+        assert f"left out: the engine '{engine}' needs an optional part that is not installed" in outcome.err
+    outcome = run("engines", "data", "-o", "quiet", *ONE_PAIR, *FAST, "--model", "none", "--device", "cpu")
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "choice", [["engines", "data", "--engines", "instance,greedy"], ["data", "--set", "registration.engine=greedy"]]
+)
+def test_an_engine_that_is_not_installed_ends_it_at_once(
+    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch, choice: list[str]
+) -> None:
+    monkeypatch.setattr(_peer, "_is_installed", lambda *_: False)
+    monkeypatch.setattr(runner, "run", never)
+    monkeypatch.delenv("ATLASSEGFM_GREEDY_PYTHON", raising=False)
+    outcome = run(*choice, "-o", "out", *ONE_PAIR)
+    assert outcome.code == 2
+    assert "the engine 'greedy' needs an optional part" in outcome.err
+    assert "pip install 'atlassegfm[greedy]'" in outcome.err
+    assert not (folder / "out").exists()
 
 
 def test_time_has_a_line_for_each_stage(folder: Path, run: Run) -> None:

@@ -20,7 +20,7 @@ from atlassegfm.models.builtin import BuiltinSegmenter, load
 from atlassegfm.pipeline import Segmentation, Settings, outside_shares, resolve_device, segment
 from atlassegfm.prompts import ClickPrompt
 from atlassegfm.settings import with_overrides
-from atlassegfm.transforms import Affine, resample
+from atlassegfm.transforms import Affine, Chain, DisplacementField, displacement_on, resample
 from conftest import rotation
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
@@ -244,7 +244,7 @@ def test_model_is_asked_once_to_encode_each_scan(context: Context) -> None:
 def test_no_way_in_for_the_labels_of_the_query() -> None:
     """The gate must not see the truth: nothing takes it."""
     assert list(inspect.signature(segment).parameters) == [
-        *("context", "query", "settings", "device", "on_stage", "model")
+        *("context", "query", "settings", "device", "on_stage", "model", "transform")
     ]
 
 
@@ -254,6 +254,34 @@ def test_query_of_another_type_and_in_another_memory_order(context: Context) -> 
     one = segment(context, whole, settings())
     other = segment(context, Volume(np.asfortranarray(whole.data.astype(np.float64)), GRID), settings())
     np.testing.assert_array_equal(one.labels.data, other.labels.data)
+
+
+def test_a_given_transform_keeps_its_parts(context: Context) -> None:
+    view = QUERY.scan(GRID)
+    nodes = GRID.crop((10, 10, 10), (30, 30, 30))
+    values = np.zeros((3, *nodes.shape), np.float32)
+    values[0, 8:12, 5:15, 5:15] = 1.0
+    local = DisplacementField(nodes, values)
+    field = displacement_on(
+        Affine(np.diag([1.1, 1.1, 1.1, 1.0])), Grid((24, 20, 18), GRID.affine @ np.diag([2, 2, 2, 1.0]))
+    )
+    given = segment(context, view, settings("model=none"), transform=Chain((local, field, Affine.identity())))
+    assert (given.registration.local, given.registration.field) == (local, field)
+    assert given.registration.folding == 0
+    statistics = given.summary()["registration"]["jacobian"]
+    assert statistics["folding"] == 0
+    assert statistics["median"] == pytest.approx(1.331, abs=1e-3)
+    # By central differences over 2 voxels of 2 mm: 1 mm more or less.
+    assert statistics["minimum"] == pytest.approx(1.1**3 * 0.75, abs=0.01)
+    assert statistics["percentile_99"] == pytest.approx(1.1**3 * 1.25, abs=0.01)
+    # A field whose nodes all lie out of view says nothing about volumes.
+    far = Grid(nodes.shape, nodes.affine + np.array([[0, 0, 0, 500.0], [0] * 4, [0] * 4, [0] * 4]))
+    given = segment(
+        context, view, settings("model=none"), transform=Chain((DisplacementField(far, values), Affine.identity()))
+    )
+    assert given.registration.local is None
+    assert set(given.summary()["registration"]["jacobian"].values()) == {None}
+    json.dumps(given.summary(), allow_nan=False)
 
 
 def test_queries_that_cannot_be_used(context: Context) -> None:

@@ -17,6 +17,7 @@ from atlassegfm.geometry import Grid
 from atlassegfm.image import Volume
 from atlassegfm.registration import (
     InstanceSettings,
+    Pair,
     Registration,
     RegistrationSettings,
     features,
@@ -29,7 +30,13 @@ from atlassegfm.transforms import Affine, DisplacementField, Transform, resample
 from conftest import ORIENTATIONS, SHEARED, affine_of, rotation
 
 #: Coarser than the defaults, for speed.
-QUICK = RegistrationSettings(coarse_voxels=4_000, fine_voxels=12_000)
+QUICK = RegistrationSettings(
+    coarse_voxels=4_000,
+    fine_voxels=12_000,
+    instance=InstanceSettings(level_voxels=(4_000, 12_000), local_voxels=12_000),
+)
+#: Levels and weights of a deformable fit that is quick.
+QUICK_FIT = {"level_voxels": (4_000, 12_000), "local_voxels": 12_000}
 LINEAR = replace(QUICK, deformable=False)
 #: Turned by 8 degrees, stretched by 5 to 8 % and shifted by about 2 cm.
 MOTION = affine_of(rotation(2, -3, 7) @ np.diag([1.05, 1.06, 0.92]), (12.0, -14.0, 9.0))
@@ -138,6 +145,50 @@ def test_local_correlation_ignores_contrast(factor: float, offset: float) -> Non
 
 
 # --- grids ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2, 3])
+def test_unlikeness_is_the_correlation_and_its_derivative(radius: int) -> None:
+    fixed, moving, weight = (random_image((6, 7, 8), seed).double() for seed in (1, 2, 3))
+    correlation = features.LocalCorrelation(fixed, radius)
+    moving.requires_grad_(True)
+    plain = (weight * (1 - correlation(moving))).sum()
+    (expected,) = torch.autograd.grad(plain, moving)
+    value = correlation.unlikeness(moving, weight)
+    (found,) = torch.autograd.grad(3 * value, moving)
+    torch.testing.assert_close(value, plain)
+    torch.testing.assert_close(found, 3 * expected)
+
+
+def test_a_level_has_the_voxels_wanted_unless_the_scan_is_coarser() -> None:
+    grid = Grid((100, 80, 20), affine_of(np.diag([1.0, 1.0, 8.0]), (5.0, -3.0, 40.0)))
+    axes = pyramid.axes_of(grid)
+    level = pyramid.level_grid(grid, axes, 20_000)
+    np.testing.assert_allclose(level.spacing_mm, level.spacing_mm[0])
+    assert 18_000 < level.size < 24_000
+    assert pyramid.level_grid(grid, axes, 10**8).spacing_mm == pytest.approx([1, 1, 1])
+    assert pyramid.level_grid(grid, axes, 10**8, finest_mm=2.0).spacing_mm == pytest.approx([2, 2, 2])
+
+
+@pytest.mark.parametrize("name", ["RAS", "oblique-flipped"])
+def test_a_part_of_a_scan_is_as_bright_as_in_the_whole(name: str) -> None:
+    grid = centred_grid((48, 40, 36), ORIENTATIONS[name][:3, :3])
+    scan, labels = scenes.ATLAS.scan(grid), scenes.ATLAS.labels(grid)
+    whole = pyramid.prepare(scan, labels, 4.0, "atlas")
+    points = grid.voxel_to_world(np.argwhere(labels.data > 0))
+    part = pyramid.prepare_part(scan, labels, points, float(grid.spacing_mm.min()), whole)
+    assert part.intensity.grid.contains(points).all()
+    assert part.intensity.grid.size < grid.size
+    # Not reduced: the voxels are the scan's own, in the window of the whole.
+    low, high, threshold = whole.window
+    ijk = np.rint(grid.world_to_voxel(part.intensity.grid.voxel_to_world(np.zeros(3)))).astype(int)
+    box = tuple(slice(n, n + size) for n, size in zip(ijk, part.intensity.grid.shape, strict=True))
+    np.testing.assert_allclose(
+        part.intensity.data, np.clip((scan.data[box] - low) / (high - low), 0, 1), rtol=0, atol=1e-5
+    )
+    np.testing.assert_array_equal(part.foreground.data, scan.data[box] > threshold)
+    assert part.near is not None
+    np.testing.assert_array_equal(part.near.data, labels.data[box] > 0)
 
 
 def test_spacings_follow_from_the_field_of_view() -> None:
@@ -409,7 +460,10 @@ def test_a_known_deformation_is_recovered(grid: Grid) -> None:
     truth = wavy(grid)
     fixed = Volume(resample(moving, grid, truth), grid)
     result = register(
-        fixed, moving, replace(QUICK, instance=InstanceSettings(smoothness=0.2)), initial=Affine.identity()
+        fixed,
+        moving,
+        replace(QUICK, instance=InstanceSettings(level_voxels=(4_000, 12_000), smoothness=(0.2,))),
+        initial=Affine.identity(),
     )
     organs = Volume((resample(scenes.ATLAS.scan(moving.grid), grid, truth) > 0).astype(np.float32), grid)
     before = error_mm(Affine.identity(), truth, organs)
@@ -427,6 +481,72 @@ def test_compression_hand_worked() -> None:
     assert float(instance._compression(torch.stack((-j - i, i - j, 0 * k))[None])) == pytest.approx(0, abs=1e-9)
     # A mirrored axis: determinant -1.
     assert float(instance._compression(torch.stack((0 * i, 0 * j, -2 * k))[None])) == pytest.approx(1.3**2, rel=1e-4)
+
+
+def test_the_fit_in_the_labels_box_ends_in_nothing_at_its_border() -> None:
+    grid = scenes.straight_grid()
+    result = run(grid, grid, replace(QUICK, instance=InstanceSettings(**(QUICK_FIT | {"local_voxels": 60_000}))))
+    assert result.field is not None
+    assert result.local is not None
+    assert result.jacobian is not None
+    for axis in (1, 2, 3):
+        for side in (0, -1):
+            assert not np.take(result.local.displacement_mm, side, axis=axis).any()
+    assert np.abs(result.local.displacement_mm).max() > 0.1
+    # Finer than the levels before it, no finer than the scan, and around the organs.
+    spacing = result.local.grid.spacing_mm.max()
+    assert grid.spacing_mm.min() - 1e-6 <= spacing < result.field.grid.spacing_mm.min()
+    organs = scenes.QUERY.labels(grid)
+    seen = result.local.grid.contains(grid.voxel_to_world(np.argwhere(organs.data > 0)))
+    assert seen.mean() > 0.99
+    points = grid.corners_mm
+    chain = result.linear.map(result.field.map(result.local.map(points)))
+    np.testing.assert_array_equal(result.fixed_to_moving.map(points), chain)
+
+
+def test_there_is_no_local_fit_without_labels_or_room() -> None:
+    grid = scenes.straight_grid()
+    fixed, moving = scenes.QUERY.scan(grid), scenes.ATLAS.scan(grid)
+    assert register(fixed, moving, QUICK, initial=Affine.identity()).local is None
+    thin = centred_grid((48, 40, 6), np.diag([2.0, 2.0, 2.0]))
+    labels = scenes.ATLAS.labels(grid)
+    result = register(scenes.QUERY.scan(thin), moving, QUICK, moving_labels=labels, initial=Affine.identity())
+    assert result.local is None
+
+
+def test_contrast_of_structures_is_compared() -> None:
+    grid = scenes.straight_grid()
+    scan, labels = scenes.ATLAS.scan(grid), scenes.ATLAS.labels(grid)
+    # The liver, by far the largest structure, is dark in the other scan.
+    dark = Volume(np.where(labels.data == 1, scan.data / 4, scan.data).astype(np.float32), grid)
+    field = DisplacementField(grid, np.zeros((3, *grid.shape), np.float32))
+
+    def difference(query: Volume) -> float:
+        prepared = pyramid.prepare(query, None, 2.0, "query"), pyramid.prepare(scan, labels, 2.0, "atlas")
+        pair = Pair(query, scan, *prepared, labels, (8.0, 4.0))
+        return instance._contrast_difference(pair, labels, field, Affine.identity())
+
+    assert difference(scan) < 0.01
+    assert difference(dark) > 0.2
+    # A changed scale of intensities is no change of contrast.
+    assert difference(Volume(3 * scan.data + 50, grid)) < 0.05
+
+
+def test_where_contrast_differs_the_fit_is_cautious() -> None:
+    grid = scenes.straight_grid()
+    moving, labels = scenes.ATLAS.scan(grid), scenes.ATLAS.labels(grid)
+    organs = scenes.QUERY.labels(grid)
+    fixed = scenes.QUERY.scan(grid)
+    dark = Volume(np.where(organs.data == 1, fixed.data / 4, fixed.data).astype(np.float32), grid)
+
+    def fitted(query: Volume, **options: object) -> NDArray[np.float32]:
+        settings = replace(QUICK, instance=InstanceSettings(**QUICK_FIT, **options))
+        field = register(query, moving, settings, moving_labels=labels).field
+        assert field is not None
+        return field.displacement_mm
+
+    np.testing.assert_array_equal(fitted(fixed), fitted(fixed, cautious=False))
+    assert np.abs(fitted(dark) - fitted(dark, cautious=False)).max() > 0.5
 
 
 def sliding_organ(grid: Grid, centre_mm: tuple[float, float, float]) -> tuple[Volume, Volume]:
@@ -451,7 +571,9 @@ def test_structure_search_finds_an_organ_that_slid() -> None:
             coarse_voxels=20_000,
             fine_voxels=60_000,
             structure_search=search,
-            instance=InstanceSettings(smoothness=0.1, fine_iterations=25),
+            instance=InstanceSettings(
+                level_voxels=(20_000, 60_000), local_voxels=0, smoothness=(0.1,), iterations=(40, 25)
+            ),
         )
         result = register(fixed, moving, given, moving_labels=labels, initial=Affine.identity())
         assert ("structures" in result.seconds) == search
@@ -469,7 +591,7 @@ def test_penalty_lessens_folding() -> None:
     )
 
     def folding(penalty: float) -> float:
-        free = replace(QUICK, instance=InstanceSettings(smoothness=0, folding_penalty=penalty))
+        free = replace(QUICK, instance=InstanceSettings(**QUICK_FIT, smoothness=(0.0,), folding_penalty=penalty))
         return register(fixed, moving, free, initial=Affine.identity()).folding
 
     assert folding(0) > 0.005
@@ -500,7 +622,7 @@ def test_two_runs_are_the_same_to_the_last_bit() -> None:
 
 @pytest.mark.parametrize("shape", [(64, 64, 3), (48, 40, 1), (2, 40, 36), (5, 5, 5)], ids=str)
 def test_thin_volumes_register(shape: tuple[int, int, int]) -> None:
-    few = replace(QUICK, linear_iterations=5, instance=InstanceSettings(coarse_iterations=5, fine_iterations=5))
+    few = replace(QUICK, linear_iterations=5, instance=InstanceSettings(**QUICK_FIT, iterations=(5,)))
     thin, whole = centred_grid(shape, np.diag([1.5, 1.5, 5.0])), scenes.straight_grid()
     for fixed, moving in ((thin, thin), (thin, whole), (whole, thin)):
         result = run(fixed, moving, few)

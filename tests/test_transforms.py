@@ -14,9 +14,25 @@ from nibabel.processing import resample_from_to
 from scipy import ndimage
 
 from atlassegfm import transforms
+from atlassegfm.errors import InputError
 from atlassegfm.geometry import Grid
 from atlassegfm.image import Volume
-from atlassegfm.transforms import Affine, Chain, DisplacementField, folding_share, points_of, resample, warp_labels
+from atlassegfm.transforms import (
+    Affine,
+    Chain,
+    DisplacementField,
+    deformation_statistics,
+    displacement_on,
+    folding_share,
+    invert,
+    invert_field,
+    jacobian_statistics,
+    nodes_in,
+    points_of,
+    resample,
+    stages_of,
+    warp_labels,
+)
 from conftest import ORIENTATIONS, SHEARED, affine_of, rotation
 
 Factory = Callable[..., Volume]
@@ -114,6 +130,300 @@ def test_folding() -> None:
     values[0, 3] = 3
     share = folding_share(DisplacementField(Grid((7, 1, 1), np.eye(4)), values), Grid((7, 1, 1), np.eye(4)))
     assert share == pytest.approx(1 / 7)  # 1 + (0 - 3) / 2 < 0 at the node after it only
+
+
+def test_jacobian_in_slabs_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    field = random_field(Grid((9, 5, 4), ORIENTATIONS["oblique"]), 2.0)
+    whole = field.jacobian_determinant()
+    assert (whole <= 0).any()
+    for planes in (1, 2, 4):
+        monkeypatch.setattr(transforms, "_CHUNK_VOXELS", planes * 20)
+        np.testing.assert_array_equal(field.jacobian_determinant(), whole)
+
+
+@pytest.mark.parametrize("affine", ALL.values(), ids=ALL)
+def test_jacobian_statistics_of_a_uniform_scaling(affine: np.ndarray) -> None:
+    grid = Grid((5, 6, 7), affine)
+    found = jacobian_statistics(displacement_on(Affine(np.diag([1.1, 1.1, 1.1, 1])), grid))
+    assert found.folding == 0
+    for name in ("minimum", "percentile_1", "percentile_5", "median", "percentile_95", "percentile_99"):
+        assert getattr(found, name) == pytest.approx(1.331, abs=1e-3)
+    assert found.log_deviation == pytest.approx(0, abs=1e-3)
+
+
+def test_jacobian_statistics_hand_worked() -> None:
+    """A line of nodes 1 mm apart, the fourth 3 mm too far to the right."""
+    values = np.zeros((3, 7, 1, 1), np.float32)
+    values[0, 3] = 3
+    field = DisplacementField(Grid((7, 1, 1), np.eye(4)), values)
+    assert field.jacobian_determinant().ravel().tolist() == [1, 1, 2.5, 1, -0.5, 1, 1]
+    found = jacobian_statistics(field)
+    assert found.folding == pytest.approx(1 / 7)
+    assert (found.minimum, found.median) == (-0.5, 1)
+    # Sorted: -0.5, 1, 1, 1, 1, 1, 2.5; the 1st percentile lies 0.06 of the way from the first to the second.
+    assert found.percentile_1 == pytest.approx(-0.5 + 0.06 * 1.5)
+    assert found.percentile_5 == pytest.approx(-0.5 + 0.3 * 1.5)
+    assert found.percentile_95 == pytest.approx(1 + 0.7 * 1.5)
+    assert found.percentile_99 == pytest.approx(1 + 0.94 * 1.5)
+    # Logarithms 0 five times and log 2.5 once: mean log 2.5 / 6, variance (log 2.5)^2 5 / 36.
+    assert found.log_deviation == pytest.approx(np.log(2.5) * np.sqrt(5) / 6)
+    mask = np.ones((7, 1, 1), bool)
+    mask[4] = False
+    assert jacobian_statistics(field, mask).folding == 0
+    assert jacobian_statistics(field, mask).minimum == 1
+
+
+def test_jacobian_statistics_of_nothing_and_of_a_mirror() -> None:
+    field = displacement_on(Affine(np.diag([-1.0, 1, 1, 1])), Grid((3, 3, 3), np.eye(4)))
+    mirrored = jacobian_statistics(field)
+    assert (mirrored.folding, mirrored.minimum) == (1, -1)
+    assert np.isnan(mirrored.log_deviation)
+    nothing = jacobian_statistics(field, np.zeros((3, 3, 3), bool))
+    assert np.isnan([nothing.folding, nothing.minimum, nothing.median, nothing.log_deviation]).all()
+    with pytest.raises(ValueError, match=r"mask of shape \(2, 2, 2\) for a field on a grid of shape \(3, 3, 3\)"):
+        jacobian_statistics(field, np.ones((2, 2, 2), bool))
+
+
+def test_deformation_statistics_of_one_field() -> None:
+    values = np.zeros((3, 7, 1, 1), np.float32)
+    values[0, 3] = 3
+    field = DisplacementField(Grid((7, 1, 1), np.eye(4)), values)  # determinants 1, 1, 2.5, 1, -0.5, 1, 1
+    part = Grid((3, 1, 1), affine_of(np.eye(3), (3.0, 0.0, 0.0)))
+    folding, found = deformation_statistics(field, None, lambda nodes: nodes_in(part, nodes))
+    assert folding == found.folding == pytest.approx(1 / 3)
+    assert found.percentile_99 == pytest.approx(1)
+    folding, found = deformation_statistics(field, None, lambda nodes: np.zeros(nodes.shape, bool))
+    assert folding == 0
+    assert np.isnan(found.minimum)
+
+
+def test_deformation_statistics_of_two_fields() -> None:
+    """12 nodes along x, 1 mm apart, and a box over the four from 3 to 6 mm, whose own are half as far apart."""
+    values = np.zeros((3, 12, 3, 3), np.float32)
+    values[0, 9] = 3  # folds at node 10
+    values[0, :5] = -0.1 * np.arange(5).reshape(-1, 1, 1)  # 0.9 times the size, half of the box too
+    values[0, 5:8] = -0.4
+    axes = np.diag([1.0, 10.0, 10.0])
+    field = DisplacementField(Grid((12, 3, 3), affine_of(axes, (0.0, 0.0, 0.0))), values)
+    box = Grid((8, 6, 6), affine_of(axes / 2, (3.0, -2.5, -2.5)))
+    inner = np.zeros((3, *box.shape), np.float32)
+    inner[0, 3, 2, 2] = 2  # of 0.5 mm apart: folds at the node after it
+    local = DisplacementField(box, inner)
+    determinant = displacement_on(Chain((local, field)), box).jacobian_determinant()
+    assert (determinant <= 0).sum() == 1
+    folding, found = deformation_statistics(field, local, lambda nodes: np.ones(nodes.shape, bool))
+    # Outside the box 8 x 9 nodes of 100 mm3, 9 of them folded; in it 288 of 12.5 mm3, one of them folded.
+    assert folding == pytest.approx((9 * 100 + 12.5) / (72 * 100 + 288 * 12.5))
+    assert found.folding == pytest.approx(1 / 288)
+    assert found.minimum == determinant.min()
+    folding, found = deformation_statistics(field, local, lambda nodes: nodes_in(box, nodes))
+    assert folding == found.folding
+    assert found.median == pytest.approx(np.median(determinant))
+    folding, _ = deformation_statistics(field, local, lambda nodes: np.zeros(nodes.shape, bool))
+    assert folding == 0
+
+
+# --- ways back
+
+
+def bent_field(grid: Grid, amount_mm: float, wave_mm: float = 12.0) -> DisplacementField:
+    """Smooth, without folds while ``amount_mm`` is below ``wave_mm``."""
+    nodes = grid.voxel_to_world(np.moveaxis(np.indices(grid.shape), 0, -1)) - grid.centre_mm
+    values = amount_mm * np.sin(np.roll(nodes, 1, axis=-1) / wave_mm + (0.3, 0.9, 1.7))
+    values += 0.3 * amount_mm * np.cos(nodes / wave_mm)
+    return DisplacementField(grid, np.moveaxis(values, -1, 0).astype(np.float32))
+
+
+@pytest.mark.parametrize("affine", ALL.values(), ids=ALL)
+def test_inverse_of_a_smooth_field(affine: np.ndarray) -> None:
+    field = bent_field(Grid((11, 12, 9), affine), 4.0)
+    inverse = invert_field(field, field.grid, tolerance_mm=0.001)
+    assert inverse.converged.all()
+    nodes = field.grid.voxel_to_world(np.moveaxis(np.indices(field.grid.shape), 0, -1).reshape(-1, 3))
+    there = inverse.field.map(nodes)
+    assert np.linalg.norm(there - nodes, axis=1).max() > 3
+    miss = np.linalg.norm(field.map(there) - nodes, axis=1)
+    assert miss.max() < 0.002  # at the nodes the tolerance holds
+    np.testing.assert_allclose(miss, inverse.residual_mm.ravel(), atol=1e-4)
+    inner = field.grid.voxel_to_world(np.random.default_rng(0).uniform(3, np.array(field.grid.shape) - 4, (200, 3)))
+    # Between them, and the other way round, the result is interpolated.
+    assert np.abs(inverse.field.map(field.map(inner)) - inner).max() < 0.4
+
+
+def test_inverse_on_other_nodes_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    field = bent_field(Grid((11, 12, 9), ORIENTATIONS["oblique"]), 3.0)
+    axes = field.grid.affine[:3, :3] * 0.4
+    grid = Grid((7, 6, 5), affine_of(axes, tuple(field.grid.centre_mm - axes @ (3, 2.5, 2))))
+    inverse = invert_field(field, grid, tolerance_mm=1e-4)
+    assert inverse.field.grid is grid
+    inner = grid.voxel_to_world(np.random.default_rng(0).uniform(1, np.array(grid.shape) - 2, (100, 3)))
+    assert np.abs(field.map(inverse.field.map(inner)) - inner).max() < 0.05
+    monkeypatch.setattr(transforms, "_CHUNK_VOXELS", 65)
+    np.testing.assert_array_equal(
+        invert_field(field, grid, tolerance_mm=1e-4).field.displacement_mm, inverse.field.displacement_mm
+    )
+
+
+@settings(max_examples=25)
+@given(
+    shift=st.tuples(*[st.floats(-20, 20)] * 3),
+    scale=st.floats(0.3, 3.5),
+    name=st.sampled_from(sorted(ORIENTATIONS)),
+)
+def test_inverse_of_shifts_and_of_strong_scaling(shift: tuple[float, float, float], scale: float, name: str) -> None:
+    """Stretched to more than twice its size, the plain iteration would run away."""
+    grid = Grid((9, 9, 9), ORIENTATIONS[name])
+    centre = grid.centre_mm
+    linear = Affine(affine_of(np.eye(3) * scale, tuple(centre * (1 - scale) + shift)))
+    inverse = invert_field(displacement_on(linear, grid), grid, tolerance_mm=0.01)
+    assert inverse.converged.all()
+    nodes = grid.voxel_to_world(np.moveaxis(np.indices(grid.shape), 0, -1).reshape(-1, 3))
+    there = linear.inverse().map(nodes)
+    ijk = grid.world_to_voxel(there)
+    reached = ((ijk >= 0) & (ijk <= 8)).all(axis=1)  # beyond its nodes the field does not scale but shift
+    found, there = inverse.field.map(nodes[reached]), there[reached]
+    np.testing.assert_allclose(found, there, atol=0.011 / scale + 1e-3)
+
+
+def test_inverse_says_where_there_is_none(caplog: pytest.LogCaptureFixture) -> None:
+    values = np.zeros((3, 9, 3, 3), np.float32)
+    values[0, :4], values[0, 4:] = -5, 5  # torn apart: nothing is mapped to the middle but by one steep voxel
+    values[0, 3, 1, 1], values[0, 4, 1, 1] = 9, -9
+    field = DisplacementField(Grid((9, 3, 3), np.eye(4)), values)
+    inverse = invert_field(field, field.grid, tolerance_mm=1e-6, iterations=5)
+    assert not inverse.converged.all()
+    assert inverse.residual_mm[~inverse.converged].min() > 1e-6
+    assert np.isfinite(inverse.field.displacement_mm).all()
+    invert(field, tolerance_mm=1e-9)
+    assert "the displacement field cannot be undone at " in caplog.text
+    assert "it folds there, or nearly does" in caplog.text
+
+
+def test_inverse_of_nothing_is_nothing() -> None:
+    grid = Grid((3, 4, 5), ORIENTATIONS["SRA"])
+    inverse = invert_field(DisplacementField(grid, np.zeros((3, 3, 4, 5), np.float32)), grid)
+    assert not inverse.field.displacement_mm.any()
+    assert inverse.converged.all()
+
+
+@pytest.mark.parametrize("affine", ALL.values(), ids=ALL)
+def test_a_chain_undone(affine: np.ndarray, caplog: pytest.LogCaptureFixture) -> None:
+    field = bent_field(Grid((15, 14, 13), affine), 3.0, wave_mm=20.0)
+    chain = Chain((field, TURN))
+    back = invert(chain)
+    inner = field.grid.voxel_to_world(np.random.default_rng(0).uniform(4, 9, (100, 3)))
+    assert np.abs(back.map(chain.map(inner)) - inner).max() < 0.2
+    assert np.abs(invert(TURN).map(TURN.map(inner)) - inner).max() < 1e-9
+    assert not caplog.records
+
+    class Other:
+        def map(self, points_mm: np.ndarray) -> np.ndarray:
+            return points_mm
+
+    with pytest.raises(TypeError, match="no way to undo a Other"):
+        invert(Other())
+
+
+@pytest.mark.parametrize("name", ["oblique", "oblique-flipped", "SRA"])
+def test_two_fields_undone(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A field that is 0 outside a box maps the box onto itself: its way back lies on the same nodes."""
+    field = bent_field(Grid((25, 20, 13), ORIENTATIONS[name]), 3.0, wave_mm=50.0)
+    shape = np.array([24, 26, 18])
+    axes = field.grid.affine[:3, :3] @ rotation(2, -4, 6) @ np.diag([0.5, 0.4, 0.35])
+    box = Grid((24, 26, 18), affine_of(axes, tuple(field.grid.centre_mm - axes @ ((shape - 1) / 2))))
+    hump = np.sin(np.pi * np.moveaxis(np.indices(box.shape), 0, -1) / (shape - 1)).prod(axis=-1) ** 2
+    for axis in range(3):
+        np.moveaxis(hump, axis, 0)[[0, -1]] = 0
+    local = DisplacementField(box, np.multiply.outer([1.2, -0.9, 1.0], hump).astype(np.float32))
+    chain = Chain((local, field, TURN))
+    back = invert(chain)
+    assert isinstance(back, Chain)
+    first, second, last = back.stages
+    assert isinstance(first, Affine)
+    assert isinstance(second, DisplacementField)
+    assert isinstance(last, DisplacementField)
+    assert (second.grid, last.grid) == (field.grid, box)
+    rim = np.ones(box.shape, bool)
+    rim[1:-1, 1:-1, 1:-1] = False
+    assert not last.displacement_mm[:, rim].any()
+    random = np.random.default_rng(0)
+    # In the box, over all its border, and around it.
+    where = box.voxel_to_world(random.uniform(-4, shape + 3, (2000, 3)))
+    where = where[(np.abs(field.grid.world_to_voxel(where) - (12, 9.5, 6)) < (9, 7, 5)).all(axis=1)]
+    inside = box.contains(where)
+    assert inside.sum() > 100
+    assert (~inside).sum() > 100
+    assert np.linalg.norm(local.map(where) - where, axis=1).max() > 1.2
+    assert np.linalg.norm(back.map(chain.map(where)) - where, axis=1).max() < 0.05
+    moved = TURN.map(where)
+    assert np.linalg.norm(chain.map(back.map(moved)) - moved, axis=1).max() < 0.05
+    assert not caplog.records
+
+
+# --- as a registration has them
+
+
+def test_stages_of_takes_what_it_can_as_it_is() -> None:
+    view = Grid((5, 6, 7), ORIENTATIONS["oblique"])
+    field = random_field(Grid((3, 3, 3), ORIENTATIONS["LPS"]), 1.0)
+    local = random_field(Grid((4, 3, 3), ORIENTATIONS["oblique"]), 1.0)
+    assert stages_of(Chain((field, TURN)), view) == (None, field, TURN)
+    assert stages_of(Chain((local, field, TURN)), view) == (local, field, TURN)
+    assert stages_of(TURN, view) == (None, None, TURN)
+    *none, identity = stages_of(Chain(()), view)
+    assert none == [None, None]
+    assert np.array_equal(identity.matrix, np.eye(4))
+    shift = Affine(affine_of(np.eye(3), (1.0, 2.0, 3.0)))
+    first, kept, merged = stages_of(Chain((local, Chain((field, shift)), Chain((TURN,)))), view)
+    assert (first, kept) == (local, field)
+    np.testing.assert_allclose(merged.matrix, TURN.matrix @ shift.matrix)
+
+
+@pytest.mark.parametrize("shape", [(11, 12, 9), (11, 12, 1), (1, 1, 1)])
+@pytest.mark.parametrize("affine", ALL.values(), ids=ALL)
+def test_stages_of_samples_all_else_at_the_voxels(affine: np.ndarray, shape: tuple[int, int, int]) -> None:
+    view = Grid(shape, affine)
+    field = bent_field(Grid((11, 12, 9), affine), 3.0)
+    voxels = view.voxel_to_world(np.moveaxis(np.indices(view.shape), 0, -1).reshape(-1, 3))
+    for transform in (
+        Chain((TURN, field)),
+        Chain((field, TURN, field, TURN)),
+        Chain((field, field)),
+        Chain((field, field, field, TURN)),
+        displacement_on(TURN, view),
+    ):
+        none, sampled, linear = stages_of(transform, view)
+        assert none is None
+        assert sampled is not None
+        assert sampled.grid is view
+        np.testing.assert_allclose(Chain((sampled, linear)).map(voxels), transform.map(voxels), atol=1e-4)
+
+
+def test_linear_part_of_a_field_alone() -> None:
+    """Far from the origin too; what is left for the field is small."""
+    view = Grid((11, 12, 9), affine_of(ORIENTATIONS["oblique"][:3, :3], (900.0, -700.0, 1500.0)))
+    padded = Grid((13, 14, 11), affine_of(view.affine[:3, :3], tuple(view.voxel_to_world((-1, -1, -1)))))
+    _, sampled, linear = stages_of(displacement_on(TURN, padded), view)
+    np.testing.assert_allclose(linear.matrix[:3, :3], TURN.matrix[:3, :3], atol=1e-5)
+    assert sampled is not None
+    assert np.abs(sampled.displacement_mm).max() < 1e-3
+
+
+def test_stages_of_refuses_what_is_flat() -> None:
+    view = Grid((5, 6, 7), np.eye(4))
+    flat = Affine(np.diag([1.0, 1, 0, 1]))
+    padded = Grid((7, 8, 9), affine_of(np.eye(3), (-1.0, -1.0, -1.0)))
+    for transform in (flat, Chain((TURN, flat)), displacement_on(flat, padded)):
+        with pytest.raises(InputError, match="the linear part of the transform presses space flat; expected a map"):
+            stages_of(transform, view)
+    assert not Affine(np.full((4, 4), np.nan)).is_invertible
+    assert Affine(np.diag([-2.0, 1, 0.5, 1])).is_invertible
+
+
+def test_nodes_in_a_field_of_view() -> None:
+    view = Grid((2, 2, 2), np.eye(4))
+    nodes = Grid((5, 1, 1), affine_of(np.eye(3) * 0.5, (-1.0, 0, 0)))  # x = -1, -0.5, 0, 0.5, 1
+    assert nodes_in(view, nodes).ravel().tolist() == [False, True, True, True, True]
 
 
 # --- resampling of intensities

@@ -29,13 +29,13 @@ class MissingExtraError(AtlasSegError):
     feature : str
         What needs it, as the beginning of a sentence ("drawing the picture").
     extra : str
-        Name of the extra of this package that brings it.
+        Name of the extra of this package that brings it; empty where none does.
+    remedy : str, optional
+        How to install it, where it is not by that extra.
     """
 
-    def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(
-            f"{feature} needs an optional part that is not installed; "
-            f"install it with: pip install 'atlassegfm[{extra}]'"
-        )
+    def __init__(self, feature: str, extra: str, remedy: str = "") -> None:
+        remedy = remedy or f"pip install 'atlassegfm[{extra}]'"
+        super().__init__(f"{feature} needs an optional part that is not installed; install it with: {remedy}")
         self.feature = feature
         self.extra = extra

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -31,7 +31,15 @@ from .models import Segmenter, describe_model, load_model
 from .prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, PromptKind, make_prompt
 from .registration import Registration, RegistrationSettings, register
 from .structures import Structure
-from .transforms import Affine, warp_labels
+from .transforms import (
+    Affine,
+    JacobianStatistics,
+    Transform,
+    deformation_statistics,
+    nodes_in,
+    stages_of,
+    warp_labels,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +50,8 @@ NO_MODEL = "none"
 _OUTSIDE_SHARE = 0.9
 #: A structure whose warped mask is nowhere is called outside, not absent, if most of it is out of view.
 _MOSTLY_OUTSIDE_SHARE = 0.5
+#: Points along each axis of the query's field of view at which a given transform is tried.
+_TRIED_POINTS = 16
 #: Voxels mapped at a time: bounds the memory of coordinates.
 _CHUNK_VOXELS = 1_000_000
 
@@ -189,6 +199,9 @@ class Segmentation:
         One for each structure of the atlas.
     registration : Registration
         Query world to atlas world.
+    transform_given : bool
+        Whether that was given, not fitted. Its confidence is NaN then, and its folding and its changes of volume are
+        those of the field of view, not of the body.
     gate : Gate or None
         None without a model.
     settings : Settings
@@ -208,6 +221,7 @@ class Segmentation:
     probabilities: Mapping[int, StructureMaps]
     structures: tuple[StructureResult, ...]
     registration: Registration
+    transform_given: bool
     gate: Gate | None
     settings: Settings
     prompt: PromptKind | None
@@ -230,8 +244,10 @@ class Segmentation:
             "seed": self.settings.seed,
             "model": model,
             "registration": {
+                "source": "given" if self.transform_given else "fitted",
                 "confidence": _number(self.registration.confidence),
                 "folding": _number(self.registration.folding, 6),
+                "jacobian": _jacobian_summary(self.registration.jacobian),
                 "seconds": {name: round(seconds, 3) for name, seconds in self.registration.seconds.items()},
                 "linear_query_to_atlas_mm": [
                     [round(n, 6) for n in row] for row in self.registration.linear.matrix.tolist()
@@ -314,6 +330,7 @@ def segment(
     device: str = "auto",
     on_stage: Callable[[str], None] | None = None,
     model: Segmenter | None = None,
+    transform: Transform | None = None,
 ) -> Segmentation:
     """Segment one scan by one annotated scan.
 
@@ -331,11 +348,14 @@ def segment(
         Told the name of each stage as it begins.
     model : Segmenter, optional
         The model that ``settings.model`` names, where it is loaded already.
+    transform : Transform, optional
+        Query world to atlas world, RAS+ mm (:func:`~atlassegfm.itk.read_transform` reads one): taken instead of
+        registering the atlas to the query. With a model the way back is still registered, to train the gate.
 
     Raises
     ------
     InputError
-        If the scan or a setting cannot be used.
+        If the scan, a setting or the transform cannot be used.
     RegistrationError
         If the scans have nothing in common to register.
     ModelError
@@ -350,7 +370,7 @@ def segment(
         model = load_model(settings.model, device)
     with _reproducible(settings.seed), _memory_errors():
         labels = Volume(_numbers(context.labels.data, context.values), context.labels.grid)
-        return _Job(context, labels, query, scan, settings, device, _Clock(on_stage)).run(model, kind)
+        return _Job(context, labels, query, scan, settings, device, _Clock(on_stage), transform).run(model, kind)
 
 
 @dataclass(frozen=True, eq=False)
@@ -410,7 +430,7 @@ class _Job:
         Its labels as numbers.
     query, scan : Volume
         The query as it is stored, and in canonical order.
-    settings, device, clock
+    settings, device, clock, transform
         As they come from the caller.
     """
 
@@ -421,19 +441,12 @@ class _Job:
     settings: Settings
     device: str
     clock: _Clock
+    transform: Transform | None = None
 
     def run(self, model: Segmenter | None, kind: PromptKind | None) -> Segmentation:
         """All stages; ``kind`` is None without a model."""
         grid, numbers = self.scan.grid, range(1, len(self.context.structures) + 1)
-        with self.clock.stage("registration") as tell:
-            registration = register(
-                self.scan,
-                self.context.image,
-                self.settings.registration,
-                moving_labels=self.context.labels,
-                device=self.device,
-                on_stage=tell,
-            )
+        registration = self._register() if self.transform is None else self._given(self.transform)
         with self.clock.stage("warping"):
             outside = outside_shares(self.labels, numbers, registration.linear, grid)
             warped = warp_labels(self.labels, numbers, grid, registration.fixed_to_moving)
@@ -445,6 +458,34 @@ class _Job:
         with self.clock.stage("model") as tell:
             answers = self._ask(model, kind, self.scan, warped, tell)
         return self._result(placed, answers, self._learn(model, kind, placed))
+
+    def _register(self) -> Registration:
+        with self.clock.stage("registration") as tell:
+            return register(
+                self.scan,
+                self.context.image,
+                self.settings.registration,
+                moving_labels=self.context.labels,
+                device=self.device,
+                on_stage=tell,
+            )
+
+    def _given(self, transform: Transform) -> Registration:
+        """A transform from elsewhere as a registration."""
+        view = self.scan.grid
+        with self.clock.stage("transform"):
+            axes = [np.linspace(-0.5, n - 0.5, _TRIED_POINTS) for n in view.shape]
+            points = view.voxel_to_world(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3))
+            if not self.context.image.grid.contains(transform.map(points)).any():
+                raise InputError(
+                    "the transform takes no point of the query into the atlas; expected one from query points to "
+                    "atlas points: check that it belongs to these two scans and is not the inverse"
+                )
+            local, field, linear = stages_of(transform, view)
+            folding, jacobian = 0.0, None
+            if field is not None:
+                folding, jacobian = deformation_statistics(field, local, lambda nodes: nodes_in(view, nodes))
+        return Registration(linear, field, local, confidence=float("nan"), folding=folding, jacobian=jacobian)
 
     def _ask(
         self,
@@ -545,6 +586,7 @@ class _Job:
             probabilities={structures[n - 1].value: one for n, one in maps.items()},
             structures=tuple(results),
             registration=placed.registration,
+            transform_given=self.transform is not None,
             gate=None if learned is None else learned.gate,
             settings=self.settings,
             prompt=None if answers is None else answers.kind,
@@ -652,6 +694,10 @@ def _mm(point_mm: NDArray[np.float64]) -> tuple[float, float, float]:
     """Rounded to a hundredth of a mm, and no -0."""
     x, y, z = (round(float(n), 2) + 0.0 for n in point_mm)
     return x, y, z
+
+
+def _jacobian_summary(statistics: JacobianStatistics | None) -> dict[str, float | None] | None:
+    return None if statistics is None else {name: _number(value, 6) for name, value in asdict(statistics).items()}
 
 
 def _number(value: float | None, digits: int = 4) -> float | None:

@@ -5,9 +5,8 @@ A folder holds ``segmentation.nii.gz`` and ``run.json``; on request also
 - ``atlas.nii.gz`` and ``model.nii.gz``: label maps of the warped atlas and of the model alone;
 - ``probability.nii.gz``: fused probabilities, one volume for each structure in the order that ``run.json`` lists
   under ``probability``, as bytes with a scale of 1/255 in the header;
-- ``transform/``: the map from query to atlas as other programs read it. ``displacement.nii.gz`` is applied to a
-  point of the query first (left out where there is no deformable stage), ``affine.txt`` second; both are in
-  ITK's frame (LPS, mm), as ``antsApplyTransforms -t affine.txt -t displacement.nii.gz`` takes them.
+- ``transform/``: the map from query to atlas as ITK, ANTs, 3D Slicer and ``segment --transform`` read it; see
+  :mod:`atlassegfm.itk`.
 
 Names of files are kept in ``run.json``, their folders are not: paths in clinics name patients.
 """
@@ -30,13 +29,11 @@ import numpy as np
 
 from .context import Context
 from .errors import InputError
-from .geometry import Grid
 from .image import Volume, save_volume
+from .itk import write_transform
 from .memory import peak_memory_mb
 from .pipeline import Segmentation
-from .registration import Registration
 from .settings import to_dict
-from .transforms import DisplacementField
 
 #: What a result folder may hold: a folder with anything else in it is never replaced.
 RESULT_NAMES = frozenset(
@@ -44,8 +41,6 @@ RESULT_NAMES = frozenset(
 )
 #: Temporary folders beside results begin so; a killed process may leave one.
 _TEMPORARY_PREFIX = ".writing-"
-#: Axes count as orthogonal if the cosines between them are below this.
-_ORTHOGONAL = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,19 +53,25 @@ class RunInputs:
         The atlas.
     query : Volume
         As read from its file.
+    transform : Path, optional
+        The transform that was given instead of registering.
     """
 
     context: Context
     query: Volume
+    transform: Path | None = None
 
     def summary(self) -> dict[str, Any]:
         """File names and the notes about their geometry."""
         volumes = {"atlas": self.context.image, "labels": self.context.labels, "query": self.query}
-        return {
+        files: dict[str, Any] = {
             role: {"file": volume.source.path.name, "notes": list(volume.source.notes)}
             for role, volume in volumes.items()
             if volume.source is not None
         }
+        if self.transform is not None:
+            files["transform"] = {"file": self.transform.name}
+        return files
 
 
 @contextmanager
@@ -203,8 +204,8 @@ def write_result(segmentation: Segmentation, inputs: RunInputs, folder: Path, *,
                 save_volume(segmentation.model_labels, new / "model.nii.gz", structures=structures)
             _save_probabilities(segmentation, new / "probability.nii.gz")
             run["probability"] = [result.structure.name for result in segmentation.structures]
-            (new / "transform").mkdir()
-            save_transform(segmentation.registration, new / "transform")
+            found = segmentation.registration
+            write_transform(new / "transform", found.linear, found.field, segmentation.grid, found.local)
         (new / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return run
 
@@ -231,42 +232,6 @@ def version() -> str:
     from . import __version__
 
     return __version__
-
-
-def save_transform(registration: Registration, folder: Path) -> None:
-    """Write query to atlas as an ITK affine and an ITK displacement field; see the module's docstring."""
-    import SimpleITK as sitk  # noqa: N813  (its own documentation's name)
-
-    flip = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS+ to ITK's LPS and back
-    matrix = flip @ registration.linear.matrix @ flip
-    affine = sitk.AffineTransform(matrix[:3, :3].ravel().tolist(), matrix[:3, 3].tolist())
-    sitk.WriteTransform(affine, str(folder / "affine.txt"))
-    if registration.field is None:
-        return
-    field = _on_orthogonal_grid(registration.field)
-    lps = flip @ field.grid.affine
-    vectors = np.moveaxis(field.displacement_mm, (0, 1, 2, 3), (3, 2, 1, 0)) * np.array([-1, -1, 1], np.float32)
-    image = sitk.GetImageFromArray(np.ascontiguousarray(vectors), isVector=True)
-    image.SetSpacing(field.grid.spacing_mm.tolist())
-    image.SetOrigin(lps[:3, 3].tolist())
-    image.SetDirection((lps[:3, :3] / field.grid.spacing_mm).ravel().tolist())
-    sitk.WriteImage(image, str(folder / "displacement.nii.gz"), useCompression=True)
-
-
-def _on_orthogonal_grid(field: DisplacementField) -> DisplacementField:
-    """The field itself, or the same map on a grid along the world's axes: ITK knows no sheared grids."""
-    axes = field.grid.affine[:3, :3] / field.grid.spacing_mm
-    if np.abs(axes.T @ axes - np.eye(3)).max() < _ORTHOGONAL:
-        return field
-    spacing_mm = field.grid.spacing_mm.min()
-    low, high = field.grid.corners_mm.min(axis=0), field.grid.corners_mm.max(axis=0)
-    affine = np.diag([spacing_mm, spacing_mm, spacing_mm, 1.0])
-    affine[:3, 3] = low
-    i, j, k = (int(n) for n in np.ceil((high - low) / spacing_mm) + 1)
-    grid = Grid((i, j, k), affine)
-    points = grid.voxel_to_world(np.moveaxis(np.indices(grid.shape), 0, -1).reshape(-1, 3))
-    displacement = (field.map(points) - points).T.reshape(3, *grid.shape)
-    return DisplacementField(grid, np.ascontiguousarray(displacement, dtype=np.float32))
 
 
 def _save_probabilities(segmentation: Segmentation, path: Path) -> None:

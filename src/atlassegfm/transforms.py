@@ -7,7 +7,8 @@ image at the mapped point, once, whatever the number of stages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,11 +16,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
+from .errors import InputError
 from .geometry import Grid
 from .image import LocalMap, Volume
 
+logger = logging.getLogger(__name__)
+
 #: Voxels mapped at a time. Bounds the memory of coordinates to about 100 MB whatever the size of the scan.
 _CHUNK_VOXELS = 1_000_000
+#: Points along each axis of the field of view that a linear part is fitted to: 12 numbers from 4096 points.
+_FIT_POINTS = 16
+#: Steps towards the inverse of a field grow or shrink by no more than this, and are this many times as long at most.
+_STEP_FACTORS, _LONGEST_STEP = (0.1, 2.0), 16.0
+#: Matrices are called singular if they stretch one direction less than this share of another. Anatomy differs by
+#: factors of two or three.
+_SMALLEST_STRETCH = 1e-4
 
 
 class Transform(Protocol):
@@ -54,6 +65,14 @@ class Affine:
     def inverse(self) -> Affine:
         """The map back."""
         return Affine(np.linalg.inv(self.matrix).astype(np.float64))
+
+    @property
+    def is_invertible(self) -> bool:
+        """Whether there is a map back: all numbers finite, and no direction pressed flat."""
+        if not np.isfinite(self.matrix).all():
+            return False
+        stretches = np.linalg.svd(self.matrix[:3, :3], compute_uv=False)
+        return bool(stretches[-1] > _SMALLEST_STRETCH * stretches[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,16 +109,23 @@ class DisplacementField:
 
     def jacobian_determinant(self) -> NDArray[np.float32]:
         """(I, J, K) float32: local change of volume at the nodes; 0 or less where space is folded."""
-        gradient = np.empty((3, 3, *self.grid.shape), np.float32)
-        for component in range(3):
-            for axis in range(3):
-                if self.grid.shape[axis] > 1:
-                    gradient[component, axis] = np.gradient(self.displacement_mm[component], axis=axis)
-                else:
-                    gradient[component, axis] = 0
+        determinant = np.empty(self.grid.shape, np.float32)
         # d displacement / d world = d displacement / d voxel * d voxel / d world
-        per_mm = np.einsum("cvijk,vw->ijkcw", gradient, self.grid.inverse_affine[:3, :3].astype(np.float32))
-        determinant: NDArray[np.float32] = np.linalg.det(per_mm + np.eye(3, dtype=np.float32))
+        per_mm = self.grid.inverse_affine[:3, :3].astype(np.float32)
+        depth = max(1, _CHUNK_VOXELS // int(np.prod(self.grid.shape[1:])))
+        for first in range(0, self.grid.shape[0], depth):
+            last = min(first + depth, self.grid.shape[0])
+            # One plane more on each side, for central differences.
+            low, high = max(first - 1, 0), min(last + 1, self.grid.shape[0])
+            slab = self.displacement_mm[:, low:high]
+            gradient = np.zeros((3, 3, *slab.shape[1:]), np.float32)
+            for component in range(3):
+                for axis in range(3):
+                    if slab.shape[axis + 1] > 1:
+                        gradient[component, axis] = np.gradient(slab[component], axis=axis)
+            gradient = gradient[:, :, first - low : last - low]
+            change = np.einsum("cvijk,vw->ijkcw", gradient, per_mm)
+            determinant[first:last] = np.linalg.det(change + np.eye(3, dtype=np.float32))
         return determinant
 
 
@@ -122,11 +148,297 @@ def folding_share(transform: Transform, grid: Grid) -> float:
     The Jacobian determinant is taken by central differences of the mapped nodes themselves, so that it
     holds for any transform.
     """
-    nodes = np.moveaxis(np.indices(grid.shape), 0, -1).reshape(-1, 3)
-    points = grid.voxel_to_world(nodes)
-    moved = transform.map(points) - points
-    field = DisplacementField(grid, np.ascontiguousarray(moved.T.reshape(3, *grid.shape), dtype=np.float32))
+    field = displacement_on(transform, grid)
     return float((field.jacobian_determinant() <= 0).mean())
+
+
+@dataclass(frozen=True)
+class JacobianStatistics:
+    """How a displacement field changes volumes, over some of its nodes.
+
+    The Jacobian determinant is the local change of volume: 1 where there is none, 0 or less where space is folded.
+    All numbers are NaN where there was no node to look at.
+
+    Parameters
+    ----------
+    folding : float
+        Share of the nodes with a determinant of 0 or less, in [0, 1].
+    minimum : float
+        Smallest determinant.
+    percentile_1, percentile_5, median, percentile_95, percentile_99 : float
+        Of the determinant.
+    log_deviation : float
+        Standard deviation of the natural logarithm of the determinant, over the nodes where it is above 0: how
+        uneven the deformation is, shrinking and growing alike. 0 for a uniform scaling; NaN where no node has one.
+    """
+
+    folding: float
+    minimum: float
+    percentile_1: float
+    percentile_5: float
+    median: float
+    percentile_95: float
+    percentile_99: float
+    log_deviation: float
+
+
+def jacobian_statistics(field: DisplacementField, mask: NDArray[np.bool_] | None = None) -> JacobianStatistics:
+    """How a displacement field changes volumes.
+
+    Parameters
+    ----------
+    field : DisplacementField
+        Determinants are taken at its nodes, by central differences.
+    mask : array, (I, J, K) bool, optional
+        Nodes that count; all if left out.
+    """
+    determinant = field.jacobian_determinant()
+    if mask is not None and mask.shape != determinant.shape:
+        raise ValueError(f"mask of shape {mask.shape} for a field on a grid of shape {determinant.shape}")
+    values = determinant.ravel() if mask is None else determinant[mask]
+    if not len(values):
+        return JacobianStatistics(*[float("nan")] * 8)
+    positive = values[values > 0]
+    p1, p5, p50, p95, p99 = (float(value) for value in np.percentile(values, (1, 5, 50, 95, 99)))
+    return JacobianStatistics(
+        folding=float((values <= 0).mean()),
+        minimum=float(values.min()),
+        percentile_1=p1,
+        percentile_5=p5,
+        median=p50,
+        percentile_95=p95,
+        percentile_99=p99,
+        log_deviation=float(np.log(positive, dtype=np.float64).std()) if len(positive) else float("nan"),
+    )
+
+
+def deformation_statistics(
+    field: DisplacementField, local: DisplacementField | None, counted: Callable[[Grid], NDArray[np.bool_]]
+) -> tuple[float, JacobianStatistics]:
+    """How much of a region a deformation folds, and how it changes volumes there.
+
+    Parameters
+    ----------
+    field, local : DisplacementField
+        ``local``, where there is one, is applied first.
+    counted : callable
+        Which nodes of a grid are in the region: (I, J, K) bool.
+
+    Returns
+    -------
+    folding : float
+        Share of the region by volume, in [0, 1]: in the local field's box at its nodes and of both fields in a row,
+        elsewhere at those of the other. 0 where no node is in the region.
+    statistics : JacobianStatistics
+        Of the region's part in the local field's box where there is one, else of all of it.
+    """
+    outside = counted(field.grid)
+    if local is None:
+        statistics = jacobian_statistics(field, outside)
+        return (statistics.folding if outside.any() else 0.0), statistics
+    outside &= ~nodes_in(local.grid, field.grid)
+    inside = counted(local.grid)
+    statistics = jacobian_statistics(displacement_on(Chain((local, field)), local.grid), inside)
+    parts = [
+        (float(inside.sum()) * local.grid.voxel_volume_mm3, statistics.folding),
+        (float(outside.sum()) * field.grid.voxel_volume_mm3, jacobian_statistics(field, outside).folding),
+    ]
+    total = sum(volume for volume, _ in parts)
+    return (sum(volume * share for volume, share in parts if volume) / total if total else 0.0), statistics
+
+
+def nodes_in(view: Grid, nodes: Grid) -> NDArray[np.bool_]:
+    """(I, J, K) bool of the shape of ``nodes``: those inside a field of view, half a voxel of border included."""
+    inside = np.empty(nodes.shape, np.bool_)
+    for slab, points in _slabs(nodes):
+        inside[slab] = view.contains(points).reshape(-1, *nodes.shape[1:])
+    return inside
+
+
+@dataclass(frozen=True, eq=False)
+class InverseField:
+    """A displacement field that undoes another one, and how well.
+
+    Parameters
+    ----------
+    field : DisplacementField
+        The map back.
+    residual_mm : array, (I, J, K) float32
+        At each node, how far from it the two maps in a row (this one first) end.
+    tolerance_mm : float
+        What was asked for.
+    """
+
+    field: DisplacementField
+    residual_mm: NDArray[np.float32]
+    tolerance_mm: float
+
+    @property
+    def converged(self) -> NDArray[np.bool_]:
+        """(I, J, K) bool: the nodes at which the map back is within the tolerance; not so where space is folded."""
+        return self.residual_mm <= self.tolerance_mm
+
+
+def invert_field(
+    field: DisplacementField, grid: Grid, *, tolerance_mm: float = 0.01, iterations: int = 100
+) -> InverseField:
+    """The displacement field that undoes another one, by fixed-point iteration at each node.
+
+    As Chen et al., "A simple fixed-point approach to invert a deformation field" (Medical Physics 35, 2008),
+    ``v <- -u(p + v)``, with the length of steps fitted for each node to how far the last one led (the relaxation of
+    Irons and Tuck, 1969), so that fields converge too that stretch space to more than twice its size. Between the
+    nodes the result is interpolated: its error there is not bounded by the tolerance but by the spacing.
+
+    Parameters
+    ----------
+    field : DisplacementField
+        To be undone.
+    grid : Grid
+        Nodes of the result, in the world ``field`` maps to (which is also the one it maps from). ``field.grid`` will
+        do where displacements at its border are small.
+    tolerance_mm : float
+        Distance at which a node is done; above 0.
+    iterations : int
+        Steps at most; at least 1. Where a node is not done by then, its best step counts.
+    """
+    displacement = np.empty((3, *grid.shape), np.float32)
+    residual = np.empty(grid.shape, np.float32)
+    for slab, points in _slabs(grid):
+        best = np.zeros_like(points)
+        miss = field.map(points) - points
+        distance = np.linalg.norm(miss, axis=1)
+        step = np.ones(len(points))
+        active = np.flatnonzero(distance > tolerance_mm)
+        for _ in range(iterations):
+            if not len(active):
+                break
+            tried = best[active] - step[active, None] * miss[active]
+            tried_miss = field.map(points[active] + tried) - points[active]
+            tried_distance = np.linalg.norm(tried_miss, axis=1)
+            # How much longer the step should have been, were the field linear: 1 / 2 where it went twice too far.
+            change = miss[active] - tried_miss
+            squared = np.maximum((change**2).sum(axis=1), 1e-300)
+            factor = np.clip((miss[active] * change).sum(axis=1) / squared, *_STEP_FACTORS)
+            better = tried_distance < distance[active]
+            factor[~better] = np.minimum(factor[~better], 0.5)
+            step[active] = np.minimum(step[active] * factor, _LONGEST_STEP)
+            improved = active[better]
+            best[improved], miss[improved] = tried[better], tried_miss[better]
+            distance[improved] = tried_distance[better]
+            active = active[distance[active] > tolerance_mm]
+        displacement[:, slab] = best.T.reshape(3, -1, *grid.shape[1:])
+        residual[slab] = distance.reshape(-1, *grid.shape[1:])
+    return InverseField(DisplacementField(grid, displacement), residual, tolerance_mm)
+
+
+def invert(transform: Transform, *, tolerance_mm: float = 0.01) -> Transform:
+    """The map back from the moving to the fixed world.
+
+    Parameters
+    ----------
+    transform : Transform
+        An :class:`Affine` that is invertible, a :class:`DisplacementField` or a :class:`Chain` of these. Each field is
+        undone on its own nodes by :func:`invert_field`; where that does not reach the tolerance, a warning says so.
+    tolerance_mm : float
+        Of each field at its nodes.
+    """
+    if isinstance(transform, Affine):
+        return transform.inverse()
+    if isinstance(transform, Chain):
+        return Chain(tuple(invert(stage, tolerance_mm=tolerance_mm) for stage in reversed(transform.stages)))
+    if not isinstance(transform, DisplacementField):
+        raise TypeError(f"no way to undo a {type(transform).__name__}")
+    inverse = invert_field(transform, transform.grid, tolerance_mm=tolerance_mm)
+    missed = 1 - float(inverse.converged.mean())
+    if missed:
+        logger.warning(
+            "the displacement field cannot be undone at %.2g%% of its nodes (off by up to %.2g mm): "
+            "it folds there, or nearly does",
+            100 * missed,
+            float(inverse.residual_mm.max()),
+        )
+    return inverse.field
+
+
+def stages_of(transform: Transform, view: Grid) -> tuple[DisplacementField | None, DisplacementField | None, Affine]:
+    """A transform as what a registration is made of: two displacement fields at most, and a linear map.
+
+    Parameters
+    ----------
+    transform : Transform
+        Linear maps alone, or one or two displacement fields and then linear maps, are taken as they are. Anything
+        else (linear maps first, more fields, fields alone) is sampled at the voxels of ``view``: its linear part is
+        the linear map nearest to it over the field of view, the field is what is left. At the voxels that is the
+        same map to what 32 bits hold; between them it is interpolated.
+    view : Grid
+        Of the fixed scan.
+
+    Returns
+    -------
+    local : DisplacementField or None
+        The first of two fields; applied first.
+    field : DisplacementField or None
+        The other or the only one, applied second; None where there is none.
+    linear : Affine
+        Applied last.
+
+    Raises
+    ------
+    InputError
+        If the linear part presses the field of view flat.
+    """
+    stages = _flat(transform)
+    fields: list[DisplacementField] = []
+    for stage in stages:
+        if not isinstance(stage, DisplacementField):
+            break
+        fields.append(stage)
+    rest = stages[len(fields) :]
+    affines = [stage for stage in rest if isinstance(stage, Affine)]
+    if len(fields) <= 2 and len(affines) == len(rest) and (affines or not fields):
+        linear = affines[0] if affines else Affine.identity()
+        for affine in affines[1:]:
+            linear = Affine(affine.matrix @ linear.matrix)
+        local, field = [None, None, *fields][-2:]
+        return local, field, _invertible(linear)
+    # Fields alone too: they may hold the whole motion, and what lies out of view is judged by the linear part.
+    linear = _invertible(_nearest_affine(transform, view))
+    return None, displacement_on(Chain((transform, linear.inverse())), view), linear
+
+
+def displacement_on(transform: Transform, grid: Grid) -> DisplacementField:
+    """A transform as the displacements at the nodes of a grid; the same map there, interpolated between them."""
+    displacement = np.empty((3, *grid.shape), np.float32)
+    for slab, points in _slabs(grid):
+        moved = transform.map(points) - points
+        displacement[:, slab] = moved.T.reshape(3, -1, *grid.shape[1:])
+    return DisplacementField(grid, displacement)
+
+
+def _flat(transform: Transform) -> list[Transform]:
+    """The stages of chains within chains, the first applied first."""
+    if isinstance(transform, Chain):
+        return [stage for part in transform.stages for stage in _flat(part)]
+    return [transform]
+
+
+def _nearest_affine(transform: Transform, view: Grid) -> Affine:
+    """The linear map with the least squared distance to a transform over a field of view, outer faces included."""
+    axes = [np.linspace(-0.5, n - 0.5, _FIT_POINTS) for n in view.shape]
+    points = view.voxel_to_world(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3))
+    # About the centre: far from the origin the columns would be nearly alike.
+    centred = np.column_stack([points - view.centre_mm, np.ones(len(points))])
+    solved = np.linalg.lstsq(centred, transform.map(points), rcond=None)[0]
+    matrix = np.eye(4)
+    matrix[:3, :3] = solved[:3].T
+    matrix[:3, 3] = solved[3] - solved[:3].T @ view.centre_mm
+    return Affine(matrix)
+
+
+def _invertible(linear: Affine) -> Affine:
+    if not linear.is_invertible:
+        raise InputError("the linear part of the transform presses space flat; expected a map that can be undone")
+    return linear
 
 
 def resample(

@@ -13,8 +13,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -105,6 +105,15 @@ def segment(
     keep: Annotated[
         bool, typer.Option("--keep", help="Also write atlas, model and probability maps, and the transform.")
     ] = False,
+    transform: Annotated[
+        Path | None,
+        typer.Option(
+            "--transform",
+            metavar="PATH",
+            help="Take a saved transform from query to atlas and do not register: a transform file, a folder as --keep "
+            "writes it, or a folder of results made with --keep.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -115,11 +124,14 @@ def segment(
     """
     with open_session(quiet) as session:
         from ..pipeline import NO_MODEL, prompt_kind, resolve_device
+        from ..registration import require_engine
         from ..results import output_folder
 
         settings = build_settings(config, overrides, model=model, prompt=prompt, seed=seed)
         prompt_kind(settings)
-        jobs = _plan(queries, out, [path for path in (atlas, labels, names, config) if path is not None])
+        if transform is None:
+            require_engine(settings.registration)
+        jobs = _plan(queries, out, [path for path in (atlas, labels, names, config) if path is not None], transform)
         resolved = resolve_device(device)
         with output_folder(out):
             session.progress("reading the atlas")
@@ -290,10 +302,11 @@ def main() -> NoReturn:
 
 @dataclass(frozen=True)
 class _Job:
-    """A query and the folder of its result."""
+    """A query, the folder of its result, and the transform to take instead of registering."""
 
     query: Path
     folder: Path
+    transform: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -305,7 +318,7 @@ class _Failure:
     is_input: bool
 
 
-def _plan(queries: Sequence[Path], out: Path, inputs: Sequence[Path]) -> list[_Job]:
+def _plan(queries: Sequence[Path], out: Path, inputs: Sequence[Path], transform: Path | None) -> list[_Job]:
     """Which files are to be segmented and where the results go; checked before anything is computed."""
     from ..image import image_stem
     from ..results import RESULT_NAMES, check_replaceable
@@ -321,6 +334,9 @@ def _plan(queries: Sequence[Path], out: Path, inputs: Sequence[Path]) -> list[_J
                 "rename one, or segment them in two calls"
             )
         jobs[stem] = _Job(query, out / stem)
+    if transform is not None:
+        jobs = {stem: replace(job, transform=_transform_of(stem, jobs, transform)) for stem, job in jobs.items()}
+        inputs = (*inputs, *(job.transform for job in jobs.values() if job.transform is not None))
     for job in jobs.values():
         target = job.folder.resolve()
         for path in (*(other.query for other in jobs.values()), *inputs):
@@ -333,6 +349,28 @@ def _plan(queries: Sequence[Path], out: Path, inputs: Sequence[Path]) -> list[_J
             raise InputError(f"{out}: is the query and would be overwritten; choose another output folder")
         check_replaceable(job.folder, RESULT_NAMES)
     return list(jobs.values())
+
+
+def _transform_of(stem: str, jobs: Mapping[str, _Job], given: Path) -> Path:
+    """Where the transform of a query lies: what was given, or what belongs to it in a folder of results."""
+    from ..itk import is_transform
+
+    if not given.exists():
+        raise InputError(f"{given}: no such file or folder; expected a saved transform")
+    if is_transform(given):
+        if len(jobs) > 1:
+            raise InputError(
+                f"{given}: one transform for {len(jobs)} queries, and each needs its own; give one query, or a folder "
+                "of results made with --keep"
+            )
+        return given
+    belonging = given / stem / "transform"
+    if not is_transform(belonging):
+        raise InputError(
+            f"{given}: no transform for {jobs[stem].query}; expected {belonging} (in a folder of results made with "
+            "--keep), or give a transform folder or file"
+        )
+    return belonging
 
 
 def _files(path: Path) -> list[Path]:
@@ -395,13 +433,17 @@ def _segment_one(
 ) -> dict[str, Any]:
     from .. import pipeline
     from ..image import load_image
+    from ..itk import read_transform
     from ..results import RunInputs, write_result
 
     session.progress("reading")
+    transform = None if job.transform is None else read_transform(job.transform)
     query = load_image(job.query)
-    result = pipeline.segment(context, query, settings, device=device, on_stage=session.progress, model=model)
+    result = pipeline.segment(
+        context, query, settings, device=device, on_stage=session.progress, model=model, transform=transform
+    )
     session.progress("writing")
-    run = write_result(result, RunInputs(context, query), job.folder, keep=keep)
+    run = write_result(result, RunInputs(context, query, job.transform), job.folder, keep=keep)
     return {"query": job.query.name, "output": str(job.folder), **run}
 
 

@@ -228,21 +228,29 @@ def engines(
     dataset: DatasetArgument,
     options: _Options,
     engines: Annotated[
-        str | None, typer.Option("--engines", metavar="A,B,...", help="Registration engines [default: all there are].")
+        str | None,
+        typer.Option(
+            "--engines",
+            metavar="A,B,...",
+            help="Registration engines [default: all that are installed; voxelmorph, which takes minutes a pair on a "
+            "CPU, only with a GPU].",
+        ),
     ] = None,
     model: ModelOption = None,
 ) -> None:
     """The paper's Table 7: registration engines, alternating on the same pairs so that their times compare."""
+    notes: list[str] = []
 
     def columns() -> list[Variant]:
         from ..benchmark import Variant
-        from ..registration import ENGINES
 
         base = Variant("", options.settings(model=model), methods=("atlas", "fused"))
-        names = tuple(ENGINES) if engines is None else split_list(engines, "--engines")
-        return [_with(base, engine, registration={"engine": engine}) for engine in names]
+        names = _usable_engines(base.settings, options.device, notes) if engines is None else None
+        return [
+            _with(base, engine, registration={"engine": engine}) for engine in names or split_list(engines, "--engines")
+        ]
 
-    _run(dataset, f"engines, {options.title}", columns, options)
+    _run(dataset, f"engines, {options.title}", columns, options, notes)
 
 
 @app.command("time")
@@ -290,8 +298,38 @@ def time_command(
     print_table(("stage", "seconds", "fitted numbers"), rows, numbers_from=1)
 
 
-def _run(folder: Path, title: str, columns: Callable[[], Sequence[Variant]], options: _Options) -> None:
-    """Run a benchmark and print its table; the exit code says whether a pair failed."""
+def _usable_engines(settings: Settings, device: str, notes: list[str]) -> list[str]:
+    """The engines to compare where none is named; those left out are noted, with the reason."""
+    from ..pipeline import resolve_device
+    from ..registration import ENGINES, require_engine
+    from ..settings import with_table
+
+    names = []
+    for name in ENGINES:
+        if name == "voxelmorph" and resolve_device(device) == "cpu":
+            notes.append("left out: voxelmorph takes minutes a pair on a CPU; name it with --engines to have it")
+            continue
+        table = {"registration": {"engine": name}}
+        try:
+            require_engine(with_table(settings, table, origin=name).registration)
+        except MissingExtraError as error:
+            notes.append(f"left out: {error}")
+        else:
+            names.append(name)
+    return names
+
+
+def _run(
+    folder: Path,
+    title: str,
+    columns: Callable[[], Sequence[Variant]],
+    options: _Options,
+    notes: Sequence[str] = (),
+) -> None:
+    """Run a benchmark and print its table; the exit code says whether a pair failed.
+
+    ``notes`` are said before it begins; ``columns`` may add to them.
+    """
     with open_session(options.quiet) as session:
         if options.plots:
             from ..report import require_report_extra
@@ -312,6 +350,8 @@ def _run(folder: Path, title: str, columns: Callable[[], Sequence[Variant]], opt
         left = [name for value, name in dataset.structures.items() if value not in plan.values]
         if left:
             session.say(f"left out on request: {', '.join(left)}")
+        for note in () if options.quiet else notes:
+            session.say(note)
         records = run(plan, options.out, force=options.force, on_pair=session.begin_pair, on_stage=session.progress)
         session.progress("tables")
         summary = write_reports(plan, records, options.out, plots=options.plots)
@@ -330,12 +370,14 @@ def _plan(folder: Path, title: str, variants: Sequence[Variant], options: _Optio
     from ..benchmark import Plan, make_pairs
     from ..dataset import load_dataset, pick_structures
     from ..pipeline import prompt_kind, resolve_device
+    from ..registration import require_engine
 
     names = [one.name for one in variants]
     if len(set(names)) < len(names):
         raise InputError(f"two variants have the same name ({', '.join(names)}); name each once")
     for one in variants:
         prompt_kind(one.settings)
+        require_engine(one.settings.registration)
     seed = variants[0].settings.seed
     tolerances = read_tolerance(options.tolerance)
     dataset = load_dataset(folder, channel=options.channel)

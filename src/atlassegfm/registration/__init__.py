@@ -10,11 +10,11 @@ import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
 
 from ..image import Volume
-from ..transforms import Affine, Chain, DisplacementField, Transform
+from ..transforms import Affine, Chain, DisplacementField, JacobianStatistics, Transform
 from .pair import Fitted, Pair
 from .settings import (
     AntsSettings,
@@ -38,6 +38,7 @@ __all__ = [
     "RegistrationSettings",
     "VoxelmorphSettings",
     "register",
+    "require_engine",
 ]
 
 
@@ -52,14 +53,30 @@ class Engine:
         engine is to do the linear stages too, ``start`` a displacement to begin with or None.
     is_peer : bool
         Whether it is another package's: it can do the linear stages itself and takes no start.
+    start_option : str or None
+        Setting that says whether it takes a start, where that is up to the user.
     """
 
     module: str
     is_peer: bool = False
+    start_option: str | None = None
+
+    def takes_start(self, settings: RegistrationSettings) -> bool:
+        """Whether a displacement to begin with is of use to it."""
+        if self.start_option is None:
+            return not self.is_peer
+        section, key = self.start_option.split(".")
+        return bool(getattr(getattr(settings, section), key))
 
 
 #: Deformable engines by name.
-ENGINES: Mapping[str, Engine] = {"instance": Engine("instance")}
+ENGINES: Mapping[str, Engine] = {
+    "instance": Engine("instance"),
+    "voxelmorph": Engine("voxelmorph", start_option="voxelmorph.use_start"),
+    "greedy": Engine("_peer", is_peer=True),
+    "ants": Engine("_peer", is_peer=True),
+    "elastix": Engine("_peer", is_peer=True),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,27 +89,51 @@ class Registration:
         Query world to atlas world by the linear stages alone.
     field : DisplacementField or None
         In the query world, applied before ``linear``; None where the deformable stage is off.
+    local : DisplacementField or None
+        In the query world, applied before ``field``: what a finer fit in the box of the labels added, 0 at its border
+        and beyond.
     seconds : mapping of str to float
         Wall time of each stage that ran.
     confidence : float
         In [0, 1]: 0 if the scans are as unlike where they overlap as misplaced ones, 1 if they are the same.
     folding : float
-        Share of the field's nodes in the query's body at which space is folded, in [0, 1].
+        Share of the query's body in which the deformation folds space, in [0, 1].
+    jacobian : JacobianStatistics or None
+        Local changes of volume by the deformation in the query's body: in the box of the labels where there is a local
+        field, else everywhere.
     parameters : mapping of str to int
-        How many numbers each stage fitted; of the deformable one, on its finest level.
+        How many numbers each stage fitted; of the deformable one, on its finest levels.
     """
 
     linear: Affine
     field: DisplacementField | None
+    local: DisplacementField | None = None
     seconds: Mapping[str, float] = dataclass_field(default_factory=dict)
     confidence: float = 0.0
     folding: float = 0.0
+    jacobian: JacobianStatistics | None = None
     parameters: Mapping[str, int] = dataclass_field(default_factory=dict)
 
     @property
     def fixed_to_moving(self) -> Transform:
         """All stages composed: query world to atlas world."""
-        return self.linear if self.field is None else Chain((self.field, self.linear))
+        stages = (self.local, self.field, self.linear)
+        return Chain(tuple(stage for stage in stages if stage is not None))
+
+
+def require_engine(settings: RegistrationSettings) -> None:
+    """Check that the engine chosen can run here, before hours of work that need it.
+
+    Raises
+    ------
+    InputError
+        If a setting or an environment variable names a Python for it that is no program.
+    MissingExtraError
+        If it is another package's, and that is not installed.
+    """
+    engine = ENGINES[settings.engine]
+    if engine.is_peer:
+        importlib.import_module(f".{engine.module}", __name__).require(settings)
 
 
 def register(
@@ -126,7 +167,9 @@ def register(
     Raises
     ------
     RegistrationError
-        If one of the scans holds nothing but background.
+        If one of the scans holds nothing but background, or an engine of another package gives up.
+    MissingExtraError
+        If the engine is another package's, and that is not installed.
     """
     from . import linear as linear_stages
     from . import pyramid, shifts
@@ -155,20 +198,20 @@ def register(
         with stage("linear"):
             linear = linear_stages.fit(fixed_scan, moving_scan, spacings, settings, device)
         parameters["linear"] = 12 if settings.affine else 6
-    field = None
+    field = local = None
     if settings.deformable or (engine.is_peer and settings.peer_linear and wants_linear):
         start = None
-        if settings.structure_search and moving_labels is not None and not engine.is_peer:
+        if settings.structure_search and moving_labels is not None and engine.takes_start(settings):
             with stage("structures"):
                 start = shifts.search(fixed_scan, moving_scan, moving_labels, linear, spacings[-1], device)
         module = importlib.import_module(f".{engine.module}", __name__)
         own_linear = engine.is_peer and settings.peer_linear and wants_linear
         with stage("deformable"):
             fitted = module.fit(pair, None if own_linear else linear, start, settings, device)
-        linear, field = fitted.linear, fitted.field
+        linear, field, local = fitted.linear, fitted.field, fitted.local
         parameters.update(fitted.parameters)
     with stage("assess"):
-        composed: Transform = linear if field is None else Chain((field, linear))
-        confidence = linear_stages.confidence(fixed_scan, moving_scan, composed, spacings[-1])
-        folding = 0.0 if field is None else pyramid.folding_in_body(field, fixed_scan)
-    return Registration(linear, field, seconds, confidence, folding, parameters)
+        found = Registration(linear, field, local, seconds, parameters=parameters)
+        confidence = linear_stages.confidence(fixed_scan, moving_scan, found.fixed_to_moving, spacings[-1])
+        folding, jacobian = (0.0, None) if field is None else pyramid.volume_changes(field, local, fixed_scan)
+    return replace(found, confidence=confidence, folding=folding, jacobian=jacobian)

@@ -1,38 +1,73 @@
 """The deformable engine ``instance``: the displacement field itself is optimised on the pair, coarse to fine.
 
-The displacement lives on a control grid of every second voxel, is smoothed by two passes of a 3-voxel cube
-and interpolated to the voxels (in effect a B-spline). Adam lowers the MIND-SSC difference, one minus the
-local correlation, and the squared gradient of the displacement (cf. Siebert, Hansen & Heinrich, "Fast 3D
-Registration with Accurate Optimisation and Little Learning for Learn2Reg 2021", whose second stage is alike).
+Each level adds to what the levels before it found. The addition lives on a control grid of every second
+voxel, is smoothed by two passes of a 3-voxel cube and interpolated to the voxels (in effect a B-spline).
+Adam lowers the MIND-SSC difference, one minus the local correlation, and the squared gradient of the
+displacement (cf. Siebert, Hansen & Heinrich, "Fast 3D Registration with Accurate Optimisation and Little
+Learning for Learn2Reg 2021", whose second stage is alike). The last level covers only the box of the labels,
+as finely as the query's own voxels allow: the structures are what the field is for.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
+from scipy import ndimage
 from torch import Tensor
 
+from ..geometry import Grid
 from ..image import Volume
-from ..transforms import Affine, DisplacementField, resample
-from .features import MIND_CHANNELS, LocalCorrelation, mind_ssc
+from ..transforms import Affine, Chain, DisplacementField, Transform, resample, warp_labels
+from .features import LocalCorrelation, mind_ssc
 from .pair import Fitted, Pair
-from .pyramid import axes_of, frame_grid, on_grid
+from .pyramid import Scan, axes_of, level_grid, on_grid
 
 if TYPE_CHECKING:
-    from .settings import RegistrationSettings
+    from .settings import InstanceSettings, RegistrationSettings
+
+logger = logging.getLogger(__name__)
 
 #: Voxels between control points.
 _STRIDE = 2
 #: Cube of the local correlation, voxels. On Abd-MR, atlas 001: 2, 3 and 5 within 0.004 of each other.
 _CORRELATION_RADIUS = 3
-_CORRELATION_WEIGHT = 0.5
 #: Tissue squeezed to less than this share of its volume is penalised.
 _LEAST_VOLUME = 0.3
 #: Adam's step in voxels of the level.
 _STEP_VOXELS = 0.5
+#: MIND-SSC is compared at one voxel in eight, another one of each cube of eight in every step: its patches overlap,
+#: and comparing all of them cost three times the time of a step for Dice within 0.005 either way.
+_PARITIES = ((0, 0, 0), (1, 1, 1), (0, 1, 1), (1, 0, 0), (1, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0))
+#: Control points from the border of the labels' box that stay: two passes of smoothing reach two of them.
+_FIXED_RIM = 3
+#: Around the warped labels, voxels of the last level: room for the labels to move and for the cubes compared.
+_MARGIN_VOXELS = 12
+#: A voxel of the atlas counts as labelled where this share of it is.
+_LABELLED_SHARE = 0.05
+#: Contrast is compared in the largest structures, and in those with at least so many voxels on the coarse level.
+_MOST_STRUCTURES, _FEWEST_VOXELS = 32, 8
+#: A voxel is in a structure from this share on.
+_INSIDE_SHARE = 0.5
+#: Reach of the emphasis beyond a structure's border, as a share of the grid's size (its volume's cube root).
+_EMPHASIS_REACH = 0.03
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """What counts how much on one level."""
+
+    iterations: int
+    mind: float
+    correlation: float
+    smoothness: float
+    folding: float
+    emphasis: float
 
 
 def fit(
@@ -52,61 +87,231 @@ def fit(
     Returns
     -------
     Fitted
-        Its field lies on the fine level's grid.
+        Its field lies on the grid of the finest level that covers the whole field of view, its local field on that of
+        the level in the box of the labels.
     """
     options = settings.instance
-    fixed, moving, spacings_mm = pair.fixed_scan, pair.moving_scan, pair.spacings_mm
-    axes = axes_of(fixed.intensity.grid)
-    field = start
-    iterations = (options.coarse_iterations, options.fine_iterations)[-len(spacings_mm) :]
-    for spacing, steps in zip(spacings_mm, iterations, strict=True):
-        grid = frame_grid(fixed.intensity.grid, axes, spacing)
-        query, atlas = on_grid(fixed, grid, device), on_grid(moving, grid, device, linear)
-        shape = grid.shape
-        control_shape = [-(-n // _STRIDE) + 1 for n in shape]
-        if field is None:
-            control = torch.zeros(1, 3, *control_shape, device=device)
-        else:
-            displacement = np.stack([resample(Volume(u, field.grid), grid) for u in field.displacement_mm])
-            voxels = np.einsum("av,vijk->aijk", grid.inverse_affine[:3, :3], displacement).astype(np.float32)
-            control = F.interpolate(
-                torch.from_numpy(voxels).to(device)[None], control_shape, mode="trilinear", align_corners=True
-            )
-        control.requires_grad_(True)
-        query_mind = mind_ssc(query.image)
-        atlas_channels = torch.cat((mind_ssc(atlas.image), atlas.image, atlas.inside), dim=1)
-        correlation = LocalCorrelation(query.image, _CORRELATION_RADIUS)
-        weight = query.weight / query.weight.sum().clamp_min(1e-6)
-        nodes = torch.stack(
-            torch.meshgrid(*[torch.arange(n, dtype=torch.float32, device=device) for n in shape], indexing="ij"), -1
-        )[None]
-        to_unit = 2 / (torch.tensor(shape, dtype=torch.float32, device=device) - 1).clamp_min(1)
+    view = pair.fixed.grid
+    axes = axes_of(view)
+    cautious = False
+
+    def level_of(number: int) -> _Level:
+        grid = level_grid(view, axes, options.level_voxels[number])
+        return _Level(pair.fixed_scan, pair.moving_scan, grid, linear, device)
+
+    level = level_of(0)
+    field = level.fit(start, _weights(options, 0, cautious=False), fixed_rim=False)
+    if options.cautious and pair.moving_labels is not None:
+        difference = _contrast_difference(pair, pair.moving_labels, field, linear)
+        cautious = difference > options.contrast_tolerance
+        logger.debug("contrast of the structures differs by %.3f of the range: cautious %s", difference, cautious)
+        if cautious:
+            field = level.fit(start, _weights(options, 0, cautious=True), fixed_rim=False)
+    for number in range(1, len(options.level_voxels)):
+        level = level_of(number)
+        field = level.fit(field, _weights(options, number, cautious=cautious), fixed_rim=False)
+    parameters = level.parameters
+    local = None
+    transform = Chain((field, linear))
+    box = _labels_box(pair.moving_scan, field, transform, view, _local_voxels(options, pair.moving_labels))
+    if box is not None:
+        fixed, moving = pair.near(box, transform)
+        level = _Level(fixed, moving, box, transform, device)
+        local = level.fit(None, _weights(options, len(options.level_voxels), cautious=False), fixed_rim=True)
+        parameters += level.parameters
+    return Fitted(linear, field, {"deformable": parameters}, local)
+
+
+def _weights(options: InstanceSettings, level: int, *, cautious: bool) -> _Weights:
+    """Of one level; the last value of a list holds for all levels after it."""
+
+    def of(values: Sequence[float]) -> float:
+        return values[min(level, len(values) - 1)]
+
+    return _Weights(
+        int(of(options.iterations)),
+        of(options.cautious_mind_weight if cautious else options.mind_weight),
+        of(options.cautious_correlation_weight if cautious else options.correlation_weight),
+        of(options.cautious_smoothness if cautious else options.smoothness),
+        options.folding_penalty,
+        0.0 if cautious else options.structure_emphasis,
+    )
+
+
+def _local_voxels(options: InstanceSettings, labels: Volume | None) -> int:
+    """Voxels of the level in the labels' box; 0 if there is to be none."""
+    if labels is None or not options.local_voxels:
+        return 0
+    return min(max(options.local_voxels, len(_sizes(labels)) * options.voxels_per_structure), options.most_local_voxels)
+
+
+def _sizes(labels: Volume) -> dict[int, int]:
+    """Voxels of each structure. Label values may be as large as 32 bits: no table over them."""
+    values, counts = np.unique(labels.data[labels.data > 0], return_counts=True)
+    return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def _contrast_difference(pair: Pair, labels: Volume, field: DisplacementField, linear: Affine) -> float:
+    """How differently bright the structures are in the two scans, in [0, 1].
+
+    The mean over the largest structures, each counted by its volume, of the difference of medians as a share of the
+    range of each scan. Structures need not be found exactly for that: where a spleen is dark that is bright elsewhere,
+    the liver too stands out, and is found.
+    """
+    transform = Chain((field, linear))
+    fixed = on_grid(pair.fixed_scan, field.grid, "cpu").image[0, 0].numpy()
+    moving = on_grid(pair.moving_scan, field.grid, "cpu", transform).image[0, 0].numpy()
+    sizes = _sizes(labels)
+    values = sorted(sizes, key=lambda value: -sizes[value])[:_MOST_STRUCTURES]
+    differences, volumes = [], []
+    for mask in warp_labels(labels, values, field.grid, transform).values():
+        inside = mask.values >= _INSIDE_SHARE
+        if inside.sum() >= _FEWEST_VOXELS:
+            volumes.append(int(inside.sum()))
+            differences.append(abs(float(np.median(fixed[mask.box][inside]) - np.median(moving[mask.box][inside]))))
+    return float(np.average(differences, weights=volumes)) if differences else 0.0
+
+
+def _labels_box(moving: Scan, field: DisplacementField, transform: Transform, view: Grid, voxels: int) -> Grid | None:
+    """The grid of the last level: around the warped labels, no finer than the query; None if they are out of view."""
+    if moving.near is None or not voxels:
+        return None
+    nodes = np.argwhere(resample(moving.near, field.grid, transform) >= _LABELLED_SHARE)
+    if not len(nodes):
+        return None
+    first, last, axes = nodes.min(axis=0), nodes.max(axis=0), axes_of(view)
+    grid = field.grid.crop(first, last + 1)
+    # The margin is in voxels of the level, and their size follows from the box with its margin: three rounds settle it.
+    for _ in range(3):
+        margin = np.ceil(_MARGIN_VOXELS * grid.spacing_mm / field.grid.spacing_mm).astype(int)
+        outer = field.grid.crop(np.maximum(first - margin, 0), np.minimum(last + margin + 1, field.grid.shape))
+        grid = level_grid(outer, axes, voxels, finest_mm=float(view.spacing_mm.min()))
+    # Nothing is free to move in a box that is all rim.
+    return grid if min(grid.shape) > 2 * _STRIDE * _FIXED_RIM else None
+
+
+class _Level:
+    """One pair on one grid."""
+
+    def __init__(self, fixed: Scan, moving: Scan, grid: Grid, transform: Transform, device: str) -> None:
+        self.grid, self.device = grid, device
+        self.near, self.transform = moving.near, transform
+        query, atlas = on_grid(fixed, grid, device), on_grid(moving, grid, device, transform)
+        self.query_mind, self.atlas_mind = mind_ssc(query.image), mind_ssc(atlas.image)
+        self.correlation = LocalCorrelation(query.image, _CORRELATION_RADIUS)
+        self.atlas = torch.cat((atlas.image, atlas.inside), dim=1)
+        self.weight = query.weight
+        self.control_shape = [-(-n // _STRIDE) + 1 for n in grid.shape]
+        size = torch.tensor(grid.shape, dtype=torch.float32, device=device)
+        self.to_unit = 2 / (size - 1).clamp_min(1)
+        nodes = [torch.arange(n, dtype=torch.float32, device=device) for n in grid.shape]
+        self.nodes = torch.stack(torch.meshgrid(*nodes, indexing="ij"))[None]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers fitted."""
+        return 3 * int(np.prod(self.control_shape))
+
+    def fit(self, start: DisplacementField | None, weights: _Weights, *, fixed_rim: bool) -> DisplacementField:
+        """Add to a displacement what makes the scans more alike.
+
+        Parameters
+        ----------
+        start : DisplacementField or None
+            On any grid.
+        weights : _Weights
+        fixed_rim : bool
+            Whether the displacement stays as it is at the border of the grid.
+        """
+        shape = list(self.grid.shape)
+        base = self._in_voxels(start)
+        coarse_base = F.interpolate(base, self.control_shape, mode="trilinear", align_corners=True)
+        places = self.nodes + base
+        control = torch.zeros_like(coarse_base, requires_grad=True)
+        weight = self._weight(start, weights.emphasis)
+        free = torch.ones_like(coarse_base[:, :1])
+        if fixed_rim:
+            free = _without_rim(free, _FIXED_RIM)
         optimizer = torch.optim.Adam([control], lr=_STEP_VOXELS)
-        for _ in range(steps):
-            smooth = _smooth(control)
-            displaced = nodes + F.interpolate(smooth, shape, mode="trilinear", align_corners=True).movedim(1, -1)
-            warped = _sample(atlas_channels, (displaced * to_unit - 1).flip(-1))
-            # What is outside the atlas says nothing; it must not pay to leave it either, so no gradient through this.
-            counted = weight * warped[:, -1:].detach()
-            difference = (warped[:, :MIND_CHANNELS] - query_mind).pow(2).mean(dim=1, keepdim=True)
-            unlike = 1 - correlation(warped[:, MIND_CHANNELS : MIND_CHANNELS + 1])
-            roughness = sum((smooth.diff(dim=axis) / _STRIDE).pow(2).mean() for axis in (2, 3, 4))
-            loss = (
-                options.mind_weight * (difference * counted).sum()
-                + _CORRELATION_WEIGHT * (unlike * counted).sum()
-                + options.smoothness * roughness
-                + options.folding_penalty * _compression(smooth / _STRIDE)
-            )
+        for step in range(weights.iterations):
+            addition = _smooth(control * free)
+            displaced = places + F.interpolate(addition, shape, mode="trilinear", align_corners=True)
+            total = coarse_base + addition
+            loss = self._unlikeness(displaced, weight, weights, step) + weights.smoothness * _roughness(total / _STRIDE)
+            if weights.folding:
+                loss = loss + weights.folding * _compression(total / _STRIDE)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            smooth = F.interpolate(_smooth(control), shape, mode="trilinear", align_corners=True)[0]
-        world = np.einsum("wv,vijk->wijk", grid.affine[:3, :3], smooth.cpu().numpy())
-        field = DisplacementField(grid, world.astype(np.float32))
-    if field is None:
-        raise ValueError("there must be a level to fit on")
-    return Fitted(linear, field, {"deformable": control.numel()})
+            addition = _smooth(control * free)
+            voxels = base + F.interpolate(addition, shape, mode="trilinear", align_corners=True)
+        if fixed_rim:
+            voxels = _without_rim(voxels, 1)
+        world = np.einsum("wv,vijk->wijk", self.grid.affine[:3, :3], voxels[0].cpu().numpy())
+        return DisplacementField(self.grid, world.astype(np.float32))
+
+    def _weight(self, start: DisplacementField | None, emphasis: float) -> Tensor:
+        """(1, 1, I, J, K) weights of the voxels, 1 in sum: the query's foreground, more near the atlas's structures."""
+        weight = self.weight
+        if emphasis and self.near is not None:
+            placed = self.transform if start is None else Chain((start, self.transform))
+            near = resample(self.near, self.grid, placed)
+            size_mm = float(np.prod(np.array(self.grid.shape) * self.grid.spacing_mm)) ** (1 / 3)
+            near = ndimage.gaussian_filter(near, _EMPHASIS_REACH * size_mm / self.grid.spacing_mm)
+            weight = weight * (1 + emphasis * torch.from_numpy(near).to(self.device)[None, None])
+        return weight / weight.sum().clamp_min(1e-6)
+
+    def _unlikeness(self, displaced: Tensor, weight: Tensor, weights: _Weights, step: int) -> Tensor:
+        """How unlike query and warped atlas are.
+
+        Parameters
+        ----------
+        displaced : Tensor, (1, 3, I, J, K)
+            Where each voxel is read in the atlas, in voxels of the grid.
+        weight : Tensor, (1, 1, I, J, K)
+            Of each voxel.
+        weights : _Weights
+        step : int
+            Of the optimisation: which voxels are compared by MIND-SSC depends on it.
+        """
+        where = (displaced.movedim(1, -1) * self.to_unit - 1).flip(-1)
+        warped = _sample(self.atlas, where)
+        # What is outside the atlas says nothing; it must not pay to leave it either, so no gradient through this.
+        counted = weight * warped[:, 1:].detach()
+        loss = torch.zeros((), device=displaced.device)
+        if weights.correlation:
+            loss = loss + weights.correlation * self.correlation.unlikeness(warped[:, :1], counted)
+        if weights.mind:
+            i, j, k = (slice(first, None, 2) for first in _PARITIES[step % len(_PARITIES)])
+            difference = (_sample(self.atlas_mind, where[:, i, j, k]) - self.query_mind[:, :, i, j, k]).pow(2)
+            part = (difference.mean(dim=1, keepdim=True) * counted[:, :, i, j, k]).sum()
+            loss = loss + weights.mind * len(_PARITIES) * part
+        return loss
+
+    def _in_voxels(self, field: DisplacementField | None) -> Tensor:
+        """(1, 3, I, J, K) a displacement in voxels of the grid."""
+        if field is None:
+            return torch.zeros(1, 3, *self.grid.shape, device=self.device)
+        displacement = np.stack([resample(Volume(u, field.grid), self.grid) for u in field.displacement_mm])
+        voxels = np.einsum("av,vijk->aijk", self.grid.inverse_affine[:3, :3], displacement).astype(np.float32)
+        return torch.from_numpy(voxels).to(self.device)[None]
+
+
+def _without_rim(values: Tensor, rim: int) -> Tensor:
+    """(1, C, I, J, K) with zeros in the outermost planes."""
+    kept = torch.zeros_like(values)
+    inner = (slice(None), slice(None), *(slice(rim, n - rim) for n in values.shape[2:]))
+    kept[inner] = values[inner]
+    return kept
+
+
+def _roughness(displacement: Tensor) -> Tensor:
+    """Mean squared gradient of (1, 3, I, J, K) displacements in units of their own grid's spacing."""
+    total = torch.zeros((), device=displacement.device)
+    for axis in (2, 3, 4):
+        total = total + displacement.diff(dim=axis).pow(2).mean()
+    return total
 
 
 def _sample(channels: Tensor, where: Tensor) -> Tensor:

@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from ..geometry import Grid
 from ..image import Volume
-from ..transforms import Affine, DisplacementField
+from ..transforms import Affine, DisplacementField, Transform
 
 if TYPE_CHECKING:
     from .pyramid import Scan
+
+#: Voxels between the points at which a box is mapped.
+_BOX_STEP = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +42,27 @@ class Pair:
     moving_labels: Volume | None
     spacings_mm: tuple[float, ...]
 
+    def near(self, box: Grid, transform: Transform) -> tuple[Scan, Scan]:
+        """Both scans around a box in the fixed world, reduced no further than the box's grid needs.
+
+        Parameters
+        ----------
+        box : Grid
+            In the fixed world.
+        transform : Transform
+            Fixed to moving world.
+        """
+        from .pyramid import prepare_part
+
+        # Every few voxels and the corners: a deformed box is no box, and what it leaves counts as out of view.
+        axes = [np.unique(np.r_[0:n:_BOX_STEP, n - 1]) for n in box.shape]
+        points = box.voxel_to_world(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3))
+        finest = float(box.spacing_mm.min())
+        return (
+            prepare_part(self.fixed, None, points, finest, self.fixed_scan),
+            prepare_part(self.moving, self.moving_labels, transform.map(points), finest, self.moving_scan),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
@@ -49,8 +76,11 @@ class Fitted:
         In the fixed world, RAS+ mm, applied before ``linear``; None where the deformable stage is off.
     parameters : mapping of str to int
         How many numbers were fitted, by stage: "linear", "deformable".
+    local : DisplacementField or None
+        In the fixed world, RAS+ mm, applied before ``field``; 0 at its border and beyond.
     """
 
     linear: Affine
     field: DisplacementField | None
     parameters: Mapping[str, int]
+    local: DisplacementField | None = None

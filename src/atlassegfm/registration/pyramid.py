@@ -7,18 +7,26 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from torch import Tensor
 
 from ..errors import RegistrationError
 from ..geometry import Grid
 from ..image import Volume
-from ..transforms import DisplacementField, Transform, resample
+from ..transforms import (
+    DisplacementField,
+    JacobianStatistics,
+    Transform,
+    deformation_statistics,
+    resample,
+)
 
 #: Foreground is what is brighter than this share of the range between the 1st and the 99th percentile. It parts
 #: tissue from air in CT and MR, skull-stripped ones too, and takes in small crops whole.
 _FOREGROUND_SHARE = 0.1
+#: A node counts as in the body where this share of it is foreground.
+_BODY_SHARE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +41,14 @@ class Scan:
         float32, share of each voxel that is foreground, on the same grid.
     near : Volume or None
         float32, share of each voxel inside any labelled structure, where labels were given.
+    window : tuple of float
+        Intensities of the scan that became 0 and 1, and the one above which it is foreground.
     """
 
     intensity: Volume
     foreground: Volume
     near: Volume | None
+    window: tuple[float, float, float] = (0.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,23 +103,79 @@ def prepare(scan: Volume, labels: Volume | None, finest_mm: float, name: str) ->
     RegistrationError
         If there is no foreground; ``name`` says of which scan.
     """
-    factors = tuple(max(1, int(finest_mm / spacing)) for spacing in scan.grid.spacing_mm)
-    grid = _reduced_grid(scan.grid, factors)
-    data = _block_means(scan.data, factors)
-    low, high = np.percentile(data, (1, 99))
-    foreground = data > low + _FOREGROUND_SHARE * (high - low)
+    reduced = _reduced(scan, finest_mm)
+    low, high = np.percentile(reduced.data, (1, 99))
+    threshold = low + _FOREGROUND_SHARE * (high - low)
+    foreground = reduced.data > threshold
     if not foreground.any():
         raise RegistrationError(f"the {name} shows nothing but background; check its intensities")
-    low, high = np.percentile(data[foreground], (1, 99))
-    intensity = np.clip((data - low) / max(float(high - low), 1e-12), 0, 1).astype(np.float32)
+    low, high = np.percentile(reduced.data[foreground], (1, 99))
+    return _normalised(reduced, labels, finest_mm, (float(low), float(high), float(threshold)))
+
+
+def prepare_part(
+    scan: Volume, labels: Volume | None, points_mm: NDArray[np.float64], finest_mm: float, whole: Scan
+) -> Scan:
+    """A part of a scan, less reduced and with the intensities of the whole.
+
+    Parameters
+    ----------
+    scan : Volume
+        As it came.
+    labels : Volume or None
+        On its grid.
+    points_mm : array, (N, 3)
+        RAS+ mm; the part is the box around those of them that are in view.
+    finest_mm : float
+        As for :func:`prepare`.
+    whole : Scan
+        What :func:`prepare` made of ``scan``.
+    """
+    ijk = scan.grid.world_to_voxel(points_mm)
+    last = np.array(scan.grid.shape) - 1
+    start = np.clip(np.floor(ijk.min(axis=0)) - 1, 0, last).astype(int)
+    stop = np.clip(np.ceil(ijk.max(axis=0)) + 1, start, last).astype(int) + 1
+    box = tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
+    grid = scan.grid.crop(start, stop)
+    part = _reduced(Volume(scan.data[box], grid), finest_mm)
+    return _normalised(part, None if labels is None else Volume(labels.data[box], grid), finest_mm, whole.window)
+
+
+def _normalised(reduced: Volume, labels: Volume | None, finest_mm: float, window: tuple[float, float, float]) -> Scan:
+    """A scan whose voxels are already as large as wanted, and labels whose are not."""
+    low, high, threshold = window
+    intensity = np.clip((reduced.data - low) / max(high - low, 1e-12), 0, 1).astype(np.float32)
+    foreground = Volume((reduced.data > threshold).astype(np.float32), reduced.grid)
     near = None
     if labels is not None:
-        near = Volume(_block_means((labels.data > 0).astype(np.float32), factors), grid)
-    return Scan(Volume(intensity, grid), Volume(foreground.astype(np.float32), grid), near)
+        near = _reduced(Volume((labels.data > 0).astype(np.float32), labels.grid), finest_mm)
+    return Scan(Volume(intensity, reduced.grid), foreground, near, window)
 
 
-def frame_grid(grid: Grid, axes: NDArray[np.float64], spacing_mm: float) -> Grid:
-    """An isotropic grid over the field of view of ``grid``, along other axes.
+def level_grid(grid: Grid, axes: NDArray[np.float64], voxels: int, *, finest_mm: float | None = None) -> Grid:
+    """An isotropic grid of about so many voxels over the field of view of ``grid``, but no finer than the scan.
+
+    Isotropic where slices are thick, too: levels with the scan's own thick slices, at the same number of voxels, cost
+    3 points of Dice on the Cardiac scans (8 mm slices) and gained nothing on Abd-MR.
+
+    Parameters
+    ----------
+    grid : Grid
+        To be covered.
+    axes : array, (3, 3)
+        As for :func:`frame_grid`.
+    voxels : int
+        Wanted at most, but for rounding.
+    finest_mm : float, optional
+        Smallest spacing of the scan; that of ``grid`` if left out.
+    """
+    smallest = float(grid.spacing_mm.min()) if finest_mm is None else finest_mm
+    extent = np.ptp(grid.corners_mm @ axes, axis=0) + smallest
+    return frame_grid(grid, axes, max((float(np.prod(extent)) / voxels) ** (1 / 3), smallest))
+
+
+def frame_grid(grid: Grid, axes: NDArray[np.float64], spacing_mm: ArrayLike) -> Grid:
+    """A grid over the field of view of ``grid``, along other axes.
 
     Parameters
     ----------
@@ -116,9 +183,10 @@ def frame_grid(grid: Grid, axes: NDArray[np.float64], spacing_mm: float) -> Grid
         Whose voxel centres are to be covered.
     axes : array, (3, 3)
         Unit vectors in columns, RAS+; need not be orthogonal (they are made so).
-    spacing_mm : float
-        Of the new grid.
+    spacing_mm : float or array, (3,)
+        Of the new grid, one for all axes or one for each.
     """
+    spacing_mm = np.broadcast_to(np.asarray(spacing_mm, dtype=np.float64), 3)
     orthogonal, upper = np.linalg.qr(axes)
     orthogonal = orthogonal * np.sign(np.diag(upper))
     local = grid.corners_mm @ orthogonal
@@ -139,11 +207,10 @@ def axes_of(grid: Grid) -> NDArray[np.float64]:
 
 def on_grid(scan: Scan, grid: Grid, device: str, fixed_to_moving: Transform | None = None) -> Level:
     """Smooth a scan as the grid's spacing asks for and sample it, through a transform where given."""
-    spacing = float(grid.spacing_mm.min())
-    image = resample(_smoothed(scan.intensity, spacing), grid, fixed_to_moving, outside=-1)
+    image = resample(_smoothed(scan.intensity, grid), grid, fixed_to_moving, outside=-1)
     inside = (image >= 0).astype(np.float32)
-    weight = resample(_smoothed(scan.foreground, spacing), grid, fixed_to_moving)
-    near = None if scan.near is None else resample(_smoothed(scan.near, spacing), grid, fixed_to_moving)
+    weight = resample(_smoothed(scan.foreground, grid), grid, fixed_to_moving)
+    near = None if scan.near is None else resample(_smoothed(scan.near, grid), grid, fixed_to_moving)
 
     def tensor(values: NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(values).to(device)[None, None]
@@ -157,21 +224,38 @@ def on_grid(scan: Scan, grid: Grid, device: str, fixed_to_moving: Transform | No
     )
 
 
-def folding_in_body(field: DisplacementField, fixed: Scan) -> float:
-    """Share of the field's nodes in the foreground of the fixed scan with a Jacobian determinant of 0 or less."""
-    body = resample(fixed.foreground, field.grid) > 0.5
-    if not body.any():
-        return 0.0
-    return float((field.jacobian_determinant()[body] <= 0).mean())
+def volume_changes(
+    field: DisplacementField, local: DisplacementField | None, fixed: Scan
+) -> tuple[float, JacobianStatistics]:
+    """Folding share and Jacobian statistics of a deformation in the foreground of the fixed scan.
+
+    Parameters
+    ----------
+    field, local : DisplacementField
+        ``local``, where there is one, is applied first.
+    fixed : Scan
+        Whose foreground counts.
+
+    Returns
+    -------
+    folding : float
+        Share of the foreground, in [0, 1], by volume.
+    statistics : JacobianStatistics
+        In the local field's box where there is one, else everywhere.
+    """
+    return deformation_statistics(field, local, lambda grid: resample(fixed.foreground, grid) > _BODY_SHARE)
 
 
-def _smoothed(volume: Volume, spacing_mm: float) -> Volume:
-    """Gaussian-filtered against aliasing at ``spacing_mm``.
+def _smoothed(volume: Volume, onto: Grid) -> Volume:
+    """Gaussian-filtered against aliasing on the grid ``onto``, whose axes are at right angles.
 
     The standard deviation is half the ratio of spacings, less the half voxel that sampling itself blurs by
     (as for pyramids in ITK and elastix).
     """
-    ratio = 0.5 * spacing_mm / volume.grid.spacing_mm
+    axes = volume.grid.affine[:3, :3] / volume.grid.spacing_mm
+    # The length in which a scan's axis crosses one voxel of the grid.
+    crossed_mm = 1 / np.linalg.norm(onto.inverse_affine[:3, :3] @ axes, axis=0)
+    ratio = 0.5 * crossed_mm / volume.grid.spacing_mm
     sigma = np.sqrt(np.maximum(ratio**2 - 0.25, 0))
     if not sigma.any():
         return volume
@@ -189,6 +273,12 @@ def _block_means(data: NDArray[np.float32], factors: Sequence[int]) -> NDArray[n
         shape = (*data.shape[:axis], data.shape[axis] // factor, factor, *data.shape[axis + 1 :])
         data = data.reshape(shape).mean(axis=axis + 1, dtype=np.float32)
     return np.ascontiguousarray(data, dtype=np.float32)
+
+
+def _reduced(scan: Volume, finest_mm: float) -> Volume:
+    """Means over blocks of voxels that are no longer than ``finest_mm``."""
+    factors = tuple(max(1, int(finest_mm / spacing)) for spacing in scan.grid.spacing_mm)
+    return Volume(_block_means(scan.data, factors), _reduced_grid(scan.grid, factors))
 
 
 def _reduced_grid(grid: Grid, factors: Sequence[int]) -> Grid:

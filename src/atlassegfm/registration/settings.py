@@ -15,46 +15,220 @@ _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 class InstanceSettings:
     """The engine ``instance``: the displacement itself is optimised."""
 
-    coarse_iterations: Annotated[int, Field(ge=0, le=2000)] = 40
-    """Adam steps of the deformable fit on the coarse level; more change little."""
+    level_voxels: tuple[Annotated[int, Field(ge=2_000, le=20_000_000)], ...] = (40_000, 150_000)
+    """Voxels of each level over the query's field of view, coarse to fine (for an abdomen about 9 and 6 mm), never
+    finer than the query itself."""
 
-    fine_iterations: Annotated[int, Field(ge=0, le=2000)] = 35
-    """Adam steps of the deformable fit on the fine level."""
+    local_voxels: Annotated[int, Field(ge=0, le=20_000_000)] = 500_000
+    """Voxels of the last level, in the box around the warped labels, never finer than the query itself; 0 for none."""
 
-    smoothness: Annotated[float, Field(ge=0)] = 0.4
-    """Weight of the squared gradient of the displacement. Mean Dice of the warped atlas at 1 / 0.5 / 0.3, first atlas
-    of each set: Abd-MR 0.767 / 0.761 / 0.763, Abd-CT 0.691 / 0.710 / 0.709, Cardiac 0.757 / 0.751 / 0.748,
-    Hippocampus 0.763 / 0.772 / 0.778."""
+    voxels_per_structure: Annotated[int, Field(ge=0, le=1_000_000)] = 15_000
+    """Where the atlas has many structures, they are small, and the last level has as many voxels as this for each of
+    them, but at most ``most_local_voxels``. OASIS (138 structures), one pair: Dice 0.586 with 0.5 million voxels,
+    0.606 with 1 and 0.627 with 2 million; on Abd-MR (4) 1 million gained nothing."""
+
+    most_local_voxels: Annotated[int, Field(ge=2_000, le=100_000_000)] = 2_000_000
+    """Most voxels of the last level: bounds memory (about 1 GB for 2 million) and time."""
+
+    iterations: tuple[Annotated[int, Field(ge=0, le=2000)], ...] = (40, 35, 25)
+    """Adam steps on each level, the one in the labels' box last. Here and below the last number of a list holds for
+    all levels after it."""
+
+    mind_weight: tuple[Annotated[float, Field(ge=0)], ...] = (2.5,)
+    """Weight of the MIND-SSC difference on each level."""
+
+    correlation_weight: tuple[Annotated[float, Field(ge=0)], ...] = (0.5,)
+    """Weight of one minus the local correlation on each level."""
+
+    smoothness: tuple[Annotated[float, Field(ge=0)], ...] = (0.05, 0.1, 0.4)
+    """Weight of the squared gradient of the displacement on each level. In the labels' box it is that of what the level
+    adds: at 0.05 there, Dice on four Cardiac pairs is 0.727, at 0.4 0.736; on Abd-MR the same."""
 
     folding_penalty: Annotated[float, Field(ge=0)] = 10.0
     """Weight of the squared shortfall of the local volume (Jacobian determinant) below 0.3."""
 
-    mind_weight: Annotated[float, Field(ge=0)] = 2.5
-    """Weight of the MIND-SSC difference against the local correlation (which counts 1/2). Mean Dice of the warped atlas
-    at 5 / 2 / 1, first atlas: Abd-MR 0.762 / 0.760 / 0.754, Hippocampus 0.774 / 0.779 / 0.781."""
+    structure_emphasis: Annotated[float, Field(ge=0)] = 4.0
+    """How much more a voxel in or near a structure of the atlas counts: 1 + this times one elsewhere."""
+
+    cautious: bool = True
+    """Whether the fit is made cautiously where the structures' contrast differs between the scans: stiffer, mostly by
+    MIND-SSC, and without emphasis on the structures. The local correlation takes a bright stomach for a bright spleen
+    where the query's spleen is dark."""
+
+    contrast_tolerance: Annotated[float, Field(ge=0, le=1)] = 0.15
+    """Difference of the structures' brightness, as a share of the range of intensities, above which contrast counts as
+    different. After a first coarse fit it is 0.10 to 0.26 for pairs with the one Abd-MR scan whose spleen is dark, 0.02
+    to 0.08 for the others, 0.02 to 0.16 in Abd-CT."""
+
+    cautious_mind_weight: tuple[Annotated[float, Field(ge=0)], ...] = (5.0,)
+    """``mind_weight`` of the cautious fit; its level in the labels' box is that of the other."""
+
+    cautious_correlation_weight: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 0.2)
+    """``correlation_weight`` of the cautious fit."""
+
+    cautious_smoothness: tuple[Annotated[float, Field(ge=0)], ...] = (0.3, 0.1)
+    """``smoothness`` of the cautious fit."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
 class VoxelmorphSettings:
-    """The engine ``voxelmorph``: the paper's network, optimised on the one pair."""
+    """The engine ``voxelmorph``: the paper's network, optimised on the one pair. Defaults are the paper's."""
+
+    cpu_voxels: Annotated[int, Field(ge=1_000, le=20_000_000)] = 40_000
+    """Voxels of the isotropic working grid over the query's field of view, on a CPU: as many as the coarse level of the
+    engine ``instance`` (about 9 mm for an abdomen), never finer than the scan. A step takes 1.1 s on one core of a Xeon
+    of 2023, 0.14 to 0.25 s in half precision."""
+
+    cuda_voxels: Annotated[int, Field(ge=1_000, le=100_000_000)] = 128**3
+    """The same on a GPU [published code: 128 x 128 x 128, there squeezed, here isotropic]. 256 x 256 x 240 is
+    15_728_640."""
+
+    levels: Annotated[int, Field(ge=2, le=8)] = 5
+    """Resolutions of the network, the full one included [paper]."""
+
+    channels: Annotated[int, Field(ge=1, le=256)] = 32
+    """Channels of the network at full resolution, twice as many below [paper]."""
 
     iterations: Annotated[int, Field(ge=1, le=100_000)] = 1000
     """Adam steps [paper]."""
 
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    """Of Adam [paper]."""
+
+    loss: Literal["mse", "lncc", "mind"] = "mse"
+    """What is compared: squared differences of intensities normalised to 0 to 1 [paper], local correlation, or
+    MIND-SSC. MSE takes both scans to be of the same contrast. One Abd-MR pair, 200 steps of 1e-3 and a cosine: Dice
+    0.802 by "mse" (9 % of the body folded), 0.815 by "lncc" at smoothness 1 (3 %), 0.722 by "mind" at 0.3 (0.1 %)."""
+
+    smoothness: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the squared gradient of the displacement, a mean over the axes [published code]. Of the order of 1 for
+    "lncc" (VoxelMorph's own: 1.5)."""
+
+    diffeomorphic: bool = False
+    """Whether the network gives a velocity, integrated at half resolution, instead of the displacement. One Abd-MR
+    pair, "lncc" as above: Dice 0.822 and no folding with, 0.815 and 3 % without."""
+
+    integration_steps: Annotated[int, Field(ge=1, le=12)] = 7
+    """Squarings of the integration [VoxelMorph]."""
+
+    schedule: Literal["constant", "polynomial", "cosine"] = "constant"
+    """Course of the learning rate: constant [paper, which names none], falling with the power 0.9 [published code], or
+    a rise over 5 % of the iterations and a cosine to 0, which bears higher rates."""
+
+    coarse_iterations: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Steps of another network on an eighth of the voxels beforehand; its field is what the next begins with."""
+
+    use_start: bool = False
+    """Whether to begin with the displacement found by the search for each structure. The paper has no such search. One
+    Abd-MR pair, 200 steps of 1e-3 and a cosine: Dice 0.802 without, 0.792 with."""
+
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Steps without a loss lower by a thousandth after which to stop; 0 takes all steps."""
+
+    half_precision: Literal["auto", "on", "off"] = "auto"
+    """Whether to convolve in bfloat16; displacement and loss stay in single precision. "auto": on GPUs that have it.
+    "on" makes a step four to eight times as fast on a CPU with AMX (Xeons since 2023); others were not measured."""
+
 
 @settings_dataclass(frozen=True, config=_STRICT)
 class GreedySettings:
-    """The engine ``greedy``: picsl_greedy."""
+    """The engine ``greedy``: picsl_greedy. Defaults are the recipe of our reference figures (docs/registration.md)."""
+
+    python: str = ""
+    """Path of a Python that has picsl_greedy. Empty: the environment variable ATLASSEGFM_GREEDY_PYTHON, or else this
+    Python."""
+
+    voxels: Annotated[int, Field(ge=2_000, le=50_000_000)] = 1_200_000
+    """Voxels over the query's field of view that it works on, at most; never finer than the scan. About the recipe's
+    spacings: 2.3 x 2.3 x 4.2 mm for Abd-MR (recipe 2.5 x 2.5 x 5), 3 mm for Abd-CT (3), 1.6 mm for OASIS (1.5), 1 mm
+    for Hippocampus (1), 1.6 x 1.6 x 3.6 mm for Cardiac (1.6 x 1.6 x 4)."""
+
+    search_tries: Annotated[int, Field(ge=0, le=100_000)] = 200
+    """Random rigid starts tried before the linear fit, from the centres of both scans on; with
+    ``registration.rigid`` only."""
+
+    search_rotation_deg: Annotated[float, Field(ge=0, le=180)] = 180.0
+    """Standard deviation of their rotation; 180: any rotation."""
+
+    search_shift_mm: Annotated[float, Field(ge=0)] = 40.0
+    """Standard deviation of their translation along each axis."""
+
+    metric_radius: Annotated[int, Field(ge=1, le=20)] = 4
+    """Of the cube of the weighted local correlation (WNCC), in voxels."""
+
+    iterations: Annotated[str, Field(pattern=r"^\d+(x\d+)*$")] = "100x50x20"
+    """On each level, coarse to fine, in greedy's notation; the last level is the scan as it is given."""
+
+    update_smoothing_voxels: Annotated[float, Field(ge=0)] = 2.0
+    """Standard deviation of the smoothing of each update of the field."""
+
+    field_smoothing_voxels: Annotated[float, Field(ge=0)] = 0.5
+    """Standard deviation of the smoothing of the field after each update."""
+
+    seed: Annotated[int, Field(ge=1, le=2**31 - 1)] = 1
+    """Of the random search and the jitter of its samples; 0 would be another one each time."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
 class AntsSettings:
-    """The engine ``ants``: ANTs' SyN."""
+    """The engine ``ants``: ANTs' SyN, with the defaults of antspyx 0.6.3.
+
+    ``registration.rigid`` and ``registration.affine`` say which of the paper's variants it is: both SyN+RA, affine
+    alone SyN+A, neither SyN-only.
+    """
+
+    python: str = ""
+    """Path of a Python that has antspyx, which cannot be installed beside this package. Empty: the environment
+    variable ATLASSEGFM_ANTS_PYTHON, or else this Python."""
+
+    voxels: Annotated[int, Field(ge=2_000, le=50_000_000)] = 1_200_000
+    """Voxels over the query's field of view that it works on, at most, as for greedy."""
+
+    iterations: Annotated[str, Field(pattern=r"^\d+(x\d+)*$")] = "40x20x0"
+    """Of SyN on each level, coarse to fine; the last level is the scan as it is given."""
+
+    metric: Literal["mattes", "CC"] = "mattes"
+    """Of SyN: mutual information, or local correlation over 9 voxels (several times as slow)."""
+
+    gradient_step: Annotated[float, Field(gt=0)] = 0.2
+    """Of SyN, in voxels."""
+
+    flow_sigma: Annotated[float, Field(ge=0)] = 3.0
+    """Smoothing of each update, in voxels (as a variance)."""
+
+    total_sigma: Annotated[float, Field(ge=0)] = 0.0
+    """Smoothing of the whole field, in voxels (as a variance)."""
+
+    seed: Annotated[int, Field(ge=1, le=2**31 - 1)] = 1
+    """Of the random samples of its linear stages."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
 class ElastixSettings:
-    """The engine ``elastix``: B-splines."""
+    """The engine ``elastix``: B-splines on mutual information. Defaults are those of itk-elastix 0.25."""
+
+    python: str = ""
+    """Path of a Python that has itk-elastix. Empty: the environment variable ATLASSEGFM_ELASTIX_PYTHON, or else this
+    Python."""
+
+    voxels: Annotated[int, Field(ge=2_000, le=50_000_000)] = 1_200_000
+    """Voxels over the query's field of view that it works on, at most, as for greedy."""
+
+    resolutions: Annotated[int, Field(ge=1, le=8)] = 4
+    """Levels, each twice as fine as the one before."""
+
+    iterations: Annotated[int, Field(ge=1, le=100_000)] = 256
+    """Steps of the stochastic gradient descent on each level of each stage."""
+
+    samples: Annotated[int, Field(ge=100, le=1_000_000)] = 2048
+    """Points drawn anew for each step."""
+
+    grid_voxels: Annotated[float, Field(ge=1, le=64)] = 4.0
+    """Distance of B-spline control points on the last level, in voxels along the finest axis; 4 are about the 10 mm
+    that itk-elastix takes for scans of an abdomen, and hold for small ones too."""
+
+    seed: Annotated[int, Field(ge=1, le=2**31 - 1)] = 1
+    """Of the random samples."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)

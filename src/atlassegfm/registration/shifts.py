@@ -79,6 +79,8 @@ def search(
         if (mask.values >= 0.5).sum() < _FEWEST_VOXELS:
             continue
         shift = matcher.best_shift(mask)
+        if shift is None:
+            continue
         moved = _moved(mask, shift, grid.shape)
         total = float(moved.sum())
         if total == 0:
@@ -115,8 +117,13 @@ class _Matcher:
         self.atlas_image, self.atlas_inside = atlas.image[0, 0], atlas.inside[0, 0]
         self.atlas_mind = mind_ssc(atlas.image)[0]
 
-    def best_shift(self, mask: LocalMap) -> NDArray[np.int64]:
-        """(3,) the shift in voxels that takes the structure from the warped atlas to the query."""
+    def best_shift(self, mask: LocalMap) -> NDArray[np.int64] | None:
+        """(3,) the shift in voxels that takes the structure from the warped atlas to the query.
+
+        None if by MIND-SSC alone it is better off where it is: then brightness led the search astray, as it does for
+        a spleen that is dark in one scan and bright in the other. Mean error of position of 120 organs of Abd-MR
+        15.9 mm without this, 13.8 mm with it; of Abd-CT 20.5 and 20.8 mm.
+        """
         margin = int(np.ceil(self.surroundings_mm / self.spacing_mm))
         shape = self.atlas_image.shape
         start = [max(0, first - margin) for first in mask.start]
@@ -162,6 +169,8 @@ class _Matcher:
             + _PRIOR_WEIGHT * 2 * self.prior
         )
         best = np.array(np.unravel_index(int(cost.argmin()), tuple(cost.shape)))
+        if mind_difference[tuple(best)] > mind_difference[(self.reach,) * 3]:
+            return None
         return best - self.reach
 
 
