@@ -11,7 +11,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 ITK_GLO
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow check format results bench docs clean
+.PHONY: help demo test test-slow check format results bench profile docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ results: $(STAMPS)/run ## measure all of docs/results.md (about an hour on 2 cor
 
 bench: $(STAMPS)/test ## time the scores against surface-distance, in one run
 	$(BIN)/python benchmarks/metrics_speed.py --rounds 3
+
+profile: $(STAMPS)/test ## profile one registration, and time its inner loop before and after
+	$(BIN)/python benchmarks/registration_profile.py
 
 docs: $(STAMPS)/docs ## build the documentation into site/
 	$(BIN)/zensical build --clean --strict

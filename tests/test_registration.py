@@ -471,6 +471,44 @@ def test_a_known_deformation_is_recovered(grid: Grid) -> None:
     assert result.folding < 0.01
 
 
+def test_exponential_of_a_linear_velocity() -> None:
+    # v = a x about the middle: the flow after unit time is e^a x.
+    n, rate = 41, -0.5
+    x = torch.arange(n, dtype=torch.float32) - n // 2
+    velocity = torch.zeros(1, 3, n, 5, 5)
+    velocity[0, 0] = rate * x[:, None, None]
+    found = instance._exponential(velocity)
+    expected = (np.exp(rate) - 1) * x
+    np.testing.assert_allclose(found[0, 0, :, 2, 2], expected, atol=0.02 * n)
+    assert not found[0, 1:].any()
+    assert not instance._exponential(torch.zeros(1, 3, 4, 1, 3)).any()
+
+
+def test_diffeomorphic_fits_hardly_fold() -> None:
+    grid = centred_grid((30, 30, 30), np.diag([4.0] * 3))
+    fixed, moving = (
+        Volume(ndimage.gaussian_filter(random_image(grid.shape, seed)[0, 0].numpy(), 1.5), grid) for seed in (1, 2)
+    )
+
+    def folding(diffeomorphic: bool) -> float:
+        options = InstanceSettings(**QUICK_FIT, smoothness=(0.0,), folding_penalty=0, diffeomorphic=diffeomorphic)
+        return register(fixed, moving, replace(QUICK, instance=options), initial=Affine.identity()).folding
+
+    assert folding(True) < 0.2 * folding(False)
+
+
+def test_a_diffeomorphic_fit_finds_the_deformation() -> None:
+    grid = scenes.straight_grid()
+    moving = scenes.ATLAS.scan(centred_grid((80, 70, 70), np.diag([2.0] * 3)))
+    truth = wavy(grid)
+    fixed = Volume(resample(moving, grid, truth), grid)
+    options = InstanceSettings(level_voxels=(4_000, 12_000), smoothness=(0.2,), diffeomorphic=True)
+    result = register(fixed, moving, replace(QUICK, instance=options), initial=Affine.identity())
+    before = error_mm(Affine.identity(), truth, fixed)
+    assert error_mm(result.fixed_to_moving, truth, fixed) < before / 2
+    assert result.folding == 0
+
+
 def test_compression_hand_worked() -> None:
     assert instance._compression(torch.zeros(1, 3, 4, 4, 4)) == 0
     squeezed = torch.zeros(1, 3, 4, 4, 4)

@@ -171,8 +171,8 @@ def register(
     MissingExtraError
         If the engine is another package's, and that is not installed.
     """
+    from . import discrete, pyramid, shifts
     from . import linear as linear_stages
-    from . import pyramid, shifts
 
     settings = settings or RegistrationSettings()
     seconds: dict[str, float] = {}
@@ -204,6 +204,9 @@ def register(
         if settings.structure_search and moving_labels is not None and engine.takes_start(settings):
             with stage("structures"):
                 start = shifts.search(fixed_scan, moving_scan, moving_labels, linear, spacings[-1], device)
+        if settings.discrete and engine.takes_start(settings):
+            with stage("discrete"):
+                start = discrete.search(fixed_scan, moving_scan, linear, start, settings.coarse_voxels, device)
         module = importlib.import_module(f".{engine.module}", __name__)
         own_linear = engine.is_peer and settings.peer_linear and wants_linear
         with stage("deformable"):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..geometry import Grid
 from ..image import Volume
-from ..transforms import Affine, Chain, DisplacementField, Transform, resample, warp_labels
+from ..transforms import Affine, Chain, DisplacementField, Transform, displacement_on, resample, warp_labels
 from .features import LocalCorrelation, mind_ssc
 from .pair import Fitted, Pair
 from .pyramid import Scan, axes_of, level_grid, on_grid
@@ -50,6 +50,8 @@ _FIXED_RIM = 3
 _MARGIN_VOXELS = 12
 #: A voxel of the atlas counts as labelled where this share of it is.
 _LABELLED_SHARE = 0.05
+#: Halvings of a velocity before it is taken for a displacement; 7 in VoxelMorph's diffeomorphic layers, too.
+_SQUARINGS = 7
 #: Contrast is compared in the largest structures, and in those with at least so many voxels on the coarse level.
 _MOST_STRUCTURES, _FEWEST_VOXELS = 32, 8
 #: A voxel is in a structure from this share on.
@@ -68,6 +70,7 @@ class _Weights:
     smoothness: float
     folding: float
     emphasis: float
+    diffeomorphic: bool
 
 
 def fit(
@@ -95,22 +98,29 @@ def fit(
     axes = axes_of(view)
     cautious = False
 
-    def level_of(number: int) -> _Level:
-        grid = level_grid(view, axes, options.level_voxels[number])
-        return _Level(pair.fixed_scan, pair.moving_scan, grid, linear, device)
+    def fitted(number: int, begin: DisplacementField | None, *, cautious: bool) -> tuple[DisplacementField, int]:
+        """One level over the whole field of view; the field, and how many numbers were fitted."""
+        grid, weights = (
+            level_grid(view, axes, options.level_voxels[number]),
+            _weights(options, number, cautious=cautious),
+        )
+        if not options.diffeomorphic or begin is None:
+            level = _Level(pair.fixed_scan, pair.moving_scan, grid, linear, device)
+            return level.fit(begin, weights, fixed_rim=False), level.parameters
+        # Sums of maps that can be undone may fold; maps one after the other do not.
+        level = _Level(pair.fixed_scan, pair.moving_scan, grid, Chain((begin, linear)), device)
+        added = level.fit(None, weights, fixed_rim=False)
+        return displacement_on(Chain((added, begin)), grid), level.parameters
 
-    level = level_of(0)
-    field = level.fit(start, _weights(options, 0, cautious=False), fixed_rim=False)
+    field, parameters = fitted(0, start, cautious=False)
     if options.cautious and pair.moving_labels is not None:
         difference = _contrast_difference(pair, pair.moving_labels, field, linear)
         cautious = difference > options.contrast_tolerance
         logger.debug("contrast of the structures differs by %.3f of the range: cautious %s", difference, cautious)
         if cautious:
-            field = level.fit(start, _weights(options, 0, cautious=True), fixed_rim=False)
+            field, parameters = fitted(0, start, cautious=True)
     for number in range(1, len(options.level_voxels)):
-        level = level_of(number)
-        field = level.fit(field, _weights(options, number, cautious=cautious), fixed_rim=False)
-    parameters = level.parameters
+        field, parameters = fitted(number, field, cautious=cautious)
     local = None
     transform = Chain((field, linear))
     box = _labels_box(pair.moving_scan, field, transform, view, _local_voxels(options, pair.moving_labels))
@@ -135,6 +145,7 @@ def _weights(options: InstanceSettings, level: int, *, cautious: bool) -> _Weigh
         of(options.cautious_smoothness if cautious else options.smoothness),
         options.folding_penalty,
         0.0 if cautious else options.structure_emphasis,
+        options.diffeomorphic,
     )
 
 
@@ -234,7 +245,7 @@ class _Level:
             free = _without_rim(free, _FIXED_RIM)
         optimizer = torch.optim.Adam([control], lr=_STEP_VOXELS)
         for step in range(weights.iterations):
-            addition = _smooth(control * free)
+            addition = self._addition(control * free, weights)
             displaced = places + F.interpolate(addition, shape, mode="trilinear", align_corners=True)
             total = coarse_base + addition
             loss = self._unlikeness(displaced, weight, weights, step) + weights.smoothness * _roughness(total / _STRIDE)
@@ -244,12 +255,17 @@ class _Level:
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            addition = _smooth(control * free)
+            addition = self._addition(control * free, weights)
             voxels = base + F.interpolate(addition, shape, mode="trilinear", align_corners=True)
         if fixed_rim:
             voxels = _without_rim(voxels, 1)
         world = np.einsum("wv,vijk->wijk", self.grid.affine[:3, :3], voxels[0].cpu().numpy())
         return DisplacementField(self.grid, world.astype(np.float32))
+
+    def _addition(self, control: Tensor, weights: _Weights) -> Tensor:
+        """(1, 3, I, J, K) displacements of the control points, in voxels of the grid."""
+        smooth = _smooth(control)
+        return _exponential(smooth / _STRIDE) * _STRIDE if weights.diffeomorphic else smooth
 
     def _weight(self, start: DisplacementField | None, emphasis: float) -> Tensor:
         """(1, 1, I, J, K) weights of the voxels, 1 in sum: the query's foreground, more near the atlas's structures."""
@@ -366,6 +382,26 @@ def _compression(displacement: Tensor) -> Tensor:
         + x[2] * (y[0] * z[1] - (1 + y[1]) * z[0])
     )
     return (_LEAST_VOLUME - determinant).clamp_min(0).pow(2).mean()
+
+
+def _exponential(velocity: Tensor) -> Tensor:
+    """The displacement after unit time along a velocity that does not change, by scaling and squaring.
+
+    Parameters
+    ----------
+    velocity : Tensor, (1, 3, I, J, K)
+        In units of its own grid's spacing (Arsigny et al., "A Log-Euclidean Framework for Statistics on
+        Diffeomorphisms", MICCAI 2006).
+    """
+    shape = velocity.shape[2:]
+    nodes = [torch.arange(n, dtype=torch.float32, device=velocity.device) for n in shape]
+    places = torch.stack(torch.meshgrid(*nodes, indexing="ij"), -1)[None]
+    to_unit = 2 / (torch.tensor(shape, dtype=torch.float32, device=velocity.device) - 1).clamp_min(1)
+    displacement: Tensor = velocity / 2**_SQUARINGS
+    for _ in range(_SQUARINGS):
+        where = ((places + displacement.movedim(1, -1)) * to_unit - 1).flip(-1)
+        displacement = displacement + F.grid_sample(displacement, where, padding_mode="border", align_corners=True)
+    return displacement
 
 
 def _smooth(control: Tensor) -> Tensor:

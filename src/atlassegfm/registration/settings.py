@@ -50,6 +50,10 @@ class InstanceSettings:
     structure_emphasis: Annotated[float, Field(ge=0)] = 4.0
     """How much more a voxel in or near a structure of the atlas counts: 1 + this times one elsewhere."""
 
+    diffeomorphic: bool = False
+    """Whether each level fits a stationary velocity, whose flow can be undone everywhere, and levels are composed
+    instead of added: next to no folding, for about twice the time of the coarse levels."""
+
     cautious: bool = True
     """Whether the fit is made cautiously where the structures' contrast differs between the scans: stiffer, mostly by
     MIND-SSC, and without emphasis on the structures. The local correlation takes a bright stomach for a bright spleen
@@ -253,6 +257,10 @@ class RegistrationSettings:
     """Whether each labelled structure is searched for on its own, to start the deformable stage: organs move by
     centimetres against each other, out of reach of a smooth fit. Abd-MR, atlas 001: mean Dice 0.724 without, 0.764
     with, the worst query 0.535 and 0.698."""
+
+    discrete: bool = False
+    """Whether a coupled-convex search over displacements starts the deformable stage, after the search for each
+    structure. MEASURE"""
 
     coarse_voxels: Annotated[int, Field(ge=2_000, le=1_000_000)] = 40_000
     """Voxels of the coarse level over the query's field of view. Its spacing follows (about 9 mm for an abdomen),
