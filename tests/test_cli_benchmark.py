@@ -117,7 +117,7 @@ def test_the_default_is_the_protocol_of_the_paper(folder: Path, run: Run) -> Non
 
 
 def test_models_and_variants_stand_side_by_side(folder: Path, run: Run) -> None:
-    stiff = ["--variant", "stiff:registration.instance.smoothness=1; model=none"]
+    stiff = ["--variant", "stiff:registration.instance.smoothness=[1]; model=none"]
     outcome = run("data", "-o", "out", *ONE_PAIR, *FAST, "--models", "none,builtin", *stiff)
     assert outcome.code == 0, outcome.err
     assert columns_of(folder / "out") == [
@@ -128,7 +128,7 @@ def test_models_and_variants_stand_side_by_side(folder: Path, run: Run) -> None:
     assert first_words(outcome.out) == ["variant", "none", "builtin", "builtin", "builtin", "builtin", "stiff"]
     variants = json.loads((folder / "out/plan.json").read_text())["variants"]
     assert [one["settings"]["model"] for one in variants.values()] == ["none", "builtin", "none"]
-    assert [one["settings"]["registration"]["instance"]["smoothness"] == 1 for one in variants.values()] == [
+    assert [one["settings"]["registration"]["instance"]["smoothness"] == [1] for one in variants.values()] == [
         False,
         False,
         True,
@@ -146,7 +146,7 @@ def test_a_variant_alone_stands_beside_the_default(folder: Path, run: Run) -> No
 
 
 def test_ablation_has_a_column_for_each_row_of_the_paper(folder: Path, run: Run) -> None:
-    short = ("linear_iterations=1", "instance.coarse_iterations=1", "instance.fine_iterations=1", "candidates=1")
+    short = ("linear_iterations=1", "instance.iterations=[1]", "candidates=1")
     fast = [part for one in short for part in ("--set", f"registration.{one}")]
     outcome = run("ablation", "data", "-o", "out", *ONE_PAIR, *fast, "--set", "registration.structure_search=false")
     assert outcome.code == 0, outcome.err
