@@ -28,7 +28,12 @@ GRID = straight_grid()
 
 
 #: All stages, on grids of the size of the tiny patient.
-QUICKLY = ("registration.coarse_voxels=10000", "registration.fine_voxels=40000")
+QUICKLY = (
+    "registration.coarse_voxels=10000",
+    "registration.fine_voxels=40000",
+    "registration.instance.level_voxels=[10000, 40000]",
+    "registration.instance.local_voxels=40000",
+)
 
 
 @pytest.fixture(scope="module")
