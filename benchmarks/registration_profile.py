@@ -24,7 +24,7 @@ from atlassegfm.context import canonical_scan
 from atlassegfm.dataset import load_dataset
 from atlassegfm.image import Volume, load_image, load_labels
 from atlassegfm.phantom import make_pair
-from atlassegfm.registration import features, instance, register
+from atlassegfm.registration import features, instance, register, sampling
 
 #: Voxels along each side of the cubes on which parts are timed: about the level in the labels' box.
 SIDE = 80
@@ -102,10 +102,10 @@ def _compare_sampling() -> None:
     where = F.affine_grid(identity, [1, 1, SIDE, SIDE, SIDE], align_corners=True).requires_grad_(True)
 
     def all_voxels() -> None:
-        instance._sample(channels, where).pow(2).sum().backward()
+        sampling.sample_at(channels, where).pow(2).sum().backward()
 
     def one_in_eight() -> None:
-        instance._sample(channels, where[:, ::2, ::2, ::2]).pow(2).sum().backward()
+        sampling.sample_at(channels, where[:, ::2, ::2, ::2]).pow(2).sum().backward()
 
     _ratio("MIND-SSC at one voxel in eight", all_voxels, one_in_eight)
 
@@ -117,7 +117,7 @@ def _memory_bound() -> None:
     large = torch.rand(8_000_000)
     target = torch.empty_like(large)
     copied = float(np.median([_timed(lambda: target.copy_(large)) for _ in range(ROUNDS)]))
-    sampled = float(np.median([_timed(lambda: instance._sample(channels, where)) for _ in range(ROUNDS)]))
+    sampled = float(np.median([_timed(lambda: sampling.sample_at(channels, where)) for _ in range(ROUNDS)]))
     touched = 8 * channels.numel() * 4 / sampled / 1e9
     print(f"\nplain copy {2 * large.numel() * 4 / copied / 1e9:.1f} GB/s; sampling touches {touched:.1f} GB/s")
 

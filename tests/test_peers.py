@@ -58,7 +58,6 @@ def pair_of(fixed: Volume, moving: Volume) -> Pair:
         pyramid.prepare(fixed, None, spacings[-1], "query"),
         pyramid.prepare(moving, None, spacings[-1], "atlas"),
         None,
-        spacings,
     )
 
 

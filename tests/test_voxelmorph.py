@@ -23,6 +23,7 @@ from atlassegfm.registration import (
     VoxelmorphSettings,
     pyramid,
     register,
+    sampling,
     voxelmorph,
 )
 from atlassegfm.registration.pair import Pair
@@ -154,7 +155,7 @@ def test_global_generator_is_left_alone() -> None:
 def test_sample_is_linear_interpolation() -> None:
     random = np.random.default_rng(1)
     image, displacement = random.random((5, 6, 7), np.float32), random.normal(0, 2, (3, 5, 6, 7)).astype(np.float32)
-    found = voxelmorph.sample(torch.from_numpy(image)[None, None], torch.from_numpy(displacement)[None])
+    found = sampling.sample_displaced(torch.from_numpy(image)[None, None], torch.from_numpy(displacement)[None])
     crude = ndimage.map_coordinates(image, np.indices(image.shape) + displacement, order=1, mode="nearest")
     np.testing.assert_allclose(found[0, 0], crude, atol=1e-5)
 
@@ -306,7 +307,7 @@ def test_mse_is_a_mean_over_what_counts() -> None:
 def test_start_is_taken_up_only_if_asked() -> None:
     fixed, moving, truth = deformed(scenes.straight_grid())
     scans = [pyramid.prepare(scan, None, 4.0, "scan") for scan in (fixed, moving)]
-    pair = Pair(fixed, moving, scans[0], scans[1], None, (8.0, 4.0))
+    pair = Pair(fixed, moving, scans[0], scans[1], None)
     few = replace(TINY, iterations=1)
     for use, most in ((False, np.inf), (True, 1.0)):
         found = voxelmorph.fit(pair, Affine.identity(), truth, with_options(replace(few, use_start=use)), "cpu")

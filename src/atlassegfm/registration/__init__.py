@@ -190,7 +190,7 @@ def register(
         spacings = pyramid.level_spacings_mm(fixed.grid, (settings.coarse_voxels, settings.fine_voxels))
         fixed_scan = pyramid.prepare(fixed, None, spacings[-1], "query")
         moving_scan = pyramid.prepare(moving, moving_labels, spacings[-1], "atlas")
-        pair = Pair(fixed, moving, fixed_scan, moving_scan, moving_labels, spacings)
+        pair = Pair(fixed, moving, fixed_scan, moving_scan, moving_labels)
     engine = ENGINES[settings.engine]
     linear = initial or Affine.identity()
     wants_linear = initial is None and (settings.rigid or settings.affine)

@@ -27,6 +27,7 @@ from ..transforms import Affine, Chain, DisplacementField, Transform, displaceme
 from .features import LocalCorrelation, mind_ssc
 from .pair import Fitted, Pair
 from .pyramid import Scan, axes_of, level_grid, on_grid
+from .sampling import flow, sample_at
 
 if TYPE_CHECKING:
     from .settings import InstanceSettings, RegistrationSettings
@@ -35,14 +36,14 @@ logger = logging.getLogger(__name__)
 
 #: Voxels between control points.
 _STRIDE = 2
-#: Cube of the local correlation, voxels. On Abd-MR, atlas 001: 2, 3 and 5 within 0.004 of each other.
+#: Half width of the cube of the local correlation, in voxels: 7 across.
 _CORRELATION_RADIUS = 3
 #: Tissue squeezed to less than this share of its volume is penalised.
 _LEAST_VOLUME = 0.3
 #: Adam's step in voxels of the level.
 _STEP_VOXELS = 0.5
 #: MIND-SSC is compared at one voxel in eight, another one of each cube of eight in every step: its patches overlap,
-#: and comparing all of them cost three times the time of a step for Dice within 0.005 either way.
+#: and reading all of them takes six times as long (benchmarks/registration_profile.py).
 _PARITIES = ((0, 0, 0), (1, 1, 1), (0, 1, 1), (1, 0, 0), (1, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0))
 #: Control points from the border of the labels' box that stay: two passes of smoothing reach two of them.
 _FIXED_RIM = 3
@@ -62,7 +63,7 @@ _EMPHASIS_REACH = 0.03
 
 @dataclass(frozen=True)
 class _Weights:
-    """What counts how much on one level."""
+    """What counts how much on one level; see the settings of the same names."""
 
     iterations: int
     mind: float
@@ -100,10 +101,8 @@ def fit(
 
     def fitted(number: int, begin: DisplacementField | None, *, cautious: bool) -> tuple[DisplacementField, int]:
         """One level over the whole field of view; the field, and how many numbers were fitted."""
-        grid, weights = (
-            level_grid(view, axes, options.level_voxels[number]),
-            _weights(options, number, cautious=cautious),
-        )
+        grid = level_grid(view, axes, options.level_voxels[number])
+        weights = _weights(options, number, cautious=cautious)
         if not options.diffeomorphic or begin is None:
             level = _Level(pair.fixed_scan, pair.moving_scan, grid, linear, device)
             return level.fit(begin, weights, fixed_rim=False), level.parameters
@@ -202,7 +201,19 @@ def _labels_box(moving: Scan, field: DisplacementField, transform: Transform, vi
 
 
 class _Level:
-    """One pair on one grid."""
+    """One pair on one grid.
+
+    Parameters
+    ----------
+    fixed, moving : Scan
+        Query and atlas.
+    grid : Grid
+        In the fixed world.
+    transform : Transform
+        Fixed to moving world, found before this level.
+    device : str
+        Where to compute.
+    """
 
     def __init__(self, fixed: Scan, moving: Scan, grid: Grid, transform: Transform, device: str) -> None:
         self.grid, self.device = grid, device
@@ -233,6 +244,11 @@ class _Level:
         weights : _Weights
         fixed_rim : bool
             Whether the displacement stays as it is at the border of the grid.
+
+        Returns
+        -------
+        DisplacementField
+            On the level's grid, ``start`` and what was added.
         """
         shape = list(self.grid.shape)
         base = self._in_voxels(start)
@@ -265,7 +281,7 @@ class _Level:
     def _addition(self, control: Tensor, weights: _Weights) -> Tensor:
         """(1, 3, I, J, K) displacements of the control points, in voxels of the grid."""
         smooth = _smooth(control)
-        return _exponential(smooth / _STRIDE) * _STRIDE if weights.diffeomorphic else smooth
+        return flow(smooth / _STRIDE, _SQUARINGS) * _STRIDE if weights.diffeomorphic else smooth
 
     def _weight(self, start: DisplacementField | None, emphasis: float) -> Tensor:
         """(1, 1, I, J, K) weights of the voxels, 1 in sum: the query's foreground, more near the atlas's structures."""
@@ -292,7 +308,7 @@ class _Level:
             Of the optimisation: which voxels are compared by MIND-SSC depends on it.
         """
         where = (displaced.movedim(1, -1) * self.to_unit - 1).flip(-1)
-        warped = _sample(self.atlas, where)
+        warped = sample_at(self.atlas, where)
         # What is outside the atlas says nothing; it must not pay to leave it either, so no gradient through this.
         counted = weight * warped[:, 1:].detach()
         loss = torch.zeros((), device=displaced.device)
@@ -300,7 +316,7 @@ class _Level:
             loss = loss + weights.correlation * self.correlation.unlikeness(warped[:, :1], counted)
         if weights.mind:
             i, j, k = (slice(first, None, 2) for first in _PARITIES[step % len(_PARITIES)])
-            difference = (_sample(self.atlas_mind, where[:, i, j, k]) - self.query_mind[:, :, i, j, k]).pow(2)
+            difference = (sample_at(self.atlas_mind, where[:, i, j, k]) - self.query_mind[:, :, i, j, k]).pow(2)
             part = (difference.mean(dim=1, keepdim=True) * counted[:, :, i, j, k]).sum()
             loss = loss + weights.mind * len(_PARITIES) * part
         return loss
@@ -330,35 +346,6 @@ def _roughness(displacement: Tensor) -> Tensor:
     return total
 
 
-def _sample(channels: Tensor, where: Tensor) -> Tensor:
-    """Read a volume at points, the border's values beyond it.
-
-    PyTorch samples one volume with one thread on a CPU. Cut into as many slabs as there are threads, each beside
-    the same volume, it uses them all, to the same bits.
-
-    Parameters
-    ----------
-    channels : Tensor, (1, C, I, J, K)
-    where : Tensor, (1, A, B, D, 3)
-        In units of -1 to 1, the last axis first, as :func:`torch.nn.functional.grid_sample` takes it.
-
-    Returns
-    -------
-    Tensor, (1, C, A, B, D)
-    """
-    planes = where.shape[1]
-    slabs = min(torch.get_num_threads(), planes) if channels.device.type == "cpu" else 1
-    thickness = -(-planes // slabs)
-    filled = F.pad(where, (0, 0, 0, 0, 0, 0, 0, slabs * thickness - planes))
-    sampled = F.grid_sample(
-        channels.expand(slabs, -1, -1, -1, -1),
-        filled.reshape(slabs, thickness, *where.shape[2:]),
-        padding_mode="border",
-        align_corners=True,
-    )
-    return sampled.movedim(1, 0).flatten(1, 2)[None, :, :planes]
-
-
 def _compression(displacement: Tensor) -> Tensor:
     """Mean squared shortfall of the Jacobian determinant below :data:`_LEAST_VOLUME`.
 
@@ -382,26 +369,6 @@ def _compression(displacement: Tensor) -> Tensor:
         + x[2] * (y[0] * z[1] - (1 + y[1]) * z[0])
     )
     return (_LEAST_VOLUME - determinant).clamp_min(0).pow(2).mean()
-
-
-def _exponential(velocity: Tensor) -> Tensor:
-    """The displacement after unit time along a velocity that does not change, by scaling and squaring.
-
-    Parameters
-    ----------
-    velocity : Tensor, (1, 3, I, J, K)
-        In units of its own grid's spacing (Arsigny et al., "A Log-Euclidean Framework for Statistics on
-        Diffeomorphisms", MICCAI 2006).
-    """
-    shape = velocity.shape[2:]
-    nodes = [torch.arange(n, dtype=torch.float32, device=velocity.device) for n in shape]
-    places = torch.stack(torch.meshgrid(*nodes, indexing="ij"), -1)[None]
-    to_unit = 2 / (torch.tensor(shape, dtype=torch.float32, device=velocity.device) - 1).clamp_min(1)
-    displacement: Tensor = velocity / 2**_SQUARINGS
-    for _ in range(_SQUARINGS):
-        where = ((places + displacement.movedim(1, -1)) * to_unit - 1).flip(-1)
-        displacement = displacement + F.grid_sample(displacement, where, padding_mode="border", align_corners=True)
-    return displacement
 
 
 def _smooth(control: Tensor) -> Tensor:

@@ -31,8 +31,6 @@ class Pair:
         The same prepared: normalised, reduced to what the finest level needs.
     moving_labels : Volume or None
         Labels of the atlas, on its grid.
-    spacings_mm : tuple of float
-        Of the levels, coarse to fine.
     """
 
     fixed: Volume
@@ -40,7 +38,6 @@ class Pair:
     fixed_scan: Scan
     moving_scan: Scan
     moving_labels: Volume | None
-    spacings_mm: tuple[float, ...]
 
     def near(self, box: Grid, transform: Transform) -> tuple[Scan, Scan]:
         """Both scans around a box in the fixed world, reduced no further than the box's grid needs.

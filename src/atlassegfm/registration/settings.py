@@ -15,7 +15,10 @@ _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 class InstanceSettings:
     """The engine ``instance``: the displacement itself is optimised."""
 
-    level_voxels: tuple[Annotated[int, Field(ge=2_000, le=20_000_000)], ...] = (40_000, 150_000)
+    level_voxels: Annotated[tuple[Annotated[int, Field(ge=2_000, le=20_000_000)], ...], Field(min_length=1)] = (
+        40_000,
+        150_000,
+    )
     """Voxels of each level over the query's field of view, coarse to fine (for an abdomen about 9 and 6 mm), never
     finer than the query itself."""
 
@@ -24,36 +27,35 @@ class InstanceSettings:
 
     voxels_per_structure: Annotated[int, Field(ge=0, le=1_000_000)] = 15_000
     """Where the atlas has many structures, they are small, and the last level has as many voxels as this for each of
-    them, but at most ``most_local_voxels``. OASIS (138 structures), one pair: Dice 0.586 with 0.5 million voxels,
-    0.606 with 1 and 0.627 with 2 million; on Abd-MR (4) 1 million gained nothing."""
+    them, but at most ``most_local_voxels``: OASIS with its 138 structures comes to 1.4 mm."""
 
     most_local_voxels: Annotated[int, Field(ge=2_000, le=100_000_000)] = 2_000_000
-    """Most voxels of the last level: bounds memory (about 1 GB for 2 million) and time."""
+    """Most voxels of the last level: bounds time and memory. At 2 million the whole process peaks at 1.7 GB
+    (docs/registration.md, OASIS)."""
 
-    iterations: tuple[Annotated[int, Field(ge=0, le=2000)], ...] = (40, 35, 25)
+    iterations: Annotated[tuple[Annotated[int, Field(ge=0, le=2000)], ...], Field(min_length=1)] = (40, 35, 25)
     """Adam steps on each level, the one in the labels' box last. Here and below the last number of a list holds for
     all levels after it."""
 
-    mind_weight: tuple[Annotated[float, Field(ge=0)], ...] = (2.5,)
+    mind_weight: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (2.5,)
     """Weight of the MIND-SSC difference on each level."""
 
-    correlation_weight: tuple[Annotated[float, Field(ge=0)], ...] = (0.5,)
+    correlation_weight: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.5,)
     """Weight of one minus the local correlation on each level."""
 
-    smoothness: tuple[Annotated[float, Field(ge=0)], ...] = (0.05, 0.1, 0.4)
+    smoothness: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.05, 0.1, 0.4)
     """Weight of the squared gradient of the displacement on each level. In the labels' box it is that of what the level
-    adds: at 0.05 there, Dice on four Cardiac pairs is 0.727, at 0.4 0.736; on Abd-MR the same."""
+    adds."""
 
     folding_penalty: Annotated[float, Field(ge=0)] = 10.0
     """Weight of the squared shortfall of the local volume (Jacobian determinant) below 0.3."""
 
     structure_emphasis: Annotated[float, Field(ge=0)] = 4.0
-    """How much more a voxel in or near a structure of the atlas counts: 1 + this times one elsewhere. At 0 and 4 the
-    mean Dice of seven Hippocampus pairs was 0.796 and 0.806."""
+    """How much more a voxel in or near a structure of the atlas counts: 1 + this times one elsewhere."""
 
     diffeomorphic: bool = False
     """Whether each level fits a stationary velocity, whose flow can be undone everywhere, and levels are composed
-    instead of added: next to no folding, for about twice the time of the coarse levels."""
+    instead of added, so that hardly anything folds. Slower."""
 
     cautious: bool = True
     """Whether the fit is made cautiously where the structures' contrast differs between the scans: stiffer, mostly by
@@ -62,16 +64,16 @@ class InstanceSettings:
 
     contrast_tolerance: Annotated[float, Field(ge=0, le=1)] = 0.15
     """Difference of the structures' brightness, as a share of the range of intensities, above which contrast counts as
-    different. After a first coarse fit it is 0.15 to 0.27 for pairs with the one Abd-MR scan whose spleen is dark, 0.01
-    to 0.09 for the others, and above this for one of 30 pairs of Abd-CT."""
+    different (the program logs it at level DEBUG). Chosen on the shared Abd-MR cases, where it parts the pairs of one
+    scan with a dark spleen from the others: one scan, so that other data may want another value."""
 
-    cautious_mind_weight: tuple[Annotated[float, Field(ge=0)], ...] = (5.0,)
-    """``mind_weight`` of the cautious fit; its level in the labels' box is that of the other."""
+    cautious_mind_weight: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (5.0,)
+    """``mind_weight`` of the cautious fit over the field of view; in the labels' box it is the usual one."""
 
-    cautious_correlation_weight: tuple[Annotated[float, Field(ge=0)], ...] = (0.0, 0.2)
+    cautious_correlation_weight: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.0, 0.2)
     """``correlation_weight`` of the cautious fit."""
 
-    cautious_smoothness: tuple[Annotated[float, Field(ge=0)], ...] = (0.3, 0.1)
+    cautious_smoothness: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.3, 0.1)
     """``smoothness`` of the cautious fit."""
 
 
@@ -256,8 +258,8 @@ class RegistrationSettings:
 
     structure_search: bool = True
     """Whether each labelled structure is searched for on its own, to start the deformable stage: organs move by
-    centimetres against each other, out of reach of a smooth fit. A structure whose best place is
-    less like the atlas by MIND-SSC than where it is stays out of the search."""
+    centimetres against each other, out of reach of a smooth fit. A structure whose best place is less like the atlas by
+    MIND-SSC than where it is stays out of the search."""
 
     discrete: bool = False
     """Whether a coupled-convex search over displacements starts the deformable stage, after the search for each

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import RegistrationError
-from ..transforms import Affine, Chain, DisplacementField
+from ..transforms import Affine, Chain, DisplacementField, displacement_on
 from . import pyramid
 from .features import LocalCorrelation, mind_ssc
 from .pair import Fitted, Pair
+from .sampling import flow, sample_displaced
 
 if TYPE_CHECKING:
     from .settings import RegistrationSettings, VoxelmorphSettings
@@ -96,9 +97,7 @@ def fit(
         world = np.einsum("wv,vijk->wijk", grid.affine[:3, :3], displacement)
         found = DisplacementField(grid, world.astype(np.float32))
         if field is not None:
-            nodes = grid.voxel_to_world(np.moveaxis(np.indices(grid.shape), 0, -1).reshape(-1, 3))
-            moved = field.map(found.map(nodes)) - nodes
-            found = DisplacementField(grid, np.ascontiguousarray(moved.T.reshape(3, *grid.shape), dtype=np.float32))
+            found = displacement_on(Chain((found, field)), grid)
         field = found
     return Fitted(linear, field, {"deformable": parameters})
 
@@ -253,34 +252,13 @@ class _Likeness:
 
     def __call__(self, displacement: Tensor) -> Tensor:
         """(1, 3, I, J, K) voxels to one number."""
-        warped = sample(self.atlas, displacement)
+        warped = sample_displaced(self.atlas, displacement)
         counted = self.weight * warped[:, -1:].detach()
         if self.loss == "lncc":
             unlike = 1 - self.correlation(warped[:, :-1])
         else:
             unlike = (warped[:, :-1] - self.query).pow(2).mean(dim=1, keepdim=True)
         return (unlike * counted).sum() / counted.sum().clamp_min(1)
-
-
-def sample(channels: Tensor, displacement: Tensor) -> Tensor:
-    """Read a volume at displaced voxels, the border's values beyond it.
-
-    Parameters
-    ----------
-    channels : Tensor, (1, C, I, J, K)
-    displacement : Tensor, (1, 3, I, J, K)
-        In voxels, of the same grid; I, J, K at least 2.
-
-    Returns
-    -------
-    Tensor, (1, C, I, J, K)
-    """
-    shape = displacement.shape[2:]
-    axes = [torch.linspace(-1, 1, n, device=displacement.device) for n in shape]
-    nodes = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)[None]
-    to_unit = 2 / (torch.tensor(shape, dtype=torch.float32, device=displacement.device) - 1)
-    where = nodes + displacement.movedim(1, -1) * to_unit
-    return F.grid_sample(channels, where.flip(-1), padding_mode="border", align_corners=True)
 
 
 def integrate(velocity: Tensor, steps: int) -> tuple[Tensor, Tensor]:
@@ -305,10 +283,7 @@ def integrate(velocity: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     ratio = torch.tensor([(m - 1) / (n - 1) for m, n in zip(small, shape, strict=True)], device=velocity.device)
     ratio = ratio.to(velocity.dtype)[:, None, None, None]
     halved = F.interpolate(velocity, small, mode="trilinear", align_corners=True) * ratio
-    displacement = halved / 2**steps
-    for _ in range(steps):
-        displacement = displacement + sample(displacement, displacement)
-    return F.interpolate(displacement / ratio, shape, mode="trilinear", align_corners=True), halved
+    return F.interpolate(flow(halved, steps) / ratio, shape, mode="trilinear", align_corners=True), halved
 
 
 def _rate(schedule: str, iteration: int, iterations: int) -> float:
