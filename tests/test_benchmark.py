@@ -404,14 +404,17 @@ def test_the_user_clicks_into_each_structure_and_has_no_atlas(
         def encode(self, image: Volume) -> Volume:
             return image
 
-        def predict(self, encoded: Volume, prompt: ClickPrompt) -> LocalMap:
-            """The clicked voxel alone."""
+        def predict(self, encoded: Volume, prompts: Mapping[int, ClickPrompt]) -> dict[int, LocalMap]:
+            """The clicked voxels alone."""
+            return {n: self.answer(encoded, prompt) for n, prompt in prompts.items()}
+
+        def answer(self, encoded: Volume, prompt: ClickPrompt) -> LocalMap:
             asked.append((encoded, prompt))
             clicked = np.zeros(encoded.grid.shape, bool)
             clicked[prompt.ijk] = True
             return LocalMap.from_full(clicked)
 
-    monkeypatch.setattr(runner, "load_model", lambda *_: Model())
+    monkeypatch.setattr(runner, "load_chosen", lambda *_: Model())
     user = Variant("user", FAST, prompts_from="user")
     assert user.scored == ("model",)
     # A click on case_4 for its two structures, on case_3 for all three.

@@ -11,7 +11,7 @@ from atlassegfm.errors import ModelError
 from atlassegfm.geometry import Grid
 from atlassegfm.image import LocalMap, Volume
 from atlassegfm.models import load_model
-from atlassegfm.models.builtin import BuiltinSegmenter, load
+from atlassegfm.models.builtin import BuiltinSegmenter
 from atlassegfm.prompts import BoxPrompt, ClickPrompt, MaskPrompt, Prompt
 
 SHAPE = (40, 36, 20)
@@ -48,8 +48,8 @@ def dice(probability: LocalMap, truth: NDArray[np.bool_]) -> float:
 
 
 def answer(image: Volume, prompt: Prompt) -> LocalMap:
-    model = load("cpu")
-    return model.predict(model.encode(image), prompt)
+    model = load_model("builtin", "cpu")
+    return model.predict(model.encode(image), {3: prompt})[3]
 
 
 def test_is_in_the_table_of_models():
@@ -59,13 +59,13 @@ def test_is_in_the_table_of_models():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_missing_gpu_is_an_error_of_the_model():
     with pytest.raises(ModelError, match="no CUDA GPU"):
-        load("cuda")
+        load_model("builtin", "cuda")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_agrees_with_cpu():
-    model, prompt = load("cuda"), mask_prompt(ball((22, 17, 10)))
-    on_gpu = model.predict(model.encode(bright_ball()), prompt)
+    model, prompt = load_model("builtin", "cuda"), mask_prompt(ball((22, 17, 10)))
+    on_gpu = model.predict(model.encode(bright_ball()), {1: prompt})[1]
     np.testing.assert_allclose(on_gpu.values, answer(bright_ball(), prompt).values, atol=1e-5)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ from atlassegfm.errors import InputError, ModelError
 from atlassegfm.geometry import Grid
 from atlassegfm.image import LocalMap, Volume
 from atlassegfm.metrics import dice_per_structure
-from atlassegfm.models.builtin import BuiltinSegmenter, load
+from atlassegfm.models import OnPrompt, load_model
 from atlassegfm.pipeline import Segmentation, Settings, outside_shares, resolve_device, segment
-from atlassegfm.prompts import ClickPrompt
+from atlassegfm.prompts import ClickPrompt, Prompt
 from atlassegfm.settings import with_overrides
 from atlassegfm.transforms import Affine, Chain, DisplacementField, displacement_on, resample
 from conftest import rotation
@@ -223,7 +224,8 @@ def test_box_is_told_by_its_corner_voxels(context: Context) -> None:
 def test_model_is_asked_once_to_encode_each_scan(context: Context) -> None:
     class Counting:
         def __init__(self) -> None:
-            self.inner: BuiltinSegmenter = load("cpu")
+            self.inner = load_model("builtin", "cpu")
+            self.provenance = {"weights": "counted"}
             self.encoded: list[Volume] = []
             self.prompts: list[object] = []
 
@@ -231,9 +233,9 @@ def test_model_is_asked_once_to_encode_each_scan(context: Context) -> None:
             self.encoded.append(image)
             return self.inner.encode(image)
 
-        def predict(self, encoded: object, prompt: object) -> LocalMap:
-            self.prompts.append(prompt)
-            return self.inner.predict(encoded, prompt)
+        def predict(self, encoded: object, prompts: Mapping[int, Prompt], on_prompt: OnPrompt) -> dict[int, LocalMap]:
+            self.prompts += prompts.values()
+            return self.inner.predict(encoded, prompts, on_prompt)
 
     model = Counting()
     stages: list[str] = []

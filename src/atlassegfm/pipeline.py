@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ from .geometry import Grid
 from .image import LocalMap, Volume, smallest_label_type
 from .metrics import dice
 from .models import Segmenter, describe_model, load_model
+from .models.settings import ModelSettings
 from .prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, PromptKind, make_prompt
 from .registration import Registration, RegistrationSettings, register
 from .structures import Structure
@@ -73,6 +75,12 @@ class Settings:
     """Name of the segmentation model; "none" stops after the registration: the result is the warped atlas.
     ``atlassegfm models`` lists them."""
 
+    model_path: str = ""
+    """File or folder of the model's weights; empty: looked for where ``atlassegfm models show`` says."""
+
+    models: ModelSettings = field(default_factory=ModelSettings)
+    """How the models are set up."""
+
     prompt: Literal["auto", "click", "box", "mask"] = "auto"
     """What the model is prompted with; "auto" is the best of the prompts it takes."""
 
@@ -86,8 +94,8 @@ class PromptUsed:
 
     Parameters
     ----------
-    kind : {"click", "box", "mask"}
-        Click: both corners are the clicked voxel. Box, mask: the first and the last voxel inside.
+    kind : {"click", "box", "mask", "region"}
+        Click: both corners are the clicked voxel. Box, mask, region: the first and the last voxel inside.
     first_voxel, last_voxel : tuple of int, (3,)
         In the array order the query is stored in.
     first_mm, last_mm : tuple of float, (3,)
@@ -206,12 +214,14 @@ class Segmentation:
         None without a model.
     settings : Settings
         That it was made with.
-    prompt : {"click", "box", "mask"} or None
+    prompt : {"click", "box", "mask", "region"} or None
         Kind of prompt that was used.
     device : {"cpu", "cuda"}
         Where it was computed.
     seconds : mapping of str to float
         Wall time of each stage.
+    provenance : mapping of str to Any
+        Where the model's numbers come from, as plain values; empty where it has nothing to say.
     """
 
     labels: Volume
@@ -227,6 +237,7 @@ class Segmentation:
     prompt: PromptKind | None
     device: str
     seconds: Mapping[str, float]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """What happened, as plain values for ``run.json``."""
@@ -238,6 +249,7 @@ class Segmentation:
                 "code_licence": row.code_licence,
                 "weights_licence": row.weights_licence,
                 "prompt": self.prompt,
+                **self.provenance,
             }
         return {
             "device": self.device,
@@ -302,6 +314,20 @@ def resolve_device(name: str) -> str:
     return "cpu"
 
 
+def load_chosen(settings: Settings, device: str) -> Segmenter | None:
+    """Load the model the settings name onto "cpu" or "cuda"; None without a model.
+
+    Raises
+    ------
+    AtlasSegError
+        As :func:`~atlassegfm.models.load_model`.
+    """
+    if settings.model == NO_MODEL:
+        return None
+    path = Path(settings.model_path).expanduser() if settings.model_path else None
+    return load_model(settings.model, device, settings.models, path)
+
+
 def prompt_kind(settings: Settings) -> PromptKind | None:
     """The kind of prompt the settings come to; None without a model.
 
@@ -315,6 +341,8 @@ def prompt_kind(settings: Settings) -> PromptKind | None:
     row = describe_model(settings.model)
     if settings.prompt == "auto":
         return row.prompts[0]
+    if row.prompts == ("region",):
+        raise InputError(f"the model {row.name!r} takes no prompt; leave the prompt at 'auto'")
     if settings.prompt not in row.prompts:
         raise InputError(
             f"the model {row.name!r} does not take the prompt {settings.prompt!r}; it takes {', '.join(row.prompts)}"
@@ -367,7 +395,7 @@ def segment(
     name = "the query" if query.source is None else str(query.source.path)
     scan = canonical_scan(query, name)
     if kind is not None and model is None:
-        model = load_model(settings.model, device)
+        model = load_chosen(settings, device)
     with _reproducible(settings.seed), _memory_errors():
         labels = Volume(_numbers(context.labels.data, context.values), context.labels.grid)
         return _Job(context, labels, query, scan, settings, device, _Clock(on_stage), transform).run(model, kind)
@@ -405,6 +433,7 @@ class _Answers:
     kind: PromptKind
     prompts: Mapping[int, Prompt]
     maps: Mapping[int, LocalMap]
+    provenance: Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -498,11 +527,8 @@ class _Job:
         """Prompt the model for each structure on one scan; masks with nothing to point at are left out."""
         prompts = {n: made for n, mask in masks.items() if (made := make_prompt(kind, mask)) is not None}
         encoded = model.encode(image) if prompts else None
-        maps = {}
-        for n, prompt in prompts.items():
-            tell(self.context.structures[n - 1].name)
-            maps[n] = model.predict(encoded, prompt)
-        return _Answers(kind, prompts, maps)
+        maps = model.predict(encoded, prompts, lambda n: tell(self.context.structures[n - 1].name)) if prompts else {}
+        return _Answers(kind, prompts, maps, model.provenance)
 
     def _learn(self, model: Segmenter, kind: PromptKind, placed: _Placed) -> _Learned:
         """Train the gate on the atlas's own scan.
@@ -592,6 +618,7 @@ class _Job:
             prompt=None if answers is None else answers.kind,
             device=self.device,
             seconds=self.clock.seconds,
+            provenance={} if answers is None else answers.provenance,
         )
 
     def _as_stored(self, numbers: NDArray[Any]) -> Volume:

@@ -1,7 +1,8 @@
 """Prompts for a segmentation model, made from the warped atlas mask of one structure.
 
-The three kinds are those of the paper (arXiv 2512.18176): a click in the middle of the largest connected
-component, the bounding box of its middle slice, or the mask itself. Voxel indices are those of the query
+Three kinds are those of the paper (arXiv 2512.18176): a click in the middle of the largest connected
+component, the bounding box of its middle slice, or the mask itself. The fourth is the mask, too, for models that take
+no prompt. Voxel indices are those of the query
 in RAS-canonical array order, so that the third axis runs from feet to head and a slice is axial.
 """
 
@@ -15,7 +16,8 @@ from scipy import ndimage
 
 from .image import LocalMap
 
-PromptKind = Literal["click", "box", "mask"]
+#: "region" is for models that take no prompt.
+PromptKind = Literal["click", "box", "mask", "region"]
 
 #: A voxel belongs to the structure from this probability on.
 INSIDE = 0.5
@@ -61,7 +63,20 @@ class MaskPrompt:
     probability: LocalMap
 
 
-Prompt = ClickPrompt | BoxPrompt | MaskPrompt
+@dataclass(frozen=True, eq=False)
+class RegionPrompt:
+    """Where the structure is, for a model that takes no prompt and finds all of its kind in the scan.
+
+    Parameters
+    ----------
+    probability : LocalMap
+        On the query.
+    """
+
+    probability: LocalMap
+
+
+Prompt = ClickPrompt | BoxPrompt | MaskPrompt | RegionPrompt
 
 
 def make_prompt(kind: PromptKind, probability: LocalMap) -> Prompt | None:
@@ -69,14 +84,14 @@ def make_prompt(kind: PromptKind, probability: LocalMap) -> Prompt | None:
 
     Parameters
     ----------
-    kind : {"click", "box", "mask"}
+    kind : {"click", "box", "mask", "region"}
         What the model is to be asked with.
     probability : LocalMap
         The warped mask, in [0, 1].
 
     Returns
     -------
-    ClickPrompt, BoxPrompt, MaskPrompt or None
+    ClickPrompt, BoxPrompt, MaskPrompt, RegionPrompt or None
         None where no voxel reaches :data:`INSIDE`: there is nothing to point at.
     """
     inside = probability.values >= INSIDE
@@ -84,6 +99,8 @@ def make_prompt(kind: PromptKind, probability: LocalMap) -> Prompt | None:
         return None
     if kind == "mask":
         return MaskPrompt(probability)
+    if kind == "region":
+        return RegionPrompt(probability)
     # Click and box point at one object: stray parts of a warped mask would drag both off it.
     components, count = ndimage.label(inside, structure=np.ones((3, 3, 3)))
     sizes = np.bincount(components.ravel())[1:] if count else np.zeros(1)

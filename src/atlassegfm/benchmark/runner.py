@@ -32,8 +32,8 @@ from ..fusion import label_map
 from ..image import LocalMap, Volume, atomic_path, load_image, load_labels
 from ..memory import peak_memory_mb, reset_peak_memory
 from ..metrics import StructureScores
-from ..models import load_model
-from ..pipeline import NO_MODEL, Segmentation, Settings, segment
+from ..models import Segmenter
+from ..pipeline import NO_MODEL, Segmentation, Settings, load_chosen, segment
 from ..prompts import make_prompt
 from ..settings import to_dict
 from ..tolerances import Tolerances
@@ -366,7 +366,7 @@ class _Bench:
         self._plan = plan
         self._contexts: dict[str, Context] = {}
         self._queries: dict[str, tuple[Volume, Volume]] = {}
-        self._models: dict[str, Any] = {}
+        self._models: dict[Any, Segmenter | None] = {}
         self._unnamed: dict[str, set[int]] = {}
 
     def run(self, variant: Variant, pair: Pair, on_stage: Callable[[str], None] | None) -> Record:
@@ -420,13 +420,11 @@ class _Bench:
         truth = reference.turned_to(scan.grid).data
         values = [value for value in self._plan.values if (truth == value).any()]
         # Where the user clicks is no work of the program's.
-        prompts = [make_prompt("click", LocalMap.from_full(truth == value)) for value in values]
+        clicks = ((n, make_prompt("click", LocalMap.from_full(truth == v))) for n, v in enumerate(values, start=1))
+        prompts = {n: click for n, click in clicks if click is not None}
         with cost.measured(self._plan.device):
             start = time.perf_counter()
-            encoded = model.encode(scan)
-            maps = {
-                n: model.predict(encoded, prompt) for n, prompt in enumerate(prompts, start=1) if prompt is not None
-            }
+            maps = model.predict(model.encode(scan), prompts)
             numbers = label_map(maps, scan.grid.shape)
             cost.seconds = {"model": round(time.perf_counter() - start, 3)}
         cost.total_seconds = cost.seconds["model"]
@@ -484,13 +482,12 @@ class _Bench:
             logger.warning("%s: dataset.json does not name the label values %s; taken as background", path, found)
 
     def _model(self, variant: Variant) -> Any:
-        name = variant.settings.model
-        if name == NO_MODEL:
-            return None
-        if name not in self._models:
+        chosen = variant.settings
+        key = (chosen.model, chosen.model_path, chosen.models)
+        if key not in self._models:
             self._models.clear()  # two models may not fit into memory
-            self._models[name] = load_model(name, self._plan.device)
-        return self._models[name]
+            self._models[key] = load_chosen(chosen, self._plan.device)
+        return self._models[key]
 
 
 @dataclass

@@ -16,9 +16,8 @@ from ..errors import InputError
 from ..geometry import Grid
 from ..image import Volume, load_image
 from ..memory import peak_memory_mb, reset_peak_memory
-from ..models import load_model
 from ..phantom import make_pair
-from ..pipeline import NO_MODEL, Segmentation, Settings, segment
+from ..pipeline import Segmentation, Settings, load_chosen, segment
 from ..transforms import resample
 from .runner import restricted
 
@@ -120,7 +119,7 @@ def measure(
 
     The model is loaded before; the first round of several warms up and does not count.
     """
-    model = None if settings.model == NO_MODEL else load_model(settings.model, device)
+    model = load_chosen(settings, device)
     results: list[Segmentation] = []
     reset_peak_memory()
     for number in range(rounds + (rounds > 1)):

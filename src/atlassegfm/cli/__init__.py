@@ -123,7 +123,7 @@ def segment(
     run.json (what was done).
     """
     with open_session(quiet) as session:
-        from ..pipeline import NO_MODEL, prompt_kind, resolve_device
+        from ..pipeline import load_chosen, prompt_kind, resolve_device
         from ..registration import require_engine
         from ..results import output_folder
 
@@ -135,11 +135,7 @@ def segment(
         resolved = resolve_device(device)
         with output_folder(out):
             session.progress("reading the atlas")
-            loaded = None
-            if settings.model != NO_MODEL:
-                from ..models import load_model
-
-                loaded = load_model(settings.model, resolved)
+            loaded = load_chosen(settings, resolved)
             from ..context import Context
 
             context = Context.from_files(atlas, labels, names)

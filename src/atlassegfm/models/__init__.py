@@ -1,20 +1,25 @@
 """Segmentation models behind one interface.
 
-A model is one row of :data:`MODELS` and one file of this package. It is asked once to ``encode`` a scan,
-then to ``predict`` from a prompt for each structure. The pipeline asks the model, never the other way
-round.
+A model is one row of :data:`MODELS` and one file of this package. It is asked once to ``encode`` a scan, then
+to ``predict`` its structures from a prompt each. The pipeline asks the model, never the other way round.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import InputError
 from ..image import LocalMap, Volume
 from ..prompts import Prompt, PromptKind
+from ..weights import LocalWeights, PublishedWeights, find_weights
+from .settings import ModelSettings
+
+#: Told the key of each prompt as the model turns to it.
+OnPrompt = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,17 @@ class ModelDescription:
     summary : str
         One sentence.
     module : str
-        Module of this package that has ``load(device)``.
+        Module of this package that has ``load(device, settings, weights)``.
     prompts : tuple of PromptKind
         Kinds of prompt it takes, the best first.
-    code_licence, weights_licence : str
-        SPDX expressions, or words.
+    code_licence : str
+        SPDX expression, or words.
+    weights : PublishedWeights or None
+        What it must be given to run; None if it has no weights.
+    extra : str
+        The extra of this package that brings what it imports; empty if the core suffices.
+    paper_dice : mapping of PromptKind to float
+        Dice in percent that the paper reports by prompt (Table 6, Abd-CT, fused), where it does.
     """
 
     name: str
@@ -40,18 +51,48 @@ class ModelDescription:
     module: str
     prompts: tuple[PromptKind, ...]
     code_licence: str
-    weights_licence: str
+    weights: PublishedWeights | None = None
+    extra: str = ""
+    paper_dice: Mapping[PromptKind, float] = field(default_factory=dict)
+
+    @property
+    def weights_licence(self) -> str:
+        """SPDX expression, or words."""
+        return "none (no weights)" if self.weights is None else self.weights.licence
 
 
 class Segmenter(Protocol):
     """A loaded model."""
 
-    def encode(self, image: Volume) -> Any:
-        """Take in one scan (RAS-canonical array order), once for all its structures."""
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Where its numbers come from, as plain values for ``run.json``: files, versions, a server; may be empty."""
         ...
 
-    def predict(self, encoded: Any, prompt: Prompt) -> LocalMap:
-        """Probability in [0, 1] of the structure that the prompt points at, on the scan's grid."""
+    def encode(self, image: Volume) -> Any:
+        """Take in one scan (float32, RAS-canonical array order), once for all its structures."""
+        ...
+
+    def predict(
+        self, encoded: Any, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
+    ) -> dict[int, LocalMap]:
+        """Answer the prompts for several structures of one scan.
+
+        Parameters
+        ----------
+        encoded
+            What ``encode`` gave.
+        prompts : mapping of int to Prompt
+            By number of the structure. Parts outside the scan are left out; the scan need not show the structure.
+        on_prompt : callable, optional
+            Told the number of each structure as the model turns to it.
+
+        Returns
+        -------
+        dict of int to LocalMap
+            The same numbers; probability in [0, 1] that a voxel belongs to the structure, on the scan's grid, float32.
+            Empty where nothing was found.
+        """
         ...
 
 
@@ -64,7 +105,6 @@ MODELS: Mapping[str, ModelDescription] = {
             module="builtin",
             prompts=("mask", "box", "click"),
             code_licence="Apache-2.0",
-            weights_licence="none (no weights)",
         ),
     )
 }
@@ -84,16 +124,37 @@ def describe_model(name: str) -> ModelDescription:
     return MODELS[name]
 
 
-def load_model(name: str, device: str) -> Segmenter:
+def load_model(name: str, device: str, settings: ModelSettings | None = None, path: Path | None = None) -> Segmenter:
     """Load a model by name onto "cpu" or "cuda".
+
+    Parameters
+    ----------
+    name : str
+        A key of :data:`MODELS`.
+    device : {"cpu", "cuda"}
+        Where it computes.
+    settings : ModelSettings, optional
+        Defaults if left out.
+    path : Path, optional
+        File or folder of its weights. Looked for in the folder of all weights if left out (:mod:`atlassegfm.weights`).
 
     Raises
     ------
     InputError
-        If the name is not known.
+        If the name is not known, or the weights are not there, are not those of this model, or their licence has not
+        been accepted.
     MissingExtraError
         If the model's dependencies are not installed.
+    ModelError
+        If the model cannot be loaded.
     """
-    module = importlib.import_module(f".{describe_model(name).module}", __name__)
-    model: Segmenter = module.load(device)
+    row = describe_model(name)
+
+    def weights() -> LocalWeights:
+        if row.weights is None:
+            raise TypeError(f"the model {name!r} has no weights")
+        return find_weights(name, row.weights, path)
+
+    module = importlib.import_module(f".{row.module}", __name__)
+    model: Segmenter = module.load(device, settings or ModelSettings(), weights)
     return model

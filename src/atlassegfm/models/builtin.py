@@ -25,6 +25,7 @@ Distances and weights are in mm. Nothing is random.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +37,10 @@ from scipy import ndimage
 from ..errors import ModelError
 from ..geometry import Grid
 from ..image import LocalMap, Volume
-from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt
+from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt
+from ..weights import LocalWeights
+from . import OnPrompt
+from .settings import ModelSettings
 
 Field = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -164,14 +168,30 @@ class BuiltinSegmenter:
         """Take in one scan (RAS-canonical array order)."""
         return BuiltinEncoding(np.asarray(image.data, dtype=np.float32), image.grid)
 
-    def predict(self, encoded: BuiltinEncoding, prompt: Prompt) -> LocalMap:
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Nothing: it has no weights."""
+        return {}
+
+    def predict(
+        self, encoded: BuiltinEncoding, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
+    ) -> dict[int, LocalMap]:
+        """Answer the prompts one after the other; see :class:`~atlassegfm.models.Segmenter`."""
+        maps = {}
+        for number, prompt in prompts.items():
+            if on_prompt is not None:
+                on_prompt(number)
+            maps[number] = self.answer(encoded, prompt)
+        return maps
+
+    def answer(self, encoded: BuiltinEncoding, prompt: Prompt) -> LocalMap:
         """Probability of the structure that the prompt points at.
 
         Parameters
         ----------
         encoded : BuiltinEncoding
             The scan.
-        prompt : ClickPrompt, BoxPrompt or MaskPrompt
+        prompt : ClickPrompt, BoxPrompt, MaskPrompt or RegionPrompt
             Parts outside the scan are left out.
 
         Returns
@@ -179,7 +199,7 @@ class BuiltinSegmenter:
         LocalMap
             float32 in [0, 1] on the scan's grid; empty where no voxel of the scan is prompted.
         """
-        if isinstance(prompt, MaskPrompt):
+        if isinstance(prompt, MaskPrompt | RegionPrompt):
             return self._refine(encoded, _inside(prompt.probability, encoded.grid.shape), _MASK_ERROR)
         shape = _ball(encoded, prompt) if isinstance(prompt, ClickPrompt) else _ellipsoid(encoded, prompt)
         # The first round finds the structure from a shape that is not its own, the second its border.
@@ -225,7 +245,7 @@ class BuiltinSegmenter:
         return LocalMap((i, j, k), probability)
 
 
-def load(device: str) -> BuiltinSegmenter:
+def load(device: str, _settings: ModelSettings, _weights: Callable[[], LocalWeights]) -> BuiltinSegmenter:
     """Make the model ready on "cpu" or "cuda".
 
     Raises
