@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ..errors import InputError
 from ..image import LocalMap, Volume
 from ..prompts import Prompt, PromptKind
-from ..weights import LocalWeights, PublishedWeights, find_weights
+from ..weights import LocalWeights, PublishedWeights, WeightsFile, find_weights
 from .settings import ModelSettings
 
 #: Told the key of each prompt as the model turns to it.
@@ -105,6 +105,45 @@ MODELS: Mapping[str, ModelDescription] = {
             module="builtin",
             prompts=("mask", "box", "click"),
             code_licence="Apache-2.0",
+        ),
+        ModelDescription(
+            name="nninteractive",
+            summary="interactive network trained on 120 public sets of CT, MR, PET and microscopy; wants a GPU",
+            module="nninteractive",
+            prompts=("mask", "box", "click"),
+            code_licence="Apache-2.0",
+            weights=PublishedWeights(
+                repository="MIC-DKFZ/nnInteractive",
+                # Revision, sizes and sums as MONAI Label pins them.
+                revision="3f308d751c00644e4fde6f09c600264b393b21b5",
+                files=(
+                    WeightsFile(
+                        "nnInteractive_v1.0/dataset.json",
+                        245,
+                        "e090394ac539b2823b2135173658190245c462cb042d3442487e4829f08252c4",
+                    ),
+                    WeightsFile(
+                        "nnInteractive_v1.0/plans.json",
+                        6_287,
+                        "64a30a430438302a692a3edadd345a207b3428bea2e5cdc125298757da21f4d4",
+                    ),
+                    WeightsFile(
+                        "nnInteractive_v1.0/inference_session_class.json",
+                        121,
+                        "8f43587a9d139fcf7af8776219e9432dab079f985cb0d7da72a4c851b39a4f09",
+                    ),
+                    WeightsFile(
+                        "nnInteractive_v1.0/fold_0/checkpoint_final.pth",
+                        411_387_150,
+                        "b3ac4421f85457bbd1aa0d87f5e67bcb7bc8e2ce6b824b6ac45077cc5d630ea9",
+                    ),
+                ),
+                licence="CC-BY-NC-SA-4.0",
+                licence_url="https://creativecommons.org/licenses/by-nc-sa/4.0/",
+                non_commercial=True,
+            ),
+            extra="nninteractive",
+            paper_dice={"mask": 72.91, "box": 72.73, "click": 65.68},
         ),
     )
 }

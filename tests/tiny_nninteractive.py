@@ -1,0 +1,134 @@
+"""Networks for nnInteractive that need no download: folders in the published layout, and a toy that follows prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+#: The name is free; plans and checkpoint must agree on it.
+CONFIGURATION = "3d_fullres_ps192_bs24"
+#: Image, previous mask, and positive and negative boxes, clicks and scribbles.
+CHANNELS = 8
+
+
+class PromptFollower(torch.nn.Module):
+    """Finds what looks like the prompted voxels and is connected to them; no learning.
+
+    A mask may grow by a few voxels only, clicks and boxes by many. The channels are those of the published network.
+    """
+
+    def __init__(self, input_channels: int, num_classes: int, deep_supervision: bool = False, reach: int = 3) -> None:
+        super().__init__()
+        assert (input_channels, num_classes, deep_supervision) == (CHANNELS, 2, False)
+        self.reach = reach
+        self.gain = torch.nn.Parameter(torch.tensor(20.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        image, mask = x[:, :1].float(), x[:, 1:2].float() > 0.5
+        pointed = x[:, (2, 4, 6)].float().amax(dim=1, keepdim=True) > 0.5
+        seeds = mask | pointed
+        found = torch.zeros_like(image)
+        if seeds.any():
+            inside = image[seeds]
+            middle = inside.median()
+            spread = 4 * 1.4826 * (inside - middle).abs().median() + 0.15
+            alike = ((image - middle).abs() < spread).float()
+            found = seeds.float() * alike
+            for _ in range(30 if pointed.any() else self.reach):
+                found = functional.max_pool3d(found, 3, stride=1, padding=1) * alike
+        # Soft at the border, and never a tie.
+        share = functional.avg_pool3d(found, 3, stride=1, padding=1)
+        logit = self.gain * (0.5 * share + 0.5 * found - 0.501)
+        return torch.cat((torch.zeros_like(logit), logit), dim=1)
+
+
+def make_folder(
+    root: Path, *, follower: bool = False, patch: tuple[int, int, int] = (64, 64, 64), fold: int = 0, seed: int = 0
+) -> Path:
+    """Write the folder of a network with one fold: a small random one of the published kind, or the toy."""
+    if follower:
+        name, arguments, imported = "tiny_nninteractive.PromptFollower", {"reach": 3}, []
+        network: torch.nn.Module = PromptFollower(CHANNELS, 2)
+    else:
+        name, arguments, imported, network = _residual_encoder(seed)
+    (root / f"fold_{fold}").mkdir(parents=True, exist_ok=True)
+    architecture = {"network_class_name": name, "arch_kwargs": arguments, "_kw_requires_import": imported}
+    write(
+        root / "dataset.json",
+        {
+            "channel_names": {"0": "zscore"},
+            "labels": {"background": 0, "object": 1},
+            "file_ending": ".nii.gz",
+        },
+    )
+    write(
+        root / "plans.json",
+        {
+            "dataset_name": "Dataset000_tiny",
+            "plans_name": "tiny",
+            "configurations": {CONFIGURATION: {"patch_size": list(patch), "architecture": architecture}},
+        },
+    )
+    write(
+        root / "inference_session_class.json",
+        {
+            "inference_class": "nnInteractiveInferenceSession",
+            "point_radius": 4,
+            "preferred_scribble_thickness": 2,
+            "interaction_decay": 0.9,
+            "pad_mode_image": "constant",
+        },
+    )
+    (root / "LICENSE").write_text("CC0-1.0\nmade for tests\n")
+    save_checkpoint(root / f"fold_{fold}", network_weights=network.state_dict())
+    return root
+
+
+def save_checkpoint(fold: Path, **changed: Any) -> None:
+    """Write the checkpoint of a fold; None leaves an entry out."""
+    content = {
+        "network_weights": {},
+        "trainer_name": "nnInteractiveTrainer_stub",
+        "init_args": {"configuration": CONFIGURATION, "fold": 0},
+    } | changed
+    torch.save({key: value for key, value in content.items() if value is not None}, fold / "checkpoint_final.pth")
+
+
+def write(path: Path, content: Any) -> None:
+    """Write a JSON file."""
+    path.write_text(json.dumps(content))
+
+
+def _residual_encoder(seed: int) -> tuple[str, dict[str, Any], list[str], torch.nn.Module]:
+    from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+
+    features = (4, 8, 8)
+    stages = len(features)
+    plain: dict[str, Any] = {
+        "n_stages": stages,
+        "features_per_stage": list(features),
+        "kernel_sizes": [[3] * 3] * stages,
+        "strides": [[1] * 3] + [[2] * 3] * (stages - 1),
+        "n_blocks_per_stage": [1] * stages,
+        "n_conv_per_stage_decoder": [1] * (stages - 1),
+        "conv_bias": True,
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin_kwargs": {"inplace": True},
+    }
+    named = {
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "nonlin": "torch.nn.LeakyReLU",
+    }
+    kinds = {"conv_op": torch.nn.Conv3d, "norm_op": torch.nn.InstanceNorm3d, "nonlin": torch.nn.LeakyReLU}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = ResidualEncoderUNet(CHANNELS, num_classes=2, deep_supervision=False, **plain, **kinds)
+    name = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+    return name, plain | named, [*named, "dropout_op"], network
