@@ -25,21 +25,25 @@ class PromptFollower(torch.nn.Module):
         super().__init__()
         assert (input_channels, num_classes, deep_supervision) == (CHANNELS, 2, False)
         self.reach = reach
-        self.gain = torch.nn.Parameter(torch.tensor(20.0))
+        self.gain = torch.nn.Parameter(torch.tensor(14.0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         image, mask = x[:, :1].float(), x[:, 1:2].float() > 0.5
-        pointed = x[:, (2, 4, 6)].float().amax(dim=1, keepdim=True) > 0.5
+        pointed = x[:, (2, 4, 6)].float().amax(dim=1, keepdim=True) > 0.25
         seeds = mask | pointed
         found = torch.zeros_like(image)
         if seeds.any():
             inside = image[seeds]
             middle = inside.median()
             spread = 4 * 1.4826 * (inside - middle).abs().median() + 0.15
-            alike = ((image - middle).abs() < spread).float()
+            # Exactly 0 is what a patch is padded with.
+            alike = (((image - middle).abs() < spread) & (image != 0)).float()
             found = seeds.float() * alike
             for _ in range(30 if pointed.any() else self.reach):
-                found = functional.max_pool3d(found, 3, stride=1, padding=1) * alike
+                grown = functional.max_pool3d(found, 3, stride=1, padding=1) * alike
+                if torch.equal(grown, found):
+                    break
+                found = grown
         # Soft at the border, and never a tie.
         share = functional.avg_pool3d(found, 3, stride=1, padding=1)
         logit = self.gain * (0.5 * share + 0.5 * found - 0.501)

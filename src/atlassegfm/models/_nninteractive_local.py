@@ -381,11 +381,10 @@ def _artifacts(
         channels = int(determine_num_input_channels(manager, one, dataset))
         labels = manager.get_label_manager(dataset)
         kind = pydoc.locate(one.network_arch_class_name)
-        if kind is not None and not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
-            raise TypeError(f"{one.network_arch_class_name} is no network")
-        # First weights are drawn at random, only to be replaced; and of classes that moved it is told on the way.
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Network class .* not found")
+        if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+            raise TypeError(f"{one.network_arch_class_name} is no network that is installed")
+        # First weights are drawn at random, only to be replaced.
+        with torch.random.fork_rng(devices=[]):
             network = nnInteractiveTrainer_stub.build_network_architecture(
                 manager, one, channels + session.num_interaction_channels, 2, enable_deep_supervision=False
             )
@@ -423,7 +422,10 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Any], bool]:
     damaged = f"{path}: not a PyTorch checkpoint, or damaged ({{}}); get it again"
     safely = True
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # Of plain pickles, which are refused below.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if not zipfile.is_zipfile(path):
             raise InputError(damaged.format("no zip archive")) from None

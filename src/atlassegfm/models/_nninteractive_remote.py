@@ -6,6 +6,7 @@ masks; what it is sure of is not told.
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
 import weakref
@@ -107,19 +108,12 @@ class RemoteBackend:
 
     def _open(self) -> None:
         """Take a place on the server, and give back the one before."""
-        from nnInteractive.inference.remote import nnInteractiveRemoteInferenceSession
-
         self._release()
         self._shown = None
-        wait = self._options.timeout_seconds
         try:
             with self._explained():
-                session = nnInteractiveRemoteInferenceSession(
-                    self._url, read_timeout=wait, set_image_read_timeout=wait, write_timeout=wait
-                )
-        except (KeyError, TypeError, ValueError):
-            raise self._stranger() from None
-        except _SessionLostError:
+                session = _claim(self._url, self._options.timeout_seconds)
+        except (_SessionLostError, KeyError, TypeError, ValueError):
             raise self._stranger() from None
         # The heartbeat of a session keeps it alive, so it ends with this object, not with its last reference.
         self._release = weakref.finalize(self, session.close)
@@ -180,6 +174,25 @@ class RemoteBackend:
                 f"{self._url}: the connection to the server broke ({type(error).__name__}); see what the server says, "
                 "and try again"
             ) from None
+
+
+def _claim(url: str, wait_seconds: float) -> Any:
+    """A new session of the client; what it holds is given back where it fails."""
+    from nnInteractive.inference.remote import nnInteractiveRemoteInferenceSession
+
+    # A client that fails while it is made leaves its connection open, so it is made in two steps.
+    session: Any = object.__new__(nnInteractiveRemoteInferenceSession)
+    try:
+        session.__init__(
+            url, read_timeout=wait_seconds, set_image_read_timeout=wait_seconds, write_timeout=wait_seconds
+        )
+    except BaseException:
+        with contextlib.suppress(AttributeError):
+            session.close()
+        with contextlib.suppress(AttributeError):
+            session._http.close()
+        raise
+    return session
 
 
 def connect(options: NnInteractiveSettings) -> RemoteBackend:
