@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ..errors import InputError
 from ..image import LocalMap, Volume
 from ..prompts import Prompt, PromptKind
-from ..weights import LocalWeights, PublishedWeights, find_weights
+from ..weights import LocalWeights, PublishedWeights, WeightsFile, find_weights
 from .settings import ModelSettings
 
 #: Told the key of each prompt as the model turns to it.
@@ -105,6 +105,32 @@ MODELS: Mapping[str, ModelDescription] = {
             module="builtin",
             prompts=("mask", "box", "click"),
             code_licence="Apache-2.0",
+        ),
+        ModelDescription(
+            name="medsam2",
+            summary="SAM 2.1 trained on medical scans, follows a structure from slice to slice",
+            module="medsam2",
+            prompts=("click", "mask", "box"),
+            code_licence="Apache-2.0",
+            weights=PublishedWeights(
+                repository="wanglab/MedSAM2",
+                # Revision, size and hash are those that several public projects pin; not checked at the source.
+                revision="e4a6f35edd7e091619cbc0750f462f1574e23955",
+                files=(
+                    WeightsFile(
+                        path="MedSAM2_latest.pt",
+                        size=156_040_129,
+                        sha256="c92743b99f00d078bf32a3afcc38aaa9faf1c1692dffe3eaa7a90938c1991060",
+                    ),
+                ),
+                # The tag of the repository, not checked at the source. Others report that the model card allows research
+                # and education only.
+                licence="CC-BY-SA-4.0 (its tag; the model card may allow research and education only: check it)",
+                licence_url="https://huggingface.co/wanglab/MedSAM2",
+                non_commercial=False,
+            ),
+            extra="medsam2",
+            paper_dice={"click": 71.64, "mask": 69.49, "box": 66.65},
         ),
     )
 }
