@@ -123,8 +123,8 @@ MODELS: Mapping[str, ModelDescription] = {
                         sha256="c92743b99f00d078bf32a3afcc38aaa9faf1c1692dffe3eaa7a90938c1991060",
                     ),
                 ),
-                # The tag of the repository, not checked at the source. Others report that the model card allows research
-                # and education only.
+                # The tag of the repository, not checked at the source. Others report that the model card allows
+                # research and education only.
                 licence="CC-BY-SA-4.0 (its tag; the model card may allow research and education only: check it)",
                 licence_url="https://huggingface.co/wanglab/MedSAM2",
                 non_commercial=False,

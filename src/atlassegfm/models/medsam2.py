@@ -353,8 +353,8 @@ def _on_slice(
         return None
     if isinstance(prompt, BoxPrompt) and view.across != VIEWS["axial"].across:
         raise InputError(
-            f"the prompt 'box' lies on an axial slice, and the model 'medsam2' reads this scan in {view.name} ones; use "
-            "the prompt click or mask, or set models.medsam2.slice_axis to axial"
+            f"the prompt 'box' lies on an axial slice, and the model 'medsam2' reads this scan in {view.name} ones; "
+            "use the prompt click or mask, or set models.medsam2.slice_axis to axial"
         )
     # Rows and columns run against the axes, so that the last voxel of a box comes first.
     first = [float(shape[axis] - stop[axis]) for axis in (view.along, view.down)]

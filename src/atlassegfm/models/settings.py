@@ -36,19 +36,20 @@ class MedSam2Settings:
     else axial. A box is axial and refused with other slices."""
 
     margin_mm: Annotated[float, Field(ge=0)] = 15.0
-    """How far beyond the first and last slice of the atlas's structure it looks, in mm; one slice at least. Not tuned."""
+    """How far beyond the first and last slice of the atlas's structure it looks, in mm, one slice at least. Not tuned:
+    it is what a registration may be off by, and then some."""
 
     reach_mm: Annotated[float, Field(ge=0)] = 150.0
     """How far from the prompted slice it looks up and down where the slices of the atlas's structure are not known, in
     mm. Half the height of the largest organs with some to spare. Not tuned."""
 
     empty_slices: Annotated[int, Field(ge=1)] = 3
-    """After how many successive slices without the structure it stops looking, where the slices of the atlas's structure
-    are not known."""
+    """After how many successive slices without the structure it stops looking, where the slices of the atlas's
+    structure are not known."""
 
     feature_cache_mb: Annotated[int, Field(ge=0)] = 512
-    """Memory for what the image encoder found on the slices of a scan, in MB, to be used again for other structures: 4 MB
-    a slice. The encoder is most of the work."""
+    """Memory for what the image encoder found on the slices of a scan, in MB, to be used again for other structures:
+    4 MB a slice. The encoder is most of the work."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
