@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import special
 
 import tiny_medsam2
+from atlassegfm.context import Context
 from atlassegfm.errors import InputError, MissingExtraError, ModelError
 from atlassegfm.geometry import Grid
 from atlassegfm.image import LocalMap, Volume
@@ -25,8 +26,11 @@ from atlassegfm.models import _medsam2_network, describe_model, load_model, meds
 from atlassegfm.models._medsam2_network import FeatureCache, PointPrompt, SlicePrompt, load_network
 from atlassegfm.models.medsam2 import VIEWS, MedSam2Encoding, MedSam2Segmenter, choose_view, to_8_bits, to_frame
 from atlassegfm.models.settings import MedSam2Settings, ModelSettings
+from atlassegfm.pipeline import Settings, segment
 from atlassegfm.prompts import BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt
+from atlassegfm.settings import with_overrides
 from conftest import ORIENTATIONS
+from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
 pytest.importorskip("transformers")
 pytest.importorskip("PIL")
@@ -662,6 +666,20 @@ def test_prompts_that_it_cannot_take(tiny: MedSam2Segmenter) -> None:
         answer(tiny, scan(spacing_mm=(1, 3, 1)), BOX)
     with pytest.raises(InputError, match="does not take the prompt 'region'; it takes click, mask, box"):
         answer(tiny, scan(), RegionPrompt(MASK.probability))
+
+
+def test_whole_job(tiny: MedSam2Segmenter, checkpoint: Path) -> None:
+    context = Context.from_volumes(ATLAS.scan(straight_grid()), ATLAS.labels(straight_grid()), STRUCTURES)
+    settings = with_overrides(Settings(), [*UNREGISTERED, "model=medsam2", f"model_path={checkpoint}"])
+    query = QUERY.scan(straight_grid())
+    result = segment(context, query, settings, device="cpu")
+    assert result.labels.grid.matches(query.grid)
+    assert result.prompt == "click"
+    assert result.model_labels is not None
+    assert result.model_labels.data.any()
+    summary = result.summary()["model"]
+    assert summary["weights"] == tiny.provenance["weights"]
+    assert summary["weights_licence"].startswith("CC-BY-SA-4.0")
 
 
 # How far it looks, and what that costs.

@@ -36,7 +36,7 @@ from ..errors import InputError, MissingExtraError, ModelError
 #: The extra of this package that brings what this model imports.
 EXTRA = "medsam2"
 #: Versions of transformers that have ``Sam2VideoModel`` under the names used here.
-_SUPPORTED = "transformers 4.56 or newer, below 6 (tested with 5.23.0)"
+_SUPPORTED = "transformers 4.56 or newer, below 6 (tested with 4.56.0 and 5.23.0)"
 
 #: ``Sam2VideoConfig`` of the published weights: ``sam2.1_hiera_t512.yaml`` of bowang-lab/MedSAM2 at 332f30d. What is
 #: not named here is SAM 2.1 Hiera-tiny, transformers' default.
