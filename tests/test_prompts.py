@@ -30,12 +30,13 @@ def block(shape: tuple[int, int, int], *boxes: tuple[tuple[int, int], ...]) -> n
 
 def test_hand_worked_block() -> None:
     probability = local(block((20, 20, 20), ((4, 9), (6, 8), (10, 14))))
-    assert make_prompt("box", probability) == BoxPrompt((4, 6, 11), (9, 8, 12))
+    assert make_prompt("box", probability) == BoxPrompt((4, 6, 11), (9, 8, 12), slices=(10, 14))
     click = make_prompt("click", probability)
     assert isinstance(click, ClickPrompt)
     assert click.ijk[0] == 6  # the middle of 4 ... 8
     assert click.ijk[1] in (6, 7)
     assert click.ijk[2] in (11, 12)
+    assert click.slices == (10, 14)
     mask = make_prompt("mask", probability)
     assert isinstance(mask, MaskPrompt)
     assert mask.probability is probability
@@ -43,8 +44,8 @@ def test_hand_worked_block() -> None:
 
 def test_click_and_box_point_at_the_largest_component() -> None:
     probability = local(block((30, 30, 30), ((1, 3), (1, 3), (1, 3)), ((20, 25), (20, 25), (20, 25))))
-    assert make_prompt("click", probability) == ClickPrompt((22, 22, 22))
-    assert make_prompt("box", probability) == BoxPrompt((20, 20, 22), (25, 25, 23))
+    assert make_prompt("click", probability) == ClickPrompt((22, 22, 22), slices=(20, 25))
+    assert make_prompt("box", probability) == BoxPrompt((20, 20, 22), (25, 25, 23), slices=(20, 25))
 
 
 def test_click_stays_inside_a_ring() -> None:
@@ -60,7 +61,7 @@ def test_voxels_that_touch_at_a_corner_are_one_component() -> None:
     for n in range(4):
         full[n, n, n] = 1
     full[5, 0:3, 0] = 1
-    assert make_prompt("box", local(full)) == BoxPrompt((1, 1, 1), (2, 2, 2))
+    assert make_prompt("box", local(full)) == BoxPrompt((1, 1, 1), (2, 2, 2), slices=(0, 4))
 
 
 @pytest.mark.parametrize("kind", get_args(PromptKind))
@@ -71,8 +72,8 @@ def test_nothing_to_point_at(kind: PromptKind) -> None:
 
 def test_one_voxel() -> None:
     one = LocalMap((3, 4, 5), np.full((1, 1, 1), 0.5, np.float32))
-    assert make_prompt("click", one) == ClickPrompt((3, 4, 5))
-    assert make_prompt("box", one) == BoxPrompt((3, 4, 5), (4, 5, 6))
+    assert make_prompt("click", one) == ClickPrompt((3, 4, 5), slices=(5, 6))
+    assert make_prompt("box", one) == BoxPrompt((3, 4, 5), (4, 5, 6), slices=(5, 6))
 
 
 @given(masks, st.tuples(*[st.integers(0, 5)] * 3))
@@ -101,3 +102,4 @@ def test_prompts_lie_on_one_largest_component(full: np.ndarray, start: tuple[int
     slices = np.flatnonzero(component.any(axis=(0, 1)))
     assert slices.tolist() == list(range(slices[0], slices[-1] + 1))
     assert abs(2 * k - slices[0] - slices[-1]) <= 1
+    assert click.slices == box.slices == (slices[0] + start[2], slices[-1] + 1 + start[2])

@@ -31,9 +31,12 @@ class ClickPrompt:
     ----------
     ijk : tuple of int, (3,)
         Voxel of the query.
+    slices : tuple of int, (2,), optional
+        First axial slice of the structure and one past its last one, as the atlas has it; None if that is not known.
     """
 
     ijk: tuple[int, int, int]
+    slices: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,13 @@ class BoxPrompt:
     ----------
     start, stop : tuple of int, (3,)
         Voxels ``start`` <= (i, j, k) < ``stop`` of the query; one voxel thick along k.
+    slices : tuple of int, (2,), optional
+        First axial slice of the structure and one past its last one, as the atlas has it; None if that is not known.
     """
 
     start: tuple[int, int, int]
     stop: tuple[int, int, int]
+    slices: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,10 +112,11 @@ def make_prompt(kind: PromptKind, probability: LocalMap) -> Prompt | None:
     sizes = np.bincount(components.ravel())[1:] if count else np.zeros(1)
     largest = components == int(sizes.argmax()) + 1
     start = np.array(probability.start)
+    slices = np.flatnonzero(largest.any(axis=(0, 1)))
+    reach = int(start[2] + slices[0]), int(start[2] + slices[-1]) + 1
     if kind == "click":
         i, j, k = (int(n) for n in start + _middle(largest))
-        return ClickPrompt((i, j, k))
-    slices = np.flatnonzero(largest.any(axis=(0, 1)))
+        return ClickPrompt((i, j, k), reach)
     # A component has no empty slice between its first and last one, so the middle one is never empty.
     middle = int(slices[0] + slices[-1]) // 2
     plane = np.argwhere(largest[:, :, middle])
@@ -119,6 +126,7 @@ def make_prompt(kind: PromptKind, probability: LocalMap) -> Prompt | None:
     return BoxPrompt(
         (int(first[0]), int(first[1]), int(first[2])),
         (int(last[0]), int(last[1]), int(last[2])),
+        reach,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings_dataclass
@@ -33,7 +33,38 @@ class NnInteractiveSettings:
 
 @settings_dataclass(frozen=True, config=_STRICT)
 class MedSam2Settings:
-    """The model ``medsam2``."""
+    """The model ``medsam2``. It reads a scan slice by slice, at 8 bits."""
+
+    modality: Literal["auto", "ct", "mr"] = "auto"
+    """How intensities become 8 bits: "ct" by the window below, "mr" (and anything else) by the 0.5 and 99.5 percentiles
+    of what is above 0 [published code]. "auto": "ct" if the scan looks like Hounsfield units, that is if it has values
+    of -500 or less (air) and of 100 or more (bone, contrast agent)."""
+
+    window_level: float = 40.0
+    """Middle of the window of a CT, in Hounsfield units [MedSAM: soft tissue 40, lung -160, brain 40]."""
+
+    window_width: Annotated[float, Field(gt=0)] = 400.0
+    """Width of the window of a CT, in Hounsfield units [MedSAM: soft tissue 400, lung 1500, brain 80]."""
+
+    slice_axis: Literal["auto", "axial", "coronal", "sagittal"] = "auto"
+    """Slices that it reads. "auto": across the axis with the largest spacing if that is at least 1.5 times the others,
+    else axial. A box is axial and refused with other slices."""
+
+    margin_mm: Annotated[float, Field(ge=0)] = 15.0
+    """How far beyond the first and last slice of the atlas's structure it looks, in mm, one slice at least. Not tuned:
+    it is what a registration may be off by, and then some."""
+
+    reach_mm: Annotated[float, Field(ge=0)] = 150.0
+    """How far from the prompted slice it looks up and down where the slices of the atlas's structure are not known, in
+    mm. Half the height of the largest organs with some to spare. Not tuned."""
+
+    empty_slices: Annotated[int, Field(ge=1)] = 3
+    """After how many successive slices without the structure it stops looking, where the slices of the atlas's
+    structure are not known."""
+
+    feature_cache_mb: Annotated[int, Field(ge=0)] = 512
+    """Memory for what the image encoder found on the slices of a scan, in MB, to be used again for other structures:
+    4 MB a slice. The encoder is most of the work."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)

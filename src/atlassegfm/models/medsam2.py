@@ -1,0 +1,442 @@
+"""MedSAM2: SAM 2.1 trained on medical scans, which follows a structure from slice to slice as through a video.
+
+A scan is turned to 8 bits and cut into slices. The prompt is put on one slice, the middle one of the structure, and the
+network follows the structure up from there, then, asked anew, down. How the scan is prepared and asked is that of
+``medsam2_infer_3D_CT.py`` of bowang-lab/MedSAM2 at 332f30d; the network itself is in :mod:`._medsam2_network`.
+
+Slices are shown as that code sees those of a usual CT file: rows run to the back of the patient, columns to the left
+(coronal and sagittal ones: rows run to the feet, columns to the left or to the back).
+
+On a slice that is prompted by a mask the network gives that mask back, by design; only the other slices are its own
+finding.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage, special
+
+from ..errors import InputError, ModelError
+from ..geometry import Grid
+from ..image import LocalMap, Volume
+from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt
+from ..weights import LocalWeights
+from . import OnPrompt
+from ._medsam2_network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network
+from .settings import MedSam2Settings, ModelSettings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Slices = NDArray[np.uint8]
+
+#: The recommended one of the published files; the one that is taken out of a folder of several.
+CHECKPOINT = "MedSAM2_latest.pt"
+
+#: Mean and standard deviation of red, green and blue that the image encoder was trained with [SAM 2, ImageNet].
+_PIXEL_MEAN = (0.485, 0.456, 0.406)
+_PIXEL_STD = (0.229, 0.224, 0.225)
+#: Intensities above 0 are cut at these percentiles where they are not Hounsfield units [published code].
+_PERCENTILES = (0.5, 99.5)
+#: A scan with values down to the first and up to the second is taken to be in Hounsfield units: air in or around the
+#: patient is -1000, soft tissue ends at about 80. MR magnitudes are not negative, standardised ones seldom beyond 10.
+_HOUNSFIELD_AIR = -500.0
+_HOUNSFIELD_DENSE = 100.0
+#: Slices lie across the axis with the largest spacing if that is this many times the others.
+_THICK_SLICES = 1.5
+#: Less counts as 0, so that maps are as small as their structures. 1e-3 is a logit of -7, and -10 means "outside".
+_LEAST_PROBABILITY = 1e-3
+
+
+@dataclass(frozen=True)
+class SliceView:
+    """How slices lie in a scan in RAS-canonical array order.
+
+    Parameters
+    ----------
+    name : str
+        For messages.
+    across, down, along : int
+        Axis of the array from slice to slice, and those that rows and columns run against.
+    """
+
+    name: str
+    across: int
+    down: int
+    along: int
+
+    def frames(self, data: NDArray[Any]) -> NDArray[Any]:
+        """(I, J, K) as (slices, rows, columns), a view."""
+        return data.transpose(self.across, self.down, self.along)[:, ::-1, ::-1]
+
+    def volume(self, frames: NDArray[Any]) -> NDArray[Any]:
+        """(slices, rows, columns) as (I, J, K), a view."""
+        turned: NDArray[Any] = frames[:, ::-1, ::-1].transpose(np.argsort((self.across, self.down, self.along)))
+        return turned
+
+
+#: The last axis points to the head, so that rows of a coronal slice run against it, to the feet.
+VIEWS: Mapping[str, SliceView] = {
+    "axial": SliceView("axial", across=2, down=1, along=0),
+    "coronal": SliceView("coronal", across=1, down=2, along=0),
+    "sagittal": SliceView("sagittal", across=0, down=2, along=1),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class MedSam2Encoding:
+    """What the model keeps of a scan.
+
+    Parameters
+    ----------
+    slices : array, (slices, rows, columns) uint8
+        In the order of ``view``.
+    view : SliceView
+        How they lie in the scan.
+    grid : Grid
+        Of the scan.
+    features : FeatureCache
+        What the image encoder found on the slices that were looked at.
+    """
+
+    slices: Slices
+    view: SliceView
+    grid: Grid
+    features: FeatureCache
+
+    @property
+    def spacing_mm(self) -> float:
+        """Distance of neighbouring slices in mm."""
+        return float(self.grid.spacing_mm[self.view.across])
+
+
+@dataclass(frozen=True, eq=False)
+class MedSam2Segmenter:
+    """The model of this module; a :class:`~atlassegfm.models.Segmenter`.
+
+    Parameters
+    ----------
+    network : Network
+        Loaded.
+    settings : MedSam2Settings
+        How scans are read and how far structures are followed.
+    checkpoint : Path
+        The file it was loaded from.
+    """
+
+    network: Network
+    settings: MedSam2Settings
+    checkpoint: Path
+
+    @functools.cached_property
+    def _weights(self) -> dict[str, Any]:
+        with self.checkpoint.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"file": self.checkpoint.name, "bytes": self.checkpoint.stat().st_size, "sha256": digest}
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Name, size and SHA-256 of the checkpoint, and the version of transformers."""
+        return {"weights": dict(self._weights), "transformers": self.network.version}
+
+    def encode(self, image: Volume) -> MedSam2Encoding:
+        """Turn a scan (RAS-canonical array order) into slices of 8 bits; the network sees them when it is asked.
+
+        Raises
+        ------
+        InputError
+            If the scan has the same value everywhere, also within the window of a CT.
+        """
+        view = choose_view(image.grid, self.settings.slice_axis)
+        slices = to_8_bits(view.frames(image.data), self.settings)
+        return MedSam2Encoding(slices, view, image.grid, FeatureCache(self.settings.feature_cache_mb * 1_000_000))
+
+    def predict(
+        self, encoded: MedSam2Encoding, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
+    ) -> dict[int, LocalMap]:
+        """Answer the prompts one after the other; see :class:`~atlassegfm.models.Segmenter`.
+
+        Raises
+        ------
+        InputError
+            If a box is given for a scan that is not read in axial slices, or a prompt is of a kind that it does not
+            take.
+        """
+        maps = {}
+        for number, prompt in prompts.items():
+            if on_prompt is not None:
+                on_prompt(number)
+            maps[number] = self.answer(encoded, prompt)
+        return maps
+
+    def answer(self, encoded: MedSam2Encoding, prompt: Prompt) -> LocalMap:
+        """Probability of the structure that the prompt points at; see :meth:`predict`."""
+        if isinstance(prompt, RegionPrompt):
+            raise InputError("the model 'medsam2' does not take the prompt 'region'; it takes click, mask, box")
+        asked = _on_slice(prompt, encoded)
+        if asked is None:
+            return LocalMap.empty()
+        span, known = _span(prompt, asked.index, encoded, self.settings)
+        parts = []
+        for index, logits in self.logits(encoded, asked, span, stop_when_gone=not known):
+            probability = special.expit(logits)
+            probability[probability < _LEAST_PROBABILITY] = 0
+            part = LocalMap.from_full(probability[None])
+            if not part.is_empty:
+                parts.append(LocalMap((index, *part.start[1:]), part.values))
+        return _in_scan(parts, encoded)
+
+    def logits(
+        self,
+        encoded: MedSam2Encoding,
+        prompt: PointPrompt | SlicePrompt,
+        span: tuple[int, int],
+        *,
+        stop_when_gone: bool = False,
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """What the network says of the slices, as it comes to them: the prompted one, up from there, then down.
+
+        Parameters
+        ----------
+        encoded : MedSam2Encoding
+            The scan.
+        prompt : PointPrompt or SlicePrompt
+            On a slice within ``span``.
+        span : tuple of int, (2,)
+            First slice and one past the last one that it may see.
+        stop_when_gone : bool
+            Whether to stop a way after so many successive slices without the structure as the settings say.
+
+        Yields
+        ------
+        int and array, (rows, columns) float32
+            Number of the slice, each once, and logits: above 0 inside, -1024 all over where the structure is not on the
+            slice.
+        """
+        _, rows, columns = encoded.slices.shape
+
+        def frame(index: int) -> Tensor:
+            return to_frame(encoded.slices[index], self.network.image_size)
+
+        for reverse in (False, True):
+            if reverse and prompt.index == span[0]:
+                return
+            empty = 0
+            way = self.network.track(prompt, frame, (rows, columns), span, encoded.features, reverse=reverse)
+            for index, logits in way:
+                # The way down answers the prompted slice again, just as the way up has.
+                if not (reverse and index == prompt.index):
+                    yield index, logits
+                empty = 0 if (logits > 0).any() else empty + 1
+                if stop_when_gone and empty >= self.settings.empty_slices:
+                    break
+
+
+def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeights]) -> MedSam2Segmenter:
+    """Make the model ready on "cpu" or "cuda".
+
+    Raises
+    ------
+    InputError
+        If the weights are not there or not those of this model.
+    MissingExtraError
+        If transformers or Pillow are not installed.
+    ModelError
+        If there is no such device, or the installed transformers is not one that this module knows.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError("the device 'cuda' was asked for and PyTorch sees no CUDA GPU; use the device 'cpu'")
+    checkpoint = _checkpoint_in(weights().path)
+    return MedSam2Segmenter(load_network(checkpoint, torch.device(device)), settings.medsam2, checkpoint)
+
+
+def choose_view(grid: Grid, slice_axis: str) -> SliceView:
+    """The slices that a scan in RAS-canonical array order is read in; see :class:`MedSam2Settings`."""
+    if slice_axis != "auto":
+        return VIEWS[slice_axis]
+    across = int(grid.spacing_mm.argmax())
+    others = np.delete(grid.spacing_mm, across)
+    if grid.spacing_mm[across] >= _THICK_SLICES * others.max():
+        return next(view for view in VIEWS.values() if view.across == across)
+    return VIEWS["axial"]
+
+
+def is_hounsfield(data: NDArray[Any]) -> bool:
+    """Whether intensities look like Hounsfield units: from air to at least contrast agent or bone."""
+    return bool(data.min() <= _HOUNSFIELD_AIR and data.max() >= _HOUNSFIELD_DENSE)
+
+
+def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings) -> Slices:
+    """Intensities from 0 to 255 as the published code makes them: cut, stretched, decimals dropped.
+
+    Parameters
+    ----------
+    frames : array, (slices, rows, columns)
+        Intensities of the whole scan, by which they are stretched.
+    settings : MedSam2Settings
+        Modality and window.
+
+    Raises
+    ------
+    InputError
+        If nothing can be stretched.
+    """
+    least, most = float(frames.min()), float(frames.max())
+    if not least < most:  # also false of NaN
+        raise InputError(
+            f"the scan has the value {least:g} everywhere; expected an image with some contrast for the model 'medsam2'"
+        )
+    is_ct = settings.modality == "ct" or (settings.modality == "auto" and is_hounsfield(frames))
+    if is_ct:
+        half = settings.window_width / 2
+        low, high = settings.window_level - half, settings.window_level + half
+        logger.debug("medsam2 reads the scan as a CT, in the window %g to %g HU", low, high)
+    else:
+        # Of a scan without values above 0, as after some standardisations, all count.
+        counted = frames[frames > 0] if most > 0 else frames.flatten()
+        low, high = (float(value) for value in np.percentile(counted, _PERCENTILES, overwrite_input=True))
+        logger.debug("medsam2 reads the scan from %g to %g, its percentiles %g and %g", low, high, *_PERCENTILES)
+    # The published code stretches what is left after the cut, which may not reach the window's ends.
+    bottom, top = min(max(least, low), high), max(min(most, high), low)
+    if not bottom < top:
+        raise InputError(
+            f"the scan has no contrast between {low:g} and {high:g}, which the model 'medsam2' reads it in; set "
+            "models.medsam2.modality or, for a CT, models.medsam2.window_level and window_width"
+        )
+    out = np.empty(frames.shape, np.uint8)
+    for index, values in enumerate(frames):
+        wide = values.astype(np.float64)
+        stretched = (np.clip(wide, low, high) - bottom) / (top - bottom) * 255
+        if not is_ct and most > 0:
+            stretched[wide == 0] = 0
+        out[index] = stretched
+    return out
+
+
+def to_frame(pixels: NDArray[np.uint8], size: int) -> Tensor:
+    """(3, size, size) float32 network input of a slice (rows, columns).
+
+    The aspect ratio is not kept, and the 8 bits are resampled by Pillow, as in the published code: torch's bicubic
+    interpolation, even rounded to 8 bits, moves logits by more than 0.1.
+    """
+    from PIL import Image
+
+    picture = Image.fromarray(np.ascontiguousarray(pixels)).convert("RGB")
+    resized = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC), np.float32) / np.float32(255)
+    standardised = (resized - np.array(_PIXEL_MEAN, np.float32)) / np.array(_PIXEL_STD, np.float32)
+    return torch.from_numpy(np.ascontiguousarray(standardised.transpose(2, 0, 1)))
+
+
+def _on_slice(
+    prompt: ClickPrompt | BoxPrompt | MaskPrompt, encoded: MedSam2Encoding
+) -> PointPrompt | SlicePrompt | None:
+    """A prompt as the network takes it; None where nothing of it lies in the scan."""
+    view, shape = encoded.view, np.array(encoded.grid.shape)
+    if isinstance(prompt, MaskPrompt):
+        return _middle_slice(prompt.probability, encoded)
+    start = np.array(prompt.ijk if isinstance(prompt, ClickPrompt) else prompt.start)
+    stop = start + 1 if isinstance(prompt, ClickPrompt) else np.array(prompt.stop)
+    start, stop = np.maximum(start, 0), np.minimum(stop, shape)
+    if (stop <= start).any():
+        return None
+    if isinstance(prompt, BoxPrompt) and view.across != VIEWS["axial"].across:
+        raise InputError(
+            f"the prompt 'box' lies on an axial slice, and the model 'medsam2' reads this scan in {view.name} ones; "
+            "use the prompt click or mask, or set models.medsam2.slice_axis to axial"
+        )
+    # Rows and columns run against the axes, so that the last voxel of a box comes first.
+    first = [float(shape[axis] - stop[axis]) for axis in (view.along, view.down)]
+    last = [float(shape[axis] - 1 - start[axis]) for axis in (view.along, view.down)]
+    index = int(start[view.across])
+    if isinstance(prompt, ClickPrompt):
+        return PointPrompt(index, np.array([first]), (1,))
+    return PointPrompt(index, np.array([first, last]), (2, 3))
+
+
+def _middle_slice(probability: LocalMap, encoded: MedSam2Encoding) -> SlicePrompt | None:
+    """The mask on the middle slice of its largest connected part; None where nothing of it lies in the scan."""
+    view = encoded.view
+    start = np.maximum(probability.start, 0)
+    stop = np.maximum(np.minimum(probability.stop, encoded.grid.shape), start)
+    inside = probability.on_box(start.tolist(), stop.tolist()) >= INSIDE
+    if not inside.any():
+        return None
+    parts, _ = ndimage.label(inside, structure=np.ones((3, 3, 3)))
+    largest = parts == int(np.bincount(parts.ravel())[1:].argmax()) + 1
+    others = tuple(axis for axis in range(3) if axis != view.across)
+    # A connected part has no empty slice between its first and last one.
+    occupied = np.flatnonzero(largest.any(axis=others))
+    index = int(start[view.across]) + int(occupied[0] + occupied[-1]) // 2
+    slab_start, slab_stop = [0, 0, 0], list(encoded.grid.shape)
+    slab_start[view.across], slab_stop[view.across] = index, index + 1
+    mask = view.frames(probability.on_box(slab_start, slab_stop) >= INSIDE)[0]
+    return SlicePrompt(index, np.ascontiguousarray(mask))
+
+
+def _span(
+    prompt: ClickPrompt | BoxPrompt | MaskPrompt, index: int, encoded: MedSam2Encoding, settings: MedSam2Settings
+) -> tuple[tuple[int, int], bool]:
+    """First slice and one past the last one to look at, and whether the structure's own slices were known for it."""
+    across, count = encoded.view.across, len(encoded.slices)
+    known: tuple[int, int] | None = None
+    if isinstance(prompt, MaskPrompt):
+        others = tuple(axis for axis in range(3) if axis != across)
+        occupied = (
+            np.flatnonzero((prompt.probability.values >= INSIDE).any(axis=others)) + prompt.probability.start[across]
+        )
+        known = int(occupied[0]), int(occupied[-1]) + 1
+    elif across == VIEWS["axial"].across:
+        known = prompt.slices
+    first, last = known or (index, index + 1)
+    reach_mm = settings.reach_mm if known is None else settings.margin_mm
+    added = max(int(np.ceil(reach_mm / encoded.spacing_mm - 1e-6)), 1)
+    return (max(min(first, index) - added, 0), min(max(last, index + 1) + added, count)), known is not None
+
+
+def _in_scan(parts: list[LocalMap], encoded: MedSam2Encoding) -> LocalMap:
+    """Parts of slices, in (slice, row, column), as one map on the scan."""
+    if not parts:
+        return LocalMap.empty()
+    start = np.min([part.start for part in parts], axis=0)
+    stop = np.max([part.stop for part in parts], axis=0)
+    frames = np.zeros(stop - start, np.float32)
+    for part in parts:
+        box = tuple(slice(a - s, b - s) for a, b, s in zip(part.start, part.stop, start, strict=True))
+        frames[box] = part.values
+    view = encoded.view
+    i, j, k = (
+        int(start[0]) if axis == view.across else int(encoded.grid.shape[axis] - stop[1 if axis == view.down else 2])
+        for axis in range(3)
+    )
+    return LocalMap((i, j, k), np.ascontiguousarray(view.volume(frames)))
+
+
+def _checkpoint_in(path: Path) -> Path:
+    """The file itself, or that of a folder: the recommended one, or else the only one.
+
+    Raises
+    ------
+    InputError
+        If there is none, or several are as good.
+    """
+    if not path.is_dir():
+        return path
+    if (path / CHECKPOINT).is_file():
+        return path / CHECKPOINT
+    files = sorted(path.glob("*.pt"))
+    if len(files) != 1:
+        found = ", ".join(file.name for file in files) or "no file *.pt"
+        raise InputError(f"{path}: the folder holds {found}; expected {CHECKPOINT}, or name the file of the weights")
+    return files[0]
