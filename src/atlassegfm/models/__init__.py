@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ..errors import InputError
 from ..image import LocalMap, Volume
 from ..prompts import Prompt, PromptKind
-from ..weights import LocalWeights, PublishedWeights, find_weights
+from ..weights import LocalWeights, PublishedWeights, WeightsFile, find_weights
 from .settings import ModelSettings
 
 #: Told the key of each prompt as the model turns to it.
@@ -105,6 +105,23 @@ MODELS: Mapping[str, ModelDescription] = {
             module="builtin",
             prompts=("mask", "box", "click"),
             code_licence="Apache-2.0",
+        ),
+        ModelDescription(
+            name="vesselfm",
+            summary="vesselFM: finds all blood vessels of a scan; kept where the warped atlas says the vessel can be",
+            module="vesselfm",
+            prompts=("region",),
+            code_licence="Apache-2.0 (this adapter; rebuilt on MONAI)",
+            weights=PublishedWeights(
+                repository="bwittmann/vesselFM",
+                # No commit of the repository is known to be the published state: to be pinned when one is.
+                revision="main",
+                files=(WeightsFile("vesselFM_base.pt"),),
+                licence="vesselfm-open-rail-plus-plus-m (research, non-commercial)",
+                licence_url="https://huggingface.co/bwittmann/vesselFM",
+                non_commercial=True,
+            ),
+            extra="vesselfm",
         ),
     )
 }
