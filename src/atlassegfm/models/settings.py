@@ -43,9 +43,16 @@ class VesselFmSettings:
     overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.5
     """Share of a cube's side by which it overlaps the next."""
 
+    blending: Literal["constant", "gaussian"] = "constant"
+    """How much a voxel of a cube counts where cubes overlap: the same everywhere, or less towards the cube's border,
+    where the network sees the least around it (a Gaussian, standard deviation an eighth of the side). Which is better
+    was not measured."""
+
     reach_mm: Annotated[float, Field(ge=0, le=1000)] = 10.0
     """Distance from the warped atlas's structure up to which a vessel counts as that structure, unless another one is
-    nearer."""
+    nearer. About the error of a registration: on six pairs of Abd-CT, 5 / 10 / 20 mm kept 93 / 96 / 99 % of the voxels
+    of the aorta, 83 / 92 / 95 % of the vena cava's and 62 / 69 / 78 % of the portal and splenic vein's (which mostly go
+    to a neighbour instead); a larger reach takes more vessels along that the atlas does not label."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Numbers the network computes in (PyTorch's autocast). The shorter ones are faster on GPUs and on CPUs that have

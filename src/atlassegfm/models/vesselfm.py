@@ -5,8 +5,7 @@ vesselFM (Wittmann et al., "vesselFM: A Foundation Model for Universal 3D Blood 
 
 1. *Scaling.* The 1st and the 99th percentile of the whole scan become 0 and 1; what lies beyond is cut.
 2. *Resampling*, only where ``spacing_mm`` asks for it: the published inference sees voxels as they are.
-3. *Sliding window.* Cubes of 128 voxels that overlap by half; their logits are averaged, the middle of a cube counting
-   more than its border (a Gaussian whose standard deviation is an eighth of the cube).
+3. *Sliding window.* Cubes of 128 voxels that overlap by half; their logits are averaged (``blending``).
 
 **Windows.** The cubes lie on a lattice fixed to the whole scan, and only those that hold a voxel in reach of a prompt
 are computed. Each voxel in reach gets all its cubes, added up in the order of the lattice, so that its probability is
@@ -36,7 +35,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -67,7 +66,7 @@ _FILTER_KEYS = (
     *(f"downsamples.{n}.conv1.conv.weight" for n in range(len(PUBLISHED_FILTERS) - 2)),
     "bottleneck.conv1.conv.weight",
 )
-#: Standard deviation of a window's weights, as a share of its width [published], and the least of them [MONAI].
+#: Standard deviation of a window's Gaussian weights, as a share of its width, and the least of them [MONAI].
 _WEIGHT_DEVIATION = 0.125
 _LEAST_WEIGHT = 1e-3
 #: Keys that a message about a wrong checkpoint names.
@@ -181,7 +180,7 @@ class VesselSegmenter:
         stop = tuple(int(axis.high[-1]) + 1 for axis in axes)
         total = np.zeros([b - a for a, b in zip(start, stop, strict=True)], np.float32)
         weight = np.zeros_like(total)
-        importance = _importance(self.settings.window)
+        importance = _importance(self.settings.window, self.settings.blending)
         for corner in _corners(shape, self.settings.window, self.settings.overlap):
             box = [
                 (max(first, 0), min(first + self.settings.window, n)) for first, n in zip(corner, shape, strict=True)
@@ -250,13 +249,15 @@ def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeight
     return VesselSegmenter(network, torch.device(device), settings.vesselfm, provenance)
 
 
-def build_network(filters: Sequence[int] = PUBLISHED_FILTERS) -> torch.nn.Module:
-    """The published architecture with random weights, on the CPU; PyTorch's random state stays as it was.
+def build_network(filters: Sequence[int] = PUBLISHED_FILTERS, device: str = "cpu") -> torch.nn.Module:
+    """The published architecture with random weights; PyTorch's random state stays as it was.
 
     Parameters
     ----------
     filters : sequence of int, (6,)
         Channels of each resolution, finest first.
+    device : {"cpu", "meta"}
+        Where the weights are; "meta" is nowhere, for a network that is given others.
 
     Returns
     -------
@@ -270,7 +271,7 @@ def build_network(filters: Sequence[int] = PUBLISHED_FILTERS) -> torch.nn.Module
     """
     levels = len(PUBLISHED_FILTERS)
     # configs/model/dyn_unet_base.yaml of the published code; all else are MONAI's defaults.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         network: torch.nn.Module = _dyn_unet()(
             spatial_dims=3,
             in_channels=1,
@@ -303,7 +304,7 @@ def load_network(path: Path) -> torch.nn.Module:
     missing = [key for key in _FILTER_KEYS if key not in state or state[key].ndim != 5]
     if missing:
         raise InputError(_architecture_message(path, f"no weights {_few(missing)}"))
-    network = build_network([int(state[key].shape[0]) for key in _FILTER_KEYS])
+    network = build_network([int(state[key].shape[0]) for key in _FILTER_KEYS], device="meta")
     expected = network.state_dict()
     missing = [key for key in expected if key not in state]
     if missing:
@@ -316,8 +317,8 @@ def load_network(path: Path) -> torch.nn.Module:
         one = others[0]
         shapes = [" x ".join(str(n) for n in weights[one].shape) for weights in (state, expected)]
         raise InputError(_architecture_message(path, f"{one} of {shapes[0]} where {shapes[1]} fits"))
-    network.load_state_dict(state, strict=True)
-    return network
+    network.load_state_dict({key: value.float() for key, value in state.items()}, strict=True, assign=True)
+    return network.requires_grad_(False)
 
 
 def _dyn_unet() -> Any:
@@ -336,10 +337,12 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
             f"{path}: no such file; expected the weights {WEIGHTS_FILE} of the model 'vesselfm': put it there"
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        path.open("rb").close()
     except OSError as error:
-        raise InputError(f"{path}: cannot be opened ({error.strerror or error}); check the permissions") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        raise InputError(f"{path}: cannot be opened ({error.strerror}); check the permissions") from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError):
         raise InputError(f"{path}: not a complete PyTorch checkpoint of weights alone; {advice}") from None
     if not isinstance(state, Mapping):
         raise InputError(f"{path}: holds one {type(state).__name__}, not weights by name; {advice}")
@@ -554,8 +557,10 @@ def _corners(shape: Sequence[int], window: int, overlap: float) -> Iterator[tupl
     yield from product(*firsts)
 
 
-def _importance(window: int) -> Field:
-    """(W, W, W) weights of a window's voxels: a Gaussian around its middle, in (0, 1]."""
+def _importance(window: int, blending: Literal["constant", "gaussian"]) -> Field:
+    """(W, W, W) weights of a window's voxels, in (0, 1]: all 1, or a Gaussian around its middle."""
+    if blending == "constant":
+        return np.ones((window,) * 3, np.float32)
     along = np.exp(-0.5 * ((np.arange(window) - (window - 1) / 2) / (_WEIGHT_DEVIATION * window)) ** 2)
     weights: Field = np.einsum("i,j,k->ijk", along, along, along).clip(_LEAST_WEIGHT).astype(np.float32)
     return weights
