@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -554,6 +555,7 @@ def test_missing_file(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "not a complete PyTorch checkpoint"),
         (b"<html><body>404</body></html>", "not a complete PyTorch checkpoint"),
         (bytes(range(256)) * 8, "not a complete PyTorch checkpoint"),
+        (pickle.dumps({"weights": 1}, protocol=4), "not a complete PyTorch checkpoint"),
         ([1, 2], r"holds one list, not weights by name; expected vesselFM_base\.pt of vesselFM: download it again"),
         ({}, "holds nothing, not weights by name alone"),
         ({"state_dict": {}, "epoch": 3}, "holds state_dict, epoch beside or around the weights"),

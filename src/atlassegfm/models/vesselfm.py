@@ -29,6 +29,7 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,6 +70,18 @@ _FILTER_KEYS = (
 #: Standard deviation of a window's Gaussian weights, as a share of its width, and the least of them [MONAI].
 _WEIGHT_DEVIATION = 0.125
 _LEAST_WEIGHT = 1e-3
+#: What PyTorch raises for damaged files, found by damaging some.
+_DAMAGE = (
+    pickle.UnpicklingError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 #: Keys that a message about a wrong checkpoint names.
 _MOST_NAMED = 3
 
@@ -341,8 +354,11 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     except OSError as error:
         raise InputError(f"{path}: cannot be opened ({error.strerror}); check the permissions") from None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError):
+        with warnings.catch_warnings():
+            # About how it was pickled; what matters of it is checked below.
+            warnings.simplefilter("ignore", UserWarning)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGE:
         raise InputError(f"{path}: not a complete PyTorch checkpoint of weights alone; {advice}") from None
     if not isinstance(state, Mapping):
         raise InputError(f"{path}: holds one {type(state).__name__}, not weights by name; {advice}")
