@@ -50,9 +50,10 @@ class VesselFmSettings:
 
     reach_mm: Annotated[float, Field(ge=0, le=1000)] = 10.0
     """Distance from the warped atlas's structure up to which a vessel counts as that structure, unless another one is
-    nearer. About the error of a registration: on six pairs of Abd-CT, 5 / 10 / 20 mm kept 93 / 96 / 99 % of the voxels
-    of the aorta, 83 / 92 / 95 % of the vena cava's and 62 / 69 / 78 % of the portal and splenic vein's (which mostly go
-    to a neighbour instead); a larger reach takes more vessels along that the atlas does not label."""
+    nearer. About the error of a registration: on six pairs of Abd-CT (default engine), 5 / 10 / 20 mm kept 93 / 96 /
+    99 % of the voxels of the aorta, 83 / 92 / 95 % of the vena cava's and 62 / 69 / 78 % of the portal and splenic
+    vein's; half of what is lost there at 10 mm goes to a neighbour. A larger reach also takes more vessels along that
+    the atlas does not label."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Numbers the network computes in (PyTorch's autocast). The shorter ones are faster on GPUs and on CPUs that have
