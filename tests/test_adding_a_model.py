@@ -14,12 +14,12 @@ from atlassegfm.context import Context
 from atlassegfm.metrics import dice_per_structure
 from atlassegfm.models import ModelDescription, load_model
 from atlassegfm.pipeline import Settings, segment
-from atlassegfm.prompts import MaskPrompt
 from atlassegfm.settings import with_overrides
 from conftest import Run
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "adding-a-model.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "adding-a-model.md"
 MOST_LINES = 40
 
 
@@ -72,11 +72,14 @@ def test_example_is_listed_and_known(growing: ModelDescription, run: Run) -> Non
 
 
 def test_page_names_what_there_is() -> None:
-    """Names the page leans on still exist."""
+    from atlassegfm import errors
     from atlassegfm.models.settings import ModelSettings
 
     text = PAGE.read_text("utf-8")
-    assert ModelSettings.__name__ in text
-    assert (PAGE.parents[1] / "tests" / "test_models_contract.py").is_file()
-    assert MaskPrompt.__module__ in text
-    assert "adding-a-model.md" in (PAGE.parents[1] / "zensical.toml").read_text("utf-8")
+    named = set(re.findall(r"`(\w+Error)`", text))
+    assert named == {"ModelError", "InputError", "MissingExtraError"}
+    assert all(hasattr(errors, name) for name in named)
+    assert f"`{ModelSettings.__name__}`" in text
+    for path in set(re.findall(r"`((?:src|tests)/[\w/.]+)`", text)) - {"src/atlassegfm/models/growing.py"}:
+        assert (ROOT / path).exists(), path
+    assert "adding-a-model.md" in (ROOT / "zensical.toml").read_text("utf-8")
