@@ -171,6 +171,23 @@ MODELS: Mapping[str, ModelDescription] = {
             extra="medsam2",
             paper_dice={"click": 71.64, "mask": 69.49, "box": 66.65},
         ),
+        ModelDescription(
+            name="vesselfm",
+            summary="vesselFM: finds all blood vessels of a scan; kept where the warped atlas says the vessel can be",
+            module="vesselfm",
+            prompts=("region",),
+            code_licence="Apache-2.0 (this adapter; rebuilt on MONAI)",
+            weights=PublishedWeights(
+                repository="bwittmann/vesselFM",
+                # No commit of the repository is known to be the published state: to be pinned when one is.
+                revision="main",
+                files=(WeightsFile("vesselFM_base.pt"),),
+                licence="vesselfm-open-rail-plus-plus-m (research, non-commercial)",
+                licence_url="https://huggingface.co/bwittmann/vesselFM",
+                non_commercial=True,
+            ),
+            extra="vesselfm",
+        ),
     )
 }
 

@@ -1,0 +1,588 @@
+"""The model ``vesselfm``: finds all blood vessels of a scan; the atlas says which of them are asked for.
+
+vesselFM (Wittmann et al., "vesselFM: A Foundation Model for Universal 3D Blood Vessel Segmentation", CVPR 2025) is a
+3-D U-Net that takes no prompt. Its architecture and the steps around it, as published, are rebuilt here on MONAI:
+
+1. *Scaling.* The 1st and the 99th percentile of the whole scan become 0 and 1; what lies beyond is cut.
+2. *Resampling*, only where ``spacing_mm`` asks for it: the published inference sees voxels as they are.
+3. *Sliding window.* Cubes of 128 voxels that overlap by half; their logits are averaged (``blending``).
+
+**Windows.** The cubes lie on a lattice fixed to the whole scan, and only those that hold a voxel in reach of a prompt
+are computed. Each voxel in reach gets all its cubes, added up in the order of the lattice, so that its probability is
+the same to the last bit whatever else is asked for. Cubes are kept with the encoded scan up to ``cache_mib``.
+
+**Which vessel is which.** A voxel belongs to the structure whose region (voxels that the warped atlas fills by half) is
+nearest in mm, ties to the smaller number, if that is no farther than ``reach_mm``; its probability there is the
+model's, and 0 for all other structures and beyond. So
+
+- structures of one call compete for what lies between them: asked for alone, one may get more;
+- a vessel that goes on beyond the reach is cut there, straight across; another vessel within reach that the atlas does
+  not label is taken along;
+- probabilities are not faded towards the reach: a faded one would cross 1/2 somewhere inside it, and earlier the less
+  sure the model is, so that the reach would not be what it says.
+
+Distances use the spacing along the voxel axes and take these to be at right angles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pickle
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage, special
+
+from ..errors import InputError, MissingExtraError, ModelError
+from ..geometry import Grid
+from ..image import LocalMap, Volume
+from ..prompts import INSIDE, Prompt, RegionPrompt
+from ..weights import LocalWeights
+from . import OnPrompt
+from .settings import ModelSettings, VesselFmSettings
+
+Field = NDArray[np.float32]
+Box = tuple[slice, slice, slice]
+#: Takes a window, (1, 1, K, J, I) float32, and gives logits of the same shape.
+Network = Callable[[torch.Tensor], torch.Tensor]
+
+#: Name of the published file.
+WEIGHTS_FILE = "vesselFM_base.pt"
+#: Channels of each resolution of the published network, and its parameters in millions.
+PUBLISHED_FILTERS = (32, 64, 128, 256, 320, 320)
+_PUBLISHED_MILLIONS = 31.42
+#: Weights whose first axis is the number of channels of a resolution.
+_FILTER_KEYS = (
+    "input_block.conv1.conv.weight",
+    *(f"downsamples.{n}.conv1.conv.weight" for n in range(len(PUBLISHED_FILTERS) - 2)),
+    "bottleneck.conv1.conv.weight",
+)
+#: Standard deviation of a window's Gaussian weights, as a share of its width, and the least of them [MONAI].
+_WEIGHT_DEVIATION = 0.125
+_LEAST_WEIGHT = 1e-3
+#: What PyTorch raises for damaged files, found by damaging some.
+_DAMAGE = (
+    pickle.UnpicklingError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+#: Keys that a message about a wrong checkpoint names.
+_MOST_NAMED = 3
+
+
+@dataclass(frozen=True, eq=False)
+class VesselEncoding:
+    """A scan made ready, and what was computed of it so far.
+
+    Parameters
+    ----------
+    data : array, (I, J, K) float32
+        Scaled intensities in [0, 1], in RAS-canonical array order; on the scan's grid, or resampled over the same
+        field of view.
+    grid : Grid
+        Of the scan.
+    windows : dict of (3,) int to array
+        Logits of windows by their first voxel in ``data``, those used last at the end.
+    """
+
+    data: Field
+    grid: Grid
+    windows: OrderedDict[tuple[int, ...], Field] = field(default_factory=OrderedDict)
+
+
+@dataclass(frozen=True, eq=False)
+class VesselSegmenter:
+    """The model of this module; a :class:`~atlassegfm.models.Segmenter`.
+
+    Parameters
+    ----------
+    network : callable
+        Takes a window, (1, 1, K, J, I) float32 in [0, 1] on ``device``, and gives logits of the same shape.
+    device : torch.device
+        Where the network computes.
+    settings : VesselFmSettings
+        How it is used.
+    provenance : mapping
+        Name, size in bytes and SHA-256 of the weights.
+    """
+
+    network: Network
+    device: torch.device
+    settings: VesselFmSettings = field(default_factory=VesselFmSettings)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def encode(self, image: Volume) -> VesselEncoding:
+        """Scale, and where asked for resample, one scan (RAS-canonical array order).
+
+        Raises
+        ------
+        InputError
+            If the percentiles of the scan are equal or not finite.
+        """
+        data = _scaled(image, self.settings.percentiles)
+        if self.settings.spacing_mm:
+            for axis, length_mm in enumerate(np.array(image.grid.shape) * image.grid.spacing_mm):
+                data = _resampled(data, axis, max(round(length_mm / self.settings.spacing_mm), 1))
+        return VesselEncoding(np.ascontiguousarray(data), image.grid)
+
+    def predict(
+        self, encoded: VesselEncoding, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
+    ) -> dict[int, LocalMap]:
+        """Share out the scan's vessels among the regions; see the top of this module.
+
+        Parameters
+        ----------
+        encoded : VesselEncoding
+            The scan.
+        prompts : mapping of int to RegionPrompt
+            By number of the structure; ties between structures go to the smaller number.
+        on_prompt : callable, optional
+            Told the number of each structure before the first window that reaches it.
+
+        Returns
+        -------
+        dict of int to LocalMap
+            float32 in [0, 1] on the scan's grid, 0 out of reach; empty where the scan shows no voxel of the region.
+        """
+        territory = _share_out(prompts, encoded.grid, self.settings.reach_mm)
+        told: set[int] = set()
+
+        def tell(numbers: Sequence[int]) -> None:
+            for number in numbers:
+                if on_prompt is not None and number not in told:
+                    on_prompt(number)
+                told.add(number)
+
+        logits = self._logits(encoded, territory, tell)
+        tell(list(prompts))
+        return {number: _answer(number, territory, logits) for number in prompts}
+
+    def _logits(
+        self, encoded: VesselEncoding, territory: _Territory, tell: Callable[[Sequence[int]], None]
+    ) -> _Lattice | None:
+        """Logits on the working grid wherever a voxel of the territory needs them; None if there is none.
+
+        Memory is bounded by two numbers for each voxel of the territory's box, one window and the cache.
+        """
+        if not territory.owner.any():
+            return None
+        shape = encoded.data.shape
+        axes = [
+            _Axis.between(count, working, first, last)
+            for count, working, first, last in zip(
+                encoded.grid.shape, shape, territory.start, territory.stop, strict=True
+            )
+        ]
+        start = tuple(int(axis.low[0]) for axis in axes)
+        stop = tuple(int(axis.high[-1]) + 1 for axis in axes)
+        total = np.zeros([b - a for a, b in zip(start, stop, strict=True)], np.float32)
+        weight = np.zeros_like(total)
+        importance = _importance(self.settings.window, self.settings.blending)
+        for corner in _corners(shape, self.settings.window, self.settings.overlap):
+            box = [
+                (max(first, 0), min(first + self.settings.window, n)) for first, n in zip(corner, shape, strict=True)
+            ]
+            numbers = territory.numbers_in([axis.touched(*side) for axis, side in zip(axes, box, strict=True)])
+            if not numbers:
+                continue
+            tell(numbers)
+            logits = self._window(encoded, corner, box)
+            common = [(max(a, s), min(b, t)) for (a, b), s, t in zip(box, start, stop, strict=True)]
+            to = _slices(common, start)
+            inner = importance[_slices(common, corner)]
+            total[to] += inner * logits[_slices(common, [first for first, _ in box])]
+            weight[to] += inner
+        # Where no window was needed nothing is read; 0 keeps it from being "not a number".
+        np.divide(total, weight, out=total, where=weight > 0)
+        return _Lattice(total, tuple(axes))
+
+    def _window(self, encoded: VesselEncoding, corner: tuple[int, ...], box: Sequence[tuple[int, int]]) -> Field:
+        """Logits of one window on its part inside the scan, from the cache or the network."""
+        found = encoded.windows.pop(corner, None)
+        if found is None:
+            size = self.settings.window
+            patch = np.zeros((size,) * 3, np.float32)
+            inside = _slices(box, corner)
+            patch[inside] = encoded.data[_slices(box, (0, 0, 0))]
+            # Published: arrays as SimpleITK gives them, the first axis through the slices.
+            given = torch.from_numpy(np.ascontiguousarray(patch.T))[None, None].to(self.device)
+            with torch.inference_mode(), self._precision():
+                answer = self.network(given).float().cpu().numpy()[0, 0].T
+            found = np.ascontiguousarray(answer[inside])
+        encoded.windows[corner] = found
+        kept = sum(window.nbytes for window in encoded.windows.values())
+        while encoded.windows and kept > self.settings.cache_mib << 20:
+            kept -= encoded.windows.popitem(last=False)[1].nbytes
+        return found
+
+    def _precision(self) -> torch.autocast:
+        single = self.settings.precision == "float32"
+        kind = torch.float16 if self.settings.precision == "float16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=kind, enabled=not single)
+
+
+def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeights]) -> VesselSegmenter:
+    """Load the published weights onto "cpu" or "cuda".
+
+    Raises
+    ------
+    ModelError
+        If there is no such device.
+    MissingExtraError
+        If MONAI is not installed.
+    InputError
+        If the weights are not there or are not those of this model.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError("the device 'cuda' was asked for and PyTorch sees no CUDA GPU; use the device 'cpu'")
+    _dyn_unet()  # a missing package is told of before missing weights: it is installed first
+    path = weights().path
+    if path.is_dir():
+        path = path / WEIGHTS_FILE
+    network = load_network(path).to(device)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    provenance = {"weights": {"file": path.name, "size": path.stat().st_size, "sha256": sha256}}
+    return VesselSegmenter(network, torch.device(device), settings.vesselfm, provenance)
+
+
+def build_network(filters: Sequence[int] = PUBLISHED_FILTERS, device: str = "cpu") -> torch.nn.Module:
+    """The published architecture with random weights; PyTorch's random state stays as it was.
+
+    Parameters
+    ----------
+    filters : sequence of int, (6,)
+        Channels of each resolution, finest first.
+    device : {"cpu", "meta"}
+        Where the weights are; "meta" is nowhere, for a network that is given others.
+
+    Returns
+    -------
+    torch.nn.Module
+        Takes (N, 1, K, J, I), each side a multiple of 32 from 64 on, and gives logits of the same shape.
+
+    Raises
+    ------
+    MissingExtraError
+        If MONAI is not installed.
+    """
+    levels = len(PUBLISHED_FILTERS)
+    # configs/model/dyn_unet_base.yaml of the published code; all else are MONAI's defaults.
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        network: torch.nn.Module = _dyn_unet()(
+            spatial_dims=3,
+            in_channels=1,
+            out_channels=1,
+            strides=[[1, 1, 1]] + [[2, 2, 2]] * (levels - 1),
+            kernel_size=[[3, 3, 3]] * levels,
+            upsample_kernel_size=[[2, 2, 2]] * (levels - 1),
+            filters=list(filters),
+            res_block=True,
+        )
+    return network.eval().requires_grad_(False)
+
+
+def load_network(path: Path) -> torch.nn.Module:
+    """The network with the weights of a checkpoint, whose numbers of channels decide how wide it is.
+
+    Parameters
+    ----------
+    path : Path
+        A bare state dict as PyTorch saves it. Nothing in it is executed.
+
+    Raises
+    ------
+    InputError
+        If it is missing, not a checkpoint or one of another architecture.
+    MissingExtraError
+        If MONAI is not installed.
+    """
+    state = _read_state(path)
+    missing = [key for key in _FILTER_KEYS if key not in state or state[key].ndim != 5]
+    if missing:
+        raise InputError(_architecture_message(path, f"no weights {_few(missing)}"))
+    network = build_network([int(state[key].shape[0]) for key in _FILTER_KEYS], device="meta")
+    expected = network.state_dict()
+    missing = [key for key in expected if key not in state]
+    if missing:
+        raise InputError(_architecture_message(path, f"no weights {_few(missing)}"))
+    unexpected = [key for key in state if key not in expected]
+    if unexpected:
+        raise InputError(_architecture_message(path, f"weights {_few(unexpected)}, which the model does not have"))
+    others = [key for key, value in expected.items() if value.shape != state[key].shape]
+    if others:
+        one = others[0]
+        shapes = [" x ".join(str(n) for n in weights[one].shape) for weights in (state, expected)]
+        raise InputError(_architecture_message(path, f"{one} of {shapes[0]} where {shapes[1]} fits"))
+    network.load_state_dict({key: value.float() for key, value in state.items()}, strict=True, assign=True)
+    return network.requires_grad_(False)
+
+
+def _dyn_unet() -> Any:
+    try:
+        from monai.networks.nets.dynunet import DynUNet
+    except ImportError:
+        raise MissingExtraError("the model 'vesselfm'", "vesselfm") from None
+    return DynUNet
+
+
+def _read_state(path: Path) -> dict[str, torch.Tensor]:
+    """The checkpoint's weights by name."""
+    advice = f"expected {WEIGHTS_FILE} of vesselFM: download it again"
+    if not path.is_file():
+        raise InputError(
+            f"{path}: no such file; expected the weights {WEIGHTS_FILE} of the model 'vesselfm': put it there"
+        )
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be opened ({error.strerror}); check the permissions") from None
+    try:
+        with warnings.catch_warnings():
+            # About how it was pickled; what matters of it is checked below.
+            warnings.simplefilter("ignore", UserWarning)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except _DAMAGE:
+        raise InputError(f"{path}: not a complete PyTorch checkpoint of weights alone; {advice}") from None
+    if not isinstance(state, Mapping):
+        raise InputError(f"{path}: holds one {type(state).__name__}, not weights by name; {advice}")
+    others = [str(key) for key, value in state.items() if not isinstance(value, torch.Tensor)]
+    if others or not state:
+        found = f"{_few(others)} beside or around the weights" if others else "nothing"
+        raise InputError(f"{path}: holds {found}, not weights by name alone; {advice}")
+    return {str(key): value for key, value in state.items()}
+
+
+def _architecture_message(path: Path, found: str) -> str:
+    return (
+        f"{path}: a checkpoint of another architecture ({found}); "
+        f"expected {WEIGHTS_FILE} of vesselFM ({_PUBLISHED_MILLIONS} million parameters)"
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_NAMED
+    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _scaled(image: Volume, percentiles: tuple[float, float]) -> Field:
+    """(I, J, K) intensities cut at two percentiles and scaled to [0, 1]."""
+    data = np.asarray(image.data, dtype=np.float32)
+    low, high = (float(n) for n in np.percentile(data, percentiles))
+    name = "the scan" if image.source is None else str(image.source.path)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InputError(f"{name}: some voxels are NaN or infinite; expected numbers only: replace them")
+    if low == high:
+        raise InputError(
+            f"{name}: the percentiles {percentiles[0]:g} and {percentiles[1]:g} of its voxels are both {low:g}, which "
+            "leaves the model 'vesselfm' no contrast; crop empty parts, or set models.vesselfm.percentiles wider apart"
+        )
+    scaled = data - np.float32(low)
+    scaled /= np.float32(high - low)
+    return np.clip(scaled, 0, 1, out=scaled)
+
+
+@dataclass(frozen=True, eq=False)
+class _Axis:
+    """Where the voxels first <= i < last of one axis of the scan lie among those of the working grid.
+
+    Both cover the same field of view, so voxel i of n is at (i + 1/2) m/n - 1/2 of m, held at the outer centres.
+
+    Parameters
+    ----------
+    low, high : array of int64, (N,)
+        Voxels of the working grid around each; equal where it has a voxel of its own.
+    share : array of float32, (N,)
+        Of the voxel ``high``, in [0, 1).
+    """
+
+    low: NDArray[np.int64]
+    high: NDArray[np.int64]
+    share: Field
+
+    @classmethod
+    def between(cls, count: int, working: int, first: int, last: int) -> _Axis:
+        """``count`` voxels of the scan and ``working`` ones along the same length."""
+        places = (
+            (np.arange(first, last) + 0.5) * (working / count) - 0.5 if working != count else np.arange(first, last)
+        )
+        places = np.clip(places, 0, working - 1)
+        low = np.floor(places).astype(np.int64)
+        share = (places - low).astype(np.float32)
+        return cls(low, np.where(share > 0, low + 1, low), share)
+
+    def touched(self, start: int, stop: int) -> slice:
+        """Which of the N voxels use one of the voxels ``start`` to ``stop`` of the working grid."""
+        first = int(np.searchsorted(self.high, start, side="left"))
+        return slice(first, max(int(np.searchsorted(self.low, stop, side="left")), first))
+
+    def interpolate(self, values: Field, axis: int, first: int = 0) -> Field:
+        """Linear interpolation along an axis of ``values``, whose first voxel is ``first`` of the working grid."""
+        shape = [1, 1, 1]
+        shape[axis] = -1
+        low = np.take(values, self.low - first, axis)
+        low += self.share.reshape(shape) * (np.take(values, self.high - first, axis) - low)
+        return low
+
+
+def _resampled(data: Field, axis: int, count: int) -> Field:
+    """The scan with another number of voxels over the same length of one axis."""
+    if count == data.shape[axis]:
+        return data
+    return _Axis.between(count, data.shape[axis], 0, count).interpolate(data, axis)
+
+
+@dataclass(frozen=True, eq=False)
+class _Lattice:
+    """Logits on a box of the working grid, and the voxels of the scan that it serves.
+
+    Parameters
+    ----------
+    values : array, float32
+        From voxel ``low[0]`` of each axis on.
+    axes : tuple of _Axis, (3,)
+        The voxels of the territory's box.
+    """
+
+    values: Field
+    axes: tuple[_Axis, ...]
+
+    def on(self, box: Box) -> Field:
+        """Logits at the voxels of a box, counted from the first of the territory."""
+        values = self.values
+        for number, (axis, side) in enumerate(zip(self.axes, box, strict=True)):
+            part = _Axis(axis.low[side], axis.high[side], axis.share[side])
+            values = part.interpolate(values, number, int(axis.low[0]))
+        return values
+
+
+@dataclass(frozen=True, eq=False)
+class _Territory:
+    """Which structure each voxel in reach of one belongs to.
+
+    Parameters
+    ----------
+    start : tuple of int, (3,)
+        First voxel of the box, in the scan.
+    owner : array of int32, (I, J, K)
+        Place in ``numbers`` plus 1; 0 out of reach.
+    numbers : tuple of int
+        Of the structures, ascending.
+    """
+
+    start: tuple[int, ...]
+    owner: NDArray[np.int32]
+    numbers: tuple[int, ...]
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        """One past the last voxel of the box, in the scan."""
+        return tuple(first + n for first, n in zip(self.start, self.owner.shape, strict=True))
+
+    @cached_property
+    def boxes(self) -> list[Box | None]:
+        """For each of ``numbers`` the box of ``owner`` that holds its voxels; None where it has none."""
+        found: list[Box | None] = ndimage.find_objects(self.owner, max_label=len(self.numbers))
+        return found
+
+    def numbers_in(self, box: Sequence[slice]) -> list[int]:
+        """Numbers of the structures that own a voxel of a box of ``owner``."""
+        count = np.bincount(self.owner[tuple(box)].ravel(), minlength=len(self.numbers) + 1)
+        return [number for number, voxels in zip(self.numbers, count[1:], strict=True) if voxels]
+
+
+def _share_out(prompts: Mapping[int, Prompt], grid: Grid, reach_mm: float) -> _Territory:
+    """Give each voxel of a scan to the nearest region within reach; ties to the smaller number."""
+    margin = np.ceil(reach_mm / grid.spacing_mm).astype(np.int64)
+    regions: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
+    for number in sorted(prompts):
+        prompt = prompts[number]
+        if not isinstance(prompt, RegionPrompt):
+            raise TypeError(f"the model 'vesselfm' is asked by region, not by {type(prompt).__name__}")
+        start = np.maximum(prompt.probability.start, 0)
+        stop = np.maximum(np.minimum(prompt.probability.stop, grid.shape), start)
+        inside = prompt.probability.on_box(start.tolist(), stop.tolist()) >= INSIDE
+        if not inside.any():
+            continue
+        voxels = np.argwhere(inside)
+        first = np.maximum(start + voxels.min(axis=0) - margin, 0)
+        last = np.minimum(start + voxels.max(axis=0) + 1 + margin, grid.shape)
+        region = np.zeros(last - first, bool)
+        region[tuple((voxels + start - first).T)] = True
+        regions[number] = first, region
+    if not regions:
+        return _Territory((0, 0, 0), np.zeros((0, 0, 0), np.int32), ())
+    low = np.min([first for first, _ in regions.values()], axis=0)
+    high = np.max([first + region.shape for first, region in regions.values()], axis=0)
+    owner = np.zeros(high - low, np.int32)
+    nearest = np.full(high - low, np.inf, np.float32)
+    for place, (first, region) in enumerate(regions.values(), start=1):
+        distance_mm = ndimage.distance_transform_edt(~region, sampling=grid.spacing_mm).astype(np.float32)
+        box = _slices(list(zip(first, first + region.shape, strict=True)), low)
+        closer = (distance_mm <= reach_mm) & (distance_mm < nearest[box])
+        nearest[box][closer] = distance_mm[closer]
+        owner[box][closer] = place
+    return _Territory(tuple(int(n) for n in low), owner, tuple(regions))
+
+
+def _answer(number: int, territory: _Territory, logits: _Lattice | None) -> LocalMap:
+    """The vessels on a structure's own voxels."""
+    if logits is None or number not in territory.numbers:
+        return LocalMap.empty()
+    place = territory.numbers.index(number)
+    box = territory.boxes[place]
+    if box is None:
+        return LocalMap.empty()  # structures of smaller numbers fill all its voxels
+    own = territory.owner[box] == place + 1
+    # SciPy's, not PyTorch's: that one treats the last few voxels of an array apart, which changes last bits.
+    probability = special.expit(logits.on(box)) * own
+    i, j, k = (int(first + side.start) for first, side in zip(territory.start, box, strict=True))
+    return LocalMap((i, j, k), probability.astype(np.float32, copy=False))
+
+
+def _corners(shape: Sequence[int], window: int, overlap: float) -> Iterator[tuple[int, ...]]:
+    """First voxels of the windows that cover a scan, the last axis fastest.
+
+    They step by the share that does not overlap, the last one ends with the scan. A scan smaller than a window is in
+    the middle of it, so that the first voxel is below 0 [MONAI's ``SlidingWindowInferer``].
+    """
+    step = max(int(window * (1 - overlap)), 1)
+    firsts: list[list[int]] = []
+    for count in shape:
+        if count <= window:
+            firsts.append([-((window - count) // 2)])
+            continue
+        steps = math.ceil((count - window) / step)
+        firsts.append([min(n * step, count - window) for n in range(steps + 1)])
+    yield from product(*firsts)
+
+
+def _importance(window: int, blending: Literal["constant", "gaussian"]) -> Field:
+    """(W, W, W) weights of a window's voxels, in (0, 1]: all 1, or a Gaussian around its middle."""
+    if blending == "constant":
+        return np.ones((window,) * 3, np.float32)
+    along = np.exp(-0.5 * ((np.arange(window) - (window - 1) / 2) / (_WEIGHT_DEVIATION * window)) ** 2)
+    weights: Field = np.einsum("i,j,k->ijk", along, along, along).clip(_LEAST_WEIGHT).astype(np.float32)
+    return weights
+
+
+def _slices(box: Sequence[tuple[int, int]], origin: Sequence[int] | NDArray[np.int64]) -> Box:
+    """A box, first and one past the last voxel along each axis, counted from ``origin``."""
+    i, j, k = (slice(int(a - first), int(b - first)) for (a, b), first in zip(box, origin, strict=True))
+    return i, j, k
