@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 #: Voxels mapped at a time. Bounds the memory of coordinates to about 100 MB whatever the size of the scan.
 _CHUNK_VOXELS = 1_000_000
+#: Edge of the blocks that are left out together where no label is near: about the nodes of the finest field over an
+#: abdomen, so that the field bends little inside.
+_BLOCK_MM = 8.0
 #: Points along each axis of the field of view that a linear part is fitted to: 12 numbers from 4096 points.
 _FIT_POINTS = 16
 #: Steps towards the inverse of a field grow or shrink by no more than this, and are this many times as long at most.
@@ -513,8 +516,10 @@ def warp_labels(
     # Runs of the sparse result: (structure, voxel of the fixed grid, weight).
     pieces: list[list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = [[] for _ in range(len(wanted) + 1)]
     offset = 0
-    for _, points in _slabs(onto):
-        ijk = labels.grid.world_to_voxel(fixed_to_moving.map(points)) + 1
+    worth_mapping = _near_labels(padded, labels.grid, onto, fixed_to_moving)
+    for slab, points in _slabs(onto):
+        chosen = np.flatnonzero(worth_mapping(slab))
+        ijk = labels.grid.world_to_voxel(fixed_to_moving.map(points[chosen])) + 1
         near = ((ijk > 0) & (ijk < shape + 1)).all(axis=1)
         kept = np.flatnonzero(near)
         if len(kept):
@@ -530,7 +535,7 @@ def warp_labels(
                 if index:
                     share = (weights * (found == index)).sum(axis=0)
                     hit = share >= floor
-                    pieces[index].append((kept[hit] + offset, share[hit]))
+                    pieces[index].append((chosen[kept[hit]] + offset, share[hit]))
         offset += len(points)
     result = {value: LocalMap.empty() for value in values}
     for index, value in enumerate(wanted, start=1):
@@ -539,6 +544,73 @@ def warp_labels(
             shares = np.concatenate([piece[1] for piece in pieces[index]])
             result[value] = _local_map_from_voxels(voxels, shares, onto.shape)
     return result
+
+
+def _near_labels(
+    padded: NDArray[np.int32], grid: Grid, onto: Grid, fixed_to_moving: Transform
+) -> Callable[[slice], NDArray[np.bool_]]:
+    """Which voxels of the fixed grid can lie in a label: most of a body does not, and need not be mapped.
+
+    The fixed grid is cut into blocks, and only the middle of each is mapped. A block can hold a label if one lies within
+    the distances of its mapped middle to those of its neighbours along the three axes: twice as far as its corners
+    are, so that what the transform does inside a block is allowed for.
+
+    Parameters
+    ----------
+    padded : array, (I + 2, J + 2, K + 2) int32
+        Labels on ``grid`` with a border of 0.
+    grid : Grid
+        Of the labels.
+    onto : Grid
+        The fixed grid.
+    fixed_to_moving : Transform
+
+    Returns
+    -------
+    callable
+        From a run of planes of ``onto`` to (N,) bool, for its voxels in C order.
+    """
+    size = np.maximum(np.rint(_BLOCK_MM / onto.spacing_mm), 1).astype(int)
+    blocks = [-(-n // b) for n, b in zip(onto.shape, size, strict=True)]
+    nodes = np.stack(np.meshgrid(*[np.arange(-1, n + 1) for n in blocks], indexing="ij"), axis=-1)
+    middles = fixed_to_moving.map(onto.voxel_to_world((nodes.reshape(-1, 3) + 0.5) * size - 0.5))
+    mapped = middles.reshape(*nodes.shape)
+    inner = mapped[1:-1, 1:-1, 1:-1]
+    reach_mm = np.zeros(inner.shape[:3])
+    for axis in range(3):
+        steps = np.linalg.norm(np.diff(mapped, axis=axis), axis=-1)
+        along = tuple(slice(None) if n == axis else slice(1, -1) for n in range(3))
+        steps = steps[along]
+        lower = steps[tuple(slice(-1) if n == axis else slice(None) for n in range(3))]
+        upper = steps[tuple(slice(1, None) if n == axis else slice(None) for n in range(3))]
+        reach_mm += np.maximum(lower, upper) ** 2
+    # Labels are looked up on cells of several voxels, so their distance may be a cell too large.
+    cell = np.maximum(np.rint(_BLOCK_MM / 2 / grid.spacing_mm), 1).astype(int)
+    cell_mm = cell * grid.spacing_mm
+    reach_mm = np.sqrt(reach_mm) + 2 * float(np.linalg.norm(cell_mm))
+    # Distances below are taken along the axes of the grid as if they were at right angles: on sheared ones they may come
+    # out too large by as much as this.
+    reach_mm /= np.linalg.svd(grid.affine[:3, :3] / grid.spacing_mm, compute_uv=False).min()
+    occupied = padded[1:-1, 1:-1, 1:-1] > 0
+    for axis in range(3):
+        starts = np.arange(0, occupied.shape[axis], cell[axis])
+        occupied = np.logical_or.reduceat(occupied, starts, axis=axis)
+    if not occupied.any():
+        return lambda planes: np.zeros((planes.stop - planes.start) * onto.shape[1] * onto.shape[2], bool)
+    distance_mm = ndimage.distance_transform_edt(~occupied, cell_mm)
+    place = (grid.world_to_voxel(inner.reshape(-1, 3)) + 0.5) / cell - 0.5
+    nearest = np.clip(np.rint(place), 0, np.array(occupied.shape) - 1)
+    beyond_mm = np.linalg.norm((place - nearest) * cell_mm, axis=1)
+    found_mm = distance_mm[tuple(nearest.astype(int).T)]
+    # From a point beyond the grid, all of the grid lies behind its nearest point of it, at an angle of 90 degrees or more.
+    holds = (np.hypot(found_mm, beyond_mm) <= reach_mm.ravel()).reshape(inner.shape[:3])
+    of_voxel = [np.arange(n) // b for n, b in zip(onto.shape, size, strict=True)]
+
+    def chosen(planes: slice) -> NDArray[np.bool_]:
+        voxels: NDArray[np.bool_] = holds[np.ix_(of_voxel[0][planes], of_voxel[1], of_voxel[2])]
+        return voxels.ravel()
+
+    return chosen
 
 
 def _local_map_from_voxels(
