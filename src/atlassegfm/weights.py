@@ -21,8 +21,8 @@ import ssl
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -195,7 +195,7 @@ def weights_folder() -> Path:
     """
     named = os.environ.get(FOLDER_VARIABLE)
     try:
-        return Path(named).expanduser() if named else Path.home() / ".local" / "share" / "atlassegfm" / "models"
+        return Path(named).expanduser() if named else _default_folder()
     except RuntimeError:
         raise InputError(
             f"the home folder of this user is not known; set {FOLDER_VARIABLE} to the full path of a folder for weights"
@@ -205,11 +205,8 @@ def weights_folder() -> Path:
 def folders_of(name: str) -> tuple[Path, ...]:
     """Where the weights of a model are looked for if the user names no path, the first folder first."""
     folders = [weights_folder() / name]
-    if os.environ.get(FOLDER_VARIABLE):
-        try:
-            folders.append(Path.home() / ".local" / "share" / "atlassegfm" / "models" / name)
-        except RuntimeError:
-            pass  # a user without a home folder has nothing there
+    with suppress(RuntimeError):  # a user without a home folder has nothing there
+        folders.append(_default_folder() / name)
     return tuple(dict.fromkeys(folders))
 
 
@@ -246,9 +243,9 @@ def find_weights(name: str, published: PublishedWeights, given: Path | None) -> 
     return LocalWeights(path, published.licence, accepted)
 
 
-def folder_with_weights(name: str, published: PublishedWeights) -> Path | None:
-    """The first of :func:`folders_of` that holds all files in their published sizes; None if none does."""
-    return next((folder for folder in folders_of(name) if not _wrong(published, folder)), None)
+def folder_with_weights(published: PublishedWeights, folders: Iterable[Path]) -> Path | None:
+    """The first of some folders that holds all files in their published sizes; None if none does."""
+    return next((folder for folder in folders if not _wrong(published, folder)), None)
 
 
 def examine(published: PublishedWeights, folder: Path) -> tuple[StoredFile, ...]:
@@ -389,11 +386,15 @@ def accept_licence(name: str, published: PublishedWeights) -> str | None:
 # What lies on this machine
 
 
+def _default_folder() -> Path:
+    return Path.home() / ".local" / "share" / "atlassegfm" / "models"
+
+
 def _complete_folder(name: str, published: PublishedWeights) -> Path:
-    folder = folder_with_weights(name, published)
+    first, *others = folders_of(name)
+    folder = folder_with_weights(published, (first, *others))
     if folder is not None:
         return folder
-    first, *others = folders_of(name)
     # Of the folders that hold a part, the first is meant.
     folder = next((one for one in (first, *others) if len(_wrong(published, one)) < len(published.files)), first)
     wrong = _wrong(published, folder)

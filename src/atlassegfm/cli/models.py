@@ -35,8 +35,8 @@ class _DefaultGroup(TyperGroup):
 
 app = typer.Typer(
     cls=_DefaultGroup,
-    help="The segmentation models: `models` lists them, `models show NAME` tells all of one, `models fetch NAME` downloads "
-    "its weights.",
+    help="The segmentation models: `models` lists them, `models show NAME` tells all of one, `models fetch NAME` "
+    "downloads its weights.",
 )
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Of the model, as `atlassegfm models` lists it.")]
@@ -48,11 +48,11 @@ def list_command(as_json: JsonOption = False) -> None:
     with open_session(quiet=True):
         from ..models import MODELS
         from ..pipeline import NO_MODEL
-        from ..weights import folder_with_weights
+        from ..weights import folder_with_weights, folders_of
 
-        rows = []
+        rows: list[dict[str, Any]] = []
         for row in MODELS.values():
-            found = None if row.weights is None else folder_with_weights(row.name, row.weights)
+            found = None if row.weights is None else folder_with_weights(row.weights, folders_of(row.name))
             rows.append(
                 {
                     "name": row.name,
@@ -66,15 +66,15 @@ def list_command(as_json: JsonOption = False) -> None:
                     "summary": row.summary,
                 }
             )
-    nothing = {"prompts": [], "extra": None, "extra_installed": True, "needs_weights": False, "weights": None}
-    nothing |= {"code_licence": "", "weights_licence": "", "summary": "the result is the warped atlas"}
-    rows.append({"name": NO_MODEL, **nothing})
+        nothing = dict.fromkeys(rows[0]) | {"prompts": [], "extra_installed": True, "needs_weights": False}
+        nothing |= {"code_licence": "", "weights_licence": "", "summary": "the result is the warped atlas"}
+        rows.append(nothing | {"name": NO_MODEL})
     if as_json:
         print_json(rows)
         return
     table = [
         (
-            str(row["name"]),
+            row["name"],
             ", ".join(row["prompts"]),
             _extra_text(row["extra"], row["extra_installed"]),
             row["weights"] or ("not found" if row["needs_weights"] else "none needed"),
@@ -89,14 +89,23 @@ def list_command(as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def show(name: NameArgument, as_json: JsonOption = False, quiet: QuietOption = False) -> None:
+def show(
+    name: NameArgument,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--folder", metavar="FOLDER", help="Look here alone, as after `models fetch --folder`."),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
     """Tell all of one model: licences, the paper's figures, its files, and what was found of them.
 
     The exit code is 0 whether its weights are there or not.
     """
     with open_session(quiet=quiet or as_json) as session:
         row = _describe(name)
-        session.progress("reading the weights")
+        if row.weights is not None:
+            session.progress("reading the weights")
         content: dict[str, Any] = {
             "name": row.name,
             "summary": row.summary,
@@ -105,7 +114,7 @@ def show(name: NameArgument, as_json: JsonOption = False, quiet: QuietOption = F
             "extra": row.extra or None,
             "extra_installed": _is_installed(row.extra),
             "code_licence": row.code_licence,
-            "weights": None if row.weights is None else _weights(name, row.weights),
+            "weights": None if row.weights is None else _weights(name, row.weights, folder),
         }
     if as_json:
         print_json(content)
@@ -120,12 +129,10 @@ def show(name: NameArgument, as_json: JsonOption = False, quiet: QuietOption = F
     ]
     weights = content["weights"]
     if weights is None:
-        print_table(("", ""), [*lines, ("weights", "none needed")])
+        _print_lines([*lines, ("weights", "none needed")])
         return
     accepted = weights["licence_accepted"]
-    state = (
-        f"accepted on {accepted}" if accepted else "not accepted yet" if weights["non_commercial"] else "free to use"
-    )
+    state = f"accepted on {accepted}" if accepted else "not accepted yet"
     lines += [
         ("licence of the weights", f"{weights['licence']}, {weights['licence_url']}"),
         ("", f"no commercial use; {state}" if weights["non_commercial"] else "need not be accepted"),
@@ -134,7 +141,7 @@ def show(name: NameArgument, as_json: JsonOption = False, quiet: QuietOption = F
         *(("looked for in" if n == 0 else "", folder) for n, folder in enumerate(weights["looked_in"])),
         ("found in", weights["found"] or "none of them"),
     ]
-    print_table(("", ""), lines)
+    _print_lines(lines)
     for one in weights["files"]:
         size = "not known" if one["size"] is None else str(one["size"])
         typer.echo(f"\n  {one['path']}")
@@ -175,9 +182,7 @@ def fetch(
     if fetched is None:
         return
     count = len(fetched.downloaded)
-    done = (
-        f"{count} {'file' if count == 1 else 'files'} downloaded" if count else "complete already, nothing downloaded"
-    )
+    done = f"{count} {'file' if count == 1 else 'files'} downloaded" if count else "complete already, none downloaded"
     typer.echo(f"{name}: {done}; the weights are in {fetched.folder}")
     print_table(
         ("file", "bytes", "sha256", ""),
@@ -209,12 +214,12 @@ def _agrees(name: str, published: PublishedWeights) -> bool:
     return True
 
 
-def _weights(name: str, published: PublishedWeights) -> dict[str, Any]:
+def _weights(name: str, published: PublishedWeights, folder: Path | None) -> dict[str, Any]:
     """Of the weights, what is published and what was found."""
     from ..weights import examine, folder_with_weights, folders_of, licence_accepted
 
-    found = folder_with_weights(name, published)
-    folders = folders_of(name)
+    folders = folders_of(name) if folder is None else (folder,)
+    found = folder_with_weights(published, folders)
     # Where they are incomplete, what is missing from the folder that fetching would fill.
     stored = examine(published, found or folders[0])
     return {
@@ -247,6 +252,12 @@ def _file(published: PublishedWeights, stored: StoredFile) -> dict[str, Any]:
     }
 
 
+def _print_lines(lines: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        typer.echo(f"  {name:<{width}}  {text}".rstrip())
+
+
 def _found_text(file: dict[str, Any]) -> str:
     found = file["found"]
     verdict = str(found["verdict"])
@@ -265,7 +276,7 @@ def _extra_text(extra: str | None, installed: bool | None) -> str:
 
 
 def _is_installed(extra: str) -> bool | None:
-    """Whether all that an extra of this package brings is there; None where that is not known (not installed itself)."""
+    """Whether all that an extra of this package brings is there; None where this package itself is not installed."""
     if not extra:
         return True
     try:
