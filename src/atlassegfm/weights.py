@@ -480,7 +480,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
             str(name): {key: one[key] for key in ("url", "revision", "size", "sha256", "date")}
             for name, one in files.items()
         }
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the permissions") from None
