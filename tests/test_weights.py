@@ -398,7 +398,8 @@ def test_no_connection(default: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with raises(
         ModelError,
         f"{url}: no connection to 127.0.0.1:{port} (Connection refused); check the network and the proxy "
-        f"(HTTPS_PROXY), set HF_ENDPOINT to a mirror, or download the file on another machine and put it at {default}/toy.pt",
+        "(HTTPS_PROXY), set HF_ENDPOINT to a mirror, or download the file on another machine and put it at "
+        f"{default}/toy.pt",
     ):
         fetch("toy", weights(KNOWN))
     assert list(default.iterdir()) == []

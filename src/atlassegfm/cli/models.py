@@ -209,7 +209,8 @@ def _agrees(name: str, published: PublishedWeights) -> bool:
         return False
     typer.echo(f"licence of the weights of {name}: {published.licence}, no commercial use", err=True)
     typer.echo(f"read it at {published.licence_url}", err=True)
-    if not typer.confirm("Do you accept it?", default=False, err=True):
+    typer.echo("Do you accept it? [y/N] ", err=True, nl=False)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise InputError(f"the licence of the weights of the model {name!r} was not accepted; nothing was downloaded")
     return True
 
