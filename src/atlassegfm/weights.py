@@ -30,6 +30,7 @@ from typing import Any, Literal, NoReturn, get_args
 
 from .errors import InputError, ModelError
 from .image import atomic_path
+from .version import __version__
 
 #: Environment variable that names the folder of all weights, with one folder for each model.
 FOLDER_VARIABLE = "ATLASSEGFM_MODELS"
@@ -356,8 +357,6 @@ def accept_licence(name: str, published: PublishedWeights) -> str | None:
     InputError
         If it cannot be noted.
     """
-    from . import __version__
-
     if not published.non_commercial:
         return None
     earlier = licence_accepted(name, published)
@@ -516,8 +515,6 @@ def _fetch_one(
     name: str, published: PublishedWeights, folder: Path, stored: StoredFile, tell: Callable[[str], None]
 ) -> None:
     """Download one file and note what it was."""
-    from . import __version__
-
     url, target = published.url_of(stored.file), stored.path
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -591,8 +588,6 @@ def _download(
 @contextmanager
 def _answer(url: str, page: str, target: Path) -> Iterator[http.client.HTTPResponse]:
     """The open connection; what can go wrong with it becomes a sentence."""
-    from . import __version__
-
     request = urllib.request.Request(url, headers={"User-Agent": f"atlassegfm/{__version__}"})
     try:
         answer = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
