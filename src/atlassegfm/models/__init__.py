@@ -16,7 +16,7 @@ from .. import weights as _weights
 from ..errors import InputError
 from ..image import LocalMap, Volume
 from ..prompts import Prompt, PromptKind
-from ..weights import Fetched, LocalWeights, PublishedWeights, find_weights
+from ..weights import LocalWeights, PublishedWeights, find_weights
 from .settings import ModelSettings
 
 #: Told the key of each prompt as the model turns to it.
@@ -201,7 +201,7 @@ def licence_accepted(name: str) -> str | None:
 
 def fetch_weights(
     name: str, folder: Path | None = None, on_stage: Callable[[str], None] | None = None
-) -> Fetched | None:
+) -> _weights.Fetched | None:
     """Download the weights of a model, as ``atlassegfm models fetch`` does; None if it has none.
 
     Parameters
