@@ -199,8 +199,8 @@ def test_what_is_missing_is_named(default: Path, tmp_path: Path, monkeypatch: py
     (default / "toy/fold_0/final.pth").write_bytes(b"abc")
     with raises(
         InputError,
-        f"{default}: toy/fold_0/final.pth has 3 bytes, expected 4; {ask} file {default}/toy/fold_0/final.pth there "
-        f"from {page} {licence}",
+        f"{default}: toy/fold_0/final.pth has 3 bytes, expected 4 (weights of your own are named with --model-path); "
+        f"{ask} file {default}/toy/fold_0/final.pth there from {page} {licence}",
     ):
         find_weights("toy", weights(*TWO), None)
 

@@ -401,6 +401,7 @@ def _complete_folder(name: str, published: PublishedWeights) -> Path:
         found = f"no weights of the model {name!r}" + (" there, nor in " + str(others[0]) if others else "")
     else:
         found = "; ".join(f"{file.path} {problem}" for file, problem in wrong.items() if problem != "missing")
+        found += " (weights of your own are named with --model-path)"
     one = len(published.files) == 1
     source = published.url_of(published.files[0]) if one else published.page
     places = ", ".join(str(folder / file.path) for file in wrong)
