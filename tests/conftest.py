@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from atlassegfm.geometry import Grid
 from atlassegfm.image import Volume
+from atlassegfm.models import MODELS, accept_licence
 
 # Examples are the same on every machine, and a busy one is not a failure.
 settings.register_profile(
@@ -73,6 +74,16 @@ class Outcome:
 
 
 Run = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def made_up_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the weights of whoever runs the tests out of them; those made up here are under nobody's licence."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ATLASSEGFM_MODELS", str(tmp_path_factory.mktemp("models")))
+        for name in MODELS:
+            accept_licence(name)
+        yield
 
 
 @pytest.fixture

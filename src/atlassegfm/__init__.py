@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import AtlasSegError, InputError, MissingExtraError, ModelError, RegistrationError
+from .version import __version__
 
 if TYPE_CHECKING:
     from .context import Context
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from .pipeline import Segmentation, Settings, segment
     from .registration import Registration, RegistrationSettings, register
     from .structures import Structure
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AtlasSegError",

@@ -28,7 +28,7 @@ from .fusion import FusionSettings, Gate, GateExample, fuse, label_map, train_ga
 from .geometry import Grid
 from .image import LocalMap, Volume, smallest_label_type
 from .metrics import dice
-from .models import Segmenter, describe_model, load_model
+from .models import Segmenter, describe_model, licence_accepted, load_model
 from .models.settings import ModelSettings
 from .prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, PromptKind, make_prompt
 from .registration import Registration, RegistrationSettings, register
@@ -222,6 +222,8 @@ class Segmentation:
         Wall time of each stage.
     provenance : mapping of str to Any
         Where the model's numbers come from, as plain values; empty where it has nothing to say.
+    licence_accepted : str or None
+        Date (ISO 8601) on which the licence of the model's weights was accepted; None where that need not be.
     """
 
     labels: Volume
@@ -238,6 +240,7 @@ class Segmentation:
     device: str
     seconds: Mapping[str, float]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    licence_accepted: str | None = None
 
     def summary(self) -> dict[str, Any]:
         """What happened, as plain values for ``run.json``."""
@@ -248,6 +251,7 @@ class Segmentation:
                 "summary": row.summary,
                 "code_licence": row.code_licence,
                 "weights_licence": row.weights_licence,
+                "licence_accepted": self.licence_accepted,
                 "prompt": self.prompt,
                 **self.provenance,
             }
@@ -619,6 +623,7 @@ class _Job:
             device=self.device,
             seconds=self.clock.seconds,
             provenance={} if answers is None else answers.provenance,
+            licence_accepted=None if answers is None else licence_accepted(self.settings.model),
         )
 
     def _as_stored(self, numbers: NDArray[Any]) -> Volume:

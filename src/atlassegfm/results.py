@@ -213,12 +213,14 @@ def write_result(segmentation: Segmentation, inputs: RunInputs, folder: Path, *,
 def run_summary(segmentation: Segmentation, inputs: RunInputs) -> dict[str, Any]:
     """The content of ``run.json``."""
     summary = segmentation.summary()
+    settings = to_dict(segmentation.settings)
+    settings["model_path"] = Path(settings["model_path"]).name
     return {
         "inputs": inputs.summary(),
         **summary,
         "total_seconds": round(sum(segmentation.seconds.values()), 3),
         "peak_memory_mb": peak_memory_mb(),
-        "settings": to_dict(segmentation.settings),
+        "settings": settings,
         "versions": {
             "atlassegfm": version(),
             "python": platform.python_version(),

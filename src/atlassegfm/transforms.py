@@ -551,9 +551,9 @@ def _near_labels(
 ) -> Callable[[slice], NDArray[np.bool_]]:
     """Which voxels of the fixed grid can lie in a label: most of a body does not, and need not be mapped.
 
-    The fixed grid is cut into blocks, and only the middle of each is mapped. A block can hold a label if one lies within
-    the distances of its mapped middle to those of its neighbours along the three axes: twice as far as its corners
-    are, so that what the transform does inside a block is allowed for.
+    The fixed grid is cut into blocks, and only the middle of each is mapped. A block can hold a label if one lies
+    within the distances of its mapped middle to those of its neighbours along the three axes: twice as far as its
+    corners are, so that what the transform does inside a block is allowed for.
 
     Parameters
     ----------
@@ -588,8 +588,8 @@ def _near_labels(
     cell = np.maximum(np.rint(_BLOCK_MM / 2 / grid.spacing_mm), 1).astype(int)
     cell_mm = cell * grid.spacing_mm
     reach_mm = np.sqrt(reach_mm) + 2 * float(np.linalg.norm(cell_mm))
-    # Distances below are taken along the axes of the grid as if they were at right angles: on sheared ones they may come
-    # out too large by as much as this.
+    # Distances below are taken along the axes of the grid as if they were at right angles: on sheared ones they may
+    # come out too large by as much as this.
     reach_mm /= np.linalg.svd(grid.affine[:3, :3] / grid.spacing_mm, compute_uv=False).min()
     occupied = padded[1:-1, 1:-1, 1:-1] > 0
     for axis in range(3):
@@ -602,7 +602,7 @@ def _near_labels(
     nearest = np.clip(np.rint(place), 0, np.array(occupied.shape) - 1)
     beyond_mm = np.linalg.norm((place - nearest) * cell_mm, axis=1)
     found_mm = distance_mm[tuple(nearest.astype(int).T)]
-    # From a point beyond the grid, all of the grid lies behind its nearest point of it, at an angle of 90 degrees or more.
+    # From a point beyond the grid, all of the grid lies behind the point of it that is nearest, at 90 degrees or more.
     holds = (np.hypot(found_mm, beyond_mm) <= reach_mm.ravel()).reshape(inner.shape[:3])
     of_voxel = [np.arange(n) // b for n, b in zip(onto.shape, size, strict=True)]
 

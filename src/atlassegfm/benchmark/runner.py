@@ -295,13 +295,20 @@ def run(
     ------
     InputError
         If the folder holds something else, or a file of the dataset cannot be used. What is done by then is kept.
+    AtlasSegError
+        If a model cannot be loaded, before anything is written.
     """
-    _prepare(plan, out, force=force)
     store = {
         (variant.name, pair): out / PAIRS / slug(variant.name) / pair.atlas / f"{pair.query}.json"
         for variant in plan.variants
         for pair in plan.pairs
     }
+    bench = _Bench(plan)
+    # Weights that are missing are told of now, and not after the variants before.
+    for variant in plan.variants:
+        if force or not all(store[variant.name, pair].exists() for pair in plan.pairs):
+            bench.load(variant)
+    _prepare(plan, out, force=force)
     done = {key: _load(path) for key, path in store.items() if path.exists()}
     changed = [key for key, record in done.items() if record.file_sizes != plan.file_sizes(key[1])]
     for key in changed:
@@ -311,7 +318,6 @@ def run(
     todo = [(variant, pair) for variant, pair in _alternating(plan) if (variant.name, pair) not in done]
     if todo and len(todo) < len(store):
         logger.warning("%s: %d of %d are done already", out, len(store) - len(todo), len(store))
-    bench = _Bench(plan)
     for number, (variant, pair) in enumerate(todo, start=1):
         if on_pair is not None:
             name = f"{pair.atlas} -> {pair.query}" + (f" ({variant.name})" if len(plan.variants) > 1 else "")
@@ -372,7 +378,7 @@ class _Bench:
     def run(self, variant: Variant, pair: Pair, on_stage: Callable[[str], None] | None) -> Record:
         """One pair by one variant; where registration or model give up, the pair has failed."""
         query, reference = self._query(pair.query)
-        model = self._model(variant)
+        model = self.load(variant)
         context = None if variant.prompts_from == "user" else self._context(pair.atlas)
         atlas_values = set(self._plan.values) if context is None else set(context.values)
         failure, cost = "", _Cost()
@@ -481,8 +487,11 @@ class _Bench:
             found = ", ".join(map(str, sorted(unknown)))
             logger.warning("%s: dataset.json does not name the label values %s; taken as background", path, found)
 
-    def _model(self, variant: Variant) -> Any:
+    def load(self, variant: Variant) -> Any:
+        """The model of a variant; that of the one before is dropped if it is another."""
         chosen = variant.settings
+        if chosen.model == NO_MODEL:
+            return None
         key = (chosen.model, chosen.model_path, chosen.models)
         if key not in self._models:
             self._models.clear()  # two models may not fit into memory

@@ -24,19 +24,23 @@ import typer
 from ..errors import AtlasSegError, InputError, MissingExtraError
 from .benchmark import app as benchmark_app
 from .evaluation import evaluate
+from .models import app as models_app
 from .session import (
     EXIT_FAILURES,
     EXIT_INTERRUPTED,
     EXIT_USAGE,
+    AcceptOption,
     ConfigOption,
     DeviceOption,
     JsonOption,
     ModelOption,
+    ModelPathOption,
     PromptOption,
     QuietOption,
     SeedOption,
     Session,
     SetOption,
+    accept_licences,
     build_settings,
     open_session,
     or_none,
@@ -97,6 +101,8 @@ def segment(
         Path | None, typer.Option("--names", metavar="FILE", help="Names of the labels: JSON, or '1 liver' lines.")
     ] = None,
     model: ModelOption = None,
+    model_path: ModelPathOption = None,
+    accept_licence: AcceptOption = False,
     prompt: PromptOption = None,
     device: DeviceOption = "auto",
     config: ConfigOption = None,
@@ -127,12 +133,15 @@ def segment(
         from ..registration import require_engine
         from ..results import output_folder
 
-        settings = build_settings(config, overrides, model=model, prompt=prompt, seed=seed)
+        settings = build_settings(config, overrides, model=model, model_path=model_path, prompt=prompt, seed=seed)
         prompt_kind(settings)
         if transform is None:
             require_engine(settings.registration)
-        jobs = _plan(queries, out, [path for path in (atlas, labels, names, config) if path is not None], transform)
+        inputs = [path for path in (atlas, labels, names, config, model_path) if path is not None]
+        jobs = _plan(queries, out, inputs, transform)
         resolved = resolve_device(device)
+        if accept_licence:
+            accept_licences([settings.model], session)
         with output_folder(out):
             session.progress("reading the atlas")
             loaded = load_chosen(settings, resolved)
@@ -242,6 +251,7 @@ def check(
 
 app.command()(evaluate)
 app.add_typer(benchmark_app, name="benchmark")
+app.add_typer(models_app, name="models")
 
 
 @app.command()
@@ -252,25 +262,6 @@ def settings(config: ConfigOption = None, overrides: SetOption = None) -> None:
 
         text = to_toml(build_settings(config, overrides))
     typer.echo(text, nl=False)
-
-
-@app.command()
-def models(as_json: JsonOption = False) -> None:
-    """List the segmentation models."""
-    with open_session(quiet=True):
-        from ..models import MODELS
-        from ..pipeline import NO_MODEL
-
-        rows: list[tuple[str, ...]] = [
-            (row.name, ", ".join(row.prompts), row.code_licence, row.weights_licence, row.summary)
-            for row in MODELS.values()
-        ]
-        rows.append((NO_MODEL, "", "", "", "the result is the warped atlas"))
-    if as_json:
-        keys = ("name", "prompts", "code_licence", "weights_licence", "summary")
-        print_json([dict(zip(keys, (r[0], r[1].split(", ") if r[1] else [], *r[2:]), strict=True)) for r in rows])
-        return
-    print_table(("model", "prompts, best first", "code", "weights", ""), rows)
 
 
 def main() -> NoReturn:

@@ -25,13 +25,16 @@ from .evaluation import (
 )
 from .session import (
     EXIT_FAILURES,
+    AcceptOption,
     ConfigOption,
     DeviceOption,
     JsonOption,
     ModelOption,
+    ModelPathOption,
     QuietOption,
     SeedOption,
     SetOption,
+    accept_licences,
     build_settings,
     open_session,
     print_json,
@@ -86,6 +89,8 @@ class _Options:
     tolerance: ToleranceOption = f"{DEFAULT_TOLERANCE_MM:g}"
     cldice: CentrelineOption = None
     channel: Annotated[int, typer.Option("--channel", metavar="N", help="Channel of the scans.")] = 0
+    model_path: ModelPathOption = None
+    accept_licence: AcceptOption = False
     device: DeviceOption = "auto"
     config: ConfigOption = None
     overrides: SetOption = None
@@ -95,9 +100,9 @@ class _Options:
     as_json: JsonOption = False
     quiet: QuietOption = False
 
-    def settings(self, **chosen: str | None) -> Settings:
+    def settings(self, model: str | None = None) -> Settings:
         """The settings that the variants begin with."""
-        return build_settings(self.config, self.overrides, seed=self.seed, **chosen)
+        return build_settings(self.config, self.overrides, model=model, model_path=self.model_path, seed=self.seed)
 
     @property
     def title(self) -> str:
@@ -151,7 +156,7 @@ def protocol_command(
         base = options.settings()
         made = [Variant("", base)]
         if models is not None:
-            made = [_with(one, model, model=model) for one in made for model in split_list(models, "--models")]
+            made = [one for before in made for one in _with_models(before, split_list(models, "--models"))]
         if engines is not None:
             names = split_list(engines, "--engines")
             made = [_with(one, engine, registration={"engine": engine}) for one in made for engine in names]
@@ -166,11 +171,14 @@ def protocol_command(
 def ablation(dataset: DatasetArgument, options: _Options, model: ModelOption = None) -> None:
     """The paper's Table 4: stages of the registration off and on; the model alone, with prompts, with fusion.
 
-    "user click" is the model alone: a simulated user, who sees the structure, clicks once into its middle.
+    "user click" is the model alone: a simulated user, who sees the structure, clicks once into its middle. It is left
+    out for a model that takes no click.
     """
+    notes: list[str] = []
 
     def columns() -> list[Variant]:
         from ..benchmark import Variant
+        from ..models import describe_model
         from ..pipeline import NO_MODEL
 
         base = options.settings(model=model)
@@ -184,13 +192,14 @@ def ablation(dataset: DatasetArgument, options: _Options, model: ModelOption = N
         }
         all_stages = {"rigid": True, "affine": True, "deformable": True}
         alone = Variant("", replace(base, model=NO_MODEL))
-        return [
-            *(_with(alone, name, registration=table) for name, table in stages.items()),
-            Variant("user click", base, prompts_from="user"),
-            _with(Variant("", base), "all stages", registration=all_stages),
-        ]
+        made = [_with(alone, name, registration=table) for name, table in stages.items()]
+        if "click" in describe_model(base.model).prompts:
+            made.append(Variant("user click", base, prompts_from="user"))
+        else:
+            notes.append(f"left out: user click, which the model {base.model!r} does not take")
+        return [*made, _with(Variant("", base), "all stages", registration=all_stages)]
 
-    _run(dataset, f"ablation, {options.title}", columns, options)
+    _run(dataset, f"ablation, {options.title}", columns, options, notes)
 
 
 @app.command()
@@ -202,7 +211,10 @@ def prompts(
         str, typer.Option("--models", metavar="A,B,...", help="Models, each with all the prompts it takes.")
     ] = "builtin",
 ) -> None:
-    """The paper's Table 6: click, box and mask from the warped atlas, for each model that takes them."""
+    """The paper's Table 6: click, box and mask from the warped atlas, for each model that takes them.
+
+    A model that takes no prompt has one column, "region".
+    """
 
     def columns() -> list[Variant]:
         from ..benchmark import Variant
@@ -212,11 +224,12 @@ def prompts(
         if NO_MODEL in split_list(models, "--models"):
             raise InputError(f"--models {models}: {NO_MODEL!r} takes no prompt; leave it out")
         base = Variant("", options.settings(), methods=("model", "fused"))
+        # "region" is no prompt that can be asked for: a model that takes it takes no other.
         return [
-            _with(base, f"{model} {kind}", model=model, prompt=kind)
-            for model in split_list(models, "--models")
-            for kind in ("click", "box", "mask")
-            if kind in describe_model(model).prompts
+            _with(one, kind, prompt="auto" if kind == "region" else kind)
+            for one in _with_models(base, split_list(models, "--models"))
+            for kind in ("click", "box", "mask", "region")
+            if kind in describe_model(one.settings.model).prompts
         ]
 
     _run(dataset, f"prompts, {options.title}", columns, options)
@@ -267,6 +280,8 @@ def time_command(
     config: ConfigOption = None,
     overrides: SetOption = None,
     seed: SeedOption = None,
+    model_path: ModelPathOption = None,
+    accept_licence: AcceptOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -275,10 +290,12 @@ def time_command(
         from ..benchmark.timing import measure, scans_for
         from ..pipeline import resolve_device
 
-        base = build_settings(config, overrides, model=model, seed=seed)
+        base = build_settings(config, overrides, model=model, model_path=model_path, seed=seed)
         size, wanted = _shape(shape), split_list(labels, "--labels")
         if wanted and dataset is None:
             raise InputError("--labels belongs to a dataset; made-up scans are used as they are")
+        if accept_licence:
+            accept_licences([base.model], session)
         session.progress("making the scans")
         context, query = scans_for(dataset, size, wanted, base.seed)
         timing = measure(context, query, base, device=resolve_device(device), rounds=rounds, on_stage=session.progress)
@@ -342,6 +359,8 @@ def _run(
         from ..benchmark.tables import columns_of, main_table
 
         plan = _plan(folder, title, columns(), options)
+        if options.accept_licence:
+            accept_licences([one.settings.model for one in plan.variants], session)
         dataset, cases = plan.dataset, [case.name for case in plan.dataset.cases]
         if not options.quiet:
             count = "1 pair" if len(plan.pairs) == 1 else f"{len(plan.pairs)} pairs"
@@ -416,6 +435,21 @@ def _with(variant: Variant, name: str, **table: Any) -> Variant:
 
     settings: Settings = with_table(variant.settings, table, origin=name)
     return replace(variant, name=f"{variant.name} {name}".strip(), settings=settings)
+
+
+def _with_models(variant: Variant, models: Sequence[str]) -> list[Variant]:
+    """A variant for each model; the path of the weights goes with the one that has any."""
+    from ..models import describe_model
+    from ..pipeline import NO_MODEL
+
+    path = variant.settings.model_path
+    weighted = [name for name in models if name != NO_MODEL and describe_model(name).weights is not None]
+    if path and len(set(weighted)) > 1:
+        raise InputError(
+            f"{path}: one path of weights, and the models {', '.join(weighted)} have their own each; put the weights "
+            "where `atlassegfm models show NAME` says, or name one model"
+        )
+    return [_with(variant, name, model=name, model_path=path if name in weighted else "") for name in models]
 
 
 def _parsed(text: str, base: Settings) -> Variant:

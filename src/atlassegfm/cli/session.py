@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,6 +48,21 @@ PromptOption = Annotated[
     str | None,
     typer.Option("--prompt", metavar="auto|click|box|mask", help="What to prompt the model with [default: auto]."),
 ]
+ModelPathOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--model-path",
+        metavar="PATH",
+        help="File or folder of the model's weights [default: where `atlassegfm models show NAME` says].",
+    ),
+]
+AcceptOption = Annotated[
+    bool,
+    typer.Option(
+        "--accept-licence",
+        help="Accept the licence of the model's weights, where it asks for that; noted once for all.",
+    ),
+]
 
 
 def build_settings(
@@ -55,6 +70,7 @@ def build_settings(
     overrides: Sequence[str] | None,
     *,
     model: str | None = None,
+    model_path: Path | None = None,
     prompt: str | None = None,
     seed: int | None = None,
 ) -> Settings:
@@ -66,10 +82,23 @@ def build_settings(
     if config is not None:
         chosen = with_file(chosen, config)
     chosen = with_overrides(chosen, overrides or ())
-    for key, value in (("model", model), ("prompt", prompt), ("seed", seed)):
+    path = None if model_path is None else str(model_path)
+    for key, value in (("model", model), ("model_path", path), ("prompt", prompt), ("seed", seed)):
         if value is not None:
-            chosen = with_table(chosen, {key: value}, origin=f"--{key}")
+            chosen = with_table(chosen, {key: value}, origin=f"--{key.replace('_', '-')}")
     return chosen
+
+
+def accept_licences(models: Iterable[str], session: Session) -> None:
+    """Note that the user accepts the licences of the weights of these models, and say which."""
+    from ..models import accept_licence, describe_model, licence_accepted
+    from ..pipeline import NO_MODEL
+
+    for name in dict.fromkeys(models):
+        weights = None if name == NO_MODEL else describe_model(name).weights
+        if weights is not None and weights.non_commercial and licence_accepted(name) is None:
+            accept_licence(name)
+            session.say(f"licence of the weights of {name} accepted: {weights.licence}, {weights.licence_url}")
 
 
 class Session:

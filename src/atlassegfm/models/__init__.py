@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from .. import weights as _weights
 from ..errors import InputError
 from ..image import LocalMap, Volume
 from ..prompts import Prompt, PromptKind
@@ -224,13 +225,17 @@ def load_model(name: str, device: str, settings: ModelSettings | None = None, pa
     ------
     InputError
         If the name is not known, or the weights are not there, are not those of this model, or their licence has not
-        been accepted.
+        been accepted; or if a path is given for a model that has no weights.
     MissingExtraError
         If the model's dependencies are not installed.
     ModelError
         If the model cannot be loaded.
     """
     row = describe_model(name)
+    if row.weights is None and path is not None:
+        raise InputError(
+            f"{path}: given as weights, but the model {name!r} has none; leave out the path of the weights"
+        )
 
     def weights() -> LocalWeights:
         if row.weights is None:
@@ -240,3 +245,60 @@ def load_model(name: str, device: str, settings: ModelSettings | None = None, pa
     module = importlib.import_module(f".{row.module}", __name__)
     model: Segmenter = module.load(device, settings or ModelSettings(), weights)
     return model
+
+
+def accept_licence(name: str) -> str | None:
+    """Note that the user accepts the licence of a model's weights; once is enough.
+
+    Parameters
+    ----------
+    name : str
+        A key of :data:`MODELS`.
+
+    Returns
+    -------
+    str or None
+        The date of the acceptance; None where none is needed.
+
+    Raises
+    ------
+    InputError
+        If the name is not known, or it cannot be noted.
+    """
+    published = describe_model(name).weights
+    return None if published is None else _weights.accept_licence(name, published)
+
+
+def licence_accepted(name: str) -> str | None:
+    """Date on which the licence of a model's weights was accepted; None if it was not, or need not be.
+
+    Raises
+    ------
+    InputError
+        If the name is not known.
+    """
+    published = describe_model(name).weights
+    return None if published is None else _weights.licence_accepted(name, published)
+
+
+def fetch_weights(
+    name: str, folder: Path | None = None, on_stage: Callable[[str], None] | None = None
+) -> _weights.Fetched | None:
+    """Download the weights of a model, as ``atlassegfm models fetch`` does; None if it has none.
+
+    Parameters
+    ----------
+    name : str
+        A key of :data:`MODELS`.
+    folder : Path, optional
+        For the files; that of the model in the folder of all weights if left out.
+    on_stage : callable, optional
+        Told of each file, and of its progress.
+
+    Raises
+    ------
+    InputError, ModelError
+        As :func:`~atlassegfm.weights.fetch`.
+    """
+    published = describe_model(name).weights
+    return None if published is None else _weights.fetch(name, published, folder, on_stage)

@@ -1,0 +1,296 @@
+"""The commands ``models ...``: which there are, what each needs, and fetching its weights."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..errors import InputError
+from .session import AcceptOption, JsonOption, QuietOption, accept_licences, open_session, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..models import ModelDescription
+    from ..weights import PublishedWeights, StoredFile
+
+#: The subcommand meant where none is named.
+_DEFAULT = "list"
+_PACKAGE = "atlassegfm"
+
+
+class _DefaultGroup(TyperGroup):
+    """Subcommands, and ``models`` alone for the list."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the default's name in front where options stand alone."""
+        if not args or (args[0].startswith("-") and args[0] not in ("--help", "-h")):
+            args = [_DEFAULT, *args]
+        return list(super().parse_args(ctx, args))
+
+
+app = typer.Typer(
+    cls=_DefaultGroup,
+    help="The segmentation models: `models` lists them, `models show NAME` tells all of one, `models fetch NAME` "
+    "downloads its weights.",
+)
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Of the model, as `atlassegfm models` lists it.")]
+
+
+@app.command(_DEFAULT)
+def list_command(as_json: JsonOption = False) -> None:
+    """List the segmentation models, and whether what they need is there."""
+    with open_session(quiet=True):
+        from ..models import MODELS
+        from ..pipeline import NO_MODEL
+        from ..weights import folder_with_weights, folders_of
+
+        rows: list[dict[str, Any]] = []
+        for row in MODELS.values():
+            found = None if row.weights is None else folder_with_weights(row.weights, folders_of(row.name))
+            rows.append(
+                {
+                    "name": row.name,
+                    "prompts": list(row.prompts),
+                    "extra": row.extra or None,
+                    "extra_installed": _is_installed(row.extra),
+                    "needs_weights": row.weights is not None,
+                    "weights": None if found is None else str(found),
+                    "code_licence": row.code_licence,
+                    "weights_licence": row.weights_licence,
+                    "summary": row.summary,
+                }
+            )
+        nothing = dict.fromkeys(rows[0]) | {"prompts": [], "extra_installed": True, "needs_weights": False}
+        nothing |= {"code_licence": "", "weights_licence": "", "summary": "the result is the warped atlas"}
+        rows.append(nothing | {"name": NO_MODEL})
+    if as_json:
+        print_json(rows)
+        return
+    table = [
+        (
+            row["name"],
+            ", ".join(row["prompts"]),
+            _extra_text(row["extra"], row["extra_installed"]),
+            row["weights"] or ("not found" if row["needs_weights"] else "none needed"),
+            row["code_licence"],
+            row["weights_licence"],
+            row["summary"],
+        )
+        for row in rows
+    ]
+    head = ("model", "prompts, best first", "extra", "weights", "licence of the code", "of the weights", "")
+    print_table(head, table)
+
+
+@app.command()
+def show(
+    name: NameArgument,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--folder", metavar="FOLDER", help="Look here alone, as after `models fetch --folder`."),
+    ] = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Tell all of one model: licences, the paper's figures, its files, and what was found of them.
+
+    The exit code is 0 whether its weights are there or not.
+    """
+    with open_session(quiet=quiet or as_json) as session:
+        row = _describe(name)
+        if row.weights is not None:
+            session.progress("reading the weights")
+        content: dict[str, Any] = {
+            "name": row.name,
+            "summary": row.summary,
+            "prompts": list(row.prompts),
+            "paper_dice": dict(row.paper_dice),
+            "extra": row.extra or None,
+            "extra_installed": _is_installed(row.extra),
+            "code_licence": row.code_licence,
+            "weights": None if row.weights is None else _weights(name, row.weights, folder),
+        }
+    if as_json:
+        print_json(content)
+        return
+    lines = [
+        ("model", row.name),
+        ("what it is", row.summary),
+        ("prompts, best first", ", ".join(row.prompts)),
+        ("Dice in the paper", ", ".join(f"{kind} {dice:g} %" for kind, dice in row.paper_dice.items()) or "none"),
+        ("extra", _extra_text(content["extra"], content["extra_installed"])),
+        ("licence of the code", row.code_licence),
+    ]
+    weights = content["weights"]
+    if weights is None:
+        _print_lines([*lines, ("weights", "none needed")])
+        return
+    accepted = weights["licence_accepted"]
+    state = f"accepted on {accepted}" if accepted else "not accepted yet"
+    lines += [
+        ("licence of the weights", f"{weights['licence']}, {weights['licence_url']}"),
+        ("", f"no commercial use; {state}" if weights["non_commercial"] else "need not be accepted"),
+        ("published", weights["page"]),
+        ("revision", weights["revision"]),
+        *(("looked for in" if n == 0 else "", folder) for n, folder in enumerate(weights["looked_in"])),
+        ("found in", weights["found"] or "none of them"),
+    ]
+    _print_lines(lines)
+    for one in weights["files"]:
+        size = "not known" if one["size"] is None else str(one["size"])
+        typer.echo(f"\n  {one['path']}")
+        typer.echo(f"    published  {size} bytes, sha256 {one['sha256'] or 'not known'}")
+        typer.echo(f"    found      {_found_text(one)}")
+
+
+@app.command()
+def fetch(
+    name: NameArgument,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--folder",
+            metavar="FOLDER",
+            help="Folder for the files; name it with --model-path later [default: where they are looked for].",
+        ),
+    ] = None,
+    accept_licence: AcceptOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Download the weights of a model; the only command that downloads anything.
+
+    The environment variable HF_ENDPOINT names a mirror of Hugging Face, HTTPS_PROXY a proxy.
+    """
+    # The progress bar would write over the question.
+    with open_session(quiet=True) as session:
+        published = _describe(name).weights
+        if published is None:
+            typer.echo(f"{name} needs no weights: nothing to fetch")
+            return
+        if accept_licence or _agrees(name, published):
+            accept_licences([name], session)
+    with open_session(quiet) as session:
+        from ..models import fetch_weights
+
+        fetched = fetch_weights(name, folder, session.progress)
+    if fetched is None:
+        return
+    count = len(fetched.downloaded)
+    done = f"{count} {'file' if count == 1 else 'files'} downloaded" if count else "complete already, none downloaded"
+    typer.echo(f"{name}: {done}; the weights are in {fetched.folder}")
+    print_table(
+        ("file", "bytes", "sha256", ""),
+        [(one.file.path, str(one.size), str(one.sha256), one.verdict) for one in fetched.files],
+    )
+    if folder is not None:
+        typer.echo(f"use them with --model-path {fetched.folder}")
+
+
+def _describe(name: str) -> ModelDescription:
+    from ..models import describe_model
+    from ..pipeline import NO_MODEL
+
+    if name == NO_MODEL:
+        raise InputError(f"{NO_MODEL!r} stands for no model, where the result is the warped atlas; name a model")
+    return describe_model(name)
+
+
+def _agrees(name: str, published: PublishedWeights) -> bool:
+    """Show the licence and ask, where there is somebody to ask; whoever says no gets nothing."""
+    from ..models import licence_accepted
+
+    if not published.non_commercial or licence_accepted(name) is not None or not sys.stdin.isatty():
+        return False
+    typer.echo(f"licence of the weights of {name}: {published.licence}, no commercial use", err=True)
+    typer.echo(f"read it at {published.licence_url}", err=True)
+    typer.echo("Do you accept it? [y/N] ", err=True, nl=False)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise InputError(f"the licence of the weights of the model {name!r} was not accepted; nothing was downloaded")
+    return True
+
+
+def _weights(name: str, published: PublishedWeights, folder: Path | None) -> dict[str, Any]:
+    """Of the weights, what is published and what was found."""
+    from ..weights import examine, folder_with_weights, folders_of, licence_accepted
+
+    folders = folders_of(name) if folder is None else (folder,)
+    found = folder_with_weights(published, folders)
+    # Where they are incomplete, what is missing from the folder that fetching would fill.
+    stored = examine(published, found or folders[0])
+    return {
+        "repository": published.repository,
+        "page": published.page,
+        "revision": published.revision,
+        "licence": published.licence,
+        "licence_url": published.licence_url,
+        "non_commercial": published.non_commercial,
+        "licence_accepted": licence_accepted(name, published),
+        "looked_in": [str(one) for one in folders],
+        "found": None if found is None else str(found),
+        "files": [_file(published, one) for one in stored],
+    }
+
+
+def _file(published: PublishedWeights, stored: StoredFile) -> dict[str, Any]:
+    return {
+        "path": stored.file.path,
+        "url": published.url_of(stored.file),
+        "size": stored.file.size,
+        "sha256": stored.file.sha256,
+        "found": {
+            "path": str(stored.path),
+            "size": stored.size,
+            "sha256": stored.sha256,
+            "verdict": stored.verdict,
+            "expected": stored.expected or None,
+        },
+    }
+
+
+def _print_lines(lines: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        typer.echo(f"  {name:<{width}}  {text}".rstrip())
+
+
+def _found_text(file: dict[str, Any]) -> str:
+    found = file["found"]
+    verdict = str(found["verdict"])
+    if verdict == "missing":
+        return f"missing, expected at {found['path']}"
+    text = f"{found['size']} bytes, sha256 {found['sha256'] or 'not computed'}"
+    if verdict == "not known":
+        return f"{text}: nothing to compare with"
+    return f"{text}: {verdict}" + (f", expected {found['expected']}" if found["expected"] else "")
+
+
+def _extra_text(extra: str | None, installed: bool | None) -> str:
+    if extra is None:
+        return "none needed"
+    return f"{extra} ({'not known' if installed is None else 'installed' if installed else 'not installed'})"
+
+
+def _is_installed(extra: str) -> bool | None:
+    """Whether all that an extra of this package brings is there; None where this package itself is not installed."""
+    if not extra:
+        return True
+    try:
+        wanted = importlib.metadata.requires(_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    marker = re.compile(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]")
+    names = [re.split(r"[^A-Za-z0-9._-]", one, maxsplit=1)[0] for one in wanted if marker.search(one)]
+    if not names:
+        return None
+    try:
+        for name in names:
+            importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
