@@ -74,7 +74,7 @@ def test_gpu_agrees_with_cpu():
 def test_displaced_mask_is_drawn_to_the_ball(shift, contrast):
     prompt = mask_prompt(ball(tuple(np.add(CENTRE, shift))))
     before, after = dice(prompt.probability, ball()), dice(answer(bright_ball(contrast), prompt), ball())
-    assert after > 0.93
+    assert after > 0.92
     assert after > before + 0.03
 
 
