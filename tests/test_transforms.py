@@ -533,6 +533,39 @@ def test_warp_labels_against_a_loop(synthetic_labels: Factory, affine: np.ndarra
     assert np.allclose(cut, np.where(crude >= 0.3, crude, 0), atol=1e-4)
 
 
+@settings(max_examples=30)
+@given(
+    name=st.sampled_from(sorted(ALL)),
+    scale=st.floats(0.4, 2.5),
+    angle=st.floats(-40, 40),
+    amount_mm=st.floats(0, 12),
+    seed=st.integers(0, 1000),
+)
+def test_what_is_left_out_of_a_warp_holds_no_label(
+    name: str, scale: float, angle: float, amount_mm: float, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    data = np.zeros((40, 36, 20), np.uint8)
+    for value in (1, 2):  # small structures, one perhaps at the border
+        i, j, k = (int(generator.integers(0, n - 3)) for n in data.shape)
+        data[i : i + 4, j : j + 3, k : k + 3] = value
+    labels = Volume(data, Grid(data.shape, ALL[name]))
+    onto = Grid((50, 33, 25), affine_of(rotation(angle, 10, -angle) @ np.diag([1.7, 1.3, 3.1]), (-40.0, 0.0, -10.0)))
+    middle = Affine(affine_of(np.eye(3), tuple(labels.grid.centre_mm - scale * onto.centre_mm)))
+    stretch = Affine(np.diag([scale, scale, scale, 1.0]))
+    field = random_field(Grid((9, 7, 8), affine_of(np.diag([9.0, 9.0, 9.0]), (-45.0, -5.0, -15.0))), amount_mm, seed)
+    transform = Chain((field, stretch, middle))
+    with pytest.MonkeyPatch.context() as patch:
+        some = warp_labels(labels, [1, 2], onto, transform)
+        patch.setattr(
+            transforms, "_near_labels", lambda *_: lambda planes: np.ones((planes.stop - planes.start) * 33 * 25, bool)
+        )
+        everything = warp_labels(labels, [1, 2], onto, transform)
+    for value in (1, 2):
+        assert some[value].start == everything[value].start
+        assert np.array_equal(some[value].values, everything[value].values)
+
+
 @pytest.mark.parametrize("affine", ALL.values(), ids=ALL)
 def test_warp_labels_identity(synthetic_labels: Factory, affine: np.ndarray) -> None:
     labels = synthetic_labels((7, 8, 9), affine, values=(1, 5))

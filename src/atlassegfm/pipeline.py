@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,6 +33,7 @@ from .models.settings import ModelSettings
 from .prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, PromptKind, make_prompt
 from .registration import Registration, RegistrationSettings, register
 from .structures import Structure
+from .topology import changes_to, topologies_of
 from .transforms import (
     Affine,
     JacobianStatistics,
@@ -54,6 +55,8 @@ _OUTSIDE_SHARE = 0.9
 _MOSTLY_OUTSIDE_SHARE = 0.5
 #: Points along each axis of the query's field of view at which a given transform is tried.
 _TRIED_POINTS = 16
+#: Probability of a filled hole: just inside.
+_FILLED = 0.51
 #: Voxels mapped at a time: bounds the memory of coordinates.
 _CHUNK_VOXELS = 1_000_000
 
@@ -83,6 +86,10 @@ class Settings:
 
     prompt: Literal["auto", "click", "box", "mask"] = "auto"
     """What the model is prompted with; "auto" is the best of the prompts it takes."""
+
+    topology: bool = True
+    """Whether the fused result loses islands and holes that the atlas's structures do not have; not with the model
+    "none", whose result is the warped atlas as it is."""
 
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Start of the random numbers: the same seed gives the same result on the same machine."""
@@ -589,6 +596,8 @@ class _Job:
                     fused = fuse(mask, answer, learned.gate, device=self.device)
                 maps[n] = StructureMaps(fused, mask, answer)
             labels = label_map({n: one.fused for n, one in maps.items()}, grid.shape)
+            if answers is not None and self.settings.topology:
+                maps, labels = self._with_topology(maps, labels)
             model_labels = None if answers is None else label_map(answers.maps, grid.shape)
             voxels = np.bincount(labels.ravel(), minlength=len(structures) + 1)
         results = []
@@ -625,6 +634,25 @@ class _Job:
             provenance={} if answers is None else answers.provenance,
             licence_accepted=None if answers is None else licence_accepted(self.settings.model),
         )
+
+    def _with_topology(
+        self, maps: dict[int, StructureMaps], labels: NDArray[Any]
+    ) -> tuple[dict[int, StructureMaps], NDArray[Any]]:
+        """The result without islands and holes that the atlas's structures do not have; its probabilities agree."""
+        changes = changes_to(labels, topologies_of(self.labels.data))
+        if not changes:
+            return maps, labels
+        changed = dict(maps)
+        for n, change in changes.items():
+            fused = maps[n].fused
+            first, last = zip(*((side.start, side.stop) for side in change.box), strict=True)
+            start, stop = np.minimum(fused.start, first).tolist(), np.maximum(fused.stop, last).tolist()
+            values = fused.on_box(start, stop)
+            inner = values[tuple(slice(a - s, b - s) for a, b, s in zip(first, last, start, strict=True))]
+            inner[change.islands] = 0
+            inner[change.holes] = np.maximum(inner[change.holes], _FILLED)
+            changed[n] = replace(maps[n], fused=LocalMap((start[0], start[1], start[2]), values))
+        return changed, label_map({n: one.fused for n, one in changed.items()}, labels.shape)
 
     def _as_stored(self, numbers: NDArray[Any]) -> Volume:
         """A map of numbers as label values in the query's own array order; one type for all queries of an atlas."""

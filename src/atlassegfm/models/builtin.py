@@ -71,10 +71,10 @@ _REACH_VOXELS = 2.5
 #: between 0.5 (CT) and 1.9 (hippocampus), 1.0 over all (sim, at 0.15 a radius). 1.2 / 1.4 give 0.808 / 0.808
 #: (sim) and 0.664 / 0.661 (reg).
 _PRIOR_SLOPE = 1.2
-#: Weight of the evidence against the prior: the better the prompts, the less of it. With those of today's registration
-#: 1 / 1.2 / 1.5 / 2 give 0.855 / 0.854 / 0.850 / 0.842 (hippocampus, 17 pairs), 0.761 / 0.761 / 0.760 / 0.756 (heart, 8
-#: pairs), 0.866 / 0.866 / 0.865 / 0.864 (abdominal MR, 8) and 0.799 / 0.800 / 0.800 / 0.799 (abdominal CT, 8). Below 1.5
-#: prompts that are a quarter of a radius off are drawn less far onto a structure that stands out clearly (tests).
+#: Weight of the evidence against the prior: the better the prompts, the less of it. With today's registration, 1 /
+#: 1.2 / 1.5 / 2 give 0.855 / 0.854 / 0.850 / 0.842 (hippocampus, 17 pairs), 0.761 / 0.761 / 0.760 / 0.756 (heart, 8),
+#: 0.866 / 0.866 / 0.865 / 0.864 (abdominal MR, 8) and 0.799 / 0.800 / 0.800 / 0.799 (abdominal CT, 8). Below 1.5
+#: prompts a quarter of a radius off are drawn less far onto a structure that stands out clearly (tests).
 _EVIDENCE_WEIGHT = 1.5
 #: Share of each density that is taken from the mean of both. Bounds the evidence of one view to log 9. 0.05 /
 #: 0.2 give 0.804 / 0.808 (sim) and 0.669 / 0.664 (reg), but 0.05 hurts 8 and 10 %.
