@@ -5,6 +5,8 @@ A model is added here by one line of :data:`TINY`. What it finds is tested in a 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,9 @@ import pytest
 import tiny_medsam2
 import tiny_nninteractive
 import tiny_vesselfm
+from atlassegfm.errors import InputError
 from atlassegfm.geometry import Grid
-from atlassegfm.image import LocalMap, Volume
+from atlassegfm.image import LocalMap, Source, Volume
 from atlassegfm.models import MODELS, Segmenter, load_model
 from atlassegfm.pipeline import Settings
 from atlassegfm.prompts import Prompt, PromptKind, make_prompt
@@ -109,6 +112,11 @@ class Models:
         settings = with_overrides(Settings(), tiny.overrides)
         return load_model(name, "cpu", settings.models, self._paths.get(name))
 
+    def path(self, name: str) -> Path:
+        """Of its tiny weights."""
+        self.loaded(name)
+        return self._paths[name]
+
     def loaded(self, name: str) -> Segmenter:
         if name not in self._loaded:
             self._loaded[name] = self.fresh(name)
@@ -175,6 +183,39 @@ def test_sees_the_patient_and_not_the_array(models: Models, name: str, kind: Pro
             ijk = np.rint(back.grid.world_to_voxel(points_mm)).astype(int)
             there = back.data[tuple(ijk.T)].reshape(SHAPE)
             np.testing.assert_allclose(there, expected[number].to_full(SHAPE), rtol=0, atol=TOLERANCE, err_msg=codes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_says_where_its_numbers_come_from(models: Models, name: str) -> None:
+    """For run.json: one shape for all, and no folder of this machine in it."""
+    told = models.loaded(name).provenance
+    if MODELS[name].weights is None:
+        assert "weights" not in told
+        return
+    path = models.path(name)
+    file = path if path.is_file() else next(one for one in path.rglob(told["weights"]["file"]))
+    content = file.read_bytes()
+    assert told["weights"].items() >= {
+        ("file", file.name),
+        ("bytes", len(content)),
+        ("sha256", hashlib.sha256(content).hexdigest()),
+    }
+    assert [key for key in told if key != "weights" and not key.endswith("_version")] == []
+    assert len(told) > 1
+    assert str(path.parent) not in json.dumps(told)
+
+
+@pytest.mark.parametrize("name", [name for name, row in MODELS.items() if row.weights is not None])
+def test_scan_that_shows_nothing(models: Models, name: str) -> None:
+    model = models.loaded(name)
+    for data, message in (
+        (np.full(SHAPE, 7.0), "all voxels have the value 7; expected a scan with contrast"),
+        (np.where(ball(CENTRES[3]), np.nan, 1.0), "there are NaN or infinite voxels"),
+        (np.where(ball(CENTRES[3]), np.inf, 1.0), "there are NaN or infinite voxels"),
+    ):
+        for source, called in ((None, "the scan"), (Source(Path("flat.nii.gz")), "flat.nii.gz")):
+            with pytest.raises(InputError, match=f"^{called}: {message}"):
+                model.encode(Volume(data.astype(np.float32), GRID, source))
 
 
 @every_model

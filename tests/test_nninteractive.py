@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import io
 import json
 import logging
@@ -16,7 +17,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +28,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from atlassegfm import models
 from atlassegfm.context import Context
 from atlassegfm.errors import InputError, MissingExtraError, ModelError
 from atlassegfm.geometry import Grid
 from atlassegfm.image import LocalMap, Volume
 from atlassegfm.metrics import dice_per_structure
-from atlassegfm.models import MODELS, load_model
+from atlassegfm.models import MODELS, accept_licence, load_model
 from atlassegfm.models.settings import ModelSettings, NnInteractiveSettings
 from atlassegfm.pipeline import Settings, segment
-from atlassegfm.prompts import BoxPrompt, ClickPrompt, MaskPrompt, Prompt
+from atlassegfm.prompts import BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt
 from atlassegfm.settings import with_overrides
 from conftest import affine_of, rotation
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
@@ -292,11 +296,8 @@ def test_thin_volumes(toy: Any, shape: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (np.full(SHAPE, 7.0), "one value 7 in all voxels that count"),
-        (np.zeros(SHAPE), "one value 0 in all voxels that count"),
-        (np.pad(np.full((9, 9, 9), 3.0), 5), "one value 3 in all voxels that count"),
-        (np.where(ball(), np.nan, 1.0), "NaN or infinite voxels"),
-        (np.where(ball(), np.inf, 1.0), "NaN or infinite voxels"),
+        (np.pad(np.full((9, 9, 9), 3.0), 5), "all voxels but those of value 0 around them have the value 3"),
+        (np.pad(np.full((9, 9, 9), -3.0), 5), "all voxels but those of value 0 around them have the value -3"),
     ],
 )
 def test_scans_that_cannot_be_normalised(toy: Any, data: NDArray[np.float64], message: str) -> None:
@@ -374,9 +375,17 @@ def test_pipeline_is_better_than_the_atlas_alone(toy_folder: Path, kind: str) ->
         # Without registration the round trip is perfect, and the gate trusts the atlas more than a mere click.
         assert fused[value] > atlas[value] + 0.03 or (kind == "click" and fused[value] >= atlas[value]), fused
     told = json.loads(json.dumps(result.summary()))["model"]
-    assert told["weights"]["folder"] == str(toy_folder)
-    assert len(told["weights"]["sha256"]) == 64
-    assert told["weights"]["read_without_running_code"] is True
+    checkpoint = toy_folder / "fold_0" / "checkpoint_final.pth"
+    assert told["weights"] == {
+        "file": "checkpoint_final.pth",
+        "bytes": checkpoint.stat().st_size,
+        "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        "fold": "fold_0",
+        "folder": toy_folder.name,
+        "licence_in_folder": "CC0-1.0",
+        "read_without_running_code": True,
+    }
+    assert told["nninteractive_version"] == version("nninteractive")
     assert told["weights_licence"] == "CC-BY-NC-SA-4.0"
 
 
@@ -385,7 +394,8 @@ def test_pipeline_is_better_than_the_atlas_alone(toy_folder: Path, kind: str) ->
 
 def test_folder_may_be_named_by_its_parent_or_its_fold(toy_folder: Path) -> None:
     for path in (toy_folder.parent, toy_folder, toy_folder / "fold_0"):
-        assert load(path).provenance["weights"]["checkpoint"] == "fold_0/checkpoint_final.pth"
+        found = load(path).provenance["weights"]
+        assert (found["folder"], found["fold"]) == (toy_folder.name, "fold_0")
 
 
 def test_folder_is_found_among_all_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -393,9 +403,16 @@ def test_folder_is_found_among_all_weights(tmp_path: Path, monkeypatch: pytest.M
     published = MODELS["nninteractive"].weights
     assert published is not None
     folder = make_folder(tmp_path / "nninteractive" / published.files[0].path.split("/")[0], follower=True)
-    for file in published.files:
-        assert (folder.parent / file.path).is_file()
-    assert load_model("nninteractive", "cpu").provenance["weights"]["folder"] == str(folder)
+    with pytest.raises(InputError, match=r"plans\.json has \d+ bytes, expected 6287"):
+        load_model("nninteractive", "cpu")
+    tiny = [
+        replace(file, size=(folder.parent / file.path).stat().st_size, sha256=None)  # as if this were published
+        for file in published.files
+    ]
+    row = replace(MODELS["nninteractive"], weights=replace(published, files=tuple(tiny)))
+    monkeypatch.setattr(models, "MODELS", {**MODELS, "nninteractive": row})
+    accept_licence("nninteractive")
+    assert load_model("nninteractive", "cpu").provenance["weights"]["folder"] == folder.name
 
 
 def test_several_networks_or_folds_must_be_told_apart(toy_folder: Path, tmp_path: Path) -> None:
@@ -406,7 +423,7 @@ def test_several_networks_or_folds_must_be_told_apart(toy_folder: Path, tmp_path
     shutil.copytree(tmp_path / "one" / "fold_0", tmp_path / "one" / "fold_1")
     with pytest.raises(InputError, match="fold_0, fold_1 are in it; name one of them"):
         load(tmp_path / "one")
-    assert load(tmp_path / "one" / "fold_1").provenance["weights"]["checkpoint"] == "fold_1/checkpoint_final.pth"
+    assert load(tmp_path / "one" / "fold_1").provenance["weights"]["fold"] == "fold_1"
 
 
 @pytest.mark.parametrize(
@@ -435,12 +452,12 @@ def test_missing_file_is_named(broken: Path, name: str) -> None:
 
 
 def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no weights of the model 'nninteractive'"):
+    with pytest.raises(InputError, match="/absent: no such file or folder; expected the weights of the model 'nninter"):
         load(tmp_path / "absent")
     with pytest.raises(InputError, match="no network in it; expected the folder of an nnInteractive network"):
         load(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="file: a file; expected the folder"):
+    with pytest.raises(InputError, match="/file: is a file; expected the folder of the weights of the model 'nninter"):
         load(tmp_path / "file")
 
 
@@ -455,37 +472,43 @@ def _plans(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     write(folder / "plans.json", plans)
 
 
+WANTED = r"expected the weights of the model 'nninteractive' \(checkpoint_final\.pth\)"
+A_WEIGHT = {"a": torch.zeros(1)}
 BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no torch file": (
         lambda folder: (folder / "fold_0" / "checkpoint_final.pth").write_text("<html>please log in</html>"),
-        "checkpoint_final.pth: not a PyTorch checkpoint, or damaged",
+        rf"checkpoint_final\.pth: is a web page, .*; {WANTED}",
     ),
-    "download cut short": (_cut_short, "checkpoint_final.pth: not a PyTorch checkpoint, or damaged"),
+    "download cut short": (_cut_short, rf"checkpoint_final\.pth: is cut short or damaged; {WANTED}"),
     "no weights": (
         lambda folder: save_checkpoint(folder / "fold_0", network_weights=None),
-        "checkpoint_final.pth: lacks network_weights; expected a checkpoint of nnInteractive",
+        rf"checkpoint_final\.pth: holds trainer_name, init_args and no 'network_weights'; {WANTED}",
     ),
     "no arguments": (
-        lambda folder: save_checkpoint(folder / "fold_0", init_args=None),
-        "checkpoint_final.pth: lacks init_args",
+        lambda folder: save_checkpoint(folder / "fold_0", network_weights=A_WEIGHT, init_args=None),
+        rf"checkpoint_final\.pth: names no configuration under 'init_args'; {WANTED}",
     ),
-    "neither": (
-        lambda folder: save_checkpoint(folder / "fold_0", network_weights=None, init_args={}),
-        "lacks network_weights and init_args",
+    "empty arguments": (
+        lambda folder: save_checkpoint(folder / "fold_0", network_weights=A_WEIGHT, init_args={}),
+        "names no configuration under 'init_args'",
     ),
     "a tensor": (
         lambda folder: torch.save(torch.zeros(3), folder / "fold_0" / "checkpoint_final.pth"),
-        "holds one Tensor; expected network_weights and init_args",
+        "holds one Tensor and no 'network_weights'",
+    ),
+    "other weights": (
+        lambda folder: save_checkpoint(folder / "fold_0", network_weights=A_WEIGHT),
+        r"holds weights of another network: .* missing .*1 unknown \(a\); expected those of the network in plans\.json",
     ),
     "other configuration": (
-        lambda folder: save_checkpoint(folder / "fold_0", init_args={"configuration": "2d"}),
+        lambda folder: save_checkpoint(folder / "fold_0", network_weights=A_WEIGHT, init_args={"configuration": "2d"}),
         rf"plans.json: no configuration '2d', .* \(there are: {CONFIGURATION}\)",
     ),
     "other architecture": (
         lambda folder: _plans(
             folder, lambda one: one["architecture"]["arch_kwargs"].update(features_per_stage=[4, 8, 12])
         ),
-        "its weights are not those of the network in plans.json .*size mismatch",
+        r"holds weights of another network: .* of another shape \(.* instead of 12.*\); expected those of the network",
     ),
     "architecture that does not exist": (
         lambda folder: _plans(folder, lambda one: one["architecture"].update(network_class_name="no.such.Network")),
@@ -526,7 +549,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_broken_folder_is_one_sentence(broken: Path, name: str) -> None:
     spoil, message = BREAKS[name]
     spoil(broken)
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         load(broken)
     assert "\n" not in str(caught.value)
 
@@ -543,7 +566,9 @@ def test_checkpoint_with_more_than_tensors_is_warned_of(
     save_checkpoint(broken / "fold_0", network_weights=session.network.state_dict(), logging=_Harmless())
     with caplog.at_level(logging.WARNING):
         model = load(broken)
-    assert f"{broken / 'fold_0' / 'checkpoint_final.pth'}: this checkpoint holds more than tensors" in caplog.text
+    told = f"{broken / 'fold_0' / 'checkpoint_final.pth'}: this checkpoint holds more than tensors, other objects ("
+    assert told in caplog.text
+    assert "_Harmless)" in caplog.text
     assert "runs code from it; use it only if you trust its source" in caplog.text
     assert model.provenance["weights"]["read_without_running_code"] is False
 
@@ -553,10 +578,25 @@ def test_plain_pickle_is_never_run(broken: Path, caplog: pytest.LogCaptureFixtur
         def __reduce__(self) -> tuple[Any, ...]:
             return Path.touch, (broken / "harmed",)
 
-    (broken / "fold_0" / "checkpoint_final.pth").write_bytes(pickle.dumps(Harm()))
-    with pytest.raises(InputError, match="not a PyTorch checkpoint"):
+    checkpoint = broken / "fold_0" / "checkpoint_final.pth"
+    for protocol, message in ((2, "is cut short or damaged"), (4, "is no file of PyTorch")):
+        checkpoint.write_bytes(pickle.dumps(Harm(), protocol))
+        with pytest.raises(ModelError, match=message):
+            load(broken)
+    torch.save(Harm(), checkpoint, _use_new_zipfile_serialization=False)
+    with pytest.raises(ModelError, match="holds other objects .* loading these could run any program"):
         load(broken)
     assert not (broken / "harmed").exists()
+
+
+def test_damaged_checkpoint_is_never_run(broken: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where what is damaged is the list of contents, as if it held more than tensors."""
+    save_checkpoint(broken / "fold_0", network_weights=A_WEIGHT)
+    checkpoint = broken / "fold_0" / "checkpoint_final.pth"
+    checkpoint.write_bytes(checkpoint.read_bytes().replace(b"_rebuild_tensor", b"_rebuilt_tensor"))
+    with pytest.raises(ModelError, match=rf"is cut short or damaged; {WANTED}"):
+        load(broken)
+    assert "runs code" not in caplog.text
 
 
 def test_prompt_the_network_does_not_take(broken: Path) -> None:
@@ -568,6 +608,8 @@ def test_prompt_the_network_does_not_take(broken: Path) -> None:
     for kind, prompt in PROMPTS.items():
         with pytest.raises(ModelError, match=f"does not take the prompt '{kind}'"):
             answer(model, bright(ball()), prompt)
+    with pytest.raises(TypeError, match="by mask, box or click, not by RegionPrompt"):
+        answer(model, bright(ball()), RegionPrompt(LocalMap.from_full(ball())))
 
 
 # --- the installed package ------------------------------------------------------------------------------------------

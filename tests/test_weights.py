@@ -22,12 +22,13 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from atlassegfm import weights as weights_module
 from atlassegfm.errors import InputError, ModelError
-from atlassegfm.models._checkpoint import load_state
+from atlassegfm.models._checkpoint import UnsafeCheckpointError, check_fit, load_state, named_weights
 from atlassegfm.weights import (
     ACCEPTANCE,
     RECORD,
@@ -745,6 +746,61 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.Mon
         ):
             load_state(Path("toy.pt"), wanted=WANTED)
         assert not Path("ran").exists()
+
+
+def test_single_numbers_of_numpy_are_read(tmp_path: Path) -> None:
+    numbers = [np.float64(1.5), np.float32(2), np.int64(3), np.bool_(True)]
+    torch.save({"model": {"a": torch.ones(2)}, "logging": numbers}, tmp_path / "toy.pt")
+    assert load_state(tmp_path / "toy.pt", wanted=WANTED)["logging"] == numbers
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_checkpoint_with_another_byte(tmp_path: Path, new: bool) -> None:
+    """Whatever byte of its list of contents is another one, it is read or refused; never is it taken for a program."""
+    path = tmp_path / "toy.pt"
+    torch.save({"model": {"a.weight": torch.zeros(7), "b": torch.zeros(2)}}, path, _use_new_zipfile_serialization=new)
+    whole = path.read_bytes()
+    refused = 0
+    for place in range(40, min(700, len(whole)), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x21]) + whole[place + 1 :])
+        try:
+            load_state(path, wanted=WANTED)
+        except UnsafeCheckpointError:
+            assert not new, place
+        except ModelError:
+            refused += 1
+    assert refused > 50
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "message"),
+    [
+        ([1], "", "holds one list, not weights by name"),
+        ({}, "", "holds nothing, not weights by name alone"),
+        ({"a": torch.zeros(1), "epoch": 3, "b": {}}, "", "holds epoch, b, not weights by name alone"),
+        ({n: n for n in range(5)}, "", "holds 0, 1, 2 and 2 more, not weights by name alone"),
+        ([1], "model", "holds one list and no 'model'"),
+        ({}, "model", "holds nothing and no 'model'"),
+        ({"a": 1, "b": 1}, "model", "holds a, b and no 'model'"),
+        ({"model": 1}, "model", "holds one int as 'model', not weights by name"),
+        ({"model": {"a": 1}}, "model", "holds a as 'model', not weights by name alone"),
+    ],
+)
+def test_what_holds_no_weights(content: object, key: str, message: str) -> None:
+    with raises(ModelError, f"toy.pt: {message}; expected {WANTED}"):
+        named_weights(content, Path("toy.pt"), wanted=WANTED, key=key)
+
+
+def test_weights_of_another_network() -> None:
+    network = torch.nn.Linear(2, 3).state_dict()
+    check_fit(network, network, Path("toy.pt"), wanted=WANTED)
+    other = {"weight": torch.zeros(3, 4), "scale": torch.zeros(())}
+    with raises(
+        ModelError,
+        "toy.pt: holds weights of another network: 1 missing (bias); 1 unknown (scale); 1 of another shape (weight is "
+        f"3 x 4 instead of 3 x 2); expected {WANTED}",
+    ):
+        check_fit(other, network, Path("toy.pt"), wanted=WANTED)
 
 
 def test_a_checkpoint_that_cannot_be_opened(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import ndimage
 
 from .image import LocalMap
@@ -128,6 +129,33 @@ def make_prompt(kind: PromptKind, probability: LocalMap) -> Prompt | None:
         (int(last[0]), int(last[1]), int(last[2])),
         reach,
     )
+
+
+def inside_scan(
+    probability: LocalMap, shape: tuple[int, int, int]
+) -> tuple[NDArray[np.int64], np.ndarray[tuple[int, int, int], np.dtype[np.bool_]]]:
+    """The voxels of a scan that a soft mask prompts.
+
+    Parameters
+    ----------
+    probability : LocalMap
+        In [0, 1]; may reach out of the scan, or lie outside it.
+    shape : tuple of int, (3,)
+        Voxels of the scan.
+
+    Returns
+    -------
+    array, (3,) int64
+        First voxel of the box of the scan that the mask's own box overlaps.
+    array, (I, J, K) bool
+        On that box: True from :data:`INSIDE` on; of no voxels where they do not overlap.
+    """
+    first = np.maximum(probability.start, 0).astype(np.int64)
+    last = np.maximum(np.minimum(probability.stop, shape), first)
+    inside: np.ndarray[tuple[int, int, int], np.dtype[np.bool_]] = (
+        probability.on_box(first.tolist(), last.tolist()) >= INSIDE
+    )
+    return first, inside
 
 
 def _middle(mask: np.ndarray[tuple[int, int, int], np.dtype[np.bool_]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

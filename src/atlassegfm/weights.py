@@ -186,6 +186,12 @@ class Fetched:
     downloaded: tuple[str, ...]
 
 
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def weights_folder() -> Path:
     """Folder of all weights: ``$ATLASSEGFM_MODELS``, or ``~/.local/share/atlassegfm/models``.
 
@@ -452,8 +458,7 @@ def _examined(file: WeightsFile, path: Path, record: dict[str, Any], revision: s
         known_size = file.size if file.size is not None or kept is None else int(kept["size"])
         if known_size is not None and size != known_size and not other:
             return StoredFile(file, path, size, None, "wrong size", str(known_size))
-        with path.open("rb") as stream:
-            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        sha256 = sha256_of(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the permissions") from None
     noted = None if kept is None else str(kept["sha256"])

@@ -224,12 +224,12 @@ def load_model(name: str, device: str, settings: ModelSettings | None = None, pa
     Raises
     ------
     InputError
-        If the name is not known, or the weights are not there, are not those of this model, or their licence has not
-        been accepted; or if a path is given for a model that has no weights.
+        If the name is not known, or the weights are not there, or their licence has not been accepted; or if a path is
+        given for a model that has no weights.
     MissingExtraError
         If the model's dependencies are not installed.
     ModelError
-        If the model cannot be loaded.
+        If the model cannot be loaded: there is no such device, or its weights are damaged or those of another one.
     """
     row = describe_model(name)
     if row.weights is None and path is not None:

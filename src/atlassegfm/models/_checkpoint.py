@@ -1,15 +1,24 @@
-"""Reading checkpoints of PyTorch without running what may be in them."""
+"""Checkpoints of PyTorch: read without running what may be in them, and compared with the network they are for."""
 
 from __future__ import annotations
 
 import pickle
 import pickletools
 import re
+import struct
+import warnings
 import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: PyTorch has written zip archives since 1.6, and a pickle of protocol 2 before that.
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"
@@ -21,6 +30,40 @@ _STRANGERS = (
     (b"version https://git-lfs", "is a pointer of Git LFS, not the file it stands for"),
     (b"<", "is a web page, or other text in angle brackets"),
 )
+#: What PyTorch raises for damaged files besides the errors of files and pickles, found by damaging some.
+_DAMAGE = (
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+#: This many names of weights are given in a message.
+_MOST_NAMED = 3
+
+
+class UnsafeCheckpointError(ModelError):
+    """A checkpoint could only be loaded by running what is in it.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    found : str
+        What it holds besides tensors and plain values.
+    wanted : str
+        What it should be.
+    """
+
+    def __init__(self, path: Path, found: str, wanted: str) -> None:
+        super().__init__(
+            f"{path}: holds {found} besides tensors and plain values, and loading these could run any program; "
+            f"expected {wanted}"
+        )
+        self.found = found
 
 
 def load_state(path: Path, *, wanted: str) -> Any:
@@ -35,8 +78,10 @@ def load_state(path: Path, *, wanted: str) -> Any:
 
     Raises
     ------
+    UnsafeCheckpointError
+        If it could only be loaded by running what is in it.
     ModelError
-        If it is missing or unreadable, not of PyTorch, damaged, or could only be loaded by running what is in it.
+        If it is missing or unreadable, not of PyTorch, or damaged.
     """
     import torch
 
@@ -50,20 +95,112 @@ def load_state(path: Path, *, wanted: str) -> Any:
             raise ModelError(f"{path}: {found}; expected {wanted}")
         if head.startswith(_ZIP) and not zipfile.is_zipfile(path):
             raise _damaged(path, wanted)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # About how it was pickled, which does not matter to what is read.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
+            with torch.serialization.safe_globals(_numpy_scalars()):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if head.startswith(_PICKLE) and not _are_whole(path):
+        if not (_are_whole(path) if head.startswith(_PICKLE) else _is_sound(path)):
             raise _damaged(path, wanted) from None
         name = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"other objects ({name[1]})" if name else "other objects"
-        raise ModelError(
-            f"{path}: holds {what} besides tensors and plain values, and loading these could run any program; "
-            f"expected {wanted}"
-        ) from None
+        found = f"other objects ({name[1]})" if name else "other objects"
+        raise UnsafeCheckpointError(path, found, wanted) from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}); expected {wanted}") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError):
+    except _DAMAGE:
         raise _damaged(path, wanted) from None
+
+
+def named_weights(content: Any, path: Path, *, wanted: str, key: str = "") -> dict[str, Tensor]:
+    """The weights in what :func:`load_state` gave, by name.
+
+    Parameters
+    ----------
+    content
+        Of the checkpoint.
+    path : Path
+        The file, for messages.
+    wanted : str
+        What it should be, for messages.
+    key : str
+        What they lie under in the checkpoint; empty if they are all there is in it.
+
+    Raises
+    ------
+    ModelError
+        If they are not there, or not tensors alone.
+    """
+    import torch
+
+    if key:
+        if not isinstance(content, Mapping):
+            raise ModelError(f"{path}: holds one {type(content).__name__} and no {key!r}; expected {wanted}")
+        if key not in content:
+            raise ModelError(f"{path}: holds {few(content) or 'nothing'} and no {key!r}; expected {wanted}")
+        content = content[key]
+    where = f" as {key!r}" if key else ""
+    if not isinstance(content, Mapping):
+        raise ModelError(f"{path}: holds one {type(content).__name__}{where}, not weights by name; expected {wanted}")
+    others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if others or not content:
+        found = few(others) or "nothing"
+        raise ModelError(f"{path}: holds {found}{where}, not weights by name alone; expected {wanted}")
+    return {str(name): value for name, value in content.items()}
+
+
+def check_fit(weights: Mapping[str, Tensor], network: Mapping[str, Tensor], path: Path, *, wanted: str) -> None:
+    """Refuse weights that are not those of a network, all and no others.
+
+    Parameters
+    ----------
+    weights : mapping of str to Tensor
+        Of a checkpoint, under the names of the network.
+    network : mapping of str to Tensor
+        ``state_dict`` of the network.
+    path : Path
+        The checkpoint, for messages.
+    wanted : str
+        What it should be, for messages.
+
+    Raises
+    ------
+    ModelError
+        If names or shapes differ; says which.
+    """
+    missing = [name for name in network if name not in weights]
+    unknown = [name for name in weights if name not in network]
+    other = [
+        f"{name} is {_shape(weights[name])} instead of {_shape(tensor)}"
+        for name, tensor in network.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    faults = [
+        f"{len(names)} {what} ({few(names)})"
+        for names, what in ((missing, "missing"), (unknown, "unknown"), (other, "of another shape"))
+        if names
+    ]
+    if faults:
+        raise ModelError(f"{path}: holds weights of another network: {'; '.join(faults)}; expected {wanted}")
+
+
+def few(names: Iterable[object]) -> str:
+    """The first few of some names, for a message, and how many more there are."""
+    listed = [str(name) for name in names]
+    more = len(listed) - _MOST_NAMED
+    return ", ".join(listed[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(str(n) for n in tensor.shape) or "a single number"
+
+
+def _numpy_scalars() -> list[Any]:
+    """What single numbers of NumPy are pickled by: nnU-Net leaves some in its checkpoints, and they run nothing."""
+    kinds = (np.float64, np.float32, np.int64, np.int32, np.bool_)
+    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    # Written by NumPy 1 under the name its module had then.
+    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
 
 
 def _are_whole(path: Path) -> bool:
@@ -74,6 +211,18 @@ def _are_whole(path: Path) -> bool:
                 for _ in pickletools.genops(file):
                     pass
     except ValueError:
+        return False
+    return True
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether the pickle of the new format is as it was written: PyTorch does not look at its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(".pkl"):
+                    archive.read(name)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, zlib.error):
         return False
     return True
 

@@ -14,7 +14,6 @@ import importlib
 import importlib.util
 import inspect
 import json
-import pickle
 import re
 import sys
 import warnings
@@ -32,9 +31,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ..errors import InputError, MissingExtraError, ModelError
+from ._checkpoint import check_fit, few, load_state, named_weights
 
-#: The extra of this package that brings what this model imports.
-EXTRA = "medsam2"
+#: For messages.
+_WANTED = "the weights of the model 'medsam2' (MedSAM2_latest.pt)"
 #: Versions of transformers that have ``Sam2VideoModel`` under the names used here.
 _SUPPORTED = "transformers 4.56 or newer, below 6 (tested with 4.56.0 and 5.23.0)"
 
@@ -134,12 +134,6 @@ _POINT_TABLE = "prompt_encoder.point_embed.weight"
 #: One tensor of the original code that transformers keeps twice.
 _SHARED_FROM = "prompt_encoder.shared_embedding.positional_embedding"
 _SHARED_TO = "shared_image_embedding.positional_embedding"
-
-#: This many names are given in a message.
-_NAMED = 3
-
-#: Errors by which torch.load says that a file is no checkpoint of tensors.
-_UNREADABLE = (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError, AttributeError)
 
 
 class FeatureCache:
@@ -381,11 +375,11 @@ def load_network(path: Path, device: torch.device) -> Network:
     Raises
     ------
     InputError
-        If the file is no checkpoint of this network.
+        If ``config.json`` cannot be read.
     MissingExtraError
-        If transformers is not installed.
+        If transformers or Pillow are not installed.
     ModelError
-        If the installed transformers is not one that this module knows.
+        If the file is no checkpoint of this network, or the installed transformers is not one that this module knows.
     """
     weights = _read_checkpoint(path)
     with _broken_torchvision_hidden():
@@ -401,7 +395,9 @@ def load_network(path: Path, device: torch.device) -> Network:
                     f"transformers {transformers.__version__} cannot build the network of the model 'medsam2' "
                     f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); it needs {_SUPPORTED}"
                 ) from None
-    _fill(model, weights, path)
+    renamed = rename(weights)
+    check_fit(renamed, model.state_dict(), path, wanted=f"{_WANTED}; Efficient-MedSAM2 is another network")
+    model.load_state_dict(renamed, strict=True)
     network = Network(
         model.eval().requires_grad_(requires_grad=False).to(device),
         modeling.Sam2VideoInferenceSession,
@@ -436,22 +432,7 @@ def _new_name(name: str) -> str:
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE:
-        raise InputError(
-            f"{path}: not readable as a checkpoint of PyTorch tensors; expected a file such as MedSAM2_latest.pt: "
-            "download it again"
-        ) from None
-    weights = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(weights, dict):
-        found = f"the keys {_some(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
-        raise InputError(
-            f"{path}: a checkpoint with {found}; expected the weights under the key 'model', as in MedSAM2_latest.pt"
-        )
-    if not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise InputError(f"{path}: what the key 'model' holds are not all tensors; expected a file of MedSAM2")
-    return weights
+    return named_weights(load_state(path, wanted=_WANTED), path, wanted=_WANTED, key="model")
 
 
 def _config_beside(path: Path) -> dict[str, Any] | None:
@@ -467,46 +448,24 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
     return settings if isinstance(settings, dict) else None
 
 
-def _fill(model: Any, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Put the weights of a checkpoint into the network; every one must fit."""
-    renamed, wanted = rename(weights), model.state_dict()
-    missing = [name for name in wanted if name not in renamed]
-    unknown = [name for name in renamed if name not in wanted]
-    other = [
-        f"{name} is {_shape(renamed[name])} instead of {_shape(tensor)}"
-        for name, tensor in wanted.items()
-        if name in renamed and renamed[name].shape != tensor.shape
-    ]
-    faults = [
-        f"{len(names)} weights {what} ({_some(names)})"
-        for names, what in ((missing, "missing"), (unknown, "unknown"), (other, "of another shape"))
-        if names
-    ]
-    if faults:
-        raise InputError(
-            f"{path}: not of the architecture of MedSAM2 (SAM 2.1 Hiera-tiny, {model.image_size} pixels): "
-            f"{'; '.join(faults)}; expected a file such as MedSAM2_latest.pt (Efficient-MedSAM2 is another network)"
-        )
-    model.load_state_dict(renamed, strict=True)
+def require_packages() -> None:
+    """Load what the extra brings.
 
-
-def _some(names: Any) -> str:
-    """The first few of some names, for a message."""
-    listed = [str(name) for name in names]
-    return ", ".join(listed[:_NAMED]) + (", ..." if len(listed) > _NAMED else "")
-
-
-def _shape(tensor: Tensor) -> str:
-    return " x ".join(str(n) for n in tensor.shape) or "a single number"
-
-
-def _import_transformers() -> tuple[Any, Any]:
-    """The package, and its module with the network."""
+    Raises
+    ------
+    MissingExtraError
+        If transformers or Pillow are not installed.
+    """
     for name in ("transformers", "PIL"):
         try:
             importlib.import_module(name)
         except ModuleNotFoundError:
-            raise MissingExtraError("the model 'medsam2'", EXTRA) from None
+            raise MissingExtraError("the model 'medsam2'", "medsam2") from None
+
+
+def _import_transformers() -> tuple[Any, Any]:
+    """The package, and its module with the network."""
+    require_packages()
     transformers = importlib.import_module("transformers")
     try:
         modeling = importlib.import_module("transformers.models.sam2_video.modeling_sam2_video")
@@ -609,5 +568,5 @@ def _check_session(network: Network) -> None:
     if lacking:
         raise ModelError(
             f"transformers {network.version} has another Sam2VideoInferenceSession than the model 'medsam2' fills "
-            f"(without {_some(lacking)}); install {_SUPPORTED}"
+            f"(without {few(lacking)}); install {_SUPPORTED}"
         )

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
 import pickle
 import pydoc
-import warnings
 import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +24,21 @@ from ..errors import InputError, MissingExtraError, ModelError
 from ..image import LocalMap
 from ..prompts import INSIDE
 from ..weights import LocalWeights
+from ._checkpoint import UnsafeCheckpointError, check_fit, load_state, named_weights
+from ._inputs import usable_device
+from ._origin import describe_file, installed_version
 from .nninteractive import Field, Put
 from .settings import NnInteractiveSettings
 
 logger = logging.getLogger(__name__)
 
 _CHECKPOINT = "checkpoint_final.pth"
+#: For messages.
+_WANTED = f"the weights of the model 'nninteractive' ({_CHECKPOINT})"
 #: Either says which interactions a network was trained for; the second is of version 1.
 _INFORMATION = ("inference_info.json", "inference_session_class.json")
+#: Name of nnInteractive where packages come from.
+_PACKAGE = "nninteractive"
 #: Versions of nnInteractive whose private parts are known here, and those parts.
 _VERSIONS = ">=2.6,<2.7"
 _PASTE = "_paste_prediction_to_target_buffer"
@@ -228,14 +232,14 @@ def open_folder(weights: Callable[[], LocalWeights], device: str, options: NnInt
     Raises
     ------
     InputError
-        If the folder is not that of an nnInteractive network, or its files do not fit together.
+        If the weights are not there.
     MissingExtraError
         If nnInteractive is not installed.
     ModelError
-        If there is no such device, or the session of the installed nnInteractive is another one.
+        If there is no such device, the files of the folder are not those of one nnInteractive network, or the session
+        of the installed nnInteractive is another one.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError("the device 'cuda' was asked for and PyTorch sees no CUDA GPU; use the device 'cpu'")
+    place = usable_device(device)
     with _quiet():
         try:
             import nnunetv2.utilities.plans_handling.plans_handler  # noqa: F401
@@ -245,36 +249,35 @@ def open_folder(weights: Callable[[], LocalWeights], device: str, options: NnInt
     missing = [name for name in _PRIVATE if not hasattr(nnInteractiveInferenceSession, name)]
     if missing:
         raise _other_version(f"it has no {', '.join(missing)}")
-    found = weights()
-    folder = find_folder(found.path)
+    folder = find_folder(weights().path)
     with _quiet(), _settings_of_torch():
         session = nnInteractiveInferenceSession(
-            device=torch.device(device),
+            device=place,
             torch_n_threads=torch.get_num_threads(),
             do_autozoom=options.autozoom,
             # Every prompt starts from scratch here, a failed one too.
             enable_undo=False,
         )
-        return LocalBackend(session, _load_network(session, folder, found.licence))
+        return LocalBackend(session, _load_network(session, folder))
 
 
 def find_folder(path: Path) -> ModelFolder:
-    """The files of the network that a path names: its folder, one of its folds, or the folder around it.
+    """The files of the network that a folder names: its own, one of its folds, or the folder around it.
 
     Raises
     ------
     InputError
         If there is none, more than one, or a file is missing.
     """
-    wanted = f"expected the folder of an nnInteractive network (dataset.json, plans.json, fold_0/{_CHECKPOINT})"
-    if not path.is_dir():
-        raise InputError(f"{path}: {'a file' if path.exists() else 'no such folder'}; {wanted}")
     if path.name.startswith("fold_"):
         return _complete(ModelFolder(path.parent, path))
     if not _is_model(path):
         inside = sorted(one for one in path.iterdir() if one.is_dir() and _is_model(one))
         if not inside:
-            raise InputError(f"{path}: no network in it; {wanted}")
+            raise InputError(
+                f"{path}: no network in it; expected the folder of an nnInteractive network (dataset.json, plans.json, "
+                f"fold_0/{_CHECKPOINT})"
+            )
         if len(inside) > 1:
             raise InputError(f"{path}: {_names(inside)} are in it; name one of them as the model's path")
         path = inside[0]
@@ -305,7 +308,7 @@ def _complete(folder: ModelFolder) -> ModelFolder:
     return folder
 
 
-def _load_network(session: Any, folder: ModelFolder, licence: str) -> dict[str, Any]:
+def _load_network(session: Any, folder: ModelFolder) -> dict[str, Any]:
     """Load the network of a folder into a session; gives where it comes from, as plain values.
 
     As the session's own loader does, except that the checkpoint is read without running code from it where its
@@ -314,46 +317,39 @@ def _load_network(session: Any, folder: ModelFolder, licence: str) -> dict[str, 
     plans = _json(folder.root / "plans.json")
     dataset = _json(folder.root / "dataset.json")
     checkpoint, safely = _read_checkpoint(folder.checkpoint)
-    configuration = checkpoint["init_args"]["configuration"]
+    weights = named_weights(checkpoint, folder.checkpoint, wanted=_WANTED, key="network_weights")
+    configuration = _configuration_of(checkpoint, folder.checkpoint)
     if configuration not in plans.get("configurations", {}):
         known = ", ".join(plans.get("configurations", {})) or "none"
-        raise InputError(
+        raise ModelError(
             f"{folder.root / 'plans.json'}: no configuration {configuration!r}, which {_CHECKPOINT} was trained with "
             f"(there are: {known}); the two do not belong together"
         )
     artifacts = _artifacts(session, folder, plans, dataset, configuration)
     network = artifacts["network"]
-    try:
-        network.load_state_dict(checkpoint["network_weights"])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{folder.checkpoint}: its weights are not those of the network in plans.json ({_reason(error, -1)}); "
-            "the two do not belong together"
-        ) from None
+    check_fit(weights, network.state_dict(), folder.checkpoint, wanted="those of the network in plans.json beside it")
+    network.load_state_dict(weights)
     artifacts["network"] = network.to(session.device).eval()
     artifacts["trainer_name"] = str(checkpoint.get("trainer_name", ""))
     artifacts["license"] = session._load_license(str(folder.root), plans, checkpoint)
     session.initialize_from_loaded_artifacts(artifacts)
     patch = tuple(int(n) for n in artifacts["configuration_manager"].patch_size)
     if session.pad_mode_data != "constant":
-        raise InputError(f"{folder.root}: pads by {session.pad_mode_data!r}; nnInteractive can do 'constant' only")
+        raise ModelError(f"{folder.root}: pads by {session.pad_mode_data!r}; nnInteractive can do 'constant' only")
     if len(patch) != 3 or min(patch) <= 2 * _REFINEMENT_MARGIN:
-        raise InputError(
+        raise ModelError(
             f"{folder.root / 'plans.json'}: the patch is {' x '.join(map(str, patch))} voxels; nnInteractive cannot "
             f"refine with less than {2 * _REFINEMENT_MARGIN + 1} along each of three axes"
         )
-    with folder.checkpoint.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "weights": {
-            "folder": str(folder.root),
-            "checkpoint": f"{folder.fold.name}/{_CHECKPOINT}",
-            "sha256": digest,
-            "licence": licence,
+            **describe_file(folder.checkpoint),
+            "fold": folder.fold.name,
+            "folder": folder.root.resolve().name,
             "licence_in_folder": str(session.license),
             "read_without_running_code": safely,
         },
-        "nninteractive_version": _installed_version(),
+        "nninteractive_version": installed_version(_PACKAGE),
     }
 
 
@@ -371,9 +367,9 @@ def _artifacts(
         session._apply_capability(capability)
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         name = next(name for name in _INFORMATION if (folder.root / name).is_file())
-        raise InputError(
-            f"{folder.root / name}: nnInteractive {_installed_version()} cannot use it ({_reason(error)}); get the "
-            "network's folder again, or another version"
+        raise ModelError(
+            f"{folder.root / name}: nnInteractive {installed_version(_PACKAGE)} cannot use it ({_reason(error)}); get "
+            "the network's folder again, or another version"
         ) from None
     try:
         manager = PlansManager(plans)
@@ -397,12 +393,12 @@ def _artifacts(
         RuntimeError,
         pydoc.ErrorDuringImport,
     ) as error:
-        raise InputError(
+        raise ModelError(
             f"{folder.root / 'plans.json'}: its network cannot be built ({_reason(error)}); get the network's folder "
             "again, as a whole"
         ) from None
     if channels != 1:
-        raise InputError(f"{folder.root / 'dataset.json'}: {channels} channels; expected a network for scans of one")
+        raise ModelError(f"{folder.root / 'dataset.json'}: {channels} channels; expected a network for scans of one")
     return {
         "capability_content": capability,
         "point_interaction": PointInteraction_stub(radius, True),
@@ -417,74 +413,54 @@ def _artifacts(
     }
 
 
-def _read_checkpoint(path: Path) -> tuple[dict[str, Any], bool]:
+def _read_checkpoint(path: Path) -> tuple[Any, bool]:
     """The contents of a checkpoint on the CPU, and whether they were read without running code from the file."""
-    damaged = f"{path}: not a PyTorch checkpoint, or damaged ({{}}); get it again"
-    safely = True
     try:
-        with warnings.catch_warnings():
-            # Of plain pickles, which are refused below.
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        return load_state(path, wanted=_WANTED), True
+    except UnsafeCheckpointError as error:
         if not zipfile.is_zipfile(path):
-            raise InputError(damaged.format("no zip archive")) from None
+            raise  # nnInteractive's own are zip archives
         logger.warning(
-            "%s: this checkpoint holds more than tensors (%s) and is read in a way that runs code from it; use it only "
+            "%s: this checkpoint holds more than tensors, %s, and is read in a way that runs code from it; use it only "
             "if you trust its source",
             path,
-            _reason(error),
+            error.found,
         )
-        safely = False
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=False)
-        except (pickle.UnpicklingError, RuntimeError, ImportError, AttributeError, EOFError) as second:
-            raise InputError(damaged.format(_reason(second))) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise InputError(damaged.format(_reason(error))) from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: holds one {type(content).__name__}; expected network_weights and init_args")
-    arguments = content.get("init_args")
-    lacking = [
-        name
-        for name, there in (
-            ("network_weights", isinstance(content.get("network_weights"), Mapping)),
-            ("init_args", isinstance(arguments, Mapping) and "configuration" in arguments),
-        )
-        if not there
-    ]
-    if lacking:
-        raise InputError(f"{path}: lacks {' and '.join(lacking)}; expected a checkpoint of nnInteractive")
-    return content, safely
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False), False
+    except (pickle.UnpicklingError, RuntimeError, ImportError, AttributeError, EOFError) as error:
+        raise ModelError(f"{path}: cannot be loaded ({_reason(error)}); expected {_WANTED}: get it again") from None
+
+
+def _configuration_of(checkpoint: Mapping[str, Any], path: Path) -> str:
+    """Which of the configurations in plans.json a checkpoint was trained with."""
+    arguments = checkpoint.get("init_args")
+    configuration = arguments.get("configuration") if isinstance(arguments, Mapping) else None
+    if not isinstance(configuration, str):
+        raise ModelError(f"{path}: names no configuration under 'init_args'; expected {_WANTED}")
+    return configuration
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a JSON file ({_reason(error)}); get it again") from None
+        raise ModelError(f"{path}: not a JSON file ({_reason(error)}); get it again") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path}: holds a {type(content).__name__}; expected a JSON object")
+        raise ModelError(f"{path}: holds a {type(content).__name__}; expected a JSON object")
     return content
 
 
-def _reason(error: BaseException, line: int = 0) -> str:
-    """The first line of what an error says, or another one."""
+def _reason(error: BaseException) -> str:
+    """The first line of what an error says."""
     lines = [text.strip() for text in str(error).splitlines() if text.strip()]
-    said = lines[line][:_LONGEST_REASON] if lines else "no more is known"
+    said = lines[0][:_LONGEST_REASON] if lines else "no more is known"
     return f"{type(error).__name__}: {said}"
-
-
-def _installed_version() -> str:
-    try:
-        return version("nninteractive")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _other_version(why: str) -> ModelError:
     return ModelError(
-        f"nnInteractive {_installed_version()} is installed, and {why}; expected a version {_VERSIONS}: "
+        f"nnInteractive {installed_version(_PACKAGE)} is installed, and {why}; expected a version {_VERSIONS}: "
         f"pip install 'nninteractive{_VERSIONS}'"
     )
 
@@ -498,7 +474,7 @@ def _explained() -> Iterator[None]:
         raise
     except (ValueError, RuntimeError, TypeError, IndexError, AssertionError) as error:
         logger.debug("the session failed", exc_info=True)
-        raise ModelError(f"nnInteractive {_installed_version()} failed on a prompt ({_reason(error)})") from None
+        raise ModelError(f"nnInteractive {installed_version(_PACKAGE)} failed on a prompt ({_reason(error)})") from None
 
 
 @contextmanager

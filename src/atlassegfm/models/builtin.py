@@ -34,12 +34,12 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ..errors import ModelError
 from ..geometry import Grid
 from ..image import LocalMap, Volume
-from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt
+from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan
 from ..weights import LocalWeights
 from . import OnPrompt
+from ._inputs import usable_device
 from .settings import ModelSettings
 
 Field = NDArray[np.float32]
@@ -202,11 +202,11 @@ class BuiltinSegmenter:
             float32 in [0, 1] on the scan's grid; empty where no voxel of the scan is prompted.
         """
         if isinstance(prompt, MaskPrompt | RegionPrompt):
-            return self._refine(encoded, _inside(prompt.probability, encoded.grid.shape), _MASK_ERROR)
+            return self._refine(encoded, inside_scan(prompt.probability, encoded.grid.shape), _MASK_ERROR)
         shape = _ball(encoded, prompt) if isinstance(prompt, ClickPrompt) else _ellipsoid(encoded, prompt)
         # The first round finds the structure from a shape that is not its own, the second its border.
         found = self._refine(encoded, shape, _SHAPE_ERROR)
-        return self._refine(encoded, _inside(found, encoded.grid.shape), _MASK_ERROR)
+        return self._refine(encoded, inside_scan(found, encoded.grid.shape), _MASK_ERROR)
 
     def _refine(
         self, encoded: BuiltinEncoding, prompted: tuple[NDArray[np.int64], Mask], error: _ExpectedError
@@ -255,16 +255,7 @@ def load(device: str, _settings: ModelSettings, _weights: Callable[[], LocalWeig
     ModelError
         If there is no such device.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError("the device 'cuda' was asked for and PyTorch sees no CUDA GPU; use the device 'cpu'")
-    return BuiltinSegmenter(torch.device(device))
-
-
-def _inside(probability: LocalMap, shape: tuple[int, int, int]) -> tuple[NDArray[np.int64], Mask]:
-    """First voxel (3,) and mask of the part of a soft mask that lies in a scan of the given shape."""
-    first = np.maximum(probability.start, 0).astype(np.int64)
-    last = np.maximum(np.minimum(probability.stop, shape), first)
-    return first, probability.on_box(first.tolist(), last.tolist()) >= INSIDE
+    return BuiltinSegmenter(usable_device(device))
 
 
 def _ellipsoid(encoded: BuiltinEncoding, prompt: BoxPrompt) -> tuple[NDArray[np.int64], Mask]:

@@ -13,12 +13,9 @@ finding.
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,13 +23,15 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage, special
 
-from ..errors import InputError, ModelError
+from ..errors import InputError
 from ..geometry import Grid
 from ..image import LocalMap, Volume
-from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt
+from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan
 from ..weights import LocalWeights
 from . import OnPrompt
-from ._medsam2_network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network
+from ._inputs import intensities, scan_name, usable_device
+from ._medsam2_network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network, require_packages
+from ._origin import describe_file
 from .settings import MedSam2Settings, ModelSettings
 
 if TYPE_CHECKING:
@@ -41,9 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Slices = NDArray[np.uint8]
-
-#: The recommended one of the published files; the one that is taken out of a folder of several.
-CHECKPOINT = "MedSAM2_latest.pt"
 
 #: Mean and standard deviation of red, green and blue that the image encoder was trained with [SAM 2, ImageNet].
 _PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -132,24 +128,13 @@ class MedSam2Segmenter:
         Loaded.
     settings : MedSam2Settings
         How scans are read and how far structures are followed.
-    checkpoint : Path
-        The file it was loaded from.
+    provenance : mapping
+        The file of the weights, and the version of transformers.
     """
 
     network: Network
     settings: MedSam2Settings
-    checkpoint: Path
-
-    @functools.cached_property
-    def _weights(self) -> dict[str, Any]:
-        with self.checkpoint.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"file": self.checkpoint.name, "bytes": self.checkpoint.stat().st_size, "sha256": digest}
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """Name, size and SHA-256 of the checkpoint, and the version of transformers."""
-        return {"weights": dict(self._weights), "transformers": self.network.version}
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self, image: Volume) -> MedSam2Encoding:
         """Turn a scan (RAS-canonical array order) into slices of 8 bits; the network sees them when it is asked.
@@ -157,10 +142,10 @@ class MedSam2Segmenter:
         Raises
         ------
         InputError
-            If the scan has the same value everywhere, also within the window of a CT.
+            If it has NaN or infinite voxels, or the same value everywhere, also within the window of a CT.
         """
         view = choose_view(image.grid, self.settings.slice_axis)
-        slices = to_8_bits(view.frames(image.data), self.settings)
+        slices = to_8_bits(view.frames(intensities(image)), self.settings, scan_name(image))
         return MedSam2Encoding(slices, view, image.grid, FeatureCache(self.settings.feature_cache_mb * 1_000_000))
 
     def predict(
@@ -171,8 +156,7 @@ class MedSam2Segmenter:
         Raises
         ------
         InputError
-            If a box is given for a scan that is not read in axial slices, or a prompt is of a kind that it does not
-            take.
+            If a box is given for a scan that is not read in axial slices.
         """
         maps = {}
         for number, prompt in prompts.items():
@@ -184,7 +168,7 @@ class MedSam2Segmenter:
     def answer(self, encoded: MedSam2Encoding, prompt: Prompt) -> LocalMap:
         """Probability of the structure that the prompt points at; see :meth:`predict`."""
         if isinstance(prompt, RegionPrompt):
-            raise InputError("the model 'medsam2' does not take the prompt 'region'; it takes click, mask, box")
+            raise TypeError("the model 'medsam2' is asked by click, mask or box, not by RegionPrompt")
         asked = _on_slice(prompt, encoded)
         if asked is None:
             return LocalMap.empty()
@@ -250,16 +234,19 @@ def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeight
     Raises
     ------
     InputError
-        If the weights are not there or not those of this model.
+        If the weights are not there.
     MissingExtraError
         If transformers or Pillow are not installed.
     ModelError
-        If there is no such device, or the installed transformers is not one that this module knows.
+        If there is no such device, the weights are not those of this model, or the installed transformers is not one
+        that this module knows.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError("the device 'cuda' was asked for and PyTorch sees no CUDA GPU; use the device 'cpu'")
-    checkpoint = _checkpoint_in(weights().path)
-    return MedSam2Segmenter(load_network(checkpoint, torch.device(device)), settings.medsam2, checkpoint)
+    place = usable_device(device)
+    require_packages()  # a missing package is told of before missing weights: it is installed first
+    path = weights().path
+    network = load_network(path, place)
+    provenance = {"weights": describe_file(path), "transformers_version": network.version}
+    return MedSam2Segmenter(network, settings.medsam2, provenance)
 
 
 def choose_view(grid: Grid, slice_axis: str) -> SliceView:
@@ -278,15 +265,17 @@ def is_hounsfield(data: NDArray[Any]) -> bool:
     return bool(data.min() <= _HOUNSFIELD_AIR and data.max() >= _HOUNSFIELD_DENSE)
 
 
-def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings) -> Slices:
+def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings, name: str = "the scan") -> Slices:
     """Intensities from 0 to 255 as the published code makes them: cut, stretched, decimals dropped.
 
     Parameters
     ----------
     frames : array, (slices, rows, columns)
-        Intensities of the whole scan, by which they are stretched.
+        Intensities of the whole scan, all finite, by which they are stretched.
     settings : MedSam2Settings
         Modality and window.
+    name : str
+        What to call the scan in messages.
 
     Raises
     ------
@@ -294,10 +283,6 @@ def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings) -> Slices:
         If nothing can be stretched.
     """
     least, most = float(frames.min()), float(frames.max())
-    if not least < most:  # also false of NaN
-        raise InputError(
-            f"the scan has the value {least:g} everywhere; expected an image with some contrast for the model 'medsam2'"
-        )
     is_ct = settings.modality == "ct" or (settings.modality == "auto" and is_hounsfield(frames))
     if is_ct:
         half = settings.window_width / 2
@@ -312,7 +297,7 @@ def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings) -> Slices:
     bottom, top = min(max(least, low), high), max(min(most, high), low)
     if not bottom < top:
         raise InputError(
-            f"the scan has no contrast between {low:g} and {high:g}, which the model 'medsam2' reads it in; set "
+            f"{name}: has no contrast between {low:g} and {high:g}, which the model 'medsam2' reads it in; set "
             "models.medsam2.modality or, for a CT, models.medsam2.window_level and window_width"
         )
     out = np.empty(frames.shape, np.uint8)
@@ -368,9 +353,7 @@ def _on_slice(
 def _middle_slice(probability: LocalMap, encoded: MedSam2Encoding) -> SlicePrompt | None:
     """The mask on the middle slice of its largest connected part; None where nothing of it lies in the scan."""
     view = encoded.view
-    start = np.maximum(probability.start, 0)
-    stop = np.maximum(np.minimum(probability.stop, encoded.grid.shape), start)
-    inside = probability.on_box(start.tolist(), stop.tolist()) >= INSIDE
+    start, inside = inside_scan(probability, encoded.grid.shape)
     if not inside.any():
         return None
     parts, _ = ndimage.label(inside, structure=np.ones((3, 3, 3)))
@@ -421,22 +404,3 @@ def _in_scan(parts: list[LocalMap], encoded: MedSam2Encoding) -> LocalMap:
         for axis in range(3)
     )
     return LocalMap((i, j, k), np.ascontiguousarray(view.volume(frames)))
-
-
-def _checkpoint_in(path: Path) -> Path:
-    """The file itself, or that of a folder: the recommended one, or else the only one.
-
-    Raises
-    ------
-    InputError
-        If there is none, or several are as good.
-    """
-    if not path.is_dir():
-        return path
-    if (path / CHECKPOINT).is_file():
-        return path / CHECKPOINT
-    files = sorted(path.glob("*.pt"))
-    if len(files) != 1:
-        found = ", ".join(file.name for file in files) or "no file *.pt"
-        raise InputError(f"{path}: the folder holds {found}; expected {CHECKPOINT}, or name the file of the weights")
-    return files[0]

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from ..errors import InputError, ModelError
 from ..image import LocalMap, Volume
-from ..prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt
+from ..prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, RegionPrompt
 from ..weights import LocalWeights
 from . import OnPrompt
+from ._inputs import intensities, scan_name
 from .settings import ModelSettings
 
 Field = NDArray[np.float32]
@@ -92,15 +93,13 @@ class NnInteractiveSegmenter:
             If it has NaN or infinite voxels, or one value only where it is not 0: the session would turn them into
             an empty answer.
         """
-        data = np.asarray(image.data, dtype=np.float32)
-        if not np.isfinite(data).all():
-            raise InputError("the scan has NaN or infinite voxels, which nnInteractive cannot normalise; replace them")
+        data = intensities(image)
         # The session takes mean and standard deviation over the box of the voxels that are not 0.
         box = LocalMap.from_full(data).values
-        if not box.size or box.min() == box.max():
-            value = float(box.flat[0]) if box.size else 0.0
+        if box.min() == box.max():
             raise InputError(
-                f"the scan has the one value {value:g} in all voxels that count; nnInteractive needs one with contrast"
+                f"{scan_name(image)}: all voxels but those of value 0 around them have the value {box.flat[0]:g}; "
+                "expected a scan with contrast for the model 'nninteractive'"
             )
         return NnInteractiveEncoding(data.T)
 
@@ -130,8 +129,7 @@ class NnInteractiveSegmenter:
         if put is None:
             return LocalMap.empty()
         found = self.backend.answer(scan, put)
-        k, j, i = found.start
-        return LocalMap((i, j, k), np.ascontiguousarray(found.values.T)) if found.values.size else LocalMap.empty()
+        return _turned(found) if found.values.size else LocalMap.empty()
 
     def _question(self, shape: tuple[int, ...], prompt: Prompt) -> Put | None:
         """The prompt in terms of a session, cut to a scan of this shape, (K, J, I); None if nothing is left."""
@@ -151,10 +149,10 @@ class NnInteractiveSegmenter:
             if any(last <= first for first, last in sides):
                 return None
             return lambda session: session.add_bbox_interaction(sides, include_interaction=True)
+        if isinstance(prompt, RegionPrompt):
+            raise TypeError("the model 'nninteractive' is asked by mask, box or click, not by RegionPrompt")
         self._require("mask", session.supports_initial_label and session.supports_zero_shot_label_refinement)
-        probability = prompt.probability
-        turned = LocalMap(_reversed(probability.start), probability.values.T)
-        mask = np.ascontiguousarray(turned.on_box((0, 0, 0), shape) >= INSIDE).astype(np.uint8)
+        mask = np.ascontiguousarray(_turned(prompt.probability).on_box((0, 0, 0), shape) >= INSIDE).astype(np.uint8)
         if not mask.any():
             return None
         return lambda session: session.add_initial_seg_interaction(mask, run_prediction=True)
@@ -173,12 +171,13 @@ def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeight
     Raises
     ------
     InputError
-        If the weights are not there or not those of an nnInteractive network; if the server's address is none, or is
-        on another machine and that is not allowed.
+        If the weights are not there; if the server's address is none, or is on another machine and that is not
+        allowed.
     MissingExtraError
         If nnInteractive, or its client, is not installed.
     ModelError
-        If there is no such device, the installed nnInteractive is of another version, or the server does not answer.
+        If there is no such device, the weights are not those of an nnInteractive network, the installed nnInteractive
+        is of another version, or the server does not answer.
     """
     options = settings.nninteractive
     if options.server:
@@ -190,6 +189,7 @@ def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeight
     return NnInteractiveSegmenter(open_folder(weights, device, options))
 
 
-def _reversed(voxel: tuple[int, int, int]) -> tuple[int, int, int]:
-    i, j, k = voxel
-    return k, j, i
+def _turned(probability: LocalMap) -> LocalMap:
+    """With its axes in the order (k, j, i) instead of (i, j, k), or back."""
+    i, j, k = probability.start
+    return LocalMap((k, j, i), np.ascontiguousarray(probability.values.T))

@@ -26,10 +26,7 @@ Distances use the spacing along the voxel axes and take these to be at right ang
 
 from __future__ import annotations
 
-import hashlib
 import math
-import pickle
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,9 +43,12 @@ from scipy import ndimage, special
 from ..errors import InputError, MissingExtraError, ModelError
 from ..geometry import Grid
 from ..image import LocalMap, Volume
-from ..prompts import INSIDE, Prompt, RegionPrompt
+from ..prompts import Prompt, RegionPrompt, inside_scan
 from ..weights import LocalWeights
 from . import OnPrompt
+from ._checkpoint import check_fit, few, load_state, named_weights
+from ._inputs import intensities, scan_name, usable_device
+from ._origin import describe_file, installed_version
 from .settings import ModelSettings, VesselFmSettings
 
 Field = NDArray[np.float32]
@@ -56,11 +56,10 @@ Box = tuple[slice, slice, slice]
 #: Takes a window, (1, 1, K, J, I) float32, and gives logits of the same shape.
 Network = Callable[[torch.Tensor], torch.Tensor]
 
-#: Name of the published file.
-WEIGHTS_FILE = "vesselFM_base.pt"
-#: Channels of each resolution of the published network, and its parameters in millions.
+#: For messages.
+_WANTED = "the weights of the model 'vesselfm' (vesselFM_base.pt)"
+#: Channels of each resolution of the published network.
 PUBLISHED_FILTERS = (32, 64, 128, 256, 320, 320)
-_PUBLISHED_MILLIONS = 31.42
 #: Weights whose first axis is the number of channels of a resolution.
 _FILTER_KEYS = (
     "input_block.conv1.conv.weight",
@@ -70,20 +69,6 @@ _FILTER_KEYS = (
 #: Standard deviation of a window's Gaussian weights, as a share of its width, and the least of them [MONAI].
 _WEIGHT_DEVIATION = 0.125
 _LEAST_WEIGHT = 1e-3
-#: What PyTorch raises for damaged files, found by damaging some.
-_DAMAGE = (
-    pickle.UnpicklingError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-#: Keys that a message about a wrong checkpoint names.
-_MOST_NAMED = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +104,7 @@ class VesselSegmenter:
     settings : VesselFmSettings
         How it is used.
     provenance : mapping
-        Name, size in bytes and SHA-256 of the weights.
+        The file of the weights, and the version of MONAI.
     """
 
     network: Network
@@ -133,7 +118,7 @@ class VesselSegmenter:
         Raises
         ------
         InputError
-            If the percentiles of the scan are equal or not finite.
+            If it has NaN or infinite voxels, or its percentiles are equal.
         """
         data = _scaled(image, self.settings.percentiles)
         if self.settings.spacing_mm:
@@ -242,24 +227,19 @@ def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeight
 
     Raises
     ------
-    ModelError
-        If there is no such device.
+    InputError
+        If the weights are not there.
     MissingExtraError
         If MONAI is not installed.
-    InputError
-        If the weights are not there or are not those of this model.
+    ModelError
+        If there is no such device, or the weights are not those of this model.
     """
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError("the device 'cuda' was asked for and PyTorch sees no CUDA GPU; use the device 'cpu'")
+    place = usable_device(device)
     _dyn_unet()  # a missing package is told of before missing weights: it is installed first
     path = weights().path
-    if path.is_dir():
-        path = path / WEIGHTS_FILE
-    network = load_network(path).to(device)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    provenance = {"weights": {"file": path.name, "size": path.stat().st_size, "sha256": sha256}}
-    return VesselSegmenter(network, torch.device(device), settings.vesselfm, provenance)
+    network = load_network(path).to(place)
+    provenance = {"weights": describe_file(path), "monai_version": installed_version("monai")}
+    return VesselSegmenter(network, place, settings.vesselfm, provenance)
 
 
 def build_network(filters: Sequence[int] = PUBLISHED_FILTERS, device: str = "cpu") -> torch.nn.Module:
@@ -308,28 +288,19 @@ def load_network(path: Path) -> torch.nn.Module:
 
     Raises
     ------
-    InputError
-        If it is missing, not a checkpoint or one of another architecture.
     MissingExtraError
         If MONAI is not installed.
+    ModelError
+        If it is not a checkpoint, or one of another architecture.
     """
-    state = _read_state(path)
+    state = named_weights(load_state(path, wanted=_WANTED), path, wanted=_WANTED)
     missing = [key for key in _FILTER_KEYS if key not in state or state[key].ndim != 5]
     if missing:
-        raise InputError(_architecture_message(path, f"no weights {_few(missing)}"))
+        raise ModelError(
+            f"{path}: holds weights of another network, without the kernels {few(missing)}; expected {_WANTED}"
+        )
     network = build_network([int(state[key].shape[0]) for key in _FILTER_KEYS], device="meta")
-    expected = network.state_dict()
-    missing = [key for key in expected if key not in state]
-    if missing:
-        raise InputError(_architecture_message(path, f"no weights {_few(missing)}"))
-    unexpected = [key for key in state if key not in expected]
-    if unexpected:
-        raise InputError(_architecture_message(path, f"weights {_few(unexpected)}, which the model does not have"))
-    others = [key for key, value in expected.items() if value.shape != state[key].shape]
-    if others:
-        one = others[0]
-        shapes = [" x ".join(str(n) for n in weights[one].shape) for weights in (state, expected)]
-        raise InputError(_architecture_message(path, f"{one} of {shapes[0]} where {shapes[1]} fits"))
+    check_fit(state, network.state_dict(), path, wanted=_WANTED)
     network.load_state_dict({key: value.float() for key, value in state.items()}, strict=True, assign=True)
     return network.requires_grad_(False)
 
@@ -342,56 +313,15 @@ def _dyn_unet() -> Any:
     return DynUNet
 
 
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    """The checkpoint's weights by name."""
-    advice = f"expected {WEIGHTS_FILE} of vesselFM: download it again"
-    if not path.is_file():
-        raise InputError(
-            f"{path}: no such file; expected the weights {WEIGHTS_FILE} of the model 'vesselfm': put it there"
-        )
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be opened ({error.strerror}); check the permissions") from None
-    try:
-        with warnings.catch_warnings():
-            # About how it was pickled; what matters of it is checked below.
-            warnings.simplefilter("ignore", UserWarning)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGE:
-        raise InputError(f"{path}: not a complete PyTorch checkpoint of weights alone; {advice}") from None
-    if not isinstance(state, Mapping):
-        raise InputError(f"{path}: holds one {type(state).__name__}, not weights by name; {advice}")
-    others = [str(key) for key, value in state.items() if not isinstance(value, torch.Tensor)]
-    if others or not state:
-        found = f"{_few(others)} beside or around the weights" if others else "nothing"
-        raise InputError(f"{path}: holds {found}, not weights by name alone; {advice}")
-    return {str(key): value for key, value in state.items()}
-
-
-def _architecture_message(path: Path, found: str) -> str:
-    return (
-        f"{path}: a checkpoint of another architecture ({found}); "
-        f"expected {WEIGHTS_FILE} of vesselFM ({_PUBLISHED_MILLIONS} million parameters)"
-    )
-
-
-def _few(names: Sequence[str]) -> str:
-    more = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
 def _scaled(image: Volume, percentiles: tuple[float, float]) -> Field:
     """(I, J, K) intensities cut at two percentiles and scaled to [0, 1]."""
-    data = np.asarray(image.data, dtype=np.float32)
+    data = intensities(image)
     low, high = (float(n) for n in np.percentile(data, percentiles))
-    name = "the scan" if image.source is None else str(image.source.path)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise InputError(f"{name}: some voxels are NaN or infinite; expected numbers only: replace them")
     if low == high:
         raise InputError(
-            f"{name}: the percentiles {percentiles[0]:g} and {percentiles[1]:g} of its voxels are both {low:g}, which "
-            "leaves the model 'vesselfm' no contrast; crop empty parts, or set models.vesselfm.percentiles wider apart"
+            f"{scan_name(image)}: the percentiles {percentiles[0]:g} and {percentiles[1]:g} of its voxels are both "
+            f"{low:g}, which leaves the model 'vesselfm' no contrast; crop empty parts, or set "
+            "models.vesselfm.percentiles wider apart"
         )
     scaled = data - np.float32(low)
     scaled /= np.float32(high - low)
@@ -515,9 +445,7 @@ def _share_out(prompts: Mapping[int, Prompt], grid: Grid, reach_mm: float) -> _T
         prompt = prompts[number]
         if not isinstance(prompt, RegionPrompt):
             raise TypeError(f"the model 'vesselfm' is asked by region, not by {type(prompt).__name__}")
-        start = np.maximum(prompt.probability.start, 0)
-        stop = np.maximum(np.minimum(prompt.probability.stop, grid.shape), start)
-        inside = prompt.probability.on_box(start.tolist(), stop.tolist()) >= INSIDE
+        start, inside = inside_scan(prompt.probability, grid.shape)
         if not inside.any():
             continue
         voxels = np.argwhere(inside)
