@@ -31,7 +31,7 @@ from .metrics import dice
 from .models import Segmenter, describe_model, licence_accepted, load_model
 from .models.settings import ModelSettings
 from .prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, PromptKind, make_prompt
-from .registration import Registration, RegistrationSettings, register
+from .registration import Registration, RegistrationSettings, compare, register
 from .structures import Structure
 from .topology import changes_to, topologies_of
 from .transforms import (
@@ -215,8 +215,8 @@ class Segmentation:
     registration : Registration
         Query world to atlas world.
     transform_given : bool
-        Whether that was given, not fitted. Its confidence is NaN then, and its folding and its changes of volume are
-        those of the field of view, not of the body.
+        Whether that was given, not fitted. Its folding and its changes of volume are those of the field of view then,
+        not of the body.
     gate : Gate or None
         None without a model.
     settings : Settings
@@ -525,7 +525,8 @@ class _Job:
             folding, jacobian = 0.0, None
             if field is not None:
                 folding, jacobian = deformation_statistics(field, local, lambda nodes: nodes_in(view, nodes))
-        return Registration(linear, field, local, confidence=float("nan"), folding=folding, jacobian=jacobian)
+        difference = compare(self.scan, self.context.image, transform, self.settings.registration)
+        return Registration(linear, field, local, difference=difference, folding=folding, jacobian=jacobian)
 
     def _ask(
         self,

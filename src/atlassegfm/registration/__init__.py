@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
+from typing import TYPE_CHECKING
 
 from ..image import Volume
 from ..transforms import Affine, Chain, DisplacementField, JacobianStatistics, Transform
@@ -24,6 +25,9 @@ from .settings import (
     RegistrationSettings,
     VoxelmorphSettings,
 )
+
+if TYPE_CHECKING:
+    from .difference import Difference
 
 __all__ = [
     "ENGINES",
@@ -94,8 +98,8 @@ class Registration:
         and beyond.
     seconds : mapping of str to float
         Wall time of each stage that ran.
-    confidence : float
-        In [0, 1]: 0 if the scans are as unlike where they overlap as misplaced ones, 1 if they are the same.
+    difference : Difference or None
+        How unlike the scans are after all stages; None where it was not looked at.
     folding : float
         Share of the query's body in which the deformation folds space, in [0, 1].
     jacobian : JacobianStatistics or None
@@ -109,10 +113,15 @@ class Registration:
     field: DisplacementField | None
     local: DisplacementField | None = None
     seconds: Mapping[str, float] = dataclass_field(default_factory=dict)
-    confidence: float = 0.0
+    difference: Difference | None = None
     folding: float = 0.0
     jacobian: JacobianStatistics | None = None
     parameters: Mapping[str, int] = dataclass_field(default_factory=dict)
+
+    @property
+    def confidence(self) -> float:
+        """In [0, 1]: 0 if the scans are as unlike where they overlap as misplaced ones, 1 if they are the same."""
+        return float("nan") if self.difference is None else self.difference.confidence
 
     @property
     def fixed_to_moving(self) -> Transform:
@@ -134,6 +143,34 @@ def require_engine(settings: RegistrationSettings) -> None:
     engine = ENGINES[settings.engine]
     if engine.is_peer:
         importlib.import_module(f".{engine.module}", __name__).require(settings)
+
+
+def compare(
+    fixed: Volume, moving: Volume, fixed_to_moving: Transform, settings: RegistrationSettings | None = None
+) -> Difference:
+    """How unlike two scans are through a transform that is given.
+
+    Parameters
+    ----------
+    fixed, moving : Volume
+        Query and atlas.
+    fixed_to_moving : Transform
+        Query world to atlas world.
+    settings : RegistrationSettings, optional
+        Whose fine level says how finely they are compared.
+
+    Raises
+    ------
+    RegistrationError
+        If one of the scans holds nothing but background.
+    """
+    from . import pyramid
+    from .difference import difference_of
+
+    settings = settings or RegistrationSettings()
+    spacing_mm = pyramid.level_spacings_mm(fixed.grid, (settings.coarse_voxels, settings.fine_voxels))[-1]
+    query, atlas = pyramid.prepare(fixed, None, spacing_mm, "query"), pyramid.prepare(moving, None, spacing_mm, "atlas")
+    return difference_of(query, atlas, fixed_to_moving, spacing_mm)
 
 
 def register(
@@ -173,6 +210,7 @@ def register(
     """
     from . import discrete, pyramid, shifts
     from . import linear as linear_stages
+    from .difference import difference_of
 
     settings = settings or RegistrationSettings()
     seconds: dict[str, float] = {}
@@ -215,6 +253,6 @@ def register(
         parameters.update(fitted.parameters)
     with stage("assess"):
         found = Registration(linear, field, local, seconds, parameters=parameters)
-        confidence = linear_stages.confidence(fixed_scan, moving_scan, found.fixed_to_moving, spacings[-1])
+        difference = difference_of(fixed_scan, moving_scan, found.fixed_to_moving, spacings[-1])
         folding, jacobian = (0.0, None) if field is None else pyramid.volume_changes(field, local, fixed_scan)
-    return replace(found, confidence=confidence, folding=folding, jacobian=jacobian)
+    return replace(found, difference=difference, folding=folding, jacobian=jacobian)

@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..transforms import Affine, Transform
+from ..transforms import Affine
 from .features import MIND_CHANNELS, mind_ssc
 from .pyramid import Level, Scan, axes_of, frame_grid, on_grid
 
@@ -81,18 +81,6 @@ def fit(
     homogeneous[:3, :3] = matrix[0].double().cpu().numpy()
     homogeneous[:3, 3] = offset[0].double().cpu().numpy()
     return Affine(homogeneous)
-
-
-def confidence(fixed: Scan, moving: Scan, fixed_to_moving: Transform, spacing_mm: float) -> float:
-    """How much better the scans agree than misplaced ones, in [0, 1], over the foreground they share."""
-    grid = frame_grid(fixed.intensity.grid, axes_of(fixed.intensity.grid), spacing_mm)
-    query, atlas = on_grid(fixed, grid, "cpu"), on_grid(moving, grid, "cpu", fixed_to_moving)
-    weight = query.weight * atlas.weight
-    total = float(weight.sum())
-    if total < 1:
-        return 0.0
-    difference = (mind_ssc(query.image) - mind_ssc(atlas.image)).pow(2).sum(dim=1, keepdim=True)
-    return float(np.clip(1 - float((difference * weight).sum()) / total / MISMATCH_PRICE, 0, 1))
 
 
 def translations(query: _Side, atlas: _Side, count: int) -> NDArray[np.float64]:

@@ -1,0 +1,205 @@
+"""Fit and check the estimate of the Dice coefficient from evidence that needs no labels (atlassegfm.quality).
+
+Every ordered pair of the cases of three sets is segmented twice, with the built-in model and without one; evidence and
+true Dice of each structure are kept in a file for each pair, so that an interrupted run goes on. Then a ridge regression is fitted
+for each kind of result, and checked with pairs left out: all those of one query, of one atlas, and of one set.
+
+    python benchmarks/quality.py DATA OUT            # about an hour on 2 cores
+    python benchmarks/quality.py DATA OUT --write    # and write the coefficients into the package
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from atlassegfm import quality
+from atlassegfm.context import Context
+from atlassegfm.dataset import Dataset, load_dataset
+from atlassegfm.image import load_image, load_labels
+from atlassegfm.metrics import dice
+from atlassegfm.pipeline import Segmentation, Settings, segment
+from atlassegfm.settings import with_overrides
+
+SETS = {
+    "Dataset001_AbdMR": (1, 2, 3, 4),
+    "Dataset002_AbdCT": (1, 2, 3, 6),
+    "Dataset005_Cardiac": (1, 2, 3),
+}
+#: A result below this is one to be found.
+BAD = 0.7
+#: Strength of the ridge, in pairs of structures: 3, 10 and 30 differ by less than 0.01 in AUROC.
+RIDGE = 10.0
+#: What each regression may look at: another model's certainty is not the built-in one's, and without a model there is
+#: neither certainty nor agreement.
+LEFT_OUT = {
+    "builtin": (),
+    "model": ("certainty",),
+    "none": ("certainty", "agreement", "drawn"),
+}
+
+Row = dict[str, Any]
+
+
+def measure(dataset: Dataset, values: Sequence[int], out: Path) -> list[Row]:
+    """Evidence and true Dice of each structure of each ordered pair."""
+    rows: list[Row] = []
+    names = sorted(case.name for case in dataset.cases)
+    for atlas in names:
+        context = None
+        for query in names:
+            if query == atlas:
+                continue
+            file = out / f"{dataset.name}_{atlas}_{query}.json"
+            if not file.exists():
+                if context is None:
+                    context = _context(dataset, atlas, values)
+                found = _pair(context, dataset, query)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.with_suffix(".part").write_text(json.dumps(found))
+                file.with_suffix(".part").replace(file)
+                print(file.stem, flush=True)
+            rows += [
+                {"set": dataset.name, "atlas": atlas, "query": query, **row} for row in json.loads(file.read_text())
+            ]
+    return rows
+
+
+def _context(dataset: Dataset, name: str, values: Sequence[int]) -> Context:
+    case = dataset.case(name)
+    whole = Context.from_files(case.image, case.labels)
+    return whole.restricted_to(values)
+
+
+def _pair(context: Context, dataset: Dataset, query: str) -> list[Row]:
+    case = dataset.case(query)
+    scan, truth = load_image(case.image), load_labels(case.labels).data
+    result = segment(context, scan, Settings())
+    bare = segment(
+        context, scan, with_overrides(Settings(), ["model=none"]), transform=result.registration.fixed_to_moving
+    )
+    return [row for kind, one in (("builtin", result), ("none", bare)) for row in _rows(kind, one, truth)]
+
+
+def _rows(kind: str, result: Segmentation, truth: NDArray[Any]) -> list[Row]:
+    rows = []
+    for one in result.structures:
+        value, found = one.structure.value, one.quality
+        if (truth == value).any() and found is not None and found.evidence is not None:
+            score = dice(result.labels.data == value, truth == value)
+            rows.append({"kind": kind, "value": value, "dice": score, "evidence": asdict(found.evidence)})
+    return rows
+
+
+def fit(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
+    """Ridge regression of Dice on evidence."""
+    evidence, scores = _arrays(rows, names)
+    mean, deviation = evidence.mean(axis=0), evidence.std(axis=0) + 1e-9
+    scaled = (evidence - mean) / deviation
+    weight = np.linalg.solve(scaled.T @ scaled + RIDGE * np.eye(len(names)), scaled.T @ (scores - scores.mean()))
+    return {
+        "names": list(names),
+        "mean": mean.tolist(),
+        "deviation": deviation.tolist(),
+        "weight": weight.tolist(),
+        "level": float(scores.mean()),
+        "below": 0.0,
+        "above": 0.0,
+    }
+
+
+def estimate(regression: dict[str, Any], rows: Sequence[Row]) -> NDArray[np.float64]:
+    """What the package would say of these."""
+    made = quality.Regression(**{k: tuple(v) if isinstance(v, list) else v for k, v in regression.items()})
+    return np.array(
+        [np.clip(made.level + sum(made.shares(quality.Evidence(**row["evidence"])).values()), 0, 1) for row in rows]
+    )
+
+
+def left_out(rows: Sequence[Row], names: Sequence[str], group: Callable[[Row], str]) -> NDArray[np.float64]:
+    """Estimates for the rows of each group by a fit on all others."""
+    groups = [group(row) for row in rows]
+    estimates = np.zeros(len(rows))
+    for one in sorted(set(groups)):
+        outside = [row for row, its in zip(rows, groups, strict=True) if its != one]
+        inside = [n for n, its in enumerate(groups) if its == one]
+        estimates[inside] = estimate(fit(outside, names), [rows[n] for n in inside])
+    return estimates
+
+
+def auroc(scores: NDArray[np.float64], is_bad: NDArray[np.bool_]) -> float:
+    """Chance that a bad result has a lower score than another one; ties count half."""
+    bad, other = scores[is_bad][:, None], scores[~is_bad][None]
+    return float(((bad < other) + 0.5 * (bad == other)).mean()) if bad.size and other.size else float("nan")
+
+
+def _arrays(rows: Sequence[Row], names: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return (
+        np.array([[row["evidence"][name] for name in names] for row in rows]),
+        np.array([row["dice"] for row in rows]),
+    )
+
+
+def main() -> None:
+    """Measure, fit, check, and write if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder of the datasets in nnU-Net raw layout")
+    parser.add_argument("out", type=Path, help="folder for one file a pair")
+    parser.add_argument("--write", action="store_true", help="write the coefficients into the package")
+    arguments = parser.parse_args()
+    rows = [
+        row
+        for name, values in SETS.items()
+        for row in measure(load_dataset(arguments.data / name), values, arguments.out)
+    ]
+    regressions = {}
+    for kind, without in LEFT_OUT.items():
+        mine = [row for row in rows if row["kind"] == ("none" if kind == "none" else "builtin")]
+        names = [name for name in quality.Evidence.__dataclass_fields__ if name not in without]
+        scores = _arrays(mine, names)[1]
+        is_bad = scores < BAD
+        print(f"\n{kind}: {len(mine)} structures, {int(is_bad.sum())} with a Dice below {BAD}")
+        groups: dict[str, Callable[[Row], str]] = {
+            "query": lambda row: row["set"] + row["query"],
+            "atlas": lambda row: row["set"] + row["atlas"],
+            "set": lambda row: row["set"],
+        }
+        regressions[kind] = fit(mine, names)
+        for left, group in groups.items():
+            estimates = left_out(mine, names, group)
+            off = scores - estimates
+            print(
+                f"  left out by {left}: AUROC {auroc(estimates, is_bad):.3f}, correlation "
+                f"{np.corrcoef(estimates, scores)[0, 1]:.3f}, mean error {np.abs(off).mean():.3f}"
+            )
+            for one in sorted({row["set"] for row in mine}):
+                here = np.array([row["set"] == one for row in mine])
+                print(f"    {one}: AUROC {auroc(estimates[here], is_bad[here]):.3f}, {int(is_bad[here].sum())} bad")
+            if left == "query":
+                low, high = np.percentile(off, (10, 90))
+                regressions[kind] |= {"below": float(-low), "above": float(high)}
+                for verdict, first, last in (
+                    ("good", quality.GOOD_FROM, 2.0),
+                    ("review", quality.FAILED_BELOW, quality.GOOD_FROM),
+                    ("failed", -1.0, quality.FAILED_BELOW),
+                ):
+                    here = (estimates >= first) & (estimates < last)
+                    print(
+                        f"    {verdict}: {int(here.sum())} structures, mean Dice {scores[here].mean():.3f}, "
+                        f"{int(is_bad[here].sum())} below {BAD}"
+                    )
+    if arguments.write:
+        file = Path(quality.__file__).with_name("quality.json")
+        file.write_text(json.dumps({"source": "benchmarks/quality.py", "regressions": regressions}, indent=1) + "\n")
+        print(f"\nwritten: {file}")
+
+
+if __name__ == "__main__":
+    main()
