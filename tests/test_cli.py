@@ -412,7 +412,10 @@ def _never(*_: object, **__: object) -> None:
 
 
 def test_missing_arguments(run: Run) -> None:
-    outcome = run("segment", "query.nii.gz")
+    outcome = run("segment", "query.nii.gz", "--atlas", "atlas.nii.gz")
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: Missing option '--out'")
+    outcome = run("segment", "query.nii.gz", "-o", "out")
     assert outcome.code == 2
     assert outcome.err.startswith("error: Missing option '--atlas'")
     assert run("nothing").code == 2

@@ -236,7 +236,7 @@ def run_summary(segmentation: Segmentation, inputs: RunInputs) -> dict[str, Any]
 
 def version() -> str:
     """Version of this package."""
-    from . import __version__
+    from .version import __version__
 
     return __version__
 
