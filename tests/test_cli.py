@@ -87,7 +87,7 @@ def test_run_json_tells_what_was_done(folder: Path, run: Run) -> None:
     assert content["model"]["name"] == "builtin"
     assert content["model"]["prompt"] == "click"
     assert content["model"]["code_licence"] == "Apache-2.0"
-    assert content["seconds"].keys() == {"registration", "warping", "model", "round trip", "gate", "fusion"}
+    assert content["seconds"].keys() == {"registration", "warping", "model", "gate", "fusion"}
     assert content["total_seconds"] == pytest.approx(sum(content["seconds"].values()), abs=0.01)
     assert content["peak_memory_mb"] > 50
     assert content["registration"].keys() >= {"confidence", "folding", "jacobian", "seconds"}
@@ -412,7 +412,10 @@ def _never(*_: object, **__: object) -> None:
 
 
 def test_missing_arguments(run: Run) -> None:
-    outcome = run("segment", "query.nii.gz")
+    outcome = run("segment", "query.nii.gz", "--atlas", "atlas.nii.gz")
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: Missing option '--out'")
+    outcome = run("segment", "query.nii.gz", "-o", "out")
     assert outcome.code == 2
     assert outcome.err.startswith("error: Missing option '--atlas'")
     assert run("nothing").code == 2

@@ -821,15 +821,20 @@ def test_one_bad_transform_of_several(kept: Path, run: Run) -> None:
     assert Path("again/query/segmentation.nii.gz").exists()
 
 
-def test_with_a_model_the_way_back_is_still_registered(folder: Path, run: Run) -> None:
+@pytest.mark.parametrize(
+    ("examples", "trip"), [("simulated", set()), ("round trip", {"round trip"})], ids=["simulated", "round trip"]
+)
+def test_the_way_back_is_registered_where_the_gate_needs_it(
+    folder: Path, run: Run, examples: str, trip: set[str]
+) -> None:
     write_transform(folder / "mine", Affine(affine_of(np.eye(3) / 1.05, (-1.5, 2.0, -1.0))), None, GRID)
     outcome = run(
         *("segment", *ATLAS_ARGUMENTS, "--model", "builtin", "other.nii.gz", "-o", "out", *FAST),
-        *("--transform", "mine", "--json"),
+        *("--transform", "mine", "--json", "--set", f"fusion.examples={examples}"),
     )
     assert outcome.code == 0, outcome.err
     content = outcome.json["results"][0]
-    assert set(content["seconds"]) == {"transform", "warping", "model", "round trip", "gate", "fusion"}
+    assert set(content["seconds"]) == {"transform", "warping", "model", "gate", "fusion"} | trip
     assert content["gate"] is not None
     assert content["registration"]["folding"] == 0
     assert content["registration"]["jacobian"] is None

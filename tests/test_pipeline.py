@@ -18,7 +18,7 @@ from atlassegfm.geometry import Grid
 from atlassegfm.image import LocalMap, Volume
 from atlassegfm.metrics import dice_per_structure
 from atlassegfm.models import OnPrompt, load_model
-from atlassegfm.pipeline import Segmentation, Settings, outside_shares, resolve_device, segment
+from atlassegfm.pipeline import Segmentation, Settings, learn_gate, outside_shares, resolve_device, segment
 from atlassegfm.prompts import ClickPrompt, Prompt
 from atlassegfm.settings import with_overrides
 from atlassegfm.transforms import Affine, Chain, DisplacementField, displacement_on, resample
@@ -57,6 +57,10 @@ def stored_as(volume: Volume, codes: str) -> Volume:
     return turned
 
 
+#: The gate is trained anew for each query, on labels that go there and come back.
+ROUND_TRIP = "fusion.examples=round trip"
+
+
 def status_of(result: Segmentation) -> dict[str, str]:
     return {one.structure.name: one.status for one in result.structures}
 
@@ -77,12 +81,69 @@ def test_result_is_good_and_on_the_grid_of_the_query(context: Context) -> None:
     for one in result.structures:
         voxels = int((result.labels.data == one.structure.value).sum())
         assert one.volume_ml == pytest.approx(voxels * 8 / 1000)
+        assert one.round_trip_dice is None
+    assert result.gate is not None
+    assert result.gate.examples == 3 * 4
+    assert result.prompt == "mask"
+    assert set(result.seconds) == {"registration", "warping", "model", "gate", "fusion"}
+    json.dumps(result.summary(), allow_nan=False)
+
+
+def test_round_trip(context: Context) -> None:
+    result = segment(context, QUERY.scan(GRID), settings(ROUND_TRIP))
+    scores = dice_per_structure(result.labels.data, QUERY.labels(GRID).data, context.values)
+    assert min(scores.values()) > 0.65, scores
+    for one in result.structures:
         assert one.round_trip_dice is not None
         assert one.round_trip_dice > 0.95
+        assert one.summary()["round_trip_dice"] == round(one.round_trip_dice, 4)
     assert result.gate is not None
-    assert result.prompt == "mask"
+    assert result.gate.examples == 3
     assert set(result.seconds) == {"registration", "warping", "model", "round trip", "gate", "fusion"}
-    json.dumps(result.summary(), allow_nan=False)
+
+
+def test_the_gate_is_that_of_the_atlas_alone(context: Context) -> None:
+    """The same for every query, and whether it was trained before or with the query."""
+    gate = learn_gate(context, settings())
+    assert gate is not None
+    query = QUERY.scan(GRID)
+    alone = segment(context, query, settings())
+    assert alone.gate == gate
+    given = segment(context, query, settings(), gate=gate)
+    assert given.gate is gate
+    assert set(given.seconds) == {"registration", "warping", "model", "fusion"}
+    np.testing.assert_array_equal(given.labels.data, alone.labels.data)
+    for value in context.values:
+        np.testing.assert_array_equal(given.probabilities[value].fused.values, alone.probabilities[value].fused.values)
+    assert segment(context, QUERY.scan(oblique_grid()), settings()).gate == gate
+    assert learn_gate(context, settings("seed=1")) != gate
+    assert learn_gate(context, settings("model=none")) is None
+    with pytest.raises(InputError, match="fusion.examples is 'round trip', which trains the gate anew for each query"):
+        learn_gate(context, settings(ROUND_TRIP))
+
+
+@pytest.mark.parametrize("right", ["atlas", "model"])
+def test_simulated_errors_teach_the_gate(context: Context, right: str) -> None:
+    """From a bad start it comes to what is right: the model, or the atlas where the model says nonsense."""
+
+    class Nonsense:
+        provenance: Mapping[str, object] = {}
+
+        def encode(self, image: Volume) -> Volume:
+            return image
+
+        def predict(self, _scan: Volume, prompts: Mapping[int, Prompt], _: OnPrompt) -> dict[int, LocalMap]:
+            return {n: LocalMap((0, 0, 0), np.ones((3, 3, 3), np.float32)) for n in prompts}
+
+    bad = 0.05 if right == "atlas" else 0.95
+    fast = (f"fusion.start={bad}", "fusion.learning_rate=0.1", "fusion.iterations=50")
+    gate = learn_gate(context, settings(*fast), model=Nonsense() if right == "atlas" else None)
+    assert gate is not None
+    assert gate.dice_after > gate.dice_before + 0.02
+    assert (gate.bias > np.log(bad / (1 - bad))) == (right == "atlas")
+    best = learn_gate(context, settings(), model=Nonsense() if right == "atlas" else None)
+    assert best is not None
+    assert (best.start >= 0.75) == (right == "atlas")
 
 
 @pytest.mark.parametrize("codes", ["LPS", "LAS", "SAR", "PIR"])
@@ -143,7 +204,7 @@ def test_the_same_twice(context: Context) -> None:
 
 def test_structure_outside_the_field_of_view_is_named(context: Context) -> None:
     query = QUERY.scan(GRID.crop((0, 0, 0), (48, 40, 22)))  # ends 7 mm above the origin, below the node
-    result = segment(context, query, settings())
+    result = segment(context, query, settings(ROUND_TRIP))
     assert status_of(result) == {"liver": "present", "kidney": "present", "node": "outside"}
     node = result.structures[2]
     assert node.outside_share == 1
@@ -170,7 +231,7 @@ def test_structure_lost_between_slices_is_absent(context: Context) -> None:
 
 def test_nothing_in_view(context: Context) -> None:
     query = QUERY.scan(GRID.crop((0, 0, 0), (5, 40, 36)))
-    result = segment(context, query, settings())
+    result = segment(context, query, settings(ROUND_TRIP))
     assert set(status_of(result).values()) == {"outside"}
     assert not result.labels.data.any()
     assert result.gate is not None
@@ -221,7 +282,8 @@ def test_box_is_told_by_its_corner_voxels(context: Context) -> None:
     np.testing.assert_allclose(size[:2] * 2, [34, 28], atol=4)
 
 
-def test_model_is_asked_once_to_encode_each_scan(context: Context) -> None:
+@pytest.mark.parametrize(("examples", "asked"), [((), 5), ((ROUND_TRIP,), 2)], ids=["simulated", "round trip"])
+def test_model_is_asked_once_to_encode_each_scan(context: Context, examples: tuple[str, ...], asked: int) -> None:
     class Counting:
         def __init__(self) -> None:
             self.inner = load_model("builtin", "cpu")
@@ -239,10 +301,10 @@ def test_model_is_asked_once_to_encode_each_scan(context: Context) -> None:
 
     model = Counting()
     stages: list[str] = []
-    segment(context, QUERY.scan(GRID), settings("prompt=click"), model=model, on_stage=stages.append)
+    segment(context, QUERY.scan(GRID), settings("prompt=click", *examples), model=model, on_stage=stages.append)
     assert len(model.encoded) == 2
     assert model.encoded[1] is context.image
-    assert len(model.prompts) == 6
+    assert len(model.prompts) == 3 * asked
     assert all(isinstance(prompt, ClickPrompt) for prompt in model.prompts)
     assert stages[0] == "registration"
     assert "model: kidney" in stages
@@ -251,8 +313,9 @@ def test_model_is_asked_once_to_encode_each_scan(context: Context) -> None:
 def test_no_way_in_for_the_labels_of_the_query() -> None:
     """The gate must not see the truth: nothing takes it."""
     assert list(inspect.signature(segment).parameters) == [
-        *("context", "query", "settings", "device", "on_stage", "model", "transform")
+        *("context", "query", "settings", "device", "on_stage", "model", "transform", "gate")
     ]
+    assert list(inspect.signature(learn_gate).parameters) == ["context", "settings", "device", "on_stage", "model"]
 
 
 def test_query_of_another_type_and_in_another_memory_order(context: Context) -> None:

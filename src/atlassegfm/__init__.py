@@ -10,6 +10,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .context import Context
+    from .customization import Customization, customize
     from .geometry import Grid
     from .image import Volume, load_image, load_labels, save_volume
     from .pipeline import Segmentation, Settings, segment
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AtlasSegError",
     "Context",
+    "Customization",
     "Grid",
     "InputError",
     "MissingExtraError",
@@ -31,6 +33,7 @@ __all__ = [
     "Structure",
     "Volume",
     "__version__",
+    "customize",
     "load_image",
     "load_labels",
     "register",
@@ -41,6 +44,7 @@ __all__ = [
 #: Where the names live that are imported on first use: PyTorch alone takes seconds.
 _HOME = {
     "Context": "context",
+    "Customization": "customization",
     "Grid": "geometry",
     "Registration": "registration",
     "RegistrationSettings": "registration",
@@ -48,6 +52,7 @@ _HOME = {
     "Settings": "pipeline",
     "Structure": "structures",
     "Volume": "image",
+    "customize": "customization",
     "load_image": "image",
     "load_labels": "image",
     "register": "registration",

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,7 @@ from .models import Segmenter, describe_model, licence_accepted, load_model
 from .models.settings import ModelSettings
 from .prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, PromptKind, make_prompt
 from .registration import Registration, RegistrationSettings, compare, register
+from .simulation import simulated_mask
 from .structures import Structure
 from .topology import changes_to, topologies_of
 from .transforms import (
@@ -168,7 +170,8 @@ class StructureResult:
     prompt : PromptUsed or None
         None without a model, or where there was nothing to point at.
     round_trip_dice : float or None
-        Agreement of the atlas's label with itself after a way to the query and back; None without a model.
+        Agreement of the atlas's label with itself after a way to the query and back; None where no such way was
+        made: it is only to train the gate (``fusion.examples``).
     """
 
     structure: Structure
@@ -218,7 +221,7 @@ class Segmentation:
         Whether that was given, not fitted. Its folding and its changes of volume are those of the field of view then,
         not of the body.
     gate : Gate or None
-        None without a model.
+        That was used; None without a model.
     settings : Settings
         That it was made with.
     prompt : {"click", "box", "mask", "region"} or None
@@ -370,6 +373,7 @@ def segment(
     on_stage: Callable[[str], None] | None = None,
     model: Segmenter | None = None,
     transform: Transform | None = None,
+    gate: Gate | None = None,
 ) -> Segmentation:
     """Segment one scan by one annotated scan.
 
@@ -389,7 +393,10 @@ def segment(
         The model that ``settings.model`` names, where it is loaded already.
     transform : Transform, optional
         Query world to atlas world, RAS+ mm (:func:`~atlassegfm.itk.read_transform` reads one): taken instead of
-        registering the atlas to the query. With a model the way back is still registered, to train the gate.
+        registering the atlas to the query. Where the gate is trained on a round trip, the way back is registered.
+    gate : Gate, optional
+        That :func:`learn_gate` trained on this atlas with these settings, or the ``gate`` of an earlier result if
+        ``fusion.examples`` is "simulated": it is the same for all queries. Trained here if left out.
 
     Raises
     ------
@@ -408,8 +415,65 @@ def segment(
     if kind is not None and model is None:
         model = load_chosen(settings, device)
     with _reproducible(settings.seed), _memory_errors():
-        labels = Volume(_numbers(context.labels.data, context.values), context.labels.grid)
-        return _Job(context, labels, query, scan, settings, device, _Clock(on_stage), transform).run(model, kind)
+        job = _Job(context, _numbered(context), query, scan, settings, device, _Clock(on_stage), transform)
+        return job.run(model, kind, gate)
+
+
+def learn_gate(
+    context: Context,
+    settings: Settings | None = None,
+    *,
+    device: str = "auto",
+    on_stage: Callable[[str], None] | None = None,
+    model: Segmenter | None = None,
+) -> Gate | None:
+    """Train the gate on the atlas alone, for all queries.
+
+    Each structure is simulated as registrations bring it (:mod:`atlassegfm.simulation`), the model is prompted with
+    that on the atlas's image, and the gate is trained on all these masks.
+
+    Parameters
+    ----------
+    context : Context
+        The atlas.
+    settings : Settings, optional
+        Defaults if left out.
+    device : {"auto", "cpu", "cuda"}
+        Where to compute.
+    on_stage : callable, optional
+        Told the name of the stage, and each structure.
+    model : Segmenter, optional
+        The model that ``settings.model`` names, where it is loaded already.
+
+    Returns
+    -------
+    Gate or None
+        None without a model.
+
+    Raises
+    ------
+    InputError
+        If a setting cannot be used; ``fusion.examples`` is one if it is "round trip", which takes a query.
+    ModelError
+        If the model or the device cannot do what was asked.
+    """
+    settings = settings or Settings()
+    kind = prompt_kind(settings)
+    if kind is None:
+        return None
+    if settings.fusion.examples == "round trip":
+        raise InputError(
+            "fusion.examples is 'round trip', which trains the gate anew for each query; "
+            "set it to 'simulated' to train without one"
+        )
+    device = resolve_device(device)
+    if model is None:
+        model = load_chosen(settings, device)
+    if model is None:
+        return None
+    clock = _Clock(on_stage)
+    with _reproducible(settings.seed), _memory_errors(), clock.stage("gate") as tell:
+        return _simulated_gate(model, kind, context, _numbered(context), settings, device, tell)
 
 
 @dataclass(frozen=True, eq=False)
@@ -449,10 +513,58 @@ class _Answers:
 
 @dataclass(frozen=True, eq=False)
 class _Learned:
-    """The gate, and how well each structure's label came back, by number."""
+    """The gate, and how well each structure's label came back, by number, where it went anywhere."""
 
     gate: Gate
-    round_trip_dice: Mapping[int, float]
+    round_trip_dice: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Shown:
+    """A scan that a model is shown once, and may be asked about several times."""
+
+    model: Segmenter
+    kind: PromptKind
+    structures: Sequence[Structure]
+    image: Volume
+
+    @cached_property
+    def _encoded(self) -> Any:
+        return self.model.encode(self.image)
+
+    def ask(self, masks: Mapping[int, LocalMap], tell: Callable[[str], None]) -> _Answers:
+        """Prompt the model for each structure; masks with nothing to point at are left out."""
+        prompts = {n: made for n, mask in masks.items() if (made := make_prompt(self.kind, mask)) is not None}
+        maps: dict[int, LocalMap] = {}
+        if prompts:
+            maps = self.model.predict(self._encoded, prompts, lambda n: tell(self.structures[n - 1].name))
+        return _Answers(self.kind, prompts, maps, self.model.provenance)
+
+
+def _simulated_gate(
+    model: Segmenter,
+    kind: PromptKind,
+    context: Context,
+    labels: Volume,
+    settings: Settings,
+    device: str,
+    tell: Callable[[str], None],
+) -> Gate:
+    """Train the gate on simulated masks of the atlas; ``labels`` are its structures as numbers."""
+    boxes = ndimage.find_objects(labels.data)
+    truths = {n: _label(labels.data, box, n) for n, box in enumerate(boxes, start=1)}
+    shown = _Shown(model, kind, context.structures, context.image)
+    simulation, examples = settings.fusion.simulation, []
+    for draw, size in enumerate(simulation.sizes):
+        masks = {
+            n: simulated_mask(
+                labels, boxes[n - 1], n, size=size, window=simulation.window, seed=(settings.seed, draw, n)
+            )
+            for n in truths
+        }
+        answers = shown.ask(masks, tell)
+        examples += [GateExample(masks[n], answer, truths[n]) for n, answer in answers.maps.items()]
+    return train_gate(examples, settings.fusion, device=device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -483,8 +595,8 @@ class _Job:
     clock: _Clock
     transform: Transform | None = None
 
-    def run(self, model: Segmenter | None, kind: PromptKind | None) -> Segmentation:
-        """All stages; ``kind`` is None without a model."""
+    def run(self, model: Segmenter | None, kind: PromptKind | None, gate: Gate | None) -> Segmentation:
+        """All stages; ``kind`` is None without a model, ``gate`` where it is still to be trained."""
         grid, numbers = self.scan.grid, range(1, len(self.context.structures) + 1)
         registration = self._register() if self.transform is None else self._given(self.transform)
         with self.clock.stage("warping"):
@@ -496,8 +608,9 @@ class _Job:
         if model is None or kind is None:
             return self._result(placed, None, None)
         with self.clock.stage("model") as tell:
-            answers = self._ask(model, kind, self.scan, warped, tell)
-        return self._result(placed, answers, self._learn(model, kind, placed))
+            answers = _Shown(model, kind, self.context.structures, self.scan).ask(warped, tell)
+        learned = self._learn(model, kind, placed) if gate is None else _Learned(gate)
+        return self._result(placed, answers, learned)
 
     def _register(self) -> Registration:
         with self.clock.stage("registration") as tell:
@@ -528,25 +641,20 @@ class _Job:
         difference = compare(self.scan, self.context.image, transform, self.settings.registration)
         return Registration(linear, field, local, difference=difference, folding=folding, jacobian=jacobian)
 
-    def _ask(
-        self,
-        model: Segmenter,
-        kind: PromptKind,
-        image: Volume,
-        masks: Mapping[int, LocalMap],
-        tell: Callable[[str], None],
-    ) -> _Answers:
-        """Prompt the model for each structure on one scan; masks with nothing to point at are left out."""
-        prompts = {n: made for n, mask in masks.items() if (made := make_prompt(kind, mask)) is not None}
-        encoded = model.encode(image) if prompts else None
-        maps = model.predict(encoded, prompts, lambda n: tell(self.context.structures[n - 1].name)) if prompts else {}
-        return _Answers(kind, prompts, maps, model.provenance)
-
     def _learn(self, model: Segmenter, kind: PromptKind, placed: _Placed) -> _Learned:
-        """Train the gate on the atlas's own scan.
+        """Train the gate on the atlas's own scan."""
+        if self.settings.fusion.examples == "round trip":
+            return self._learn_by_round_trip(model, kind, placed)
+        # In a random state of its own: the gate must not depend on what was done for this query before.
+        with self.clock.stage("gate") as tell, _reproducible(self.settings.seed):
+            gate = _simulated_gate(model, kind, self.context, self.labels, self.settings, self.device, tell)
+        return _Learned(gate)
 
-        The labels go to the query and come back by a registration of its own, so that they are as wrong there
-        as registration makes them; what they should be is known.
+    def _learn_by_round_trip(self, model: Segmenter, kind: PromptKind, placed: _Placed) -> _Learned:
+        """Train it on masks that went to the query and back.
+
+        They come back by a registration of its own, so that they are as wrong there as registration makes them; what
+        they should be is known.
         """
         image, there = self.context.image, Volume(placed.labels, self.scan.grid)
         to_query = placed.registration.linear.inverse()
@@ -561,7 +669,7 @@ class _Job:
                 on_stage=tell,
             )
             returned = warp_labels(there, tuple(placed.masks), image.grid, back.fixed_to_moving)
-            echoes = self._ask(model, kind, image, returned, tell)
+            echoes = _Shown(model, kind, self.context.structures, image).ask(returned, tell)
         with self.clock.stage("gate"):
             # What the query does not show cannot come back: there neither mask is right or wrong.
             boxes = ndimage.find_objects(self.labels.data)
@@ -712,6 +820,11 @@ def _numbers(labels: NDArray[Any], values: Sequence[int]) -> NDArray[Any]:
     for plane, out in zip(labels, numbers, strict=True):
         out[...] = np.searchsorted(known, plane)
     return numbers
+
+
+def _numbered(context: Context) -> Volume:
+    """The labels of an atlas as numbers."""
+    return Volume(_numbers(context.labels.data, context.values), context.labels.grid)
 
 
 def _label(labels: NDArray[Any], box: tuple[slice, slice, slice], value: int) -> LocalMap:

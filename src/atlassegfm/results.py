@@ -19,7 +19,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,11 +55,14 @@ class RunInputs:
         As read from its file.
     transform : Path, optional
         The transform that was given instead of registering.
+    saved_context : mapping of str to Any, optional
+        The context folder that was given instead of the atlas, in plain values.
     """
 
     context: Context
     query: Volume
     transform: Path | None = None
+    saved_context: Mapping[str, Any] | None = None
 
     def summary(self) -> dict[str, Any]:
         """File names and the notes about their geometry."""
@@ -69,6 +72,8 @@ class RunInputs:
             for role, volume in volumes.items()
             if volume.source is not None
         }
+        if self.saved_context is not None:
+            files["context"] = dict(self.saved_context)
         if self.transform is not None:
             files["transform"] = {"file": self.transform.name}
         return files
@@ -231,7 +236,7 @@ def run_summary(segmentation: Segmentation, inputs: RunInputs) -> dict[str, Any]
 
 def version() -> str:
     """Version of this package."""
-    from . import __version__
+    from .version import __version__
 
     return __version__
 

@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .. import __version__
 from ..context import Context, canonical_scan
 from ..dataset import Dataset
 from ..errors import InputError, ModelError, RegistrationError
@@ -37,6 +36,7 @@ from ..pipeline import NO_MODEL, Segmentation, Settings, load_chosen, segment
 from ..prompts import make_prompt
 from ..settings import to_dict
 from ..tolerances import Tolerances
+from ..version import __version__
 from .protocols import Pair
 
 logger = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ import typer
 
 from ..errors import AtlasSegError, InputError, MissingExtraError
 from .benchmark import app as benchmark_app
+from .customization import customize
 from .evaluation import evaluate
 from .models import app as models_app
 from .session import (
@@ -35,6 +36,7 @@ from .session import (
     JsonOption,
     ModelOption,
     ModelPathOption,
+    NamesOption,
     PromptOption,
     QuietOption,
     SeedOption,
@@ -52,6 +54,8 @@ from .session import (
 
 if TYPE_CHECKING:
     from ..context import Context
+    from ..customization import Customization
+    from ..fusion import Gate
     from ..models import Segmenter
     from ..pipeline import Settings
 
@@ -94,11 +98,17 @@ def segment(
     queries: Annotated[
         list[Path], typer.Argument(metavar="QUERY...", help="Scans to segment: image files, or folders of them.")
     ],
-    atlas: Annotated[Path, typer.Option("--atlas", metavar="IMG", help="The annotated scan.")],
-    labels: Annotated[Path, typer.Option("--labels", metavar="LAB", help="Its label map, on the same voxels.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder that gets one folder per query.")],
-    names: Annotated[
-        Path | None, typer.Option("--names", metavar="FILE", help="Names of the labels: JSON, or '1 liver' lines.")
+    atlas: Annotated[Path | None, typer.Option("--atlas", metavar="IMG", help="The annotated scan.")] = None,
+    labels: Annotated[
+        Path | None, typer.Option("--labels", metavar="LAB", help="Its label map, on the same voxels.")
+    ] = None,
+    names: NamesOption = None,
+    context: Annotated[
+        Path | None,
+        typer.Option(
+            "--context", metavar="CTX", help="A folder that `atlassegfm customize` wrote, instead of atlas and labels."
+        ),
     ] = None,
     model: ModelOption = None,
     model_path: ModelPathOption = None,
@@ -129,26 +139,48 @@ def segment(
     run.json (what was done).
     """
     with open_session(quiet) as session:
+        _check_atlas_options(atlas, labels, names, context)
         from ..pipeline import load_chosen, prompt_kind, resolve_device
         from ..registration import require_engine
         from ..results import output_folder
 
-        settings = build_settings(config, overrides, model=model, model_path=model_path, prompt=prompt, seed=seed)
+        customization = None
+        if context is not None:
+            from ..customization import Customization
+
+            session.progress("reading the context")
+            customization = Customization.load(context)
+        base = None if customization is None else customization.settings
+        settings = build_settings(
+            config, overrides, model=model, model_path=model_path, prompt=prompt, seed=seed, base=base
+        )
+        if customization is not None:
+            customization.check_settings(settings)
         prompt_kind(settings)
         if transform is None:
             require_engine(settings.registration)
-        inputs = [path for path in (atlas, labels, names, config, model_path) if path is not None]
+        inputs = [path for path in (atlas, labels, names, context, config, model_path) if path is not None]
+        if context is not None and out.resolve().is_relative_to(context.resolve()):
+            raise InputError(f"{out}: is inside the context {context}; choose another output folder")
         jobs = _plan(queries, out, inputs, transform)
         resolved = resolve_device(device)
         if accept_licence:
             accept_licences([settings.model], session)
         with output_folder(out):
-            session.progress("reading the atlas")
+            if customization is None:
+                session.progress("reading the atlas")
             loaded = load_chosen(settings, resolved)
-            from ..context import Context
+            if customization is not None:
+                customization.check_model(loaded)
+                setup = _Setup(customization.context, settings, resolved, loaded, customization)
+            else:
+                from ..context import Context
 
-            context = Context.from_files(atlas, labels, names)
-            done, failed = _segment_all(jobs, context, settings, resolved, loaded, session, keep=keep)
+                # For the type checker: without a context both are there.
+                if atlas is None or labels is None:
+                    raise TypeError("neither an atlas nor a context")
+                setup = _Setup(Context.from_files(atlas, labels, names), settings, resolved, loaded)
+            done, failed = _segment_all(jobs, setup, session, keep=keep)
     if as_json:
         failures = [{"query": failure.job.query.name, "reason": failure.reason} for failure in failed]
         print_json({"results": done, "failures": failures})
@@ -249,6 +281,7 @@ def check(
         raise typer.Exit(EXIT_USAGE)
 
 
+app.command()(customize)
 app.command()(evaluate)
 app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(models_app, name="models")
@@ -294,6 +327,17 @@ class _Job:
     query: Path
     folder: Path
     transform: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Setup:
+    """What all queries share: the atlas, settings, the model, and the context they come from, where one was given."""
+
+    context: Context
+    settings: Settings
+    device: str
+    model: Segmenter | None
+    customization: Customization | None = None
 
 
 @dataclass(frozen=True)
@@ -378,21 +422,18 @@ def _files(path: Path) -> list[Path]:
 
 
 def _segment_all(
-    jobs: Sequence[_Job],
-    context: Context,
-    settings: Settings,
-    device: str,
-    model: Segmenter | None,
-    session: Session,
-    *,
-    keep: bool,
+    jobs: Sequence[_Job], setup: _Setup, session: Session, *, keep: bool
 ) -> tuple[list[dict[str, Any]], list[_Failure]]:
     """What was written to each ``run.json``, and what failed; a failure does not stop the others."""
     done, failed = [], []
+    gate = None if setup.customization is None else setup.customization.gate
     for number, job in enumerate(jobs, start=1):
         session.begin(number, len(jobs), job.query.name)
         try:
-            done.append(_segment_one(job, context, settings, device, model, session, keep=keep))
+            run, trained = _segment_one(job, setup, gate, session, keep=keep)
+            done.append(run)
+            if setup.settings.fusion.examples == "simulated":
+                gate = trained  # on the atlas alone: the first query pays for all
         except AtlasSegError as error:
             reason = str(error)
             if not reason.startswith(str(job.query)):
@@ -409,15 +450,9 @@ def _segment_all(
 
 
 def _segment_one(
-    job: _Job,
-    context: Context,
-    settings: Settings,
-    device: str,
-    model: Segmenter | None,
-    session: Session,
-    *,
-    keep: bool,
-) -> dict[str, Any]:
+    job: _Job, setup: _Setup, gate: Gate | None, session: Session, *, keep: bool
+) -> tuple[dict[str, Any], Gate | None]:
+    """What was written to ``run.json``, and the gate that was used."""
     from .. import pipeline
     from ..image import load_image
     from ..itk import read_transform
@@ -427,11 +462,32 @@ def _segment_one(
     transform = None if job.transform is None else read_transform(job.transform)
     query = load_image(job.query)
     result = pipeline.segment(
-        context, query, settings, device=device, on_stage=session.progress, model=model, transform=transform
+        setup.context,
+        query,
+        setup.settings,
+        device=setup.device,
+        on_stage=session.progress,
+        model=setup.model,
+        transform=transform,
+        gate=gate,
     )
     session.progress("writing")
-    run = write_result(result, RunInputs(context, query, job.transform), job.folder, keep=keep)
-    return {"query": job.query.name, "output": str(job.folder), **run}
+    saved = None if setup.customization is None else setup.customization.summary()
+    run = write_result(result, RunInputs(setup.context, query, job.transform, saved), job.folder, keep=keep)
+    return {"query": job.query.name, "output": str(job.folder), **run}, result.gate
+
+
+def _check_atlas_options(atlas: Path | None, labels: Path | None, names: Path | None, context: Path | None) -> None:
+    """Either an atlas with its labels, or a context."""
+    given = {"--atlas": atlas, "--labels": labels, "--names": names}
+    if context is not None:
+        for option, path in given.items():
+            if path is not None:
+                raise InputError(f"{option} and --context do not go together: the context has its own atlas")
+        return
+    for option in ("--atlas", "--labels"):
+        if given[option] is None:
+            raise InputError(f"Missing option '{option}'; give --atlas and --labels, or --context")
 
 
 def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
@@ -440,14 +496,12 @@ def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _print_run(run: dict[str, Any]) -> None:
-    rows = [
-        (
-            one["name"],
-            f"{one['volume_ml']:.1f}",
-            "" if one["round_trip_dice"] is None else f"{one['round_trip_dice']:.2f}",
-            one["status"] + (f" ({one['reason']})" if one.get("reason") else ""),
-        )
-        for one in run["structures"]
-    ]
+    went = any(one["round_trip_dice"] is not None for one in run["structures"])
+    rows = []
+    for one in run["structures"]:
+        back = "" if one["round_trip_dice"] is None else f"{one['round_trip_dice']:.2f}"
+        status = one["status"] + (f" ({one['reason']})" if one.get("reason") else "")
+        rows.append((one["name"], f"{one['volume_ml']:.1f}", *([back] if went else []), status))
     typer.echo(f"{run['query']} -> {run['output']}  ({run['total_seconds']:.1f} s on {run['device']})")
-    print_table(("structure", "volume ml", "round trip", "status"), rows, numbers_from=1, numbers_to=3)
+    head = ("structure", "volume ml", *(["round trip"] if went else []), "status")
+    print_table(head, rows, numbers_from=1, numbers_to=len(head) - 1)

@@ -41,6 +41,9 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progre
 SeedOption = Annotated[
     int | None, typer.Option("--seed", metavar="N", help="Start of the random numbers [default: 0].")
 ]
+NamesOption = Annotated[
+    Path | None, typer.Option("--names", metavar="FILE", help="Names of the labels: JSON, or '1 liver' lines.")
+]
 ModelOption = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="Segmentation model, or none [default: builtin].")
 ]
@@ -73,12 +76,13 @@ def build_settings(
     model_path: Path | None = None,
     prompt: str | None = None,
     seed: int | None = None,
+    base: Settings | None = None,
 ) -> Settings:
-    """Defaults, then the file, then ``--set``, then the options of their own."""
+    """Defaults (or ``base``), then the file, then ``--set``, then the options of their own."""
     from ..pipeline import Settings
     from ..settings import with_file, with_overrides, with_table
 
-    chosen = Settings()
+    chosen = base or Settings()
     if config is not None:
         chosen = with_file(chosen, config)
     chosen = with_overrides(chosen, overrides or ())
