@@ -32,6 +32,7 @@ from .metrics import dice
 from .models import Segmenter, describe_model, licence_accepted, load_model
 from .models.settings import ModelSettings
 from .prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, PromptKind, make_prompt
+from .quality import Case, Evidence, StructureQuality, Verdict, gather, judge, overall
 from .registration import Registration, RegistrationSettings, compare, register
 from .simulation import simulated_mask
 from .structures import Structure
@@ -172,6 +173,8 @@ class StructureResult:
     round_trip_dice : float or None
         Agreement of the atlas's label with itself after a way to the query and back; None where no such way was
         made: it is only to train the gate (``fusion.examples``).
+    quality : StructureQuality or None
+        What is thought of it; None where it was not judged.
     """
 
     structure: Structure
@@ -181,6 +184,7 @@ class StructureResult:
     outside_share: float
     prompt: PromptUsed | None = None
     round_trip_dice: float | None = None
+    quality: StructureQuality | None = None
 
     def summary(self) -> dict[str, Any]:
         """For ``run.json``."""
@@ -193,6 +197,7 @@ class StructureResult:
             "outside_share": round(self.outside_share, 4),
             "round_trip_dice": _number(self.round_trip_dice),
             "prompt": None if self.prompt is None else self.prompt.summary(),
+            "quality": None if self.quality is None else self.quality.summary(),
         }
 
 
@@ -252,6 +257,11 @@ class Segmentation:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     licence_accepted: str | None = None
 
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of the structures."""
+        return overall([one.quality.verdict for one in self.structures if one.quality is not None])
+
     def summary(self) -> dict[str, Any]:
         """What happened, as plain values for ``run.json``."""
         model: dict[str, Any] = {"name": self.settings.model}
@@ -280,6 +290,7 @@ class Segmentation:
                 ],
             },
             "gate": None if self.gate is None else self.gate.describe(),
+            "quality": {"verdict": self.verdict},
             "structures": [result.summary() for result in self.structures],
             "seconds": {name: round(seconds, 3) for name, seconds in self.seconds.items()},
         }
@@ -709,6 +720,17 @@ class _Job:
                 maps, labels = self._with_topology(maps, labels)
             model_labels = None if answers is None else label_map(answers.maps, grid.shape)
             voxels = np.bincount(labels.ravel(), minlength=len(structures) + 1)
+        with self.clock.stage("quality"):
+            case = Case(
+                query=self.scan,
+                atlas=self.context.image,
+                atlas_labels=self.labels,
+                registration=placed.registration,
+                warped=placed.masks,
+                answers={} if answers is None else answers.maps,
+                labels=labels,
+            )
+            evidence = gather(case)
         results = []
         for n, structure in enumerate(structures, start=1):
             status, reason = placed.missing.get(n, ("present", ""))
@@ -724,6 +746,7 @@ class _Job:
                     outside_share=placed.outside[n],
                     prompt=None if prompt is None else _describe_prompt(prompt, grid, self.query.grid),
                     round_trip_dice=None if learned is None else learned.round_trip_dice.get(n),
+                    quality=self._judged(status, reason, evidence.get(n), placed.registration.confidence),
                 )
             )
         return Segmentation(
@@ -743,6 +766,13 @@ class _Job:
             provenance={} if answers is None else answers.provenance,
             licence_accepted=None if answers is None else licence_accepted(self.settings.model),
         )
+
+    def _judged(self, status: Status, reason: str, evidence: Evidence | None, confidence: float) -> StructureQuality:
+        """What is thought of one structure: from evidence, or from its not being there."""
+        if status == "present" and evidence is not None:
+            return judge(evidence, self.settings.model, confidence)
+        # What the scan does not show cannot be wrong, but somebody may have thought that it does.
+        return StructureQuality("review" if status == "outside" else "failed", reason)
 
     def _with_topology(
         self, maps: dict[int, StructureMaps], labels: NDArray[Any]

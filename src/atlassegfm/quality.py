@@ -9,7 +9,7 @@ coefficient, and the estimate into a verdict. The reason is the evidence that sp
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
@@ -38,8 +38,9 @@ GOOD_FROM, FAILED_BELOW = 0.78, 0.62
 #: Evidence further than this many standard deviations from the mean of the calibration counts as that far: beyond what
 #: it was fitted on a straight line says nothing.
 _FARTHEST = 3.0
-#: Confidence of a registration below which the scans are hardly of the same part of the body. Pairs that belong together
-#: have 0.48 and more; abdomen and heart 0.32 to 0.34, abdominal CT and MR 0.40 and 0.53, hippocampus and heart 0.46.
+#: Confidence of a registration below which the scans are hardly of the same part of the body. Pairs that belong
+#: together have 0.48 and more; abdomen and heart 0.32 to 0.34, abdominal CT and MR 0.40 and 0.53, hippocampus and
+#: heart 0.46.
 _LEAST_CONFIDENCE = 0.38
 
 #: Percentiles of a scan's intensities that count as 0 and 1.
@@ -419,9 +420,9 @@ def _in_words(name: str, evidence: Evidence) -> str:
     return words[name]
 
 
-def overall(verdicts: Mapping[int, Verdict]) -> Verdict:
-    """The worst of several."""
-    return max(verdicts.values(), key=VERDICTS.index, default="review")
+def overall(verdicts: Iterable[Verdict]) -> Verdict:
+    """The worst of several; "review" if there is none."""
+    return max(verdicts, key=VERDICTS.index, default="review")
 
 
 def _rounded(value: float | None) -> float | None:

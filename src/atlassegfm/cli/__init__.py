@@ -500,8 +500,17 @@ def _print_run(run: dict[str, Any]) -> None:
     rows = []
     for one in run["structures"]:
         back = "" if one["round_trip_dice"] is None else f"{one['round_trip_dice']:.2f}"
-        status = one["status"] + (f" ({one['reason']})" if one.get("reason") else "")
-        rows.append((one["name"], f"{one['volume_ml']:.1f}", *([back] if went else []), status))
+        quality = one["quality"] or {"verdict": "", "estimated_dice": None, "reason": ""}
+        estimate = quality["estimated_dice"]
+        note = one["status"] + (f" ({one['reason']})" if one.get("reason") else "")
+        if one["status"] == "present":
+            note = quality["reason"] if quality["verdict"] != "good" else ""
+        rows.append(
+            (
+                *(one["name"], f"{one['volume_ml']:.1f}", *([back] if went else [])),
+                *("" if estimate is None else f"{estimate:.2f}", quality["verdict"], note),
+            )
+        )
     typer.echo(f"{run['query']} -> {run['output']}  ({run['total_seconds']:.1f} s on {run['device']})")
-    head = ("structure", "volume ml", *(["round trip"] if went else []), "status")
-    print_table(head, rows, numbers_from=1, numbers_to=len(head) - 1)
+    head = ("structure", "volume ml", *(["round trip"] if went else []), "est. Dice", "verdict", "")
+    print_table(head, rows, numbers_from=1, numbers_to=len(head) - 2)
