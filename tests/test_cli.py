@@ -87,7 +87,7 @@ def test_run_json_tells_what_was_done(folder: Path, run: Run) -> None:
     assert content["model"]["name"] == "builtin"
     assert content["model"]["prompt"] == "click"
     assert content["model"]["code_licence"] == "Apache-2.0"
-    assert content["seconds"].keys() == {"registration", "warping", "model", "gate", "fusion"}
+    assert content["seconds"].keys() == {"registration", "warping", "model", "gate", "fusion", "quality"}
     assert content["total_seconds"] == pytest.approx(sum(content["seconds"].values()), abs=0.01)
     assert content["peak_memory_mb"] > 50
     assert content["registration"].keys() >= {"confidence", "folding", "jacobian", "seconds"}

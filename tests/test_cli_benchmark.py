@@ -228,7 +228,7 @@ def test_time_has_a_line_for_each_stage(folder: Path, run: Run) -> None:
     assert outcome.out.startswith("24 x 24 x 20 voxels (data), 2 structures, ")
     assert ", median of 1 run; peak " in outcome.out.splitlines()[0]
     stages = ["registration", "registration: prepare", "registration: assess", "warping", "model", "gate"]
-    assert first_words(outcome.out) == ["stage", *stages, "fusion", "all"]
+    assert first_words(outcome.out) == ["stage", *stages, "fusion", "quality", "all"]
     outcome = run(*arguments, "--json")
     content = outcome.json
     assert content.keys() == {"device", "peak_memory_mb", "stages"}

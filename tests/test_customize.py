@@ -194,7 +194,7 @@ def test_same_result_as_from_the_atlas(ctx: Path, made: Customization) -> None:
         )
     assert result.gate == straight.gate
     assert "gate" in straight.seconds
-    assert set(result.seconds) == {"registration", "warping", "model", "fusion"}
+    assert set(result.seconds) == {"registration", "warping", "model", "fusion", "quality"}
     assert all(one.round_trip_dice is None for one in result.structures)
 
 
@@ -392,7 +392,7 @@ def test_customize_and_segment(files: Path, run: Run) -> None:
         "atlassegfm": __version__,
         "files": {"atlas": "atlas.nii.gz", "labels": "labels.nii.gz"},
     }
-    assert told["seconds"].keys() == {"registration", "warping", "model", "fusion"}
+    assert told["seconds"].keys() == {"registration", "warping", "model", "fusion", "quality"}
     assert told["settings"]["registration"]["rigid"] is False
     assert told["structures"][0]["round_trip_dice"] is None
     assert "context" not in json.loads((files / "two/query/run.json").read_text())["inputs"]

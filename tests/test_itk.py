@@ -699,14 +699,14 @@ def test_a_kept_transform_gives_the_same_mask(kept: Path, run: Run) -> None:
     np.testing.assert_array_equal(mask(Path("again/query")), mask(kept / "query"))
     content = json.loads(Path("again/query/run.json").read_text())
     assert content["registration"]["source"] == "given"
-    assert content["registration"]["confidence"] is None
+    assert content["registration"]["confidence"] > 0.3
     assert content["registration"]["folding"] == pytest.approx(0, abs=0.5)
     assert content["registration"]["jacobian"].keys() == {
         *("folding", "minimum", "percentile_1", "percentile_5", "median", "percentile_95", "percentile_99"),
         "log_deviation",
     }
     assert content["inputs"]["transform"] == {"file": "transform"}
-    assert set(content["seconds"]) == {"transform", "warping", "fusion"}
+    assert set(content["seconds"]) == {"transform", "warping", "fusion", "quality"}
     fitted = json.loads((kept / "query/run.json").read_text())
     assert fitted["registration"]["source"] == "fitted"
     assert "transform" not in fitted["inputs"]
@@ -834,7 +834,7 @@ def test_the_way_back_is_registered_where_the_gate_needs_it(
     )
     assert outcome.code == 0, outcome.err
     content = outcome.json["results"][0]
-    assert set(content["seconds"]) == {"transform", "warping", "model", "gate", "fusion"} | trip
+    assert set(content["seconds"]) == {"transform", "warping", "model", "gate", "fusion", "quality"} | trip
     assert content["gate"] is not None
     assert content["registration"]["folding"] == 0
     assert content["registration"]["jacobian"] is None

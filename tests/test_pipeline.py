@@ -85,7 +85,7 @@ def test_result_is_good_and_on_the_grid_of_the_query(context: Context) -> None:
     assert result.gate is not None
     assert result.gate.examples == 3 * 4
     assert result.prompt == "mask"
-    assert set(result.seconds) == {"registration", "warping", "model", "gate", "fusion"}
+    assert set(result.seconds) == {"registration", "warping", "model", "gate", "fusion", "quality"}
     json.dumps(result.summary(), allow_nan=False)
 
 
@@ -99,7 +99,7 @@ def test_round_trip(context: Context) -> None:
         assert one.summary()["round_trip_dice"] == round(one.round_trip_dice, 4)
     assert result.gate is not None
     assert result.gate.examples == 3
-    assert set(result.seconds) == {"registration", "warping", "model", "round trip", "gate", "fusion"}
+    assert set(result.seconds) == {"registration", "warping", "model", "round trip", "gate", "fusion", "quality"}
 
 
 def test_the_gate_is_that_of_the_atlas_alone(context: Context) -> None:
@@ -111,7 +111,7 @@ def test_the_gate_is_that_of_the_atlas_alone(context: Context) -> None:
     assert alone.gate == gate
     given = segment(context, query, settings(), gate=gate)
     assert given.gate is gate
-    assert set(given.seconds) == {"registration", "warping", "model", "fusion"}
+    assert set(given.seconds) == {"registration", "warping", "model", "fusion", "quality"}
     np.testing.assert_array_equal(given.labels.data, alone.labels.data)
     for value in context.values:
         np.testing.assert_array_equal(given.probabilities[value].fused.values, alone.probabilities[value].fused.values)
