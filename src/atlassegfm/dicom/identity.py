@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import InputError
+from ..structures import Structure
 from ..version import __version__
 from .files import text_of
 from .series import Series
@@ -88,6 +92,17 @@ def new_uid(*parts: str | bytes) -> str:
         digest.update(len(content).to_bytes(8, "little"))
         digest.update(content)
     return _UUID_ROOT + str(uuid.UUID(bytes=digest.digest()[:16], version=5).int)
+
+
+def fingerprint(series: Series, structures: Sequence[Structure], provenance: Provenance, data: NDArray[Any]) -> bytes:
+    """What makes one result another: the series, the structures and their voxels, and what is said about them."""
+    digest = hashlib.sha256()
+    said = (series.uid, repr(structures), provenance.text, repr(sorted(provenance.descriptions.items())))
+    for text in (*said, provenance.date + provenance.time, str(data.shape)):
+        digest.update(text.encode() + b"\0")
+    for k in range(data.shape[2]):
+        digest.update(np.ascontiguousarray(data[..., k].T))
+    return digest.digest()
 
 
 def series_number(series: Series, offset: int) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -228,6 +228,31 @@ def merge(
         one.number: LabelEntry(one.name, one.color or palette_color(position)) for position, one in enumerate(masks)
     }
     return Volume(data, grid, DicomSource(path, None, table, (*notes, *more), series))
+
+
+def label_numbers(labels: NDArray[Any], structures: Sequence[Structure]) -> NDArray[np.uint16]:
+    """(I, J, K) position in ``structures`` from 1, where a voxel has the value of one, else 0."""
+    values = np.array([one.value for one in structures], np.int64)
+    order = np.argsort(values)
+    largest = int(labels.max())
+    if largest < 1 << 16:
+        table = np.zeros(1 << 16, np.uint16)
+        table[values[values < 1 << 16]] = np.flatnonzero(values < 1 << 16) + 1
+        return table[labels]
+    numbers = np.zeros(labels.shape, np.uint16)
+    for k in range(labels.shape[2]):
+        place = np.searchsorted(values[order], labels[..., k]).clip(0, len(values) - 1)
+        numbers[..., k] = np.where(values[order[place]] == labels[..., k], order[place] + 1, 0)
+    return numbers
+
+
+def label_boxes(labels: NDArray[Any], structures: Sequence[Structure]) -> dict[int, tuple[slice, slice, slice]]:
+    """The box of the voxels of each label value; values without voxels have none."""
+    from scipy import ndimage
+
+    # The axis that lies closest in memory comes last there: else the search strides through all of it.
+    found = ndimage.find_objects(label_numbers(labels, structures).transpose(2, 1, 0))
+    return {one.value: box[::-1] for one, box in zip(structures, found, strict=False) if box is not None}
 
 
 def structures_in(volume: Volume) -> tuple[Structure, ...]:

@@ -40,7 +40,7 @@ def open_image(path: Path, series: str | None = None) -> Volume:
         As :func:`~atlassegfm.image.load_image` and :func:`~.series.load_series`.
     """
     if path.is_dir():
-        return checked_image(load_series(path, series), path)
+        return checked_image(load_series(path, series, as_float=True), path)
     if path.is_file() and image_suffix(path) is None and is_dicom(path):
         raise InputError(f"{path}: a single DICOM file; give the folder of its series")
     if series is not None:
@@ -92,6 +92,7 @@ def open_labels(
         logger.warning("%s: %s", path, note)
     if target is not None and series is None:
         logger.warning(
-            "%s: the scan is no DICOM series: whether this belongs to it (patient, frame of reference) is not checked", path
+            "%s: the scan is no DICOM series: whether this belongs to it (patient, frame of reference) is not checked",
+            path,
         )
     return volume

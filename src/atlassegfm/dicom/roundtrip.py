@@ -15,7 +15,7 @@ from ..image import Volume
 from ..names import listed
 from ..structures import Structure
 from .files import read_header
-from .masks import Selection
+from .masks import EVERYTHING, label_boxes
 from .rtstruct import is_rtstruct, read_rtstruct
 from .seg import read_segmentation
 from .series import Series
@@ -85,15 +85,18 @@ def check_round_trip(
     """
     read = read_rtstruct if is_rtstruct(read_header(path, ["SOPClassUID"])) else read_segmentation
     data = labels.turned_to(series.grid).data
-    counts = np.bincount(data.ravel(), minlength=max((one.value for one in structures), default=0) + 1)
-    if any(counts[one.value] for one in structures):
+    boxes = label_boxes(data, structures)
+    back = np.zeros(data.shape, np.uint8)
+    if boxes:
         try:
-            back = read(path, series, Selection()).data
+            back = read(path, series, EVERYTHING).data
         except InputError as error:
             raise OutputError(f"{path.name}: what was written cannot be read back ({error}); nothing is kept") from None
-    else:
-        back = np.zeros_like(data)
-    found = tuple(_compare(data, back, one, series) for one in structures)
+    other_boxes = label_boxes(back, structures)
+    found = tuple(
+        _compare(data, back, one, [all_[one.value] for all_ in (boxes, other_boxes) if one.value in all_], series)
+        for one in structures
+    )
     wrong = [f"{one.name} ({one.dice:.3f})" for one in found if one.voxels > COUNTED_VOXELS and one.dice < LEAST_DICE]
     if wrong:
         raise OutputError(
@@ -103,22 +106,31 @@ def check_round_trip(
     return found
 
 
-def _compare(data: NDArray[Any], back: NDArray[Any], structure: Structure, series: Series) -> RoundTrip:
-    one, other = data == structure.value, back == structure.value
+def _compare(
+    data: NDArray[Any],
+    back: NDArray[Any],
+    structure: Structure,
+    boxes: Sequence[tuple[slice, slice, slice]],
+    series: Series,
+) -> RoundTrip:
+    """Compare one structure, which lies in the boxes in both."""
+    if not boxes:
+        return RoundTrip(structure.value, structure.name, 0, 1.0, 0.0)
+    box = tuple(
+        slice(min(one.start for one in axis), max(one.stop for one in axis)) for axis in zip(*boxes, strict=True)
+    )
+    one, other = data[box] == structure.value, back[box] == structure.value
     first, second, both = (int(np.count_nonzero(mask)) for mask in (one, other, one & other))
-    dice = 2 * both / (first + second) if first + second else 1.0
     error = 0.0
     if both < max(first, second):
         error = _largest_distance(one, other, series.grid.spacing_mm) if first and second else float("inf")
-    return RoundTrip(structure.value, structure.name, first, dice, error)
+    return RoundTrip(structure.value, structure.name, first, 2 * both / (first + second), error)
 
 
 def _largest_distance(one: NDArray[np.bool_], other: NDArray[np.bool_], spacing_mm: NDArray[np.float64]) -> float:
     """Hausdorff distance in mm of two masks that both have voxels."""
     from scipy import ndimage
 
-    box = ndimage.find_objects((one | other).astype(np.uint8))[0]
-    one, other = one[box], other[box]
     directed = [
         ndimage.distance_transform_edt(~to, sampling=spacing_mm)[of].max() for of, to in ((one, other), (other, one))
     ]

@@ -22,8 +22,8 @@ from ..names import listed
 from ..structures import Structure
 from .contours import fill, trace
 from .files import LPS_TO_RAS, no_warnings, read_dataset, text_of, value_of
-from .identity import SOFTWARE, Provenance, check_belongs, copy_identity, new_uid, series_number
-from .masks import EVERYTHING, Selection, StructureMask, merge
+from .identity import SOFTWARE, Provenance, check_belongs, copy_identity, fingerprint, new_uid, series_number
+from .masks import EVERYTHING, Selection, StructureMask, label_boxes, merge
 from .series import Series
 
 if TYPE_CHECKING:
@@ -347,12 +347,12 @@ def write_rtstruct(
     from pydicom.uid import ImplicitVRLittleEndian
 
     data = labels.turned_to(series.grid).data
-    content = np.ascontiguousarray(data)
-    key = (series.uid, provenance.text, repr(structures), provenance.date + provenance.time, content.tobytes())
+    boxes = label_boxes(data, structures)
+    key = fingerprint(series, structures, provenance, data)
     dataset = pydicom.Dataset()
     copy_identity(series, dataset)
-    dataset.SOPClassUID, dataset.SOPInstanceUID = STORAGE, new_uid("RTSTRUCT", *key)
-    dataset.SeriesInstanceUID = new_uid("RTSTRUCT series", *key)
+    dataset.SOPClassUID, dataset.SOPInstanceUID = STORAGE, new_uid("RTSTRUCT", key)
+    dataset.SeriesInstanceUID = new_uid("RTSTRUCT series", key)
     dataset.Modality, dataset.Manufacturer, dataset.ManufacturerModelName = "RTSTRUCT", SOFTWARE, SOFTWARE
     dataset.SoftwareVersions = provenance.version
     dataset.SeriesNumber, dataset.OperatorsName = series_number(series, 1), ""
@@ -378,7 +378,8 @@ def write_rtstruct(
         drawn.ROIDisplayColor = list(structure.color)
         drawn.ReferencedROINumber = structure.value
         shape = None if probabilities is None else probabilities.get(structure.value)
-        contours = [_contour(points, series, k) for k, points in _outlines(data, structure.value, series.grid, shape)]
+        outlines = _outlines(data, structure.value, boxes.get(structure.value), series.grid, shape)
+        contours = [_contour(points, series, k) for k, points in outlines]
         if contours:
             drawn.ContourSequence = contours
         dataset.ROIContourSequence.append(drawn)
@@ -441,25 +442,26 @@ def _image_reference(uid: str, class_uid: str, number: int | None = None) -> Dat
 
 
 def _outlines(
-    data: NDArray[Any], value: int, grid: Grid, probability: tuple[Grid, LocalMap] | None
+    data: NDArray[Any],
+    value: int,
+    found: tuple[slice, slice, slice] | None,
+    grid: Grid,
+    probability: tuple[Grid, LocalMap] | None,
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Slice and points, (N, 3) RAS+ mm, of each contour of a label."""
-    mask = data == value
-    hits = np.flatnonzero(mask.any(axis=(0, 1)))
-    if not hits.size:
+    """Slice and points, (N, 3) RAS+ mm, of each contour of a label that lies in a box."""
+    if found is None:
         return
-    i = np.flatnonzero(mask[:, :, hits[0] : hits[-1] + 1].any(axis=(1, 2)))
-    j = np.flatnonzero(mask[:, :, hits[0] : hits[-1] + 1].any(axis=(0, 2)))
+    i, j, slices = found
     # One more voxel on each side, where there is one: the probability there places the contour.
-    low = np.maximum((i[0] - 1, j[0] - 1), 0)
-    high = np.minimum((i[-1] + 2, j[-1] + 2), grid.shape[:2])
+    low = np.maximum((i.start - 1, j.start - 1), 0)
+    high = np.minimum((i.stop + 1, j.stop + 1), grid.shape[:2])
     box = (slice(low[0], high[0]), slice(low[1], high[1]))
     shape = None
     if probability is not None:
         turned = _turned(probability[1], probability[0], grid)
         shape = turned.on_box((*low.tolist(), 0), (*high.tolist(), grid.shape[2]))
-    for k in hits.tolist():
-        for contour in trace(mask[(*box, k)], None if shape is None else shape[..., k]):
+    for k in range(slices.start, slices.stop):
+        for contour in trace(data[(*box, k)] == value, None if shape is None else shape[..., k]):
             ijk = np.column_stack([contour + low, np.full(len(contour), k)])
             yield k, grid.voxel_to_world(ijk)
 
@@ -481,6 +483,7 @@ def _turned(values: LocalMap, grid: Grid, to: Grid) -> LocalMap:
 
 def _contour(points: NDArray[np.float64], series: Series, k: int) -> Dataset:
     import pydicom
+    from pydicom.charset import default_encoding
     from pydicom.dataelem import RawDataElement
     from pydicom.tag import Tag
 
@@ -496,4 +499,5 @@ def _contour(points: NDArray[np.float64], series: Series, k: int) -> Dataset:
     # As bytes: an object for each number takes minutes for a large set.
     tag = Tag("ContourData")
     contour[tag] = RawDataElement(tag, "DS", len(text), text, 0, True, True)
+    contour.set_original_encoding(True, True, default_encoding)  # so that the bytes are written as they are
     return contour

@@ -20,8 +20,8 @@ from ..geometry import Grid
 from ..image import Volume
 from ..structures import Structure
 from .files import LPS_TO_RAS, decode_pixels, no_warnings, numbers_of, read_dataset, read_header, text_of, value_of
-from .identity import SOFTWARE, Provenance, check_belongs, copy_identity, new_uid, series_number
-from .masks import EVERYTHING, Selection, StructureMask, merge
+from .identity import SOFTWARE, Provenance, check_belongs, copy_identity, fingerprint, new_uid, series_number
+from .masks import EVERYTHING, Selection, StructureMask, label_numbers, merge
 from .series import Series
 
 if TYPE_CHECKING:
@@ -287,13 +287,11 @@ def write_segmentation(
     from pydicom.sr.coding import Code
 
     data = labels.turned_to(series.grid).data
-    known = np.array([0, *(one.value for one in structures)])
-    order = np.argsort(known)
-    numbers = order[np.searchsorted(known[order], data.clip(0, known.max()))]
+    numbers = label_numbers(data, structures)
     if not numbers.any():
         raise InputError(f"{path}: no structure has a voxel, and a DICOM-SEG cannot be empty; choose other formats")
-    frames = np.ascontiguousarray(numbers.transpose(2, 1, 0), dtype=np.uint8 if len(known) < 256 else np.uint16)
-    key = (series.uid, provenance.text, repr(structures), provenance.date + provenance.time, frames.tobytes())
+    frames = np.ascontiguousarray(numbers.transpose(2, 1, 0), dtype=np.uint8 if len(structures) < 256 else np.uint16)
+    key = fingerprint(series, structures, provenance, data)
     body = Code("123037004", "SCT", "Anatomical Structure")
     algorithm = AlgorithmIdentificationSequence(
         name=f"{SOFTWARE}, model {provenance.model}"[:_LONGEST_NAME],
@@ -317,7 +315,7 @@ def write_segmentation(
                 segmented_property_type=body,
                 algorithm_type="AUTOMATIC",
                 algorithm_identification=algorithm,
-                tracking_uid=new_uid("segment", str(number), *key),
+                tracking_uid=new_uid("segment", str(number), key),
                 tracking_id=_TRACKING.format(software=SOFTWARE, value=structure.value),
                 display_color=highdicom.color.CIELabColor.from_rgb(*structure.color),
             )
@@ -331,9 +329,9 @@ def write_segmentation(
             pixel_array=frames,
             segmentation_type="BINARY",
             segment_descriptions=described,
-            series_instance_uid=new_uid("SEG series", *key),
+            series_instance_uid=new_uid("SEG series", key),
             series_number=series_number(series, 2),
-            sop_instance_uid=new_uid("SEG", *key),
+            sop_instance_uid=new_uid("SEG", key),
             instance_number=1,
             manufacturer=SOFTWARE,
             manufacturer_model_name=SOFTWARE,

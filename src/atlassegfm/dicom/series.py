@@ -169,7 +169,7 @@ def is_series_folder(path: Path) -> bool:
     return any(is_dicom(file) for file in _files_of(path))
 
 
-def load_series(folder: Path, choice: str | None = None) -> Volume:
+def load_series(folder: Path, choice: str | None = None, *, as_float: bool = False) -> Volume:
     """Read a series as a scan.
 
     Parameters
@@ -179,6 +179,8 @@ def load_series(folder: Path, choice: str | None = None) -> Volume:
     choice : str, optional
         Which series: its number, a part of its description, or its UID (or "..." and its end). "#2" behind it is
         the second volume of a series with several. Needed where there are several.
+    as_float : bool
+        Whether to give float32 in any case.
 
     Returns
     -------
@@ -195,7 +197,7 @@ def load_series(folder: Path, choice: str | None = None) -> Volume:
     series, notes = find_series(folder, choice)
     for note in notes:
         logger.warning("%s: %s", folder, note)
-    data = _read_voxels(series)
+    data = _read_voxels(series, as_float)
     return Volume(data, series.grid, DicomSource(folder, notes=notes, series=series))
 
 
@@ -658,7 +660,7 @@ def _stack(frames: Sequence[Frame], folder: Path) -> tuple[list[Frame], Grid, li
     return ordered, grid, notes
 
 
-def _read_voxels(series: Series) -> NDArray[Any]:
+def _read_voxels(series: Series, as_float: bool) -> NDArray[Any]:
     """(I, J, K) rescaled values."""
     rows, columns = series.frames[0].shape
     whole = all(float(n).is_integer() for frame in series.frames for n in (frame.slope, frame.intercept))
@@ -669,7 +671,8 @@ def _read_voxels(series: Series) -> NDArray[Any]:
             dataset = read_dataset(frame.path)
             pixels, path = decode_pixels(dataset, frame.path), frame.path
             if not out.size:
-                out = np.empty((len(series.frames), rows, columns), _voxel_type(series, dataset, whole))
+                kind = np.dtype(np.float32) if as_float else _voxel_type(series, dataset, whole)
+                out = np.empty((len(series.frames), rows, columns), kind)
         values = pixels[frame.number]
         if not whole:
             out[k] = values * frame.slope + frame.intercept
