@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pydicom
-from conftest import rotation
 from numpy.typing import NDArray
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, PositronEmissionTomographyImageStorage
 from pydicom.valuerep import format_number_as_ds
 
 from atlassegfm.geometry import Grid
+from conftest import rotation
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 CLASSES = {"CT": CTImageStorage, "MR": MRImageStorage, "PT": PositronEmissionTomographyImageStorage}

@@ -31,6 +31,9 @@ _PACKAGE_OF_SYNTAX = {
     "1.2.840.10008.1.2.4.202": "pylibjpeg-openjpeg",
     "1.2.840.10008.1.2.4.203": "pylibjpeg-openjpeg",
 }
+_UNDEFINED_LENGTH = 0xFFFFFFFF
+#: Its length is compared with the size of the image, which makes a better message.
+_PIXEL_DATA = 0x7FE00010
 _GDCM = "python-gdcm"
 _DAMAGED = "the file is truncated or damaged; copy or export it again"
 
@@ -112,14 +115,28 @@ def _read(path: Path, **options: Any) -> Dataset:
         what = "the file is empty (0 bytes)" if empty else "not a DICOM file"
         raise InputError(f"{path}: {what}; export it again, or take it out of the folder")
     try:
-        with no_warnings():
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
             dataset = pydicom.dcmread(path, force=True, **options)
     except Exception:  # noqa: BLE001  (pydicom raises a dozen kinds on damaged files)
         raise InputError(f"{path}: {_DAMAGED}") from None
+    # Where a file ends too early pydicom gives what there is: contours would be missing in silence.
+    if any("end of file" in str(one.message).lower() for one in told) or _ends_early(dataset):
+        raise InputError(f"{path}: {_DAMAGED}")
     if "TransferSyntaxUID" not in dataset.file_meta:
         # Part 10 wants it; without one only the default of the standard can be meant.
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
     return dataset
+
+
+def _ends_early(dataset: Dataset) -> bool:
+    """Whether the last element has fewer bytes than it says."""
+    from pydicom.dataelem import RawDataElement
+
+    last: Any = dataset.get_item(max(dataset.keys())) if len(dataset) else None
+    if not isinstance(last, RawDataElement) or last.value is None or last.length == _UNDEFINED_LENGTH:
+        return False
+    return bool(last.tag != _PIXEL_DATA and len(last.value) < last.length)
 
 
 def decode_pixels(dataset: Dataset, path: Path) -> NDArray[Any]:

@@ -101,7 +101,7 @@ def fingerprint(series: Series, structures: Sequence[Structure], provenance: Pro
     for text in (*said, provenance.date + provenance.time, str(data.shape)):
         digest.update(text.encode() + b"\0")
     for k in range(data.shape[2]):
-        digest.update(np.ascontiguousarray(data[..., k].T))
+        digest.update(data[..., k].T.tobytes())
     return digest.digest()
 
 

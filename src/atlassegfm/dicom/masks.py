@@ -238,7 +238,8 @@ def label_numbers(labels: NDArray[Any], structures: Sequence[Structure]) -> NDAr
     if largest < 1 << 16:
         table = np.zeros(1 << 16, np.uint16)
         table[values[values < 1 << 16]] = np.flatnonzero(values < 1 << 16) + 1
-        return table[labels]
+        small: NDArray[np.uint16] = table[labels]
+        return small
     numbers = np.zeros(labels.shape, np.uint16)
     for k in range(labels.shape[2]):
         place = np.searchsorted(values[order], labels[..., k]).clip(0, len(values) - 1)

@@ -25,7 +25,7 @@ from .masks import EVERYTHING, Selection, StructureMask, label_numbers, merge
 from .series import Series
 
 if TYPE_CHECKING:
-    from pydicom import Dataset
+    from pydicom import DataElement, Dataset
 
 #: Segmentation Storage and Label Map Segmentation Storage.
 STORAGES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
@@ -118,7 +118,9 @@ def _segments(dataset: Dataset, path: Path) -> tuple[Grid, list[StructureMask]]:
     if kind == "FRACTIONAL":
         pixels = 2 * pixels.astype(np.int32) >= int(value_of(dataset, "MaximumFractionalValue") or 255)
     masks = []
-    numbers = [None if kind == "LABELMAP" else _segment_of(frame, path) for frame in per_frame]
+    numbers = [
+        None if kind == "LABELMAP" else _segment_of(frame, shared[0] if shared else None, path) for frame in per_frame
+    ]
     for item in described:
         number = int(item.SegmentNumber)
         if kind == "LABELMAP" and number == 0:
@@ -136,12 +138,11 @@ def _segments(dataset: Dataset, path: Path) -> tuple[Grid, list[StructureMask]]:
     return grid, masks
 
 
-def _segment_of(frame: Dataset, path: Path) -> int:
-    groups = value_of(frame, "SegmentIdentificationSequence")
-    number = value_of(groups[0], "ReferencedSegmentNumber") if groups else None
+def _segment_of(frame: Dataset, shared: Dataset | None, path: Path) -> int:
+    number = _first(frame, shared, "SegmentIdentificationSequence", "ReferencedSegmentNumber", 1)
     if number is None:
         raise InputError(f"{path}: a frame belongs to no segment; export the DICOM-SEG again")
-    return int(number)
+    return int(number[0])
 
 
 def _cropped(number: int, name: str, color: tuple[int, int, int] | None, mask: NDArray[np.bool_]) -> StructureMask:
@@ -349,4 +350,16 @@ def write_segmentation(
         for keyword in ("ContentTime", "InstanceCreationTime", "SeriesTime"):
             if keyword in dataset:
                 setattr(dataset, keyword, provenance.time)
+        dataset.walk(lambda inner, element: _settled(inner, element, provenance, key))
         dataset.save_as(path)
+
+
+def _settled(dataset: Dataset, element: DataElement, provenance: Provenance, key: bytes) -> None:
+    """Replace what highdicom draws at random or takes from the clock."""
+    if element.keyword == "DimensionOrganizationUID":
+        element.value = new_uid("dimensions", key)
+    elif element.keyword == "ContributionDateTime":
+        if provenance.when is None:
+            del dataset[element.tag]
+        else:
+            element.value = provenance.date + provenance.time
