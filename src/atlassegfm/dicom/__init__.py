@@ -6,6 +6,7 @@ be imported, and says so when it is used.
 
 from __future__ import annotations
 
+from .files import require_dicom_extra
 from .identity import Provenance
 from .masks import EVERYTHING, OVERLAPS, Overlap, Selection, read_synonyms, structures_in
 from .opening import is_dicom_input, open_image, open_labels
@@ -33,6 +34,7 @@ __all__ = [
     "read_rtstruct",
     "read_segmentation",
     "read_synonyms",
+    "require_dicom_extra",
     "series_of",
     "structures_in",
     "write_rtstruct",

@@ -49,7 +49,12 @@ def open_image(path: Path, series: str | None = None) -> Volume:
 
 
 def open_labels(
-    path: Path, on: Volume | None = None, selection: Selection = EVERYTHING, *, allow_empty: bool = False
+    path: Path,
+    on: Volume | Series | None = None,
+    selection: Selection = EVERYTHING,
+    *,
+    allow_empty: bool = False,
+    tell: bool = True,
 ) -> Volume:
     """Read a label map.
 
@@ -57,13 +62,15 @@ def open_labels(
     ----------
     path : Path
         An image file, an RTSTRUCT or a DICOM-SEG.
-    on : Volume, optional
+    on : Volume or Series, optional
         The scan it was drawn on. An RTSTRUCT needs it; if it is a DICOM series, patient and frame of reference are
         compared.
     selection : Selection
         Which structures of an RTSTRUCT or DICOM-SEG.
     allow_empty : bool
         Whether an image file without any label is one.
+    tell : bool
+        Whether to log what is to be known of a DICOM file.
 
     Raises
     ------
@@ -78,8 +85,8 @@ def open_labels(
             raise InputError(f"{path}: structures are chosen from RTSTRUCT and DICOM-SEG only; leave --structures out")
         return load_labels(path, allow_empty=allow_empty)
     header = read_header(path, ["SOPClassUID", "Modality"])
-    series = None if on is None else series_of(on)
-    target: Series | Grid | None = series or (None if on is None else on.grid)
+    series = series_of(on) if isinstance(on, Volume) else on
+    target: Series | Grid | None = series or (on.grid if isinstance(on, Volume) else None)
     if is_segmentation(header):
         volume = read_segmentation(path, target, selection)
     elif is_rtstruct(header):
@@ -88,11 +95,12 @@ def open_labels(
         volume = read_rtstruct(path, target, selection)
     else:
         raise InputError(f"{path}: a DICOM image or another object; expected an RTSTRUCT or DICOM-SEG")
-    for note in volume.source.notes if volume.source else ():
-        logger.warning("%s: %s", path, note)
+    notes = volume.source.notes if volume.source else ()
     if target is not None and series is None:
-        logger.warning(
-            "%s: the scan is no DICOM series: whether this belongs to it (patient, frame of reference) is not checked",
-            path,
+        unchecked = (
+            "the scan is no DICOM series: whether this belongs to it (patient, frame of reference) is not checked"
         )
+        notes = (*notes, unchecked)
+    for note in notes if tell else ():
+        logger.warning("%s: %s", path, note)
     return volume
