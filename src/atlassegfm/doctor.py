@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from .dicom import DicomSource, Selection, Series, is_dicom_input, load_series, open_labels, series_of
+from .dicom import DicomSource, Selection, Series, is_dicom_input, is_series_folder, load_series, open_labels, series_of
 from .errors import InputError, MissingExtraError
 from .geometry import Grid
 from .image import Volume, image_stem, load_volume
@@ -320,7 +320,7 @@ def _sorted(findings: Sequence[Finding]) -> tuple[Finding, ...]:
 
 def _load(path: Path, scans: list[Series], choice: str | None) -> Volume:
     """A scan, or structures on that of the series they belong to; a series is added to the others."""
-    if path.is_dir():
+    if is_series_folder(path):
         volume = load_series(path, choice)
         series = series_of(volume)
         scans += [] if series is None else [series]

@@ -35,12 +35,17 @@ from .session import (
     JsonOption,
     ModelOption,
     ModelPathOption,
+    OverlapOption,
     PromptOption,
     QuietOption,
     SeedOption,
+    SeriesOption,
     Session,
     SetOption,
+    StructuresOption,
+    SynonymsOption,
     accept_licences,
+    build_selection,
     build_settings,
     open_session,
     or_none,
@@ -48,6 +53,7 @@ from .session import (
     print_table,
     score_text,
     sentence,
+    split_list,
 )
 
 if TYPE_CHECKING:
@@ -92,10 +98,13 @@ def _options(
 @app.command()
 def segment(
     queries: Annotated[
-        list[Path], typer.Argument(metavar="QUERY...", help="Scans to segment: image files, or folders of them.")
+        list[Path],
+        typer.Argument(
+            metavar="QUERY...", help="Scans to segment: image files, DICOM series folders, or folders of them."
+        ),
     ],
     atlas: Annotated[Path, typer.Option("--atlas", metavar="IMG", help="The annotated scan.")],
-    labels: Annotated[Path, typer.Option("--labels", metavar="LAB", help="Its label map, on the same voxels.")],
+    labels: Annotated[Path, typer.Option("--labels", metavar="LAB", help="Its label map, RTSTRUCT or DICOM-SEG.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder that gets one folder per query.")],
     names: Annotated[
         Path | None, typer.Option("--names", metavar="FILE", help="Names of the labels: JSON, or '1 liver' lines.")
@@ -120,6 +129,19 @@ def segment(
             "writes it, or a folder of results made with --keep.",
         ),
     ] = None,
+    series: SeriesOption = None,
+    atlas_series: Annotated[
+        str | None, typer.Option("--atlas-series", metavar="S", help="The same for the folder of the atlas.")
+    ] = None,
+    structures: StructuresOption = None,
+    synonyms: SynonymsOption = None,
+    overlap: OverlapOption = "refuse",
+    formats: Annotated[
+        str,
+        typer.Option(
+            "--format", metavar="A,B,...", help="What to write: nifti, and for DICOM series rtstruct and seg."
+        ),
+    ] = "nifti",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -131,13 +153,16 @@ def segment(
     with open_session(quiet) as session:
         from ..pipeline import load_chosen, prompt_kind, resolve_device
         from ..registration import require_engine
-        from ..results import output_folder
+        from ..results import check_formats, output_folder
 
         settings = build_settings(config, overrides, model=model, model_path=model_path, prompt=prompt, seed=seed)
         prompt_kind(settings)
         if transform is None:
             require_engine(settings.registration)
-        inputs = [path for path in (atlas, labels, names, config, model_path) if path is not None]
+        selection = build_selection(structures, synonyms, overlap)
+        wanted = split_list(formats, "--format")
+        check_formats(wanted)
+        inputs = [path for path in (atlas, labels, names, config, model_path, synonyms) if path is not None]
         jobs = _plan(queries, out, inputs, transform)
         resolved = resolve_device(device)
         if accept_licence:
@@ -147,10 +172,11 @@ def segment(
             loaded = load_chosen(settings, resolved)
             from ..context import Context
 
-            context = Context.from_files(atlas, labels, names)
-            done, failed = _segment_all(jobs, context, settings, resolved, loaded, session, keep=keep)
+            context = Context.from_files(atlas, labels, names, series=atlas_series, selection=selection)
+            output = _Output(keep, wanted, series)
+            done, failed = _segment_all(jobs, context, settings, resolved, loaded, session, output)
     if as_json:
-        failures = [{"query": failure.job.query.name, "reason": failure.reason} for failure in failed]
+        failures = [{"query": _name(failure.job.query), "reason": failure.reason} for failure in failed]
         print_json({"results": done, "failures": failures})
     else:
         for run in done:
@@ -225,7 +251,11 @@ def demo(
 
 @app.command()
 def check(
-    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Scans and label maps.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILES...", help="Scans, label maps, DICOM series folders, RTSTRUCT, DICOM-SEG."),
+    ],
+    series: SeriesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Look for what is wrong with scans and label maps, and how to mend it.
@@ -235,7 +265,7 @@ def check(
     with open_session(quiet=True, warnings=False):
         from .. import doctor
 
-        result = doctor.check(file for path in files for file in _files(path))
+        result = doctor.check((file for path in files for file in _files(path)), series)
     if as_json:
         print_json(result.to_dict())
     else:
@@ -297,6 +327,15 @@ class _Job:
 
 
 @dataclass(frozen=True)
+class _Output:
+    """What is written besides run.json, and which series of DICOM queries is read."""
+
+    keep: bool
+    formats: tuple[str, ...]
+    series: str | None
+
+
+@dataclass(frozen=True)
 class _Failure:
     """Why there is no result, and whether the query itself is to blame."""
 
@@ -312,7 +351,7 @@ def _plan(queries: Sequence[Path], out: Path, inputs: Sequence[Path], transform:
 
     jobs: dict[str, _Job] = {}
     for query in [file for path in queries for file in _files(path)]:
-        stem = image_stem(query)
+        stem = _name(query) if query.is_dir() else image_stem(query)
         if not stem:
             raise InputError(f"{query}: the file has no name before its ending; rename it")
         if stem in jobs:
@@ -360,20 +399,36 @@ def _transform_of(stem: str, jobs: Mapping[str, _Job], given: Path) -> Path:
     return belonging
 
 
+def _name(path: Path) -> str:
+    """The name of a file or folder, also of "."."""
+    return path.name or path.resolve().name
+
+
 def _files(path: Path) -> list[Path]:
-    """The file itself, or the image files of a folder."""
+    """The file itself, the image files of a folder, the folder itself if it is a DICOM series, or those in it."""
+    from ..dicom import is_series_folder
     from ..image import IMAGE_SUFFIXES, image_suffix
 
     if not path.is_dir():
         return [path]
     try:
-        found = sorted(
-            file for file in path.iterdir() if image_suffix(file) and file.is_file() and not file.name.startswith(".")
-        )
+        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+        found = [entry for entry in entries if image_suffix(entry) and entry.is_file()]
+        if is_series_folder(path):
+            if found:
+                raise InputError(
+                    f"{path}: holds image files ({found[0].name}) and DICOM files; name the image files one by one, or "
+                    "give the DICOM series a folder of its own"
+                )
+            return [path]
+        found = found or [entry for entry in entries if entry.is_dir() and is_series_folder(entry)]
     except OSError as error:
         raise InputError(f"{path}: the folder cannot be read ({error.strerror}); check the permissions") from None
     if not found:
-        raise InputError(f"{path}: no image file in this folder; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+        raise InputError(
+            f"{path}: no image file in this folder; expected files ending in {', '.join(IMAGE_SUFFIXES)}, or those of "
+            "a DICOM series"
+        )
     return found
 
 
@@ -384,15 +439,14 @@ def _segment_all(
     device: str,
     model: Segmenter | None,
     session: Session,
-    *,
-    keep: bool,
+    output: _Output,
 ) -> tuple[list[dict[str, Any]], list[_Failure]]:
     """What was written to each ``run.json``, and what failed; a failure does not stop the others."""
     done, failed = [], []
     for number, job in enumerate(jobs, start=1):
-        session.begin(number, len(jobs), job.query.name)
+        session.begin(number, len(jobs), _name(job.query))
         try:
-            done.append(_segment_one(job, context, settings, device, model, session, keep=keep))
+            done.append(_segment_one(job, context, settings, device, model, session, output))
         except AtlasSegError as error:
             reason = str(error)
             if not reason.startswith(str(job.query)):
@@ -415,23 +469,24 @@ def _segment_one(
     device: str,
     model: Segmenter | None,
     session: Session,
-    *,
-    keep: bool,
+    output: _Output,
 ) -> dict[str, Any]:
     from .. import pipeline
-    from ..image import load_image
+    from ..dicom import open_image
     from ..itk import read_transform
-    from ..results import RunInputs, write_result
+    from ..results import RunInputs, check_formats, write_result
 
     session.progress("reading")
     transform = None if job.transform is None else read_transform(job.transform)
-    query = load_image(job.query)
+    query = open_image(job.query, output.series if job.query.is_dir() else None)
+    check_formats(output.formats, query)
     result = pipeline.segment(
         context, query, settings, device=device, on_stage=session.progress, model=model, transform=transform
     )
     session.progress("writing")
-    run = write_result(result, RunInputs(context, query, job.transform), job.folder, keep=keep)
-    return {"query": job.query.name, "output": str(job.folder), **run}
+    inputs = RunInputs(context, query, job.transform)
+    run = write_result(result, inputs, job.folder, keep=output.keep, formats=output.formats)
+    return {"query": _name(job.query), "output": str(job.folder), **run}
 
 
 def _terminate(number: int, _frame: FrameType | None) -> NoReturn:

@@ -39,11 +39,11 @@ def open_image(path: Path, series: str | None = None) -> Volume:
     InputError
         As :func:`~atlassegfm.image.load_image` and :func:`~.series.load_series`.
     """
-    if path.is_dir():
+    if is_series_folder(path):
         return checked_image(load_series(path, series, as_float=True), path)
     if path.is_file() and image_suffix(path) is None and is_dicom(path):
         raise InputError(f"{path}: a single DICOM file; give the folder of its series")
-    if series is not None:
+    if series is not None and path.is_file():
         raise InputError(f"{path}: --series chooses a series of a DICOM folder, and this is a file; leave it out")
     return load_image(path)
 

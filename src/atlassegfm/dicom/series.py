@@ -163,10 +163,10 @@ def series_of(volume: Volume) -> Series | None:
 
 
 def is_series_folder(path: Path) -> bool:
-    """Whether a folder has DICOM files directly in it."""
+    """Whether a folder has DICOM files directly in it, or files that call themselves so."""
     if not path.is_dir():
         return False
-    return any(is_dicom(file) for file in _files_of(path))
+    return any(file.suffix.lower() == ".dcm" or is_dicom(file) for file in _files_of(path))
 
 
 def load_series(folder: Path, choice: str | None = None, *, as_float: bool = False) -> Volume:
