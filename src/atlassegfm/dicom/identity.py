@@ -35,7 +35,7 @@ _COPIED_IF_THERE = (
     *("IssuerOfPatientID", "PatientAge", "PatientSize", "PatientWeight", "PatientIdentityRemoved"),
     *("DeidentificationMethod", "StudyDescription", "PositionReferenceIndicator"),
 )
-#: Values of these are of one letter case and set of characters, and need no decoding.
+#: Of ST.
 _LONGEST_TEXT = 1024
 #: UIDs made of a UUID begin so (DICOM part 5, B.2).
 _UUID_ROOT = "2.25."
@@ -113,6 +113,16 @@ def series_number(series: Series, offset: int) -> int:
     return (number if 0 < number < 10_000 else 10) * 100 + offset
 
 
+def frame_of(series: Series) -> str:
+    """The frame of reference of a series; a new one where its files name none, as new objects must have one."""
+    return series.frame_uid or new_uid("frame of reference", series.uid)
+
+
+def study_of(series: Series) -> str:
+    """The study of a series; a new one where its files name none, as new objects must have one."""
+    return series.study_uid or new_uid("study", series.uid)
+
+
 def copy_identity(series: Series, to: Dataset) -> None:
     """Copy patient, study and frame of reference of a series; the text becomes UTF-8."""
     header = series.header()
@@ -122,7 +132,7 @@ def copy_identity(series: Series, to: Dataset) -> None:
     for keyword in _COPIED_IF_THERE:
         if text_of(header, keyword):
             setattr(to, keyword, text_of(header, keyword))
-    to.FrameOfReferenceUID = series.frame_uid
+    to.StudyInstanceUID, to.FrameOfReferenceUID = study_of(series), frame_of(series)
     if "PositionReferenceIndicator" not in to:
         to.PositionReferenceIndicator = ""
 

@@ -22,7 +22,17 @@ from ..names import listed
 from ..structures import Structure
 from .contours import fill, trace
 from .files import LPS_TO_RAS, no_warnings, read_dataset, text_of, value_of
-from .identity import SOFTWARE, Provenance, check_belongs, copy_identity, fingerprint, new_uid, series_number
+from .identity import (
+    SOFTWARE,
+    Provenance,
+    check_belongs,
+    copy_identity,
+    fingerprint,
+    frame_of,
+    new_uid,
+    series_number,
+    study_of,
+)
 from .masks import EVERYTHING, Selection, StructureMask, label_boxes, merge
 from .series import Series
 
@@ -37,6 +47,8 @@ _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR", "")
 _IN_PLANE = 0.5
 #: Contours nearer to each other than this share of the slice distance are on one plane.
 _SAME_PLANE = 0.02
+#: Planes within this share of the slice distance of half way count as half way.
+_HALF_WAY = 1e-3
 #: Contours may leave the image by so many pixels: planning systems close them on the outside of border pixels.
 _BEYOND_VOXELS = 1.0
 #: mm, in files: a tenth of a micrometre, and at most 11 of the 16 characters that a number may have.
@@ -165,7 +177,7 @@ def rasterise(roi: Roi, grid: Grid, path: Path) -> tuple[StructureMask, list[str
     across = [n for n in range(3) if n != axis]
     planes = np.array([contour[:, axis].mean() for contour in contours])
     _check_inside(contours, planes, axis, grid, name)
-    by_slice, notes = _planes_to_slices(planes, float(grid.spacing_mm[axis]), roi.name)
+    by_slice, notes = _planes_to_slices(planes, grid.shape[axis], float(grid.spacing_mm[axis]), roi.name)
     both = np.concatenate(contours)[:, across]
     low = np.floor(both.min(axis=0)).astype(int).clip(0)
     high = np.minimum(np.ceil(both.max(axis=0)).astype(int) + 1, np.array(grid.shape)[across])
@@ -183,12 +195,13 @@ def rasterise(roi: Roi, grid: Grid, path: Path) -> tuple[StructureMask, list[str
 
 
 def _planes_to_slices(
-    planes: NDArray[np.float64], distance_mm: float, name: str
+    planes: NDArray[np.float64], count: int, distance_mm: float, name: str
 ) -> tuple[dict[int, list[int]], list[str]]:
     """Which contours count for which slice, and what is to be told."""
     notes = []
     best: dict[int, float] = {}
-    nearest = np.rint(planes).astype(int)
+    # Planes half way between slices all go to the lower one, whatever rounding did to each.
+    nearest = np.floor(planes + 0.5 - _HALF_WAY).astype(int).clip(0, count - 1)
     for place, plane in zip(nearest.tolist(), planes.tolist(), strict=True):
         if place not in best or abs(plane - place) < abs(best[place] - place):
             best[place] = plane
@@ -219,7 +232,7 @@ def _check_inside(
 ) -> None:
     last = grid.shape[axis] - 1
     beyond = np.maximum(-planes, planes - last).max()
-    if beyond > 0.5:
+    if beyond > 0.5 + _HALF_WAY:
         raise InputError(
             f"{name} has contours up to {beyond * grid.spacing_mm[axis]:.1f} mm beyond the first or last slice of the "
             "scan; give the series they were drawn on, or leave it out with --structures"
@@ -368,7 +381,7 @@ def write_rtstruct(
     names = _unique_names(structures)
     for position, structure in enumerate(structures, start=1):
         roi = pydicom.Dataset()
-        roi.ROINumber, roi.ReferencedFrameOfReferenceUID = structure.value, series.frame_uid
+        roi.ROINumber, roi.ReferencedFrameOfReferenceUID = structure.value, frame_of(series)
         roi.ROIName = names[structure.value]
         roi.ROIDescription = _description(provenance, structure.value)
         roi.ROIGenerationAlgorithm = "AUTOMATIC"
@@ -423,10 +436,10 @@ def _frame_reference(series: Series) -> Dataset:
             seen.add(frame.uid)
             referenced.ContourImageSequence.append(_image_reference(frame.uid, frame.class_uid))
     study = pydicom.Dataset()
-    study.ReferencedSOPClassUID, study.ReferencedSOPInstanceUID = _STUDY_CLASS, series.study_uid
+    study.ReferencedSOPClassUID, study.ReferencedSOPInstanceUID = _STUDY_CLASS, study_of(series)
     study.RTReferencedSeriesSequence = [referenced]
     frame_of_reference = pydicom.Dataset()
-    frame_of_reference.FrameOfReferenceUID = series.frame_uid
+    frame_of_reference.FrameOfReferenceUID = frame_of(series)
     frame_of_reference.RTReferencedStudySequence = [study]
     return frame_of_reference
 

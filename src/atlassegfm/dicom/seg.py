@@ -7,7 +7,8 @@ be in any order. Writing is done by highdicom, one bit a voxel (BINARY), which a
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, MissingExtraError
+from ..errors import InputError, MissingExtraError, OutputError
 from ..geometry import Grid
 from ..image import Volume
 from ..structures import Structure
@@ -274,6 +275,8 @@ def write_segmentation(
     ------
     InputError
         If there is no voxel at all: a DICOM-SEG needs a frame.
+    OutputError
+        If the headers of the series lack what a DICOM-SEG must copy.
     MissingExtraError
         If highdicom is not installed.
     ValueError
@@ -307,7 +310,9 @@ def write_segmentation(
         options["plane_positions"] = [
             PlanePositionSequence("PATIENT", frame.position_mm.tolist()) for frame in series.frames
         ]
-    with no_warnings():
+    for header in headers:
+        copy_identity(series, header)
+    with no_warnings(), _refusals(path):
         described = [
             SegmentDescription(
                 segment_number=number,
@@ -352,6 +357,17 @@ def write_segmentation(
                 setattr(dataset, keyword, provenance.time)
         dataset.walk(lambda inner, element: _settled(inner, element, provenance, key))
         dataset.save_as(path)
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    """Turn what highdicom says of headers it cannot use into a sentence."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise OutputError(
+            f"{path.name}: the headers of the series do not do for a DICOM-SEG ({error}); write an RTSTRUCT instead"
+        ) from None
 
 
 def _settled(dataset: Dataset, element: DataElement, provenance: Provenance, key: bytes) -> None:
