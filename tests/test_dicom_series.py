@@ -296,6 +296,21 @@ def test_copies_of_files_are_left_out(folder: Path, caplog: pytest.LogCaptureFix
     assert "1 file is a copy of others and left out" in caplog.text
 
 
+def test_files_that_share_a_uid(tmp_path: Path) -> None:
+    def same(dataset: pydicom.Dataset, _: int) -> None:
+        dataset.SOPInstanceUID = "1.2.3"
+
+    folder = write_series(tmp_path / "scan", VALUES, AXIAL, change=same)
+    with pytest.raises(InputError, match="has the instance UID of an image at another position"):
+        load_series(folder)
+
+
+def test_mosaics(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "scan", VALUES, AXIAL, image_type=("ORIGINAL", "PRIMARY", "M", "MOSAIC"))
+    with pytest.raises(InputError, match=r"IM0000\d: a mosaic .*, which is not supported; convert it with dcm2niix"):
+        load_series(folder)
+
+
 def test_double_slices(folder: Path) -> None:
     dataset = pydicom.dcmread(sorted(folder.iterdir())[3])
     dataset.SOPInstanceUID = "1.2.3.4"

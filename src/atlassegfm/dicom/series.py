@@ -384,16 +384,27 @@ def _frames_of(files: Iterable[tuple[Path, Dataset]], folder: Path) -> tuple[lis
     """All slices of the files, copies and localisers left out, and what is to be told of that."""
     frames: list[Frame] = []
     notes = []
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
+    kept: set[str] = set()
     copies = 0
     for path, header in files:
-        uid = text_of(header, "SOPInstanceUID")
-        if uid in seen:
+        uid, position = text_of(header, "SOPInstanceUID"), text_of(header, "ImagePositionPatient")
+        if seen.setdefault(uid, position) != position:
+            raise InputError(
+                f"{path}: has the instance UID of an image at another position, so that images cannot be told apart (a "
+                "tool that removes names may have done that); export the original series"
+            )
+        if uid in kept:
             copies += 1
             continue
-        seen.add(uid)
+        kept.add(uid)
         if int(value_of(header, "SamplesPerPixel") or 1) != 1:
             raise InputError(f"{path}: the image is in colour; expected one value a pixel: give the series of the scan")
+        if "MOSAIC" in (str(kind).upper() for kind in np.atleast_1d(value_of(header, "ImageType") or ())):
+            raise InputError(
+                f"{path}: a mosaic (all slices of a volume tiled into one image), which is not supported; convert it "
+                "with dcm2niix, or export enhanced multi-frame"
+            )
         if "ModalityLUTSequence" in header:
             raise InputError(
                 f"{path}: the values go through a table (Modality LUT), which is not supported; export the series with "
