@@ -710,7 +710,11 @@ def test_a_kept_transform_gives_the_same_mask(kept: Path, run: Run) -> None:
     fitted = json.loads((kept / "query/run.json").read_text())
     assert fitted["registration"]["source"] == "fitted"
     assert "transform" not in fitted["inputs"]
-    assert content["structures"] == fitted["structures"]
+    for one, other in zip(content["structures"], fitted["structures"], strict=True):
+        # The scans are compared through a transform that was rounded for the file.
+        judged, judged_before = one.pop("quality"), other.pop("quality")
+        assert one == other
+        assert judged["estimated_dice"] == pytest.approx(judged_before["estimated_dice"], abs=0.01)
 
 
 @pytest.mark.parametrize("shape", [(24, 20, 18), (40, 36, 12)])

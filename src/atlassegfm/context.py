@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .dicom import EVERYTHING, Selection, open_image, open_labels
 from .errors import InputError
 from .geometry import Grid
-from .image import Volume, load_image, load_labels, smallest_label_type
+from .image import Volume, smallest_label_type
 from .structures import LabelTable, Structure, dataset_json_of, read_names_file, structures_of
 
 logger = logging.getLogger(__name__)
@@ -48,17 +49,30 @@ class Context:
             raise ValueError("image and labels do not share a RAS-canonical grid; use Context.from_volumes")
 
     @classmethod
-    def from_files(cls, atlas: Path, labels: Path, names: Path | None = None) -> Context:
+    def from_files(
+        cls,
+        atlas: Path,
+        labels: Path,
+        names: Path | None = None,
+        *,
+        series: str | None = None,
+        selection: Selection = EVERYTHING,
+    ) -> Context:
         """Read an annotated scan.
 
         Parameters
         ----------
         atlas, labels : Path
-            The scan and its label map: the same voxels, in any array order each.
+            The scan and its label map: the same voxels, in any array order each. The scan may be the folder of a
+            DICOM series, the labels an RTSTRUCT or DICOM-SEG.
         names : Path, optional
             Names and colours in a form that :func:`~atlassegfm.structures.read_names_file` reads. They come
             before those in the header of ``labels``, which come before those of the ``dataset.json`` beside
             it or one folder above.
+        series : str, optional
+            Which DICOM series of the folder, as :func:`~atlassegfm.dicom.load_series` takes it.
+        selection : Selection, optional
+            Which structures of an RTSTRUCT or DICOM-SEG, and what they are called.
 
         Raises
         ------
@@ -67,7 +81,8 @@ class Context:
         """
         # The names are cheap to check and come first: the atlas may take seconds to read.
         given = None if names is None else read_names_file(names)
-        image, label_map = load_image(atlas), load_labels(labels)
+        image = open_image(atlas, series)
+        label_map = open_labels(labels, image, selection)
         tables: list[LabelTable] = []
         if names is not None and given is not None:
             unknown = sorted(set(given) - set(_values_of(label_map.data)))

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from .errors import InputError
+from .dicom import DicomSource, Selection, Series, is_dicom_input, is_series_folder, load_series, open_labels, series_of
+from .errors import InputError, MissingExtraError
 from .geometry import Grid
 from .image import Volume, image_stem, load_volume
 from .structures import dataset_json_of, read_names_file, structures_of
@@ -226,21 +227,25 @@ class Check:
 _SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
-def check(paths: Iterable[Path]) -> Check:
+def check(paths: Iterable[Path], series: str | None = None) -> Check:
     """Look at files, one by one and in pairs.
 
     Parameters
     ----------
     paths : iterable of Path
-        Scans and label maps. Files that cannot be read become findings.
+        Scans and label maps, folders of DICOM series, RTSTRUCT and DICOM-SEG files. What cannot be read becomes a
+        finding. Structures are looked at on the series among the paths that they belong to.
+    series : str, optional
+        Which series of DICOM folders, as :func:`~atlassegfm.dicom.load_series` takes it.
     """
-    reports: list[FileReport] = []
-    readable: list[tuple[FileReport, Grid]] = []
-    for path in paths:
-        report, grid = _examine(Path(path))
-        reports.append(report)
-        if grid is not None:
-            readable.append((report, grid))
+    paths = [Path(path) for path in paths]
+    scans: list[Series] = []
+    found: dict[int, tuple[FileReport, Grid | None]] = {}
+    # Scans first, as structures need them.
+    for position in sorted(range(len(paths)), key=lambda n: is_dicom_input(paths[n]) and not paths[n].is_dir()):
+        found[position] = _examine(paths[position], scans, series)
+    reports = [found[position][0] for position in range(len(paths))]
+    readable = [(report, grid) for report, grid in (found[n] for n in range(len(paths))) if grid is not None]
     pairs = tuple(_compare(*one, *other) for one, other in itertools.combinations(readable, 2))
     return Check(tuple(reports), pairs)
 
@@ -313,14 +318,36 @@ def _sorted(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(findings, key=lambda finding: _SEVERITIES.index(finding.severity)))
 
 
-def _examine(path: Path) -> tuple[FileReport, Grid | None]:
+def _load(path: Path, scans: list[Series], choice: str | None) -> Volume:
+    """A scan, or structures on that of the series they belong to; a series is added to the others."""
+    if is_series_folder(path):
+        volume = load_series(path, choice)
+        series = series_of(volume)
+        scans += [] if series is None else [series]
+        return volume
+    if not is_dicom_input(path):
+        return load_volume(path)
+    refused: InputError | None = None
+    for series in scans:
+        try:
+            # Structures may overlap here: that is for the use of them to decide.
+            return open_labels(path, series, Selection(overlap="last"))
+        except InputError as error:
+            refused = refused or error
+    if refused is not None:
+        raise refused
+    return open_labels(path, None, Selection(overlap="last"))
+
+
+def _examine(path: Path, scans: list[Series], choice: str | None) -> tuple[FileReport, Grid | None]:
     """The report on one file, and its grid if it has one."""
+    name = path.name or path.resolve().name
     try:
-        volume = load_volume(path)
-    except InputError as error:
+        volume = _load(path, scans, choice)
+    except (InputError, MissingExtraError) as error:
         # The sentence begins with the whole path and holds its own remedy.
-        text = str(error).removeprefix(f"{path}: ").replace(str(path), path.name)
-        return FileReport(path.name, "unreadable", (Finding("error", text),)), None
+        text = str(error).removeprefix(f"{path}: ").replace(str(path), name)
+        return FileReport(name, "unreadable", (Finding("error", text),)), None
     grid, header = volume.grid, volume.source.nifti_header if volume.source else None
     findings = [*_header_findings(volume), *_grid_findings(grid)]
     finite = np.isfinite(volume.data)
@@ -355,7 +382,7 @@ def _examine(path: Path) -> tuple[FileReport, Grid | None]:
         percentiles = tuple(float(p) for p in np.percentile(sample, _PERCENTS))
         findings += _intensity_findings(volume, value_range, percentiles)
     report = FileReport(
-        name=path.name,
+        name=name,
         kind=kind,
         findings=_sorted(findings),
         shape=grid.shape,
@@ -377,6 +404,9 @@ def _header_findings(volume: Volume) -> list[Finding]:
     """What :mod:`.image` noted on reading, with what it means and the remedy."""
     findings = []
     for note in volume.source.notes if volume.source else ():
+        if isinstance(volume.source, DicomSource):
+            findings.append(Finding("warning", note))
+            continue
         if "no orientation" in note:
             effect = "left and right may be swapped, and the start of the registration is a guess"
             remedy = "convert the file from DICOM again with a tool that keeps the orientation, or set the sform"

@@ -21,6 +21,10 @@ class ModelError(AtlasSegError):
     """A segmentation model or a compute device cannot do what was asked."""
 
 
+class OutputError(AtlasSegError):
+    """A result was not written, because its file would not say the same as the result."""
+
+
 class MissingExtraError(AtlasSegError):
     """An optional dependency is needed and not installed.
 

@@ -19,9 +19,28 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from .dicom import (
+    EVERYTHING,
+    DicomSource,
+    Selection,
+    Series,
+    find_series,
+    is_dicom_input,
+    is_series_folder,
+    open_labels,
+)
 from .errors import InputError
 from .geometry import Grid
-from .image import IMAGE_SUFFIXES, Volume, atomic_path, image_stem, image_suffix, load_labels
+from .image import (
+    IMAGE_SUFFIXES,
+    Volume,
+    atomic_path,
+    image_stem,
+    image_suffix,
+    load_labels,
+    load_volume,
+    smallest_label_type,
+)
 from .metrics import StructureScores, compare, diagonal_mm, label_shapes
 from .names import listed, match_rank, plain_name
 from .statistics import Spread, spread
@@ -32,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 #: Of results of this program, one folder a query.
 _RESULT = "segmentation.nii.gz"
+#: In folders DICOM files are known by it.
+_DICOM_SUFFIX = ".dcm"
 #: nnU-Net's mark of the first channel: a result of CASE_0000 belongs to the reference CASE.
 _FIRST_CHANNEL = "_0000"
 #: Structures smaller than this in the mean over cases form a group of their own in reports: one voxel decides much.
@@ -182,12 +203,32 @@ class FilePair:
     case : str
         What to call it.
     result, reference : Path
-        Label maps.
+        Label maps, RTSTRUCT or DICOM-SEG files.
     """
 
     case: str
     result: Path
     reference: Path
+
+
+@dataclass(frozen=True)
+class DicomInputs:
+    """How RTSTRUCT and DICOM-SEG files are read for scoring.
+
+    Parameters
+    ----------
+    scan : Path, optional
+        The scan they lie on: the folder of a DICOM series, or an image file. Without it the voxels of the other side
+        count, if that is an image file.
+    series : str, optional
+        Which series of the folder.
+    selection : Selection
+        Which structures, and what they are called.
+    """
+
+    scan: Path | None = None
+    series: str | None = None
+    selection: Selection = EVERYTHING
 
 
 def score_volumes(
@@ -264,6 +305,7 @@ def evaluate_files(
     centreline: Sequence[str] = (),
     names: Path | None = None,
     on_case: Callable[[int, str], None] | None = None,
+    dicom: DicomInputs | None = None,
 ) -> list[CaseScore]:
     """Score result files against reference files.
 
@@ -282,6 +324,9 @@ def evaluate_files(
         Names of the labels; else those of the references' files count, then those of the results'.
     on_case : callable, optional
         Told number (from 1) and name of each case as it begins.
+    dicom : DicomInputs, optional
+        How RTSTRUCT and DICOM-SEG files are read. Their structures get the label values of those of the same name on
+        the other side.
 
     Returns
     -------
@@ -294,7 +339,8 @@ def evaluate_files(
         If a file cannot be used, a result is not on its reference's voxels, both sides do not have the same
         structures, or there is none at all.
     """
-    found = _structures_of_files(pairs, None if names is None else read_names_file(names), strict=not labels)
+    loader = _Loader(dicom or DicomInputs(), None if names is None else read_names_file(names))
+    found = _structures_of_files(pairs, loader, strict=not labels)
     unmatched = tolerances.unmatched(found.items())
     if unmatched and tolerances.origin not in {f"preset {name}" for name in PRESETS}:
         logger.warning("%s: no structure is called %s; check the spelling", tolerances.origin, listed(unmatched))
@@ -305,8 +351,7 @@ def evaluate_files(
     for number, pair in enumerate(pairs, start=1):
         if on_case is not None:
             on_case(number, pair.case)
-        reference = load_labels(pair.reference, allow_empty=True)
-        result = load_labels(pair.result, allow_empty=True)
+        result, reference = loader.load(pair)
         scores = score_volumes({"": result}, reference, found, tolerances, centreline=thin)[""]
         scored += [CaseScore(pair.case, value, found[value], one) for value, one in scores.items()]
     return scored
@@ -487,7 +532,7 @@ def _label_files(folder: Path, *, nested: bool) -> dict[str, Path]:
         if path.is_dir() and not file.is_file():
             continue
         if not path.is_dir():
-            if image_suffix(path) is None:
+            if image_suffix(path) is None and path.suffix.lower() != _DICOM_SUFFIX:
                 continue
             stem = image_stem(path)
         if stem in found:
@@ -501,14 +546,102 @@ def _label_files(folder: Path, *, nested: bool) -> dict[str, Path]:
     return found
 
 
-def _structures_of_files(pairs: Sequence[FilePair], given: LabelTable | None, *, strict: bool) -> dict[int, str]:
+class _Loader:
+    """Reads pairs; tells what is to be known of DICOM files once.
+
+    Parameters
+    ----------
+    dicom : DicomInputs
+        How DICOM files are read.
+    names : LabelTable or None
+        Names the user gave.
+    """
+
+    def __init__(self, dicom: DicomInputs, names: LabelTable | None) -> None:
+        self.names = names
+        self._dicom = dicom
+        self._scan: Series | Volume | None = None
+        self._told: set[Path] = set()
+        # Values of structures that the other side does not have: the same for all pairs.
+        self._values: dict[str, int] = {}
+
+    def load(self, pair: FilePair) -> tuple[Volume, Volume]:
+        """Result and reference."""
+        paths = (pair.result, pair.reference)
+        others = [is_dicom_input(path) for path in paths]
+        if not any(others):
+            if self._dicom.scan is not None or self._dicom.selection != EVERYTHING:
+                raise InputError(
+                    f"{pair.result}, {pair.reference}: neither is an RTSTRUCT or DICOM-SEG, which --scan, "
+                    "--structures, --synonyms and --overlap are for; leave them out (--labels says what to score)"
+                )
+            return load_labels(pair.result, allow_empty=True), load_labels(pair.reference, allow_empty=True)
+        scan = self._scan_of()
+        if scan is None and all(others):
+            raise InputError(
+                f"{pair.result}, {pair.reference}: both are DICOM objects; give the scan they lie on with --scan"
+            )
+        loaded: dict[int, Volume] = {}
+        for side in sorted((0, 1), key=lambda side: others[side]):
+            path = paths[side]
+            if not others[side]:
+                loaded[side] = load_labels(path, allow_empty=True)
+                continue
+            on = scan if scan is not None else loaded[1 - side]
+            loaded[side] = open_labels(path, on, self._dicom.selection, tell=path not in self._told)
+            self._told.add(path)
+        # Numbers of structures in DICOM files are those of the program that wrote them.
+        changed = 0 if others[0] else 1
+        table = _table_of(loaded[1 - changed], paths[1 - changed]) | dict(self.names or {})
+        loaded[changed] = self._renumbered(loaded[changed], table)
+        return loaded[0], loaded[1]
+
+    def _scan_of(self) -> Series | Volume | None:
+        path = self._dicom.scan
+        if self._scan is None and path is not None:
+            if is_series_folder(path):
+                self._scan = find_series(path, self._dicom.series)[0]
+            else:
+                self._scan = load_volume(path)
+        return self._scan
+
+    def _renumbered(self, volume: Volume, table: LabelTable) -> Volume:
+        """A label map with the values that ``table`` has for its names; unchanged if that knows no names."""
+        source = volume.source
+        if not table or source is None:
+            return volume
+        by_name = {plain_name(entry.name): value for value, entry in sorted(table.items(), reverse=True)}
+        lookup = np.zeros(int(max(source.label_table)) + 1, np.int64)
+        entries = {}
+        for value, entry in sorted(source.label_table.items()):
+            name = plain_name(entry.name)
+            wanted = by_name.get(name, self._values.get(name))
+            if wanted is None:
+                taken = {*table, *self._values.values()}
+                wanted = value if value not in taken else max(taken) + 1
+                self._values[name] = wanted
+            lookup[value] = wanted
+            entries[wanted] = entry
+        data = lookup.astype(smallest_label_type(int(lookup.max())))[volume.data]
+        return Volume(data, volume.grid, DicomSource(source.path, None, entries, source.notes))
+
+
+def _table_of(volume: Volume, path: Path) -> dict[int, LabelEntry]:
+    """Names from a file's header, else from the dataset.json of its folder."""
+    table = {} if volume.source is None else dict(volume.source.label_table)
+    dataset = dataset_json_of(path)
+    return table if dataset is None else {**_names_of_found(dataset), **table}
+
+
+def _structures_of_files(pairs: Sequence[FilePair], loader: _Loader, *, strict: bool) -> dict[int, str]:
     """Name of each label value that results or references have; ``strict``: they must have the same ones."""
     present: dict[str, set[int]] = {"result": set(), "reference": set()}
     tables: dict[str, dict[int, LabelEntry]] = {"result": {}, "reference": {}}
     found: dict[Path, LabelTable] = {}  # names of each dataset.json
+    given = loader.names
     for pair in pairs:
-        for role, path in (("result", pair.result), ("reference", pair.reference)):
-            volume = load_labels(path, allow_empty=True)
+        volumes = loader.load(pair)
+        for role, path, volume in zip(present, (pair.result, pair.reference), volumes, strict=True):
             present[role] |= label_values(volume)
             table = {} if volume.source is None else dict(volume.source.label_table)
             dataset = dataset_json_of(path)

@@ -243,7 +243,17 @@ def load_image(path: Path) -> Volume:
     InputError
         As :func:`load_volume`, and if there are NaN or infinite voxels or all voxels are equal.
     """
-    volume = load_volume(path)
+    return checked_image(load_volume(path), path)
+
+
+def checked_image(volume: Volume, path: Path) -> Volume:
+    """A volume that was read from ``path`` as float32 intensities.
+
+    Raises
+    ------
+    InputError
+        If there are NaN or infinite voxels or all voxels are equal.
+    """
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
         data = np.asarray(volume.data, dtype=np.float32)
     low, high = float(data.min()), float(data.max())

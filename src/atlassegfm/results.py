@@ -1,6 +1,9 @@
 """Writing results: one folder for each query, whole or not at all.
 
-A folder holds ``segmentation.nii.gz`` and ``run.json``; on request also
+A folder holds ``segmentation.nii.gz`` and ``run.json``; on request also, or instead of the former,
+
+- ``rtstruct.dcm`` and ``seg.dcm``: the same as RTSTRUCT and DICOM-SEG on the query's own DICOM series. They are read
+  back and compared before the folder is kept; ``run.json`` lists the outcome under ``dicom``;
 
 - ``atlas.nii.gz`` and ``model.nii.gz``: label maps of the warped atlas and of the model alone;
 - ``probability.nii.gz``: fused probabilities, one volume for each structure in the order that ``run.json`` lists
@@ -15,19 +18,29 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .context import Context
+from .dicom import (
+    Provenance,
+    check_round_trip,
+    require_dicom_extra,
+    series_of,
+    write_rtstruct,
+    write_segmentation,
+)
 from .errors import InputError
 from .image import Volume, save_volume
 from .itk import write_transform
@@ -35,10 +48,19 @@ from .memory import peak_memory_mb
 from .pipeline import Segmentation
 from .settings import to_dict
 
+logger = logging.getLogger(__name__)
+
 #: What a result folder may hold: a folder with anything else in it is never replaced.
 RESULT_NAMES = frozenset(
-    {"segmentation.nii.gz", "run.json", "atlas.nii.gz", "model.nii.gz", "probability.nii.gz", "transform"}
+    {
+        *("segmentation.nii.gz", "rtstruct.dcm", "seg.dcm", "run.json"),
+        *("atlas.nii.gz", "model.nii.gz", "probability.nii.gz", "transform"),
+    }
 )
+#: What a segmentation can be written as, and the file of each.
+FORMATS = {"nifti": "segmentation.nii.gz", "rtstruct": "rtstruct.dcm", "seg": "seg.dcm"}
+#: Seconds since 1970 that count as now, where set: so that two runs write the same bytes (reproducible-builds.org).
+_EPOCH_VARIABLE = "SOURCE_DATE_EPOCH"
 #: Temporary folders beside results begin so; a killed process may leave one.
 _TEMPORARY_PREFIX = ".writing-"
 
@@ -68,7 +90,10 @@ class RunInputs:
         """File names and the notes about their geometry."""
         volumes = {"atlas": self.context.image, "labels": self.context.labels, "query": self.query}
         files: dict[str, Any] = {
-            role: {"file": volume.source.path.name, "notes": list(volume.source.notes)}
+            role: {
+                "file": volume.source.path.name or volume.source.path.resolve().name,
+                "notes": list(volume.source.notes),
+            }
             for role, volume in volumes.items()
             if volume.source is not None
         }
@@ -175,7 +200,47 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot write there ({error.strerror or error}); choose another place") from None
 
 
-def write_result(segmentation: Segmentation, inputs: RunInputs, folder: Path, *, keep: bool = False) -> dict[str, Any]:
+def check_formats(formats: Sequence[str], query: Volume | None = None) -> None:
+    """Check that results can be written so.
+
+    Parameters
+    ----------
+    formats : sequence of str
+        Of :data:`FORMATS`.
+    query : Volume, optional
+        What is to be segmented.
+
+    Raises
+    ------
+    InputError
+        If a format is not known, none is given, or the query is no DICOM series and a DICOM format is wanted.
+    MissingExtraError
+        If the packages for DICOM are not installed.
+    """
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise InputError(
+            f"unknown format {unknown[0] if unknown else ''!r}; expected some of {', '.join(FORMATS)}, commas between"
+        )
+    others = [name for name in formats if name != "nifti"]
+    if others:
+        require_dicom_extra()
+    if others and query is not None and series_of(query) is None:
+        name = "the query" if query.source is None else str(query.source.path)
+        raise InputError(
+            f"{name}: {' and '.join(others)} can only be written for a DICOM series (patient, study and frame of "
+            "reference are copied from it); give its folder as the query, or use --format nifti"
+        )
+
+
+def write_result(
+    segmentation: Segmentation,
+    inputs: RunInputs,
+    folder: Path,
+    *,
+    keep: bool = False,
+    formats: Sequence[str] = ("nifti",),
+) -> dict[str, Any]:
     """Write the result of one query.
 
     Parameters
@@ -188,6 +253,8 @@ def write_result(segmentation: Segmentation, inputs: RunInputs, folder: Path, *,
         The result folder; an earlier one is replaced. Its parent exists.
     keep : bool
         Whether to write the intermediate results too.
+    formats : sequence of str
+        Of :data:`FORMATS`: what to write the segmentation as.
 
     Returns
     -------
@@ -197,12 +264,19 @@ def write_result(segmentation: Segmentation, inputs: RunInputs, folder: Path, *,
     Raises
     ------
     InputError
-        If the folder cannot be written or holds something else.
+        If the folder cannot be written or holds something else, or as :func:`check_formats`.
+    OutputError
+        If an RTSTRUCT or DICOM-SEG does not come back as it was written.
     """
+    check_formats(formats, inputs.query)
     structures = inputs.context.structures
     run = run_summary(segmentation, inputs)
     with replaced_folder(folder, RESULT_NAMES) as new, _disk_errors(folder):
-        save_volume(segmentation.labels, new / "segmentation.nii.gz", structures=structures)
+        if "nifti" in formats:
+            save_volume(segmentation.labels, new / FORMATS["nifti"], structures=structures)
+        others = [name for name in FORMATS if name in formats and name != "nifti"]
+        if others:
+            run["dicom"] = {name: _save_dicom(segmentation, inputs, new / FORMATS[name], name) for name in others}
         if keep:
             save_volume(segmentation.atlas_labels, new / "atlas.nii.gz", structures=structures)
             if segmentation.model_labels is not None:
@@ -239,6 +313,45 @@ def version() -> str:
     from .version import __version__
 
     return __version__
+
+
+def _save_dicom(segmentation: Segmentation, inputs: RunInputs, path: Path, form: str) -> dict[str, Any]:
+    """Write an RTSTRUCT or DICOM-SEG, read it back, and say how it came out."""
+    series, structures = series_of(inputs.query), inputs.context.structures
+    if series is None:
+        raise ValueError("the query is no DICOM series")
+    provenance = _provenance(segmentation)
+    if form == "rtstruct":
+        maps = {value: (segmentation.grid, one.fused) for value, one in segmentation.probabilities.items()}
+        write_rtstruct(path, segmentation.labels, structures, series, provenance, maps)
+    elif segmentation.labels.data.any():
+        write_segmentation(path, segmentation.labels, structures, series, provenance)
+    else:
+        logger.warning("no DICOM-SEG is written: nothing was found, and it cannot be empty")
+        return {"file": None, "reason": "nothing was found, and a DICOM-SEG cannot be empty"}
+    found = check_round_trip(path, segmentation.labels, structures, series)
+    return {"file": path.name, "round_trip": [one.to_dict() for one in found]}
+
+
+def _provenance(segmentation: Segmentation) -> Provenance:
+    """What DICOM objects say of a result: the verdict on each structure, and when and how it was made."""
+    present = sum(one.status == "present" for one in segmentation.structures)
+    descriptions = {}
+    for one in segmentation.structures:
+        text = f"{one.status}: {one.reason}" if one.reason else one.status
+        if one.quality is not None and one.status == "present":
+            text = f"{one.quality.verdict}: {one.quality.reason}"
+        if one.round_trip_dice is not None and np.isfinite(one.round_trip_dice):
+            text += f", round trip Dice {one.round_trip_dice:.2f}"
+        descriptions[one.structure.value] = text
+    epoch = os.environ.get(_EPOCH_VARIABLE, "")
+    when = datetime.fromtimestamp(int(epoch), UTC) if epoch.isdecimal() else datetime.now().astimezone()
+    return Provenance(
+        segmentation.settings.model,
+        f"{segmentation.verdict}: {present} of {len(segmentation.structures)} structures found",
+        descriptions,
+        when,
+    )
 
 
 def _save_probabilities(segmentation: Segmentation, path: Path) -> None:

@@ -31,18 +31,24 @@ from .session import (
     EXIT_INTERRUPTED,
     EXIT_USAGE,
     AcceptOption,
+    AtlasSeriesOption,
     ConfigOption,
     DeviceOption,
     JsonOption,
     ModelOption,
     ModelPathOption,
     NamesOption,
+    OverlapOption,
     PromptOption,
     QuietOption,
     SeedOption,
+    SeriesOption,
     Session,
     SetOption,
+    StructuresOption,
+    SynonymsOption,
     accept_licences,
+    build_selection,
     build_settings,
     open_session,
     or_none,
@@ -50,6 +56,7 @@ from .session import (
     print_table,
     score_text,
     sentence,
+    split_list,
 )
 
 if TYPE_CHECKING:
@@ -96,12 +103,15 @@ def _options(
 @app.command()
 def segment(
     queries: Annotated[
-        list[Path], typer.Argument(metavar="QUERY...", help="Scans to segment: image files, or folders of them.")
+        list[Path],
+        typer.Argument(
+            metavar="QUERY...", help="Scans to segment: image files, DICOM series folders, or folders of them."
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder that gets one folder per query.")],
     atlas: Annotated[Path | None, typer.Option("--atlas", metavar="IMG", help="The annotated scan.")] = None,
     labels: Annotated[
-        Path | None, typer.Option("--labels", metavar="LAB", help="Its label map, on the same voxels.")
+        Path | None, typer.Option("--labels", metavar="LAB", help="Its label map, RTSTRUCT or DICOM-SEG.")
     ] = None,
     names: NamesOption = None,
     context: Annotated[
@@ -130,6 +140,17 @@ def segment(
             "writes it, or a folder of results made with --keep.",
         ),
     ] = None,
+    series: SeriesOption = None,
+    atlas_series: AtlasSeriesOption = None,
+    structures: StructuresOption = None,
+    synonyms: SynonymsOption = None,
+    overlap: OverlapOption = "refuse",
+    formats: Annotated[
+        str,
+        typer.Option(
+            "--format", metavar="A,B,...", help="What to write: nifti, and for DICOM series rtstruct and seg."
+        ),
+    ] = "nifti",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -142,7 +163,7 @@ def segment(
         _check_atlas_options(atlas, labels, names, context)
         from ..pipeline import load_chosen, prompt_kind, resolve_device
         from ..registration import require_engine
-        from ..results import output_folder
+        from ..results import check_formats, output_folder
 
         customization = None
         if context is not None:
@@ -159,9 +180,13 @@ def segment(
         prompt_kind(settings)
         if transform is None:
             require_engine(settings.registration)
-        inputs = [path for path in (atlas, labels, names, context, config, model_path) if path is not None]
+        given = (atlas, labels, names, context, config, model_path, synonyms)
+        inputs = [path for path in given if path is not None]
         if context is not None and out.resolve().is_relative_to(context.resolve()):
             raise InputError(f"{out}: is inside the context {context}; choose another output folder")
+        selection = build_selection(structures, synonyms, overlap)
+        wanted = split_list(formats, "--format")
+        check_formats(wanted)
         jobs = _plan(queries, out, inputs, transform)
         resolved = resolve_device(device)
         if accept_licence:
@@ -179,10 +204,11 @@ def segment(
                 # For the type checker: without a context both are there.
                 if atlas is None or labels is None:
                     raise TypeError("neither an atlas nor a context")
-                setup = _Setup(Context.from_files(atlas, labels, names), settings, resolved, loaded)
-            done, failed = _segment_all(jobs, setup, session, keep=keep)
+                annotated = Context.from_files(atlas, labels, names, series=atlas_series, selection=selection)
+                setup = _Setup(annotated, settings, resolved, loaded)
+            done, failed = _segment_all(jobs, setup, session, _Output(keep, wanted, series))
     if as_json:
-        failures = [{"query": failure.job.query.name, "reason": failure.reason} for failure in failed]
+        failures = [{"query": _name(failure.job.query), "reason": failure.reason} for failure in failed]
         print_json({"results": done, "failures": failures})
     else:
         for run in done:
@@ -257,7 +283,11 @@ def demo(
 
 @app.command()
 def check(
-    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="Scans and label maps.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILES...", help="Scans, label maps, DICOM series folders, RTSTRUCT, DICOM-SEG."),
+    ],
+    series: SeriesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Look for what is wrong with scans and label maps, and how to mend it.
@@ -267,7 +297,7 @@ def check(
     with open_session(quiet=True, warnings=False):
         from .. import doctor
 
-        result = doctor.check(file for path in files for file in _files(path))
+        result = doctor.check((file for path in files for file in _files(path)), series)
     if as_json:
         print_json(result.to_dict())
     else:
@@ -341,6 +371,15 @@ class _Setup:
 
 
 @dataclass(frozen=True)
+class _Output:
+    """What is written besides run.json, and which series of DICOM queries is read."""
+
+    keep: bool
+    formats: tuple[str, ...]
+    series: str | None
+
+
+@dataclass(frozen=True)
 class _Failure:
     """Why there is no result, and whether the query itself is to blame."""
 
@@ -356,7 +395,7 @@ def _plan(queries: Sequence[Path], out: Path, inputs: Sequence[Path], transform:
 
     jobs: dict[str, _Job] = {}
     for query in [file for path in queries for file in _files(path)]:
-        stem = image_stem(query)
+        stem = _name(query) if query.is_dir() else image_stem(query)
         if not stem:
             raise InputError(f"{query}: the file has no name before its ending; rename it")
         if stem in jobs:
@@ -404,33 +443,49 @@ def _transform_of(stem: str, jobs: Mapping[str, _Job], given: Path) -> Path:
     return belonging
 
 
+def _name(path: Path) -> str:
+    """The name of a file or folder, also of "."."""
+    return path.name or path.resolve().name
+
+
 def _files(path: Path) -> list[Path]:
-    """The file itself, or the image files of a folder."""
+    """The file itself, the image files of a folder, the folder itself if it is a DICOM series, or those in it."""
+    from ..dicom import is_series_folder
     from ..image import IMAGE_SUFFIXES, image_suffix
 
     if not path.is_dir():
         return [path]
     try:
-        found = sorted(
-            file for file in path.iterdir() if image_suffix(file) and file.is_file() and not file.name.startswith(".")
-        )
+        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+        found = [entry for entry in entries if image_suffix(entry) and entry.is_file()]
+        if is_series_folder(path):
+            if found:
+                raise InputError(
+                    f"{path}: holds image files ({found[0].name}) and DICOM files; name the image files one by one, or "
+                    "give the DICOM series a folder of its own"
+                )
+            return [path]
+        found = found or [entry for entry in entries if entry.is_dir() and is_series_folder(entry)]
     except OSError as error:
         raise InputError(f"{path}: the folder cannot be read ({error.strerror}); check the permissions") from None
     if not found:
-        raise InputError(f"{path}: no image file in this folder; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+        raise InputError(
+            f"{path}: no image file in this folder; expected files ending in {', '.join(IMAGE_SUFFIXES)}, or those of "
+            "a DICOM series"
+        )
     return found
 
 
 def _segment_all(
-    jobs: Sequence[_Job], setup: _Setup, session: Session, *, keep: bool
+    jobs: Sequence[_Job], setup: _Setup, session: Session, output: _Output
 ) -> tuple[list[dict[str, Any]], list[_Failure]]:
     """What was written to each ``run.json``, and what failed; a failure does not stop the others."""
     done, failed = [], []
     gate = None if setup.customization is None else setup.customization.gate
     for number, job in enumerate(jobs, start=1):
-        session.begin(number, len(jobs), job.query.name)
+        session.begin(number, len(jobs), _name(job.query))
         try:
-            run, trained = _segment_one(job, setup, gate, session, keep=keep)
+            run, trained = _segment_one(job, setup, gate, session, output)
             done.append(run)
             if setup.settings.fusion.examples == "simulated":
                 gate = trained  # on the atlas alone: the first query pays for all
@@ -450,17 +505,18 @@ def _segment_all(
 
 
 def _segment_one(
-    job: _Job, setup: _Setup, gate: Gate | None, session: Session, *, keep: bool
+    job: _Job, setup: _Setup, gate: Gate | None, session: Session, output: _Output
 ) -> tuple[dict[str, Any], Gate | None]:
     """What was written to ``run.json``, and the gate that was used."""
     from .. import pipeline
-    from ..image import load_image
+    from ..dicom import open_image
     from ..itk import read_transform
-    from ..results import RunInputs, write_result
+    from ..results import RunInputs, check_formats, write_result
 
     session.progress("reading")
     transform = None if job.transform is None else read_transform(job.transform)
-    query = load_image(job.query)
+    query = open_image(job.query, output.series if job.query.is_dir() else None)
+    check_formats(output.formats, query)
     result = pipeline.segment(
         setup.context,
         query,
@@ -473,8 +529,9 @@ def _segment_one(
     )
     session.progress("writing")
     saved = None if setup.customization is None else setup.customization.summary()
-    run = write_result(result, RunInputs(setup.context, query, job.transform, saved), job.folder, keep=keep)
-    return {"query": job.query.name, "output": str(job.folder), **run}, result.gate
+    inputs = RunInputs(setup.context, query, job.transform, saved)
+    run = write_result(result, inputs, job.folder, keep=output.keep, formats=output.formats)
+    return {"query": _name(job.query), "output": str(job.folder), **run}, result.gate
 
 
 def _check_atlas_options(atlas: Path | None, labels: Path | None, names: Path | None, context: Path | None) -> None:

@@ -21,7 +21,6 @@ from .evaluation import (
     LabelsOption,
     ToleranceOption,
     read_tolerance,
-    split_list,
 )
 from .session import (
     EXIT_FAILURES,
@@ -39,6 +38,7 @@ from .session import (
     open_session,
     print_json,
     print_table,
+    split_list,
 )
 
 if TYPE_CHECKING:

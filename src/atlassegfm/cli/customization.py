@@ -11,17 +11,22 @@ import typer
 from ..errors import InputError
 from .session import (
     AcceptOption,
+    AtlasSeriesOption,
     ConfigOption,
     DeviceOption,
     JsonOption,
     ModelOption,
     ModelPathOption,
     NamesOption,
+    OverlapOption,
     PromptOption,
     QuietOption,
     SeedOption,
     SetOption,
+    StructuresOption,
+    SynonymsOption,
     accept_licences,
+    build_selection,
     build_settings,
     open_session,
     print_json,
@@ -30,9 +35,13 @@ from .session import (
 
 def customize(
     atlas: Annotated[Path, typer.Option("--atlas", metavar="IMG", help="The annotated scan.")],
-    labels: Annotated[Path, typer.Option("--labels", metavar="LAB", help="Its label map, on the same voxels.")],
+    labels: Annotated[Path, typer.Option("--labels", metavar="LAB", help="Its label map, RTSTRUCT or DICOM-SEG.")],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="CTX", help="Context folder to write.")],
     names: NamesOption = None,
+    atlas_series: AtlasSeriesOption = None,
+    structures: StructuresOption = None,
+    synonyms: SynonymsOption = None,
+    overlap: OverlapOption = "refuse",
     model: ModelOption = None,
     model_path: ModelPathOption = None,
     accept_licence: AcceptOption = False,
@@ -57,8 +66,9 @@ def customize(
         begun = time.perf_counter()
         settings = build_settings(config, overrides, model=model, model_path=model_path, prompt=prompt, seed=seed)
         prompt_kind(settings)
+        selection = build_selection(structures, synonyms, overlap)
         check_replaceable(out, customization.CONTEXT_NAMES)
-        for path in (atlas, labels, names, config, model_path):
+        for path in (atlas, labels, names, config, model_path, synonyms):
             if path is not None and path.resolve().is_relative_to(out.resolve()):
                 raise InputError(f"{path}: would be overwritten, as the context goes to {out}; choose another folder")
         resolved = resolve_device(device)
@@ -67,7 +77,7 @@ def customize(
         with output_folder(out.absolute().parent):
             session.progress("reading the atlas")
             loaded = load_chosen(settings, resolved)
-            context = Context.from_files(atlas, labels, names)
+            context = Context.from_files(atlas, labels, names, series=atlas_series, selection=selection)
             made = customization.customize(context, settings, device=resolved, on_stage=session.progress, model=loaded)
             session.progress("writing")
             saved = made.save(out)

@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InputError
-from .session import JsonOption, QuietOption, open_session, print_json, print_table, score_text
+from .session import (
+    JsonOption,
+    OverlapOption,
+    QuietOption,
+    SeriesOption,
+    StructuresOption,
+    SynonymsOption,
+    build_selection,
+    open_session,
+    print_json,
+    print_table,
+    score_text,
+    split_list,
+)
 
 if TYPE_CHECKING:
     from ..evaluation import Summary
@@ -51,12 +64,23 @@ def evaluate(
     partial: Annotated[
         bool, typer.Option("--partial", help="Leave out references that have no result instead of refusing.")
     ] = False,
+    scan: Annotated[
+        Path | None,
+        typer.Option(
+            "--scan", metavar="IMG", help="The scan that RTSTRUCT or DICOM-SEG files lie on: DICOM folder or image."
+        ),
+    ] = None,
+    series: SeriesOption = None,
+    structures: StructuresOption = None,
+    synonyms: SynonymsOption = None,
+    overlap: OverlapOption = "refuse",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Score label maps against references: Dice, NSD, HD95, volumes, on request clDice.
 
-    P may also be the folder that `segment` wrote. Scores are on the reference's own voxels, in mm.
+    P may also be the folder that `segment` wrote. P and R may be RTSTRUCT or DICOM-SEG files: their structures go by
+    their names. Scores are on the reference's own voxels, in mm.
     """
     with open_session(quiet) as session:
         tolerances = read_tolerance(tolerance)
@@ -64,7 +88,7 @@ def evaluate(
             raise InputError(f"{out}: the scores are written as CSV; give a file ending in .csv")
         if out is not None and not out.parent.is_dir():
             raise InputError(f"{out}: the folder {out.parent} does not exist; make it, or choose another place")
-        from ..evaluation import evaluate_files, find_pairs, score_row, summarise, write_scores
+        from ..evaluation import DicomInputs, evaluate_files, find_pairs, score_row, summarise, write_scores
 
         pairs = find_pairs(pred, ref, partial=partial)
 
@@ -80,6 +104,7 @@ def evaluate(
             centreline=split_list(cldice, "--cldice"),
             names=names,
             on_case=begin,
+            dicom=DicomInputs(scan, series, build_selection(structures, synonyms, overlap)),
         )
         summary = summarise(scored)
         rows = [
@@ -108,16 +133,6 @@ def read_tolerance(text: str) -> Tolerances:
     except ValueError:
         return load_tolerances(text)
     return uniform(tolerance_mm)
-
-
-def split_list(text: str | None, option: str) -> tuple[str, ...]:
-    """Parts of a list with commas; none if it is not given."""
-    if text is None:
-        return ()
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise InputError(f"{option} {text}: expected names with commas between")
-    return tuple(parts)
 
 
 def _print_summary(summary: Summary, tolerances: Tolerances) -> None:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import AtlasSegError
+from ..errors import AtlasSegError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
+    from ..dicom import Selection
     from ..pipeline import Settings
 
 EXIT_FAILURES = 1
@@ -66,6 +67,63 @@ AcceptOption = Annotated[
         help="Accept the licence of the model's weights, where it asks for that; noted once for all.",
     ),
 ]
+
+
+SeriesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--series",
+        metavar="S",
+        help="Which series of a DICOM folder: its number, UID or part of its description; '#2' behind it: the second "
+        "volume of a 4-D series.",
+    ),
+]
+AtlasSeriesOption = Annotated[
+    str | None, typer.Option("--atlas-series", metavar="S", help="The same for the folder of the atlas.")
+]
+StructuresOption = Annotated[
+    str | None,
+    typer.Option(
+        "--structures",
+        metavar="A,B,...",
+        help="Structures to take from an RTSTRUCT or DICOM-SEG, by name, pattern or number [default: all].",
+    ),
+]
+SynonymsOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--synonyms", metavar="FILE", help='TOML of names and what files call them: Brainstem = ["brain stem", "BS*"].'
+    ),
+]
+OverlapOption = Annotated[
+    str,
+    typer.Option(
+        "--overlap",
+        metavar="refuse|first|last",
+        help="Which structure of an RTSTRUCT or DICOM-SEG gets voxels that several have.",
+    ),
+]
+
+
+def split_list(text: str | None, option: str) -> tuple[str, ...]:
+    """Parts of a list with commas; none if it is not given."""
+    if text is None:
+        return ()
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise InputError(f"{option} {text}: expected names with commas between")
+    return tuple(parts)
+
+
+def build_selection(structures: str | None, synonyms: Path | None, overlap: str) -> Selection:
+    """What ``--structures``, ``--synonyms`` and ``--overlap`` say."""
+    from ..dicom import OVERLAPS, Selection, read_synonyms
+
+    wanted = split_list(structures, "--structures")
+    rule = next((one for one in OVERLAPS if one == overlap), None)
+    if rule is None:
+        raise InputError(f"--overlap {overlap}: expected one of {', '.join(OVERLAPS)}")
+    return Selection(wanted, {} if synonyms is None else read_synonyms(synonyms), rule)
 
 
 def build_settings(

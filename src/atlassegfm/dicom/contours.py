@@ -1,0 +1,86 @@
+"""Between masks and closed contours on one slice.
+
+Contours are in voxel indices of the slice, (N, 2) of (i, j), whole numbers at voxel centres. A voxel is inside if its
+centre is inside an odd number of contours: so a contour within another is a hole, and one that runs to its hole and
+back along a channel of no width (a keyhole) has it as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Values of the border between inside and outside voxels are kept this far off the level 0.5, so that no vertex comes
+#: so near to a voxel's centre that rounding could put it on the other side: a tenth of a voxel or more.
+_MARGIN = 0.05
+
+
+def fill(contours: Sequence[NDArray[np.float64]], shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """Voxels whose centres are inside an odd number of contours.
+
+    Parameters
+    ----------
+    contours : sequence of array, (N, 2)
+        Closed polygons, the last vertex joined to the first; they may reach beyond the slice.
+    shape : tuple of int, (2,)
+        Voxels along i and j.
+
+    Returns
+    -------
+    array, (I, J) bool
+        A centre exactly on an edge belongs to the side of larger i (larger j), so that of two structures that share
+        an edge exactly one has it.
+    """
+    crossings = np.zeros((shape[0] + 1, shape[1]), np.int32)
+    for contour in contours:
+        start, stop = contour, np.roll(contour, -1, axis=0)
+        # Rows of voxels j that each edge crosses: low <= j < high.
+        low = np.ceil(np.minimum(start[:, 1], stop[:, 1])).astype(np.int64).clip(0, shape[1])
+        high = np.ceil(np.maximum(start[:, 1], stop[:, 1])).astype(np.int64).clip(0, shape[1])
+        count = high - low
+        edge = np.repeat(np.arange(len(contour)), count)
+        if not edge.size:
+            continue
+        row = np.arange(edge.size) - np.repeat(np.cumsum(count) - count, count) + low[edge]
+        slope = (stop[edge, 0] - start[edge, 0]) / (stop[edge, 1] - start[edge, 1])
+        at = start[edge, 0] + (row - start[edge, 1]) * slope
+        first = np.ceil(at).clip(0, shape[0]).astype(np.int64)
+        np.add.at(crossings, (first, row), 1)
+    return np.asarray(np.cumsum(crossings[:-1], axis=0) % 2 == 1)
+
+
+def trace(mask: NDArray[np.bool_], probability: NDArray[np.float32] | None = None) -> list[NDArray[np.float64]]:
+    """Contours of a mask: outer borders and holes, each closed.
+
+    Parameters
+    ----------
+    mask : array, (I, J) bool
+        What :func:`fill` gives back from the contours, voxel for voxel.
+    probability : array, (I, J), optional
+        Of being inside, in [0, 1]: places the contours between the voxels. They lie half way without it.
+
+    Returns
+    -------
+    list of array, (N, 2)
+        The first vertex is not repeated at the end; vertices on straight lines are left out.
+    """
+    from skimage.measure import find_contours
+
+    if probability is None:
+        field = mask.astype(np.float64)
+    else:
+        inside = np.clip(probability, 0.5 + _MARGIN, 1.0)
+        field = np.where(mask, inside, np.clip(probability, 0.0, 0.5 - _MARGIN)).astype(np.float64)
+    # A border of outside voxels closes what reaches the edge of the slice.
+    found = find_contours(np.pad(field, 1), 0.5, fully_connected="low")
+    return [_without_straight(contour[:-1] - 1) for contour in found]
+
+
+def _without_straight(contour: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The contour without vertices that lie on the line between their neighbours."""
+    before, after = contour - np.roll(contour, 1, axis=0), np.roll(contour, -1, axis=0) - contour
+    turn = np.abs(before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0])
+    kept = contour[turn > 1e-9]
+    return kept if len(kept) >= 3 else contour
