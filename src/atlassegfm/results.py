@@ -1,6 +1,12 @@
 """Writing results: one folder for each query, whole or not at all.
 
-A folder holds ``segmentation.nii.gz`` and ``run.json``; on request also
+A folder holds
+
+- ``segmentation.nii.gz``;
+- ``run.json``: what was done and what came out. The same inputs and settings give the same bytes;
+- ``status.json``: how it went (state, seconds, memory), which is another time each time;
+
+on request also
 
 - ``atlas.nii.gz`` and ``model.nii.gz``: label maps of the warped atlas and of the model alone;
 - ``probability.nii.gz``: fused probabilities, one volume for each structure in the order that ``run.json`` lists
@@ -17,9 +23,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
+import socket
+import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +46,12 @@ from .pipeline import Segmentation
 from .settings import to_dict
 
 #: What a result folder may hold: a folder with anything else in it is never replaced.
-RESULT_NAMES = frozenset(
-    {"segmentation.nii.gz", "run.json", "atlas.nii.gz", "model.nii.gz", "probability.nii.gz", "transform"}
-)
+SEGMENTATION, RUN, STATUS = "segmentation.nii.gz", "run.json", "status.json"
+RESULT_NAMES = frozenset({SEGMENTATION, RUN, STATUS, "atlas.nii.gz", "model.nii.gz", "probability.nii.gz", "transform"})
 #: Temporary folders beside results begin so; a killed process may leave one.
 _TEMPORARY_PREFIX = ".writing-"
+#: Seconds after which a temporary folder of an unknown writer is left over: writing a result takes seconds.
+_LEFT_OVER_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +154,7 @@ def replaced_folder(path: Path, known: frozenset[str]) -> Iterator[Path]:
     """
     check_replaceable(path, known)
     with _disk_errors(path):
-        holder = Path(tempfile.mkdtemp(dir=path.parent, prefix=_TEMPORARY_PREFIX))
+        holder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_TEMPORARY_PREFIX}{_host()}-{os.getpid()}-"))
     new, old = holder / "new", holder / "old"
     try:
         with _disk_errors(path):
@@ -162,6 +173,55 @@ def replaced_folder(path: Path, known: frozenset[str]) -> Iterator[Path]:
         shutil.rmtree(holder, ignore_errors=True)
 
 
+def remove_unfinished(folder: Path) -> int:
+    """Delete temporary folders that killed processes left beside results.
+
+    Those of a process of this machine that runs are kept, and those of other machines for a day.
+
+    Parameters
+    ----------
+    folder : Path
+        Where results lie; it need not exist.
+
+    Returns
+    -------
+    int
+        How many there were.
+    """
+    removed = 0
+    try:
+        found = [Path(entry) for entry in os.scandir(folder) if entry.name.startswith(_TEMPORARY_PREFIX)]
+    except OSError:
+        return 0
+    for holder in found:
+        host, _, process = holder.name.removeprefix(_TEMPORARY_PREFIX).rpartition("-")[0].rpartition("-")
+        try:
+            old = time.time() - holder.stat().st_mtime > _LEFT_OVER_SECONDS
+        except OSError:
+            continue
+        if old or (host == _host() and process.isdigit() and not _runs(int(process))):
+            shutil.rmtree(holder, ignore_errors=True)
+            removed += 1
+    return removed
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", ".", socket.gethostname()) or "unknown"
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process here."""
+    if sys.platform == "win32":  # where signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # someone else's
+        return True
+    return True
+
+
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
     try:
@@ -170,7 +230,14 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot write there ({error.strerror or error}); choose another place") from None
 
 
-def write_result(segmentation: Segmentation, inputs: RunInputs, folder: Path, *, keep: bool = False) -> dict[str, Any]:
+def write_result(
+    segmentation: Segmentation,
+    inputs: RunInputs,
+    folder: Path,
+    *,
+    keep: bool = False,
+    status: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Write the result of one query.
 
     Parameters
@@ -183,11 +250,13 @@ def write_result(segmentation: Segmentation, inputs: RunInputs, folder: Path, *,
         The result folder; an earlier one is replaced. Its parent exists.
     keep : bool
         Whether to write the intermediate results too.
+    status : mapping of str to Any, optional
+        What ``status.json`` is to say besides, as plain values.
 
     Returns
     -------
     dict
-        What was written to ``run.json``.
+        What was written to ``run.json`` and ``status.json``.
 
     Raises
     ------
@@ -196,8 +265,9 @@ def write_result(segmentation: Segmentation, inputs: RunInputs, folder: Path, *,
     """
     structures = inputs.context.structures
     run = run_summary(segmentation, inputs)
+    ended = {"state": "done", "reason": "", **(status or {}), **cost_summary(segmentation)}
     with replaced_folder(folder, RESULT_NAMES) as new, _disk_errors(folder):
-        save_volume(segmentation.labels, new / "segmentation.nii.gz", structures=structures)
+        save_volume(segmentation.labels, new / SEGMENTATION, structures=structures)
         if keep:
             save_volume(segmentation.atlas_labels, new / "atlas.nii.gz", structures=structures)
             if segmentation.model_labels is not None:
@@ -206,20 +276,39 @@ def write_result(segmentation: Segmentation, inputs: RunInputs, folder: Path, *,
             run["probability"] = [result.structure.name for result in segmentation.structures]
             found = segmentation.registration
             write_transform(new / "transform", found.linear, found.field, segmentation.grid, found.local)
-        (new / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return run
+        _write_json(run, new / RUN)
+        _write_json(ended, new / STATUS)
+    return run | ended
+
+
+def write_failure(folder: Path, status: Mapping[str, Any]) -> None:
+    """Leave nothing but ``status.json`` in a result folder: an earlier result would pass for one of today.
+
+    Parameters
+    ----------
+    folder : Path
+        The result folder. Its parent exists.
+    status : mapping of str to Any
+        Plain values.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be written or holds something else.
+    """
+    with replaced_folder(folder, RESULT_NAMES) as new, _disk_errors(folder):
+        _write_json(status, new / STATUS)
 
 
 def run_summary(segmentation: Segmentation, inputs: RunInputs) -> dict[str, Any]:
-    """The content of ``run.json``."""
+    """The content of ``run.json``: nothing that differs from one time to the next."""
     summary = segmentation.summary()
     settings = to_dict(segmentation.settings)
     settings["model_path"] = Path(settings["model_path"]).name
+    del summary["seconds"], summary["registration"]["seconds"]
     return {
         "inputs": inputs.summary(),
         **summary,
-        "total_seconds": round(sum(segmentation.seconds.values()), 3),
-        "peak_memory_mb": peak_memory_mb(),
         "settings": settings,
         "versions": {
             "atlassegfm": version(),
@@ -229,11 +318,26 @@ def run_summary(segmentation: Segmentation, inputs: RunInputs) -> dict[str, Any]
     }
 
 
+def cost_summary(segmentation: Segmentation) -> dict[str, Any]:
+    """What ``status.json`` says of time and memory."""
+    summary = segmentation.summary()
+    return {
+        "seconds": summary["seconds"],
+        "registration_seconds": summary["registration"]["seconds"],
+        "total_seconds": round(sum(segmentation.seconds.values()), 3),
+        "peak_memory_mb": peak_memory_mb(),
+    }
+
+
 def version() -> str:
     """Version of this package."""
     from . import __version__
 
     return __version__
+
+
+def _write_json(content: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _save_probabilities(segmentation: Segmentation, path: Path) -> None:

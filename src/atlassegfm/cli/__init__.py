@@ -8,13 +8,11 @@ What computes is imported inside the commands: help and usage errors come at onc
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -22,7 +20,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from ..errors import AtlasSegError, InputError, MissingExtraError
+from ..threads import NUMPY_THREADS
 from .benchmark import app as benchmark_app
+from .cohort import (
+    ClusterOption,
+    ClusterOptionsOption,
+    CohortOptions,
+    ForceOption,
+    ShardOption,
+    ThreadsOption,
+    WorkersOption,
+    segment_cohort,
+)
 from .evaluation import evaluate
 from .models import app as models_app
 from .session import (
@@ -51,11 +60,9 @@ from .session import (
 )
 
 if TYPE_CHECKING:
-    from ..context import Context
-    from ..models import Segmenter
+    from ..cohort import Case
+    from ..cohort.work import ContextSource
     from ..pipeline import Settings
-
-logger = logging.getLogger(__name__)
 
 #: Tables that rich lays out are as wide as this where they go into a file or a pipe.
 _PIPED_WIDTH = 160
@@ -120,47 +127,51 @@ def segment(
             "writes it, or a folder of results made with --keep.",
         ),
     ] = None,
+    workers: WorkersOption = None,
+    threads: ThreadsOption = None,
+    force: ForceOption = False,
+    shard: ShardOption = None,
+    cluster: ClusterOption = None,
+    cluster_options: ClusterOptionsOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Segment scans by one annotated scan.
 
-    Each query gets a folder of its name in OUT, with segmentation.nii.gz (on the query's own voxels) and
-    run.json (what was done).
+    Each query gets a folder of its name in OUT, with segmentation.nii.gz (on the query's own voxels),
+    run.json (what was done) and status.json (how it went). Given several queries, or a folder, only those
+    are segmented whose result is missing or was made with other files, settings or program.
     """
     with open_session(quiet) as session:
-        from ..pipeline import load_chosen, prompt_kind, resolve_device
+        from ..pipeline import prompt_kind, resolve_device
         from ..registration import require_engine
         from ..results import output_folder
 
+        options = CohortOptions(workers, threads, force, shard, cluster, cluster_options or ())
+        options.check()
         settings = build_settings(config, overrides, model=model, model_path=model_path, prompt=prompt, seed=seed)
         prompt_kind(settings)
         if transform is None:
             require_engine(settings.registration)
+        # Imported here: PyTorch is loaded below, and errors above come at once.
+        from ..cohort import AtlasFiles, plan_cases
+
         inputs = [path for path in (atlas, labels, names, config, model_path) if path is not None]
-        jobs = _plan(queries, out, inputs, transform)
-        resolved = resolve_device(device)
+        cases = plan_cases([file for path in queries for file in _files(path)], out, inputs, transform)
+        elsewhere = cluster is not None and cluster != "local" and device == "cuda"
+        resolved = device if elsewhere else resolve_device(device)
         if accept_licence:
             accept_licences([settings.model], session)
+        source = AtlasFiles(atlas, labels, names)
         with output_folder(out):
-            session.progress("reading the atlas")
-            loaded = load_chosen(settings, resolved)
-            from ..context import Context
-
-            context = Context.from_files(atlas, labels, names)
-            done, failed = _segment_all(jobs, context, settings, resolved, loaded, session, keep=keep)
-    if as_json:
-        failures = [{"query": failure.job.query.name, "reason": failure.reason} for failure in failed]
-        print_json({"results": done, "failures": failures})
-    else:
-        for run in done:
-            _print_run(run)
-    if failed:
-        if len(jobs) > 1:
-            listed = ", ".join(str(failure.job.query) for failure in failed)
-            session.error(f"{len(failed)} of {len(jobs)} queries failed: {listed}")
-        # Where every query is bad input, the call was wrong as a whole.
-        raise typer.Exit(EXIT_USAGE if all(failure.is_input for failure in failed) and not done else EXIT_FAILURES)
+            if len(cases) > 1 or cases[0].query != queries[0] or options.wanted:
+                segment_cohort(cases, out, source, settings, resolved, options, session, keep=keep, as_json=as_json)
+            else:
+                run = _segment_one(cases[0], out, source, settings, resolved, session, keep=keep, threads=threads)
+                if as_json:
+                    print_json({"results": [run], "failures": []})
+                else:
+                    _print_run(run)
 
 
 @app.command()
@@ -269,6 +280,7 @@ def main() -> NoReturn:
     # PyTorch's threads spin while they wait for each other. On a machine with other work, two threads on two cores
     # then took 140 s for a pair that takes 25 s when they sleep. Read when PyTorch is loaded, so set first.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault(*NUMPY_THREADS)
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         code = typer.main.get_command(app).main(prog_name="atlassegfm", standalone_mode=False)
@@ -284,80 +296,7 @@ def main() -> NoReturn:
     sys.exit(code or 0)
 
 
-# One query after the other
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A query, the folder of its result, and the transform to take instead of registering."""
-
-    query: Path
-    folder: Path
-    transform: Path | None = None
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """Why there is no result, and whether the query itself is to blame."""
-
-    job: _Job
-    reason: str
-    is_input: bool
-
-
-def _plan(queries: Sequence[Path], out: Path, inputs: Sequence[Path], transform: Path | None) -> list[_Job]:
-    """Which files are to be segmented and where the results go; checked before anything is computed."""
-    from ..image import image_stem
-    from ..results import RESULT_NAMES, check_replaceable
-
-    jobs: dict[str, _Job] = {}
-    for query in [file for path in queries for file in _files(path)]:
-        stem = image_stem(query)
-        if not stem:
-            raise InputError(f"{query}: the file has no name before its ending; rename it")
-        if stem in jobs:
-            raise InputError(
-                f"{query}: its result would go to {out / stem}, as that of {jobs[stem].query}; "
-                "rename one, or segment them in two calls"
-            )
-        jobs[stem] = _Job(query, out / stem)
-    if transform is not None:
-        jobs = {stem: replace(job, transform=_transform_of(stem, jobs, transform)) for stem, job in jobs.items()}
-        inputs = (*inputs, *(job.transform for job in jobs.values() if job.transform is not None))
-    for job in jobs.values():
-        target = job.folder.resolve()
-        for path in (*(other.query for other in jobs.values()), *inputs):
-            if path.resolve().is_relative_to(target):
-                raise InputError(
-                    f"{path}: would be overwritten, as the result of {job.query} goes to {job.folder}; "
-                    "choose another output folder"
-                )
-        if out.exists() and out.resolve() == job.query.resolve():
-            raise InputError(f"{out}: is the query and would be overwritten; choose another output folder")
-        check_replaceable(job.folder, RESULT_NAMES)
-    return list(jobs.values())
-
-
-def _transform_of(stem: str, jobs: Mapping[str, _Job], given: Path) -> Path:
-    """Where the transform of a query lies: what was given, or what belongs to it in a folder of results."""
-    from ..itk import is_transform
-
-    if not given.exists():
-        raise InputError(f"{given}: no such file or folder; expected a saved transform")
-    if is_transform(given):
-        if len(jobs) > 1:
-            raise InputError(
-                f"{given}: one transform for {len(jobs)} queries, and each needs its own; give one query, or a folder "
-                "of results made with --keep"
-            )
-        return given
-    belonging = given / stem / "transform"
-    if not is_transform(belonging):
-        raise InputError(
-            f"{given}: no transform for {jobs[stem].query}; expected {belonging} (in a folder of results made with "
-            "--keep), or give a transform folder or file"
-        )
-    return belonging
+# One query
 
 
 def _files(path: Path) -> list[Path]:
@@ -377,61 +316,36 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _segment_all(
-    jobs: Sequence[_Job],
-    context: Context,
-    settings: Settings,
-    device: str,
-    model: Segmenter | None,
-    session: Session,
-    *,
-    keep: bool,
-) -> tuple[list[dict[str, Any]], list[_Failure]]:
-    """What was written to each ``run.json``, and what failed; a failure does not stop the others."""
-    done, failed = [], []
-    for number, job in enumerate(jobs, start=1):
-        session.begin(number, len(jobs), job.query.name)
-        try:
-            done.append(_segment_one(job, context, settings, device, model, session, keep=keep))
-        except AtlasSegError as error:
-            reason = str(error)
-            if not reason.startswith(str(job.query)):
-                reason = f"{job.query}: {reason}"
-            session.error(reason)
-            failed.append(_Failure(job, reason, isinstance(error, InputError)))
-        except Exception as error:
-            # A defect of this program: one scan that meets it must not cost the results of all others.
-            if len(jobs) == 1:
-                raise
-            logger.exception("%s: unexpected error", job.query)
-            failed.append(_Failure(job, f"{job.query}: unexpected error ({error!r})", is_input=False))
-    return done, failed
-
-
 def _segment_one(
-    job: _Job,
-    context: Context,
+    case: Case,
+    out: Path,
+    source: ContextSource,
     settings: Settings,
     device: str,
-    model: Segmenter | None,
     session: Session,
     *,
     keep: bool,
+    threads: int | None,
 ) -> dict[str, Any]:
-    from .. import pipeline
-    from ..image import load_image
-    from ..itk import read_transform
-    from ..results import RunInputs, write_result
+    """Segment a single query in any case; gives what was written to ``run.json`` and ``status.json``."""
+    from ..cohort import SegmentWork
+    from ..cohort.work import made_with
 
-    session.progress("reading")
-    transform = None if job.transform is None else read_transform(job.transform)
-    query = load_image(job.query)
-    result = pipeline.segment(
-        context, query, settings, device=device, on_stage=session.progress, model=model, transform=transform
-    )
-    session.progress("writing")
-    run = write_result(result, RunInputs(context, query, job.transform), job.folder, keep=keep)
-    return {"query": job.query.name, "output": str(job.folder), **run}
+    session.progress("reading the atlas")
+    work = SegmentWork(out, source, settings, device, threads, keep, {})
+    loaded = work.load()
+    made = made_with(loaded.context, settings, device=device, threads=threads, keep=keep)
+    loaded = replace(loaded, work=replace(work, made_with=made))
+    session.begin(1, 1, case.query.name)
+    try:
+        run = loaded.segment(case, 1, session.progress)
+    except AtlasSegError as error:
+        reason = str(error)
+        session.error(reason if reason.startswith(str(case.query)) else f"{case.query}: {reason}")
+        raise typer.Exit(EXIT_USAGE if isinstance(error, InputError) else EXIT_FAILURES) from None
+    for doubt in run["doubts"]:
+        session.say(f"warning: {case.query}: {doubt}")
+    return {"query": case.query.name, "output": str(out / case.name), **run}
 
 
 def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
