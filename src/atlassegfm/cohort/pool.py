@@ -212,34 +212,50 @@ def _ending(code: int | None) -> str:
 class _ToParent(logging.Handler):
     """Log records, as text that needs nothing of this process, to the other end of a pipe."""
 
-    def __init__(self, pipe: Connection) -> None:
+    def __init__(self, line: _Line) -> None:
         super().__init__(logging.WARNING)
-        self._pipe = pipe
+        self._line = line
 
     def emit(self, record: logging.LogRecord) -> None:
         content = {"name": record.name, "levelno": record.levelno, "levelname": record.levelname}
-        self._pipe.send(("log", logging.makeLogRecord({**content, "msg": self.format(record)})))
+        self._line.say("log", logging.makeLogRecord({**content, "msg": self.format(record)}))
 
 
 def _serve(work: Work, pipe: Connection) -> None:
-    """Do cases as they come, until the other end has no more."""
+    """Do cases as they come, until nobody is at the other end."""
     # The terminal sends an interrupt to all processes; the one that began the run decides what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    logging.getLogger(_PACKAGE).addHandler(_ToParent(pipe))
+    line = _Line(pipe)
+    say = line.say
+    logging.getLogger(_PACKAGE).addHandler(_ToParent(line))
     try:
+        do = work.open()
+    except AtlasSegError as error:
+        say("refused", error)
+        return
+    say("ready", None)
+    while True:
         try:
-            do = work.open()
-        except AtlasSegError as error:
-            pipe.send(("refused", error))
-            return
-        pipe.send(("ready", None))
-        while True:
             case, attempt = pipe.recv()
-            pipe.send(("ended", do(case, attempt, lambda text: pipe.send(("stage", text)))))
-    except (EOFError, OSError):
-        return  # nobody is there any more
+        except (EOFError, OSError):
+            return
+        say("ended", do(case, attempt, lambda text: say("stage", text)))
+
+
+@dataclass(frozen=True)
+class _Line:
+    """To the process that began the run."""
+
+    pipe: Connection
+
+    def say(self, kind: str, content: Any) -> None:
+        """Tell it, or end if it is gone: that is nothing that the case at hand could be blamed for."""
+        try:
+            self.pipe.send((kind, content))
+        except OSError:
+            raise SystemExit(0) from None
 
 
 def _end(_number: int, _frame: FrameType | None) -> NoReturn:
