@@ -33,8 +33,12 @@ SLURM_OPTIONS = (
 )
 #: Of these there may be several.
 _LISTS = ("job_directives_skip", "job_extra_directives", "job_script_prologue", "worker_extra_args")
+#: Seconds in which a scheduler has to answer.
+_CONNECT_SECONDS = 10
 #: Seconds between looks at how many workers there are.
 _LOOK_SECONDS = 1.0
+#: Any free port: two runs on one machine must not get into each other's way.
+_DASHBOARD = ":0"
 #: Dask's own settings for clusters begun here: a case whose worker dies comes back at once, to be begun again as
 #: elsewhere; and no case waits at a worker that is at another.
 _DASK_SETTINGS = {"distributed.scheduler.allowed-failures": 0, "distributed.scheduler.worker-saturation": 1.0}
@@ -127,7 +131,7 @@ def slurm_cluster(work: Work, options: Mapping[str, Any], *, threads: int, gpu: 
     if gpu and not any("gres" in one or "gpu" in one for one in directives):
         directives.append("--gres=gpu:1")
     prologue = [f"export {name}={value}" for name, value in work.environment.items()]
-    scheduler = {"dashboard_address": None, **chosen.pop("scheduler_options", {})}
+    scheduler = {"dashboard_address": _DASHBOARD, **chosen.pop("scheduler_options", {})}
     try:
         with dask.config.set(_DASK_SETTINGS):
             return SLURMCluster(
@@ -192,7 +196,7 @@ def _client(
 
     if "://" in kind:
         try:
-            client = Client(kind, timeout=10)
+            client = Client(kind, timeout=_CONNECT_SECONDS)
         except (OSError, TimeoutError, ValueError) as error:
             raise InputError(f"--cluster {kind}: no scheduler answers there ({error}); check the address") from None
         with client:
@@ -209,7 +213,8 @@ def _client(
                 n_workers=workers,
                 threads_per_worker=1,
                 memory_limit=None,
-                dashboard_address=None,
+                dashboard_address=_DASHBOARD,
+                silence_logs=logging.CRITICAL,  # what matters of them is told here
                 env=dict(work.environment),
             )
     with cluster, Client(cluster) as client:
