@@ -84,9 +84,7 @@ def main() -> None:
     """Time each size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", default="1000,10000")
-    print(
-        f"{'queries':>8s} {'plan s':>8s} {'run s':>8s} {'ms a case':>10s} {'again s':>8s} {'MB more':>8s} {'summary MB':>11s}"
-    )
+    print(" queries   plan s    run s  ms a case  again s  MB more  summary MB")
     for size in parser.parse_args().sizes.split(","):
         with tempfile.TemporaryDirectory() as folder:
             measure(Path(folder), int(size))

@@ -42,39 +42,22 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     for number in range(arguments.queries):
         source = others[number % len(others)].image
         shutil.copyfile(source, scans / f"query{number:02d}.nii.gz")
-    command = [
-        sys.executable,
-        "-m",
-        "atlassegfm",
-        "segment",
-        "--atlas",
-        str(atlas.image),
-        "--labels",
-        str(atlas.labels),
-    ]
-    command += ["--quiet", *(part for override in arguments.overrides for part in ("--set", override))]
+    command = [sys.executable, "-m", "atlassegfm", "segment", "--quiet"]
+    command += ["--atlas", str(atlas.image), "--labels", str(atlas.labels)]
+    command += [part for override in arguments.overrides for part in ("--set", override)]
+    each = [[*command, str(scan), "-o"] for scan in sorted(scans.iterdir())]
     print(f"{arguments.queries} queries of {arguments.dataset.name}; {os.cpu_count()} cores")
-    single = timed(
-        "single commands, all cores each",
-        [[*command, str(scan), "-o", str(folder / "single")] for scan in sorted(scans.iterdir())],
-    )
-    timed(
-        "single commands, --threads 1",
-        [[*command, "--threads", "1", str(scan), "-o", str(folder / "one")] for scan in sorted(scans.iterdir())],
-    )
+    single = timed("single commands, all cores each", [[*one, str(folder / "single")] for one in each])
+    workers = ["--workers", arguments.workers]
+    many = timed(f"cohort, {arguments.workers} workers", [[*command, str(scans), "-o", str(folder / "many"), *workers]])
     timed("cohort, 1 worker", [[*command, str(scans), "-o", str(folder / "here")]])
-    many = timed(
-        f"cohort, {arguments.workers} workers",
-        [[*command, str(scans), "-o", str(folder / "many"), "--workers", arguments.workers]],
-    )
+    timed("a single command, --threads 1", [[*each[0], str(folder / "one"), "--threads", "1"]])
     print(f"cohort with {arguments.workers} workers: {single / many:.2f} times as fast as single commands")
-    for name in ("one", "here"):
-        print(f"same bytes as {name}: {files(folder / name) == files(folder / 'many')}")
+    found = files(folder / "many")
+    print(f"same bytes with 1 worker: {files(folder / 'here') == found}")
+    print(f"same bytes by a single command: {files(folder / 'one').items() <= found.items()}")
     rows = json.loads((folder / "many" / "cohort.json").read_text())["cases"]
     print(f"peak memory of a worker: {max(row['peak_memory_mb'] for row in rows)} MB")
-    print(
-        f"of the process that feeds them, or of the largest of all: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024} MB"
-    )
 
 
 def timed(name: str, commands: list[list[str]]) -> float:

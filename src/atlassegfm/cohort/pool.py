@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -147,7 +147,7 @@ class _Pool:
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(self._work, theirs), name=f"atlassegfm-{slot}", daemon=True)
         # Libraries read it when they are loaded, which is before the first line of the worker's own.
-        with changed_environment(self._environment(slot)):
+        with changed_environment(self._environment(slot)), _without_interrupt():
             process.start()
         theirs.close()
         self._workers.append(_Worker(process, ours, slot))
@@ -200,6 +200,22 @@ class _Pool:
         return ended
 
 
+@contextmanager
+def _without_interrupt() -> Iterator[None]:
+    """Let an interrupt wait; processes started meanwhile never get one.
+
+    The terminal sends it to all processes, and the one that began the run decides what becomes of the others.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _ending(code: int | None) -> str:
     if code is not None and code < 0:
         return f"was ended by {signal.Signals(-code).name}"
@@ -223,7 +239,6 @@ class _ToParent(logging.Handler):
 
 def _serve(work: Work, pipe: Connection) -> None:
     """Do cases as they come, until nobody is at the other end."""
-    # The terminal sends an interrupt to all processes; the one that began the run decides what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -231,7 +231,7 @@ class SegmentWork:
         return self._failed(case, reason, attempts)
 
     def _failed(self, case: Case, reason: str, attempts: int, *, is_input: bool = False, seconds: float = 0.0) -> Ended:
-        reason = told_of(case, reason)
+        reason = told_of(case, reason.replace(str(self.out / case.name), case.name))
         peak = peak_memory_mb()
         status = {
             "state": "failed",
