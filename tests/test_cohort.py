@@ -583,9 +583,9 @@ def test_interrupted_killed_and_restarted_gives_the_same_bytes(
     (folder / "scans/damaged.nii.gz").write_bytes((folder / "scans/case0.nii.gz").read_bytes()[:300])
     (folder / "scans/gone.nii.gz").symlink_to(folder / "nowhere.nii.gz")
     options = ["--set", "registration.affine=false", "--set", "registration.deformable=false", "--keep"]
-    once = run(*COMMAND[:-1], "once", "scans/gone.nii.gz", *options)
+    once = run(*COMMAND[:-1], "once", *options)
     assert once.code == 1
-    arguments = (*COMMAND, "scans/gone.nii.gz", *options, "--workers", "2")
+    arguments = (*COMMAND, *options, "--workers", "2")
     out = folder / "out"
 
     def done() -> list[str]:
@@ -654,3 +654,46 @@ def test_results_are_kept_whole_if_writing_them_fails(folder: Path, run: Run, mo
     assert outcome.err.count("No space left on device") >= 3
     assert rows_of(folder / "out").keys() == {"case0", "case1", "case2"}
     assert run(*COMMAND, *FAST).code == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at processes in /proc")
+def test_twelve_real_scans(
+    folder: Path, data_dir: Path, run: Run, program: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Nine that fit, one that is damaged, one that cannot be read, one of another part of the body."""
+    shutil.rmtree(folder / "scans")
+    (folder / "scans").mkdir()
+    images = sorted((data_dir / "Dataset004_Hippocampus/imagesTr").iterdir())
+    labels = sorted((data_dir / "Dataset004_Hippocampus/labelsTr").iterdir())
+    for number in range(9):
+        shutil.copyfile(images[1 + number % (len(images) - 1)], folder / f"scans/case{number}.nii.gz")
+    shutil.copyfile(min((data_dir / "Dataset001_AbdMR/imagesTr").iterdir()), folder / "scans/abdomen.nii.gz")
+    (folder / "scans/damaged.nii.gz").write_bytes(images[1].read_bytes()[:5000])
+    (folder / "scans/gone.nii.gz").symlink_to(folder / "nowhere.nii.gz")
+    command = ("segment", "--atlas", str(images[0]), "--labels", str(labels[0]), "scans", "-o")
+    out = folder / "out"
+
+    begun = program(*command, "out", "--workers", "2")
+    _wait(lambda: len(list(out.glob("case*/run.json"))) >= 3, seconds=600)
+    begun.kill()
+    begun.communicate()
+    before = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("*/run.json")}
+    assert len(before) < 10
+    ended = program(*command, "out", "--workers", "2")
+    said, _ = ended.communicate(timeout=1200)
+    assert ended.returncode == 1, said
+    assert f"{len(before)} of 12 kept" in said
+    for told in (
+        "error: scans/damaged.nii.gz: ",
+        "error: scans/gone.nii.gz: ",
+        "warning: scans/abdomen.nii.gz: the scan",
+    ):
+        assert said.count(told) == 1, said
+    assert "12 queries: 10 done" in said
+    after = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("*/run.json")}
+    assert {name: after[name] for name in before} == before
+
+    assert run(*command, "once").code == 1
+    assert content_of(folder / "once") == content_of(out)

@@ -31,6 +31,7 @@ from .cohort import (
     ThreadsOption,
     WorkersOption,
     segment_cohort,
+    tell_outcome,
 )
 from .evaluation import evaluate
 from .models import app as models_app
@@ -164,14 +165,17 @@ def segment(
             accept_licences([settings.model], session)
         source = AtlasFiles(atlas, labels, names)
         with output_folder(out):
+            outcome = None
             if len(cases) > 1 or cases[0].query != queries[0] or options.wanted:
-                segment_cohort(cases, out, source, settings, resolved, options, session, keep=keep, as_json=as_json)
+                outcome = segment_cohort(cases, out, source, settings, resolved, options, session, keep=keep)
             else:
                 run = _segment_one(cases[0], out, source, settings, resolved, session, keep=keep, threads=threads)
-                if as_json:
-                    print_json({"results": [run], "failures": []})
-                else:
-                    _print_run(run)
+    if outcome is not None:
+        tell_outcome(outcome, out, session, as_json=as_json)
+    elif as_json:
+        print_json({"results": [run], "failures": []})
+    else:
+        _print_run(run)
 
 
 @app.command()
@@ -307,7 +311,10 @@ def _files(path: Path) -> list[Path]:
         return [path]
     try:
         found = sorted(
-            file for file in path.iterdir() if image_suffix(file) and file.is_file() and not file.name.startswith(".")
+            file
+            for file in path.iterdir()
+            # A link that leads nowhere is a scan that is missing, and must be told of.
+            if image_suffix(file) and (file.is_file() or not file.exists()) and not file.name.startswith(".")
         )
     except OSError as error:
         raise InputError(f"{path}: the folder cannot be read ({error.strerror}); check the permissions") from None

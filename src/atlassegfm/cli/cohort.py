@@ -114,9 +114,8 @@ def segment_cohort(
     session: Session,
     *,
     keep: bool,
-    as_json: bool,
-) -> None:
-    """Segment what is missing or changed, print how it went, and end with the exit code it comes to."""
+) -> Outcome:
+    """Segment what is missing or changed."""
     from ..cohort import Outcome, SegmentWork, parse_shard, run_cohort
     from ..cohort.work import made_with
 
@@ -152,6 +151,11 @@ def segment_cohort(
             f"stopped: {outcome.count('done')} done, {outcome.count('left')} left; the same command goes on from there"
         )
         raise
+    return outcome
+
+
+def tell_outcome(outcome: Outcome, out: Path, session: Session, *, as_json: bool) -> None:
+    """Print how it went, and end with the exit code it comes to."""
     _print_outcome(outcome, out, as_json=as_json)
     _end(outcome, session)
 

@@ -230,7 +230,7 @@ def _feed(client: Any, work: Work, cases: Sequence[Case], watcher: Watcher) -> I
     running: dict[Any, tuple[Case, int]] = {}
     try:
         while queue or running:
-            places = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+            places = max(1, len(client.nthreads()))
             while queue and len(running) < places:
                 case, attempt = queue.popleft()
                 sent = Case(
