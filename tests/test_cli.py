@@ -46,6 +46,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+#: What a folder of results has after one query.
+RESULT = {"query", "query/segmentation.nii.gz", "query/run.json", "query/status.json"}
 ATLAS_ARGUMENTS = ("--atlas", "atlas.nii.gz", "--labels", "labels.nii.gz")
 
 
@@ -59,7 +61,7 @@ def tree(folder: Path) -> set[str]:
 def test_segment_writes_one_folder_per_query(folder: Path, run: Run) -> None:
     outcome = run("segment", *ATLAS_ARGUMENTS, "query.nii.gz", "-o", "deep/out", *FAST)
     assert outcome.code == 0, outcome.err
-    assert tree(folder / "deep" / "out") == {"query", "query/segmentation.nii.gz", "query/run.json"}
+    assert tree(folder / "deep" / "out") == RESULT
     result = load_volume(folder / "deep/out/query/segmentation.nii.gz")
     query = load_volume(folder / "query.nii.gz")
     assert result.data.dtype == np.uint8
@@ -87,10 +89,9 @@ def test_run_json_tells_what_was_done(folder: Path, run: Run) -> None:
     assert content["model"]["name"] == "builtin"
     assert content["model"]["prompt"] == "click"
     assert content["model"]["code_licence"] == "Apache-2.0"
-    assert content["seconds"].keys() == {"registration", "warping", "model", "gate", "fusion", "quality"}
-    assert content["total_seconds"] == pytest.approx(sum(content["seconds"].values()), abs=0.01)
-    assert content["peak_memory_mb"] > 50
-    assert content["registration"].keys() >= {"confidence", "folding", "jacobian", "seconds"}
+    # Another number each time: these stand in status.json.
+    assert not content.keys() & {"seconds", "total_seconds", "peak_memory_mb"}
+    assert content["registration"].keys() >= {"confidence", "folding", "jacobian"}
     assert content["registration"]["jacobian"] is None  # nothing is deformed
     assert [one["name"] for one in content["structures"]] == ["liver", "kidney", "node"]
     assert content["structures"][0]["prompt"].keys() == {"kind", "voxel", "point_mm"}
@@ -98,11 +99,39 @@ def test_run_json_tells_what_was_done(folder: Path, run: Run) -> None:
     assert str(folder) not in text
 
 
+def test_status_json_tells_how_it_went(folder: Path, run: Run) -> None:
+    outcome = run("segment", *ATLAS_ARGUMENTS, "query.nii.gz", "-o", "out", *FAST, "--json")
+    assert outcome.code == 0, outcome.err
+    text = (folder / "out/query/status.json").read_text()
+    content = json.loads(text)
+    assert (content["state"], content["reason"], content["attempts"]) == ("done", "", 1)
+    assert content["seconds"].keys() == {"registration", "warping", "model", "gate", "fusion", "quality"}
+    assert content["total_seconds"] == pytest.approx(sum(content["seconds"].values()), abs=0.01)
+    assert content["registration_seconds"].keys() >= {"prepare"}
+    assert content["peak_memory_mb"] > 50
+    assert content["made_with"].keys() == {
+        *("program", "settings", "context", "customization", "weights", "keep", "formats", "series"),
+        *("query", "transform"),
+    }
+    assert str(folder) not in text
+    assert outcome.json["results"][0] == {
+        "query": "query.nii.gz",
+        "output": "out/query",
+        **json.loads((folder / "out/query/run.json").read_text()),
+        **content,
+    }
+
+
 def test_the_same_bytes_twice(folder: Path, run: Run) -> None:
     for out in ("one", "two"):
-        assert run("segment", *ATLAS_ARGUMENTS, "query.nii.gz", "-o", out, *FAST).code == 0
-    one, other = ((folder / out / "query/segmentation.nii.gz").read_bytes() for out in ("one", "two"))
-    assert one == other
+        assert run("segment", *ATLAS_ARGUMENTS, "query.nii.gz", "-o", out, *FAST, "--keep").code == 0
+    one, other = (
+        {file.relative_to(folder / out): file.read_bytes() for file in (folder / out).rglob("*") if file.is_file()}
+        for out in ("one", "two")
+    )
+    assert len(one) >= 7
+    assert one.keys() == other.keys()
+    assert [str(name) for name in one if one[name] != other[name]] == ["query/status.json"]
 
 
 def test_header_geometry_is_that_of_the_query(folder: Path, run: Run) -> None:
@@ -118,7 +147,8 @@ def test_keep_writes_the_steps_between(folder: Path, run: Run) -> None:
     assert outcome.code == 0, outcome.err
     kept = folder / "out" / "query"
     assert {path.name for path in kept.iterdir()} == {
-        *("segmentation.nii.gz", "run.json", "atlas.nii.gz", "model.nii.gz", "probability.nii.gz", "transform")
+        *("segmentation.nii.gz", "run.json", "atlas.nii.gz", "model.nii.gz", "probability.nii.gz", "transform"),
+        "status.json",
     }
     assert {path.name for path in kept.iterdir()} == results.RESULT_NAMES - {"rtstruct.dcm", "seg.dcm"}
     result = load_labels(kept / "segmentation.nii.gz")
@@ -158,7 +188,9 @@ def test_folder_of_queries(folder: Path, run: Run) -> None:
     outcome = run("segment", *ATLAS_ARGUMENTS, "scans", "query.nii.gz", "-o", "out", *FAST, "--json")
     assert outcome.code == 0, outcome.err
     assert [one["query"] for one in outcome.json["results"]] == ["a.mha", "b.nrrd", "query.nii.gz"]
-    assert "[2/3] b.nrrd registration" in outcome.err
+    assert re.search(
+        r"^\[2/3\] b.nrrd done in \d+\.\d s; 2 done, 0 failed, 1 left, about \d+ s left$", outcome.err, re.MULTILINE
+    )
 
 
 def test_structure_out_of_view_is_named(folder: Path, run: Run) -> None:
@@ -180,7 +212,7 @@ def test_earlier_result_is_replaced_only_by_a_new_one(folder: Path, run: Run, mo
     monkeypatch.undo()
     monkeypatch.chdir(folder)
     assert run(*arguments).code == 0
-    assert tree(folder / "out") == {"query", "query/segmentation.nii.gz", "query/run.json"}
+    assert tree(folder / "out") == RESULT
 
 
 def _refuse(*_: object, **__: object) -> None:
@@ -521,13 +553,18 @@ def test_one_bad_query_of_several(folder: Path, run: Run) -> None:
     assert "error: bad.nii.gz: the file is truncated or damaged; copy it again\n" in outcome.err
     assert "error: absent.nii: no such file; check the path\n" in outcome.err
     assert outcome.err.endswith("error: 2 of 3 queries failed: bad.nii.gz, absent.nii\n")
-    assert tree(folder / "out") == {"query", "query/segmentation.nii.gz", "query/run.json"}
+    failed = {"bad", "bad/status.json", "absent", "absent/status.json"}
+    assert tree(folder / "out") == RESULT | failed | {"cohort.json"}
+    status = json.loads((folder / "out/bad/status.json").read_text())
+    assert (status["state"], status["reason"]) == (
+        "failed",
+        "bad.nii.gz: the file is truncated or damaged; copy it again",
+    )
 
 
 def test_all_of_several_bad(folder: Path, run: Run) -> None:
-    before = tree(folder)
     assert run("segment", *ATLAS_ARGUMENTS, "one.nii", "two.nii", "-o", "out", *FAST).code == 2
-    assert tree(folder) == before
+    assert tree(folder / "out") == {"one", "one/status.json", "two", "two/status.json", "cohort.json"}
 
 
 def _failing_once(error: BaseException) -> Callable[..., Any]:
@@ -557,7 +594,8 @@ def test_defect_does_not_cost_the_other_results(folder: Path, run: Run, monkeypa
     assert outcome.code == 1
     assert "error: query.nii.gz: unexpected error" in outcome.err
     assert "ZeroDivisionError" in outcome.err
-    assert tree(folder / "out") == {"second", "second/segmentation.nii.gz", "second/run.json"}
+    assert tree(folder / "out" / "second") == {"segmentation.nii.gz", "run.json", "status.json"}
+    assert tree(folder / "out" / "query") == {"status.json"}
 
 
 def test_interrupt_leaves_nothing(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -647,7 +685,14 @@ def test_demo(folder: Path, run: Run, small_pair: None) -> None:
     assert outcome.code == 0, outcome.err
     assert tree(folder / "demo") == {
         *("data", "data/atlas.nii.gz", "data/atlas_labels.nii.gz", "data/query.nii.gz", "data/query_reference.nii.gz"),
-        *("result", "result/query", "result/query/segmentation.nii.gz", "result/query/run.json", "demo.png"),
+        *(
+            "result",
+            "result/query",
+            "result/query/segmentation.nii.gz",
+            "result/query/run.json",
+            "result/query/status.json",
+            "demo.png",
+        ),
     }
     for text in ("atlas only", "model", "fused", "liver", "mean", "demo/demo.png"):
         assert text in outcome.out

@@ -67,7 +67,9 @@ def test_series_and_rtstruct_to_three_formats(here: Path, run: Run) -> None:
     outcome = run(*arguments, "--format", "nifti,rtstruct,seg", "--json")
     assert outcome.code == 0, outcome.err
     made = here / "out" / "query"
-    assert {path.name for path in made.iterdir()} == {"segmentation.nii.gz", "rtstruct.dcm", "seg.dcm", "run.json"}
+    assert {path.name for path in made.iterdir()} == {
+        *("segmentation.nii.gz", "rtstruct.dcm", "seg.dcm", "run.json", "status.json")
+    }
     query = load_series(here / "query")
     nifti = load_labels(made / "segmentation.nii.gz")
     assert nifti.grid.distance_mm(query.grid) < 1e-3
@@ -158,7 +160,7 @@ def test_folder_of_series_and_choice_of_one(here: Path, run: Run) -> None:
     assert (here / "out" / "first.patient" / "segmentation.nii.gz").exists()
     both = run(*arguments, "--atlas-series", "thorax", "--series", "3")
     assert both.code == 0, both.err
-    assert sorted(path.name for path in (here / "out").iterdir()) == ["first.patient", "second"]
+    assert sorted(path.name for path in (here / "out").iterdir()) == ["cohort.json", "first.patient", "second"]
 
 
 def test_refusals_write_nothing(here: Path, run: Run) -> None:

@@ -1,6 +1,12 @@
 """Writing results: one folder for each query, whole or not at all.
 
-A folder holds ``segmentation.nii.gz`` and ``run.json``; on request also, or instead of the former,
+A folder holds
+
+- ``segmentation.nii.gz``, unless only DICOM is wanted;
+- ``run.json``: what was done and what came out. The same inputs and settings give the same bytes;
+- ``status.json``: how it went (state, seconds, memory), which is another time each time;
+
+on request also
 
 - ``rtstruct.dcm`` and ``seg.dcm``: the same as RTSTRUCT and DICOM-SEG on the query's own DICOM series. They are read
   back and compared before the folder is kept; ``run.json`` lists the outcome under ``dicom``;
@@ -21,8 +27,12 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
+import socket
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,18 +61,21 @@ from .settings import to_dict
 logger = logging.getLogger(__name__)
 
 #: What a result folder may hold: a folder with anything else in it is never replaced.
+SEGMENTATION, RUN, STATUS = "segmentation.nii.gz", "run.json", "status.json"
 RESULT_NAMES = frozenset(
     {
-        *("segmentation.nii.gz", "rtstruct.dcm", "seg.dcm", "run.json"),
+        *(SEGMENTATION, "rtstruct.dcm", "seg.dcm", RUN, STATUS),
         *("atlas.nii.gz", "model.nii.gz", "probability.nii.gz", "transform"),
     }
 )
 #: What a segmentation can be written as, and the file of each.
-FORMATS = {"nifti": "segmentation.nii.gz", "rtstruct": "rtstruct.dcm", "seg": "seg.dcm"}
+FORMATS = {"nifti": SEGMENTATION, "rtstruct": "rtstruct.dcm", "seg": "seg.dcm"}
 #: Seconds since 1970 that count as now, where set: so that two runs write the same bytes (reproducible-builds.org).
 _EPOCH_VARIABLE = "SOURCE_DATE_EPOCH"
 #: Temporary folders beside results begin so; a killed process may leave one.
 _TEMPORARY_PREFIX = ".writing-"
+#: Seconds after which a temporary folder of an unknown writer is left over: writing a result takes seconds.
+_LEFT_OVER_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +186,7 @@ def replaced_folder(path: Path, known: frozenset[str]) -> Iterator[Path]:
     """
     check_replaceable(path, known)
     with _disk_errors(path):
-        holder = Path(tempfile.mkdtemp(dir=path.parent, prefix=_TEMPORARY_PREFIX))
+        holder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_TEMPORARY_PREFIX}{_host()}-{os.getpid()}-"))
     new, old = holder / "new", holder / "old"
     try:
         with _disk_errors(path):
@@ -190,6 +203,55 @@ def replaced_folder(path: Path, known: frozenset[str]) -> Iterator[Path]:
                     os.replace(old, path)
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> int:
+    """Delete temporary folders that killed processes left beside results.
+
+    Those of a process of this machine that runs are kept, and those of other machines for a day.
+
+    Parameters
+    ----------
+    folder : Path
+        Where results lie; it need not exist.
+
+    Returns
+    -------
+    int
+        How many there were.
+    """
+    removed = 0
+    try:
+        found = [Path(entry) for entry in os.scandir(folder) if entry.name.startswith(_TEMPORARY_PREFIX)]
+    except OSError:
+        return 0
+    for holder in found:
+        host, _, process = holder.name.removeprefix(_TEMPORARY_PREFIX).rpartition("-")[0].rpartition("-")
+        try:
+            old = time.time() - holder.stat().st_mtime > _LEFT_OVER_SECONDS
+        except OSError:
+            continue
+        if old or (host == _host() and process.isdigit() and not _runs(int(process))):
+            shutil.rmtree(holder, ignore_errors=True)
+            removed += 1
+    return removed
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", ".", socket.gethostname()) or "unknown"
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process here."""
+    if sys.platform == "win32":  # where signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # someone else's
+        return True
+    return True
 
 
 @contextmanager
@@ -240,6 +302,7 @@ def write_result(
     *,
     keep: bool = False,
     formats: Sequence[str] = ("nifti",),
+    status: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the result of one query.
 
@@ -255,11 +318,13 @@ def write_result(
         Whether to write the intermediate results too.
     formats : sequence of str
         Of :data:`FORMATS`: what to write the segmentation as.
+    status : mapping of str to Any, optional
+        What ``status.json`` is to say besides, as plain values.
 
     Returns
     -------
     dict
-        What was written to ``run.json``.
+        What was written to ``run.json`` and ``status.json``.
 
     Raises
     ------
@@ -271,6 +336,7 @@ def write_result(
     check_formats(formats, inputs.query)
     structures = inputs.context.structures
     run = run_summary(segmentation, inputs)
+    ended = {"state": "done", "reason": "", **(status or {}), **cost_summary(segmentation)}
     with replaced_folder(folder, RESULT_NAMES) as new, _disk_errors(folder):
         if "nifti" in formats:
             save_volume(segmentation.labels, new / FORMATS["nifti"], structures=structures)
@@ -285,26 +351,56 @@ def write_result(
             run["probability"] = [result.structure.name for result in segmentation.structures]
             found = segmentation.registration
             write_transform(new / "transform", found.linear, found.field, segmentation.grid, found.local)
-        (new / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return run
+        _write_json(run, new / RUN)
+        _write_json(ended, new / STATUS)
+    return run | ended
+
+
+def write_failure(folder: Path, status: Mapping[str, Any]) -> None:
+    """Leave nothing but ``status.json`` in a result folder: an earlier result would pass for one of today.
+
+    Parameters
+    ----------
+    folder : Path
+        The result folder. Its parent exists.
+    status : mapping of str to Any
+        Plain values.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be written or holds something else.
+    """
+    with replaced_folder(folder, RESULT_NAMES) as new, _disk_errors(folder):
+        _write_json(status, new / STATUS)
 
 
 def run_summary(segmentation: Segmentation, inputs: RunInputs) -> dict[str, Any]:
-    """The content of ``run.json``."""
+    """The content of ``run.json``: nothing that differs from one time to the next."""
     summary = segmentation.summary()
     settings = to_dict(segmentation.settings)
     settings["model_path"] = Path(settings["model_path"]).name
+    del summary["seconds"], summary["registration"]["seconds"]
     return {
         "inputs": inputs.summary(),
         **summary,
-        "total_seconds": round(sum(segmentation.seconds.values()), 3),
-        "peak_memory_mb": peak_memory_mb(),
         "settings": settings,
         "versions": {
             "atlassegfm": version(),
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("numpy", "scipy", "torch")},
         },
+    }
+
+
+def cost_summary(segmentation: Segmentation) -> dict[str, Any]:
+    """What ``status.json`` says of time and memory."""
+    summary = segmentation.summary()
+    return {
+        "seconds": summary["seconds"],
+        "registration_seconds": summary["registration"]["seconds"],
+        "total_seconds": round(sum(segmentation.seconds.values()), 3),
+        "peak_memory_mb": peak_memory_mb(),
     }
 
 
@@ -352,6 +448,10 @@ def _provenance(segmentation: Segmentation) -> Provenance:
         descriptions,
         when,
     )
+
+
+def _write_json(content: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _save_probabilities(segmentation: Segmentation, path: Path) -> None:

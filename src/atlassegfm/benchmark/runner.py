@@ -7,7 +7,6 @@ of the same may be added, and a pair whose files have changed is computed again.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import logging
@@ -36,7 +35,7 @@ from ..pipeline import NO_MODEL, Segmentation, Settings, load_chosen, segment
 from ..prompts import make_prompt
 from ..settings import to_dict
 from ..tolerances import Tolerances
-from ..version import __version__
+from ..version import __version__, source_digest
 from .protocols import Pair
 
 logger = logging.getLogger(__name__)
@@ -47,6 +46,7 @@ METHODS = ("atlas", "model", "fused", "oracle")
 #: Code that cannot change a score: a run goes on after a change to it.
 _HARMLESS = ("__main__.py", "cli.py", "cli/", "demo.py", "doctor.py", "report.py", "results.py", "benchmark/tables.py")
 _HARMLESS_TOO = ("benchmark/plots.py", "benchmark/protocols.py", "phantom.py", "memory.py", "benchmark/timing.py")
+_NOT_USED = ("cohort/", "threads.py")
 PLAN, PAIRS = "plan.json", "pairs"
 #: Files of a benchmark's folder; one with anything else in it is not touched.
 OUTPUTS = frozenset({PLAN, PAIRS, "results.csv", "times.csv", "summary.json", "report.md", "dice.png", "dice-time.png"})
@@ -338,13 +338,7 @@ def slug(name: str) -> str:
 
 def code_digest() -> str:
     """12 hex digits over the source of all that can change a score."""
-    root = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        if not name.startswith((*_HARMLESS, *_HARMLESS_TOO)):
-            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
+    return source_digest((*_HARMLESS, *_HARMLESS_TOO, *_NOT_USED), Path(__file__).parents[1])
 
 
 def oracle(atlas: Volume, model: Volume, reference: Volume) -> Volume:

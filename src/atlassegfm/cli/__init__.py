@@ -8,13 +8,11 @@ What computes is imported inside the commands: help and usage errors come at onc
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -22,7 +20,19 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from ..errors import AtlasSegError, InputError, MissingExtraError
+from ..threads import NUMPY_THREADS
 from .benchmark import app as benchmark_app
+from .cohort import (
+    ClusterOption,
+    ClusterOptionsOption,
+    CohortOptions,
+    ForceOption,
+    ShardOption,
+    ThreadsOption,
+    WorkersOption,
+    segment_cohort,
+    tell_outcome,
+)
 from .customization import customize
 from .evaluation import evaluate
 from .models import app as models_app
@@ -60,13 +70,9 @@ from .session import (
 )
 
 if TYPE_CHECKING:
-    from ..context import Context
-    from ..customization import Customization
-    from ..fusion import Gate
-    from ..models import Segmenter
+    from ..cohort import Case, Output
+    from ..cohort.work import ContextSource
     from ..pipeline import Settings
-
-logger = logging.getLogger(__name__)
 
 #: Tables that rich lays out are as wide as this where they go into a file or a pipe.
 _PIPED_WIDTH = 160
@@ -151,74 +157,76 @@ def segment(
             "--format", metavar="A,B,...", help="What to write: nifti, and for DICOM series rtstruct and seg."
         ),
     ] = "nifti",
+    workers: WorkersOption = None,
+    threads: ThreadsOption = None,
+    force: ForceOption = False,
+    shard: ShardOption = None,
+    cluster: ClusterOption = None,
+    cluster_options: ClusterOptionsOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Segment scans by one annotated scan.
 
-    Each query gets a folder of its name in OUT, with segmentation.nii.gz (on the query's own voxels) and
-    run.json (what was done).
+    Each query gets a folder of its name in OUT, with segmentation.nii.gz (on the query's own voxels),
+    run.json (what was done) and status.json (how it went). Given several queries, or a folder, only those
+    are segmented whose result is missing or was made with other files, settings or program.
     """
     with open_session(quiet) as session:
         _check_atlas_options(atlas, labels, names, context)
-        from ..pipeline import load_chosen, prompt_kind, resolve_device
+        from ..pipeline import prompt_kind, resolve_device
         from ..registration import require_engine
         from ..results import check_formats, output_folder
 
-        customization = None
+        options = CohortOptions(workers, threads, force, shard, cluster, cluster_options or ())
+        options.check()
+        base = None
         if context is not None:
             from ..customization import Customization
 
             session.progress("reading the context")
             customization = Customization.load(context)
-        base = None if customization is None else customization.settings
+            base = customization.settings
         settings = build_settings(
             config, overrides, model=model, model_path=model_path, prompt=prompt, seed=seed, base=base
         )
-        if customization is not None:
+        if context is not None:
             customization.check_settings(settings)
         prompt_kind(settings)
         if transform is None:
             require_engine(settings.registration)
-        given = (atlas, labels, names, context, config, model_path, synonyms)
-        inputs = [path for path in given if path is not None]
-        if context is not None and out.resolve().is_relative_to(context.resolve()):
-            raise InputError(f"{out}: is inside the context {context}; choose another output folder")
         selection = build_selection(structures, synonyms, overlap)
         wanted = split_list(formats, "--format")
         check_formats(wanted)
-        jobs = _plan(queries, out, inputs, transform)
-        resolved = resolve_device(device)
+        if context is not None and out.resolve().is_relative_to(context.resolve()):
+            raise InputError(f"{out}: is inside the context {context}; choose another output folder")
+        # Imported here: PyTorch is loaded below, and errors above come at once.
+        from ..cohort import AtlasFiles, ContextFolder, Output, plan_cases
+
+        given = (atlas, labels, names, context, config, model_path, synonyms)
+        inputs = [path for path in given if path is not None]
+        cases = plan_cases([file for path in queries for file in _files(path)], out, inputs, transform)
+        elsewhere = cluster is not None and cluster != "local" and device == "cuda"
+        resolved = device if elsewhere else resolve_device(device)
         if accept_licence:
             accept_licences([settings.model], session)
+        output = Output(keep, wanted, series)
+        if context is not None:
+            source: ContextSource = ContextFolder(context)
+        elif atlas is not None and labels is not None:
+            source = AtlasFiles(atlas, labels, names, atlas_series, selection)
         with output_folder(out):
-            if customization is None:
-                session.progress("reading the atlas")
-            loaded = load_chosen(settings, resolved)
-            if customization is not None:
-                customization.check_model(loaded)
-                setup = _Setup(customization.context, settings, resolved, loaded, customization)
+            outcome = None
+            if len(cases) > 1 or cases[0].query != queries[0] or options.wanted:
+                outcome = segment_cohort(cases, out, source, settings, resolved, options, session, output=output)
             else:
-                from ..context import Context
-
-                # For the type checker: without a context both are there.
-                if atlas is None or labels is None:
-                    raise TypeError("neither an atlas nor a context")
-                annotated = Context.from_files(atlas, labels, names, series=atlas_series, selection=selection)
-                setup = _Setup(annotated, settings, resolved, loaded)
-            done, failed = _segment_all(jobs, setup, session, _Output(keep, wanted, series))
-    if as_json:
-        failures = [{"query": _name(failure.job.query), "reason": failure.reason} for failure in failed]
-        print_json({"results": done, "failures": failures})
+                run = _segment_one(cases[0], out, source, settings, resolved, session, output=output, threads=threads)
+    if outcome is not None:
+        tell_outcome(outcome, out, session, as_json=as_json)
+    elif as_json:
+        print_json({"results": [run], "failures": []})
     else:
-        for run in done:
-            _print_run(run)
-    if failed:
-        if len(jobs) > 1:
-            listed = ", ".join(str(failure.job.query) for failure in failed)
-            session.error(f"{len(failed)} of {len(jobs)} queries failed: {listed}")
-        # Where every query is bad input, the call was wrong as a whole.
-        raise typer.Exit(EXIT_USAGE if all(failure.is_input for failure in failed) and not done else EXIT_FAILURES)
+        _print_run(run)
 
 
 @app.command()
@@ -332,6 +340,7 @@ def main() -> NoReturn:
     # PyTorch's threads spin while they wait for each other. On a machine with other work, two threads on two cores
     # then took 140 s for a pair that takes 25 s when they sleep. Read when PyTorch is loaded, so set first.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault(*NUMPY_THREADS)
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         code = typer.main.get_command(app).main(prog_name="atlassegfm", standalone_mode=False)
@@ -347,100 +356,7 @@ def main() -> NoReturn:
     sys.exit(code or 0)
 
 
-# One query after the other
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A query, the folder of its result, and the transform to take instead of registering."""
-
-    query: Path
-    folder: Path
-    transform: Path | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class _Setup:
-    """What all queries share: the atlas, settings, the model, and the context they come from, where one was given."""
-
-    context: Context
-    settings: Settings
-    device: str
-    model: Segmenter | None
-    customization: Customization | None = None
-
-
-@dataclass(frozen=True)
-class _Output:
-    """What is written besides run.json, and which series of DICOM queries is read."""
-
-    keep: bool
-    formats: tuple[str, ...]
-    series: str | None
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """Why there is no result, and whether the query itself is to blame."""
-
-    job: _Job
-    reason: str
-    is_input: bool
-
-
-def _plan(queries: Sequence[Path], out: Path, inputs: Sequence[Path], transform: Path | None) -> list[_Job]:
-    """Which files are to be segmented and where the results go; checked before anything is computed."""
-    from ..image import image_stem
-    from ..results import RESULT_NAMES, check_replaceable
-
-    jobs: dict[str, _Job] = {}
-    for query in [file for path in queries for file in _files(path)]:
-        stem = _name(query) if query.is_dir() else image_stem(query)
-        if not stem:
-            raise InputError(f"{query}: the file has no name before its ending; rename it")
-        if stem in jobs:
-            raise InputError(
-                f"{query}: its result would go to {out / stem}, as that of {jobs[stem].query}; "
-                "rename one, or segment them in two calls"
-            )
-        jobs[stem] = _Job(query, out / stem)
-    if transform is not None:
-        jobs = {stem: replace(job, transform=_transform_of(stem, jobs, transform)) for stem, job in jobs.items()}
-        inputs = (*inputs, *(job.transform for job in jobs.values() if job.transform is not None))
-    for job in jobs.values():
-        target = job.folder.resolve()
-        for path in (*(other.query for other in jobs.values()), *inputs):
-            if path.resolve().is_relative_to(target):
-                raise InputError(
-                    f"{path}: would be overwritten, as the result of {job.query} goes to {job.folder}; "
-                    "choose another output folder"
-                )
-        if out.exists() and out.resolve() == job.query.resolve():
-            raise InputError(f"{out}: is the query and would be overwritten; choose another output folder")
-        check_replaceable(job.folder, RESULT_NAMES)
-    return list(jobs.values())
-
-
-def _transform_of(stem: str, jobs: Mapping[str, _Job], given: Path) -> Path:
-    """Where the transform of a query lies: what was given, or what belongs to it in a folder of results."""
-    from ..itk import is_transform
-
-    if not given.exists():
-        raise InputError(f"{given}: no such file or folder; expected a saved transform")
-    if is_transform(given):
-        if len(jobs) > 1:
-            raise InputError(
-                f"{given}: one transform for {len(jobs)} queries, and each needs its own; give one query, or a folder "
-                "of results made with --keep"
-            )
-        return given
-    belonging = given / stem / "transform"
-    if not is_transform(belonging):
-        raise InputError(
-            f"{given}: no transform for {jobs[stem].query}; expected {belonging} (in a folder of results made with "
-            "--keep), or give a transform folder or file"
-        )
-    return belonging
+# One query
 
 
 def _name(path: Path) -> str:
@@ -457,7 +373,8 @@ def _files(path: Path) -> list[Path]:
         return [path]
     try:
         entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-        found = [entry for entry in entries if image_suffix(entry) and entry.is_file()]
+        # A link that leads nowhere is a scan that is missing, and must be told of.
+        found = [entry for entry in entries if image_suffix(entry) and (entry.is_file() or not entry.exists())]
         if is_series_folder(path):
             if found:
                 raise InputError(
@@ -476,64 +393,6 @@ def _files(path: Path) -> list[Path]:
     return found
 
 
-def _segment_all(
-    jobs: Sequence[_Job], setup: _Setup, session: Session, output: _Output
-) -> tuple[list[dict[str, Any]], list[_Failure]]:
-    """What was written to each ``run.json``, and what failed; a failure does not stop the others."""
-    done, failed = [], []
-    gate = None if setup.customization is None else setup.customization.gate
-    for number, job in enumerate(jobs, start=1):
-        session.begin(number, len(jobs), _name(job.query))
-        try:
-            run, trained = _segment_one(job, setup, gate, session, output)
-            done.append(run)
-            if setup.settings.fusion.examples == "simulated":
-                gate = trained  # on the atlas alone: the first query pays for all
-        except AtlasSegError as error:
-            reason = str(error)
-            if not reason.startswith(str(job.query)):
-                reason = f"{job.query}: {reason}"
-            session.error(reason)
-            failed.append(_Failure(job, reason, isinstance(error, InputError)))
-        except Exception as error:
-            # A defect of this program: one scan that meets it must not cost the results of all others.
-            if len(jobs) == 1:
-                raise
-            logger.exception("%s: unexpected error", job.query)
-            failed.append(_Failure(job, f"{job.query}: unexpected error ({error!r})", is_input=False))
-    return done, failed
-
-
-def _segment_one(
-    job: _Job, setup: _Setup, gate: Gate | None, session: Session, output: _Output
-) -> tuple[dict[str, Any], Gate | None]:
-    """What was written to ``run.json``, and the gate that was used."""
-    from .. import pipeline
-    from ..dicom import open_image
-    from ..itk import read_transform
-    from ..results import RunInputs, check_formats, write_result
-
-    session.progress("reading")
-    transform = None if job.transform is None else read_transform(job.transform)
-    query = open_image(job.query, output.series if job.query.is_dir() else None)
-    check_formats(output.formats, query)
-    result = pipeline.segment(
-        setup.context,
-        query,
-        setup.settings,
-        device=setup.device,
-        on_stage=session.progress,
-        model=setup.model,
-        transform=transform,
-        gate=gate,
-    )
-    session.progress("writing")
-    saved = None if setup.customization is None else setup.customization.summary()
-    inputs = RunInputs(setup.context, query, job.transform, saved)
-    run = write_result(result, inputs, job.folder, keep=output.keep, formats=output.formats)
-    return {"query": _name(job.query), "output": str(job.folder), **run}, result.gate
-
-
 def _check_atlas_options(atlas: Path | None, labels: Path | None, names: Path | None, context: Path | None) -> None:
     """Either an atlas with its labels, or a context."""
     given = {"--atlas": atlas, "--labels": labels, "--names": names}
@@ -545,6 +404,38 @@ def _check_atlas_options(atlas: Path | None, labels: Path | None, names: Path | 
     for option in ("--atlas", "--labels"):
         if given[option] is None:
             raise InputError(f"Missing option '{option}'; give --atlas and --labels, or --context")
+
+
+def _segment_one(
+    case: Case,
+    out: Path,
+    source: ContextSource,
+    settings: Settings,
+    device: str,
+    session: Session,
+    *,
+    output: Output,
+    threads: int | None,
+) -> dict[str, Any]:
+    """Segment a single query in any case; gives what was written to ``run.json`` and ``status.json``."""
+    from ..cohort import SegmentWork
+    from ..cohort.work import made_with
+
+    session.progress("reading the atlas")
+    work = SegmentWork(out, source, settings, device, threads, output, {})
+    loaded = work.load()
+    made = made_with(loaded.annotated, settings, device=device, threads=threads, output=output)
+    loaded = replace(loaded, work=replace(work, made_with=made))
+    session.begin(1, 1, case.query.name)
+    try:
+        run = loaded.segment(case, 1, session.progress)
+    except AtlasSegError as error:
+        reason = str(error)
+        session.error(reason if reason.startswith(str(case.query)) else f"{case.query}: {reason}")
+        raise typer.Exit(EXIT_USAGE if isinstance(error, InputError) else EXIT_FAILURES) from None
+    for doubt in run["doubts"]:
+        session.say(f"warning: {case.query}: {doubt}")
+    return {"query": _name(case.query), "output": str(out / case.name), **run}
 
 
 def _terminate(number: int, _frame: FrameType | None) -> NoReturn:

@@ -192,6 +192,13 @@ class Session:
         elif not self._quiet and not self._silent and ": " not in stage:
             self.say(f"{self._prefix}{stage}")
 
+    def advance(self, description: str, line: str = "") -> None:
+        """Say how far all of it is: as the bar's text, or, where there is no bar, in a line of its own."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=description.replace("[", r"\["))
+        elif line and not self._quiet:
+            self.say(line)
+
     def error(self, reason: str) -> None:
         """Say what went wrong."""
         self.say(f"error: {sentence(reason)}")

@@ -1,0 +1,70 @@
+"""How many threads the libraries below compute with.
+
+The number decides in which order sums are added up, and so the last bits of a result: what must come out alike is
+computed with the same number everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+#: Read by OpenMP (PyTorch), its linear algebra, and ITK, when they are loaded.
+_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
+#: Linear algebra of NumPy and SciPy: always one, as only small matrices come there, and as it cannot be changed later.
+NUMPY_THREADS = ("OPENBLAS_NUM_THREADS", "1")
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use: a scheduler may have given it a part of the machine."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows
+        return os.cpu_count() or 1
+
+
+def thread_variables(count: int) -> dict[str, str]:
+    """Environment variables under which a program computes with this many threads."""
+    return {**dict.fromkeys(_VARIABLES, str(count)), NUMPY_THREADS[0]: NUMPY_THREADS[1]}
+
+
+@contextmanager
+def changed_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, for the processes started meanwhile; all is put back at the end."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def limited_threads(count: int | None) -> Iterator[None]:
+    """Compute with this many threads, in this thread of the program; all is put back at the end.
+
+    Parameters
+    ----------
+    count : int or None
+        At least 1; None changes nothing.
+    """
+    if count is None:
+        yield
+        return
+    with changed_environment(thread_variables(count)):
+        import SimpleITK
+        import torch
+
+        threads, itk = torch.get_num_threads(), SimpleITK.ProcessObject.GetGlobalDefaultNumberOfThreads()
+        torch.set_num_threads(count)
+        SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(itk)

@@ -1,0 +1,87 @@
+"""Work that takes no time, for tests of those who share it out. Other processes import it, so it is a module."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atlassegfm.cohort.plan import Case
+from atlassegfm.cohort.work import Ended
+from atlassegfm.errors import InputError
+from atlassegfm.results import write_failure
+from atlassegfm.threads import thread_variables
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """Writes a result of a few bytes for each case.
+
+    Parameters
+    ----------
+    out : Path
+        Folder of the result folders.
+    deadly : str
+        Begin of the names of cases whose worker is killed at the first attempt.
+    fatal : str
+        The same at every attempt.
+    refuses : bool
+        Whether it cannot be opened.
+    seconds : float
+        That a case takes.
+    """
+
+    out: Path
+    deadly: str = "deadly"
+    fatal: str = "fatal"
+    refuses: bool = False
+    seconds: float = 0.0
+
+    @property
+    def key(self) -> str:
+        return str(self.out)
+
+    @property
+    def made_with(self) -> Mapping[str, Any]:
+        return {"program": "stand-in"}
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        return thread_variables(1)
+
+    def absolute(self) -> StandIn:
+        return self
+
+    def open(self) -> Callable[[Case, int, Callable[[str], None]], Ended]:
+        if self.refuses:
+            raise InputError("atlas.nii.gz: no such file")
+        with (self.out / "opened.txt").open("a") as log:
+            log.write(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}\n")
+
+        def do(case: Case, attempt: int, tell: Callable[[str], None]) -> Ended:
+            tell("working")
+            with (self.out / "begun.txt").open("a") as log:
+                log.write(f"{case.name} {attempt} {os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
+            if case.name.startswith(self.fatal) or (case.name.startswith(self.deadly) and attempt == 1):
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(self.seconds)
+            write_failure(self.out / case.name, {"state": "done", "made_with": self.made_with})
+            return Ended(case, "done", attempts=attempt)
+
+        return do
+
+    def give_up(self, case: Case, reason: str, attempts: int) -> Ended:
+        write_failure(self.out / case.name, {"state": "failed"})
+        return Ended(case, "failed", reason, attempts=attempts)
+
+
+class Silent:
+    """Watches and says nothing."""
+
+    def begun(self, case: Case) -> None: ...
+
+    def stage(self, case: Case, text: str) -> None: ...
