@@ -5,6 +5,7 @@ A folder holds ``segmentation.nii.gz`` and ``run.json``; on request also
 - ``atlas.nii.gz`` and ``model.nii.gz``: label maps of the warped atlas and of the model alone;
 - ``probability.nii.gz``: fused probabilities, one volume for each structure in the order that ``run.json`` lists
   under ``probability``, as bytes with a scale of 1/255 in the header;
+- ``report.html`` and ``overview.png``: written by :mod:`atlassegfm.report`, gone when the result is made again;
 - ``transform/``: the map from query to atlas as ITK, ANTs, 3D Slicer and ``segment --transform`` read it; see
   :mod:`atlassegfm.itk`.
 
@@ -37,7 +38,10 @@ from .settings import to_dict
 
 #: What a result folder may hold: a folder with anything else in it is never replaced.
 RESULT_NAMES = frozenset(
-    {"segmentation.nii.gz", "run.json", "atlas.nii.gz", "model.nii.gz", "probability.nii.gz", "transform"}
+    {
+        *("segmentation.nii.gz", "run.json", "atlas.nii.gz", "model.nii.gz", "probability.nii.gz", "transform"),
+        *("report.html", "overview.png"),
+    }
 )
 #: Temporary folders beside results begin so; a killed process may leave one.
 _TEMPORARY_PREFIX = ".writing-"

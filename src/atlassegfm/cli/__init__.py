@@ -25,6 +25,7 @@ from ..errors import AtlasSegError, InputError, MissingExtraError
 from .benchmark import app as benchmark_app
 from .evaluation import evaluate
 from .models import app as models_app
+from .report import report, report_on, require_pictures
 from .session import (
     EXIT_FAILURES,
     EXIT_INTERRUPTED,
@@ -49,6 +50,7 @@ from .session import (
     score_text,
     sentence,
 )
+from .suggest import suggest
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -111,6 +113,10 @@ def segment(
     keep: Annotated[
         bool, typer.Option("--keep", help="Also write atlas, model and probability maps, and the transform.")
     ] = False,
+    write_report: Annotated[
+        bool,
+        typer.Option("--report", help="Also write OUT/report.html and a page for each case; keeps what --keep keeps."),
+    ] = False,
     transform: Annotated[
         Path | None,
         typer.Option(
@@ -135,6 +141,8 @@ def segment(
 
         settings = build_settings(config, overrides, model=model, model_path=model_path, prompt=prompt, seed=seed)
         prompt_kind(settings)
+        if write_report:
+            require_pictures()
         if transform is None:
             require_engine(settings.registration)
         inputs = [path for path in (atlas, labels, names, config, model_path) if path is not None]
@@ -148,7 +156,9 @@ def segment(
             from ..context import Context
 
             context = Context.from_files(atlas, labels, names)
-            done, failed = _segment_all(jobs, context, settings, resolved, loaded, session, keep=keep)
+            done, failed = _segment_all(jobs, context, settings, resolved, loaded, session, keep=keep or write_report)
+            if write_report and done:
+                report_on(out, [job.query for job in jobs], session)
     if as_json:
         failures = [{"query": failure.job.query.name, "reason": failure.reason} for failure in failed]
         print_json({"results": done, "failures": failures})
@@ -250,6 +260,8 @@ def check(
 
 
 app.command()(evaluate)
+app.command()(report)
+app.command()(suggest)
 app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(models_app, name="models")
 

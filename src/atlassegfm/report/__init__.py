@@ -5,6 +5,8 @@ Everything a page needs is in the page: it opens from a folder, without a server
 
 from __future__ import annotations
 
+from .case import CaseOptions
+from .cohort import ReportOptions, Written, write_report
 from .overview import draw_overview, require_report_extra
 
-__all__ = ["draw_overview", "require_report_extra"]
+__all__ = ["CaseOptions", "ReportOptions", "Written", "draw_overview", "require_report_extra", "write_report"]
