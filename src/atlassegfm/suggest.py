@@ -333,7 +333,8 @@ def draw_suggestion(suggestion: Suggestion, path: Path) -> None:
         0.03,
         0.925,
         f"It looks most like the other {len(suggestion.names) - 1} scans after a coarse linear registration: "
-        f"similarity {best.score:.3f} on the average, {best.lowest:.3f} to the one least like it ({_short(best.furthest, 30)}). "
+        f"similarity {best.score:.3f} on the average, {best.lowest:.3f} to the one least like it "
+        f"({_short(best.furthest, 30)}). "
         f"{suggestion.pairs} pairs in {suggestion.seconds:.0f} s.",
         color=_SOFT,
         size=12,
