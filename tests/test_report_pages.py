@@ -248,12 +248,23 @@ def test_a_damaged_result_costs_only_its_own_page(cohort: tuple[Path, Path], tmp
 
 def test_what_a_cohort_says_of_its_failures_is_read(tmp_path: Path) -> None:
     write_result(tmp_path / "one", 0, keep=False)
-    cases = [{"name": "one", "state": "done"}, {"name": "two", "state": "failed", "reason": "/x/y z/two.nii: damaged"}]
-    (tmp_path / "cohort.json").write_text(json.dumps({"cases": cases}))
+    write_result(tmp_path / "five", 0, keep=False)
+    (tmp_path / "five" / "status.json").write_text(
+        json.dumps({"state": "done", "doubts": ["another part of the body?"]})
+    )
+    first = [{"case": "one", "state": "done"}, {"case": "two", "state": "failed", "reason": "/x/y z/two.nii: damaged"}]
+    second = [{"case": "three", "state": "left", "reason": ""}]
+    (tmp_path / "cohort-1-of-2.json").write_text(json.dumps({"cases": first}))
+    (tmp_path / "cohort-2-of-2.json").write_text(json.dumps({"cases": second}))
     found = read_folder(tmp_path)
-    assert [case.name for case in found.cases] == ["one"]
-    assert [(one.name, one.state, one.reason) for one in found.failures] == [("two", "failed", "two.nii: damaged")]
+    assert [case.name for case in found.cases] == ["five", "one"]
+    listed = [(one.name, one.state, one.reason) for one in found.failures]
+    assert listed == [("three", "left", ""), ("two", "failed", "two.nii: damaged")]
     assert not found.has_verdicts
+    text = write_report(tmp_path, options=ReportOptions(cases=False)).path.read_text()
+    assert "another part of the body?" in text
+    assert re.search(r"cases to come</span><b>1</b>", text)
+    assert re.search(r"cases without</span><b>1</b>", text)
 
 
 def test_times_may_stand_in_the_status_file(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ What nobody knows before contouring is left out: whether a scan shows the wanted
 from __future__ import annotations
 
 import math
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,6 +38,8 @@ LANDMARKS, FINALISTS = 8, 3
 _RADIUS = 2
 #: Variance below which a window has no contrast to compare; intensities are 0 to 1.
 _FLAT = 1e-5
+#: Scores closer than this share say nothing: made-up patients that are equally good atlases differ by 1 %.
+_CLEAR = 0.03
 #: A correlation over a window counts where at least this share of it is in both fields of view.
 _LEAST_SHARE = 0.01
 
@@ -102,10 +103,17 @@ class Suggestion:
     pairs: int
     seconds: float
 
+    @property
+    def differs(self) -> bool:
+        """Whether the best candidate is clearly nearer to the others than the middle one."""
+        middle = self.candidates[len(self.candidates) // 2].score
+        return self.candidates[0].score - middle >= _CLEAR * middle
+
     def summary(self) -> dict[str, Any]:
         """As plain values."""
         return {
             "best": self.candidates[0].name,
+            "differs": self.differs,
             "candidates": [
                 {
                     "rank": rank,
@@ -335,7 +343,8 @@ def draw_suggestion(suggestion: Suggestion, path: Path) -> None:
         f"It looks most like the other {len(suggestion.names) - 1} scans after a coarse linear registration: "
         f"similarity {best.score:.3f} on the average, {best.lowest:.3f} to the one least like it "
         f"({_short(best.furthest, 30)}). "
-        f"{suggestion.pairs} pairs in {suggestion.seconds:.0f} s.",
+        + ("" if suggestion.differs else "The scans differ little: others would do as well. ")
+        + f"{suggestion.pairs} pairs in {suggestion.seconds:.0f} s.",
         color=_SOFT,
         size=12,
         **style,
@@ -349,7 +358,9 @@ def draw_suggestion(suggestion: Suggestion, path: Path) -> None:
 
 
 def _short(name: str, width: int) -> str:
-    return name if len(name) <= width else textwrap.shorten(name, width, placeholder="…") or name[: width - 1] + "…"
+    """The end of a long name, where names of a folder differ; without nnU-Net's number of the only channel."""
+    name = name.removesuffix("_0000")
+    return name if len(name) <= width else f"…{name[1 - width :]}"
 
 
 def _head(axes: Any, title: str, style: dict[str, Any]) -> None:

@@ -94,6 +94,8 @@ def suggest(
         print_json(found.summary())
         return
     typer.echo(f"contour {found.candidates[0].name} first  ({found.pairs} pairs in {found.seconds:.0f} s)")
+    if not found.differs:
+        typer.echo("the scans differ little: others would do as well")
     rows = [
         (str(number), one.name, f"{one.score:.3f}", f"{one.lowest:.3f}", one.furthest, str(one.compared))
         for number, one in enumerate(found.candidates, start=1)

@@ -18,7 +18,7 @@ from ..errors import InputError
 from ..image import Volume, atomic_path, load_image, load_labels
 from ..metrics import dice_per_structure
 from ..structures import Structure, structures_of
-from .folder import ATLAS, CASE_PAGE, CASE_PICTURE, MODEL, RUN, SEGMENTATION, CaseRow
+from .folder import ATLAS, CASE_PAGE, CASE_PICTURE, MODEL, RUN, SEGMENTATION, STATUS, CaseRow
 from .overview import draw_overview
 from .page import (
     asset,
@@ -178,7 +178,9 @@ def _fingerprint(folder: Path, image: Path | None, options: CaseOptions, back: s
     found = hashlib.sha256(f"{_EDITION} {options} {back}".encode())
     for name in ("report.css", "case.js"):
         found.update(asset(name).encode())
-    found.update((folder / RUN).read_bytes())
+    for name in (RUN, STATUS):
+        if (folder / name).is_file():
+            found.update((folder / name).read_bytes())
     for path in (folder / SEGMENTATION, folder / ATLAS, folder / MODEL, image):
         if path is not None and path.exists():
             status = path.stat()
@@ -386,7 +388,7 @@ def _head(case: CaseRow, maps: _Maps, back: str) -> str:
         tile("model", text(case.model.get("name", "-")), f"prompt: {text(case.model.get('prompt') or '-')}"),
         tile("time", duration(case.total_seconds), text(case.run.get("device", ""))),
     ]
-    notes = [] if not maps.image_note else [maps.image_note]
+    notes = [text(doubt) for doubt in case.doubts] + ([maps.image_note] if maps.image_note else [])
     if maps.atlas is None:
         notes.append(
             "The atlas's and the model's own label maps were not kept: only the result is outlined. "

@@ -20,6 +20,7 @@ from .folder import (
     CASE_PAGE,
     COHORT_PAGE,
     VERDICTS,
+    WAITING,
     CaseRow,
     Failure,
     ResultFolder,
@@ -243,7 +244,11 @@ def _first_to_see(
 ) -> list[tuple[str, str, str, str]]:
     """Kind, case, link and what is the matter, the worst first."""
     found: list[tuple[float, str, str, str, str]] = []
-    found += [(0.0, "failed", one.name, "", f"no result ({one.state}): {one.reason}") for one in failures]
+    found += [
+        (0.0, "failed", one.name, "", f"no result ({one.state}): {one.reason}")
+        for one in failures
+        if one.state not in WAITING
+    ]
     odd = {
         (name, value): volume / spread.median
         for value, spread in volumes.items()
@@ -251,6 +256,7 @@ def _first_to_see(
         if far
     }
     for entry in entries:
+        found += [(0.5, "look", entry.case.name, entry.link, doubt) for doubt in entry.case.doubts]
         for row in entry.case.structures:
             remarks = []
             rank = 9.0
@@ -299,13 +305,13 @@ def _page(title: str, entries: Sequence[_Entry], found: ResultFolder, problems: 
 
 def _head(title: str, entries: Sequence[_Entry], found: ResultFolder, problems: Sequence[str]) -> str:
     rows = [row for entry in entries for row in entry.case.structures]
-    waiting = sum(one.state == "running" for one in found.failures)
+    waiting = sum(one.state in WAITING for one in found.failures)
     failed = len(found.failures) - waiting
     tiles = [tile("cases with a result", str(len(entries)), f"{len(rows)} structures in all")]
     if failed:
         tiles.append(tile("cases without", str(failed), "see below", "failed"))
     if waiting:
-        tiles.append(tile("running", str(waiting)))
+        tiles.append(tile("cases to come", str(waiting), "not done yet"))
     if found.has_verdicts:
         counts = Counter(row.verdict for row in rows)
         for verdict in VERDICTS:

@@ -17,12 +17,16 @@ from typing import Any, Literal
 from ..errors import InputError
 from ..structures import palette_color
 
-RUN, STATUS, COHORT = "run.json", "status.json", "cohort.json"
+RUN, STATUS = "run.json", "status.json"
+#: The summary of a cohort, or one for each of its parts.
+COHORTS = "cohort*.json"
 SEGMENTATION, ATLAS, MODEL = "segmentation.nii.gz", "atlas.nii.gz", "model.nii.gz"
 #: What the report writes into the folder of a case, and into the folder of the cohort.
 CASE_PAGE, CASE_PICTURE, COHORT_PAGE = "report.html", "overview.png", "report.html"
 
 Verdict = Literal["good", "review", "failed"]
+#: States of cases that are not done yet.
+WAITING = ("running", "left")
 #: From the best to the worst.
 VERDICTS: tuple[Verdict, ...] = ("good", "review", "failed")
 
@@ -85,6 +89,8 @@ class CaseRow:
         Of all of them.
     run : mapping of str to Any
         ``run.json`` as it is.
+    doubts : tuple of str
+        What made the program doubt the result as a whole.
     """
 
     name: str
@@ -93,6 +99,7 @@ class CaseRow:
     seconds: Mapping[str, float]
     total_seconds: float | None
     run: Mapping[str, Any] = field(repr=False)
+    doubts: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> Verdict | None:
@@ -141,7 +148,7 @@ class Failure:
     name : str
         Of the case.
     state : str
-        "failed", "running", "unreadable", ...
+        "failed", "unreadable", or one of :data:`WAITING`.
     reason : str
         In words, without the folders that a path may name.
     """
@@ -224,9 +231,10 @@ def read_folder(path: Path) -> ResultFolder:
         elif state:
             failures[folder.name] = Failure(folder.name, state, shown_reason(_mapping(status).get("reason")))
     done = {case.name for case in cases}
-    for failure in _cohort_failures(path / COHORT):
-        if failure.name not in done:
-            failures.setdefault(failure.name, failure)
+    for summary in sorted(path.glob(COHORTS)):
+        for failure in _cohort_failures(summary):
+            if failure.name not in done:
+                failures.setdefault(failure.name, failure)
     if not cases and not failures:
         raise InputError(
             f"{path}: no result in its subfolders (no {RUN}); give the folder that `atlassegfm segment -o` wrote"
@@ -286,13 +294,14 @@ def _case(folder: Path, run: Mapping[str, Any], status: Mapping[str, Any]) -> Ca
             total = number(source.get("total_seconds"))
     if total is None and stages:
         total = sum(stages.values())
-    return CaseRow(folder.name, folder, tuple(rows), stages, total, run)
+    doubts = status.get("doubts")
+    said = tuple(shown_reason(one) for one in doubts) if isinstance(doubts, list) else ()
+    return CaseRow(folder.name, folder, tuple(rows), stages, total, run, said)
 
 
 def _cohort_failures(path: Path) -> list[Failure]:
     """What the summary of a cohort says of cases without a result."""
-    content = _json(path) if path.is_file() else None
-    cases = _mapping(content).get("cases")
+    cases = _mapping(_json(path)).get("cases")
     if isinstance(cases, dict):
         listed = [{"name": name, **_mapping(case)} for name, case in cases.items()]
     elif isinstance(cases, list):
@@ -301,7 +310,7 @@ def _cohort_failures(path: Path) -> list[Failure]:
         return []
     failures = []
     for case in listed:
-        name = next((case[key] for key in ("name", "case", "query") if isinstance(case.get(key), str)), None)
+        name = next((case[key] for key in ("case", "name", "query") if isinstance(case.get(key), str)), None)
         state = str(case.get("state", ""))
         if name and state and state not in ("done", "kept"):
             failures.append(Failure(shown_reason(name), state, shown_reason(case.get("reason"))))

@@ -40,7 +40,7 @@
       ] : [["verdict", "", () => 9, () => badge(null)]]),
       ["present", "n", (row) => row[6] - row[7], (row) => cell(row[7] ? `${row[6]} of ${row[7]}` : "-", "n")],
       ["lowest round trip", "n", (row) => row[8], (row) => number(row[8], 2)],
-      ["lowest agreement", "n", (row) => row[9], (row) => number(row[9], 2)],
+      ...(data.agreed ? [["lowest agreement", "n", (row) => row[9], (row) => number(row[9], 2)]] : []),
       ["registration confidence", "n", (row) => row[10], (row) => number(row[10], 2)],
       ["seconds", "n", (row) => row[11], (row) => number(row[11], 1)],
       ["unusual volumes", "n", (row) => row[12], (row) => cell(row[12] || "", "n")],
@@ -72,8 +72,10 @@
         return made;
       }],
       ["round trip", "n", (row) => row[7], (row) => number(row[7], 2)],
-      ["atlas · model", "n", (row) => row[8], (row) => number(row[8], 2)],
-      ["result · atlas", "n", (row) => row[9], (row) => number(row[9], 2)],
+      ...(data.agreed ? [
+        ["atlas · model", "n", (row) => row[8], (row) => number(row[8], 2)],
+        ["result · atlas", "n", (row) => row[9], (row) => number(row[9], 2)],
+      ] : []),
       ["remarks", "why", (row) => row[10], (row) => cell(row[10], "why")],
     ],
   };
