@@ -36,11 +36,13 @@ from .memory import peak_memory_mb
 from .pipeline import Segmentation
 from .settings import to_dict
 
+#: What a report adds to a result folder; gone when the result is made again.
+REPORT_NAMES = frozenset({"report.html", "overview.png"})
 #: What a result folder may hold: a folder with anything else in it is never replaced.
 RESULT_NAMES = frozenset(
     {
         *("segmentation.nii.gz", "run.json", "atlas.nii.gz", "model.nii.gz", "probability.nii.gz", "transform"),
-        *("report.html", "overview.png"),
+        *REPORT_NAMES,
     }
 )
 #: Temporary folders beside results begin so; a killed process may leave one.

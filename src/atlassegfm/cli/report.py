@@ -66,7 +66,7 @@ def report(
             min=0,
             help="Reduce scans to so many voxels for the interactive view; 0 leaves the view out.",
         ),
-    ] = 4_000_000,
+    ] = 8_000_000,
     title: Annotated[str, typer.Option("--title", help="Head of the page [default: the name of OUT].")] = "",
     force: Annotated[bool, typer.Option("--force", help="Make pages again that are up to date.")] = False,
     as_json: JsonOption = False,

@@ -101,7 +101,7 @@ class CaseOptions:
         Whether to draw ``overview.png`` (extra "report").
     """
 
-    viewer_voxels: int = 4_000_000
+    viewer_voxels: int = 8_000_000
     overview: bool = True
 
 

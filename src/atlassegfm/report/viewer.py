@@ -16,6 +16,8 @@ from ..image import Volume, smallest_label_type
 
 #: Percentiles of the scan that the 8 bits of the view span.
 _LOWEST, _HIGHEST = 0.2, 99.9
+#: Spacings up to this factor apart count as one: voxels stay square in a slice.
+_ALIKE = 1.05
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,11 @@ class Thinning:
 
 
 def thinning(grid: Grid, most_voxels: int) -> Thinning:
-    """Whole factors that bring a grid below a number of voxels, the finest axes first."""
+    """Whole factors that bring a grid below a number of voxels, the finest axes first, those alike together."""
     factors = np.ones(3, int)
     while np.prod(np.ceil(np.array(grid.shape) / factors)) > most_voxels:
-        spacing = grid.spacing_mm * factors
-        factors[int(np.argmin(np.where(factors < grid.shape, spacing, np.inf)))] += 1
+        spacing = np.where(factors < grid.shape, grid.spacing_mm * factors, np.inf)
+        factors[spacing <= _ALIKE * spacing.min()] += 1
     i, j, k = (int(n) for n in factors)
     shape = tuple(-(-n // f) for n, f in zip(grid.shape, (i, j, k), strict=True))
     return Thinning((i, j, k), (shape[0], shape[1], shape[2]))
