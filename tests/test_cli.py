@@ -150,7 +150,8 @@ def test_keep_writes_the_steps_between(folder: Path, run: Run) -> None:
         *("segmentation.nii.gz", "run.json", "atlas.nii.gz", "model.nii.gz", "probability.nii.gz", "transform"),
         "status.json",
     }
-    assert {path.name for path in kept.iterdir()} == results.RESULT_NAMES - {"rtstruct.dcm", "seg.dcm"}
+    others = {"rtstruct.dcm", "seg.dcm"} | results.REPORT_NAMES
+    assert {path.name for path in kept.iterdir()} == results.RESULT_NAMES - others
     result = load_labels(kept / "segmentation.nii.gz")
     for name in ("atlas.nii.gz", "model.nii.gz"):
         np.testing.assert_array_equal(load_labels(kept / name).grid.affine, result.grid.affine)

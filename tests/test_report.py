@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from atlassegfm.errors import InputError, MissingExtraError
 from atlassegfm.geometry import Grid
 from atlassegfm.image import Volume
-from atlassegfm.report import _best_slice, _letters, draw_overview, require_report_extra
+from atlassegfm.report import draw_overview, require_report_extra
+from atlassegfm.report.planes import best_slice, letters
 from atlassegfm.structures import Structure, palette_color
 
 pytest.importorskip("matplotlib")
@@ -189,15 +190,15 @@ def test_missing_matplotlib_names_the_extra(
 
 
 @pytest.mark.parametrize(
-    ("direction", "letters"),
+    ("direction", "expected"),
     [((1, 0, 0), "R"), ((-1, 0, 0), "L"), ((0, 0.99, 0.14), "A"), ((0.5, -0.86, 0), "PR"), ((0, 0.6, -0.8), "IA")],
 )
-def test_letters_tell_where_an_edge_points(direction: tuple[float, float, float], letters: str) -> None:
-    assert _letters(np.array(direction)) == letters
+def test_letters_tell_where_an_edge_points(direction: tuple[float, float, float], expected: str) -> None:
+    assert letters(np.array(direction)) == expected
 
 
 def test_best_slice_prefers_many_structures_to_a_large_one() -> None:
     # Slices 0 to 3; the first structure is largest on slice 0, all three meet on slice 2.
     areas = np.array([[100, 0, 0], [90, 0, 0], [60, 4, 9], [0, 5, 0]])
-    assert _best_slice(areas) == 2
-    assert _best_slice(np.zeros((9, 3), np.int64)) == 4
+    assert best_slice(areas) == 2
+    assert best_slice(np.zeros((9, 3), np.int64)) == 4

@@ -14,6 +14,7 @@ on request also
 - ``atlas.nii.gz`` and ``model.nii.gz``: label maps of the warped atlas and of the model alone;
 - ``probability.nii.gz``: fused probabilities, one volume for each structure in the order that ``run.json`` lists
   under ``probability``, as bytes with a scale of 1/255 in the header;
+- ``report.html`` and ``overview.png``: written by :mod:`atlassegfm.report`, gone when the result is made again;
 - ``transform/``: the map from query to atlas as ITK, ANTs, 3D Slicer and ``segment --transform`` read it; see
   :mod:`atlassegfm.itk`.
 
@@ -60,12 +61,15 @@ from .settings import to_dict
 
 logger = logging.getLogger(__name__)
 
+#: What a report adds to a result folder; gone when the result is made again.
+REPORT_NAMES = frozenset({"report.html", "overview.png"})
 #: What a result folder may hold: a folder with anything else in it is never replaced.
 SEGMENTATION, RUN, STATUS = "segmentation.nii.gz", "run.json", "status.json"
 RESULT_NAMES = frozenset(
     {
         *(SEGMENTATION, "rtstruct.dcm", "seg.dcm", RUN, STATUS),
         *("atlas.nii.gz", "model.nii.gz", "probability.nii.gz", "transform"),
+        *REPORT_NAMES,
     }
 )
 #: What a segmentation can be written as, and the file of each.

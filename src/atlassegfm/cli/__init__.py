@@ -36,6 +36,7 @@ from .cohort import (
 from .customization import customize
 from .evaluation import evaluate
 from .models import app as models_app
+from .report import report, report_on, require_pictures
 from .session import (
     EXIT_FAILURES,
     EXIT_INTERRUPTED,
@@ -68,6 +69,7 @@ from .session import (
     sentence,
     split_list,
 )
+from .suggest import suggest
 
 if TYPE_CHECKING:
     from ..cohort import Case, Output
@@ -137,6 +139,10 @@ def segment(
     keep: Annotated[
         bool, typer.Option("--keep", help="Also write atlas, model and probability maps, and the transform.")
     ] = False,
+    write_report: Annotated[
+        bool,
+        typer.Option("--report", help="Also write OUT/report.html and a page for each case; keeps what --keep keeps."),
+    ] = False,
     transform: Annotated[
         Path | None,
         typer.Option(
@@ -193,6 +199,8 @@ def segment(
         if context is not None:
             customization.check_settings(settings)
         prompt_kind(settings)
+        if write_report:
+            require_pictures()
         if transform is None:
             require_engine(settings.registration)
         selection = build_selection(structures, synonyms, overlap)
@@ -210,7 +218,7 @@ def segment(
         resolved = device if elsewhere else resolve_device(device)
         if accept_licence:
             accept_licences([settings.model], session)
-        output = Output(keep, wanted, series)
+        output = Output(keep or write_report, wanted, series)
         if context is not None:
             source: ContextSource = ContextFolder(context)
         elif atlas is not None and labels is not None:
@@ -221,6 +229,8 @@ def segment(
                 outcome = segment_cohort(cases, out, source, settings, resolved, options, session, output=output)
             else:
                 run = _segment_one(cases[0], out, source, settings, resolved, session, output=output, threads=threads)
+            if write_report and (outcome is None or any((out / case.name / "run.json").exists() for case in cases)):
+                report_on(out, [case.query for case in cases], session)
     if outcome is not None:
         tell_outcome(outcome, out, session, as_json=as_json)
     elif as_json:
@@ -321,6 +331,8 @@ def check(
 
 app.command()(customize)
 app.command()(evaluate)
+app.command()(report)
+app.command()(suggest)
 app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(models_app, name="models")
 

@@ -17,9 +17,23 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from .errors import MissingExtraError
-from .image import Volume, atomic_path
-from .structures import Structure
+from ..errors import MissingExtraError
+from ..image import Volume, atomic_path
+from ..structures import Structure
+from .planes import (
+    BARS_MM,
+    MARGIN_SHARE,
+    SMALLEST_VIEW_MM,
+    VIEWS,
+    Panel,
+    areas_across,
+    best_slice,
+    cut,
+    display_window,
+    letters,
+    smooth_mask,
+    tilt_degrees,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,42 +68,8 @@ _FONT = "DejaVu Sans"  # comes with matplotlib: the same letters on every machin
 #: Dashes of the reference's outline: 4 points of line, 3 of gap.
 _DASHES = (0, (4, 3))
 
-#: A slice is shown with at least this much of the scan around the structures, mm, as far as it reaches.
-_SMALLEST_VIEW_MM = 100.0
-#: And with this share of the structures' extent as margin on each side.
-_MARGIN_SHARE = 0.22
-#: A direction gets a letter when its cosine is above this (an edge within 17 degrees has one letter).
-_LETTER_COSINE = 0.3
 #: The brightest voxels are drawn a little below white, so that a fill still tints them.
 _WHITE = 1.1
-#: Scale bar lengths to choose from, mm.
-_BARS_MM = (1, 2, 5, 10, 20, 50, 100, 200)
-
-
-@dataclass(frozen=True)
-class _View:
-    """One of the three ways to cut a canonical (RAS) volume.
-
-    Parameters
-    ----------
-    name : str
-        In the words of radiology.
-    normal : int
-        Voxel axis the slice is across.
-    right : int
-        Voxel axis that runs along the rows of the picture, in its negative direction in all three.
-    down : int
-        Voxel axis that runs down the picture, in its negative direction in all three.
-    """
-
-    name: str
-    normal: int
-    right: int
-    down: int
-
-
-#: Radiological display: the patient's right is at the left, front at the top or at the left, head at the top.
-_VIEWS = (_View("axial", 2, 0, 1), _View("coronal", 1, 0, 2), _View("sagittal", 0, 1, 2))
 
 
 @dataclass(frozen=True)
@@ -100,35 +80,6 @@ class _Rectangle:
     top: float
     width: float
     height: float
-
-
-@dataclass(frozen=True)
-class _Panel:
-    """One slice to draw.
-
-    Parameters
-    ----------
-    view : _View
-        Which plane.
-    index : int
-        Slice number along the plane's normal.
-    start, stop : tuple of int, (3,)
-        Voxels shown, start <= ijk < stop; along the normal all of them.
-    width_mm, height_mm : float
-        Size of the shown part.
-    """
-
-    view: _View
-    index: int
-    start: tuple[int, int, int]
-    stop: tuple[int, int, int]
-    width_mm: float
-    height_mm: float
-
-    @property
-    def aspect(self) -> float:
-        """Width over height."""
-        return self.width_mm / self.height_mm
 
 
 def require_report_extra() -> None:
@@ -195,9 +146,9 @@ def draw_overview(
     drawn = labels if truth is None else np.where(labels > 0, labels, truth)
     spacing_mm = scan.grid.spacing_mm
     panels = _panels(drawn, len(structures), spacing_mm)
-    window = _window(scan.data, drawn, panels)
+    window = display_window(scan.data, drawn, panels)
     narrowest_mm = min(panel.width_mm for panel in panels)
-    bar_mm = max(length for length in _BARS_MM if length <= max(0.3 * narrowest_mm, _BARS_MM[0]))
+    bar_mm = max(length for length in BARS_MM if length <= max(0.3 * narrowest_mm, BARS_MM[0]))
 
     header_px = 76 + (26 * len(_wrapped(subtitle)) if subtitle else 0)
     places, panels_bottom = _layout(panels, header_px)
@@ -238,30 +189,7 @@ def _indices(labels: NDArray[Any], structures: Sequence[Structure]) -> NDArray[A
     return indices
 
 
-def _areas(labels: NDArray[Any], count: int, axis: int) -> NDArray[np.int64]:
-    """(slices, count) voxels of each structure on each slice across ``axis``."""
-    # Slice by slice: a joint histogram of a large CT would take gigabytes.
-    slices = np.ascontiguousarray(np.moveaxis(labels, axis, 0))
-    areas = [np.bincount(one.ravel(), minlength=count + 1) for one in slices]
-    return np.array(areas, dtype=np.int64)[:, 1:]
-
-
-def _best_slice(areas: NDArray[np.int64]) -> int:
-    """The slice on which most structures show most of themselves; the middle one if there are none.
-
-    Each structure votes with the root of its area relative to its largest section: being there at all counts
-    more than being there at the full width, and a small structure as much as a large one.
-    """
-    largest = areas.max(axis=0, initial=0)
-    present = largest > 0
-    if not present.any():
-        return len(areas) // 2
-    votes = np.sqrt(areas[:, present] / largest[present]).sum(axis=1)
-    best = np.flatnonzero(votes >= votes.max() - 1e-9)
-    return int(best[len(best) // 2])
-
-
-def _panels(labels: NDArray[Any], count: int, spacing_mm: NDArray[np.float64]) -> list[_Panel]:
+def _panels(labels: NDArray[Any], count: int, spacing_mm: NDArray[np.float64]) -> list[Panel]:
     """The three slices, the plane of acquisition (finest voxels in it) first."""
     shape = np.array(labels.shape)
     boxes = ndimage.find_objects((labels > 0).astype(np.uint8))
@@ -270,20 +198,20 @@ def _panels(labels: NDArray[Any], count: int, spacing_mm: NDArray[np.float64]) -
         box = boxes[0]
         low = np.array([side.start for side in box]) * spacing_mm
         high = np.array([side.stop for side in box]) * spacing_mm
-        margin = np.maximum(_MARGIN_SHARE * float((high - low).max()), (_SMALLEST_VIEW_MM - (high - low)) / 2)
+        margin = np.maximum(MARGIN_SHARE * float((high - low).max()), (SMALLEST_VIEW_MM - (high - low)) / 2)
         start = np.maximum(np.floor((low - margin) / spacing_mm).astype(int), 0)
         stop = np.minimum(np.ceil((high + margin) / spacing_mm).astype(int), shape)
     size_mm = (stop - start) * spacing_mm
     panels = [
-        _Panel(
+        Panel(
             view,
-            _best_slice(_areas(labels, count, view.normal)),
+            best_slice(areas_across(labels, count, view.normal)),
             (int(start[0]), int(start[1]), int(start[2])),
             (int(stop[0]), int(stop[1]), int(stop[2])),
             float(size_mm[view.right]),
             float(size_mm[view.down]),
         )
-        for view in _VIEWS
+        for view in VIEWS
     ]
     coarsest = float(spacing_mm.max())
     # Isotropic scans: axial, which comes first.
@@ -291,33 +219,7 @@ def _panels(labels: NDArray[Any], count: int, spacing_mm: NDArray[np.float64]) -
     return [first, *(panel for panel in panels if panel is not first)]
 
 
-def _window(data: NDArray[Any], labels: NDArray[Any], panels: Sequence[_Panel]) -> tuple[float, float]:
-    """Intensities shown black and white.
-
-    Percentiles of the shown part keep single bright voxels from darkening the rest. Around the structures'
-    own range the window is narrowed further: on CT, air and metal would leave the organs one grey.
-    """
-    start, stop = panels[0].start, panels[0].stop
-    part = tuple(slice(a, b) for a, b in zip(start, stop, strict=True))
-    shown = _thinned(data[part])
-    low, high = (float(v) for v in np.percentile(shown, (1.0, 99.9)))
-    inside = _thinned(data[labels > 0])
-    if inside.size:
-        first, last = (float(v) for v in np.percentile(inside, (3, 97)))
-        span = max(last - first, 0.08 * (high - low))
-        low, high = max(low, first - 1.6 * span), min(high, last + 0.8 * span)
-    if not high > low:
-        low, high = float(shown.min()), float(shown.max())
-    return (low, high) if high > low else (low - 1, low + 1)
-
-
-def _thinned(values: NDArray[Any]) -> NDArray[Any]:
-    """At most about a million of the values, evenly spread: enough for percentiles."""
-    step = int(np.ceil((values.size / 1e6) ** (1 / values.ndim))) if values.size else 1
-    return np.asarray(values[(slice(None, None, step),) * values.ndim], dtype=np.float32)
-
-
-def _layout(panels: Sequence[_Panel], top_px: float) -> tuple[list[_Rectangle], float]:
+def _layout(panels: Sequence[Panel], top_px: float) -> tuple[list[_Rectangle], float]:
     """Where the panels go, and where they end: whichever of two patterns shows them larger.
 
     Either the first panel large at the left and the other two stacked beside it, or all three in a row.
@@ -358,19 +260,9 @@ def _layout(panels: Sequence[_Panel], top_px: float) -> tuple[list[_Rectangle], 
 # Drawing
 
 
-def _cut(array: NDArray[Any], panel: _Panel) -> NDArray[Any]:
-    """The shown part of the slice as a picture: rows downwards, columns to the right."""
-    view = panel.view
-    part = [slice(a, b) for a, b in zip(panel.start, panel.stop, strict=True)]
-    part[view.normal] = slice(panel.index, panel.index + 1)
-    cut = np.squeeze(array[tuple(part)], axis=view.normal)
-    # The axes of a canonical volume point to R, A, S: all three views show them reversed.
-    return cut[::-1, ::-1].T
-
-
 def _draw_panel(
     axes: Axes,
-    panel: _Panel,
+    panel: Panel,
     place: _Rectangle,
     scan: Volume,
     labels: NDArray[Any],
@@ -393,7 +285,7 @@ def _draw_panel(
     for spine in axes.spines.values():
         spine.set_color(_FRAME)
 
-    picture = np.asarray(_cut(scan.data, panel), dtype=np.float32)
+    picture = np.asarray(cut(scan.data, panel), dtype=np.float32)
     axes.imshow(
         np.clip((picture - window[0]) / (window[1] - window[0]), 0, 1),
         cmap="gray",
@@ -408,18 +300,18 @@ def _draw_panel(
     axes.set_ylim(view_height, 0)
 
     pixel_mm = (width / picture.shape[1], height / picture.shape[0])
-    shown = _cut(labels, panel)
+    shown = cut(labels, panel)
     many = len(np.unique(shown)) > 25
     for position in np.unique(shown[shown > 0]):
         color = _rgb(structures[int(position) - 1])
-        xs, ys, level = _smooth_mask(shown == position, pixel_mm, px_per_mm)
+        xs, ys, level = smooth_mask(shown == position, pixel_mm, px_per_mm)
         lattice = (xs + left, ys + top, level)
         axes.contourf(*lattice, levels=[0.5, 10], colors=[color], alpha=0.24 if many else 0.20, zorder=1)
         axes.contour(*lattice, levels=[0.5], colors=[color], linewidths=1.1 if many else 1.9, zorder=2)
     if truth is not None:
-        shown = _cut(truth, panel)
+        shown = cut(truth, panel)
         for position in np.unique(shown[shown > 0]):
-            xs, ys, level = _smooth_mask(shown == position, pixel_mm, px_per_mm)
+            xs, ys, level = smooth_mask(shown == position, pixel_mm, px_per_mm)
             lattice = (xs + left, ys + top, level)
             axes.contour(*lattice, levels=[0.5], colors=["white"], linewidths=0.9, linestyles=[_DASHES], zorder=3)
 
@@ -435,9 +327,9 @@ def _draw_panel(
         (middle_x, inset, -downwards, "center", "top"),
         (middle_x, view_height - inset, downwards, "center", "bottom"),
     ):
-        axes.text(x, y, _letters(towards), ha=across, va=upright, fontsize=12.5, fontweight="bold", **style)
+        axes.text(x, y, letters(towards), ha=across, va=upright, fontsize=12.5, fontweight="bold", **style)
 
-    tilt = _tilt_degrees(direction, panel.view)
+    tilt = tilt_degrees(direction, panel.view)
     name = panel.view.name + (f"  (tilted {tilt:.0f}°)" if tilt >= 3 else "")
     axes.text(inset, inset, name, ha="left", va="top", fontsize=11.5, **{**style, "color": "#c9d1dc"})
 
@@ -448,54 +340,9 @@ def _draw_panel(
     axes.text(x, y - 7 / px_per_mm, f"{bar_mm} mm", ha="left", va="bottom", fontsize=10.5, **style)
 
 
-def _smooth_mask(
-    mask: NDArray[np.bool_], pixel_mm: tuple[float, float], px_per_mm: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float32]]:
-    """A mask on a finer lattice, cut to its box, for outlines without staircase.
-
-    Cubic interpolation keeps the value at every voxel centre: no voxel changes sides, and a structure of a
-    single voxel stays.
-
-    Returns
-    -------
-    x : array, (W,)
-        mm to the right of the shown part's edge.
-    y : array, (H,)
-        mm below its upper edge.
-    level : array, (H, W)
-        0.5 on the border.
-    """
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    margin = 3
-    # Outside the shown part is background, so that an outline closes at its edge.
-    padded = np.pad(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], margin).astype(np.float32)
-    first = np.array([rows[0] - margin, columns[0] - margin])
-    steps = [int(np.clip(np.ceil(size_mm * px_per_mm / 2.5), 1, 12)) for size_mm in (pixel_mm[1], pixel_mm[0])]
-    at = [np.linspace(0, n - 1, (n - 1) * step + 1) for n, step in zip(padded.shape, steps, strict=True)]
-    grid = np.meshgrid(at[0], at[1], indexing="ij")
-    level = ndimage.map_coordinates(padded, grid, order=3, mode="constant").astype(np.float32)
-    y = (at[0] + first[0] + 0.5) * pixel_mm[1]
-    x = (at[1] + first[1] + 0.5) * pixel_mm[0]
-    return x, y, level
-
-
 def _rgb(structure: Structure) -> tuple[float, float, float]:
     red, green, blue = structure.color
     return red / 255, green / 255, blue / 255
-
-
-def _letters(direction: NDArray[np.float64]) -> str:
-    """Where a (3,) unit vector in RAS+ points: "R", or "RA" between two directions; the strongest first."""
-    order = np.argsort(-np.abs(direction), kind="stable")
-    kept = [axis for axis in order if abs(direction[axis]) > _LETTER_COSINE]
-    return "".join("RAS"[a] if direction[a] > 0 else "LPI"[a] for a in kept)
-
-
-def _tilt_degrees(direction: NDArray[np.float64], view: _View) -> float:
-    """Angle between a slice and the world plane it is named after."""
-    normal = np.cross(direction[:, view.right], direction[:, view.down])
-    cosine = abs(float(normal[view.normal])) / float(np.linalg.norm(normal))
-    return float(np.degrees(np.arccos(min(cosine, 1.0))))
 
 
 def _wrapped(text: str) -> list[str]:

@@ -1,0 +1,105 @@
+"""The command ``suggest``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import InputError, MissingExtraError
+from .session import (
+    ConfigOption,
+    DeviceOption,
+    JsonOption,
+    QuietOption,
+    SeedOption,
+    SetOption,
+    build_settings,
+    open_session,
+    print_json,
+    print_table,
+)
+
+
+def suggest(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Scans of one kind, without labels.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="OUT", help="Folder that gets suggest.png (why) and suggest.json."),
+    ] = None,
+    landmarks: Annotated[
+        int, typer.Option("--landmarks", metavar="N", min=3, help="Of more than 12 scans, compare each with N others.")
+    ] = 8,
+    finalists: Annotated[
+        int, typer.Option("--finalists", metavar="N", min=1, help="Then compare the best N with all.")
+    ] = 3,
+    picture: Annotated[
+        bool, typer.Option("--picture/--no-picture", help="Draw OUT/suggest.png (extra 'report').")
+    ] = True,
+    device: DeviceOption = "auto",
+    config: ConfigOption = None,
+    overrides: SetOption = None,
+    seed: SeedOption = None,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Say which scan to contour: the one that would reach all others best as the atlas.
+
+    Scans are registered coarsely to each other, and compared. No labels are needed.
+    """
+    with open_session(quiet) as session:
+        picture = picture and out is not None
+        if picture:
+            from ..report import require_report_extra
+
+            try:
+                require_report_extra()
+            except MissingExtraError as error:
+                raise InputError(f"{error}, or use --no-picture") from None
+        from ..image import atomic_path
+        from ..pipeline import resolve_device
+        from ..results import output_folder
+        from ..suggest import draw_suggestion, scans_in
+        from ..suggest import suggest as rank
+
+        settings = build_settings(config, overrides, seed=seed)
+        files = scans_in(folder)
+        resolved = resolve_device(device)
+
+        def tell(number: int, count: int) -> None:
+            session.begin_pair(number, count, "pair")
+            session.progress("registration")
+
+        found = rank(
+            files,
+            settings.registration,
+            landmarks=landmarks,
+            finalists=finalists,
+            seed=settings.seed,
+            device=resolved,
+            on_pair=tell,
+        )
+        for _, reason in found.failures:
+            session.error(reason)
+        if out is not None:
+            with output_folder(out):
+                with atomic_path(out / "suggest.json") as temporary:
+                    text = json.dumps(found.summary(), indent=2, ensure_ascii=False, allow_nan=False)
+                    temporary.write_text(text + "\n", encoding="utf-8")
+                if picture:
+                    draw_suggestion(found, out / "suggest.png")
+    if as_json:
+        print_json(found.summary())
+        return
+    typer.echo(f"contour {found.candidates[0].name} first  ({found.pairs} pairs in {found.seconds:.0f} s)")
+    if not found.differs:
+        typer.echo("the scans differ little: others would do as well")
+    rows = [
+        (str(number), one.name, f"{one.score:.3f}", f"{one.lowest:.3f}", one.furthest, str(one.compared))
+        for number, one in enumerate(found.candidates, start=1)
+    ]
+    print_table(("rank", "scan", "score", "lowest", "to", "compared with"), rows)
+    if out is not None:
+        typer.echo(f"\nwhy       {out / ('suggest.png' if picture else 'suggest.json')}")

@@ -1,0 +1,93 @@
+"""Volumes for the interactive view: small enough for a page, without anything but voxels and where they are."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..geometry import Grid
+from ..image import Volume, smallest_label_type
+
+#: Percentiles of the scan that the 8 bits of the view span.
+_LOWEST, _HIGHEST = 0.2, 99.9
+#: Spacings up to this factor apart count as one: voxels stay square in a slice.
+_ALIKE = 1.05
+
+
+@dataclass(frozen=True)
+class Thinning:
+    """How many voxels along each axis became one, and what is left."""
+
+    factors: tuple[int, int, int]
+    shape: tuple[int, int, int]
+
+    @property
+    def is_none(self) -> bool:
+        """Whether every voxel is kept."""
+        return self.factors == (1, 1, 1)
+
+
+def thinning(grid: Grid, most_voxels: int) -> Thinning:
+    """Whole factors that bring a grid below a number of voxels, the finest axes first, those alike together."""
+    factors = np.ones(3, int)
+    while np.prod(np.ceil(np.array(grid.shape) / factors)) > most_voxels:
+        spacing = np.where(factors < grid.shape, grid.spacing_mm * factors, np.inf)
+        factors[spacing <= _ALIKE * spacing.min()] += 1
+    i, j, k = (int(n) for n in factors)
+    shape = tuple(-(-n // f) for n, f in zip(grid.shape, (i, j, k), strict=True))
+    return Thinning((i, j, k), (shape[0], shape[1], shape[2]))
+
+
+def scan_payload(image: Volume, thin: Thinning) -> str:
+    """The scan with 8 bits, means over blocks, as .nii.gz in base64."""
+    data = np.asarray(image.data, dtype=np.float32)
+    for axis, factor in enumerate(thin.factors):
+        if factor > 1:
+            rest = -data.shape[axis] % factor
+            data = np.pad(data, [(0, rest if n == axis else 0) for n in range(3)], mode="edge")
+            shape = (*data.shape[:axis], data.shape[axis] // factor, factor, *data.shape[axis + 1 :])
+            data = data.reshape(shape).mean(axis=axis + 1, dtype=np.float32)
+    step = max(1, int((data.size / 2e6) ** (1 / 3)))
+    low, high = (float(v) for v in np.percentile(data[::step, ::step, ::step], (_LOWEST, _HIGHEST)))
+    slope = (high - low) / 255 if high > low else 1.0
+    stored = np.rint(np.clip((data - low) / slope, 0, 255)).astype(np.uint8)
+    return _packed(stored, _thin_grid(image.grid, thin), slope, low)
+
+
+def labels_payload(labels: Volume, values: Sequence[int], thin: Thinning) -> str:
+    """Label map with each value replaced by its position in ``values`` from 1, as .nii.gz in base64."""
+    largest = max([int(labels.data.max(initial=0)), *values], default=0)
+    table = np.zeros(largest + 1, smallest_label_type(len(values)))
+    for position, value in enumerate(values):
+        table[value] = position + 1
+    i, j, k = (factor // 2 for factor in thin.factors)
+    # The voxel at the middle of each block: names are not averaged.
+    padded = labels.data
+    for axis, (factor, first) in enumerate(zip(thin.factors, (i, j, k), strict=True)):
+        index = np.minimum(np.arange(thin.shape[axis]) * factor + first, labels.data.shape[axis] - 1)
+        padded = np.take(padded, index, axis=axis)
+    return _packed(table[padded], _thin_grid(labels.grid, thin), 1.0, 0.0)
+
+
+def _thin_grid(grid: Grid, thin: Thinning) -> Grid:
+    scale = np.array(thin.factors, dtype=np.float64)
+    affine = grid.affine.copy()
+    affine[:3, :3] = grid.affine[:3, :3] * scale
+    affine[:3, 3] = grid.voxel_to_world((scale - 1) / 2)
+    return Grid(thin.shape, affine)
+
+
+def _packed(data: NDArray[Any], grid: Grid, slope: float, intercept: float) -> str:
+    import nibabel as nib
+
+    # A header of its own: that of the scan may say who was scanned.
+    image = nib.Nifti1Image(np.ascontiguousarray(data), grid.affine)
+    image.header.set_xyzt_units("mm")
+    image.header.set_slope_inter(slope, intercept)
+    return base64.b64encode(gzip.compress(image.to_bytes(), compresslevel=6, mtime=0)).decode("ascii")

@@ -1,0 +1,543 @@
+"""The pages of a report: what is in them, what must not be, and that a real browser shows them without a network."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from atlassegfm.errors import InputError
+from atlassegfm.geometry import Grid
+from atlassegfm.image import Volume, save_volume
+from atlassegfm.report import CaseOptions, ReportOptions, write_report
+from atlassegfm.report.cohort import outliers
+from atlassegfm.report.folder import read_folder, shown_reason
+from atlassegfm.report.slices import is_hounsfield, panels_of, structure_window
+from atlassegfm.report.viewer import labels_payload, scan_payload, thinning
+from conftest import Run
+from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, Patient, straight_grid
+
+PLAIN = ReportOptions(case=CaseOptions(overview=False))
+SECRET = "Doe_John_19500101"
+#: Kinds of lines on a browser's console that a page must not cause.
+LOUD = ("error", "warning")
+
+
+def run_json(name: str, volumes: dict[int, float], **more: Any) -> dict[str, Any]:
+    return {
+        "inputs": {
+            "query": {"file": f"{name}.nii.gz", "notes": []},
+            "atlas": {"file": f"{SECRET}.nii.gz", "notes": []},
+        },
+        "device": "cpu",
+        "seed": 0,
+        "model": {
+            "name": "builtin",
+            "summary": "needs no download",
+            "code_licence": "Apache-2.0",
+            "weights_licence": "CC BY-NC-SA 4.0",
+            "prompt": "mask",
+        },
+        "registration": {"source": "fitted", "confidence": 0.8, "folding": 0.0},
+        "structures": [
+            {
+                "value": one.value,
+                "name": one.name,
+                "status": "present" if volumes[one.value] else "absent",
+                "volume_ml": volumes[one.value],
+                "round_trip_dice": 0.9,
+                "prompt": None,
+            }
+            for one in STRUCTURES
+        ],
+        "seconds": {"registration": 3.0, "model": 1.0},
+        "total_seconds": 4.0,
+        "settings": {"model": "builtin", "registration": {"engine": "instance"}},
+        "versions": {"atlassegfm": "0.1.0", "numpy": "2"},
+        **more,
+    }
+
+
+def write_result(folder: Path, shift: float, *, keep: bool = True, **more: Any) -> None:
+    """A result as `segment` leaves it, without computing one."""
+    folder.mkdir(parents=True)
+    grid = straight_grid()
+    labels = replace(QUERY, shift_mm=(1.5 + shift, -2.0, 1.0)).labels(grid)
+    volumes = {one.value: round(float((labels.data == one.value).sum()) * 0.008, 3) for one in STRUCTURES}
+    save_volume(labels, folder / "segmentation.nii.gz", structures=STRUCTURES)
+    if keep:
+        save_volume(ATLAS.labels(grid), folder / "atlas.nii.gz", structures=STRUCTURES)
+        save_volume(Patient(shift_mm=(4.0, 0.0, 0.0)).labels(grid), folder / "model.nii.gz", structures=STRUCTURES)
+    (folder / "run.json").write_text(json.dumps(run_json(folder.name, volumes, **more)))
+
+
+def judged(*verdicts: str) -> dict[str, Any]:
+    return {
+        "quality": {
+            "structures": [
+                {"value": one.value, "verdict": verdict, "reason": f"because {verdict} <b>", "score": 0.5}
+                for one, verdict in zip(STRUCTURES, verdicts, strict=True)
+            ]
+        }
+    }
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder of results and one of scans; judged, one without masks, one failed, one without its scan."""
+    root = tmp_path_factory.mktemp(SECRET)
+    out, scans = root / "out", root / "scans"
+    scans.mkdir()
+    write_result(out / "b_case", 0, **judged("good", "review", "failed"))
+    write_result(out / "a_case", 2, **judged("good", "good", "good"))
+    write_result(out / "c case & <i>", 4, keep=False, **judged("good", "good", "review"))
+    for name in ("a_case", "b_case"):
+        scan = QUERY.scan(straight_grid())
+        save_volume(scan, scans / f"{name}.nii.gz")
+    broken = out / "d_case"
+    broken.mkdir()
+    reason = f"{root}/scans/d_case.nii.gz: the file is damaged; copy it again"
+    (broken / "status.json").write_text(json.dumps({"state": "failed", "reason": reason, "seconds": 0.1}))
+    write_report(out, images=[scans], options=PLAIN)
+    return out, scans
+
+
+def data_of(page: Path, name: str) -> Any:
+    match = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert match is not None
+    return json.loads(match[1])
+
+
+# What is in the pages
+
+
+def test_table_has_every_case_and_structure(cohort: tuple[Path, Path]) -> None:
+    data = data_of(cohort[0] / "report.html", "table-data")
+    assert [row[0] for row in data["cases"]] == ["a_case", "b_case", "c case & <i>", "d_case"]
+    assert [row[2] for row in data["cases"]] == ["good", "failed", "review", None]
+    assert data["cases"][1][3:6] == [1, 1, 1]
+    assert data["cases"][3][-2:] == ["failed", "d_case.nii.gz: the file is damaged; copy it again"]
+    assert len(data["structures"]) == 9
+    # Colours are those of the label file, not made up.
+    assert data["colors"]["7"] == [70, 200, 50]
+    # Agreement is there where the masks were kept.
+    assert all(row[8] is not None for row in data["structures"][:6])
+    assert all(row[8] is None for row in data["structures"][6:])
+
+
+def test_agreement_is_the_dice_of_the_kept_maps(cohort: tuple[Path, Path]) -> None:
+    case = cohort[0] / "b_case"
+    atlas, model = (np.asarray(nib.load(case / f"{n}.nii.gz").dataobj) for n in ("atlas", "model"))
+    expected = 2 * ((atlas == 1) & (model == 1)).sum() / ((atlas == 1).sum() + (model == 1).sum())
+    assert data_of(case / "report.html", "facts")["agreement"]["1"][0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_no_identifier_but_the_folder_names(cohort: tuple[Path, Path]) -> None:
+    out = cohort[0]
+    for page in (out / "report.html", *out.glob("*/report.html")):
+        assert SECRET not in page.read_text()
+    assert "d_case.nii.gz: the file is damaged" in (out / "report.html").read_text()
+
+
+def test_nothing_is_loaded_from_anywhere(cohort: tuple[Path, Path]) -> None:
+    for page in (cohort[0] / "report.html", cohort[0] / "a_case" / "report.html"):
+        text = page.read_text()
+        assert "default-src 'none'" in text
+        for found in re.findall(r'(?:src|href)="([^"]*)"', text):
+            assert found.startswith(("data:", "#", "../report.html", "a_case/", "b_case/", "c%20case")), found[:80]
+
+
+def test_names_are_escaped(cohort: tuple[Path, Path]) -> None:
+    out = cohort[0]
+    for page in (out / "report.html", out / "b_case" / "report.html", out / "c case & <i>" / "report.html"):
+        text = page.read_text()
+        assert "because review <b>" not in text
+        assert "case & <i>" not in text
+    assert "c case &amp; &lt;i&gt;" in (out / "report.html").read_text()
+    assert "because review &lt;b&gt;" in (out / "b_case" / "report.html").read_text()
+
+
+def test_slices_show_each_structure_with_its_outlines(cohort: tuple[Path, Path]) -> None:
+    text = (cohort[0] / "a_case" / "report.html").read_text()
+    for one in STRUCTURES:
+        section = re.search(rf'<section class="structure" id="s{one.value}">.*?</section>', text, re.DOTALL)
+        assert section is not None
+        assert section[0].count("data:image/png;base64,") == 3
+        for kind in ("result", "atlas", "model"):
+            assert section[0].count(f'<path class="{kind}" d="M') >= 2
+        assert '<span class="l">R</span><span class="r">L</span>' in section[0]
+        assert re.search(r"<em>\d+ mm</em>", section[0])
+
+
+def test_an_outline_lies_where_the_structure_is(cohort: tuple[Path, Path]) -> None:
+    text = (cohort[0] / "a_case" / "report.html").read_text()
+    section = re.search(r'<section class="structure" id="s1">(.*?)</section>', text, re.DOTALL)
+    assert section is not None
+    axial = section[1].split("</figure>")[0]
+    size = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', axial)
+    path = re.search(r'<path class="result" d="([^"]*)"', axial)
+    assert size is not None
+    assert path is not None
+    points = np.array([[float(n) for n in pair.split()] for pair in re.findall(r"[\d.]+ [\d.]+", path[1])])
+    # The liver: radii 17 x 14 mm times 1.05.
+    assert np.ptp(points, axis=0) == pytest.approx([35.7, 29.4], abs=2.5)
+    # It is at the patient's right, which is the left of the picture, where the margin is wide enough on either side.
+    assert points[:, 0].min() > 5
+    assert points[:, 0].max() < float(size[1]) - 5
+
+
+def test_missing_scan_and_masks_are_said(cohort: tuple[Path, Path]) -> None:
+    text = (cohort[0] / "c case & <i>" / "report.html").read_text()
+    assert "only labels are shown" in text
+    assert "segment --keep" in text
+    assert set(data_of(cohort[0] / "c case & <i>" / "report.html", "viewer-data")["volumes"]) == {"result"}
+
+
+def test_licence_of_the_weights_stands_out(cohort: tuple[Path, Path]) -> None:
+    for page in (cohort[0] / "report.html", cohort[0] / "a_case" / "report.html"):
+        assert "CC BY-NC-SA 4.0" in page.read_text()
+        assert "no commercial use" in page.read_text()
+
+
+def test_pages_up_to_date_are_kept(cohort: tuple[Path, Path], tmp_path: Path) -> None:
+    out = shutil.copytree(cohort[0], tmp_path / "out", copy_function=shutil.copy2)
+    pages = [out / name / "report.html" for name in ("a_case", "b_case")]
+    before = [page.stat().st_mtime_ns for page in pages]
+    first = (out / "report.html").read_bytes()
+    run = json.loads((out / "b_case" / "run.json").read_text())
+    run["seed"] = 1
+    (out / "b_case" / "run.json").write_text(json.dumps(run))
+    write_report(out, images=[cohort[1]], options=PLAIN)
+    after = [page.stat().st_mtime_ns for page in pages]
+    assert after[0] == before[0]
+    assert after[1] > before[1]
+    assert (out / "report.html").read_bytes() == first
+    write_report(out, images=[cohort[1]], options=replace(PLAIN, force=True))
+    assert pages[0].stat().st_mtime_ns > before[0]
+
+
+def test_a_damaged_result_costs_only_its_own_page(cohort: tuple[Path, Path], tmp_path: Path) -> None:
+    out = shutil.copytree(cohort[0], tmp_path / "out")
+    (out / "b_case" / "atlas.nii.gz").write_bytes(b"nothing")
+    (out / "e_case").mkdir()
+    (out / "e_case" / "run.json").write_text("[]")
+    written = write_report(out, images=[cohort[1]], options=PLAIN)
+    assert len(written.problems) == 1
+    assert written.problems[0].startswith("b_case: ")
+    data = data_of(out / "report.html", "table-data")
+    assert data["cases"][1][:2] == ["b_case", ""]
+    assert data["cases"][4][-2:] == ["unreadable", "run.json is not what this program writes"]
+    assert str(out) not in (out / "report.html").read_text()
+
+
+# Reading folders
+
+
+def test_what_a_cohort_says_of_its_failures_is_read(tmp_path: Path) -> None:
+    write_result(tmp_path / "one", 0, keep=False)
+    write_result(tmp_path / "five", 0, keep=False)
+    (tmp_path / "five" / "status.json").write_text(
+        json.dumps({"state": "done", "doubts": ["another part of the body?"]})
+    )
+    first = [{"case": "one", "state": "done"}, {"case": "two", "state": "failed", "reason": "/x/y z/two.nii: damaged"}]
+    second = [{"case": "three", "state": "left", "reason": ""}]
+    (tmp_path / "cohort-1-of-2.json").write_text(json.dumps({"cases": first}))
+    (tmp_path / "cohort-2-of-2.json").write_text(json.dumps({"cases": second}))
+    found = read_folder(tmp_path)
+    assert [case.name for case in found.cases] == ["five", "one"]
+    listed = [(one.name, one.state, one.reason) for one in found.failures]
+    assert listed == [("three", "left", ""), ("two", "failed", "two.nii: damaged")]
+    assert not found.has_verdicts
+    text = write_report(tmp_path, options=ReportOptions(cases=False)).path.read_text()
+    assert "another part of the body?" in text
+    assert re.search(r"cases to come</span><b>1</b>", text)
+    assert re.search(r"cases without</span><b>1</b>", text)
+
+
+def test_times_may_stand_in_the_status_file(tmp_path: Path) -> None:
+    write_result(tmp_path / "one", 0, keep=False, seconds=None, total_seconds=None)
+    (tmp_path / "one" / "status.json").write_text(json.dumps({"state": "done", "seconds": 12.5}))
+    (case,) = read_folder(tmp_path).cases
+    assert case.total_seconds == 12.5
+    assert case.seconds == {}
+
+
+def test_folders_without_results_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="found nothing, expected a folder of results"):
+        read_folder(tmp_path / "no")
+    (tmp_path / "x").mkdir()
+    with pytest.raises(InputError, match="no result in its subfolders"):
+        read_folder(tmp_path)
+    write_result(tmp_path / "one", 0, keep=False)
+    with pytest.raises(InputError, match="is the result of a single case"):
+        read_folder(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/data/Doe John/a.nii.gz: damaged", "a.nii.gz: damaged"),
+        (r"C:\scans\Doe\a.nii: damaged", "a.nii: damaged"),
+        ("the scan shows nothing and/or noise", "the scan shows nothing and/or noise"),
+        (None, ""),
+    ],
+)
+def test_reasons_lose_their_folders(text: str | None, shown: str) -> None:
+    assert shown_reason(text) == shown
+
+
+# Numbers
+
+
+def test_outliers_are_far_from_the_rest_by_factors() -> None:
+    usual = np.array([100.0, 104, 97, 110, 92, 101])
+    assert not outliers(usual).any()
+    assert outliers(np.append(usual, 300)).tolist() == [False] * 6 + [True]
+    assert outliers(np.append(usual, 30)).tolist() == [False] * 6 + [True]
+    assert not outliers(np.array([1.0, 1, 1, 100])).any()  # too few to say
+
+
+def test_windows_of_ct_and_of_others() -> None:
+    grid = straight_grid((20, 20, 20))
+    data = np.full(grid.shape, -1000, np.float32)
+    data[4:16, 4:16, 4:16] = 50
+    data[8:10, 8:10, 8:10] = 1200
+    image, box = Volume(data, grid), (slice(0, 20),) * 3
+    assert is_hounsfield(image)
+    assert structure_window(image, data == 50, box, hounsfield=True).name == "soft tissue, L 40 W 400 HU"
+    assert structure_window(image, data == 1200, box, hounsfield=True).name.startswith("bone")
+    assert structure_window(image, data == -1000, box, hounsfield=True).name.startswith("lung")
+    other = Volume(data / 10 + 100, grid)
+    assert not is_hounsfield(other)
+    flat = structure_window(Volume(np.ones(grid.shape, np.float32), grid), data == 50, box, hounsfield=False)
+    assert flat.high > flat.low
+
+
+def test_planes_pass_through_the_largest_section() -> None:
+    mask = np.zeros((6, 6, 6), bool)
+    mask[1:5, 1:5, 4] = True
+    mask[2, 2, :] = True
+    panels = panels_of(mask, (10, 10, 10), (40, 40, 40), np.array([1.0, 1.0, 1.0]))
+    assert [panel.view.name for panel in panels] == ["axial", "coronal", "sagittal"]
+    assert panels[0].index == 14
+    assert panels[1].index == 12
+    assert panels[2].index == 12
+
+
+def unpacked(payload: str) -> Any:
+    return nib.Nifti1Image.from_bytes(gzip.decompress(base64.b64decode(payload)))
+
+
+def test_reduced_volumes_stay_in_their_place() -> None:
+    affine = np.diag([1.0, 1.0, 3.0, 1.0])
+    affine[:3, 3] = (5, -7, 11)
+    grid = Grid((41, 40, 12), affine)
+    x = np.moveaxis(np.indices(grid.shape), 0, -1)
+    data = (x[..., 0] * 10).astype(np.float32)
+    thin = thinning(grid, 6000)
+    assert np.prod(thin.shape) <= 6000
+    assert thin.factors[2] == 1  # thick slices are not made thicker first
+    scan = unpacked(scan_payload(Volume(data, grid), thin))
+    # 10 for each mm to the right of x = 5 mm, before and after.
+    for ijk in ((3, 2, 1), (10, 5, 7)):
+        world = scan.affine @ (*ijk, 1)
+        assert float(scan.dataobj[ijk]) == pytest.approx(10 * (world[0] - 5), abs=3)
+    labels = np.zeros(grid.shape, np.uint16)
+    labels[20:, :, :] = 900
+    small = unpacked(labels_payload(Volume(labels, grid), [3, 900], thin))
+    assert small.get_data_dtype() == np.uint8
+    assert set(np.unique(small.dataobj)) == {0, 2}
+    assert np.allclose(small.affine, scan.affine)
+    assert not bytes(small.header["descrip"]).strip(b"\0")
+
+
+def test_niivue_is_the_published_file_with_its_licence() -> None:
+    assets = resources.files("atlassegfm.report") / "assets"
+    digest = hashlib.sha256((assets / "niivue.umd.js").read_bytes()).hexdigest()
+    assert digest == "47b896b77ec4a5be3ef1949c33ad393b6f45629921f326c279000bcf51bdb4af"
+    assert "BSD 2-Clause License" in (assets / "NIIVUE-LICENSE.txt").read_text()
+
+
+def test_a_thousand_cases_fit_into_a_page(tmp_path: Path) -> None:
+    volumes = {one.value: 10.0 + one.value for one in STRUCTURES}
+    for number in range(1000):
+        folder = tmp_path / f"case_{number:04d}"
+        folder.mkdir()
+        volumes[1] = 10 + 2 * np.sin(number)
+        (folder / "run.json").write_text(json.dumps(run_json(folder.name, volumes)))
+    written = write_report(tmp_path, options=ReportOptions(cases=False))
+    assert written.cases == 1000
+    assert written.path.stat().st_size < 1_500_000
+
+
+# The command
+
+
+def test_command_writes_pages_and_pictures(cohort: tuple[Path, Path], tmp_path: Path, run: Run) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    shutil.copytree(cohort[0] / "a_case", out / "a_case")
+    done = run("report", out, "--images", cohort[1], "--viewer-voxels", 0, "--title", "A title", "--json", "-q")
+    assert done.code == 0, done.err
+    assert done.json["cases"] == 1
+    assert done.json["without_image"] == 0
+    assert (out / "a_case" / "overview.png").read_bytes().startswith(b"\x89PNG")
+    assert "<h1>A title</h1>" in (out / "report.html").read_text()
+    assert 'id="niivue"' not in (out / "a_case" / "report.html").read_text()
+    # A page elsewhere finds its cases.
+    done = run("report", out, "-o", tmp_path / "page.html", "--no-picture", "-q")
+    assert "without their scan" in done.out
+    assert data_of(tmp_path / "page.html", "table-data")["cases"][0][1] == "out/a_case/report.html"
+    done = run("report", tmp_path / "nothing")
+    assert done.code == 2
+    assert "expected a folder of results" in done.err
+
+
+def test_segment_ends_in_a_report(tmp_path: Path, run: Run) -> None:
+    pytest.importorskip("matplotlib")
+    grid = straight_grid((32, 28, 24), (3.0, 3.0, 3.0))
+    save_volume(ATLAS.scan(grid), tmp_path / "atlas.nii.gz")
+    save_volume(ATLAS.labels(grid), tmp_path / "labels.nii.gz", structures=STRUCTURES)
+    save_volume(QUERY.scan(grid), tmp_path / "query.nii.gz")
+    command = ["segment", "--atlas", tmp_path / "atlas.nii.gz", "--labels", tmp_path / "labels.nii.gz"]
+    command += [tmp_path / "query.nii.gz", "-o", tmp_path / "out", "--report", "-q"]
+    for setting in UNREGISTERED:
+        command += ["--set", setting]
+    for _ in range(2):  # the report is no obstacle to doing it again
+        done = run(*command)
+        assert done.code == 0, done.err
+        volumes = data_of(tmp_path / "out" / "query" / "report.html", "viewer-data")["volumes"]
+        assert set(volumes) == {"scan", "result", "atlas", "model"}
+        assert (tmp_path / "out" / "report.html").is_file()
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    program = next((path for name in names if (path := shutil.which(name))), None)
+    if program is None:
+        pytest.skip(f"no browser: looked for {', '.join(names)}")
+    arguments = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+    with api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=program, args=arguments)
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A page without a network that must end without an error."""
+    context = browser.new_context(viewport={"width": 1100, "height": 800}, offline=True)
+    context.set_default_timeout(60_000)
+    context.route(re.compile("^(?!file:|data:|blob:)"), lambda route: route.abort())
+    opened = context.new_page()
+    problems: list[str] = []
+    opened.on(
+        "console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None
+    )
+    opened.on("pageerror", lambda error: problems.append(str(error)))
+    opened.on("requestfailed", lambda request: problems.append(request.url[:80]))
+    yield opened
+    context.close()
+    # Software rendering is slow, and says so.
+    assert [problem for problem in problems if "GPU stall" not in problem] == []
+
+
+def column(page: Any, number: int) -> list[str]:
+    found: list[str] = page.locator(f"#table tbody tr > :nth-child({number})").all_inner_texts()
+    return found
+
+
+def test_table_sorts_and_filters(cohort: tuple[Path, Path], page: Any) -> None:
+    page.goto((cohort[0] / "report.html").as_uri())
+    assert column(page, 1) == ["a_case", "b_case", "c case & <i>", "d_case"]
+    page.click("#table thead th:nth-child(1) button")
+    assert column(page, 1) == ["d_case", "c case & <i>", "b_case", "a_case"]
+    page.click("#table thead th:nth-child(2) button")
+    assert column(page, 2) == ["failed", "review", "good", "-"]
+    assert page.get_attribute("#table thead th:nth-child(2)", "aria-sort") == "ascending"
+    page.select_option("#verdict", "review")
+    assert column(page, 1) == ["b_case", "c case & <i>"]
+    page.click("[data-tab=structures]")
+    assert len(column(page, 1)) == 2
+    page.select_option("#verdict", "")
+    assert len(column(page, 1)) == 9
+    page.select_option("#structure", "7")
+    assert column(page, 2) == ["kidney"] * 3
+    page.fill("#search", "because REVIEW")
+    assert column(page, 1) == ["b_case"]
+    assert page.inner_text("#count") == "1 of 9 structures"
+    page.click("#table tbody tr th a")
+    assert page.url.endswith("b_case/report.html#s7")
+
+
+def canvas_picture(page: Any) -> Any:
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(page.locator("#canvas").screenshot())).convert("RGB")).astype(int)
+
+
+def test_interactive_view_draws(cohort: tuple[Path, Path], page: Any) -> None:
+    page.goto((cohort[0] / "a_case" / "report.html").as_uri())
+    page.wait_for_selector("body[data-viewer]")
+    assert page.get_attribute("body", "data-viewer") == "ready"
+    page.wait_for_timeout(300)
+    planes = canvas_picture(page)
+    assert planes.std() > 20
+    # Grey where the scan is alone, coloured where the result lies over it.
+    coloured = np.ptp(planes, axis=2) > 60
+    assert 0.01 < coloured.mean() < 0.6
+    page.uncheck("[data-layer=result]")
+    page.wait_for_timeout(200)
+    bare = np.ptp(canvas_picture(page), axis=2) > 60
+    assert bare.mean() < 0.2 * coloured.mean()
+    page.check("[data-layer=model]")
+    page.wait_for_timeout(200)
+    blue = canvas_picture(page)
+    assert ((blue[..., 2] - blue[..., 0]) > 50).mean() > 0.005
+    page.check("[data-layer=result]")
+    page.click("[data-layout=render]")
+    page.wait_for_timeout(300)
+    solid = canvas_picture(page)
+    assert (np.ptp(solid, axis=2) > 60).mean() > 0.005
+    assert np.abs(solid - planes).mean() > 5
+    page.click("a[data-value='12']")
+    assert page.inner_text("#where").startswith("node")
+
+
+def test_outlines_can_be_hidden(cohort: tuple[Path, Path], page: Any) -> None:
+    page.goto((cohort[0] / "b_case" / "report.html").as_uri())
+    line = page.locator(".slices path.atlas").first
+    assert line.is_visible()
+    page.uncheck("[data-lines=atlas]")
+    assert not line.is_visible()
+    assert page.locator(".slices path.result").first.is_visible()
+    page.wait_for_selector("body[data-viewer]")
+
+
+def test_page_is_readable_in_the_dark(cohort: tuple[Path, Path], page: Any) -> None:
+    page.emulate_media(color_scheme="dark")
+    page.goto((cohort[0] / "report.html").as_uri())
+    ink, paper = (
+        page.evaluate("name => getComputedStyle(document.body)[name]", name) for name in ("color", "backgroundColor")
+    )
+    brightness = [sum(map(int, re.findall(r"\d+", value)[:3])) for value in (ink, paper)]
+    assert brightness[0] > 600
+    assert brightness[1] < 100
