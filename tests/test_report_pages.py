@@ -36,7 +36,8 @@ SECRET = "Doe_John_19500101"
 LOUD = ("error", "warning")
 
 
-def run_json(name: str, volumes: dict[int, float], **more: Any) -> dict[str, Any]:
+def run_json(name: str, volumes: dict[int, float], verdicts: tuple[str, ...] = (), **more: Any) -> dict[str, Any]:
+    told = [{"verdict": one, "reason": f"because {one} <b>", "estimated_dice": 0.5} for one in verdicts]
     return {
         "inputs": {
             "query": {"file": f"{name}.nii.gz", "notes": []},
@@ -60,8 +61,9 @@ def run_json(name: str, volumes: dict[int, float], **more: Any) -> dict[str, Any
                 "volume_ml": volumes[one.value],
                 "round_trip_dice": 0.9,
                 "prompt": None,
+                "quality": told[number] if told else None,
             }
-            for one in STRUCTURES
+            for number, one in enumerate(STRUCTURES)
         ],
         "seconds": {"registration": 3.0, "model": 1.0},
         "total_seconds": 4.0,
@@ -85,14 +87,7 @@ def write_result(folder: Path, shift: float, *, keep: bool = True, **more: Any) 
 
 
 def judged(*verdicts: str) -> dict[str, Any]:
-    return {
-        "quality": {
-            "structures": [
-                {"value": one.value, "verdict": verdict, "reason": f"because {verdict} <b>", "score": 0.5}
-                for one, verdict in zip(STRUCTURES, verdicts, strict=True)
-            ]
-        }
-    }
+    return {"verdicts": verdicts}
 
 
 @pytest.fixture(scope="module")

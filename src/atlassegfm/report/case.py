@@ -380,11 +380,13 @@ def _figure(
 def _head(case: CaseRow, maps: _Maps, back: str) -> str:
     link = f'<a class="back" href="{text(back)}">‹ all cases</a>' if back else ""
     present = sum(row.status == "present" for row in case.structures)
-    lowest = min((row.round_trip for row in case.structures if row.round_trip is not None), default=None)
+    trips = [row.round_trip for row in case.structures if row.round_trip is not None]
+    estimates = [row.score for row in case.structures if row.score is not None]
     tiles = [
         tile("structures", f"{present} of {len(case.structures)}", "present in the result"),
         tile("registration", score(case.confidence), "confidence, 0 to 1"),
-        tile("lowest round trip", score(lowest), "Dice, atlas to query and back"),
+        *([tile("lowest round trip", score(min(trips)), "Dice, atlas to query and back")] if trips else []),
+        *([tile("lowest estimate", score(min(estimates)), "Dice, without labels")] if estimates else []),
         tile("model", text(case.model.get("name", "-")), f"prompt: {text(case.model.get('prompt') or '-')}"),
         tile("time", duration(case.total_seconds), text(case.run.get("device", ""))),
     ]
@@ -429,7 +431,7 @@ def _structures_table(
         rows.append(f"<tr>{''.join(cells)}</tr>")
     heads = [
         "<th>structure</th>",
-        *(["<th>verdict</th><th class='n'>score</th>"] if judged else []),
+        *(["<th>verdict</th><th class='n'>est. Dice</th>"] if judged else []),
         "<th class='n'>volume<br>ml</th>",
         "<th class='n' title='Dice of the atlas label with itself, to the query and back'>round<br>trip</th>",
         "<th class='n' title='Dice of warped atlas and model'>atlas ·<br>model</th>",

@@ -57,7 +57,7 @@ class StructureRow:
     verdict_reason : str
         Why.
     score : float or None
-        What it is based on, in [0, 1], 1 for the best.
+        The Dice coefficient it is based on, as estimated without labels, in [0, 1].
     """
 
     value: int
@@ -260,14 +260,13 @@ def default_colors(values: Sequence[int]) -> dict[int, tuple[int, int, int]]:
 
 
 def _case(folder: Path, run: Mapping[str, Any], status: Mapping[str, Any]) -> CaseRow:
-    listed = _mapping(run.get("quality")).get("structures")
-    judged = {_mapping(one).get("value"): _mapping(one) for one in (listed if isinstance(listed, list) else ())}
     rows = []
     for one in map(_mapping, run["structures"]):
         value = one.get("value")
         if not isinstance(value, int):
             continue
-        verdict = judged.get(value, {}).get("verdict")
+        judged = _mapping(one.get("quality"))
+        verdict = judged.get("verdict")
         rows.append(
             StructureRow(
                 value,
@@ -277,8 +276,8 @@ def _case(folder: Path, run: Mapping[str, Any], status: Mapping[str, Any]) -> Ca
                 number(one.get("volume_ml")) or 0.0,
                 number(one.get("round_trip_dice")),
                 verdict if verdict in VERDICTS else None,
-                str(judged.get(value, {}).get("reason") or ""),
-                number(judged.get(value, {}).get("score")),
+                str(judged.get("reason") or ""),
+                number(judged.get("estimated_dice")),
             )
         )
     # A cohort keeps times apart from run.json, which is then the same whenever it is computed.

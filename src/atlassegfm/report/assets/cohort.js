@@ -63,7 +63,7 @@
         return made;
       }],
       ["verdict", "", (row) => rank(row[2]), (row) => badge(row[2])],
-      ...(data.judged ? [["score", "n", (row) => row[3], (row) => number(row[3], 2)]] : []),
+      ...(data.judged ? [["est. Dice", "n", (row) => row[3], (row) => number(row[3], 2)]] : []),
       ["status", "", (row) => row[4], (row) => cell(row[4])],
       ["volume ml", "n", (row) => row[5], (row) => volume(row[5])],
       ["× median", "n", (row) => row[6], (row) => {
