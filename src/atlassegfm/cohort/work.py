@@ -19,6 +19,7 @@ from ..itk import read_transform
 from ..memory import peak_memory_mb, reset_peak_memory
 from ..models import MODELS, Segmenter
 from ..pipeline import NO_MODEL, Segmentation, Settings, load_chosen
+from ..quality import LEAST_CONFIDENCE
 from ..results import RunInputs, check_formats, write_failure, write_result
 from ..settings import to_dict
 from ..threads import limited_threads, thread_variables
@@ -34,10 +35,6 @@ FORMAT = 1
 #: Code that cannot change a result: results stay valid after a change to it.
 _HARMLESS = ("__main__.py", "benchmark/", "cli/", "cohort/", "demo.py", "doctor.py", "evaluation.py", "memory.py")
 _HARMLESS_TOO = ("metrics/", "phantom.py", "report", "statistics.py", "suggest.py", "threads.py", "tolerances/")
-#: Confidence of the registration from which on scans are taken to show the same part of the body. The least of 161
-#: pairs of the benchmarks had 0.50; eight pairs of scans of different parts had 0.32 to 0.43.
-_DOUBTFUL_CONFIDENCE = 0.45
-
 State = Literal["done", "failed", "left"]
 
 
@@ -430,7 +427,7 @@ def doubts_of(result: Segmentation) -> list[str]:
     """What makes a result doubtful as a whole, in words: the wrong part of the body, above all."""
     found = []
     confidence = result.registration.confidence
-    if confidence < _DOUBTFUL_CONFIDENCE:  # NaN, where a transform was given, is not
+    if confidence < LEAST_CONFIDENCE:  # NaN, where a transform was given, is not
         found.append(
             f"the scan hardly resembles the atlas (confidence of the registration {confidence:.2f}); "
             "is it the same part of the body?"
