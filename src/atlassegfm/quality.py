@@ -38,9 +38,9 @@ GOOD_FROM, FAILED_BELOW = 0.78, 0.62
 #: Evidence further than this many standard deviations from the mean of the calibration counts as that far: beyond what
 #: it was fitted on a straight line says nothing.
 _FARTHEST = 3.0
-#: Confidence of a registration below which the scans are hardly of the same part of the body. Pairs that belong
-#: together have 0.48 and more (161 pairs of the benchmarks); abdomen and heart 0.32 to 0.43, abdominal CT and MR 0.40
-#: and 0.53, hippocampus and heart 0.46.
+#: Confidence of a registration below which the scans are hardly of the same part of the body. 90 pairs that belong
+#: together had 0.48 and more; of 14 pairs of different parts, 10 had less (docs/cohorts.md), and two abdomens by CT and
+#: MR 0.40: it is no sure sign.
 LEAST_CONFIDENCE = 0.45
 
 #: Percentiles of a scan's intensities that count as 0 and 1.
