@@ -395,7 +395,9 @@ def test_pipeline_is_better_than_the_atlas_alone(toy_folder: Path, kind: str) ->
 def test_demo_pair_through_the_official_session(tmp_path: Path) -> None:
     """With the registration and all else as a user has it: a network that follows its prompts does better."""
     folder = make_folder(tmp_path / "refiner", refiner=True, patch=(96, 96, 96))
-    settings = with_overrides(Settings(), ["model=nninteractive", f"model_path={folder}"])
+    settings = with_overrides(
+        Settings(), ["model=nninteractive", f"model_path={folder}", "models.nninteractive.autozoom=false"]
+    )
     outcome = run_demo(tmp_path / "demo", settings, device="cpu", picture=False)
     atlas, model, fused = outcome.means()
     assert model is not None
