@@ -30,7 +30,6 @@ from numpy.typing import NDArray
 
 from atlassegfm import models
 from atlassegfm.context import Context
-from atlassegfm.demo import run_demo
 from atlassegfm.errors import InputError, MissingExtraError, ModelError
 from atlassegfm.geometry import Grid
 from atlassegfm.image import LocalMap, Volume
@@ -388,20 +387,6 @@ def test_pipeline_is_better_than_the_atlas_alone(toy_folder: Path, kind: str) ->
     }
     assert told["nninteractive_version"] == version("nninteractive")
     assert told["weights_licence"] == "CC-BY-NC-SA-4.0"
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_demo_pair_through_the_official_session(tmp_path: Path) -> None:
-    """With the registration and all else as a user has it: a network that follows its prompts does better."""
-    folder = make_folder(tmp_path / "refiner", refiner=True, patch=(96, 96, 96))
-    settings = with_overrides(
-        Settings(), ["model=nninteractive", f"model_path={folder}", "models.nninteractive.autozoom=false"]
-    )
-    outcome = run_demo(tmp_path / "demo", settings, device="cpu", picture=False)
-    atlas, model, fused = outcome.means()
-    assert model is not None
-    assert min(model, fused) > atlas, (atlas, model, fused)
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------

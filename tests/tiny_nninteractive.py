@@ -50,66 +50,13 @@ class PromptFollower(torch.nn.Module):
         return torch.cat((torch.zeros_like(logit), logit), dim=1)
 
 
-class PromptRefiner(torch.nn.Module):
-    """Moves the border of a prompted mask to where the image changes from the mask's inside to its surroundings.
-
-    Near the border, a voxel belongs to whichever side looks more like it, by the means of both sides around it. Answers
-    to a mask alone; no learning.
-    """
-
-    #: Voxels on both sides of the border that are decided anew, and of the cube around them that both sides are
-    #: known by.
-    reach, around = 2, 17
-
-    def __init__(self, input_channels: int, num_classes: int, deep_supervision: bool = False) -> None:
-        super().__init__()
-        assert (input_channels, num_classes, deep_supervision) == (CHANNELS, 2, False)
-        self.gain = torch.nn.Parameter(torch.tensor(12.0))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        image, mask = x[:, :1].float(), (x[:, 1:2] > 0.5).float()
-        shown = (image != 0).float()  # exactly 0 is what a patch is padded with
-        smooth = self._mean(image * shown, 3) / self._mean(shown, 3).clamp_min(1e-6)
-        near = self._grown(mask, self.reach)
-        core = 1 - self._grown(1 - mask, self.reach)
-        ring = (self._grown(mask, 3 * self.reach) - near).clamp_min(0) * shown
-        sure = (1 - self._grown(1 - mask, 1)) * shown
-        inside, outside = (
-            self._mean(smooth * side, self.around) / self._mean(side, self.around).clamp_min(1e-6)
-            for side in (sure, ring)
-        )
-        known = (self._mean(sure, self.around) > 1e-4) & (self._mean(ring, self.around) > 1e-4)
-        likes = (smooth - outside).abs() - (smooth - inside).abs()
-        likes = likes / (inside - outside).abs().clamp_min(0.2)
-        logit = torch.where(known, self.gain * (likes + 0.4 * (mask - 0.5)), self.gain * (mask - 0.5))
-        logit = torch.where(core > 0.5, self.gain, torch.where(near > 0.5, logit, -self.gain))
-        return torch.cat((torch.zeros_like(logit), logit), dim=1)
-
-    @staticmethod
-    def _grown(mask: torch.Tensor, voxels: int) -> torch.Tensor:
-        return functional.max_pool3d(mask, 2 * voxels + 1, stride=1, padding=voxels)
-
-    @staticmethod
-    def _mean(values: torch.Tensor, size: int) -> torch.Tensor:
-        return functional.avg_pool3d(values, size, stride=1, padding=size // 2)
-
-
 def make_folder(
-    root: Path,
-    *,
-    follower: bool = False,
-    refiner: bool = False,
-    patch: tuple[int, int, int] = (64, 64, 64),
-    fold: int = 0,
-    seed: int = 0,
+    root: Path, *, follower: bool = False, patch: tuple[int, int, int] = (64, 64, 64), fold: int = 0, seed: int = 0
 ) -> Path:
     """Write the folder of a network with one fold: a small random one of the published kind, or the toy."""
     if follower:
         name, arguments, imported = "tiny_nninteractive.PromptFollower", {"reach": 3}, []
         network: torch.nn.Module = PromptFollower(CHANNELS, 2)
-    elif refiner:
-        name, arguments, imported = "tiny_nninteractive.PromptRefiner", {}, []
-        network = PromptRefiner(CHANNELS, 2)
     else:
         name, arguments, imported, network = _residual_encoder(seed)
     (root / f"fold_{fold}").mkdir(parents=True, exist_ok=True)
