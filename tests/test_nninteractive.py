@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from atlassegfm import models
 from atlassegfm.context import Context
+from atlassegfm.demo import run_demo
 from atlassegfm.errors import InputError, MissingExtraError, ModelError
 from atlassegfm.geometry import Grid
 from atlassegfm.image import LocalMap, Volume
@@ -387,6 +388,19 @@ def test_pipeline_is_better_than_the_atlas_alone(toy_folder: Path, kind: str) ->
     }
     assert told["nninteractive_version"] == version("nninteractive")
     assert told["weights_licence"] == "CC-BY-NC-SA-4.0"
+
+
+@pytest.mark.timeout(900)
+def test_demo_pair_through_the_official_session(tmp_path: Path) -> None:
+    """With the registration, the gate and all else as a user has it."""
+    # Wide enough to show each structure with its surroundings at once, so that the session neither zooms nor refines.
+    folder = make_folder(tmp_path / "refiner", refiner=True, patch=(72, 144, 192))
+    settings = with_overrides(Settings(), ["model=nninteractive", f"model_path={folder}"])
+    outcome = run_demo(tmp_path / "demo", settings, device="cpu", picture=False)
+    assert outcome.run["model"]["prompt"] == "mask"
+    atlas, model, fused = outcome.means()
+    assert model is not None
+    assert min(model, fused) > atlas + 0.01, (atlas, model, fused)
 
 
 # --- the folder -----------------------------------------------------------------------------------------------------
