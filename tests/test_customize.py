@@ -17,7 +17,7 @@ import pytest
 
 from atlassegfm import customization, pipeline
 from atlassegfm.context import Context
-from atlassegfm.customization import CONTEXT_NAMES, Customization, customize
+from atlassegfm.customization import CONTEXT_NAMES, FORMAT, Customization, customize
 from atlassegfm.errors import InputError, ModelError
 from atlassegfm.geometry import Grid
 from atlassegfm.image import Volume, load_labels, save_volume
@@ -79,7 +79,7 @@ def seal(folder: Path) -> None:
 def test_contents(ctx: Path, made: Customization) -> None:
     assert {path.name for path in ctx.iterdir()} == CONTEXT_NAMES
     content = tomllib.loads((ctx / "context.toml").read_text())
-    assert content["format"] == 1
+    assert content["format"] == FORMAT
     assert content["atlassegfm"] == __version__
     assert content["model"] == {"name": "builtin", "prompt": "mask", "weights_sha256": ""}
     assert [one["name"] for one in content["structures"]] == ["liver", "kidney", "node"]
@@ -286,8 +286,8 @@ def sealed(name: str, old: str, new: str) -> Callable[[Path], None]:
             for name in sorted(CONTEXT_NAMES)
         ),
         (
-            of_format(2),
-            r"ctx: a context in the format 2 of version 9\.8\.7, but this version \([\d.]+\) reads the format 1",
+            of_format(99),
+            r"ctx: a context in the format 99 of version 9\.8\.7, but this version \([\d.]+\) reads the format 2",
         ),
         (
             sealed("settings.toml", "\nmodel_path =", "\nmodel_place ="),

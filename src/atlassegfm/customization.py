@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from .context import Context
+from .correction import Correction
 from .errors import InputError, ModelError
 from .fusion import Gate
 from .geometry import Grid
@@ -37,16 +38,17 @@ from .version import __version__
 
 #: Raised whenever the files change, or what a gate was trained on does: the answers of the built-in model, what its
 #: training does, or what a setting means.
-FORMAT = 1
-ATLAS, LABELS, SETTINGS, CONTENT, CHECKSUMS = (
+FORMAT = 2
+ATLAS, LABELS, SETTINGS, CONTENT, CORRECTION, CHECKSUMS = (
     "atlas.nii.gz",
     "labels.nii.gz",
     "settings.toml",
     "context.toml",
+    "correction.npz",
     "SHA256SUMS",
 )
-#: A folder with anything else in it is never replaced.
-CONTEXT_NAMES = frozenset({ATLAS, LABELS, SETTINGS, CONTENT, CHECKSUMS})
+#: A folder with anything else in it is never replaced. All are there, but the correction only where the gate has one.
+CONTEXT_NAMES = frozenset({ATLAS, LABELS, SETTINGS, CONTENT, CORRECTION, CHECKSUMS})
 #: Settings below ``models`` that change where and how fast a model answers, not what.
 _HARMLESS = frozenset(
     {
@@ -213,7 +215,11 @@ class Customization:
             # The place of the weights is this machine's.
             _write(new / SETTINGS, to_toml(replace(self.settings, model_path="")))
             _write(new / CONTENT, self._content())
-            names = sorted(CONTEXT_NAMES - {CHECKSUMS})
+            correction = None if self.gate is None else self.gate.correction
+            if correction is not None:
+                # Arrays alone, uncompressed: read back without pickles, and the same bytes from the same arrays.
+                np.savez(new / CORRECTION, allow_pickle=False, **correction.arrays())
+            names = sorted(name for name in CONTEXT_NAMES if (new / name).exists())
             _write(new / CHECKSUMS, "".join(f"{_sha256(new / name)}  {name}\n" for name in names))
             sha256 = _sha256(new / CHECKSUMS)
         return SavedContext(folder, sha256)
@@ -253,7 +259,7 @@ class Customization:
             return cls(
                 _context_in(folder, content),
                 settings,
-                None if gate is None else _gate_of(gate),
+                None if gate is None else _gate_of(gate, folder / CORRECTION),
                 model.get("prompt"),
                 model["weights_sha256"],
                 dict(content["files"]),
@@ -296,8 +302,10 @@ class Customization:
             "grid": {"shape": list(grid.shape), "affine": grid.affine.tolist()},
         }
         if self.gate is not None:
+            plain = asdict(replace(self.gate, correction=None))
+            del plain["correction"]
             content["gate"] = {
-                name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.gate).items()
+                name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()
             }
         content["structures"] = [
             {"value": one.value, "name": one.name, "color": list(one.color)} for one in self.context.structures
@@ -400,7 +408,7 @@ def _check_files(folder: Path) -> str:
         raise InputError(f"{path}: missing from the context; copy the whole folder again, or {_AGAIN}") from None
     except (ValueError, OSError):
         listed = {}
-    if listed.keys() != CONTEXT_NAMES - {CHECKSUMS}:
+    if listed.keys() | {CORRECTION} != CONTEXT_NAMES - {CHECKSUMS}:
         raise InputError(f"{path}: damaged; copy the whole folder again, or {_AGAIN}")
     for name, expected in sorted(listed.items()):
         try:
@@ -436,9 +444,12 @@ def _context_in(folder: Path, content: Mapping[str, Any]) -> Context:
     )
 
 
-def _gate_of(content: Mapping[str, Any]) -> Gate:
+def _gate_of(content: Mapping[str, Any], correction: Path) -> Gate:
     values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in content.items()}
-    return Gate(**values)
+    if not correction.exists():
+        return Gate(**values)
+    with np.load(correction, allow_pickle=False) as arrays:
+        return Gate(**values, correction=Correction.of_arrays(arrays))
 
 
 def _sha256(path: Path) -> str:

@@ -14,6 +14,8 @@ At the paper's learning rate a weight moves by at most 1e-3, so the gate ends wh
 not say where that is. Here it starts at a constant K, the one whose fused masks are closest to the truth on
 the training examples; after a round trip with a handicap for the atlas, see :class:`FusionSettings`.
 
+The default gate goes on from what the paper's has fused (:mod:`atlassegfm.correction`).
+
 One gate serves all structures, each counting the same: a single example is noisy. Starts of each structure's own
 came to 0.676 to 0.682 on queries, half shrunk to the common one 0.677 to 0.682, the common one 0.678 to 0.682 (over
 handicaps of 0.05 to 0.16).
@@ -34,6 +36,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass as settings_dataclass
 
+from .correction import Correction
 from .image import LocalMap, smallest_label_type
 from .prompts import INSIDE
 from .simulation import SimulationSettings
@@ -56,8 +59,10 @@ _TIE_DIGITS = 6
 class FusionSettings:
     """How the warped atlas and the model's answer become one."""
 
-    gate: Literal["paper"] = "paper"
-    """Kind of gate: "paper" is eq. 5 of arXiv 2512.18176."""
+    gate: Literal["default", "paper"] = "default"
+    """Kind of gate. "paper" is eq. 5 of arXiv 2512.18176. "default" goes on from there: a small network, trained on
+    the same simulated masks, corrects the fused masks near their borders; see :mod:`atlassegfm.correction`. After a
+    round trip there is one mask a structure to learn from, which is too few: then both are the paper's."""
 
     kernels: tuple[int, ...] = (3, 5, 7)
     """Sizes of the max-poolings, voxels; odd [paper: 3, 5, 7]."""
@@ -137,6 +142,8 @@ class Gate:
         Masks it was trained on; 0 where there was none to learn from.
     dice_before, dice_after : float
         Mean soft Dice on the training examples at the start and after training; NaN without examples.
+    correction : Correction or None
+        What the default gate does to the masks that were fused; None for the paper's.
     """
 
     kernels: tuple[int, ...]
@@ -146,6 +153,7 @@ class Gate:
     examples: int = 0
     dice_before: float = math.nan
     dice_after: float = math.nan
+    correction: Correction | None = None
 
     def __post_init__(self) -> None:
         if len(self.weights) != 2 * len(self.kernels):
@@ -186,6 +194,7 @@ class Gate:
             f"starts at {self.start:.0%} atlas; trained on {masks}: "
             f"soft Dice {self.dice_before:.4f} to {self.dice_after:.4f}, "
             f"largest weight {max(abs(weight) for weight in self.weights):.1e}"
+            f"{'' if self.correction is None else '; then corrected near borders'}"
         )
 
     def _share(self, atlas: torch.Tensor, model: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from scipy import ndimage
 
 from .context import Context, canonical_scan
+from .correction import lesson, train_correction
 from .errors import InputError, ModelError
 from .fusion import FusionSettings, Gate, GateExample, fuse, label_map, train_gate
 from .geometry import Grid
@@ -565,7 +566,8 @@ def _simulated_gate(
     boxes = ndimage.find_objects(labels.data)
     truths = {n: _label(labels.data, box, n) for n, box in enumerate(boxes, start=1)}
     shown = _Shown(model, kind, context.structures, context.image)
-    simulation, examples = settings.fusion.simulation, []
+    simulation = settings.fusion.simulation
+    examples: list[dict[int, GateExample]] = []
     for draw, size in enumerate(simulation.sizes):
         masks = {
             n: simulated_mask(
@@ -574,8 +576,18 @@ def _simulated_gate(
             for n in truths
         }
         answers = shown.ask(masks, tell)
-        examples += [GateExample(masks[n], answer, truths[n]) for n, answer in answers.maps.items()]
-    return train_gate(examples, settings.fusion, device=device)
+        examples.append({n: GateExample(masks[n], answer, truths[n]) for n, answer in answers.maps.items()})
+    gate = train_gate([one for drawn in examples for one in drawn.values()], settings.fusion, device=device)
+    if settings.fusion.gate == "paper":
+        return gate
+    lessons = []
+    for draw, drawn in enumerate(examples):
+        fused = {n: fuse(one.atlas, one.model, gate, device=device) for n, one in drawn.items()}
+        for n, one in drawn.items():
+            tell(context.structures[n - 1].name)
+            lessons.append(lesson(context.image, n, one.atlas, fused, one.truth, seed=(settings.seed, draw, n)))
+    taught = [one for one in lessons if one is not None]
+    return replace(gate, correction=train_correction(taught, len(context.structures), seed=settings.seed))
 
 
 @dataclass(frozen=True, eq=False)
@@ -708,13 +720,11 @@ class _Job:
     def _result(self, placed: _Placed, answers: _Answers | None, learned: _Learned | None) -> Segmentation:
         grid, structures = self.scan.grid, self.context.structures
         with self.clock.stage("fusion"):
-            maps = {}
-            for n, mask in placed.masks.items():
-                answer = None if answers is None else answers.maps.get(n)
-                fused = mask
-                if answer is not None and learned is not None:
-                    fused = fuse(mask, answer, learned.gate, device=self.device)
-                maps[n] = StructureMaps(fused, mask, answer)
+            fused = {} if answers is None or learned is None else self._fused(placed.masks, answers.maps, learned.gate)
+            maps = {
+                n: StructureMaps(fused.get(n, mask), mask, None if answers is None else answers.maps.get(n))
+                for n, mask in placed.masks.items()
+            }
             labels = label_map({n: one.fused for n, one in maps.items()}, grid.shape)
             if answers is not None and self.settings.topology:
                 maps, labels = self._with_topology(maps, labels)
@@ -766,6 +776,15 @@ class _Job:
             provenance={} if answers is None else answers.provenance,
             licence_accepted=None if answers is None else licence_accepted(self.settings.model),
         )
+
+    def _fused(
+        self, masks: Mapping[int, LocalMap], answers: Mapping[int, LocalMap], gate: Gate
+    ) -> Mapping[int, LocalMap]:
+        """What the gate makes of warped masks and answers; structures without an answer are left out."""
+        fused = {n: fuse(masks[n], answer, gate, device=self.device) for n, answer in answers.items()}
+        if gate.correction is None:
+            return fused
+        return {n: gate.correction.apply(self.scan, n, masks[n], fused) for n in fused}
 
     def _judged(self, status: Status, reason: str, evidence: Evidence | None, confidence: float) -> StructureQuality:
         """What is thought of one structure: from evidence, or from its not being there."""

@@ -34,6 +34,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from ..distances import signed_distance_mm
 from ..geometry import Grid
 from ..image import LocalMap, Volume
 from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan
@@ -229,7 +230,7 @@ class BuiltinSegmenter:
         crop = np.zeros(last - first, bool)
         crop[tuple((voxels + start - first).T)] = True
 
-        distance_mm = _signed_distance_mm(crop, spacing_mm)
+        distance_mm = signed_distance_mm(crop, spacing_mm)
         near = distance_mm > -reach_mm
         prior = distance_mm[near] * np.float32(_PRIOR_SLOPE / error_mm)
         del distance_mm
@@ -313,18 +314,6 @@ def _radius_mm(mask: Mask, spacing_mm: NDArray[np.float64]) -> float:
     )
     # The faces of voxels have 1.5 times the area of the smooth surface they follow, averaged over directions.
     return float(3 * np.count_nonzero(mask) * spacing_mm.prod() / (faces_mm2 / 1.5))
-
-
-def _signed_distance_mm(mask: Mask, spacing_mm: NDArray[np.float64]) -> Field:
-    """(I, J, K) distance to the mask's border, above 0 inside; the border of the array is none."""
-    if mask.all():
-        return np.full(mask.shape, _LARGEST_LOG_ODDS * _CLICK_REACH_MM, np.float32)
-    # Distances run between voxel centres; the border lies half a voxel before.
-    half_mm = spacing_mm.min() / 2
-    inward = ndimage.distance_transform_edt(mask, spacing_mm).astype(np.float32)
-    outward = ndimage.distance_transform_edt(~mask, spacing_mm).astype(np.float32)
-    signed: Field = np.where(mask, inward - np.float32(half_mm), np.float32(half_mm) - outward)
-    return signed
 
 
 def _normalised(image: Field, near: Mask) -> Field:
