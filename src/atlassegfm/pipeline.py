@@ -727,7 +727,8 @@ class _Job:
             }
             labels = label_map({n: one.fused for n, one in maps.items()}, grid.shape)
             if answers is not None and self.settings.topology:
-                maps, labels = self._with_topology(maps, labels)
+                changed, labels = _with_topology({n: one.fused for n, one in maps.items()}, labels, self.labels.data)
+                maps = {n: replace(one, fused=changed[n]) for n, one in maps.items()}
             model_labels = None if answers is None else label_map(answers.maps, grid.shape)
             voxels = np.bincount(labels.ravel(), minlength=len(structures) + 1)
         with self.clock.stage("quality"):
@@ -759,10 +760,14 @@ class _Job:
                     quality=self._judged(status, reason, evidence.get(n), placed.registration.confidence),
                 )
             )
+
+        def stored(map_of_numbers: NDArray[Any]) -> Volume:
+            return _as_stored(map_of_numbers, self.context.values, grid, self.query)
+
         return Segmentation(
-            labels=self._as_stored(labels),
-            atlas_labels=self._as_stored(placed.labels),
-            model_labels=None if model_labels is None else self._as_stored(model_labels),
+            labels=stored(labels),
+            atlas_labels=stored(placed.labels),
+            model_labels=None if model_labels is None else stored(model_labels),
             grid=grid,
             probabilities={structures[n - 1].value: one for n, one in maps.items()},
             structures=tuple(results),
@@ -793,30 +798,66 @@ class _Job:
         # What the scan does not show cannot be wrong, but somebody may have thought that it does.
         return StructureQuality("review" if status == "outside" else "failed", reason)
 
-    def _with_topology(
-        self, maps: dict[int, StructureMaps], labels: NDArray[Any]
-    ) -> tuple[dict[int, StructureMaps], NDArray[Any]]:
-        """The result without islands and holes that the atlas's structures do not have; its probabilities agree."""
-        changes = changes_to(labels, topologies_of(self.labels.data))
-        if not changes:
-            return maps, labels
-        changed = dict(maps)
-        for n, change in changes.items():
-            fused = maps[n].fused
-            first, last = zip(*((side.start, side.stop) for side in change.box), strict=True)
-            start, stop = np.minimum(fused.start, first).tolist(), np.maximum(fused.stop, last).tolist()
-            values = fused.on_box(start, stop)
-            inner = values[tuple(slice(a - s, b - s) for a, b, s in zip(first, last, start, strict=True))]
-            inner[change.islands] = 0
-            inner[change.holes] = np.maximum(inner[change.holes], _FILLED)
-            changed[n] = replace(maps[n], fused=LocalMap((start[0], start[1], start[2]), values))
-        return changed, label_map({n: one.fused for n, one in changed.items()}, labels.shape)
 
-    def _as_stored(self, numbers: NDArray[Any]) -> Volume:
-        """A map of numbers as label values in the query's own array order; one type for all queries of an atlas."""
-        values = self.context.values
-        labels = np.array((0, *values), smallest_label_type(max(values)))[numbers]
-        return Volume(labels, self.scan.grid, self.query.source).turned_to(self.query.grid)
+def fused_by(gate: Gate, context: Context, result: Segmentation) -> Volume:
+    """The label map that another gate would have made of the masks of a result.
+
+    Parameters
+    ----------
+    gate : Gate
+        Without a correction, as the paper's.
+    context : Context
+        The atlas of the result.
+    result : Segmentation
+        Made with a model.
+
+    Returns
+    -------
+    Volume
+        Like ``result.labels``.
+
+    Raises
+    ------
+    ValueError
+        If the gate has a correction, which would take the scan.
+    """
+    if gate.correction is not None:
+        raise ValueError("a gate with a correction takes the scan; expected one without")
+    numbers = {value: n for n, value in enumerate(context.values, start=1)}
+    fused = {
+        numbers[value]: one.atlas if one.model is None else fuse(one.atlas, one.model, gate, device=result.device)
+        for value, one in result.probabilities.items()
+    }
+    labels = label_map(fused, result.grid.shape)
+    if result.settings.topology:
+        _, labels = _with_topology(fused, labels, _numbered(context).data)
+    return _as_stored(labels, context.values, result.grid, result.labels)
+
+
+def _with_topology(
+    fused: Mapping[int, LocalMap], labels: NDArray[Any], atlas: NDArray[Any]
+) -> tuple[Mapping[int, LocalMap], NDArray[Any]]:
+    """Masks and label map without islands and holes that the structures of the ``atlas`` do not have."""
+    changes = changes_to(labels, topologies_of(atlas))
+    if not changes:
+        return fused, labels
+    changed = dict(fused)
+    for n, change in changes.items():
+        first, last = zip(*((side.start, side.stop) for side in change.box), strict=True)
+        start, stop = np.minimum(fused[n].start, first).tolist(), np.maximum(fused[n].stop, last).tolist()
+        values = fused[n].on_box(start, stop)
+        inner = values[tuple(slice(a - s, b - s) for a, b, s in zip(first, last, start, strict=True))]
+        inner[change.islands] = 0
+        inner[change.holes] = np.maximum(inner[change.holes], _FILLED)
+        changed[n] = LocalMap((start[0], start[1], start[2]), values)
+    i, j, k = labels.shape
+    return changed, label_map(changed, (i, j, k))
+
+
+def _as_stored(numbers: NDArray[Any], values: Sequence[int], grid: Grid, query: Volume) -> Volume:
+    """A map of numbers on ``grid`` as label values in the query's own order; one type for all queries of an atlas."""
+    labels = np.array((0, *values), smallest_label_type(max(values)))[numbers]
+    return Volume(labels, grid, query.source).turned_to(query.grid)
 
 
 def outside_shares(labels: Volume, values: Sequence[int], query_to_atlas: Affine, view: Grid) -> dict[int, float]:

@@ -51,11 +51,11 @@ _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 #: Five shapes, as 5 and 7 have no common divisor: 35 columns before one looks like another.
 _SHAPES = ("o", "s", "D", "^", "v")
 #: Where there is one variant a method looks the same in every benchmark; the oracle is no method, and is grey.
-_OF_METHOD = {"fused": (0, "o"), "atlas": (1, "s"), "model": (2, "D")}
+_OF_METHOD = {"fused": (0, "o"), "atlas": (1, "s"), "model": (2, "D"), "paper": (3, "v")}
 _ORACLE = ("#7a828c", "^")
 
 #: What a variant gives in the end: the first of these that it has.
-_FINAL = ("fused", "model", "atlas", "oracle")
+_FINAL = ("fused", "paper", "model", "atlas", "oracle")
 #: Times that are farther apart than this factor are drawn on a logarithmic axis.
 _LINEAR_RANGE = 4.0
 #: Steps of the golden ratio spread successive dots evenly, and always in the same way.

@@ -26,12 +26,12 @@ from ..context import Context, canonical_scan
 from ..dataset import Dataset
 from ..errors import InputError, ModelError, RegistrationError
 from ..evaluation import label_values, score_volumes
-from ..fusion import label_map
+from ..fusion import Gate, label_map
 from ..image import LocalMap, Volume, atomic_path, load_image, load_labels
 from ..memory import peak_memory_mb, reset_peak_memory
 from ..metrics import StructureScores
 from ..models import Segmenter
-from ..pipeline import NO_MODEL, Segmentation, Settings, load_chosen, segment
+from ..pipeline import NO_MODEL, Segmentation, Settings, fused_by, learn_gate, load_chosen, segment
 from ..prompts import make_prompt
 from ..settings import to_dict
 from ..tolerances import Tolerances
@@ -41,8 +41,8 @@ from .protocols import Pair
 logger = logging.getLogger(__name__)
 
 #: What is scored of each pair. "oracle": where atlas and model disagree, the one that is right, if one is: what a
-#: perfect gate between both would give.
-METHODS = ("atlas", "model", "fused", "oracle")
+#: perfect gate between both would give. "paper": what the paper's gate makes of the same masks as the default one.
+METHODS = ("atlas", "model", "paper", "fused", "oracle")
 #: Code that cannot change a score: a run goes on after a change to it.
 _HARMLESS = ("__main__.py", "cli.py", "cli/", "demo.py", "doctor.py", "report.py", "results.py", "benchmark/tables.py")
 _HARMLESS_TOO = ("benchmark/plots.py", "benchmark/protocols.py", "phantom.py", "memory.py", "benchmark/timing.py")
@@ -78,7 +78,14 @@ class Variant:
         """Which methods this variant has."""
         if self.prompts_from == "user":
             return ("model",)
-        return ("atlas",) if self.settings.model == NO_MODEL else METHODS
+        if self.settings.model == NO_MODEL:
+            return ("atlas",)
+        return METHODS if self._is_corrected else tuple(method for method in METHODS if method != "paper")
+
+    @property
+    def _is_corrected(self) -> bool:
+        """Whether its gate does more than the paper's."""
+        return (self.settings.fusion.gate, self.settings.fusion.examples) == ("default", "simulated")
 
 
 @dataclass(frozen=True)
@@ -365,6 +372,7 @@ class _Bench:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._contexts: dict[str, Context] = {}
+        self._gates: dict[str, Gate | None] = {}
         self._queries: dict[str, tuple[Volume, Volume]] = {}
         self._models: dict[Any, Segmenter | None] = {}
         self._unnamed: dict[str, set[int]] = {}
@@ -404,16 +412,29 @@ class _Bench:
         cost: _Cost,
         on_stage: Callable[[str], None] | None,
     ) -> dict[str, Volume]:
-        with cost.measured(self._plan.device):
-            result = segment(context, query, variant.settings, device=self._plan.device, on_stage=on_stage, model=model)
+        gate, device = self._gate(variant, context, model, on_stage), self._plan.device
+        with cost.measured(device):
+            result = segment(context, query, variant.settings, device=device, on_stage=on_stage, model=model, gate=gate)
         cost.take(result)
         if result.model_labels is None:
             return {"atlas": result.atlas_labels}
-        return {
-            "atlas": result.atlas_labels,
-            "model": result.model_labels,
-            "fused": result.labels,
-        }
+        results = {"atlas": result.atlas_labels, "model": result.model_labels}
+        if "paper" in variant.scored and result.gate is not None:
+            results["paper"] = fused_by(replace(result.gate, correction=None), context, result)
+        return results | {"fused": result.labels}
+
+    def _gate(
+        self, variant: Variant, context: Context, model: Any, on_stage: Callable[[str], None] | None
+    ) -> Gate | None:
+        """The gate of an atlas, trained once for all its queries; None where each query trains its own."""
+        settings = variant.settings
+        if model is None or settings.fusion.examples == "round trip":
+            return None
+        if variant.name not in self._gates:
+            self._gates[variant.name] = learn_gate(
+                context, settings, device=self._plan.device, on_stage=on_stage, model=model
+            )
+        return self._gates[variant.name]
 
     def _user_click(self, model: Any, query: Volume, reference: Volume, cost: _Cost) -> dict[str, Volume]:
         scan = canonical_scan(query, "the query")
@@ -457,6 +478,7 @@ class _Bench:
     def _context(self, name: str) -> Context:
         if name not in self._contexts:
             self._contexts.clear()
+            self._gates.clear()
             case = self._plan.dataset.case(name)
             context = Context.from_files(case.image, case.labels)
             self._tell_unnamed(set(context.values), name, case.labels)

@@ -30,7 +30,13 @@ _COMPARED = ("dice", "nsd")
 #: Tables of single structures grow no longer than this; all are in results.csv.
 _LONGEST_TABLE = 40
 #: As tables and plots name them.
-METHOD_NAMES: Mapping[str, str] = {"atlas": "atlas only", "model": "model", "fused": "fused", "oracle": "oracle"}
+METHOD_NAMES: Mapping[str, str] = {
+    "atlas": "atlas only",
+    "model": "model",
+    "paper": "fused, paper's gate",
+    "fused": "fused",
+    "oracle": "oracle",
+}
 
 
 @dataclass(frozen=True, eq=False)
