@@ -292,11 +292,40 @@ def test_wrong_part_of_the_body_is_told(folder: Path, run: Run) -> None:
     ],
 )
 def test_doubts(confidence: float, statuses: tuple[str, ...], count: int) -> None:
-    result: Any = SimpleNamespace(
+    assert len(work_module.doubts_of(outcome_of(confidence, [(status, None) for status in statuses]))) == count
+
+
+@pytest.mark.parametrize(
+    ("structures", "doubted"),
+    [
+        ([("present", "failed"), ("present", "failed")], True),
+        ([("present", "failed"), ("absent", "failed")], True),
+        ([("present", "failed"), ("present", "review")], False),
+        ([("present", "failed"), ("outside", "review")], True),
+        ([("outside", "review"), ("present", None)], False),
+        ([("present", "good")], False),
+    ],
+)
+def test_doubt_where_every_structure_is_judged_failed(structures: list[tuple[str, str | None]], doubted: bool) -> None:
+    found = work_module.doubts_of(outcome_of(0.58, structures))
+    assert [one.startswith("every structure in view is judged failed") for one in found] == [True] * doubted
+
+
+def test_what_hardly_resembles_the_atlas_is_doubted_once() -> None:
+    # All verdicts are failed then, for the same reason.
+    (doubt,) = work_module.doubts_of(outcome_of(0.3, [("present", "failed")]))
+    assert "hardly resembles" in doubt
+
+
+def outcome_of(confidence: float, structures: list[tuple[str, str | None]]) -> Any:
+    """As much of a result as doubts are made of: its confidence, and status and verdict of each structure."""
+    return SimpleNamespace(
         registration=SimpleNamespace(confidence=confidence),
-        structures=[SimpleNamespace(status=status) for status in statuses],
+        structures=[
+            SimpleNamespace(status=status, quality=None if verdict is None else SimpleNamespace(verdict=verdict))
+            for status, verdict in structures
+        ],
     )
-    assert len(work_module.doubts_of(result)) == count
 
 
 # Parts
