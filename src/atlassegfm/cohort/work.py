@@ -34,7 +34,16 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 #: Code that cannot change a result: results stay valid after a change to it.
 _HARMLESS = ("__main__.py", "benchmark/", "cli/", "cohort/", "demo.py", "doctor.py", "evaluation.py", "memory.py")
-_HARMLESS_TOO = ("metrics/", "phantom.py", "report", "statistics.py", "suggest.py", "threads.py", "tolerances/")
+_HARMLESS_TOO = (
+    "metrics/",
+    "phantom.py",
+    "placement.py",
+    "report",
+    "statistics.py",
+    "suggest.py",
+    "threads.py",
+    "tolerances/",
+)
 State = Literal["done", "failed", "left"]
 
 
