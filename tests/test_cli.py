@@ -672,6 +672,32 @@ def test_check_reports(folder: Path, run: Run) -> None:
     assert len(run("check", ".", "--json").json["files"]) == 4
 
 
+def test_check_against_an_atlas(folder: Path, run: Run) -> None:
+    annotated = ("--atlas", "atlas.nii.gz", "--labels", "labels.nii.gz")
+    outcome = run("check", "query.nii.gz", *annotated, "--json")
+    assert outcome.code == 0, outcome.err
+    (report,) = outcome.json["files"]
+    assert report["atlas"]["inside_percent"].keys() == {one.name for one in STRUCTURES}
+    scan = load_volume(folder / "query.nii.gz").canonical()
+    save_volume(Volume(np.ascontiguousarray(scan.data[::-1]), scan.grid), folder / "query.nii.gz")
+    swapped = run("check", "query.nii.gz", *annotated)
+    # Suspicion is no refusal.
+    assert swapped.code == 0, swapped.err
+    assert "warning query.nii.gz: the mirror image fits the atlas better by" in " ".join(swapped.out.split())
+    assert "Missing option '--labels'" in run("check", "query.nii.gz", "--atlas", "atlas.nii.gz").err
+    refused = run("check", "query.nii.gz", *annotated, "--context", "context")
+    assert refused.code == 2
+    assert "--atlas and --context do not go together" in refused.err
+    assert "no such folder; expected a context" in run("check", "query.nii.gz", "--context", "gone").err
+
+
+def test_check_against_a_context(folder: Path, run: Run) -> None:
+    made = run("customize", "--atlas", "atlas.nii.gz", "--labels", "labels.nii.gz", "-o", "ctx", "--model", "none")
+    assert made.code == 0, made.err
+    (report,) = run("check", "query.nii.gz", "--context", "ctx", "--json").json["files"]
+    assert report["atlas"]["mirrored_gain"] < 0
+
+
 @pytest.fixture
 def small_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo on scans that take no time to make."""

@@ -292,11 +292,40 @@ def test_wrong_part_of_the_body_is_told(folder: Path, run: Run) -> None:
     ],
 )
 def test_doubts(confidence: float, statuses: tuple[str, ...], count: int) -> None:
-    result: Any = SimpleNamespace(
+    assert len(work_module.doubts_of(outcome_of(confidence, [(status, None) for status in statuses]))) == count
+
+
+@pytest.mark.parametrize(
+    ("structures", "doubted"),
+    [
+        ([("present", "failed"), ("present", "failed")], True),
+        ([("present", "failed"), ("absent", "failed")], True),
+        ([("present", "failed"), ("present", "review")], False),
+        ([("present", "failed"), ("outside", "review")], True),
+        ([("outside", "review"), ("present", None)], False),
+        ([("present", "good")], False),
+    ],
+)
+def test_doubt_where_every_structure_is_judged_failed(structures: list[tuple[str, str | None]], doubted: bool) -> None:
+    found = work_module.doubts_of(outcome_of(0.58, structures))
+    assert [one.startswith("every structure in view is judged failed") for one in found] == [True] * doubted
+
+
+def test_what_hardly_resembles_the_atlas_is_doubted_once() -> None:
+    # All verdicts are failed then, for the same reason.
+    (doubt,) = work_module.doubts_of(outcome_of(0.3, [("present", "failed")]))
+    assert "hardly resembles" in doubt
+
+
+def outcome_of(confidence: float, structures: list[tuple[str, str | None]]) -> Any:
+    """As much of a result as doubts are made of: its confidence, and status and verdict of each structure."""
+    return SimpleNamespace(
         registration=SimpleNamespace(confidence=confidence),
-        structures=[SimpleNamespace(status=status) for status in statuses],
+        structures=[
+            SimpleNamespace(status=status, quality=None if verdict is None else SimpleNamespace(verdict=verdict))
+            for status, verdict in structures
+        ],
     )
-    assert len(work_module.doubts_of(result)) == count
 
 
 # Parts
@@ -669,8 +698,8 @@ def test_twelve_real_scans(
     labels = sorted((data_dir / "Dataset004_Hippocampus/labelsTr").iterdir())
     for number in range(9):
         shutil.copyfile(images[1 + number % (len(images) - 1)], folder / f"scans/case{number}.nii.gz")
-    # The second one: the first resembles a hippocampus by chance (confidence 0.58), and no doubt is told of it.
-    abdomen = sorted((data_dir / "Dataset001_AbdMR/imagesTr").iterdir())[1]
+    # It resembles a hippocampus by chance (confidence 0.58), but every structure is judged failed.
+    abdomen = min((data_dir / "Dataset001_AbdMR/imagesTr").iterdir())
     shutil.copyfile(abdomen, folder / "scans/abdomen.nii.gz")
     (folder / "scans/damaged.nii.gz").write_bytes(images[1].read_bytes()[:5000])
     (folder / "scans/gone.nii.gz").symlink_to(folder / "nowhere.nii.gz")
@@ -690,7 +719,7 @@ def test_twelve_real_scans(
     assert said.count("error: scans/damaged.nii.gz: ") == 1, said
     assert said.count("error: scans/gone.nii.gz: ") == 1, said
     # Told again where it was kept: in the table.
-    assert re.search(r"^ +abdomen .* the scan hardly resembles the atlas", said, re.MULTILINE), said
+    assert re.search(r"^ +abdomen .* every structure in view is judged failed", said, re.MULTILINE), said
     assert "12 queries: 10 done" in said
     after = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("*/run.json")}
     assert {name: after[name] for name in before} == before

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,71 @@ def test_no_identifier_in_what_is_written_or_said(here: Path, run: Run) -> None:
         assert secret not in text, secret
 
 
+SECRETS = (PATIENT, QUERY_PATIENT, NAME, "Müller", "Erika", STUDY, SERIES, "19500101", "Thorax", "Doctor")
+
+
+def volumes_of(page: Path) -> set[str]:
+    """The layers of the interactive view."""
+    match = re.search(r'<script type="application/json" id="viewer-data">(.*?)</script>', page.read_text(), re.DOTALL)
+    assert match is not None
+    return set(json.loads(match[1])["volumes"])
+
+
+def test_three_formats_and_the_report_in_one_command(here: Path, run: Run) -> None:
+    pytest.importorskip("matplotlib")
+    outcome = run(
+        *("segment", "--atlas", "atlas", "--labels", "rs.dcm", "query", "-o", "out", *FAST),
+        *("--format", "nifti,rtstruct,seg", "--report"),
+    )
+    assert outcome.code == 0, outcome.err
+    made = here / "out" / "query"
+    assert {"segmentation.nii.gz", "rtstruct.dcm", "seg.dcm", "report.html"} <= {one.name for one in made.iterdir()}
+    assert volumes_of(made / "report.html") == {"scan", "result", "atlas"}
+    pages = [here / "out" / "report.html", made / "report.html"]
+    for page in pages:
+        assert "labels are shown" not in page.read_text()
+        assert not [secret for secret in SECRETS if secret in page.read_text()]
+    # Pages are kept while the series is the same, and made again when one of its files is another.
+    first = pages[1].stat().st_mtime_ns
+    assert run("report", "out", "--images", "query", "-q").code == 0
+    assert pages[1].stat().st_mtime_ns == first
+    os.utime(next((here / "query").iterdir()), ns=(1, 1))
+    assert run("report", "out", "--images", "query", "-q").code == 0
+    assert pages[1].stat().st_mtime_ns > first
+
+
+def test_report_of_a_cohort_of_series(here: Path, run: Run) -> None:
+    pytest.importorskip("matplotlib")
+    (here / "todo").mkdir()
+    shutil.move(here / "query", here / "todo" / "first")
+    shutil.copytree(here / "todo" / "first", here / "todo" / "second")
+    # A second series in each folder: the report must open the one that was segmented.
+    for name in ("first", "second"):
+        write_scan(
+            here / "todo" / name, ATLAS, series_uid=f"{SERIES}5", number=8, names="b{}".format, patient_id=QUERY_PATIENT
+        )
+    outcome = run(
+        *("segment", "--atlas", "atlas", "--labels", "rs.dcm", "todo", "-o", "out", *FAST),
+        *("--series", "3", "--report", "--format", "nifti,seg"),
+    )
+    assert outcome.code == 0, outcome.err
+    pages = [here / "out" / "first" / "report.html", here / "out" / "second" / "report.html"]
+    for again in (False, True):
+        for page in pages:
+            assert volumes_of(page) == {"scan", "result", "atlas"}
+            assert not [secret for secret in SECRETS if secret in page.read_text()]
+        if not again:
+            done = run("report", "out", "--images", "todo", "--force", "--json", "-q")
+            assert done.code == 0, done.err
+            assert (done.json["cases"], done.json["without_image"]) == (2, 0)
+    cohort = (here / "out" / "report.html").read_text()
+    assert not [secret for secret in SECRETS if secret in cohort]
+    # Without the scans, as they are on another disk.
+    alone = run("report", "out", "--force", "-q")
+    assert "2 without their scan" in alone.out
+    assert volumes_of(pages[0]) == {"result", "atlas"}
+
+
 def test_structures_and_synonyms(here: Path, run: Run) -> None:
     (here / "names.toml").write_text('Liver = ["liver", "hepar"]\n')
     arguments = ["segment", "--atlas", "atlas", "--labels", "rs.dcm", "query", "-o", "out", *FAST, "--json"]
@@ -251,6 +318,24 @@ def test_check_finds_what_is_wrong_with_series(here: Path, run: Run) -> None:
     alone = run("check", "rs.dcm")
     assert alone.code == 2
     assert "holds contours, no voxels" in alone.out
+
+
+def test_check_of_a_series_against_an_atlas_series(here: Path, run: Run) -> None:
+    annotated = ("--atlas", "atlas", "--labels", "rs.dcm", "--json")
+    (well,) = run("check", "query", *annotated).json["files"]
+    assert well["atlas"]["mirrored_gain"] < -0.02
+    assert not any("swapped" in one["text"] for one in well["findings"])
+    # Rows run the other way, and nothing in the header says so; as a negative on top of it.
+    for path in (here / "query").iterdir():
+        dataset = pydicom.dcmread(path)
+        pixels = dataset.pixel_array[:, ::-1]
+        dataset.PixelData = (1000 - pixels).astype(np.int16).tobytes()
+        dataset.save_as(path)
+    outcome = run("check", "query", *annotated)
+    assert outcome.code == 0
+    texts = [one["text"] for one in outcome.json["files"][0]["findings"]]
+    assert any("left and right of the scan seem to be swapped" in text for text in texts), texts
+    assert any("the intensities seem to be inverted" in text for text in texts), texts
 
 
 # evaluate

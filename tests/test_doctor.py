@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
+from atlassegfm.context import Context
 from atlassegfm.doctor import Check, FileReport, Finding, as_table, check
+from atlassegfm.errors import RegistrationError
 from atlassegfm.geometry import Grid
 from atlassegfm.image import Volume, save_volume
+from atlassegfm.placement import is_inverted, place
 from atlassegfm.structures import Structure
 from conftest import SHEARED, affine_of, rotation
+from scenes import ATLAS, BODY_RADII, STRUCTURES, Patient, straight_grid
 
 WELL = affine_of(np.diag([1.5, 2.0, 4.0]), (-20.0, 30.0, 7.0))
 SHAPE = (30, 28, 20)
@@ -412,6 +416,160 @@ class TestReport:
     @pytest.fixture
     def factory(self, tmp_path: Path) -> Callable[[str], Path]:
         return lambda name: nifti(tmp_path / name, scan_data(), np.diag([1.25, 1.25, 7.7, 1]))
+
+
+# Against an atlas
+
+#: Larger than the body to the sides, as scans are; ends within it.
+ROOM = straight_grid((38, 32, 24), (3.0, 3.0, 3.0))
+OTHER = Patient(shift_mm=(2.0, -3.0, 4.0), scale=1.06)
+
+
+@pytest.fixture(scope="module")
+def atlas() -> Context:
+    return Context.from_volumes(ATLAS.scan(ROOM), ATLAS.labels(ROOM), STRUCTURES)
+
+
+def turned(codes: str, grid: Grid = ROOM) -> Grid:
+    """The same voxels in another array order."""
+    from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
+
+    change = ornt_transform(io_orientation(grid.affine), axcodes2ornt(codes))
+    shape = np.empty(3, int)
+    shape[change[:, 0].astype(int)] = grid.shape
+    return Grid(tuple(shape), grid.affine @ inv_ornt_aff(change, grid.shape))
+
+
+def mirrored(volume: Volume) -> Volume:
+    """What a header that swaps left and right makes of a scan."""
+    canonical = volume.canonical()
+    return Volume(canonical.data[::-1], canonical.grid).turned_to(volume.grid)
+
+
+def saved(volume: Volume, folder: Path) -> Path:
+    path = folder / "query.nii.gz"
+    save_volume(Volume(np.ascontiguousarray(volume.data), volume.grid), path)
+    return path
+
+
+def against(path: Path, atlas: Context) -> FileReport:
+    (report,) = check([path], None, atlas).files
+    return report
+
+
+class TestAgainstAnAtlas:
+    @pytest.mark.parametrize("codes", ["RAS", "LPS", "SAR", "oblique"])
+    def test_left_and_right_swapped(self, codes: str, atlas: Context, tmp_path: Path) -> None:
+        if codes == "oblique":
+            where = Grid(ROOM.shape, affine_of(rotation(8, -6, 12), (0, 0, 0)) @ ROOM.affine)
+        else:
+            where = turned(codes)
+        scan = OTHER.scan(where)
+        well = against(saved(scan, tmp_path), atlas)
+        assert well.findings == (() if codes != "oblique" else (finding(well, "the slices are turned by"),)), (
+            well.findings
+        )
+        assert well.atlas is not None
+        assert well.atlas.mirrored_gain < -0.05
+        wrong = against(saved(mirrored(scan), tmp_path), atlas)
+        one = finding(wrong, "left and right of the scan seem to be swapped")
+        assert one.severity == "warning"
+        assert "on the wrong side" in one.text
+        assert "original DICOM" in one.remedy
+        assert wrong.atlas is not None
+        assert wrong.atlas.mirrored_gain == pytest.approx(-well.atlas.mirrored_gain, abs=1e-3)
+
+    def test_symmetric_bodies_are_not_suspected(self, tmp_path: Path) -> None:
+        # One organ on each side, of one brightness; only noise tells the sides apart.
+        def symmetric(seed: int) -> Volume:
+            half = ATLAS.scan(ROOM).data + np.random.default_rng(seed).normal(0, 4, ROOM.shape)
+            return Volume((half + half[::-1]).astype(np.float32), ROOM)
+
+        labels = np.zeros(ROOM.shape, np.uint8)
+        labels[14:24, 12:20, 6:14] = 1
+        twin = Context.from_volumes(symmetric(0), Volume(labels, ROOM))
+        for seed in (1, 2):
+            found = against(saved(symmetric(seed), tmp_path), twin)
+            assert found.atlas is not None
+            assert abs(found.atlas.mirrored_gain) < 0.01
+            assert found.findings == ()
+
+    def test_field_of_view(self, atlas: Context, tmp_path: Path) -> None:
+        # Up to z = 10 mm: without the node (11 to 25 mm).
+        low = Grid((38, 32, 16), ROOM.affine)
+        report = against(saved(ATLAS.scan(low), tmp_path), atlas)
+        one = finding(report, "outside the field of view, by a linear fit: node")
+        assert one.severity == "note"
+        assert "missing from the result" in one.text
+        assert report.atlas is not None
+        assert report.atlas.inside_percent["node"] < 10
+        assert report.atlas.inside_percent["kidney"] == pytest.approx(100, abs=5)
+        # Up to x = 13 mm: through the liver (-4 to 30 mm), beside the kidney (up to -6 mm).
+        left = Grid((24, 32, 24), ROOM.affine)
+        cut = finding(against(saved(ATLAS.scan(left), tmp_path), atlas), "cut by the border")
+        assert "liver (" in cut.text
+        assert "kidney" not in cut.text
+
+    @pytest.mark.parametrize("codes", ["LPS", "SAR"])
+    def test_inverted(self, codes: str, atlas: Context, tmp_path: Path) -> None:
+        scan = OTHER.scan(turned(codes))
+        negative = saved(Volume(scan.data.max() - scan.data, scan.grid), tmp_path)
+        for report in (only(negative), against(negative, atlas)):
+            one = finding(report, "the intensities seem to be inverted")
+            assert one.severity == "warning"
+            assert "MONOCHROME1" in one.text
+            assert "largest value minus each" in one.remedy
+            assert "swapped" not in str(report.findings)
+        assert against(negative, atlas).atlas.correlation < -0.5  # type: ignore[union-attr]
+        assert only(saved(scan, tmp_path)).findings == ()
+
+    def test_inverted_without_air_is_suspected_against_the_atlas(self, atlas: Context, tmp_path: Path) -> None:
+        # The air stays dark, as scanners' masks leave it: the scan alone does not tell.
+        scan = OTHER.scan(ROOM)
+        body = scan.data > 0
+        negative = np.where(body, 300 - scan.data, 0).astype(np.float32)
+        report = against(saved(Volume(negative, ROOM), tmp_path), atlas)
+        one = finding(report, "what is bright in the atlas is dark in the scan")
+        assert one.severity == "warning"
+        assert "of the same modality" in one.text
+        assert only(tmp_path / "query.nii.gz").findings == ()
+
+    def test_a_scan_that_cannot_be_fitted(
+        self, atlas: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise RegistrationError("the scan shows nothing but background; check its intensities")
+
+        monkeypatch.setattr("atlassegfm.placement.place", refuse)
+        report = against(saved(ATLAS.scan(ROOM), tmp_path), atlas)
+        assert "could not be fitted to the atlas: the scan shows nothing" in finding(report, "fitted").text
+        assert report.atlas is None
+
+    def test_labels_are_not_fitted(self, atlas: Context, tmp_path: Path) -> None:
+        path = saved(ATLAS.labels(ROOM), tmp_path)
+        assert against(path, atlas).atlas is None
+
+    def test_numbers_for_json(self, atlas: Context, tmp_path: Path) -> None:
+        result = check([saved(OTHER.scan(ROOM), tmp_path)], None, atlas)
+        plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))["files"][0]["atlas"]
+        assert plain["inside_percent"].keys() == {"liver", "kidney", "node"}
+        assert plain["correlation"] > 0.5
+        assert plain["mirrored_gain"] < 0
+
+
+def test_crops_without_air_are_not_called_inverted() -> None:
+    inner = straight_grid((20, 16, 20))
+    assert max(np.array(inner.shape) / 2 * 2 / BODY_RADII) < 1
+    data = ATLAS.scan(inner).data
+    assert not is_inverted(Volume(data, inner))
+    assert not is_inverted(Volume(data.max() - data, inner))
+
+
+def test_the_scan_fitted_is_left_as_it_was(atlas: Context) -> None:
+    scan = OTHER.scan(ROOM)
+    before = scan.data.copy()
+    place(scan, atlas)
+    assert np.array_equal(scan.data, before)
 
 
 @pytest.mark.slow

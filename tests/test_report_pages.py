@@ -419,6 +419,28 @@ def test_segment_ends_in_a_report(tmp_path: Path, run: Run) -> None:
         assert (tmp_path / "out" / "report.html").is_file()
 
 
+def test_round_trips_are_shown_only_where_there_are_any(cohort: tuple[Path, Path], tmp_path: Path) -> None:
+    out = cohort[0]
+    for page in (out / "report.html", out / "a_case" / "report.html"):
+        assert re.search("round(<br>| )trip", page.read_text())
+    assert data_of(out / "report.html", "table-data")["went"] is True
+    # The usual gate is trained on simulated errors, and no structure makes a round trip.
+    write_result(tmp_path / "out" / "one", 0, **judged("good", "good", "good"))
+    run_file = tmp_path / "out" / "one" / "run.json"
+    run_file.write_text(run_file.read_text().replace('"round_trip_dice": 0.9', '"round_trip_dice": null'))
+    write_report(tmp_path / "out", options=PLAIN)
+    for page in (tmp_path / "out" / "report.html", tmp_path / "out" / "one" / "report.html"):
+        shown = re.sub("(?s)<script.*?</script>", "", page.read_text())
+        assert not re.search("round(<br>| )trip", shown, re.IGNORECASE)
+        assert "agree" in shown.lower()
+        heads = re.search(r"<table class=['\"](?:grid|plots)['\"]><thead><tr>(.*?)</tr>", shown)
+        row = re.search(r"<tbody><tr>(.*?)</tr>", shown)
+        assert heads is not None
+        assert row is not None
+        assert len(re.findall("<th[ >]", heads[1])) == len(re.findall("<t[hd][ >]", row[1]))
+    assert data_of(tmp_path / "out" / "report.html", "table-data")["went"] is False
+
+
 # In a browser
 
 

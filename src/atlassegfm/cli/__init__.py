@@ -305,17 +305,45 @@ def check(
         list[Path],
         typer.Argument(metavar="FILES...", help="Scans, label maps, DICOM series folders, RTSTRUCT, DICOM-SEG."),
     ],
+    context: Annotated[
+        Path | None,
+        typer.Option("--context", metavar="CTX", help="Compare scans with the atlas of this context folder too."),
+    ] = None,
+    atlas: Annotated[
+        Path | None, typer.Option("--atlas", metavar="IMG", help="The same with an annotated scan; needs --labels.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option("--labels", metavar="LAB", help="Its label map, RTSTRUCT or DICOM-SEG.")
+    ] = None,
+    names: NamesOption = None,
     series: SeriesOption = None,
+    atlas_series: AtlasSeriesOption = None,
+    structures: StructuresOption = None,
+    synonyms: SynonymsOption = None,
+    overlap: OverlapOption = "refuse",
     as_json: JsonOption = False,
 ) -> None:
     """Look for what is wrong with scans and label maps, and how to mend it.
 
-    The exit code is 2 if a file could not be used.
+    With --context, or --atlas and --labels, each scan is also fitted to the atlas (some seconds): are left and right
+    swapped, is the contrast inverted, does it show the structures? The exit code is 2 if a file could not be used.
     """
     with open_session(quiet=True, warnings=False):
         from .. import doctor
 
-        result = doctor.check((file for path in files for file in _files(path)), series)
+        annotated = None
+        if any(one is not None for one in (context, atlas, labels, names)):
+            _check_atlas_options(atlas, labels, names, context)
+            selection = build_selection(structures, synonyms, overlap)
+            if context is not None:
+                from ..customization import Customization
+
+                annotated = Customization.load(context).context
+            elif atlas is not None and labels is not None:
+                from ..context import Context
+
+                annotated = Context.from_files(atlas, labels, names, series=atlas_series, selection=selection)
+        result = doctor.check((file for path in files for file in _files(path)), series, annotated)
     if as_json:
         print_json(result.to_dict())
     else:

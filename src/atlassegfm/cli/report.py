@@ -50,8 +50,8 @@ def report(
         typer.Option(
             "--images",
             metavar="PATH",
-            help="The queries: files, or folders that they lie in; may be repeated. Results do not say where these "
-            "are; without them only labels are shown.",
+            help="The queries: files, DICOM series folders, or folders that they lie in; may be repeated. Results do "
+            "not say where these are; without them only labels are shown.",
         ),
     ] = None,
     cases: Annotated[bool, typer.Option("--cases/--no-cases", help="Write a page for each case too.")] = True,

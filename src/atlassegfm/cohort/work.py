@@ -34,7 +34,16 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 #: Code that cannot change a result: results stay valid after a change to it.
 _HARMLESS = ("__main__.py", "benchmark/", "cli/", "cohort/", "demo.py", "doctor.py", "evaluation.py", "memory.py")
-_HARMLESS_TOO = ("metrics/", "phantom.py", "report", "statistics.py", "suggest.py", "threads.py", "tolerances/")
+_HARMLESS_TOO = (
+    "metrics/",
+    "phantom.py",
+    "placement.py",
+    "report",
+    "statistics.py",
+    "suggest.py",
+    "threads.py",
+    "tolerances/",
+)
 State = Literal["done", "failed", "left"]
 
 
@@ -434,6 +443,13 @@ def doubts_of(result: Segmentation) -> list[str]:
         )
     if not any(one.status == "present" for one in result.structures):
         found.append("no structure of the atlas was found")
+    # What is out of view is never failed, and says nothing on what is in it.
+    judged = [one.quality for one in result.structures if one.quality is not None and one.status != "outside"]
+    if not found and judged and all(one.verdict == "failed" for one in judged):
+        found.append(
+            f"every structure in view is judged failed ({len(judged)} of {len(judged)}); "
+            "is it the same part of the body as the atlas?"
+        )
     return found
 
 

@@ -56,16 +56,26 @@ def fit(
     Affine
         Fixed world to moving world.
     """
+    return fit_with_cost(fixed, moving, spacings_mm, settings, device)[0]
+
+
+def fit_with_cost(
+    fixed: Scan, moving: Scan, spacings_mm: tuple[float, ...], settings: RegistrationSettings, device: str
+) -> tuple[Affine, float]:
+    """As :func:`fit`, and what the fit costs: the mean price of both scans and the priors, lower is more alike.
+
+    Costs are compared between fits of the same atlas on the same levels only. Infinite where neither stage is on.
+    """
     axes = axes_of(fixed.intensity.grid)
     centre = torch.as_tensor(fixed.intensity.grid.centre_mm, dtype=torch.float32, device=device)
-    parameters = torch.zeros(0)
+    parameters, costs = torch.zeros(0), torch.full((1,), torch.inf)
     for number, spacing in enumerate(spacings_mm):
         query = _Side(on_grid(fixed, frame_grid(fixed.intensity.grid, axes, spacing), device), 0.0)
         atlas = _Side(on_grid(moving, frame_grid(moving.intensity.grid, axes, spacing), device), _STRUCTURE_EMPHASIS)
         points = _COARSE_POINTS if number == 0 else _FINE_POINTS
         problem = _Problem(query, atlas, centre, points)
         if number == 0 and not settings.rigid:
-            parameters = torch.zeros((1, 12), device=device)
+            parameters, costs = torch.zeros((1, 12), device=device), torch.full((1,), torch.inf, device=device)
         elif number == 0:
             shifts_mm = translations(query, atlas, settings.candidates)
             parameters = torch.zeros((len(shifts_mm), 12), device=device)
@@ -80,7 +90,7 @@ def fit(
     homogeneous = np.eye(4)
     homogeneous[:3, :3] = matrix[0].double().cpu().numpy()
     homogeneous[:3, 3] = offset[0].double().cpu().numpy()
-    return Affine(homogeneous)
+    return Affine(homogeneous), float(costs.min())
 
 
 def translations(query: _Side, atlas: _Side, count: int) -> NDArray[np.float64]:

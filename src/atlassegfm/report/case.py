@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ..errors import InputError
-from ..image import Volume, atomic_path, load_image, load_labels
+from ..dicom import is_dicom_input, open_image
+from ..errors import InputError, MissingExtraError
+from ..image import Volume, atomic_path, load_labels
 from ..metrics import dice_per_structure
 from ..structures import Structure, structures_of
 from .folder import ATLAS, CASE_PAGE, CASE_PICTURE, MODEL, RUN, SEGMENTATION, STATUS, CaseRow
@@ -52,7 +53,7 @@ from .slices import (
 from .viewer import labels_payload, scan_payload, thinning
 
 #: Changes whenever pages made earlier are to be made again.
-_EDITION = "1"
+_EDITION = "2"
 #: What a page knows of its case comes within so many characters from its beginning.
 _FACTS_REACH = 400_000
 _FACTS = re.compile(r'<script type="application/json" id="facts">(.*?)</script>', re.DOTALL)
@@ -125,7 +126,7 @@ def write_case(case: CaseRow, image: Path | None, options: CaseOptions, *, back:
     case : CaseRow
         The result.
     image : Path or None
-        The query's file, where it is known.
+        The query's file, or the folder of its DICOM series, where it is known.
     options : CaseOptions
         What goes into it.
     back : str
@@ -182,9 +183,12 @@ def _fingerprint(folder: Path, image: Path | None, options: CaseOptions, back: s
         if (folder / name).is_file():
             found.update((folder / name).read_bytes())
     for path in (folder / SEGMENTATION, folder / ATLAS, folder / MODEL, image):
-        if path is not None and path.exists():
-            status = path.stat()
-            found.update(f"{path.name} {status.st_size} {status.st_mtime_ns}".encode())
+        if path is None or not path.exists():
+            continue
+        # The folder of a DICOM series does not change with its files.
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            status = file.stat()
+            found.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
     return found.hexdigest()
 
 
@@ -225,7 +229,10 @@ def _load(case: CaseRow, image: Path | None) -> _Maps:
     scan, note = None, "The scan itself was not given: only labels are shown. <code>--images FOLDER</code> adds it."
     if image is not None:
         try:
-            read = load_image(image)
+            series = case.series if image.is_dir() and is_dicom_input(image) else None
+            read = open_image(image, series)
+        except MissingExtraError as error:
+            note = f"The scan could not be read ({text(error)}): only labels are shown."
         except InputError:
             note = "The scan could not be read: only labels are shown."
         else:
@@ -409,6 +416,8 @@ def _structures_table(
     case: CaseRow, maps: _Maps, agreement: Mapping[int, Agreement], centres: Mapping[int, Sequence[float]]
 ) -> str:
     judged = any(row.verdict for row in case.structures)
+    # Made only to train the gate (fusion.examples).
+    went = any(row.round_trip is not None for row in case.structures)
     rows = []
     for row, structure in zip(case.structures, maps.structures, strict=True):
         one = agreement.get(row.value, Agreement())
@@ -422,10 +431,8 @@ def _structures_table(
             f"<th scope='row'>{name}</th>",
             *([f"<td>{badge(row.verdict)}</td><td class='n'>{score(row.score)}</td>"] if judged else []),
             f"<td class='n'>{millilitres(row.volume_ml)}</td>",
-            *(
-                f"<td class='n'>{score(value)}</td>"
-                for value in (row.round_trip, one.atlas_model, one.result_atlas, one.result_model)
-            ),
+            *([f"<td class='n'>{score(row.round_trip)}</td>"] if went else []),
+            *(f"<td class='n'>{score(value)}</td>" for value in (one.atlas_model, one.result_atlas, one.result_model)),
             f"<td class='why'>{text(remarks)}</td>",
         ]
         rows.append(f"<tr>{''.join(cells)}</tr>")
@@ -433,7 +440,11 @@ def _structures_table(
         "<th>structure</th>",
         *(["<th>verdict</th><th class='n'>est. Dice</th>"] if judged else []),
         "<th class='n'>volume<br>ml</th>",
-        "<th class='n' title='Dice of the atlas label with itself, to the query and back'>round<br>trip</th>",
+        *(
+            ["<th class='n' title='Dice of the atlas label with itself, to the query and back'>round<br>trip</th>"]
+            if went
+            else []
+        ),
         "<th class='n' title='Dice of warped atlas and model'>atlas ·<br>model</th>",
         "<th class='n' title='Dice of result and warped atlas'>result ·<br>atlas</th>",
         "<th class='n' title='Dice of result and model'>result ·<br>model</th>",

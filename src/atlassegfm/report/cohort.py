@@ -13,6 +13,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dicom import is_series_folder
 from ..errors import InputError
 from ..image import atomic_path
 from .case import Agreement, CaseFacts, CaseOptions, write_case
@@ -24,6 +25,7 @@ from .folder import (
     CaseRow,
     Failure,
     ResultFolder,
+    StructureRow,
     default_colors,
     read_folder,
     shown_reason,
@@ -133,7 +135,8 @@ def write_report(
     path : Path, optional
         The page; ``report.html`` in the folder if left out.
     images : sequence of Path
-        The queries: files, or folders that they lie in. Results do not say where these are, as paths name patients.
+        The queries: files, folders of DICOM series, or folders that they lie in. Results do not say where these are,
+        as paths name patients.
     options : ReportOptions, optional
         Defaults if left out.
     on_case : callable, optional
@@ -185,9 +188,11 @@ def _scans(images: Sequence[Path]) -> dict[str, Path]:
     for given in images:
         if not given.exists():
             raise InputError(f"{given}: no such file or folder; expected the scans that were segmented")
-        listed = [*sorted(given.iterdir()), given] if given.is_dir() else [given]
+        # The files of a DICOM series are no scans of their own.
+        holds = given.is_dir() and not is_series_folder(given)
+        listed = [*sorted(given.iterdir()), given] if holds else [given]
         for path in listed:
-            scans.setdefault(path.name, path)
+            scans.setdefault(path.name or path.resolve().name, path)
     return scans
 
 
@@ -293,7 +298,7 @@ def _page(title: str, entries: Sequence[_Entry], found: ResultFolder, problems: 
             _head(title, entries, found, problems),
             _first(_first_to_see(entries, found.failures, volumes)),
             _gallery(entries),
-            _table(found),
+            _table(found, went=_went(entries)),
             _distributions(entries, names, colors, volumes),
             _times(entries),
             _making(entries),
@@ -379,7 +384,12 @@ def _gallery(entries: Sequence[_Entry]) -> str:
     return f'<section><h2>At a glance</h2><div class="gallery">{"".join(cards)}</div>{more}</section>'
 
 
-def _table(found: ResultFolder) -> str:
+def _went(entries: Sequence[_Entry]) -> bool:
+    """Whether any structure made a round trip, which is only to train the gate."""
+    return any(row.round_trip is not None for entry in entries for row in entry.case.structures)
+
+
+def _table(found: ResultFolder, *, went: bool) -> str:
     judged = found.has_verdicts
     options = "".join(f'<option value="{value}">{text(name)}</option>' for value, name in found.structure_names.items())
     verdicts = "".join(f'<option value="{verdict}">{verdict}</option>' for verdict in VERDICTS)
@@ -398,8 +408,9 @@ def _table(found: ResultFolder) -> str:
         f'{verdict_filter}<span class="count" id="count"></span></div>'
         '<div class="scroll"><table class="grid" id="table"><thead></thead><tbody></tbody></table></div>'
         '<div class="pager" id="pager"></div><noscript><p>The table needs JavaScript.</p></noscript>'
-        '<p class="hint">Choose a column head to sort. Round trip and agreement are Dice coefficients, 0 to 1, none of '
-        "which needs true labels. × median is the volume over the median of this cohort.</p></section>"
+        f'<p class="hint">Choose a column head to sort. {"Round trip and agreement" if went else "Agreements"} are '
+        "Dice coefficients, 0 to 1, none of which needs true labels. × median is the volume over the median of this "
+        "cohort.</p></section>"
     )
 
 
@@ -457,6 +468,7 @@ def _table_data(
         "names": {str(value): name for value, name in names.items()},
         "colors": {str(value): list(color) for value, color in colors.items()},
         "judged": any(entry.case.verdict for entry in entries),
+        "went": _went(entries),
         "agreed": any(entry.facts is not None and entry.facts.agreement for entry in entries),
     }
 
@@ -471,10 +483,11 @@ def _distributions(
     volumes: Mapping[int, _Distribution],
 ) -> str:
     links = {entry.case.name: entry.link for entry in entries}
+    went = _went(entries)
     rows = []
     for value, name in names.items():
         spread = volumes[value]
-        trips = _scores(entries, value, lambda row, _: row.round_trip)
+        trips = f"<td>{_plot(_scores(entries, value, _round_trip), 0.0, 1.0)}</td>" if went else ""
         agreed = _scores(entries, value, lambda _, one: one.atlas_model)
         far = [
             f'<a href="{links[n]}">{text(n)}</a>' if links[n] else text(n)
@@ -490,15 +503,20 @@ def _distributions(
             )
         rows.append(
             f"<tr><th>{swatch(colors[value])}{text(name)}</th><td>{summary or '-'}</td><td>{_plot(spread)}</td>"
-            f"<td>{_plot(trips, 0.0, 1.0)}</td><td>{_plot(agreed, 0.0, 1.0)}</td><td class='far'>{shown}</td></tr>"
+            f"{trips}<td>{_plot(agreed, 0.0, 1.0)}</td><td class='far'>{shown}</td></tr>"
         )
     return (
         '<section><h2>Over the cohort</h2><div class="scroll"><table class="plots"><thead><tr><th>structure</th>'
-        "<th>ml, median (quartiles)</th><th>volume</th><th>round trip</th><th>atlas and model agree</th>"
-        f"<th>unusual volumes</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        "<th>ml, median (quartiles)</th><th>volume</th>"
+        f"{'<th>round trip</th>' if went else ''}<th>atlas and model agree</th><th>unusual volumes</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
         f'<p class="hint">Boxes span the quartiles. Red: modified z-score of log volume above {_OUTLIER_Z}, from '
         f"{_FEWEST_CASES} cases on. Structures outside the field of view are left out.</p></section>"
     )
+
+
+def _round_trip(row: StructureRow, _: Agreement) -> float | None:
+    return row.round_trip
 
 
 def _scores(entries: Sequence[_Entry], value: int, get: Callable[[Any, Agreement], float | None]) -> _Distribution:

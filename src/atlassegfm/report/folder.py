@@ -91,6 +91,8 @@ class CaseRow:
         ``run.json`` as it is.
     doubts : tuple of str
         What made the program doubt the result as a whole.
+    series : str or None
+        Which series of a DICOM folder was segmented, as the user named it; not to be shown.
     """
 
     name: str
@@ -100,6 +102,7 @@ class CaseRow:
     total_seconds: float | None
     run: Mapping[str, Any] = field(repr=False)
     doubts: tuple[str, ...] = ()
+    series: str | None = field(default=None, repr=False)
 
     @property
     def verdict(self) -> Verdict | None:
@@ -295,7 +298,9 @@ def _case(folder: Path, run: Mapping[str, Any], status: Mapping[str, Any]) -> Ca
         total = sum(stages.values())
     doubts = status.get("doubts")
     said = tuple(shown_reason(one) for one in doubts) if isinstance(doubts, list) else ()
-    return CaseRow(folder.name, folder, tuple(rows), stages, total, run, said)
+    series = _mapping(status.get("made_with")).get("series")
+    chosen = series if isinstance(series, str) else None
+    return CaseRow(folder.name, folder, tuple(rows), stages, total, run, said, chosen)
 
 
 def _cohort_failures(path: Path) -> list[Failure]:

@@ -39,7 +39,7 @@
         ["failed", "n", (row) => row[5], (row) => cell(row[5], "n")],
       ] : [["verdict", "", () => 9, () => badge(null)]]),
       ["present", "n", (row) => row[6] - row[7], (row) => cell(row[7] ? `${row[6]} of ${row[7]}` : "-", "n")],
-      ["lowest round trip", "n", (row) => row[8], (row) => number(row[8], 2)],
+      ...(data.went ? [["lowest round trip", "n", (row) => row[8], (row) => number(row[8], 2)]] : []),
       ...(data.agreed ? [["lowest agreement", "n", (row) => row[9], (row) => number(row[9], 2)]] : []),
       ["registration confidence", "n", (row) => row[10], (row) => number(row[10], 2)],
       ["seconds", "n", (row) => row[11], (row) => number(row[11], 1)],
@@ -71,7 +71,7 @@
         if (row[11]) { made.textContent = ""; made.append(element("span", row[6].toFixed(2), "badge failed")); }
         return made;
       }],
-      ["round trip", "n", (row) => row[7], (row) => number(row[7], 2)],
+      ...(data.went ? [["round trip", "n", (row) => row[7], (row) => number(row[7], 2)]] : []),
       ...(data.agreed ? [
         ["atlas · model", "n", (row) => row[8], (row) => number(row[8], 2)],
         ["result · atlas", "n", (row) => row[9], (row) => number(row[9], 2)],

@@ -1,0 +1,66 @@
+"""How well ``check --context`` tells scans that lie right from mirrored and from inverted ones.
+
+python benchmarks/flip.py DATA [--datasets PART,...] [--most N]
+
+DATA is a folder of datasets in nnU-Net raw layout. Each case is the atlas of each other one, as it is and mirrored
+left-right at the same grid, as a wrong header would have it. Both are fitted for every scan, and a mirrored scan has
+the two costs the other way round, so that one pair gives both. The figures in docs/check.md are from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+
+from atlassegfm.context import Context
+from atlassegfm.dataset import load_dataset
+from atlassegfm.doctor import LEAST_CORRELATION, MIRRORED_GAIN
+from atlassegfm.image import Volume
+from atlassegfm.placement import is_inverted, place
+
+
+def main() -> None:
+    """Place all pairs of each dataset, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--datasets", default="", help="parts of the datasets' names, with commas between")
+    parser.add_argument("--most", type=int, default=6, help="cases of each dataset")
+    arguments = parser.parse_args()
+    print(
+        "| set | pairs | false suspicion | mirrored found | largest gain of a right scan | inverted found | false | "
+        "correlation, least and median | s a scan |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for folder in sorted(path.parent for path in arguments.data.glob("*/dataset.json")):
+        if not any(part in folder.name for part in arguments.datasets.split(",")):
+            continue
+        cases = load_dataset(folder).cases[: arguments.most]
+        contexts = [Context.from_files(case.image, case.labels) for case in cases]
+        scans = [context.image for context in contexts]
+        gains, correlations, seconds = [], [], []
+        for context in contexts:
+            for scan in scans:
+                if scan is not context.image:
+                    start = time.perf_counter()
+                    found = place(scan, context)
+                    seconds.append(time.perf_counter() - start)
+                    gains.append(found.mirrored_gain)
+                    correlations.append(found.correlation)
+        gain = np.array(gains)
+        inverted = [is_inverted(Volume(scan.data.max() - scan.data, scan.grid)) for scan in scans]
+        print(
+            f"| {folder.name} | {len(gain)} | {np.count_nonzero(gain > MIRRORED_GAIN)} "
+            f"| {np.count_nonzero(-gain > MIRRORED_GAIN)} | {gain.max():.3f} "
+            f"| {sum(inverted)} of {len(scans)} | {sum(is_inverted(scan) for scan in scans)} "
+            f"| {np.nanmin(correlations):.2f}, {np.nanmedian(correlations):.2f} "
+            f"({np.count_nonzero(np.array(correlations) < LEAST_CORRELATION)} below the bound) "
+            f"| {np.median(seconds):.1f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
