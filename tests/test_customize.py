@@ -254,7 +254,7 @@ def write(name: str, text: str) -> Callable[[Path], None]:
 
 def of_format(number: int) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        text = (folder / "context.toml").read_text().replace("format = 1\n", f"format = {number}\n")
+        text = (folder / "context.toml").read_text().replace(f"format = {FORMAT}\n", f"format = {number}\n")
         (folder / "context.toml").write_text(text.replace(f'"{__version__}"', '"9.8.7"'))
         seal(folder)
 

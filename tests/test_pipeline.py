@@ -187,7 +187,7 @@ def test_other_voxels_of_the_same_patient(context: Context, grid: Grid, register
     for value in context.values:
         there = Volume((straight.labels.data == value).astype(np.float32), GRID)
         overlap = dice_of(resample(there, grid) >= 0.5, other.labels.data == value)
-        assert overlap > (0.95 if value != 12 else 0.86), (value, overlap)  # 12 is 6 voxels wide
+        assert overlap > (0.94 if value != 12 else 0.86), (value, overlap)  # 12 is 6 voxels wide
 
 
 def dice_of(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:

@@ -124,6 +124,16 @@ class Correction:
         if shapes != [*expected, (_HIDDEN,), (_HIDDEN,), (1,)] or self.codes.shape[1:] != (_CODE,):
             raise ValueError(f"arrays of shapes {shapes} and {self.codes.shape} are no correction's")
 
+    def __eq__(self, other: object) -> bool:
+        """Whether it gives the same, number for number."""
+        if not isinstance(other, Correction):
+            return NotImplemented
+        pairs = zip(self.arrays().values(), other.arrays().values(), strict=True)
+        return all(np.array_equal(one, another) for one, another in pairs)
+
+    def __hash__(self) -> int:
+        return hash(tuple(one.tobytes() for one in self.arrays().values()))
+
     def arrays(self) -> dict[str, Field]:
         """All there is to it, by name; :meth:`of_arrays` takes it back."""
         layers = {f"weights_{n}": one for n, one in enumerate(self.weights)}
