@@ -18,6 +18,7 @@ import threading
 import urllib.error
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -589,6 +590,40 @@ def test_a_damaged_record(default: Path, text: str) -> None:
 def test_all_verdicts_are_listed() -> None:
     assert VERDICTS[0] == "missing"
     assert len(set(VERDICTS)) == 7
+
+
+def test_changed_weights_are_not_loaded(default: Path) -> None:
+    put(default, KNOWN)
+    changed = CONTENT[:-1] + b"?"
+    (default / "toy.pt").write_bytes(changed)
+    other = hashlib.sha256(changed).hexdigest()
+    with raises(
+        InputError,
+        f"{default}/toy.pt: is not the published file: its sha256 is {other}, expected {SHA256}; move it away and run "
+        "atlassegfm models fetch toy (weights of your own are named with --model-path)",
+    ):
+        find_weights("toy", weights(KNOWN), None)
+
+
+@pytest.mark.parametrize("given", ["own", "own/toy", "own/toy/fold_0"])
+def test_weights_of_ones_own_are_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture, given: str) -> None:
+    plan, final = TWO
+    place = put(tmp_path / "own", *TWO) / final.path
+    known = replace(final, sha256=hashlib.sha256(CONTENT[:4]).hexdigest())
+    assert find_weights("toy", weights(plan, known), tmp_path / given).path == tmp_path / given
+    assert caplog.messages == []
+    place.write_bytes(b"tuned further")
+    assert find_weights("toy", weights(plan, known), tmp_path / given).path == tmp_path / given
+    assert caplog.messages == [f"{place}: is not the published file of the model 'toy'; taken for weights of your own"]
+
+
+def test_weights_are_hashed_once(default: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+    put(default, KNOWN)
+    monkeypatch.setattr("atlassegfm.weights.sha256_of", lambda path: hashed.append(path) or SHA256)
+    for _ in range(3):
+        find_weights("toy", weights(KNOWN), None)
+    assert hashed == [default / "toy.pt"]
 
 
 # Licences

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import json
+import logging
 import os
 import shutil
 import socket
@@ -25,12 +26,15 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 from .errors import InputError, ModelError
 from .image import atomic_path
 from .version import __version__
+
+logger = logging.getLogger(__name__)
 
 #: Environment variable that names the folder of all weights, with one folder for each model.
 FOLDER_VARIABLE = "ATLASSEGFM_MODELS"
@@ -192,6 +196,26 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def loaded_sha256(path: Path) -> str:
+    """SHA-256 of a file that is loaded, hexadecimal; read once in a process as long as size and times stay.
+
+    Raises
+    ------
+    InputError
+        If it cannot be read.
+    """
+    try:
+        stat = path.stat()
+        return _sha256_as_of(path, (stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+@lru_cache(maxsize=64)
+def _sha256_as_of(path: Path, _state: tuple[int, ...]) -> str:
+    return sha256_of(path)
+
+
 def weights_folder() -> Path:
     """Folder of all weights: ``$ATLASSEGFM_MODELS``, or ``~/.local/share/atlassegfm/models``.
 
@@ -247,6 +271,14 @@ def find_weights(name: str, published: PublishedWeights, given: Path | None) -> 
             "--accept-licence, or with the option --accept-licence of the command, as segment --accept-licence "
             f"(in Python: atlassegfm.models.accept_licence({name!r}))"
         )
+    for file, place in _places(published, path, given):
+        if file.sha256 is not None and place.is_file() and (found := loaded_sha256(place)) != file.sha256:
+            if given is None:
+                raise InputError(
+                    f"{place}: is not the published file: its sha256 is {found}, expected {file.sha256}; move it away "
+                    f"and run atlassegfm models fetch {name} (weights of your own are named with --model-path)"
+                )
+            logger.warning("%s: is not the published file of the model %r; taken for weights of your own", place, name)
     return LocalWeights(path, published.licence, accepted)
 
 
@@ -433,6 +465,17 @@ def _given(name: str, published: PublishedWeights, given: Path) -> Path:
     return given
 
 
+def _places(published: PublishedWeights, path: Path, given: Path | None) -> Iterator[tuple[WeightsFile, Path]]:
+    """Where each file lies; in a given folder also if that is a part of the published one, or has another name."""
+    if path.is_file():
+        yield published.files[0], path
+        return
+    for file in published.files:
+        parts = Path(file.path).parts
+        places = [path.joinpath(*parts[n:]) for n in range(len(parts) if given is not None else 1)]
+        yield file, next((place for place in places if place.is_file()), places[0])
+
+
 def _wrong(published: PublishedWeights, folder: Path) -> dict[WeightsFile, str]:
     """Files that are missing from a folder or have another size than the published one, with what is wrong."""
     found: dict[WeightsFile, str] = {}
@@ -460,7 +503,7 @@ def _examined(file: WeightsFile, path: Path, record: dict[str, Any], revision: s
             return StoredFile(file, path, size, None, "wrong size", str(known_size))
         sha256 = sha256_of(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the permissions") from None
+        raise _unreadable(path, error) from None
     noted = None if kept is None else str(kept["sha256"])
     expected = file.sha256 or noted
     if sha256 == file.sha256:
@@ -476,6 +519,10 @@ def _examined(file: WeightsFile, path: Path, record: dict[str, Any], revision: s
     return StoredFile(file, path, size, sha256, verdict)
 
 
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path}: cannot be read ({error.strerror}); check the permissions")
+
+
 def _read_record(folder: Path) -> dict[str, Any]:
     """What was noted of each file that was fetched, by its path below the folder."""
     path = folder / RECORD
@@ -488,7 +535,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the permissions") from None
+        raise _unreadable(path, error) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: is damaged; delete it, then fetch the weights again") from None
 

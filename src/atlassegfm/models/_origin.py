@@ -10,12 +10,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ..weights import sha256_of
+from ..weights import loaded_sha256
 
 
 def describe_file(path: Path) -> dict[str, Any]:
     """Name, size in bytes and SHA-256 (hexadecimal) of a file of weights; the folders above it are left out."""
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": loaded_sha256(path)}
 
 
 def installed_version(package: str) -> str:
