@@ -360,7 +360,7 @@ def test_scores_are_those_of_the_result_against_the_labels(dataset: Dataset, tmp
             for method in METHODS
         }
         assert by_method["oracle"] >= max(by_method["atlas"], by_method["model"])
-        assert record.seconds.keys() >= {"registration", "registration: prepare", "warping", "model", "gate", "fusion"}
+        assert record.seconds.keys() >= {"registration", "registration: prepare", "warping", "model", "fusion"}
         stages = [seconds for name, seconds in record.seconds.items() if ": " not in name]
         assert record.total_seconds == pytest.approx(sum(stages), abs=0.01)
         assert record.confidence is not None
@@ -380,7 +380,7 @@ def test_the_labels_of_the_query_are_not_given_away(dataset: Dataset, tmp_path: 
     ]
     for context, query, settings, keywords in spy.calls:
         assert settings is FAST
-        assert keywords.keys() == {"device", "on_stage", "model"}
+        assert keywords.keys() == {"device", "on_stage", "model", "gate"}
         assert context.labels.source.path.name == "case_1.nii.gz"
         assert query.source.path.parent.name == "imagesTr"
         assert query.source.path.name != "case_1_0000.nii.gz"
@@ -433,8 +433,11 @@ def test_the_user_clicks_into_each_structure_and_has_no_atlas(
 
 
 def test_methods_depend_on_the_variant() -> None:
-    assert Variant("v", FAST).scored == METHODS == ("atlas", "model", "fused", "oracle")
+    assert Variant("v", FAST).scored == METHODS == ("atlas", "model", "paper", "fused", "oracle")
     assert Variant("v", NO_MODEL).scored == ("atlas",)
+    without = ("atlas", "model", "fused", "oracle")
+    assert Variant("v", with_overrides(FAST, ["fusion.gate=paper"])).scored == without
+    assert Variant("v", with_overrides(FAST, ["fusion.examples=round trip"])).scored == without
 
 
 def test_a_pair_that_fails_counts_as_missed(dataset: Dataset, tmp_path: Path, spy: Spy) -> None:
@@ -449,7 +452,7 @@ def test_a_pair_that_fails_counts_as_missed(dataset: Dataset, tmp_path: Path, sp
         assert record.failure == "nothing in common"
         assert [row.method for row in record.rows] == [method for method in METHODS for _ in range(3)]
         scored = [row.scores for row in record.rows if (record.pair.atlas, row.structure) != ("case_4", "node")]
-        assert len(scored) == (8 if record.pair.atlas == "case_4" else 12)
+        assert len(scored) == (10 if record.pair.atlas == "case_4" else 15)
         assert {(one.status, one.dice, one.nsd) for one in scored} == {("failed", 0.0, 0.0)}
     summary = write_reports(plan, records, tmp_path / "out", plots=False)
     assert summary["failures"] == [
@@ -981,7 +984,7 @@ def test_tables_have_a_row_for_each_score_and_empty_cells_for_none(
 ) -> None:
     out = finished[2]
     rows = rows_of(out / "results.csv")
-    assert len(rows) == 12 * 3 * 5
+    assert len(rows) == 12 * 3 * (1 + len(METHODS))
     assert len({(r["variant"], r["atlas"], r["query"], r["method"], r["value"]) for r in rows}) == len(rows)
     assert {(row["dice"], row["hd95_mm"]) for row in rows if row["status"] == "not_in_atlas"} == {("", "")}
     costs = rows_of(out / "times.csv")
@@ -1006,7 +1009,7 @@ def test_the_page_says_what_was_done(
     assert "Failed" not in page
     assert "dice.png" not in page
     for column in columns_of(*finished[:2]):
-        method = {"atlas": "atlas only"}.get(column.method, column.method)
+        method = {"atlas": "atlas only", "paper": "paper gate"}.get(column.method, column.method)
         assert f"| {column.variant} | {method} | {column.summary.means['dice']:.4f} | " in page
         counts = column.summary.counts
         assert (

@@ -80,7 +80,7 @@ def test_a_protocol_needs_no_subcommand(folder: Path, run: Run) -> None:
         "structures: liver (1), kidney (7), node (12)",
         *(f"[{n}/6] case_{atlas} -> case_{query}" for n, (atlas, query) in enumerate(pairs, start=1)),
     ]
-    assert first_words(outcome.out) == ["method", "atlas only", "model", "fused", "oracle"]
+    assert first_words(outcome.out) == ["method", "atlas only", "model", "paper gate", "fused", "oracle"]
     assert outcome.out.endswith("\nreport    deep/out/report.md\n")
     report = (out / "report.md").read_text()
     assert report.startswith("# data: all-pairs, one of 2\n")
@@ -88,7 +88,7 @@ def test_a_protocol_needs_no_subcommand(folder: Path, run: Run) -> None:
     assert f"\n```sh\n{command}{shlex.join(FAST)}\n```\n" in report
     assert "![Dice of each structure](dice.png)" in report
     means = [one["mean"]["dice"] for one in json.loads((out / "summary.json").read_text())["columns"]]
-    for name, mean in zip(("atlas only", "model", "fused", "oracle"), means, strict=True):
+    for name, mean in zip(("atlas only", "model", "paper gate", "fused", "oracle"), means, strict=True):
         assert f"  {name:<10}  {mean:.4f}  " in outcome.out
         assert f"| {name} | {mean:.4f} | " in report
 
@@ -104,7 +104,7 @@ def test_a_protocol_needs_no_subcommand(folder: Path, run: Run) -> None:
 def test_options_may_stand_anywhere(folder: Path, run: Run, arguments: list[str]) -> None:
     outcome = run(*arguments)
     assert outcome.code == 0, outcome.err
-    assert columns_of(folder / "out") == [("default", name) for name in ("atlas", "model", "fused", "oracle")]
+    assert columns_of(folder / "out") == [("default", name) for name in ("atlas", "model", "paper", "fused", "oracle")]
 
 
 def test_the_default_is_the_protocol_of_the_paper(folder: Path, run: Run) -> None:
@@ -122,10 +122,10 @@ def test_models_and_variants_stand_side_by_side(folder: Path, run: Run) -> None:
     assert outcome.code == 0, outcome.err
     assert columns_of(folder / "out") == [
         ("none", "atlas"),
-        *(("builtin", name) for name in ("atlas", "model", "fused", "oracle")),
+        *(("builtin", name) for name in ("atlas", "model", "paper", "fused", "oracle")),
         ("stiff", "atlas"),
     ]
-    assert first_words(outcome.out) == ["variant", "none", "builtin", "builtin", "builtin", "builtin", "stiff"]
+    assert first_words(outcome.out) == ["variant", "none", *(5 * ["builtin"]), "stiff"]
     variants = json.loads((folder / "out/plan.json").read_text())["variants"]
     assert [one["settings"]["model"] for one in variants.values()] == ["none", "builtin", "none"]
     assert [one["settings"]["registration"]["instance"]["smoothness"] == [1] for one in variants.values()] == [
@@ -153,7 +153,7 @@ def test_ablation_has_a_column_for_each_row_of_the_paper(folder: Path, run: Run)
     assert columns_of(folder / "out") == [
         *((name, "atlas") for name in ("deformable", "rigid", "rigid, deformable", "rigid, affine")),
         ("user click", "model"),
-        *(("all stages", name) for name in ("atlas", "model", "fused", "oracle")),
+        *(("all stages", name) for name in ("atlas", "model", "paper", "fused", "oracle")),
     ]
     variants = json.loads((folder / "out/plan.json").read_text())["variants"]
     stages = {

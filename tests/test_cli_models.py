@@ -570,7 +570,7 @@ def test_ablation_of_a_model_that_takes_no_click(
     assert "left out: user click, which the model 'toy' does not take\n" in outcome.err
     assert columns_of(folder / "out") == [
         *((name, "atlas") for name in ("deformable", "rigid", "rigid, deformable", "rigid, affine")),
-        *(("all stages", name) for name in ("atlas", "model", "fused", "oracle")),
+        *(("all stages", name) for name in ("atlas", "model", "paper", "fused", "oracle")),
     ]
     assert [set(one.asked) for one in loaded] == [{RegionPrompt}]  # loaded once, though it alternates with none
 

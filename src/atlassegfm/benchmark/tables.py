@@ -33,7 +33,7 @@ _LONGEST_TABLE = 40
 METHOD_NAMES: Mapping[str, str] = {
     "atlas": "atlas only",
     "model": "model",
-    "paper": "fused, paper's gate",
+    "paper": "paper gate",
     "fused": "fused",
     "oracle": "oracle",
 }
