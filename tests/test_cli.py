@@ -664,9 +664,10 @@ def test_check_reports(folder: Path, run: Run) -> None:
     outcome = run("check", "atlas.nii.gz", "labels.nii.gz")
     assert outcome.code == 0
     assert "atlas.nii.gz" in outcome.out
+    assert run("check", "atlas.nii.gz", "labels.nii.gz", "--strict").code == 0
     assert run("check", "atlas.nii.gz", "--json").json["files"][0]["name"] == "atlas.nii.gz"
     _truncated(folder)
-    outcome = run("check", "atlas.nii.gz", "bad.nii.gz", "--json")
+    outcome = run("check", "atlas.nii.gz", "bad.nii.gz", "--strict", "--json")
     assert outcome.code == 2
     assert outcome.json["worst"] == "error"
     assert len(run("check", ".", "--json").json["files"]) == 4
@@ -684,6 +685,9 @@ def test_check_against_an_atlas(folder: Path, run: Run) -> None:
     # Suspicion is no refusal.
     assert swapped.code == 0, swapped.err
     assert "warning query.nii.gz: the mirror image fits the atlas better by" in " ".join(swapped.out.split())
+    strict = run("check", "query.nii.gz", *annotated, "--strict")
+    assert strict.code == 1
+    assert strict.out == swapped.out
     assert "Missing option '--labels'" in run("check", "query.nii.gz", "--atlas", "atlas.nii.gz").err
     refused = run("check", "query.nii.gz", *annotated, "--context", "context")
     assert refused.code == 2

@@ -321,6 +321,9 @@ def check(
     structures: StructuresOption = None,
     synonyms: SynonymsOption = None,
     overlap: OverlapOption = "refuse",
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit code 1 where there is a warning, for scripts that stop at any doubt.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Look for what is wrong with scans and label maps, and how to mend it.
@@ -355,6 +358,8 @@ def check(
         console.print(doctor.as_table(result))
     if result.worst == "error":
         raise typer.Exit(EXIT_USAGE)
+    if strict and result.worst == "warning":
+        raise typer.Exit(EXIT_FAILURES)
 
 
 app.command()(customize)
