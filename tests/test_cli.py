@@ -665,7 +665,7 @@ def test_check_reports(folder: Path, run: Run) -> None:
     assert outcome.code == 0
     assert "atlas.nii.gz" in outcome.out
     assert run("check", "atlas.nii.gz", "--strict").code == 0
-    assert run("check", "labels.nii.gz", "--strict").code == 1  # a structure at the border
+    assert run("check", "labels.nii.gz", "--strict").code == 1  # a structure of few voxels
     assert run("check", "atlas.nii.gz", "--json").json["files"][0]["name"] == "atlas.nii.gz"
     _truncated(folder)
     outcome = run("check", "atlas.nii.gz", "bad.nii.gz", "--strict", "--json")
