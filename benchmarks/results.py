@@ -216,6 +216,12 @@ def page(found: Mapping[str, Found]) -> Iterator[str]:
         yield from _engines(found["abdct-engines"])
     if (RESULTS / "time.json").exists():
         yield from _time(json.loads((RESULTS / "time.json").read_text()))
+    yield "## Tried and left out"
+    yield ""
+    yield (
+        "With their figures: for the registration [there](registration.md#tried-and-left-out), for model and gate "
+        "[there](contexts.md#tried-and-left-out)."
+    )
 
 
 def _against_the_paper(found: Mapping[str, Found]) -> Iterator[str]:
@@ -296,6 +302,8 @@ def _details(one: Found, title: str) -> Iterator[str]:
                     f"({comparison['low']:+.4f} to {comparison['high']:+.4f})."
                 )
     yield ""
+    yield _losses(one)
+    yield ""
     columns = [one.column("default", method) for method in METHODS]
     kept = [column for column in columns if column is not None]
     if len(kept[0]["structures"]) <= 20:
@@ -318,6 +326,26 @@ def _details(one: Found, title: str) -> Iterator[str]:
     if one.job.name in PAPER:
         yield f"![Dice of each structure](images/results-{one.job.name}.png)"
         yield ""
+
+
+def _losses(one: Found) -> str:
+    """Where fusing hurts: structures whose mean Dice over all pairs is below that of the warped atlas."""
+    atlas, fused = one.column("default", "atlas"), one.column("default", "fused")
+    if atlas is None or fused is None:
+        return ""
+    gains = {}
+    for before, after in zip(atlas["structures"], fused["structures"], strict=True):
+        if before["dice"]["mean"] is not None and after["dice"]["mean"] is not None:
+            gains[before["structure"]] = after["dice"]["mean"] - before["dice"]["mean"]
+    lost = [name for name, gain in gains.items() if gain < 0]
+    if not lost:
+        return f"No structure of {len(gains)} is worse fused than by the warped atlas, in the mean over pairs."
+    worst = min(gains, key=lambda name: gains[name])
+    far = sum(gain < -0.005 for gain in gains.values())
+    return (
+        f"In the mean over pairs {len(lost)} of {len(gains)} structures are worse fused than by the warped atlas, {far} of "
+        f"them by more than 0.005, {worst} the most ({gains[worst]:+.4f})."
+    )
 
 
 def _ablation(one: Found) -> Iterator[str]:

@@ -146,6 +146,42 @@ def test_simulated_errors_teach_the_gate(context: Context, right: str) -> None:
     assert (best.start >= 0.75) == (right == "atlas")
 
 
+def test_what_the_model_does_not_find_stays_as_the_atlas_has_it(context: Context) -> None:
+    """And is told: a structure must not vanish because a model gives it up."""
+
+    class Blind:
+        """Sees all but one structure of the query."""
+
+        provenance: Mapping[str, object] = {}
+
+        def __init__(self) -> None:
+            self.inner = load_model("builtin", "cpu")
+
+        def encode(self, image: Volume) -> object:
+            return self.inner.encode(image)
+
+        def predict(self, scan: Any, prompts: Mapping[int, Prompt], tell: OnPrompt) -> dict[int, LocalMap]:
+            answers = self.inner.predict(scan, prompts, tell)
+            faint = np.full_like(answers[2].values, 0.3)
+            return {**answers, 2: LocalMap(answers[2].start, faint)}
+
+    gate = learn_gate(context, settings())
+    result = segment(context, QUERY.scan(GRID), settings(), model=Blind(), gate=gate)
+    lost = context.values[1]
+    np.testing.assert_array_equal(result.probabilities[lost].fused.values, result.probabilities[lost].atlas.values)
+    first, second, _ = result.structures
+    assert (second.status, second.volume_ml > 0) == ("present", True)
+    assert second.reason == "the model found nothing there, and the warped atlas was kept"
+    assert second.quality.verdict in ("review", "failed")
+    assert second.quality.reason.startswith(second.reason)
+    assert first.reason == ""
+    assert gate is not None
+    paper = fused_by(replace(gate, correction=None), context, result)
+    assert (paper.data == lost).any()
+    with pytest.raises(ValueError, match="a gate with a correction takes the scan"):
+        fused_by(gate, context, result)
+
+
 @pytest.mark.parametrize("codes", ["LPS", "LAS", "SAR", "PIR"])
 @pytest.mark.parametrize("prompt", ["mask", "box", "click"])
 def test_array_order_changes_nothing(context: Context, codes: str, prompt: str) -> None:

@@ -748,6 +748,11 @@ class _Job:
             if status == "present" and not voxels[n]:
                 status, reason = "absent", "no voxel of the query is more likely to be it than anything else"
             prompt = None if answers is None else answers.prompts.get(n)
+            quality = self._judged(status, reason, evidence.get(n), placed.registration.confidence)
+            if status == "present" and answers is not None and n in answers.maps and _found_nothing(answers.maps[n]):
+                reason = "the model found nothing there, and the warped atlas was kept"
+                verdict: Verdict = "failed" if quality.verdict == "failed" else "review"
+                quality = replace(quality, verdict=verdict, reason=f"{reason}; {quality.reason}")
             results.append(
                 StructureResult(
                     structure,
@@ -757,7 +762,7 @@ class _Job:
                     outside_share=placed.outside[n],
                     prompt=None if prompt is None else _describe_prompt(prompt, grid, self.query.grid),
                     round_trip_dice=None if learned is None else learned.round_trip_dice.get(n),
-                    quality=self._judged(status, reason, evidence.get(n), placed.registration.confidence),
+                    quality=quality,
                 )
             )
 
@@ -786,10 +791,13 @@ class _Job:
         self, masks: Mapping[int, LocalMap], answers: Mapping[int, LocalMap], gate: Gate
     ) -> Mapping[int, LocalMap]:
         """What the gate makes of warped masks and answers; structures without an answer are left out."""
-        fused = {n: fuse(masks[n], answer, gate, device=self.device) for n, answer in answers.items()}
+        fused = {n: _fused_unless_nothing(masks[n], answer, gate, self.device) for n, answer in answers.items()}
         if gate.correction is None:
             return fused
-        return {n: gate.correction.apply(self.scan, n, masks[n], fused) for n in fused}
+        return {
+            n: mask if _found_nothing(answers[n]) else gate.correction.apply(self.scan, n, masks[n], fused)
+            for n, mask in fused.items()
+        }
 
     def _judged(self, status: Status, reason: str, evidence: Evidence | None, confidence: float) -> StructureQuality:
         """What is thought of one structure: from evidence, or from its not being there."""
@@ -825,13 +833,28 @@ def fused_by(gate: Gate, context: Context, result: Segmentation) -> Volume:
         raise ValueError("a gate with a correction takes the scan; expected one without")
     numbers = {value: n for n, value in enumerate(context.values, start=1)}
     fused = {
-        numbers[value]: one.atlas if one.model is None else fuse(one.atlas, one.model, gate, device=result.device)
+        numbers[value]: one.atlas
+        if one.model is None
+        else _fused_unless_nothing(one.atlas, one.model, gate, result.device)
         for value, one in result.probabilities.items()
     }
     labels = label_map(fused, result.grid.shape)
     if result.settings.topology:
         _, labels = _with_topology(fused, labels, _numbered(context).data)
     return _as_stored(labels, context.values, result.grid, result.labels)
+
+
+def _found_nothing(answer: LocalMap) -> bool:
+    """Whether a model's answer has no voxel inside."""
+    return not (answer.values >= INSIDE).any()
+
+
+def _fused_unless_nothing(mask: LocalMap, answer: LocalMap, gate: Gate, device: str) -> LocalMap:
+    """The gate's mixture, or the warped atlas where the model found nothing: no structure is lost without a word.
+
+    The tiniest ones are: of 138 structures on OASIS two or three a scan, of 10 to 150 voxels.
+    """
+    return mask if _found_nothing(answer) else fuse(mask, answer, gate, device=device)
 
 
 def _with_topology(
