@@ -343,8 +343,8 @@ def _losses(one: Found) -> str:
     worst = min(gains, key=lambda name: gains[name])
     far = sum(gain < -0.005 for gain in gains.values())
     return (
-        f"In the mean over pairs {len(lost)} of {len(gains)} structures are worse fused than by the warped atlas, {far} of "
-        f"them by more than 0.005, {worst} the most ({gains[worst]:+.4f})."
+        f"In the mean over pairs {len(lost)} of {len(gains)} structures are worse fused than by the warped atlas, "
+        f"{far} of them by more than 0.005, {worst} the most ({gains[worst]:+.4f})."
     )
 
 

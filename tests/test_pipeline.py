@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from atlassegfm.geometry import Grid
 from atlassegfm.image import LocalMap, Volume
 from atlassegfm.metrics import dice_per_structure
 from atlassegfm.models import OnPrompt, load_model
-from atlassegfm.pipeline import Segmentation, Settings, learn_gate, outside_shares, resolve_device, segment
+from atlassegfm.pipeline import Segmentation, Settings, fused_by, learn_gate, outside_shares, resolve_device, segment
 from atlassegfm.prompts import ClickPrompt, Prompt
 from atlassegfm.settings import with_overrides
 from atlassegfm.transforms import Affine, Chain, DisplacementField, displacement_on, resample
