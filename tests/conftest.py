@@ -147,8 +147,8 @@ def synthetic_labels() -> Callable[..., Volume]:
 def data_dir() -> Path:
     """The folder of real scans in nnU-Net raw layout; tests that need it are skipped without it."""
     named = os.environ.get("ATLASSEGFM_DATA")
-    beside = Path(__file__).resolve().parents[2] / "shared"
-    for candidate in [Path(named)] if named else [beside / "data", beside]:
+    shared = Path(named) if named else Path(__file__).resolve().parents[2] / "shared"
+    for candidate in (shared / "data", shared):
         if any(candidate.glob("Dataset*/dataset.json")):
             return candidate
     where = f"{named} has" if named else "ATLASSEGFM_DATA is not set, and ../shared has"

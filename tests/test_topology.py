@@ -92,7 +92,13 @@ class _WithIslands:
 def test_results_have_the_topology_of_the_atlas(wanted: bool) -> None:
     grid = straight_grid()
     context = Context(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
-    overrides = [*UNREGISTERED, "fusion.start=0", "fusion.iterations=0", f"topology={str(wanted).lower()}"]
+    overrides = [
+        *UNREGISTERED,
+        "fusion.gate=paper",
+        "fusion.start=0",
+        "fusion.iterations=0",
+        f"topology={str(wanted).lower()}",
+    ]
     result = segment(context, QUERY.scan(grid), with_overrides(Settings(), overrides), model=_WithIslands())
     assert result.model_labels is not None
     assert result.model_labels.data[0].any()  # what the model says is told as it is
