@@ -452,8 +452,10 @@ def test_a_mirror_that_is_no_address(default: Path, monkeypatch: pytest.MonkeyPa
         fetch("toy", weights(KNOWN))
 
 
+# A shell that runs the tests in the background has its children ignore interrupts.
 FETCH = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = {paths!r}
 from mirror import weights
 from atlassegfm.weights import WeightsFile, fetch
