@@ -111,6 +111,9 @@ def test_same_lessons_same_network_other_seed_another(trained: Correction) -> No
 
 def test_comes_back_from_its_arrays(trained: Correction) -> None:
     assert Correction.of_arrays(trained.arrays()) == trained
+    # One structure: its code, then both hidden layers and the last one with their biases.
+    features = len(trained.mean)
+    assert trained.fitted == 8 + (features + 8 + 1) * 32 + (32 + 1) * 32 + (32 + 1)
     arrays: Mapping[str, np.ndarray] = {**trained.arrays(), "biases_1": np.zeros(3, np.float32)}
     with pytest.raises(ValueError, match="are no correction's"):
         Correction.of_arrays(arrays)

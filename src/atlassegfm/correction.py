@@ -134,6 +134,11 @@ class Correction:
     def __hash__(self) -> int:
         return hash(tuple(one.tobytes() for one in self.arrays().values()))
 
+    @property
+    def fitted(self) -> int:
+        """How many numbers were fitted: codes, weights and biases."""
+        return sum(one.size for one in (self.codes, *self.weights, *self.biases))
+
     def arrays(self) -> dict[str, Field]:
         """All there is to it, by name; :meth:`of_arrays` takes it back."""
         layers = {f"weights_{n}": one for n, one in enumerate(self.weights)}

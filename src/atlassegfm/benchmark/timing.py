@@ -134,7 +134,10 @@ def _stages(results: Sequence[Segmentation]) -> list[Stage]:
     last = results[-1]
     stages = []
     for name in last.seconds:
-        fitted = (len(last.gate.weights) + 1) if name == "gate" and last.gate is not None else None
+        fitted = None
+        if name == "gate" and last.gate is not None:
+            correction = last.gate.correction
+            fitted = len(last.gate.weights) + 1 + (0 if correction is None else correction.fitted)
         stages.append(Stage(name, median(one.seconds[name] for one in results), fitted))
         if name == "registration":
             stages += [
