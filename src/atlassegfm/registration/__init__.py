@@ -208,7 +208,7 @@ def register(
     MissingExtraError
         If the engine is another package's, and that is not installed.
     """
-    from . import discrete, pyramid, shifts
+    from . import discrete, poses, pyramid
     from . import linear as linear_stages
     from .difference import difference_of
 
@@ -241,7 +241,7 @@ def register(
         start = None
         if settings.structure_search and moving_labels is not None and engine.takes_start(settings):
             with stage("structures"):
-                start = shifts.search(fixed_scan, moving_scan, moving_labels, linear, spacings[-1], device)
+                start = poses.search(fixed_scan, moving_scan, moving_labels, linear, spacings[-1], device)
         if settings.discrete and engine.takes_start(settings):
             with stage("discrete"):
                 start = discrete.search(fixed_scan, moving_scan, linear, start, settings.coarse_voxels, device)

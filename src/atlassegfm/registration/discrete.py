@@ -4,7 +4,7 @@ A gradient follows the slope it stands on; an organ centimetres away is beyond t
 point looks at all displacements within reach at once, and its own best one and a smooth field are drawn
 together (Heinrich, Papiez, Schnabel & Handels, "Non-parametric Discrete Registration with Convex Optimisation",
 WBIR 2014; the first stage of Siebert, Hansen & Heinrich, "Fast 3D Registration with Accurate Optimisation and
-Little Learning for Learn2Reg 2021"). No labels are needed, as they are for :mod:`.shifts`.
+Little Learning for Learn2Reg 2021"). No labels are needed, as they are for :mod:`.poses`.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..transforms import Affine
+from .affine_maps import affine_maps
 from .features import MIND_CHANNELS, mind_ssc
 from .pyramid import Level, Scan, axes_of, frame_grid, on_grid
 
@@ -86,7 +87,7 @@ def fit_with_cost(
         elif number > 0:
             parameters, costs = problem.minimise(parameters, settings.linear_iterations, spacing, rigid=True)
         parameters = parameters[torch.argsort(costs, stable=True)[:_FINE_CANDIDATES]]
-    matrix, offset = _maps(parameters[:1], centre)
+    matrix, offset = affine_maps(parameters[:1], centre)
     homogeneous = np.eye(4)
     homogeneous[:3, :3] = matrix[0].double().cpu().numpy()
     homogeneous[:3, 3] = offset[0].double().cpu().numpy()
@@ -198,7 +199,7 @@ class _Problem:
 
     def cost(self, parameters: Tensor) -> Tensor:
         """(B, 12) parameters to (B,) costs."""
-        matrix, offset = _maps(parameters, self.centre_mm)
+        matrix, offset = affine_maps(parameters, self.centre_mm)
         inverse = torch.linalg.inv(matrix)
         inverse_offset = -(inverse @ offset[..., None])[..., 0]
         agreement = _price(self.query_points, self.atlas_volume, self.atlas.level, matrix, offset) + _price(
@@ -234,25 +235,6 @@ class _Problem:
             costs.sum().backward()
             optimizer.step()
         return best.detach(), best_cost.detach()
-
-
-def _maps(parameters: Tensor, centre_mm: Tensor) -> tuple[Tensor, Tensor]:
-    """Translation mm, rotation vector, log scales and log shears (B, 12) to matrices (B, 3, 3) and offsets (B, 3)."""
-    shift, turn, scale, shear = parameters.split(3, dim=1)
-    zero = torch.zeros_like(turn[:, 0])
-    skew = torch.stack(
-        (zero, -turn[:, 2], turn[:, 1], turn[:, 2], zero, -turn[:, 0], -turn[:, 1], turn[:, 0], zero), dim=1
-    ).reshape(-1, 3, 3)
-    stretch = torch.stack(
-        (
-            *(scale[:, 0], shear[:, 0], shear[:, 1]),
-            *(shear[:, 0], scale[:, 1], shear[:, 2]),
-            *(shear[:, 1], shear[:, 2], scale[:, 2]),
-        ),
-        dim=1,
-    ).reshape(-1, 3, 3)
-    matrix = torch.matrix_exp(skew) @ torch.matrix_exp(stretch)
-    return matrix, centre_mm + shift - (matrix @ centre_mm[:, None])[..., 0]
 
 
 def _price(points: _Points, volume: Tensor, level: Level, matrix: Tensor, offset: Tensor) -> Tensor:
