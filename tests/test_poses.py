@@ -222,8 +222,7 @@ def test_structure_that_looks_less_like_itself_elsewhere_is_left_out() -> None:
     other, other_mask = organ(about_the_middle(np.eye(3), (0.0, 0.0, 7.0)), stripes=False)
     query = np.where((other_mask > 0) & (mask == 0), other, query).astype(np.float32)
     found = best_pose(query, atlas, mask)
-    # Either it is left out or it stays.
-    assert found is None or dice(found.mask, mask) > 0.8
+    assert found is None
 
 
 def ball(centre: tuple[float, float, float], radius: float = 6.0) -> NDArray[np.float32]:
@@ -264,10 +263,17 @@ def test_a_structure_that_matches_badly_counts_less() -> None:
     assert shift_between(2.5) < -0.5
 
 
-@pytest.mark.parametrize("name", ["straight", "oblique"])
+AXES_OF_QUERIES = {
+    "straight": np.eye(3),
+    "flipped, in another order": np.array([[0.0, 0.0, 1.0], [-1.0, 0.0, 0.0], [0.0, -1.0, 0.0]]),
+    "oblique": rotation(20, -15, 25),
+}
+
+
+@pytest.mark.parametrize("name", AXES_OF_QUERIES)
 def test_search_moves_each_structure_in_world_mm(name: str) -> None:
-    """Two organs that went different ways, in a query of either axes with slices thicker than wide."""
-    axes = np.eye(3) if name == "straight" else rotation(20, -15, 25)
+    """Two organs that went different ways, in queries of several orientations with slices thicker than wide."""
+    axes = AXES_OF_QUERIES[name]
     shape = (44, 44, 30)
     spacing = np.diag([4.0, 4.0, 6.0])
 
