@@ -258,8 +258,8 @@ class RegistrationSettings:
 
     structure_search: bool = True
     """Whether each labelled structure is searched for on its own and gets a linear map of its own, to start the
-    deformable stage: organs move by centimetres against each other, out of reach of a smooth fit. A structure whose best
-    place is less like the atlas by MIND-SSC than where it is stays out of the search."""
+    deformable stage: organs move by centimetres against each other, out of reach of a smooth fit. A structure whose
+    best place is less like the atlas by MIND-SSC than where it is stays out of the search."""
 
     discrete: bool = False
     """Whether a coupled-convex search over displacements starts the deformable stage, after the search for each
