@@ -59,7 +59,13 @@ def level_of(image: NDArray[np.float32], inside: NDArray[np.float32] | None = No
 
 
 def crude_cost(
-    query: pyramid.Level, atlas: pyramid.Level, patch: shifts.Patch, shift: tuple[int, int, int], sigma: float
+    query: pyramid.Level,
+    atlas: pyramid.Level,
+    patch: shifts.Patch,
+    shift: tuple[int, int, int],
+    sigma: float,
+    *,
+    brightness: bool,
 ) -> float:
     """Of one shift, voxel by voxel."""
     q_mind, a_mind = (mind_ssc(level.image)[0].double().numpy() for level in (query, atlas))
@@ -81,13 +87,12 @@ def crude_cost(
     centred_a, centred_q = a - (a * w).sum(), q - (q * w).sum()
     variance = (centred_a**2 * w).sum() * (centred_q**2 * w).sum()
     correlation = (centred_a * centred_q * w).sum() / np.sqrt(variance + shifts.VARIANCE_FLOOR)
-    return float(
-        mind
-        + shifts.CORRELATION_WEIGHT * (1 - correlation)
-        + shifts.INTENSITY_WEIGHT * ((a - q) ** 2 * w).sum()
-        + shifts.OUTSIDE_PRICE * (1 - seen)
-        + shifts.PRIOR_WEIGHT * 0.5 * (np.array(shift) ** 2).sum() / sigma**2
+    cost = (
+        mind + shifts.OUTSIDE_PRICE * (1 - seen) + shifts.PRIOR_WEIGHT * 0.5 * (np.array(shift) ** 2).sum() / sigma**2
     )
+    if brightness:
+        cost += shifts.CORRELATION_WEIGHT * (1 - correlation) + shifts.INTENSITY_WEIGHT * ((a - q) ** 2 * w).sum()
+    return float(cost)
 
 
 def small_pair(
@@ -102,17 +107,18 @@ def small_pair(
     return level_of(query), level_of(atlas, inside), LocalMap((4, 4, 4), np.ones((3, 2, 3), np.float32))
 
 
-def test_costs_of_shifts_are_those_of_a_cruder_search() -> None:
+@pytest.mark.parametrize("brightness", [True, False])
+def test_costs_of_shifts_are_those_of_a_cruder_search(brightness: bool) -> None:
     query, atlas, mask = small_pair()
     found = shifts.ShiftSearch(query, atlas, 1.0, 12.0)
     patch = found.patch(mask)
     assert patch is not None
     sigma = shifts.PRIOR_SHARE * 12.0
-    costs = found._costs(patch).numpy()
+    costs = found._costs(patch, brightness=brightness).numpy()
     reach = (costs.shape[0] - 1) // 2
     assert reach == 3
     for shift in itertools.product((-reach, -1, 0, 2, reach), repeat=3):
-        expected = crude_cost(query, atlas, patch, shift, sigma)
+        expected = crude_cost(query, atlas, patch, shift, sigma, brightness=brightness)
         assert costs[tuple(n + reach for n in shift)] == pytest.approx(expected, abs=2e-3)
 
 
@@ -121,7 +127,7 @@ def test_candidates_are_the_lowest_minima_in_order() -> None:
     found = shifts.ShiftSearch(query, atlas, 1.0, 50.0)
     patch = found.patch(mask)
     assert patch is not None
-    costs = found._costs(patch).numpy()
+    costs = found._costs(patch, brightness=True).numpy()
     reach = (costs.shape[0] - 1) // 2
     minima = np.argwhere(ndimage.minimum_filter(costs, 5, mode="constant", cval=np.inf) == costs)
     by_cost = minima[np.argsort(costs[tuple(minima.T)])] - reach
@@ -171,25 +177,24 @@ def dice(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
     return float(2 * np.minimum(first, second).sum() / (first.sum() + second.sum()))
 
 
-def best_pose(query: NDArray[np.float32], atlas: NDArray[np.float32], mask: NDArray[np.float32]) -> poses._Pose | None:
-    levels = level_of(query), level_of(atlas)
-    places = shifts.ShiftSearch(*levels, 1.0, float(SIZE))
-    patch = places.patch(LocalMap((0, 0, 0), mask))
-    assert patch is not None
-    fit = poses._PoseFit(*levels, shifts.PRIOR_SHARE * SIZE)
-    return fit.best(LocalMap((0, 0, 0), mask), patch, places.candidates(patch, 8))
+def best_pose(
+    query: NDArray[np.float32], atlas: NDArray[np.float32], mask: NDArray[np.float32], *, brightness: bool = True
+) -> poses._Pose | None:
+    fit = poses._PoseFit(level_of(query), level_of(atlas), 1.0, float(SIZE), brightness=brightness)
+    return fit.pose(LocalMap((0, 0, 0), mask))
 
 
-def test_pose_of_an_organ_that_moved_turned_and_grew() -> None:
+@pytest.mark.parametrize(("brightness", "voxels"), [(True, 1.5), (False, 2.0)])
+def test_pose_of_an_organ_that_moved_turned_and_grew(brightness: bool, voxels: float) -> None:
     atlas, mask = organ(AT_REST)
     query, truth = organ(TURNED)
-    found = best_pose(query, atlas, mask)
+    found = best_pose(query, atlas, mask, brightness=brightness)
     assert found is not None
     assert dice(mask, truth) < 0.45
     assert dice(found.mask, truth) > 0.9
     rim = np.array([[AXES[0], 0, 0], [0, AXES[1], 0], [0, 0, AXES[2]]]) + SIZE / 2
     missed = (rim @ found.to_query[:3, :3].T + found.to_query[:3, 3]) - (rim @ TURNED[:3, :3].T + TURNED[:3, 3])
-    assert np.linalg.norm(missed, axis=1).mean() < 1.5
+    assert np.linalg.norm(missed, axis=1).mean() < voxels
     # The mask lies where the map says.
     back = np.linalg.inv(found.to_query)
     np.testing.assert_allclose(
@@ -221,8 +226,27 @@ def test_structure_that_looks_less_like_itself_elsewhere_is_left_out() -> None:
     query = np.where(mask > 0, 0.6 - 0.5 * query, query).astype(np.float32)
     other, other_mask = organ(about_the_middle(np.eye(3), (0.0, 0.0, 7.0)), stripes=False)
     query = np.where((other_mask > 0) & (mask == 0), other, query).astype(np.float32)
-    found = best_pose(query, atlas, mask)
-    assert found is None
+    assert best_pose(query, atlas, mask) is None
+    # By what does not change with contrast it is found where it is.
+    found = best_pose(query, atlas, mask, brightness=False)
+    assert found is not None
+    assert dice(found.mask, mask) > 0.85
+
+
+def test_dark_organ_that_moved_is_found_without_brightness() -> None:
+    atlas, mask = organ(AT_REST)
+    query, truth = organ(TURNED)
+    query = np.where(truth > 0, 0.6 - 0.5 * query, query).astype(np.float32)
+    found = best_pose(query, atlas, mask, brightness=False)
+    assert found is not None
+    assert dice(mask, truth) < 0.45
+    assert dice(found.mask, truth) > 0.85
+
+
+def test_what_the_atlas_has_not_imaged_has_no_pose() -> None:
+    query, atlas, _ = small_pair()
+    fit = poses._PoseFit(query, atlas, 1.0, 12.0, brightness=True)
+    assert fit.pose(LocalMap((4, 4, 9), np.ones((2, 2, 1), np.float32))) is None
 
 
 def ball(centre: tuple[float, float, float], radius: float = 6.0) -> NDArray[np.float32]:

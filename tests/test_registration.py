@@ -619,7 +619,7 @@ def test_structure_search_finds_an_organ_that_slid() -> None:
         return float(np.linalg.norm(result.fixed_to_moving.map(np.array([there])) - here))
 
     assert missed_by_mm(True) < 15
-    assert missed_by_mm(False) > 30
+    assert missed_by_mm(False) > 25
 
 
 def test_penalty_lessens_folding() -> None:

@@ -26,7 +26,7 @@ from atlassegfm.registration import (
     sampling,
     voxelmorph,
 )
-from atlassegfm.registration.pair import Pair
+from atlassegfm.registration.pair import Pair, Start
 from atlassegfm.registration.voxelmorph import Network
 from atlassegfm.transforms import Affine, DisplacementField, Transform, resample
 from conftest import ORIENTATIONS, affine_of
@@ -310,7 +310,7 @@ def test_start_is_taken_up_only_if_asked() -> None:
     pair = Pair(fixed, moving, scans[0], scans[1], None)
     few = replace(TINY, iterations=1)
     for use, most in ((False, np.inf), (True, 1.0)):
-        found = voxelmorph.fit(pair, Affine.identity(), truth, with_options(replace(few, use_start=use)), "cpu")
+        found = voxelmorph.fit(pair, Affine.identity(), Start(truth), with_options(replace(few, use_start=use)), "cpu")
         assert found.field is not None
         error = error_mm(found.field, truth, fixed)
         assert error < most

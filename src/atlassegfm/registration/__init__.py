@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from dataclasses import field as dataclass_field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..image import Volume
 from ..transforms import Affine, Chain, DisplacementField, JacobianStatistics, Transform
-from .pair import Fitted, Pair
+from .pair import Fitted, Pair, Start
 from .settings import (
     AntsSettings,
     ElastixSettings,
@@ -54,7 +55,7 @@ class Engine:
     ----------
     module : str
         Of this package; it has ``fit(pair, linear, start, settings, device) -> Fitted``. ``linear`` is None if the
-        engine is to do the linear stages too, ``start`` a displacement to begin with or None.
+        engine is to do the linear stages too, ``start`` a :class:`.pair.Start` or None.
     is_peer : bool
         Whether it is another package's: it can do the linear stages itself and takes no start.
     start_option : str or None
@@ -240,11 +241,19 @@ def register(
     if settings.deformable or (engine.is_peer and settings.peer_linear and wants_linear):
         start = None
         if settings.structure_search and moving_labels is not None and engine.takes_start(settings):
+
+            def searched(*, brightness: bool) -> DisplacementField | None:
+                scans = fixed_scan, moving_scan, moving_labels
+                return poses.search(*scans, linear, spacings[-1], device, brightness=brightness)
+
             with stage("structures"):
-                start = poses.search(fixed_scan, moving_scan, moving_labels, linear, spacings[-1], device)
+                field = searched(brightness=True)
+            start = None if field is None else Start(field, partial(searched, brightness=False))
         if settings.discrete and engine.takes_start(settings):
             with stage("discrete"):
-                start = discrete.search(fixed_scan, moving_scan, linear, start, settings.coarse_voxels, device)
+                begin = None if start is None else start.field
+                field = discrete.search(fixed_scan, moving_scan, linear, begin, settings.coarse_voxels, device)
+                start = Start(field) if start is None else replace(start, field=field)
         module = importlib.import_module(f".{engine.module}", __name__)
         own_linear = engine.is_peer and settings.peer_linear and wants_linear
         with stage("deformable"):

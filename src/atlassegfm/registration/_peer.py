@@ -34,7 +34,7 @@ from ..image import Volume
 from ..transforms import Affine, DisplacementField, resample
 from . import pyramid
 from ._peer_runner import MISSING
-from .pair import Fitted, Pair
+from .pair import Fitted, Pair, Start
 from .settings import AntsSettings, ElastixSettings, GreedySettings, RegistrationSettings
 
 _RUNNER = Path(__file__).with_name("_peer_runner.py")
@@ -90,7 +90,7 @@ def require(settings: RegistrationSettings) -> None:
 def fit(
     pair: Pair,
     linear: Affine | None,
-    start: DisplacementField | None,  # noqa: ARG001
+    start: Start | None,  # noqa: ARG001
     settings: RegistrationSettings,
     device: str,  # noqa: ARG001
 ) -> Fitted:

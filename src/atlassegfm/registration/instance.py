@@ -25,7 +25,7 @@ from ..geometry import Grid
 from ..image import Volume
 from ..transforms import Affine, Chain, DisplacementField, Transform, displacement_on, resample, warp_labels
 from .features import LocalCorrelation, mind_ssc
-from .pair import Fitted, Pair
+from .pair import Fitted, Pair, Start
 from .pyramid import Scan, axes_of, level_grid, on_grid
 from .sampling import flow, sample_at
 
@@ -74,9 +74,7 @@ class _Weights:
     diffeomorphic: bool
 
 
-def fit(
-    pair: Pair, linear: Affine, start: DisplacementField | None, settings: RegistrationSettings, device: str
-) -> Fitted:
+def fit(pair: Pair, linear: Affine, start: Start | None, settings: RegistrationSettings, device: str) -> Fitted:
     """Optimise the displacement of one pair.
 
     Parameters
@@ -85,8 +83,10 @@ def fit(
         Query and atlas.
     linear : Affine
         Fixed to moving world, applied after the field.
-    start : DisplacementField or None
-        To begin with.
+    start : Start or None
+        To begin with; then the first level is left out. It would undo much of what the start knows: with it, Dice of
+        the warped atlas is lower by 1.2 points on Abd-CT (15 pairs), 0.4 on Abd-MR (10), 1.9 on Cardiac (15) and 0.4 on
+        Hippocampus (17).
 
     Returns
     -------
@@ -97,9 +97,8 @@ def fit(
     options = settings.instance
     view = pair.fixed.grid
     axes = axes_of(view)
-    cautious = False
 
-    def fitted(number: int, begin: DisplacementField | None, *, cautious: bool) -> tuple[DisplacementField, int]:
+    def on_level(number: int, begin: DisplacementField | None, *, cautious: bool) -> tuple[DisplacementField, int]:
         """One level over the whole field of view; the field, and how many numbers were fitted."""
         grid = level_grid(view, axes, options.level_voxels[number])
         weights = _weights(options, number, cautious=cautious)
@@ -111,15 +110,25 @@ def fit(
         added = level.fit(None, weights, fixed_rim=False)
         return displacement_on(Chain((added, begin)), grid), level.parameters
 
-    field, parameters = fitted(0, start, cautious=False)
+    def on_all_levels(begin: DisplacementField | None, *, cautious: bool) -> tuple[DisplacementField, int]:
+        """Coarse to fine; the field, and how many numbers were fitted on the last level."""
+        last = len(options.level_voxels) - 1
+        first = 0 if begin is None else min(1, last)
+        field, parameters = on_level(first, begin, cautious=cautious)
+        for number in range(first + 1, last + 1):
+            field, parameters = on_level(number, field, cautious=cautious)
+        return field, parameters
+
+    begin = None if start is None else start.field
+    field, parameters = on_all_levels(begin, cautious=False)
     if options.cautious and pair.moving_labels is not None:
         difference = _contrast_difference(pair, pair.moving_labels, field, linear)
         cautious = difference > options.contrast_tolerance
         logger.debug("contrast of the structures differs by %.3f of the range: cautious %s", difference, cautious)
         if cautious:
-            field, parameters = fitted(0, start, cautious=True)
-    for number in range(1, len(options.level_voxels)):
-        field, parameters = fitted(number, field, cautious=cautious)
+            if start is not None and start.without_brightness is not None:
+                begin = start.without_brightness()
+            field, parameters = on_all_levels(begin, cautious=True)
     local = None
     transform = Chain((field, linear))
     box = _labels_box(pair.moving_scan, field, transform, view, _local_voxels(options, pair.moving_labels))
@@ -143,7 +152,7 @@ def _weights(options: InstanceSettings, level: int, *, cautious: bool) -> _Weigh
         of(options.cautious_correlation_weight if cautious else options.correlation_weight),
         of(options.cautious_smoothness if cautious else options.smoothness),
         options.folding_penalty,
-        0.0 if cautious else options.structure_emphasis,
+        options.structure_emphasis,
         options.diffeomorphic,
     )
 
@@ -264,7 +273,8 @@ class _Level:
             addition = self._addition(control * free, weights)
             displaced = places + F.interpolate(addition, shape, mode="trilinear", align_corners=True)
             total = coarse_base + addition
-            loss = self._unlikeness(displaced, weight, weights, step) + weights.smoothness * _roughness(total / _STRIDE)
+            rough = _roughness(addition / _STRIDE)
+            loss = self._unlikeness(displaced, weight, weights, step) + weights.smoothness * rough
             if weights.folding:
                 loss = loss + weights.folding * _compression(total / _STRIDE)
             optimizer.zero_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,6 +59,23 @@ class Pair:
             prepare_part(self.fixed, None, points, finest, self.fixed_scan),
             prepare_part(self.moving, self.moving_labels, transform.map(points), finest, self.moving_scan),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What an engine begins with.
+
+    Parameters
+    ----------
+    field : DisplacementField
+        In the fixed world, RAS+ mm, to be applied before the linear stages.
+    without_brightness : callable or None
+        Finds such a field anew, or None, by what does not change with contrast; for an engine that sees that the two
+        scans have not the same.
+    """
+
+    field: DisplacementField
+    without_brightness: Callable[[], DisplacementField | None] | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -98,16 +98,30 @@ class ShiftSearch:
         weight = found.weight * self._atlas_inside[found.box]
         return Patch(found.start, weight) if float(weight.sum()) > 0 else None
 
-    def candidates(self, patch: Patch, count: int) -> Tensor:
-        """(n, 3) shifts in voxels from the warped atlas to the query, n at most ``count``: the lowest minima first."""
-        cost = self._costs(patch)
+    def candidates(self, patch: Patch, count: int, *, brightness: bool = True) -> Tensor:
+        """Where the patch may lie, the best place first.
+
+        Parameters
+        ----------
+        patch : Patch
+        count : int
+            The most places asked for.
+        brightness : bool
+            Whether brightness is compared, and not MIND-SSC alone.
+
+        Returns
+        -------
+        Tensor, (n, 3)
+            Shifts in voxels from the warped atlas to the query: the lowest minima of the cost.
+        """
+        cost = self._costs(patch, brightness=brightness)
         width = 2 * _NEIGHBOURHOOD + 1
         lowest_near = -F.max_pool3d(-cost[None, None], width, stride=1, padding=_NEIGHBOURHOOD)[0, 0]
         places = torch.nonzero(cost == lowest_near)
         order = torch.argsort(cost[places.unbind(dim=1)], stable=True)[:count]
         return (places[order] - self._reach).float()
 
-    def _costs(self, patch: Patch) -> Tensor:
+    def _costs(self, patch: Patch, *, brightness: bool) -> Tensor:
         """Cost of every shift within reach, (2 reach + 1) cubed."""
         weight = patch.weight / patch.weight.sum()
         image, mind = self._atlas_image[patch.box], self._atlas_mind[:, *patch.box]
@@ -126,18 +140,16 @@ class ShiftSearch:
 
         kernel, scene = spectrum(weight).conj(), torch.fft.rfftn(query, s=size, dim=(1, 2, 3))
         mean, square, seen = (at_shifts(kernel * scene[channel]) for channel in range(3))
-        product = at_shifts(spectrum(weight * image).conj() * scene[0])
         cross = kernel * spectrum(self._query_mind_norm[window])
         for channel in range(len(mind)):
             cross = cross - 2 * spectrum(weight * mind[channel]).conj() * scene[3 + channel]
-        mind_difference = at_shifts(cross) + (weight * mind.pow(2).sum(dim=0)).sum()
+        cost = at_shifts(cross) + (weight * mind.pow(2).sum(dim=0)).sum()
+        cost = cost + OUTSIDE_PRICE * (1 - seen) + PRIOR_WEIGHT * self._prior
+        if not brightness:
+            return cost
+        product = at_shifts(spectrum(weight * image).conj() * scene[0])
         own_mean, own_square = (weight * image).sum(), (weight * image**2).sum()
         variance = (square - mean**2).clamp_min(0) * (own_square - own_mean**2).clamp_min(0)
         correlation = (product - mean * own_mean) / torch.sqrt(variance + VARIANCE_FLOOR)
-        return (
-            mind_difference
-            + CORRELATION_WEIGHT * (1 - correlation)
-            + INTENSITY_WEIGHT * (square - 2 * product + own_square)
-            + OUTSIDE_PRICE * (1 - seen)
-            + PRIOR_WEIGHT * self._prior
-        )
+        squared_difference = square - 2 * product + own_square
+        return cost + CORRELATION_WEIGHT * (1 - correlation) + INTENSITY_WEIGHT * squared_difference

@@ -22,7 +22,7 @@ from ..errors import RegistrationError
 from ..transforms import Affine, Chain, DisplacementField, displacement_on
 from . import pyramid
 from .features import LocalCorrelation, mind_ssc
-from .pair import Fitted, Pair
+from .pair import Fitted, Pair, Start
 from .sampling import flow, sample_displaced
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ _WARM_UP = 0.05
 _LEAST_GAIN = 1e-3
 
 
-def fit(
-    pair: Pair, linear: Affine, start: DisplacementField | None, settings: RegistrationSettings, device: str
-) -> Fitted:
+def fit(pair: Pair, linear: Affine, start: Start | None, settings: RegistrationSettings, device: str) -> Fitted:
     """Optimise the network on one pair.
 
     Parameters
@@ -54,7 +52,7 @@ def fit(
         Query and atlas.
     linear : Affine
         Fixed to moving world, applied after the field.
-    start : DisplacementField or None
+    start : Start or None
         To begin with, if the settings ask for it.
 
     Returns
@@ -71,7 +69,7 @@ def fit(
     voxels = options.cpu_voxels if device == "cpu" else options.cuda_voxels
     stages = [(voxels // 8, options.coarse_iterations)] if options.coarse_iterations else []
     stages.append((voxels, options.iterations))
-    field = start if options.use_start else None
+    field = start.field if options.use_start and start is not None else None
     axes = pyramid.axes_of(pair.fixed.grid)
     parameters = 0
     for wanted, iterations in stages:
