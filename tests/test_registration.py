@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +24,12 @@ from atlassegfm.registration import (
     features,
     instance,
     linear,
+    poses,
     pyramid,
     register,
     sampling,
 )
+from atlassegfm.registration.pair import Start
 from atlassegfm.transforms import Affine, DisplacementField, Transform, resample
 from conftest import ORIENTATIONS, SHEARED, affine_of, rotation
 
@@ -586,6 +589,62 @@ def test_where_contrast_differs_the_fit_is_cautious() -> None:
 
     np.testing.assert_array_equal(fitted(fixed), fitted(fixed, cautious=False))
     assert np.abs(fitted(dark) - fitted(dark, cautious=False)).max() > 0.5
+
+
+def test_where_contrast_differs_structures_are_searched_for_without_brightness(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = scenes.straight_grid()
+    moving, labels = scenes.ATLAS.scan(grid), scenes.ATLAS.labels(grid)
+    organs = scenes.QUERY.labels(grid)
+    fixed = scenes.QUERY.scan(grid)
+    dark = Volume(np.where(organs.data == 1, fixed.data / 4, fixed.data).astype(np.float32), grid)
+    search, asked = poses.search, []
+
+    def noted(*args: Any, brightness: bool = True) -> DisplacementField | None:
+        asked.append(brightness)
+        return search(*args, brightness=brightness)
+
+    monkeypatch.setattr(poses, "search", noted)
+    for query, expected in ((fixed, [True]), (dark, [True, False])):
+        asked.clear()
+        register(query, moving, QUICK, moving_labels=labels)
+        assert asked == expected
+
+
+def test_with_a_start_the_first_level_is_left_out() -> None:
+    grid = scenes.straight_grid()
+    fixed, moving = scenes.QUERY.scan(grid), scenes.ATLAS.scan(grid)
+    prepared = pyramid.prepare(fixed, None, 4.0, "query"), pyramid.prepare(moving, None, 4.0, "atlas")
+    pair = Pair(fixed, moving, *prepared, None)
+    shift = np.zeros((3, *grid.shape), np.float32)
+    shift[0] = 3.0
+    start = Start(DisplacementField(grid, shift))
+
+    def fitted(first_level: int, begin: Start | None) -> NDArray[np.float32]:
+        options = InstanceSettings(level_voxels=(first_level, 12_000), local_voxels=0, iterations=(5, 5))
+        field = instance.fit(pair, Affine.identity(), begin, replace(QUICK, instance=options), "cpu").field
+        assert field is not None
+        return field.displacement_mm
+
+    np.testing.assert_array_equal(fitted(3_000, start), fitted(6_000, start))
+    assert np.abs(fitted(3_000, None) - fitted(6_000, None)).max() > 0.1
+
+
+def test_the_shape_of_a_start_costs_nothing() -> None:
+    """Two organs that moved towards each other: of two equal scans the fit keeps what it starts with."""
+    grid = centred_grid((32, 32, 32), np.diag([4.0] * 3))
+    flat = Volume(np.full(grid.shape, 100.0, np.float32), grid)
+    flat.data[:2] = 0
+    prepared = pyramid.prepare(flat, None, 4.0, "query"), pyramid.prepare(flat, None, 4.0, "atlas")
+    bent = np.zeros((3, *grid.shape), np.float32)
+    bent[2] = 8 * np.sin(np.arange(32) / 5)
+    start = Start(DisplacementField(grid, bent))
+    options = InstanceSettings(level_voxels=(20_000,), local_voxels=0, smoothness=(50.0,), iterations=(20,))
+    settings = replace(QUICK, instance=options)
+    field = instance.fit(Pair(flat, flat, *prepared, None), Affine.identity(), start, settings, "cpu").field
+    assert field is not None
+    points = grid.voxel_to_world(np.argwhere(flat.data > 0)[::50])
+    points = points[np.abs(points).max(axis=1) < 40]
+    np.testing.assert_allclose(field.map(points), start.field.map(points), atol=0.5)
 
 
 def sliding_organ(grid: Grid, centre_mm: tuple[float, float, float]) -> tuple[Volume, Volume]:
