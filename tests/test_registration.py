@@ -630,7 +630,7 @@ def test_with_a_start_the_first_level_is_left_out() -> None:
 
 
 def test_the_shape_of_a_start_costs_nothing() -> None:
-    """Two organs that moved towards each other: of two equal scans the fit keeps what it starts with."""
+    """Where the scans say nothing, the fit keeps a bent start, however much it is to be smooth."""
     grid = centred_grid((32, 32, 32), np.diag([4.0] * 3))
     flat = Volume(np.full(grid.shape, 100.0, np.float32), grid)
     flat.data[:2] = 0

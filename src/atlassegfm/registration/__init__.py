@@ -253,7 +253,8 @@ def register(
             with stage("discrete"):
                 begin = None if start is None else start.field
                 field = discrete.search(fixed_scan, moving_scan, linear, begin, settings.coarse_voxels, device)
-                start = Start(field) if start is None else replace(start, field=field)
+                # Found with brightness or not: a cautious fit begins with it again.
+                start = Start(field)
         module = importlib.import_module(f".{engine.module}", __name__)
         own_linear = engine.is_peer and settings.peer_linear and wants_linear
         with stage("deformable"):

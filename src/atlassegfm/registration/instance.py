@@ -3,7 +3,7 @@
 Each level adds to what the levels before it found. The addition lives on a control grid of every second
 voxel, is smoothed by two passes of a 3-voxel cube and interpolated to the voxels (in effect a B-spline).
 Adam lowers the MIND-SSC difference, one minus the local correlation, and the squared gradient of the
-displacement (cf. Siebert, Hansen & Heinrich, "Fast 3D Registration with Accurate Optimisation and Little
+addition (cf. Siebert, Hansen & Heinrich, "Fast 3D Registration with Accurate Optimisation and Little
 Learning for Learn2Reg 2021", whose second stage is alike). The last level covers only the box of the labels,
 as finely as the query's own voxels allow: the structures are what the field is for.
 """

@@ -67,7 +67,8 @@ class InstanceSettings:
     contrast_tolerance: Annotated[float, Field(ge=0, le=1)] = 0.15
     """Difference of the structures' brightness, as a share of the range of intensities, above which contrast counts as
     different (the program logs it at level DEBUG). In the ten pairs of Abd-MR with one scan, whose spleen is dark, it
-    is 0.175 to 0.312, in the other twenty 0.011 to 0.086: one scan, so that other data may want another value."""
+    is 0.175 to 0.312, in the other twenty 0.011 to 0.086. Two pairs of Abd-CT and three of
+    Cardiac are above it only because structures lie wrong. One scan: other data may want another value."""
 
     cautious_mind_weight: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (5.0,)
     """``mind_weight`` of the cautious fit over the field of view; in the labels' box it is the usual one."""
