@@ -45,7 +45,7 @@ from .transforms import (
     deformation_statistics,
     nodes_in,
     stages_of,
-    warp_labels,
+    warp_labels_by_each,
 )
 
 logger = logging.getLogger(__name__)
@@ -283,6 +283,7 @@ class Segmentation:
             "registration": {
                 "source": "given" if self.transform_given else "fitted",
                 "confidence": _number(self.registration.confidence),
+                "fits": len(self.registration.fits),
                 "folding": _number(self.registration.folding, 6),
                 "jacobian": _jacobian_summary(self.registration.jacobian),
                 "seconds": {name: round(seconds, 3) for name, seconds in self.registration.seconds.items()},
@@ -624,7 +625,7 @@ class _Job:
         registration = self._register() if self.transform is None else self._given(self.transform)
         with self.clock.stage("warping"):
             outside = outside_shares(self.labels, numbers, registration.linear, grid)
-            warped = warp_labels(self.labels, numbers, grid, registration.fixed_to_moving)
+            warped = warp_labels_by_each(self.labels, numbers, grid, registration.fits)
             missing = {n: why for n in numbers if (why := _missing(warped[n], outside[n])) is not None}
             warped = {n: mask for n, mask in warped.items() if n not in missing}
             placed = _Placed(registration, warped, label_map(warped, grid.shape), outside, missing)
@@ -691,7 +692,7 @@ class _Job:
                 device=self.device,
                 on_stage=tell,
             )
-            returned = warp_labels(there, tuple(placed.masks), image.grid, back.fixed_to_moving)
+            returned = warp_labels_by_each(there, tuple(placed.masks), image.grid, back.fits)
             echoes = _Shown(model, kind, self.context.structures, image).ask(returned, tell)
         with self.clock.stage("gate"):
             # What the query does not show cannot come back: there neither mask is right or wrong.

@@ -546,6 +546,43 @@ def warp_labels(
     return result
 
 
+def warp_labels_by_each(
+    labels: Volume, values: Sequence[int], onto: Grid, fits: Sequence[Transform]
+) -> dict[int, LocalMap]:
+    """Warp each structure by several transforms, and take the mean.
+
+    Parameters
+    ----------
+    labels, values, onto
+        As of :func:`warp_labels`.
+    fits : sequence of Transform
+        From fixed to moving world, at least one.
+
+    Returns
+    -------
+    dict of int to LocalMap
+        One entry for each of ``values``, in [0, 1].
+    """
+    first, *others = (warp_labels(labels, values, onto, transform) for transform in fits)
+    if not others:
+        return first
+    return {value: _mean([first[value], *(other[value] for other in others)]) for value in first}
+
+
+def _mean(maps: Sequence[LocalMap]) -> LocalMap:
+    """On the box that holds all maps; what is outside the box of one of them is 0 there."""
+    filled = [one for one in maps if not one.is_empty]
+    if not filled:
+        return LocalMap.empty()
+    i, j, k = (min(one.start[axis] for one in filled) for axis in range(3))
+    stop = tuple(max(one.stop[axis] for one in filled) for axis in range(3))
+    total = np.zeros([last - first for first, last in zip((i, j, k), stop, strict=True)], np.float32)
+    for one in filled:
+        total[tuple(slice(a - s, b - s) for a, b, s in zip(one.start, one.stop, (i, j, k), strict=True))] += one.values
+    total /= len(maps)
+    return LocalMap((i, j, k), total)
+
+
 def _near_labels(
     padded: NDArray[np.int32], grid: Grid, onto: Grid, fixed_to_moving: Transform
 ) -> Callable[[slice], NDArray[np.bool_]]:

@@ -108,6 +108,8 @@ class Registration:
         field, else everywhere.
     parameters : mapping of str to int
         How many numbers each stage fitted; of the deformable one, on its finest levels.
+    others : tuple of Transform
+        Further fits of the deformable stage, each from query world to atlas world. All else here is of the first one.
     """
 
     linear: Affine
@@ -118,6 +120,7 @@ class Registration:
     folding: float = 0.0
     jacobian: JacobianStatistics | None = None
     parameters: Mapping[str, int] = dataclass_field(default_factory=dict)
+    others: tuple[Transform, ...] = ()
 
     @property
     def confidence(self) -> float:
@@ -129,6 +132,11 @@ class Registration:
         """All stages composed: query world to atlas world."""
         stages = (self.local, self.field, self.linear)
         return Chain(tuple(stage for stage in stages if stage is not None))
+
+    @property
+    def fits(self) -> tuple[Transform, ...]:
+        """All fits, query world to atlas world: labels are warped by each of them, and the mean is taken."""
+        return (self.fixed_to_moving, *self.others)
 
 
 def require_engine(settings: RegistrationSettings) -> None:
@@ -238,6 +246,7 @@ def register(
             linear = linear_stages.fit(fixed_scan, moving_scan, spacings, settings, device)
         parameters["linear"] = 12 if settings.affine else 6
     field = local = None
+    others: tuple[Transform, ...] = ()
     if settings.deformable or (engine.is_peer and settings.peer_linear and wants_linear):
         start = None
         if settings.structure_search and moving_labels is not None and engine.takes_start(settings):
@@ -259,10 +268,10 @@ def register(
         own_linear = engine.is_peer and settings.peer_linear and wants_linear
         with stage("deformable"):
             fitted = module.fit(pair, None if own_linear else linear, start, settings, device)
-        linear, field, local = fitted.linear, fitted.field, fitted.local
+        linear, field, local, others = fitted.linear, fitted.field, fitted.local, fitted.others
         parameters.update(fitted.parameters)
     with stage("assess"):
-        found = Registration(linear, field, local, seconds, parameters=parameters)
+        found = Registration(linear, field, local, seconds, parameters=parameters, others=others)
         difference = difference_of(fixed_scan, moving_scan, found.fixed_to_moving, spacings[-1])
         folding, jacobian = (0.0, None) if field is None else pyramid.volume_changes(field, local, fixed_scan)
     return replace(found, difference=difference, folding=folding, jacobian=jacobian)

@@ -92,9 +92,12 @@ class Fitted:
         How many numbers were fitted, by stage: "linear", "deformable".
     local : DisplacementField or None
         In the fixed world, RAS+ mm, applied before ``field``; 0 at its border and beyond.
+    others : tuple of Transform
+        Further fits, each from fixed to moving world.
     """
 
     linear: Affine
     field: DisplacementField | None
     parameters: Mapping[str, int]
     local: DisplacementField | None = None
+    others: tuple[Transform, ...] = ()
