@@ -287,7 +287,8 @@ def sealed(name: str, old: str, new: str) -> Callable[[Path], None]:
         ),
         (
             of_format(99),
-            rf"ctx: a context in the format 99 of version 9\.8\.7, but this version \([\d.]+\) reads the format {FORMAT}",
+            r"ctx: a context in the format 99 of version 9\.8\.7, but this version \([\d.]+\) reads the format "
+            rf"{FORMAT}",
         ),
         (
             sealed("settings.toml", "\nmodel_path =", "\nmodel_place ="),

@@ -73,11 +73,11 @@ _REACH_VOXELS = 2.5
 #: between 0.5 (CT) and 1.9 (hippocampus), 1.0 over all (sim, at 0.15 a radius). 1.2 / 1.4 give 0.808 / 0.808
 #: (sim) and 0.664 / 0.661 (reg).
 _PRIOR_SLOPE = 1.2
-#: Log-odds of the prior are at most this inside the prompt. Registration puts whole parts of a structure elsewhere, and no
-#: distance says so: the appearance must be able to. None (and couplings of 1 in 8 sweeps, falling with the distance) / 1 /
-#: 0.5 / 0.25 / 0 give 0.807 / 0.811 / 0.814 / 0.814 / 0.810 (heart, 15 pairs), 0.839 / 0.841 / 0.842 / 0.840 / 0.824
-#: (hippocampus, 16), 0.743 / 0.746 / 0.748 / 0.749 / 0.748 (abdominal CT, 6) and 0.867 / 0.869 / 0.868 / 0.868 / 0.865
-#: (abdominal MR, 10).
+#: Log-odds of the prior are at most this inside the prompt. Registration puts whole parts of a structure elsewhere, and
+#: no distance says so: the appearance must be able to. None (and couplings of 1 in 8 sweeps, falling with the distance)
+#: / 1 / 0.5 / 0.25 / 0 give 0.807 / 0.811 / 0.814 / 0.814 / 0.810 (heart, 15 pairs), 0.839 / 0.841 / 0.842 / 0.840 /
+#: 0.824 (hippocampus, 16), 0.743 / 0.746 / 0.748 / 0.749 / 0.748 (abdominal CT, 6) and 0.867 / 0.869 / 0.868 / 0.868 /
+#: 0.865 (abdominal MR, 10).
 _LARGEST_PRIOR = 0.5
 #: Weight of the evidence against the prior: the better the prompts, the less of it. With today's registration, 1 /
 #: 1.2 / 1.5 / 2 give 0.855 / 0.854 / 0.850 / 0.842 (hippocampus, 17 pairs), 0.761 / 0.761 / 0.760 / 0.756 (heart, 8),

@@ -157,7 +157,7 @@ class _Fitting:
     def on_all_levels(
         self, begin: DisplacementField | None, variation: _Variation, *, cautious: bool
     ) -> tuple[DisplacementField, int]:
-        """Over the whole field of view, coarse to fine; the field, and the numbers fitted on the last of these levels."""
+        """Over the whole field of view, coarse to fine; the field, and how many numbers its last level fitted."""
         last = len(self.options.level_voxels) - 1
         first = 0 if begin is None else min(1, last)
         field, parameters = self._on_level(first, begin, variation, cautious=cautious)
