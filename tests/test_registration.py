@@ -610,6 +610,30 @@ def test_where_contrast_differs_structures_are_searched_for_without_brightness(m
         assert asked == expected
 
 
+def test_further_fits_are_others_and_leave_the_first_as_it_is() -> None:
+    grid = scenes.straight_grid()
+    fixed, moving = scenes.QUERY.scan(grid), scenes.ATLAS.scan(grid)
+    labels = scenes.ATLAS.labels(grid)
+    truth = scenes.QUERY.labels(grid).data > 0
+
+    def fitted(fits: int) -> Registration:
+        settings = replace(QUICK, instance=InstanceSettings(**QUICK_FIT, fits=fits))
+        return register(fixed, moving, settings, moving_labels=labels)
+
+    one, several = fitted(1), fitted(4)
+    assert (len(one.fits), len(several.fits)) == (1, 4)
+    points = grid.voxel_to_world(np.argwhere(truth)[::50])
+    mapped = [fit.map(points) for fit in several.fits]
+    np.testing.assert_array_equal(mapped[0], one.fixed_to_moving.map(points))
+    for n, other in enumerate(mapped):
+        for before in mapped[:n]:
+            assert np.abs(other - before).max() > 0.1
+    # Each is a registration of its own, not one spoilt: labels come closer by any of them than by the linear stages.
+    organs = Volume((labels.data > 0).astype(np.float32), grid)
+    apart = np.abs(resample(organs, grid, several.linear) - truth).sum()
+    assert all(np.abs(resample(organs, grid, fit) - truth).sum() < apart for fit in several.fits)
+
+
 def test_with_a_start_the_first_level_is_left_out() -> None:
     grid = scenes.straight_grid()
     fixed, moving = scenes.QUERY.scan(grid), scenes.ATLAS.scan(grid)

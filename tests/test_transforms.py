@@ -32,6 +32,7 @@ from atlassegfm.transforms import (
     resample,
     stages_of,
     warp_labels,
+    warp_labels_by_each,
 )
 from conftest import ORIENTATIONS, SHEARED, affine_of, rotation
 
@@ -609,3 +610,27 @@ def test_points_of() -> None:
     mask[1, 2, 3] = True
     assert points_of(mask, Grid((2, 3, 4), ORIENTATIONS["RAS"])).tolist() == [[-18.5, 34.0, 19.0]]
     assert points_of(np.zeros((2, 3, 4)), Grid((2, 3, 4), np.eye(4))).shape == (0, 3)
+
+
+@pytest.mark.parametrize("affine", ALL.values(), ids=ALL)
+def test_labels_warped_by_several_transforms_are_the_mean(synthetic_labels: Factory, affine: np.ndarray) -> None:
+    labels = synthetic_labels((14, 12, 10), affine, values=(2, 7))
+    fits = [Affine.identity(), Affine(affine_of(np.eye(3), (0.5, 0, 0))), Affine(affine_of(np.eye(3), (-3, 2, 1)))]
+    alone = [warp_labels(labels, [2, 7, 9], labels.grid, fit) for fit in fits]
+    together = warp_labels_by_each(labels, [2, 7, 9], labels.grid, fits)
+    assert set(together) == {2, 7, 9}
+    for value in (2, 7):
+        mean = np.mean([one[value].to_full(labels.grid.shape) for one in alone], axis=0)
+        np.testing.assert_allclose(together[value].to_full(labels.grid.shape), mean, atol=1e-6)
+    assert together[9].is_empty
+    single = warp_labels_by_each(labels, [2], labels.grid, fits[:1])[2]
+    np.testing.assert_array_equal(single.values, alone[0][2].values)
+
+
+def test_a_label_that_one_of_two_transforms_takes_out_of_view_is_half_there() -> None:
+    grid = Grid((8, 7, 6), np.diag([1.0, 2.0, 3.0, 1.0]))
+    data = np.zeros(grid.shape, np.uint8)
+    data[3:5, 2:4, 2:4] = 1
+    far = Affine(affine_of(np.eye(3), (500, 0, 0)))
+    warped = warp_labels_by_each(Volume(data, grid), [1], grid, [Affine.identity(), far])[1]
+    np.testing.assert_array_equal(warped.to_full(grid.shape), data / 2)
