@@ -74,8 +74,8 @@ _REACH_VOXELS = 2.5
 #: (sim) and 0.664 / 0.661 (reg).
 _PRIOR_SLOPE = 1.2
 #: Log-odds of the prior are at most this inside the prompt, and not bounded within a voxel of its border. Registration
-#: puts whole parts of a structure elsewhere, and no distance says so: the appearance must be able to. No bound / this one
-#: / 0.35 give 0.807 / 0.811 / 0.811 (heart, 15 pairs), 0.839 / 0.841 / 0.841 (hippocampus, 16), 0.804 / 0.808 / 0.809
+#: puts whole parts of a structure elsewhere, and no distance says so: the appearance must be able to. No bound / 0.5 /
+#: 0.35 give 0.807 / 0.811 / 0.811 (heart, 15 pairs), 0.839 / 0.841 / 0.841 (hippocampus, 16), 0.804 / 0.808 / 0.809
 #: (abdominal CT, 8) and 0.871 / 0.870 / 0.870 (abdominal MR, 15). Without the voxel, 0.5 takes small structures that do
 #: not stand out away (Dice with the prompt 0.70 instead of 0.87, ball of 3 voxels' radius).
 _LARGEST_PRIOR = 0.5

@@ -57,9 +57,9 @@ class InstanceSettings:
 
     fits: Annotated[int, Field(ge=1, le=4)] = 2
     """How many fits are made, each with other weights; the warped labels are the mean of what they give. The first one
-    is the transform that is kept and told of. Dice of the warped atlas with 1 / 2 / 3 / 4: 0.798 / 0.810 / 0.813 / 0.816
-    (Cardiac, 10 pairs), 0.816 / 0.817 / 0.813 / 0.818 (Hippocampus, 12), 0.838 / 0.838 / - / 0.840 (Abd-MR, 10). Each
-    takes as long as the first."""
+    is the transform that is kept and told of. Dice of the warped atlas with 1 / 2 / 3 / 4: 0.798 / 0.810 / 0.813 /
+    0.816 (Cardiac, 10 pairs), 0.816 / 0.817 / 0.813 / 0.818 (Hippocampus, 12), 0.838 / 0.838 / 0.840 / 0.840 (Abd-MR,
+    10). Each takes as long as the first."""
 
     diffeomorphic: bool = False
     """Whether each level fits a stationary velocity, whose flow can be undone everywhere, and levels are composed
