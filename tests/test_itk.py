@@ -23,7 +23,7 @@ from atlassegfm.image import Volume, load_labels, save_volume
 from atlassegfm.itk import read_transform, write_transform
 from atlassegfm.registration import Registration
 from atlassegfm.settings import with_overrides
-from atlassegfm.transforms import Affine, Chain, DisplacementField, Transform, displacement_on, resample
+from atlassegfm.transforms import Affine, Chain, DisplacementField, Transform, displacement_on, resample, warp_labels
 from conftest import ORIENTATIONS, SHEARED, Run, affine_of, rotation
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
@@ -730,18 +730,20 @@ def test_a_fitted_transform_gives_the_same_mask(
     outcome = run("segment", *ATLAS_ARGUMENTS, "query.nii.gz", "-o", "kept", "--keep")
     assert outcome.code == 0, outcome.err
     transform = Path("kept/query/transform")
-    assert {path.name for path in transform.iterdir()} == FILES
+    assert {path.name for path in transform.iterdir()} == FILES | {"fit_2"}
+    assert {path.name for path in (transform / "fit_2").iterdir()} == FILES
     assert np.abs(nib.load(transform / "local.nii.gz").dataobj).max() > 0.1
     monkeypatch.delattr(pipeline, "register")
     outcome = run("segment", *ATLAS_ARGUMENTS, "query.nii.gz", "-o", "again", "--transform", transform, "--keep")
     assert outcome.code == 0, outcome.err
     np.testing.assert_array_equal(mask(Path("again/query")), mask(Path("kept/query")))
-    for name in FILES:
+    for name in (*FILES, *(f"fit_2/{name}" for name in FILES)):
         assert (Path("again/query/transform") / name).read_bytes() == (transform / name).read_bytes()
     probability = [nib.load(f"{out}/query/probability.nii.gz").get_fdata() for out in ("kept", "again")]
     np.testing.assert_array_equal(*probability)
     for out in ("kept", "again"):
         content = json.loads(Path(f"{out}/query/run.json").read_text())["registration"]
+        assert content["fits"] == 2
         assert content["jacobian"]["folding"] == content["folding"] == 0
         assert 0.2 < content["jacobian"]["percentile_1"] < content["jacobian"]["median"] < 2
 
@@ -859,7 +861,7 @@ def test_transforms_in_other_orders(order: str) -> None:
     assert result.transform_given
     assert [one.status for one in result.structures] == ["present"] * 3
     assert [one.outside_share for one in result.structures] == pytest.approx([0, 0, 0], abs=0.02)
-    expected = pipeline.warp_labels(context.labels, context.values, grid, chain)
+    expected = warp_labels(context.labels, context.values, grid, chain)
     for value, one in result.probabilities.items():
         np.testing.assert_allclose(
             one.atlas.to_full(result.grid.shape),

@@ -351,7 +351,7 @@ def test_model_is_asked_once_to_encode_each_scan(context: Context, examples: tup
 def test_no_way_in_for_the_labels_of_the_query() -> None:
     """The gate must not see the truth: nothing takes it."""
     assert list(inspect.signature(segment).parameters) == [
-        *("context", "query", "settings", "device", "on_stage", "model", "transform", "gate")
+        *("context", "query", "settings", "device", "on_stage", "model", "transform", "further_fits", "gate")
     ]
     assert list(inspect.signature(learn_gate).parameters) == ["context", "settings", "device", "on_stage", "model"]
 

@@ -14,7 +14,7 @@ clinics name patients.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,7 @@ class Customization:
         on_stage: Callable[[str], None] | None = None,
         model: Segmenter | None = None,
         transform: Transform | None = None,
+        further_fits: Sequence[Transform] = (),
     ) -> Segmentation:
         """Segment one scan; no gate is trained.
 
@@ -128,7 +129,7 @@ class Customization:
             The scan: intensities in any array order and any field of view.
         settings : Settings, optional
             Those of the context if left out.
-        device, on_stage, model, transform
+        device, on_stage, model, transform, further_fits
             As of :func:`~atlassegfm.pipeline.segment`.
 
         Raises
@@ -152,6 +153,7 @@ class Customization:
             on_stage=on_stage,
             model=model,
             transform=transform,
+            further_fits=further_fits,
             gate=self.gate,
         )
 

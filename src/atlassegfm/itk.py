@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from .errors import InputError
 from .geometry import Grid
 from .image import IMAGE_SUFFIXES, NIFTI_SUFFIXES, image_suffix
-from .transforms import Affine, Chain, DisplacementField, Transform, displacement_on
+from .transforms import Affine, Chain, DisplacementField, Transform, displacement_on, stages_of
 
 if TYPE_CHECKING:
     import SimpleITK as sitk  # noqa: N813
@@ -48,6 +48,8 @@ TRANSFORM_SUFFIXES = (".tfm", ".txt", ".mat", ".h5", ".hdf5", ".hdf", ".xfm")
 _TEXT_SUFFIXES = (".tfm", ".txt")
 #: In the order in which a point of the query meets them.
 _FIELD_FILES = (LOCAL_FILE, FIELD_FILE)
+#: Folder of a further fit, in that of the first; counted from 2.
+_FIT_FOLDER = "fit_{}"
 
 _FORMAT, _VERSION = "AtlasSegFM transform", 1
 #: RAS+ from ITK's LPS and back.
@@ -215,6 +217,48 @@ def read_transform(path: Path) -> Transform:
         known = ", ".join((*TRANSFORM_SUFFIXES[:4], *IMAGE_SUFFIXES))
         raise InputError(f"{path}: not a known transform file; expected a file ending in {known}")
     return _read_itk(path)
+
+
+def write_further_fits(folder: Path, fits: Sequence[Transform], view: Grid) -> None:
+    """Write the further fits of a registration into the transform folder of the first, each as a folder like it.
+
+    Parameters
+    ----------
+    folder : Path
+        As :func:`write_transform` made it.
+    fits : sequence of Transform
+        From query world to atlas world.
+    view : Grid
+        Of the query.
+
+    Raises
+    ------
+    InputError
+        As :func:`write_transform`.
+    """
+    for number, fit in enumerate(fits, start=2):
+        local, field, linear = stages_of(fit, view)
+        write_transform(folder / _FIT_FOLDER.format(number), linear, field, view, local)
+
+
+def read_fits(path: Path) -> tuple[Transform, ...]:
+    """Read a transform, and the further fits in its folder if there are any.
+
+    Parameters
+    ----------
+    path : Path
+        As of :func:`read_transform`.
+
+    Raises
+    ------
+    InputError
+        As :func:`read_transform`.
+    """
+    first = read_transform(path)
+    further: list[Transform] = []
+    while (folder := path / _FIT_FOLDER.format(len(further) + 2)).is_dir():
+        further.append(read_transform(folder))
+    return (first, *further)
 
 
 def _read_folder(folder: Path) -> Transform:

@@ -386,6 +386,7 @@ def segment(
     on_stage: Callable[[str], None] | None = None,
     model: Segmenter | None = None,
     transform: Transform | None = None,
+    further_fits: Sequence[Transform] = (),
     gate: Gate | None = None,
 ) -> Segmentation:
     """Segment one scan by one annotated scan.
@@ -407,6 +408,9 @@ def segment(
     transform : Transform, optional
         Query world to atlas world, RAS+ mm (:func:`~atlassegfm.itk.read_transform` reads one): taken instead of
         registering the atlas to the query. Where the gate is trained on a round trip, the way back is registered.
+    further_fits : sequence of Transform
+        More of them, beside ``transform``: the labels are warped by each, and the mean is taken
+        (:func:`~atlassegfm.itk.read_fits` reads all that a result has kept).
     gate : Gate, optional
         That :func:`learn_gate` trained on this atlas with these settings, or the ``gate`` of an earlier result if
         ``fusion.examples`` is "simulated": it is the same for all queries. Trained here if left out.
@@ -428,7 +432,9 @@ def segment(
     if kind is not None and model is None:
         model = load_chosen(settings, device)
     with _reproducible(settings.seed), _memory_errors():
-        job = _Job(context, _numbered(context), query, scan, settings, device, _Clock(on_stage), transform)
+        job = _Job(
+            context, _numbered(context), query, scan, settings, device, _Clock(on_stage), transform, tuple(further_fits)
+        )
         return job.run(model, kind, gate)
 
 
@@ -606,7 +612,7 @@ class _Job:
         Its labels as numbers.
     query, scan : Volume
         The query as it is stored, and in canonical order.
-    settings, device, clock, transform
+    settings, device, clock, transform, further_fits
         As they come from the caller.
     """
 
@@ -618,6 +624,7 @@ class _Job:
     device: str
     clock: _Clock
     transform: Transform | None = None
+    further_fits: tuple[Transform, ...] = ()
 
     def run(self, model: Segmenter | None, kind: PromptKind | None, gate: Gate | None) -> Segmentation:
         """All stages; ``kind`` is None without a model, ``gate`` where it is still to be trained."""
@@ -663,7 +670,15 @@ class _Job:
             if field is not None:
                 folding, jacobian = deformation_statistics(field, local, lambda nodes: nodes_in(view, nodes))
         difference = compare(self.scan, self.context.image, transform, self.settings.registration)
-        return Registration(linear, field, local, difference=difference, folding=folding, jacobian=jacobian)
+        return Registration(
+            linear,
+            field,
+            local,
+            difference=difference,
+            folding=folding,
+            jacobian=jacobian,
+            others=self.further_fits,
+        )
 
     def _learn(self, model: Segmenter, kind: PromptKind, placed: _Placed) -> _Learned:
         """Train the gate on the atlas's own scan."""

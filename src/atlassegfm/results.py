@@ -54,7 +54,7 @@ from .dicom import (
 )
 from .errors import InputError
 from .image import Volume, save_volume
-from .itk import write_transform
+from .itk import write_further_fits, write_transform
 from .memory import peak_memory_mb
 from .pipeline import Segmentation
 from .settings import to_dict
@@ -355,6 +355,7 @@ def write_result(
             run["probability"] = [result.structure.name for result in segmentation.structures]
             found = segmentation.registration
             write_transform(new / "transform", found.linear, found.field, segmentation.grid, found.local)
+            write_further_fits(new / "transform", found.others, segmentation.grid)
         _write_json(run, new / RUN)
         _write_json(ended, new / STATUS)
     return run | ended

@@ -15,7 +15,7 @@ from ..customization import Customization
 from ..dicom import Selection, open_image
 from ..errors import AtlasSegError, InputError, ModelError
 from ..fusion import Gate
-from ..itk import read_transform
+from ..itk import read_fits
 from ..memory import peak_memory_mb, reset_peak_memory
 from ..models import MODELS, Segmenter
 from ..pipeline import NO_MODEL, Segmentation, Settings, load_chosen
@@ -365,7 +365,7 @@ class LoadedWork:
                 "query": _record(case.query),
                 "transform": None if case.transform is None else _record(case.transform),
             }
-            transform = None if case.transform is None else read_transform(case.transform)
+            fits = () if case.transform is None else read_fits(case.transform)
             query = open_image(case.query, work.output.series if case.query.is_dir() else None)
             check_formats(work.output.formats, query)
             customization = self.annotated.customization
@@ -377,7 +377,8 @@ class LoadedWork:
                 device=work.device,
                 on_stage=tell,
                 model=self.model,
-                transform=transform,
+                transform=fits[0] if fits else None,
+                further_fits=fits[1:],
                 gate=gates[0] if gates else None,
             )
             if result.gate is not None and work.settings.fusion.examples == "simulated" and not self.gates:
