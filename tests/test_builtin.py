@@ -86,8 +86,8 @@ def test_mask_of_the_wrong_size_is_drawn_to_the_ball(radius_mm):
 
 @pytest.mark.parametrize("radius_mm", [9.0, 13.0])
 def test_part_of_the_prompt_that_looks_otherwise_is_dropped_even_from_its_middle(radius_mm):
-    # A registered mask that runs far into a neighbour. With a prior that grows without bound, a fifth and two thirds of
-    # it stayed.
+    # A registered mask that runs far into a neighbour. With a prior that grows without bound, a quarter and two thirds
+    # of it stayed.
     wrong = ball((33, 17, 10), radius_mm) & ~ball()
     found = answer(bright_ball(), mask_prompt(ball() | wrong)).to_full(SHAPE) >= 0.5
     assert (found & wrong).sum() < 0.15 * wrong.sum()

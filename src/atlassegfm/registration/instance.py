@@ -8,7 +8,7 @@ Learning for Learn2Reg 2021", whose second stage is alike). The last level cover
 as finely as the query's own voxels allow: the structures are what the field is for.
 
 Several such fits are made, with other weights. Where the scans leave open how they go together, the fits differ, and
-labels warped by all of them and averaged are nearer to the truth than those of any one.
+labels warped by all of them and averaged are as near to the truth as those of the best, or nearer, on most data.
 """
 
 from __future__ import annotations
