@@ -167,9 +167,9 @@ def test_large_structures_are_looked_at_coarsely(trained: Correction, monkeypatc
 
 
 def test_blocks_are_taken_along_the_finest_axes() -> None:
-    assert correction._strides_of((100, 100, 100), np.array([1.0, 1.0, 1.0])) == (1, 1, 1)
-    assert correction._strides_of((200, 200, 50), np.array([1.0, 1.0, 5.0])) == (2, 2, 1)
-    assert correction._strides_of((400, 400, 400), np.array([1.0, 1.0, 1.0])) == (4, 4, 4)
+    assert correction.strides_of((100, 100, 100), np.array([1.0, 1.0, 1.0])) == (1, 1, 1)
+    assert correction.strides_of((200, 200, 50), np.array([1.0, 1.0, 5.0])) == (2, 2, 1)
+    assert correction.strides_of((400, 400, 400), np.array([1.0, 1.0, 1.0])) == (4, 4, 4)
 
 
 def test_block_means_and_their_spreading_are_about_the_same_places() -> None:

@@ -294,10 +294,12 @@ def train_correction(lessons: Iterable[Lesson], structures: int, *, seed: int) -
             voxels = torch.from_numpy(draw.integers(0, len(taught[which][0]), _VOXELS))
             for batch, values in zip((features, odds, true), taught[which], strict=True):
                 batch.append(values[voxels])
-            numbers.append(torch.full((_VOXELS,), given[which].number - 1))
+            numbers.append(given[which].number - 1)
         seen = torch.cat(features)
         seen = seen + _NOISE * torch.randn(seen.shape, generator=chance)
-        hidden = torch.cat((seen, codes[torch.cat(numbers)]), dim=1)
+        # One row an example, spread over its voxels: sums over a row picked for every voxel depend on the threads.
+        own = codes[torch.tensor(numbers)][:, None].expand(-1, _VOXELS, -1).reshape(-1, _CODE)
+        hidden = torch.cat((seen, own), dim=1)
         for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
             hidden = relu(hidden @ weight + bias)
         corrected = torch.cat(odds) + (hidden @ weights[-1] + biases[-1])[:, 0]
@@ -348,7 +350,7 @@ def _look(image: Volume, number: int, atlas: LocalMap, masks: Mapping[int, Local
     i, j, k = (int(n) for n in np.maximum(np.minimum(atlas.start, mask.start) - margin, 0))
     x, y, z = (int(n) for n in np.minimum(np.maximum(atlas.stop, mask.stop) + margin, grid.shape))
     start, stop = (i, j, k), (x, y, z)
-    strides = _strides_of((x - i, y - j, z - k), grid.spacing_mm)
+    strides = strides_of((x - i, y - j, z - k), grid.spacing_mm)
     spacing_mm = grid.spacing_mm * strides
 
     def looked_at(values: LocalMap) -> Field:
@@ -440,8 +442,16 @@ def _mask_features(
     yield _smoothed(others, error_mm, spacing_mm)[band] * 2
 
 
-def _strides_of(shape: Sequence[int], spacing_mm: NDArray[np.float64]) -> tuple[int, int, int]:
-    """Voxels to be taken for one along each axis, so that not too many are left; finest axes first."""
+def strides_of(shape: Sequence[int], spacing_mm: NDArray[np.float64]) -> tuple[int, int, int]:
+    """Voxels to be taken for one along each axis, so that at most a million are left; finest axes first.
+
+    Parameters
+    ----------
+    shape : sequence of int, (3,)
+        Of a box of voxels.
+    spacing_mm : array, (3,)
+        Their size.
+    """
     strides = np.ones(3, int)
     while np.prod(np.ceil(np.array(shape) / strides)) > _MOST_VOXELS:
         finest = (spacing_mm * strides).min()

@@ -38,7 +38,7 @@ from .version import __version__
 
 #: Raised whenever the files change, or what a gate was trained on does: the answers of the built-in model, what its
 #: training does, or what a setting means.
-FORMAT = 3
+FORMAT = 4
 ATLAS, LABELS, SETTINGS, CONTENT, CORRECTION, CHECKSUMS = (
     "atlas.nii.gz",
     "labels.nii.gz",

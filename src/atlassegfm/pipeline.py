@@ -36,6 +36,7 @@ from .prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, PromptKind, make_pr
 from .quality import Case, Evidence, StructureQuality, Verdict, gather, judge, overall
 from .registration import Registration, RegistrationSettings, compare, register
 from .simulation import simulated_mask
+from .smoothing import best_share, radius_mm, smoothed
 from .structures import Structure
 from .topology import changes_to, topologies_of
 from .transforms import (
@@ -587,14 +588,23 @@ def _simulated_gate(
     gate = train_gate([one for drawn in examples for one in drawn.values()], settings.fusion, device=device)
     if settings.fusion.gate == "paper":
         return gate
+    fused = [{n: fuse(one.atlas, one.model, gate, device=device) for n, one in drawn.items()} for drawn in examples]
     lessons = []
     for draw, drawn in enumerate(examples):
-        fused = {n: fuse(one.atlas, one.model, gate, device=device) for n, one in drawn.items()}
         for n, one in drawn.items():
             tell(context.structures[n - 1].name)
-            lessons.append(lesson(context.image, n, one.atlas, fused, one.truth, seed=(settings.seed, draw, n)))
+            lessons.append(lesson(context.image, n, one.atlas, fused[draw], one.truth, seed=(settings.seed, draw, n)))
     taught = [one for one in lessons if one is not None]
-    return replace(gate, correction=train_correction(taught, len(context.structures), seed=settings.seed))
+    correction = train_correction(taught, len(truths), seed=settings.seed)
+    if correction is None:
+        return gate
+    shares = []
+    for n, truth in truths.items():
+        tell(context.structures[n - 1].name)
+        asked = [(masks, drawn[n].atlas) for masks, drawn in zip(fused, examples, strict=True) if n in drawn]
+        trials = ((correction.apply(context.image, n, atlas, masks), truth) for masks, atlas in asked)
+        shares.append(best_share(trials, context.image.grid))
+    return replace(gate, correction=correction, smoothing=tuple(shares))
 
 
 @dataclass(frozen=True, eq=False)
@@ -741,9 +751,9 @@ class _Job:
                 n: StructureMaps(fused.get(n, mask), mask, None if answers is None else answers.maps.get(n))
                 for n, mask in placed.masks.items()
             }
-            labels = label_map({n: one.fused for n, one in maps.items()}, grid.shape)
+            labels = label_map({n: one.fused for n, one in maps.items()}, grid.shape, placed.masks)
             if answers is not None and self.settings.topology:
-                changed, labels = _with_topology({n: one.fused for n, one in maps.items()}, labels, self.labels.data)
+                changed, labels = _with_topology(maps, labels, self.labels.data)
                 maps = {n: replace(one, fused=changed[n]) for n, one in maps.items()}
             model_labels = None if answers is None else label_map(answers.maps, grid.shape)
             voxels = np.bincount(labels.ravel(), minlength=len(structures) + 1)
@@ -810,10 +820,14 @@ class _Job:
         fused = {n: _fused_unless_nothing(masks[n], answer, gate, self.device) for n, answer in answers.items()}
         if gate.correction is None:
             return fused
-        return {
-            n: mask if _found_nothing(answers[n]) else gate.correction.apply(self.scan, n, masks[n], fused)
-            for n, mask in fused.items()
-        }
+        grid, finished = self.scan.grid, {}
+        for n, mask in fused.items():
+            finished[n] = mask
+            if not _found_nothing(answers[n]):
+                corrected = gate.correction.apply(self.scan, n, masks[n], fused)
+                window_mm = (gate.smoothing[n - 1] if gate.smoothing else 0) * radius_mm(masks[n], grid)
+                finished[n] = smoothed(corrected, window_mm, grid)
+        return finished
 
     def _judged(self, status: Status, reason: str, evidence: Evidence | None, confidence: float) -> StructureQuality:
         """What is thought of one structure: from evidence, or from its not being there."""
@@ -854,9 +868,11 @@ def fused_by(gate: Gate, context: Context, result: Segmentation) -> Volume:
         else _fused_unless_nothing(one.atlas, one.model, gate, result.device)
         for value, one in result.probabilities.items()
     }
-    labels = label_map(fused, result.grid.shape)
+    warped = {numbers[value]: one.atlas for value, one in result.probabilities.items()}
+    labels = label_map(fused, result.grid.shape, warped)
     if result.settings.topology:
-        _, labels = _with_topology(fused, labels, _numbered(context).data)
+        maps = {n: StructureMaps(mask, warped[n], None) for n, mask in fused.items()}
+        _, labels = _with_topology(maps, labels, _numbered(context).data)
     return _as_stored(labels, context.values, result.grid, result.labels)
 
 
@@ -874,9 +890,10 @@ def _fused_unless_nothing(mask: LocalMap, answer: LocalMap, gate: Gate, device: 
 
 
 def _with_topology(
-    fused: Mapping[int, LocalMap], labels: NDArray[Any], atlas: NDArray[Any]
+    maps: Mapping[int, StructureMaps], labels: NDArray[Any], atlas: NDArray[Any]
 ) -> tuple[Mapping[int, LocalMap], NDArray[Any]]:
-    """Masks and label map without islands and holes that the structures of the ``atlas`` do not have."""
+    """Fused masks and label map without islands and holes that the structures of the ``atlas`` do not have."""
+    fused, warped = {n: one.fused for n, one in maps.items()}, {n: one.atlas for n, one in maps.items()}
     changes = changes_to(labels, topologies_of(atlas))
     if not changes:
         return fused, labels
@@ -890,7 +907,7 @@ def _with_topology(
         inner[change.holes] = np.maximum(inner[change.holes], _FILLED)
         changed[n] = LocalMap((start[0], start[1], start[2]), values)
     i, j, k = labels.shape
-    return changed, label_map(changed, (i, j, k))
+    return changed, label_map(changed, (i, j, k), warped)
 
 
 def _as_stored(numbers: NDArray[Any], values: Sequence[int], grid: Grid, query: Volume) -> Volume:
