@@ -115,6 +115,12 @@ class TestGate:
         text = train_gate([MODEL_RIGHT], ROUND_TRIP).describe()
         assert text.startswith("starts at 0% atlas; trained on 1 mask: soft Dice 0.9")
         assert "2 masks" in train_gate([MODEL_RIGHT, MODEL_RIGHT]).describe()
+        assert "smoothed" not in text
+        assert (
+            replace(train_gate([MODEL_RIGHT]), smoothing=(0.0, 0.04, 0.08))
+            .describe()
+            .endswith(" and smoothed (2 of 3 structures)")
+        )
 
 
 class TestFuse:
@@ -383,3 +389,28 @@ class TestLabelMap:
             label_map({2: local(np.ones((2, 2, 2)), (-1, 0, 0))}, (4, 4, 4))
         with pytest.raises(ValueError, match="expected 1 or greater"):
             label_map({0: local(np.ones((2, 2, 2)))}, (4, 4, 4))
+
+    def test_the_warped_atlas_settles_what_several_claim(self) -> None:
+        #               both claim it, only one does, none does, both and the atlas has neither
+        one = local([[[0.6, 0.6, 0.4, 0.6, 0.9]]])
+        two = local([[[0.9, 0.4, 0.45, 0.9, 0.6]]])
+        warped = {1: local([[[1.0, 0.0, 1.0, 0.0, 0.0]]]), 2: local([[[0.0, 1.0, 0.0, 0.0, 0.5]]])}
+        assert label_map({1: one, 2: two}, (1, 1, 5)).ravel().tolist() == [2, 1, 2, 2, 1]
+        assert label_map({1: one, 2: two}, (1, 1, 5), warped).ravel().tolist() == [1, 1, 2, 2, 1]
+        # Boxes that differ, and a structure that the atlas does not have.
+        moved = {1: local([[[1.0]]]), 2: EMPTY}
+        assert label_map({1: one, 2: two}, (1, 1, 5), moved).ravel().tolist() == [1, 1, 2, 2, 1]
+        assert label_map({1: one, 2: two}, (1, 1, 5), {}).ravel().tolist() == [2, 1, 2, 2, 1]
+
+    @given(local_maps(), st.integers(0, 5))
+    def test_the_warped_atlas_decides_nothing_but_who(self, maps: dict[int, LocalMap], seed: int) -> None:
+        """What is background and what is not stays, and so does what at most one structure claims."""
+        shape = (4, 3, 5)
+        warped = {value: local(random_mask(shape, seed + value)) for value in maps}
+        before, after = label_map(maps, shape), label_map(maps, shape, warped)
+        np.testing.assert_array_equal(after > 0, before > 0)
+        claims = np.sum([np.zeros(shape, bool), *(mask.to_full(shape) >= 0.5 for mask in maps.values())], axis=0)
+        np.testing.assert_array_equal(after[claims < 2], before[claims < 2])
+        for value, mask in maps.items():
+            won = (after == value) & (claims >= 2)
+            assert (mask.to_full(shape)[won] >= 0.5).all()
