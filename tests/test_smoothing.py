@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from atlassegfm.correction import strides_of
 from atlassegfm.geometry import Grid
 from atlassegfm.image import LocalMap
-from atlassegfm.smoothing import best_share, radius_mm, smoothed
+from atlassegfm.smoothing import best_share, radius_mm, smoothed, window_mm
 from scenes import straight_grid
 
 GRID = straight_grid((40, 36, 24), (1.0, 1.25, 2.5))
@@ -93,6 +93,14 @@ def test_the_radius_of_a_ball_is_its_radius(radius: float) -> None:
     ball = np.clip(radius + 0.5 - distance_mm((20, 18, 12)), 0, 1)
     assert radius_mm(LocalMap.from_full(ball), GRID) == pytest.approx(radius, rel=0.02)
     assert radius_mm(LocalMap.empty(), GRID) == 0
+
+
+def test_the_window_is_a_share_of_the_radius_up_to_8_mm() -> None:
+    ball = LocalMap.from_full(distance_mm((20, 18, 12)) < 9)
+    assert window_mm(0.08, ball, GRID) == pytest.approx(0.08 * 9, rel=0.03)
+    assert window_mm(0.0, ball, GRID) == 0
+    coarse = straight_grid(GRID.shape, (20.0, 25.0, 50.0))
+    assert window_mm(0.08, ball, coarse) == 8
 
 
 def trials(truth: np.ndarray, error: Callable[[np.random.Generator], np.ndarray]) -> list[tuple[LocalMap, LocalMap]]:

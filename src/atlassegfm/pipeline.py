@@ -36,7 +36,7 @@ from .prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, PromptKind, make_pr
 from .quality import Case, Evidence, StructureQuality, Verdict, gather, judge, overall
 from .registration import Registration, RegistrationSettings, compare, register
 from .simulation import simulated_mask
-from .smoothing import best_share, radius_mm, smoothed
+from .smoothing import best_share, smoothed, window_mm
 from .structures import Structure
 from .topology import changes_to, topologies_of
 from .transforms import (
@@ -825,8 +825,8 @@ class _Job:
             finished[n] = mask
             if not _found_nothing(answers[n]):
                 corrected = gate.correction.apply(self.scan, n, masks[n], fused)
-                window_mm = (gate.smoothing[n - 1] if gate.smoothing else 0) * radius_mm(masks[n], grid)
-                finished[n] = smoothed(corrected, window_mm, grid)
+                share = gate.smoothing[n - 1] if gate.smoothing else 0.0
+                finished[n] = smoothed(corrected, window_mm(share, masks[n], grid), grid)
         return finished
 
     def _judged(self, status: Status, reason: str, evidence: Evidence | None, confidence: float) -> StructureQuality:

@@ -36,18 +36,20 @@ Field = NDArray[np.float32]
 _TRIED = (0.0, 0.03, 0.06)
 #: What is applied where one of these was best: more, as real errors are larger than simulated ones.
 _APPLIED = (0.0, 0.04, 0.08)
+#: Standard deviation at most: structures of more than 100 mm radius, for which nothing was measured, and which take time.
+_LARGEST_MM = 8.0
 #: The window ends at this many standard deviations.
 _REACH = 3.0
 
 
-def smoothed(mask: LocalMap, window_mm: float, grid: Grid) -> LocalMap:
+def smoothed(mask: LocalMap, width_mm: float, grid: Grid) -> LocalMap:
     """A mask under a Gaussian window.
 
     Parameters
     ----------
     mask : LocalMap
         In [0, 1], on ``grid``.
-    window_mm : float
+    width_mm : float
         Standard deviation along every axis; 0 leaves the mask as it is.
     grid : Grid
         Of the scan. Beyond its border, masks go on as they are at the border.
@@ -57,12 +59,17 @@ def smoothed(mask: LocalMap, window_mm: float, grid: Grid) -> LocalMap:
     LocalMap
         float32 in [0, 1], on a box as much larger as the window reaches.
     """
-    if window_mm <= 0 or not mask.values.size:
+    if width_mm <= 0 or not mask.values.size:
         return mask
-    margin = np.ceil(_REACH * window_mm / grid.spacing_mm).astype(int)
+    margin = np.ceil(_REACH * width_mm / grid.spacing_mm).astype(int)
     i, j, k = np.maximum(np.array(mask.start) - margin, 0).tolist()
     stop = np.minimum(np.array(mask.stop) + margin, grid.shape).tolist()
-    return LocalMap((i, j, k), _under_window(mask.on_box((i, j, k), stop), window_mm, grid.spacing_mm))
+    return LocalMap((i, j, k), _under_window(mask.on_box((i, j, k), stop), width_mm, grid.spacing_mm))
+
+
+def window_mm(share: float, mask: LocalMap, grid: Grid) -> float:
+    """Standard deviation of the window in mm that a share of the radius of what a mask shows comes to."""
+    return min(share * radius_mm(mask, grid), _LARGEST_MM)
 
 
 def radius_mm(mask: LocalMap, grid: Grid) -> float:
@@ -94,14 +101,14 @@ def best_share(trials: Iterable[tuple[LocalMap, LocalMap]], grid: Grid) -> float
         thinned = tuple(slice(None, None, stride) for stride in strides)
         values, true = (one.on_box(start.tolist(), stop.tolist())[thinned] for one in (mask, truth))
         for n, share in enumerate(_TRIED):
-            window_mm = share * radius_mm(truth, grid)
-            found = _under_window(values, window_mm, grid.spacing_mm * strides) if window_mm else values
+            width_mm = window_mm(share, truth, grid)
+            found = _under_window(values, width_mm, grid.spacing_mm * strides) if width_mm else values
             scores[n] += dice(found >= INSIDE, true >= INSIDE)
     # The first of equal ones: no smoothing where it changes nothing.
     return _APPLIED[int(np.argmax(scores))]
 
 
-def _under_window(values: Field, window_mm: float, spacing_mm: NDArray[np.float64]) -> Field:
+def _under_window(values: Field, width_mm: float, spacing_mm: NDArray[np.float64]) -> Field:
     """Values in [0, 1]; beyond the box they go on as at its border."""
-    under: Field = ndimage.gaussian_filter(values, window_mm / spacing_mm, mode="nearest", truncate=_REACH)
-    return under.clip(0, 1)  # rounding may leave it by a hair
+    under: Field = ndimage.gaussian_filter(values, width_mm / spacing_mm, mode="nearest", truncate=_REACH)
+    return np.clip(under, 0, 1, out=under)  # rounding may leave it by a hair
