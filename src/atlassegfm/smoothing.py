@@ -36,7 +36,7 @@ Field = NDArray[np.float32]
 _TRIED = (0.0, 0.03, 0.06)
 #: What is applied where one of these was best: more, as real errors are larger than simulated ones.
 _APPLIED = (0.0, 0.04, 0.08)
-#: Standard deviation at most: structures of more than 100 mm radius, for which nothing was measured, and which take time.
+#: Standard deviation at most: of structures of more than 100 mm radius nothing was measured, and they take time.
 _LARGEST_MM = 8.0
 #: The window ends at this many standard deviations.
 _REACH = 3.0
