@@ -14,7 +14,8 @@ At the paper's learning rate a weight moves by at most 1e-3, so the gate ends wh
 not say where that is. Here it starts at a constant K, the one whose fused masks are closest to the truth on
 the training examples; after a round trip with a handicap for the atlas, see :class:`FusionSettings`.
 
-The default gate goes on from what the paper's has fused (:mod:`atlassegfm.correction`).
+The default gate goes on from what the paper's has fused (:mod:`atlassegfm.correction`, then
+:mod:`atlassegfm.smoothing`).
 
 One gate serves all structures, each counting the same: a single example is noisy. Starts of each structure's own
 came to 0.676 to 0.682 on queries, half shrunk to the common one 0.677 to 0.682, the common one 0.678 to 0.682 (over
@@ -69,8 +70,8 @@ class FusionSettings:
 
     gate: Literal["default", "paper"] = "default"
     """Kind of gate. "paper" is eq. 5 of arXiv 2512.18176. "default" goes on from there: a small network, trained on
-    the same simulated masks, corrects the fused masks near their borders; see :mod:`atlassegfm.correction`. After a
-    round trip there is one mask a structure to learn from, which is too few: then both are the paper's."""
+    the same simulated masks, corrects the fused masks near their borders, and each structure is smoothed as much as did
+    best on them; see :mod:`atlassegfm.correction` and :mod:`atlassegfm.smoothing`. After a round trip there is one mask a structure to learn from, which is too few: then both are the paper's."""
 
     kernels: tuple[int, ...] = (3, 5, 7)
     """Sizes of the max-poolings, voxels; odd [paper: 3, 5, 7]."""
