@@ -71,7 +71,8 @@ class FusionSettings:
     gate: Literal["default", "paper"] = "default"
     """Kind of gate. "paper" is eq. 5 of arXiv 2512.18176. "default" goes on from there: a small network, trained on
     the same simulated masks, corrects the fused masks near their borders, and each structure is smoothed as much as did
-    best on them; see :mod:`atlassegfm.correction` and :mod:`atlassegfm.smoothing`. After a round trip there is one mask a structure to learn from, which is too few: then both are the paper's."""
+    best on them; see :mod:`atlassegfm.correction` and :mod:`atlassegfm.smoothing`. After a round trip there is one mask
+    a structure to learn from, which is too few: then both are the paper's."""
 
     kernels: tuple[int, ...] = (3, 5, 7)
     """Sizes of the max-poolings, voxels; odd [paper: 3, 5, 7]."""
