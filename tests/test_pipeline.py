@@ -23,6 +23,7 @@ from atlassegfm.models import OnPrompt, load_model
 from atlassegfm.pipeline import Segmentation, Settings, fused_by, learn_gate, outside_shares, resolve_device, segment
 from atlassegfm.prompts import ClickPrompt, Prompt
 from atlassegfm.settings import with_overrides
+from atlassegfm.smoothing import smoothed, window_mm
 from atlassegfm.transforms import Affine, Chain, DisplacementField, displacement_on, resample
 from conftest import rotation
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
@@ -122,6 +123,29 @@ def test_the_gate_is_that_of_the_atlas_alone(context: Context) -> None:
     assert learn_gate(context, settings("model=none")) is None
     with pytest.raises(InputError, match="fusion.examples is 'round trip', which trains the gate anew for each query"):
         learn_gate(context, settings(ROUND_TRIP))
+
+
+def test_the_default_gate_smooths_each_structure_as_the_atlas_says(context: Context) -> None:
+    """A share for each structure, applied last; the paper's gate has none."""
+    gate = learn_gate(context, settings())
+    assert gate is not None
+    assert gate.correction is not None
+    assert len(gate.smoothing) == len(context.structures)
+    assert set(gate.smoothing) <= {0.0, 0.04, 0.08}
+    query = QUERY.scan(GRID)
+    wide, none = (
+        segment(context, query, settings("topology=false"), gate=replace(gate, smoothing=(share,) * 3))
+        for share in (0.2, 0.0)
+    )
+    for value in context.values:
+        one, other = (result.probabilities[value] for result in (wide, none))
+        width_mm = window_mm(0.2, one.atlas, none.grid)
+        assert width_mm > 0
+        expected = smoothed(other.fused, width_mm, none.grid).to_full(none.grid.shape)
+        np.testing.assert_allclose(one.fused.to_full(none.grid.shape), expected, atol=1e-5)
+    paper = learn_gate(context, settings("fusion.gate=paper"))
+    assert paper is not None
+    assert (paper.correction, paper.smoothing) == (None, ())
 
 
 @pytest.mark.parametrize("right", ["atlas", "model"])
