@@ -24,7 +24,7 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 from scipy import ndimage
 
 from .context import Context, canonical_scan
-from .correction import lesson, train_correction
+from .correction import Lesson, lesson, train_correction
 from .errors import InputError, ModelError
 from .fusion import FusionSettings, Gate, GateExample, fuse, label_map, train_gate
 from .geometry import Grid
@@ -38,6 +38,7 @@ from .registration import Registration, RegistrationSettings, compare, register
 from .simulation import simulated_mask
 from .smoothing import best_share, smoothed, window_mm
 from .structures import Structure
+from .threads import side_by_side
 from .topology import changes_to, topologies_of
 from .transforms import (
     Affine,
@@ -576,34 +577,41 @@ def _simulated_gate(
     shown = _Shown(model, kind, context.structures, context.image)
     simulation = settings.fusion.simulation
     examples: list[dict[int, GateExample]] = []
-    for draw, size in enumerate(simulation.sizes):
-        masks = {
-            n: simulated_mask(
-                labels, boxes[n - 1], n, size=size, window=simulation.window, seed=(settings.seed, draw, n)
-            )
-            for n in truths
-        }
+
+    def simulated(which: tuple[int, int]) -> LocalMap:
+        draw, n = which
+        size, seed = simulation.sizes[draw], (settings.seed, draw, n)
+        return simulated_mask(labels, boxes[n - 1], n, size=size, window=simulation.window, seed=seed)
+
+    for draw in range(len(simulation.sizes)):
+        masks = dict(zip(truths, side_by_side(simulated, ((draw, n) for n in truths)), strict=True))
         answers = shown.ask(masks, tell)
         examples.append({n: GateExample(masks[n], answer, truths[n]) for n, answer in answers.maps.items()})
     gate = train_gate([one for drawn in examples for one in drawn.values()], settings.fusion, device=device)
     if settings.fusion.gate == "paper":
         return gate
     fused = [{n: fuse(one.atlas, one.model, gate, device=device) for n, one in drawn.items()} for drawn in examples]
-    lessons = []
-    for draw, drawn in enumerate(examples):
-        for n, one in drawn.items():
-            tell(context.structures[n - 1].name)
-            lessons.append(lesson(context.image, n, one.atlas, fused[draw], one.truth, seed=(settings.seed, draw, n)))
-    taught = [one for one in lessons if one is not None]
-    correction = train_correction(taught, len(truths), seed=settings.seed)
+
+    def taught(which: tuple[int, int]) -> Lesson | None:
+        draw, n = which
+        one, seed = examples[draw][n], (settings.seed, draw, n)
+        return lesson(context.image, n, one.atlas, fused[draw], one.truth, seed=seed)
+
+    asked = [(draw, n) for draw, drawn in enumerate(examples) for n in drawn]
+    lessons = [one for one in side_by_side(taught, asked) if one is not None]
+    correction = train_correction(lessons, len(truths), seed=settings.seed)
     if correction is None:
         return gate
-    shares = []
-    for n, truth in truths.items():
-        tell(context.structures[n - 1].name)
-        asked = [(masks, drawn[n].atlas) for masks, drawn in zip(fused, examples, strict=True) if n in drawn]
-        trials = ((correction.apply(context.image, n, atlas, masks), truth) for masks, atlas in asked)
-        shares.append(best_share(trials, context.image.grid))
+
+    def share(n: int) -> float:
+        trials = (
+            (correction.apply(context.image, n, drawn[n].atlas, masks), truths[n])
+            for masks, drawn in zip(fused, examples, strict=True)
+            if n in drawn
+        )
+        return best_share(trials, context.image.grid)
+
+    shares = side_by_side(share, truths)
     return replace(gate, correction=correction, smoothing=tuple(shares))
 
 
@@ -820,14 +828,16 @@ class _Job:
         fused = {n: _fused_unless_nothing(masks[n], answer, gate, self.device) for n, answer in answers.items()}
         if gate.correction is None:
             return fused
-        grid, finished = self.scan.grid, {}
-        for n, mask in fused.items():
-            finished[n] = mask
-            if not _found_nothing(answers[n]):
-                corrected = gate.correction.apply(self.scan, n, masks[n], fused)
-                share = gate.smoothing[n - 1] if gate.smoothing else 0.0
-                finished[n] = smoothed(corrected, window_mm(share, masks[n], grid), grid)
-        return finished
+        correction, grid = gate.correction, self.scan.grid
+
+        def finished(n: int) -> LocalMap:
+            if _found_nothing(answers[n]):
+                return fused[n]
+            corrected = correction.apply(self.scan, n, masks[n], fused)
+            share = gate.smoothing[n - 1] if gate.smoothing else 0.0
+            return smoothed(corrected, window_mm(share, masks[n], grid), grid)
+
+        return dict(zip(fused, side_by_side(finished, fused), strict=True))
 
     def _judged(self, status: Status, reason: str, evidence: Evidence | None, confidence: float) -> StructureQuality:
         """What is thought of one structure: from evidence, or from its not being there."""

@@ -1,4 +1,4 @@
-"""How many threads the libraries below compute with.
+"""How many threads the libraries below compute with, and work in threads of our own.
 
 The number decides in which order sums are added up, and so the last bits of a result: what must come out alike is
 computed with the same number everywhere.
@@ -7,13 +7,23 @@ computed with the same number everywhere.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 #: Read by OpenMP (PyTorch), its linear algebra, and ITK, when they are loaded.
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
 #: Linear algebra of NumPy and SciPy: always one, as only small matrices come there, and as it cannot be changed later.
 NUMPY_THREADS = ("OPENBLAS_NUM_THREADS", "1")
+#: Parts of one job that are worked on at a time, at most: each takes memory of its own.
+_MOST_SIDE_BY_SIDE = 4
+
+T = TypeVar("T")
+R = TypeVar("R")
+_here = threading.local()
 
 
 def usable_cores() -> int:
@@ -22,6 +32,43 @@ def usable_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # macOS and Windows
         return os.cpu_count() or 1
+
+
+def side_by_side(work: Callable[[T], R], parts: Iterable[T]) -> Iterator[R]:
+    """Do parts of a job in threads; what comes out is the same with any number of them.
+
+    For work that is done by NumPy and SciPy, which compute with one thread each and let others run meanwhile. As many
+    parts are under way as ``OMP_NUM_THREADS`` says, or as there are cores, but at most four. Work within a part is
+    not divided again.
+
+    Parameters
+    ----------
+    work : callable
+        Takes a part; must not depend on others.
+    parts : iterable
+        Taken one by one, a few ahead.
+
+    Yields
+    ------
+    What ``work`` returned, in the order of the parts.
+    """
+    allowed = os.environ.get("OMP_NUM_THREADS", "")
+    count = min(int(allowed) if allowed.isdecimal() else usable_cores(), _MOST_SIDE_BY_SIDE)
+    if count <= 1 or getattr(_here, "is_part", False):
+        yield from map(work, parts)
+        return
+    with ThreadPoolExecutor(count, initializer=setattr, initargs=(_here, "is_part", True)) as pool:
+        under_way: deque[Future[R]] = deque()
+        try:
+            for part in parts:
+                under_way.append(pool.submit(work, part))
+                if len(under_way) > count:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            for future in under_way:
+                future.cancel()
 
 
 def thread_variables(count: int) -> dict[str, str]:

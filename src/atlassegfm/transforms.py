@@ -19,11 +19,12 @@ from scipy import ndimage
 from .errors import InputError
 from .geometry import Grid
 from .image import LocalMap, Volume
+from .threads import side_by_side
 
 logger = logging.getLogger(__name__)
 
-#: Voxels mapped at a time. Bounds the memory of coordinates to about 100 MB whatever the size of the scan.
-_CHUNK_VOXELS = 1_000_000
+#: Voxels mapped at a time in one thread. Bounds the memory of coordinates to about 100 MB whatever the scan's size.
+_CHUNK_VOXELS = 250_000
 #: Edge of the blocks that are left out together where no label is near: about the nodes of the finest field over an
 #: abdomen, so that the field bends little inside.
 _BLOCK_MM = 8.0
@@ -467,7 +468,9 @@ def resample(
     array, of the shape of ``onto``, float32
     """
     result = np.full(onto.shape, outside, np.float32)
-    for slab, points in _slabs(onto):
+
+    def sample(part: tuple[slice, NDArray[np.float64]]) -> None:
+        slab, points = part
         mapped = points if fixed_to_moving is None else fixed_to_moving.map(points)
         ijk = moving.grid.world_to_voxel(mapped)
         inside = ((ijk >= -0.5) & (ijk <= np.array(moving.grid.shape) - 0.5)).all(axis=1)
@@ -476,6 +479,9 @@ def resample(
             moving.data, ijk[inside].T, order=order, mode="nearest", output=np.float32
         )
         result[slab] = values.reshape(result[slab].shape)
+
+    for _ in side_by_side(sample, _slabs(onto)):
+        pass
     return result
 
 
@@ -513,15 +519,16 @@ def warp_labels(
     padded[1:-1, 1:-1, 1:-1] = index_of[labels.data]
     flat = padded.ravel()
     strides = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
-    # Runs of the sparse result: (structure, voxel of the fixed grid, weight).
-    pieces: list[list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = [[] for _ in range(len(wanted) + 1)]
-    offset = 0
     worth_mapping = _near_labels(padded, labels.grid, onto, fixed_to_moving)
-    for slab, points in _slabs(onto):
+
+    def shares_in(part: tuple[slice, NDArray[np.float64]]) -> dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Of the structures in one slab: voxels, and the share of each."""
+        slab, points = part
         chosen = np.flatnonzero(worth_mapping(slab))
         ijk = labels.grid.world_to_voxel(fixed_to_moving.map(points[chosen])) + 1
         near = ((ijk > 0) & (ijk < shape + 1)).all(axis=1)
         kept = np.flatnonzero(near)
+        shares: dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]] = {}
         if len(kept):
             base = np.floor(ijk[kept]).astype(np.int64)
             fraction = (ijk[kept] - base).astype(np.float32)
@@ -531,12 +538,19 @@ def warp_labels(
             weights = np.stack(
                 [np.prod(np.where(corner, fraction, 1 - fraction), axis=1, dtype=np.float32) for corner in corners]
             )
+            before = slab.start * onto.shape[1] * onto.shape[2]
             for index in np.unique(found):
                 if index:
                     share = (weights * (found == index)).sum(axis=0)
                     hit = share >= floor
-                    pieces[index].append((chosen[kept[hit]] + offset, share[hit]))
-        offset += len(points)
+                    shares[int(index)] = chosen[kept[hit]] + before, share[hit]
+        return shares
+
+    # Runs of the sparse result: (structure, voxel of the fixed grid, weight).
+    pieces: list[list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = [[] for _ in range(len(wanted) + 1)]
+    for found_there in side_by_side(shares_in, _slabs(onto)):
+        for index, piece in found_there.items():
+            pieces[index].append(piece)
     result = {value: LocalMap.empty() for value in values}
     for index, value in enumerate(wanted, start=1):
         if pieces[index]:
