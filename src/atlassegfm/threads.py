@@ -34,12 +34,12 @@ def usable_cores() -> int:
         return os.cpu_count() or 1
 
 
-def side_by_side(work: Callable[[T], R], parts: Iterable[T]) -> Iterator[R]:
+def side_by_side(work: Callable[[T], R], parts: Iterable[T], *, most: int = _MOST_SIDE_BY_SIDE) -> Iterator[R]:
     """Do parts of a job in threads; what comes out is the same with any number of them.
 
     For work that is done by NumPy and SciPy, which compute with one thread each and let others run meanwhile. As many
-    parts are under way as ``OMP_NUM_THREADS`` says, or as there are cores, but at most four. Work within a part is
-    not divided again.
+    parts are under way as ``OMP_NUM_THREADS`` says, or as there are cores, within ``most``. Work within a part is not
+    divided again.
 
     Parameters
     ----------
@@ -47,13 +47,15 @@ def side_by_side(work: Callable[[T], R], parts: Iterable[T]) -> Iterator[R]:
         Takes a part; must not depend on others.
     parts : iterable
         Taken one by one, a few ahead.
+    most : int
+        Parts under way at most.
 
     Yields
     ------
     What ``work`` returned, in the order of the parts.
     """
     allowed = os.environ.get("OMP_NUM_THREADS", "")
-    count = min(int(allowed) if allowed.isdecimal() else usable_cores(), _MOST_SIDE_BY_SIDE)
+    count = min(int(allowed) if allowed.isdecimal() else usable_cores(), most)
     if count <= 1 or getattr(_here, "is_part", False):
         yield from map(work, parts)
         return
