@@ -238,6 +238,32 @@ class TestTraining:
     def test_repeats_itself(self, device: str) -> None:
         assert train_gate([MODEL_RIGHT], device=device) == train_gate([MODEL_RIGHT], device=device)
 
+    def test_the_default_gate_learns_from_some_voxels_and_the_papers_from_all(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        given = [MODEL_RIGHT, ATLAS_RIGHT, MIDDLE_RIGHT]
+        default, paper = (FusionSettings(gate=kind, start=0.5) for kind in ("default", "paper"))
+        of_all = train_gate(given, paper)
+        assert train_gate(given, default) == of_all
+        monkeypatch.setattr(fusion, "_MOST_VOXELS", 500)
+        full, some = (fusion._lesson(MODEL_RIGHT, (3, 5, 7), "cpu", most) for most in (None, 500))
+        assert full is not None
+        assert some is not None
+        assert (some.step.numel(), some.each * 500) == (500, full.step.numel())
+        assert full.step.numel() > 1000
+        # Sums over those drawn stand for sums over all.
+        for share in (0.0, 0.5, 1.0):
+            assert fusion._constant_dice(some, share) == pytest.approx(fusion._constant_dice(full, share), abs=0.02)
+        parameters = torch.zeros(7, dtype=torch.float64)
+        (dice, slope), (exact, exact_slope) = (fusion._soft_dice(one, parameters) for one in (some, full))
+        assert dice == pytest.approx(exact, abs=0.02)
+        assert torch.allclose(slope, exact_slope, atol=0.02)
+        assert train_gate(given, paper) == of_all
+        thinned = train_gate(given, default)
+        assert thinned != of_all
+        assert thinned.dice_after == pytest.approx(of_all.dice_after, abs=0.02)
+        assert train_gate(given, default) == thinned
+
     def test_pools_structures_for_the_start(self) -> None:
         # Two say model, one says atlas: each counts the same, whatever its size.
         gate = train_gate({1: MODEL_RIGHT, 2: ATLAS_RIGHT, 5: MODEL_RIGHT})

@@ -148,6 +148,11 @@ def test_the_default_gate_smooths_each_structure_as_the_atlas_says(context: Cont
     assert (paper.correction, paper.smoothing) == (None, ())
 
 
+def test_further_fits_need_a_first(context: Context) -> None:
+    with pytest.raises(InputError, match="2 further fits without a transform; expected them beside the first"):
+        segment(context, QUERY.scan(GRID), settings(), further_fits=[Affine(np.eye(4))] * 2)
+
+
 @pytest.mark.parametrize("right", ["atlas", "model"])
 def test_simulated_errors_teach_the_gate(context: Context, right: str) -> None:
     """From a bad start it comes to what is right: the model, or the atlas where the model says nonsense."""
@@ -202,7 +207,7 @@ def test_what_the_model_does_not_find_stays_as_the_atlas_has_it(context: Context
     assert second.quality.reason.startswith(second.reason)
     assert first.reason == ""
     assert gate is not None
-    paper = fused_by(replace(gate, correction=None), context, result)
+    paper = fused_by(gate.as_the_paper(), context, result)
     assert (paper.data == lost).any()
     with pytest.raises(ValueError, match="a gate with a correction takes the scan"):
         fused_by(gate, context, result)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.special import expit, logit
 
-from .distances import signed_distance_mm
+from .distances import ball_radius_mm, signed_distance_mm
 from .image import LocalMap, Volume
 from .prompts import INSIDE
 
@@ -364,7 +364,7 @@ def _look(image: Volume, number: int, atlas: LocalMap, masks: Mapping[int, Local
     inside, found = warped >= INSIDE, own >= INSIDE
     if not inside.any() or not found.any():
         return None
-    radius_mm = float((np.count_nonzero(inside) * spacing_mm.prod() * 3 / (4 * np.pi)) ** (1 / 3))
+    radius_mm = ball_radius_mm(np.count_nonzero(inside) * spacing_mm.prod())
     error_mm = min(
         max(_ERROR_PER_RADIUS * radius_mm, _SMALLEST_ERROR_MM, float(spacing_mm.min()) / 2), _LARGEST_ERROR_MM
     )
@@ -451,6 +451,11 @@ def strides_of(shape: Sequence[int], spacing_mm: NDArray[np.float64]) -> tuple[i
         Of a box of voxels.
     spacing_mm : array, (3,)
         Their size.
+
+    Returns
+    -------
+    tuple of int, (3,)
+        Powers of 2.
     """
     strides = np.ones(3, int)
     while np.prod(np.ceil(np.array(shape) / strides)) > _MOST_VOXELS:

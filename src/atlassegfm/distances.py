@@ -1,6 +1,8 @@
-"""Signed distances to the border of a mask."""
+"""Signed distances to the border of a mask, and the radius of a structure."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,3 +32,8 @@ def signed_distance_mm(mask: NDArray[np.bool_], spacing_mm: NDArray[np.float64])
     outward = ndimage.distance_transform_edt(~mask, spacing_mm).astype(np.float32)
     signed: NDArray[np.float32] = np.where(mask, inward - half_mm, half_mm - outward)
     return signed
+
+
+def ball_radius_mm(volume_mm3: float) -> float:
+    """Radius in mm of the ball of a volume: how large a structure is, whatever its shape."""
+    return float((volume_mm3 * 3 / (4 * math.pi)) ** (1 / 3))

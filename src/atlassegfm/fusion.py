@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -59,7 +59,7 @@ _MOST_VOXELS = 200_000
 #: well. 0 / 0.2 / 0.3 / 0.5 / 1 give 0.6619 / 0.6642 / 0.6643 / 0.6641 / 0.6638 on two pairs of OASIS, where the right
 #: pallidum loses 0.135 / 0 / 0 / 0 / 0 against the warped atlas and the left one 0.136 / 0.022 / 0.012 / 0.002 / 0, and
 #: 0 / 0.2 / 0.5 give 0.8685 / 0.8683 / 0.8682 on Abd-MR (10 pairs); nothing changes on Hippocampus and Cardiac.
-_WARPED_SAY = 0.5
+_WARPED_WEIGHT = 0.5
 #: Dice of two starts that agree to this many digits are equal.
 _TIE_DIGITS = 6
 
@@ -201,6 +201,7 @@ class Gate:
 
     def describe(self) -> str:
         """What the gate does, in one line."""
+        smoothed = sum(share > 0 for share in self.smoothing)
         if not self.examples:
             return f"not trained: takes {self.start:.0%} of the atlas everywhere"
         masks = "1 mask" if self.examples == 1 else f"{self.examples} masks"
@@ -209,13 +210,12 @@ class Gate:
             f"soft Dice {self.dice_before:.4f} to {self.dice_after:.4f}, "
             f"largest weight {max(abs(weight) for weight in self.weights):.1e}"
             f"{'' if self.correction is None else '; then corrected near borders'}"
-            f"{'' if not any(self.smoothing) else f' and smoothed ({self._smoothed} structures)'}"
+            f"{f' and smoothed ({smoothed} of {len(self.smoothing)} structures)' if smoothed else ''}"
         )
 
-    @property
-    def _smoothed(self) -> str:
-        """How many structures of how many."""
-        return f"{sum(share > 0 for share in self.smoothing)} of {len(self.smoothing)}"
+    def as_the_paper(self) -> Gate:
+        """The gate of eq. 5 alone, without what the default gate does after it."""
+        return replace(self, correction=None, smoothing=())
 
     def _share(self, atlas: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
         """(I, J, K) the gate on two masks of that shape."""
@@ -306,8 +306,8 @@ def label_map(
     shape : tuple of int, (3,)
         Of the result.
     warped : mapping of int to LocalMap, optional
-        The warped atlas's mask of each structure, on the same grid. Where a structure has at least 1/2, a share of it
-        is added to what it competes with.
+        The warped atlas's mask of each structure, in [0, 1] on the same grid. Where a structure has at least 1/2, half
+        of it is added before structures are compared with each other.
 
     Returns
     -------
@@ -341,8 +341,8 @@ def label_map(
         )
         claim = local.values
         if warped is not None and value in warped:
-            say = np.where(claim >= INSIDE, np.float32(_WARPED_SAY), np.float32(0))
-            claim = np.asarray(claim + say * warped[value].on_box(local.start, local.stop), np.float32)
+            weight = np.where(claim >= INSIDE, np.float32(_WARPED_WEIGHT), np.float32(0))
+            claim = np.asarray(claim + weight * warped[value].on_box(local.start, local.stop), np.float32)
         better = claim > best[box]
         best[box][better] = claim[better]
         found[box][better] = value

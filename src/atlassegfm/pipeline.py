@@ -427,6 +427,11 @@ def segment(
         If the model or the device cannot do what was asked.
     """
     settings = settings or Settings()
+    if transform is None and further_fits:
+        raise InputError(
+            f"{len(further_fits)} further fits without a transform; expected them beside the first: give that as "
+            "transform, or neither"
+        )
     kind = prompt_kind(settings)
     device = resolve_device(device)
     name = "the query" if query.source is None else str(query.source.path)
@@ -867,10 +872,10 @@ def fused_by(gate: Gate, context: Context, result: Segmentation) -> Volume:
     Raises
     ------
     ValueError
-        If the gate has a correction, which would take the scan.
+        If the gate is a default one, whose correction would take the scan.
     """
     if gate.correction is not None:
-        raise ValueError("a gate with a correction takes the scan; expected one without")
+        raise ValueError("a gate with a correction takes the scan; expected one as the paper's")
     numbers = {value: n for n, value in enumerate(context.values, start=1)}
     fused = {
         numbers[value]: one.atlas

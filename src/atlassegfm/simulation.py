@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as settings_dataclass
 from scipy import ndimage
 
+from .distances import ball_radius_mm
 from .geometry import Grid
 from .image import LocalMap, Volume
 from .transforms import DisplacementField, warp_labels
@@ -82,7 +83,7 @@ def simulated_mask(
     inside = labels.data[box] == value
     spacing_mm = labels.grid.spacing_mm
     volume_mm3 = np.count_nonzero(inside) * labels.grid.voxel_volume_mm3
-    radius_mm = float((volume_mm3 * 3 / (4 * np.pi)) ** (1 / 3))
+    radius_mm = ball_radius_mm(volume_mm3)
     first, last = (np.array([getattr(side, end) for side in box]) for end in ("start", "stop"))
     margin = np.ceil(_ROOM * size * radius_mm / spacing_mm).astype(int) + 1
     start = np.maximum(first - margin, 0)

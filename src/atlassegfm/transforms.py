@@ -538,12 +538,12 @@ def warp_labels(
             weights = np.stack(
                 [np.prod(np.where(corner, fraction, 1 - fraction), axis=1, dtype=np.float32) for corner in corners]
             )
-            before = slab.start * onto.shape[1] * onto.shape[2]
+            first_voxel = slab.start * onto.shape[1] * onto.shape[2]
             for index in np.unique(found):
                 if index:
                     share = (weights * (found == index)).sum(axis=0)
                     hit = share >= floor
-                    shares[int(index)] = chosen[kept[hit]] + before, share[hit]
+                    shares[int(index)] = chosen[kept[hit]] + first_voxel, share[hit]
         return shares
 
     # Runs of the sparse result: (structure, voxel of the fixed grid, weight).

@@ -420,7 +420,7 @@ class _Bench:
             return {"atlas": result.atlas_labels}
         results = {"atlas": result.atlas_labels, "model": result.model_labels}
         if "paper" in variant.scored and result.gate is not None:
-            results["paper"] = fused_by(replace(result.gate, correction=None, smoothing=()), context, result)
+            results["paper"] = fused_by(result.gate.as_the_paper(), context, result)
         return results | {"fused": result.labels}
 
     def _gate(
