@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from atlassegfm.dataset import load_dataset
+from atlassegfm.core.dataset import load_dataset
 
 
 def main() -> None:

@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+from atlassegfm.quality.evidence.mirror import is_inverted, place
 
-from atlassegfm.context import Context
-from atlassegfm.dataset import load_dataset
-from atlassegfm.doctor import LEAST_CORRELATION, MIRRORED_GAIN
-from atlassegfm.image import Volume
-from atlassegfm.placement import is_inverted, place
+from atlassegfm.atlas import Atlas
+from atlassegfm.check.files import LEAST_CORRELATION, MIRRORED_GAIN
+from atlassegfm.core.dataset import load_dataset
+from atlassegfm.core.image import Volume
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
         if not any(part in folder.name for part in arguments.datasets.split(",")):
             continue
         cases = load_dataset(folder).cases[: arguments.most]
-        contexts = [Context.from_files(case.image, case.labels) for case in cases]
+        contexts = [Atlas.from_files(case.image, case.labels) for case in cases]
         scans = [context.image for context in contexts]
         gains, correlations, seconds = [], [], []
         for context in contexts:

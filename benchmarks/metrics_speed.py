@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume, save_volume
-from atlassegfm.memory import peak_memory_mb
-from atlassegfm.metrics import StructureScores, score_labels
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume, save_volume
+from atlassegfm.core.parallel import peak_memory_mb
+from atlassegfm.evaluate.metrics import StructureScores, score_labels
 
 SHAPE = (512, 512, 300)
 SPACING_MM = (0.8, 0.8, 2.5)

@@ -1,4 +1,4 @@
-"""Fit and check the estimate of the Dice coefficient from evidence that needs no labels (atlassegfm.quality).
+"""Fit and check the estimate of the Dice coefficient from evidence that needs no labels (atlassegfm.quality.evidence).
 
 Every ordered pair of the cases of three sets is segmented twice, with the built-in model and without one; evidence and
 true Dice of each structure are kept in a file for each pair, so that an interrupted run goes on. Then a ridge
@@ -19,17 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from atlassegfm.fusion.gate.gate import Gate
+from atlassegfm.fusion.gate.train import learn_gate
 from numpy.typing import NDArray
 
-from atlassegfm import quality
+from atlassegfm.atlas import Atlas
 from atlassegfm.benchmark.runner import restricted
-from atlassegfm.context import Context
-from atlassegfm.dataset import Dataset, load_dataset
-from atlassegfm.fusion import Gate
-from atlassegfm.image import load_image, load_labels
-from atlassegfm.metrics import dice
-from atlassegfm.pipeline import Segmentation, Settings, learn_gate, segment
-from atlassegfm.settings import with_overrides
+from atlassegfm.core.config import Settings, with_overrides
+from atlassegfm.core.dataset import Dataset, load_dataset
+from atlassegfm.core.image import load_image, load_labels
+from atlassegfm.core.overlap import dice
+from atlassegfm.quality.evidence import evidence as quality
+from atlassegfm.result import Segmentation
+from atlassegfm.segment import segment
 
 SETS = {
     "Dataset001_AbdMR": (1, 2, 3, 4),
@@ -78,12 +80,12 @@ def measure(dataset: Dataset, values: Sequence[int], out: Path, *, only_measured
     return rows
 
 
-def _context(dataset: Dataset, name: str, values: Sequence[int]) -> Context:
+def _context(dataset: Dataset, name: str, values: Sequence[int]) -> Atlas:
     case = dataset.case(name)
-    return restricted(Context.from_files(case.image, case.labels), values, case.labels)
+    return restricted(Atlas.from_files(case.image, case.labels), values, case.labels)
 
 
-def _pair(context: Context, gate: Gate | None, dataset: Dataset, query: str) -> list[Row]:
+def _pair(context: Atlas, gate: Gate | None, dataset: Dataset, query: str) -> list[Row]:
     case = dataset.case(query)
     scan, truth = load_image(case.image), load_labels(case.labels).data
     result = segment(context, scan, Settings(), gate=gate)

@@ -17,14 +17,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
+from atlassegfm.demo.run.phantom import make_pair
 from torch.profiler import ProfilerActivity, profile
 
-from atlassegfm.context import canonical_scan
-from atlassegfm.dataset import load_dataset
-from atlassegfm.image import Volume, load_image, load_labels
-from atlassegfm.phantom import make_pair
-from atlassegfm.registration import features, instance, register, sampling
+from atlassegfm.atlas import canonical_scan
+from atlassegfm.core.dataset import load_dataset
+from atlassegfm.core.image import Volume, load_image, load_labels
+from atlassegfm.registration import features, register, sampling
+from atlassegfm.registration.engines import instance
 
 #: Voxels along each side of the cubes on which parts are timed: about the level in the labels' box.
 SIDE = 80

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from atlassegfm.memory import peak_memory_mb
+from atlassegfm.core.parallel import peak_memory_mb
 from atlassegfm.report import ReportOptions, write_report
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from atlassegfm.suggest import scans_in, suggest
+from atlassegfm.check.suggest import scans_in, suggest
 
 
 def atlas_dice(path: Path, method: str) -> dict[str, float]:

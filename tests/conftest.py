@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from numpy.typing import NDArray
 
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume
 from atlassegfm.models import MODELS, accept_licence
 
 # Examples are the same on every machine, and a busy one is not a failure.
@@ -89,7 +89,7 @@ def made_up_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """The program with these arguments, in this process."""
-    from atlassegfm import cli
+    from atlassegfm.cli.app import app as cli
 
     def call(*arguments: str | Path) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["atlassegfm", *map(str, arguments)])

@@ -13,7 +13,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, PositronEmissionTomographyImageStorage
 from pydicom.valuerep import format_number_as_ds
 
-from atlassegfm.geometry import Grid
+from atlassegfm.core.geometry import Grid
 from conftest import rotation
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])

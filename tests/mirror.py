@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from atlassegfm.weights import PublishedWeights, WeightsFile
+from atlassegfm.models.weights import PublishedWeights, WeightsFile
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 REPOSITORY = "somebody/weights"

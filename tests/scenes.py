@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume
-from atlassegfm.structures import Structure
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume
+from atlassegfm.core.labels import Structure
 
 #: Value, name, centre and radii in mm, grey value. The values are not in a row, as in real label maps.
 ORGANS = (

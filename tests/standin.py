@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atlassegfm.cohort.plan import Case
-from atlassegfm.cohort.work import Ended
-from atlassegfm.errors import InputError
-from atlassegfm.results import write_failure
-from atlassegfm.threads import thread_variables
+from atlassegfm.core.errors import InputError
+from atlassegfm.core.parallel import thread_variables
+from atlassegfm.jobs.plan import Case
+from atlassegfm.jobs.results import write_failure
+from atlassegfm.jobs.work import Ended
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from atlassegfm import models
-from atlassegfm.context import Context
-from atlassegfm.metrics import dice_per_structure
+from atlassegfm.atlas import Atlas
+from atlassegfm.core.config import Settings, with_overrides
+from atlassegfm.core.overlap import dice_per_structure
 from atlassegfm.models import ModelDescription, load_model
-from atlassegfm.pipeline import Settings, segment
-from atlassegfm.settings import with_overrides
+from atlassegfm.segment import segment
 from conftest import Run
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
@@ -55,7 +55,7 @@ def test_example_is_short() -> None:
 
 def test_example_does_its_job(growing: ModelDescription) -> None:
     grid = straight_grid()
-    context = Context.from_volumes(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
+    context = Atlas.from_volumes(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
     settings = with_overrides(Settings(), [*UNREGISTERED, "model=growing", "fusion.start=0"])
     result = segment(context, QUERY.scan(grid), settings, device="cpu")
     truth = QUERY.labels(grid).data
@@ -72,8 +72,8 @@ def test_example_is_listed_and_known(growing: ModelDescription, run: Run) -> Non
 
 
 def test_page_names_what_there_is() -> None:
-    from atlassegfm import errors
-    from atlassegfm.models.settings import ModelSettings
+    from atlassegfm.core import errors
+    from atlassegfm.core.config import ModelSettings
 
     text = PAGE.read_text("utf-8")
     named = set(re.findall(r"`(\w+Error)`", text))

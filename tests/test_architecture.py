@@ -33,5 +33,7 @@ def test_import_loads_nothing_heavy() -> None:
 
 
 def test_geometry_and_files_need_no_torch() -> None:
-    result = run_python("import sys; import atlassegfm.image, atlassegfm.transforms; print('torch' in sys.modules)")
+    result = run_python(
+        "import sys; import atlassegfm.core.image, atlassegfm.transforms.maps; print('torch' in sys.modules)"
+    )
     assert result.stdout.strip() == "False", result.stderr

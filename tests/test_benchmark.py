@@ -19,18 +19,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from atlassegfm.atlas import Atlas
 from atlassegfm.benchmark import METHODS, Pair, Plan, Record, Row, Variant, make_pairs, run, runner, write_reports
 from atlassegfm.benchmark.tables import Column, columns_of, main_table
-from atlassegfm.context import Context
-from atlassegfm.dataset import Dataset, load_dataset
-from atlassegfm.errors import InputError, RegistrationError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import LocalMap, Volume, load_image, load_labels, save_volume
-from atlassegfm.metrics import StructureScores
-from atlassegfm.pipeline import Segmentation, Settings
+from atlassegfm.core.config import Settings, with_overrides
+from atlassegfm.core.dataset import Dataset, load_dataset
+from atlassegfm.core.errors import InputError, RegistrationError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume, load_image, load_labels, save_volume
+from atlassegfm.core.mask import LocalMap
+from atlassegfm.evaluate.metrics import StructureScores
+from atlassegfm.evaluate.tolerances import uniform
 from atlassegfm.prompts import ClickPrompt
-from atlassegfm.settings import with_overrides
-from atlassegfm.tolerances import uniform
+from atlassegfm.result import Segmentation
 from scenes import ATLAS, ORGANS, QUERY, STRUCTURES, UNREGISTERED, Patient, straight_grid
 
 GRID = straight_grid((24, 20, 18), (4.0, 4.0, 4.0))
@@ -89,7 +90,7 @@ def content_of(folder: Path) -> dict[str, bytes]:
 class Spy:
     """What the pipeline was asked for and gave; ``before`` may raise instead."""
 
-    before: Callable[[int, Context, Volume], None]
+    before: Callable[[int, Atlas, Volume], None]
     calls: list[tuple[Any, ...]]
     results: list[Segmentation]
 
@@ -118,7 +119,7 @@ def interrupt_at(number: int) -> Callable[..., None]:
 
 
 def fail_for(query: str) -> Callable[..., None]:
-    def before(_call: int, _context: Context, scan: Volume) -> None:
+    def before(_call: int, _context: Atlas, scan: Volume) -> None:
         assert scan.source is not None
         if query in scan.source.path.name:
             raise RegistrationError("nothing in common")
@@ -293,7 +294,7 @@ def test_records_come_back_from_json() -> None:
 
 
 def test_structures_that_do_not_take_part_are_taken_out_of_the_atlas() -> None:
-    context = Context.from_volumes(ATLAS.scan(GRID), ATLAS.labels(GRID), STRUCTURES)
+    context = Atlas.from_volumes(ATLAS.scan(GRID), ATLAS.labels(GRID), STRUCTURES)
     path = Path("labels.nii.gz")
     small = runner.restricted(context, (LIVER, NODE, 99), path)
     assert small.values == (LIVER, NODE)

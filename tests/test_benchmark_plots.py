@@ -15,8 +15,8 @@ from atlassegfm.benchmark.plots import dice_and_time_figure, dice_figure, draw_d
 from atlassegfm.benchmark.protocols import Pair
 from atlassegfm.benchmark.runner import METHODS, Record, Row
 from atlassegfm.benchmark.tables import Column
-from atlassegfm.errors import InputError, MissingExtraError
-from atlassegfm.metrics import StructureScores
+from atlassegfm.core.errors import InputError, MissingExtraError
+from atlassegfm.evaluate.metrics import StructureScores
 
 pytest.importorskip("matplotlib")
 

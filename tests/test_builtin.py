@@ -7,9 +7,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from atlassegfm.errors import ModelError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import LocalMap, Volume
+from atlassegfm.core.errors import ModelError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume
+from atlassegfm.core.mask import LocalMap
 from atlassegfm.models import load_model
 from atlassegfm.models.builtin import BuiltinSegmenter
 from atlassegfm.prompts import BoxPrompt, ClickPrompt, MaskPrompt, Prompt

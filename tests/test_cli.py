@@ -20,14 +20,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from atlassegfm.demo.run.phantom import PhantomPair
 
-from atlassegfm import __version__, pipeline, results
-from atlassegfm import image as image_module
-from atlassegfm.errors import InputError, RegistrationError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume, load_labels, load_volume, save_volume
-from atlassegfm.phantom import PhantomPair
-from atlassegfm.settings import known_keys
+from atlassegfm import __version__
+from atlassegfm import segment as pipeline
+from atlassegfm.core import image as image_module
+from atlassegfm.core.config import known_keys
+from atlassegfm.core.errors import InputError, RegistrationError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume, load_labels, load_volume, save_volume
+from atlassegfm.jobs import results
 from conftest import Run
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
@@ -706,7 +708,7 @@ def test_check_against_a_context(folder: Path, run: Run) -> None:
 @pytest.fixture
 def small_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo on scans that take no time to make."""
-    from atlassegfm import demo
+    from atlassegfm.demo.run import run as demo
 
     pair = PhantomPair(ATLAS.scan(GRID), ATLAS.labels(GRID), QUERY.scan(GRID), QUERY.labels(GRID), STRUCTURES)
     monkeypatch.setattr(demo, "make_pair", lambda _: pair)
@@ -773,7 +775,7 @@ def test_demo_does_not_touch_the_files_of_others(folder: Path, run: Run, small_p
 
 def test_help_is_fast_and_loads_nothing_heavy() -> None:
     code = (
-        "import sys; from atlassegfm.cli import main; sys.argv = ['atlassegfm', 'segment', '--help']\n"
+        "import sys; from atlassegfm.cli.app import main; sys.argv = ['atlassegfm', 'segment', '--help']\n"
         "try: main()\n"
         "except SystemExit as ended: print('loaded', *sys.modules)\n"
     )

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from atlassegfm.demo.run.phantom import PhantomPair
 
 from atlassegfm.benchmark import runner, timing
-from atlassegfm.errors import RegistrationError
-from atlassegfm.phantom import PhantomPair
-from atlassegfm.registration import _peer
+from atlassegfm.core.errors import RegistrationError
+from atlassegfm.registration.engines import peer as _peer
 from conftest import Run
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 from test_benchmark import write_dataset, write_json

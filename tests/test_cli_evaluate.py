@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume, save_volume
-from atlassegfm.structures import Structure
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume, save_volume
+from atlassegfm.core.labels import Structure
 from conftest import Outcome, Run
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 

@@ -22,11 +22,12 @@ import pytest
 
 import atlassegfm
 from atlassegfm.benchmark import runner
-from atlassegfm.errors import InputError
-from atlassegfm.image import LocalMap, Volume, save_volume
+from atlassegfm.core.errors import InputError
+from atlassegfm.core.image import Volume, save_volume
+from atlassegfm.core.mask import LocalMap
 from atlassegfm.models import MODELS, ModelDescription, accept_licence, fetch_weights, licence_accepted, load_model
+from atlassegfm.models.weights import ACCEPTANCE, RECORD, PublishedWeights, WeightsFile
 from atlassegfm.prompts import Prompt, PromptKind, RegionPrompt
-from atlassegfm.weights import ACCEPTANCE, RECORD, PublishedWeights, WeightsFile
 from conftest import Run
 from mirror import REVISION, Mirror, body, serving, weights
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
@@ -419,7 +420,7 @@ import sys
 sys.path[:0] = {paths!r}
 sys.argv = ["atlassegfm", "models", "fetch", "toy"]
 from mirror import weights
-from atlassegfm import cli
+from atlassegfm.cli import app as cli
 from atlassegfm.models import MODELS, ModelDescription
 MODELS["toy"] = ModelDescription("toy", "", "toy", ("mask",), "MIT", weights())
 cli.main()

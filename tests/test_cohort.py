@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atlassegfm import pipeline, results
-from atlassegfm.cohort import Case, parse_shard, plan_cases, run_cohort
-from atlassegfm.cohort import work as work_module
-from atlassegfm.cohort.digests import digest, file_record, is_unchanged
-from atlassegfm.cohort.pool import run_here, run_in_processes, visible_gpus
-from atlassegfm.context import Context
-from atlassegfm.errors import InputError, ModelError
-from atlassegfm.image import save_volume
-from atlassegfm.results import remove_unfinished
+from atlassegfm import segment as pipeline
+from atlassegfm.atlas import Atlas
+from atlassegfm.core.errors import InputError, ModelError
+from atlassegfm.core.files import remove_unfinished
+from atlassegfm.core.image import save_volume
+from atlassegfm.jobs import Case, parse_shard, plan_cases, results, run_cohort
+from atlassegfm.jobs import work as work_module
+from atlassegfm.jobs.digests import digest, file_record, is_unchanged
+from atlassegfm.jobs.pool import run_here, run_in_processes, visible_gpus
 from conftest import Run
 from scenes import ATLAS, STRUCTURES, UNREGISTERED, Patient, straight_grid
 from standin import Silent, StandIn
@@ -257,7 +257,7 @@ def test_summary(folder: Path, run: Run) -> None:
 
 
 def test_long_tables_show_what_needs_a_look(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atlassegfm.cli.cohort._LISTED", 3)
+    monkeypatch.setattr("atlassegfm.cli.app.cohort._LISTED", 3)
     (folder / "scans/damaged.nii.gz").write_bytes(b"no scan at all")
     out = run(*COMMAND, *FAST).out
     assert "damaged" in out
@@ -425,9 +425,9 @@ def test_unfinished_folders_are_removed(tmp_path: Path) -> None:
 
 def test_digest_sees_every_difference(folder: Path) -> None:
     files = (Path("atlas.nii.gz"), Path("labels.nii.gz"))
-    context = Context.from_files(*files)
+    context = Atlas.from_files(*files)
     first = digest(context)
-    assert digest(Context.from_files(*files)) == first
+    assert digest(Atlas.from_files(*files)) == first
     context.labels.data.ravel()[np.flatnonzero(context.labels.data)[0]] = 12
     assert digest(context) != first
     assert len({digest(*values) for values in ((1, 2), (12,), ("12",), ((1, 2),), (1.0, 2), ([1], 2), (True, 2))}) == 7
@@ -467,7 +467,7 @@ def test_content_is_read_only_where_size_or_time_differ(tmp_path: Path, monkeypa
     os.utime(path, (1, 1))
     assert is_unchanged(path, record)
     record = file_record(path)
-    monkeypatch.setattr("atlassegfm.cohort.digests.file_record", lambda _: pytest.fail("was read"))
+    monkeypatch.setattr("atlassegfm.jobs.digests.file_record", lambda _: pytest.fail("was read"))
     assert is_unchanged(path, record)
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from atlassegfm.cohort import Case, run_cohort
-from atlassegfm.cohort.cluster import parse_options, require_cluster, run_on_cluster, slurm_cluster
-from atlassegfm.errors import InputError, MissingExtraError
+from atlassegfm.core.errors import InputError, MissingExtraError
+from atlassegfm.jobs import Case, run_cohort
+from atlassegfm.jobs.cluster import parse_options, require_cluster, run_on_cluster, slurm_cluster
 from conftest import Run
 from standin import Silent, StandIn
 from test_cohort import COMMAND, FAST, content_of, folder, rows_of  # noqa: F401
@@ -91,7 +91,7 @@ def test_segment_on_a_local_cluster_gives_the_same_bytes(folder: Path, run: Run)
 
 
 def test_nobody_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atlassegfm.cohort.cluster._CONNECT_SECONDS", 1)
+    monkeypatch.setattr("atlassegfm.jobs.cluster._CONNECT_SECONDS", 1)
     with pytest.raises(InputError, match=r"^--cluster tcp://127\.0\.0\.1:1: no scheduler answers there"):
         collect(StandIn(tmp_path), ["a"], kind="tcp://127.0.0.1:1", workers=1)
 
@@ -155,7 +155,7 @@ def test_job_script_of_the_documentation(tmp_path: Path) -> None:
     assert script is not None
     words = shlex.split(command.group(1).replace("\\\n", " "))
     given = [words[number + 1] for number, word in enumerate(words) if word == "--cluster-option"]
-    from atlassegfm.cohort.work import SegmentWork
+    from atlassegfm.jobs.work import SegmentWork
 
     work: Any = SegmentWork(tmp_path, None, None, "cpu", 1, False, {})  # type: ignore[arg-type]
     made = _script(work, parse_options(given), threads=1, gpu="cuda" in words)

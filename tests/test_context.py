@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atlassegfm.context import Context, canonical_scan
-from atlassegfm.errors import InputError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume, save_volume
+from atlassegfm.atlas import Atlas, canonical_scan
+from atlassegfm.core.errors import InputError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume, save_volume
 from conftest import ORIENTATIONS
 from scenes import ATLAS, STRUCTURES, straight_grid
 
@@ -27,7 +27,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return atlas, labels
 
 
-def names_of(context: Context) -> list[str]:
+def names_of(context: Atlas) -> list[str]:
     return [structure.name for structure in context.structures]
 
 
@@ -35,7 +35,7 @@ def test_files_become_canonical(tmp_path: Path) -> None:
     flipped = Grid(GRID.shape, np.diag([-1.0, -1, 1, 1]) @ GRID.affine)
     save_volume(ATLAS.scan(flipped), tmp_path / "atlas.nrrd")
     save_volume(ATLAS.labels(flipped), tmp_path / "labels.mha")
-    context = Context.from_files(tmp_path / "atlas.nrrd", tmp_path / "labels.mha")
+    context = Atlas.from_files(tmp_path / "atlas.nrrd", tmp_path / "labels.mha")
     assert context.image.grid.axis_codes == "RAS"
     assert context.labels.grid.matches(context.image.grid)
     assert context.image.data.dtype == np.float32
@@ -56,7 +56,7 @@ def test_labels_in_another_array_order(tmp_path: Path, codes: str, files: tuple[
     other = Grid(shape, GRID.affine @ inverse)
     assert other.axis_codes == codes
     save_volume(ATLAS.labels(GRID).turned_to(other), tmp_path / "turned.nii.gz")
-    context = Context.from_files(files[0], tmp_path / "turned.nii.gz")
+    context = Atlas.from_files(files[0], tmp_path / "turned.nii.gz")
     np.testing.assert_array_equal(context.labels.data, ATLAS.labels(GRID).data)
 
 
@@ -65,7 +65,7 @@ def test_labels_elsewhere(tmp_path: Path, files: tuple[Path, Path]) -> None:
     affine[2, 3] += 12.5
     save_volume(Volume(ATLAS.labels(GRID).data, Grid(GRID.shape, affine)), tmp_path / "moved.nii.gz")
     with pytest.raises(InputError) as caught:
-        Context.from_files(files[0], tmp_path / "moved.nii.gz")
+        Atlas.from_files(files[0], tmp_path / "moved.nii.gz")
     assert str(caught.value) == (
         f"{tmp_path}/moved.nii.gz: not on the voxels of {files[0]}: its corners lie up to 12.5 mm from the atlas' "
         "corners; resample the labels onto the atlas with nearest neighbour, or give the scan they were drawn on"
@@ -77,18 +77,18 @@ def test_labels_of_another_shape(tmp_path: Path, files: tuple[Path, Path]) -> No
     with pytest.raises(
         InputError, match="has 12 x 10 x 6 voxels instead of 12 x 10 x 8, and its corners lie up to 16.0"
     ):
-        Context.from_files(files[0], tmp_path / "short.nii.gz")
+        Atlas.from_files(files[0], tmp_path / "short.nii.gz")
 
 
 def test_names_file_comes_first(tmp_path: Path, files: tuple[Path, Path], caplog: pytest.LogCaptureFixture) -> None:
     atlas, labels = files
     save_volume(ATLAS.labels(GRID), labels, structures=STRUCTURES[1:])
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "leber": 1, "niere": 7}}))
-    assert names_of(Context.from_files(atlas, labels)) == ["leber", "kidney", "node"]
+    assert names_of(Atlas.from_files(atlas, labels)) == ["leber", "kidney", "node"]
     names = tmp_path / "names.txt"
     names.write_text("1 foie 1 2 3 0\n7 rein\n99 rate\n")
     with caplog.at_level(logging.WARNING):
-        context = Context.from_files(atlas, labels, names)
+        context = Atlas.from_files(atlas, labels, names)
     assert names_of(context) == ["foie", "rein", "node"]
     assert context.structures[0].color == (1, 2, 3)
     assert context.structures[1].color == STRUCTURES[1].color
@@ -97,7 +97,7 @@ def test_names_file_comes_first(tmp_path: Path, files: tuple[Path, Path], caplog
 
 def test_names_file_that_cannot_be_used(tmp_path: Path, files: tuple[Path, Path]) -> None:
     with pytest.raises(InputError, match="no such file; expected a names file"):
-        Context.from_files(*files, tmp_path / "absent.json")
+        Atlas.from_files(*files, tmp_path / "absent.json")
 
 
 def test_found_dataset_json_that_cannot_be_used(
@@ -105,7 +105,7 @@ def test_found_dataset_json_that_cannot_be_used(
 ) -> None:
     (tmp_path / "dataset.json").write_text(json.dumps({"labels": {"whole": [1, 7], "liver": 1}}))
     with caplog.at_level(logging.WARNING):
-        context = Context.from_files(*files)
+        context = Atlas.from_files(*files)
     assert names_of(context) == ["label_1", "label_7", "label_12"]
     assert "dataset.json: 'whole': [1, 7] is not a label" in caplog.text
     assert "its names are not used" in caplog.text
@@ -113,7 +113,7 @@ def test_found_dataset_json_that_cannot_be_used(
 
 def test_volumes_from_memory() -> None:
     labels = Volume(ATLAS.labels(GRID).data.astype(float), GRID)
-    context = Context.from_volumes(ATLAS.scan(GRID), labels, STRUCTURES[:1])
+    context = Atlas.from_volumes(ATLAS.scan(GRID), labels, STRUCTURES[:1])
     assert context.labels.data.dtype == np.uint8
     assert names_of(context) == ["liver", "label_7", "label_12"]
 
@@ -127,30 +127,30 @@ def test_volumes_that_cannot_be_used() -> None:
         return Volume(data, volume.grid)
 
     with pytest.raises(InputError, match="the atlas: there are NaN or infinite voxels"):
-        Context.from_volumes(with_first(scan, np.nan), labels)
+        Atlas.from_volumes(with_first(scan, np.nan), labels)
     with pytest.raises(InputError, match="the atlas: all voxels have the value 3"):
-        Context.from_volumes(Volume(np.full(GRID.shape, 3.0), GRID), labels)
+        Atlas.from_volumes(Volume(np.full(GRID.shape, 3.0), GRID), labels)
     with pytest.raises(InputError, match="not whole numbers"):
-        Context.from_volumes(scan, with_first(labels, 0.5))
+        Atlas.from_volumes(scan, with_first(labels, 0.5))
     with pytest.raises(InputError, match="empty or has negative values"):
-        Context.from_volumes(scan, with_first(labels, -1))
+        Atlas.from_volumes(scan, with_first(labels, -1))
     with pytest.raises(InputError, match="empty or has negative values"):
-        Context.from_volumes(scan, Volume(np.zeros(GRID.shape), GRID))
+        Atlas.from_volumes(scan, Volume(np.zeros(GRID.shape), GRID))
     with pytest.raises(InputError, match="the labels: not on the voxels of the atlas"):
-        Context.from_volumes(scan, ATLAS.labels(straight_grid((12, 10, 8), (7.0, 8.0, 8.0))))
+        Atlas.from_volumes(scan, ATLAS.labels(straight_grid((12, 10, 8), (7.0, 8.0, 8.0))))
 
 
 def test_large_label_values() -> None:
     data = ATLAS.labels(GRID).data.astype(np.uint32)
     data[data == 12] = 614_454_277  # as in the Allen mouse atlas
-    context = Context.from_volumes(ATLAS.scan(GRID), Volume(data, GRID))
+    context = Atlas.from_volumes(ATLAS.scan(GRID), Volume(data, GRID))
     assert context.values == (1, 7, 614_454_277)
 
 
 def test_context_checks_itself() -> None:
     scan = ATLAS.scan(GRID)
-    with pytest.raises(ValueError, match=r"Context\.from_volumes"):
-        Context(scan, ATLAS.labels(GRID.crop((0, 0, 0), (6, 6, 6))), STRUCTURES)
+    with pytest.raises(ValueError, match=r"Atlas\.from_volumes"):
+        Atlas(scan, ATLAS.labels(GRID.crop((0, 0, 0), (6, 6, 6))), STRUCTURES)
 
 
 @pytest.mark.parametrize("affine", ORIENTATIONS.values(), ids=ORIENTATIONS)
@@ -180,4 +180,4 @@ def test_the_scan_given_as_its_own_labels_is_refused(tmp_path):
     scan = tmp_path / "scan.nii.gz"
     save_volume(Volume(data, Grid((6, 6, 6), np.eye(4))), scan)
     with pytest.raises(InputError, match=r"scan\.nii\.gz: these are the voxels of the scan itself"):
-        Context.from_files(scan, scan)
+        Atlas.from_files(scan, scan)

@@ -15,16 +15,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from atlassegfm import customization, pipeline
-from atlassegfm.context import Context
-from atlassegfm.customization import CONTEXT_NAMES, FORMAT, Customization, customize
-from atlassegfm.errors import InputError, ModelError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume, load_labels, save_volume
+from atlassegfm import context as customization
+from atlassegfm import segment as pipeline
+from atlassegfm.atlas import CONTEXT_NAMES, FORMAT, Atlas, Context, customize
+from atlassegfm.core.config import Settings, with_overrides
+from atlassegfm.core.errors import InputError, ModelError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume, load_labels, save_volume
+from atlassegfm.core.version import __version__
 from atlassegfm.models import load_model
-from atlassegfm.pipeline import Settings, segment
-from atlassegfm.settings import with_overrides
-from atlassegfm.version import __version__
+from atlassegfm.segment import segment
 from conftest import ORIENTATIONS, Run
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
@@ -35,12 +35,12 @@ SETTINGS = with_overrides(Settings(), UNREGISTERED)
 
 
 @pytest.fixture(scope="module")
-def made() -> Customization:
-    return customize(Context.from_volumes(ATLAS.scan(GRID), ATLAS.labels(GRID), STRUCTURES), SETTINGS)
+def made() -> Context:
+    return customize(Atlas.from_volumes(ATLAS.scan(GRID), ATLAS.labels(GRID), STRUCTURES), SETTINGS)
 
 
 @pytest.fixture(scope="module")
-def template(made: Customization, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template(made: Context, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("template") / "ctx"
     made.save(folder)
     return folder
@@ -76,7 +76,7 @@ def seal(folder: Path) -> None:
 # What is in it
 
 
-def test_contents(ctx: Path, made: Customization) -> None:
+def test_contents(ctx: Path, made: Context) -> None:
     assert {path.name for path in ctx.iterdir()} == CONTEXT_NAMES
     content = tomllib.loads((ctx / "context.toml").read_text())
     assert content["format"] == FORMAT
@@ -97,8 +97,8 @@ def test_contents(ctx: Path, made: Customization) -> None:
     tomllib.loads((ctx / "settings.toml").read_text())
 
 
-def test_comes_back_as_it_was(ctx: Path, made: Customization) -> None:
-    loaded = Customization.load(ctx)
+def test_comes_back_as_it_was(ctx: Path, made: Context) -> None:
+    loaded = Context.load(ctx)
     assert loaded.gate == made.gate
     assert loaded.settings == made.settings
     assert loaded.prompt == "mask"
@@ -119,10 +119,10 @@ def test_geometry_comes_back_to_the_last_bit(tmp_path: Path, affine: np.ndarray)
     labels[2:4, 3:6, 2:5] = 70_000
     scan = np.random.default_rng(0).normal(size=labels.shape).astype(np.float32)
     grid = Grid(labels.shape, turned)
-    context = Context.from_volumes(Volume(scan, grid), Volume(labels, grid))
+    context = Atlas.from_volumes(Volume(scan, grid), Volume(labels, grid))
     made = customize(context, with_overrides(Settings(), ["model=none"]))
     made.save(tmp_path / "ctx")
-    loaded = Customization.load(tmp_path / "ctx")
+    loaded = Context.load(tmp_path / "ctx")
     assert loaded.gate is None
     assert loaded.prompt is None
     np.testing.assert_array_equal(loaded.context.image.grid.affine, context.image.grid.affine)
@@ -131,36 +131,36 @@ def test_geometry_comes_back_to_the_last_bit(tmp_path: Path, affine: np.ndarray)
     assert loaded.context.labels.data.dtype == np.uint32
 
 
-def test_an_untrained_gate_comes_back(made: Customization, tmp_path: Path) -> None:
+def test_an_untrained_gate_comes_back(made: Context, tmp_path: Path) -> None:
     """Its Dice is NaN, which TOML has and JSON has not."""
     replace(made, gate=pipeline.Gate.constant(0.25)).save(tmp_path / "ctx")
-    gate = Customization.load(tmp_path / "ctx").gate
+    gate = Context.load(tmp_path / "ctx").gate
     assert gate is not None
     assert gate.start == 0.25
     assert math.isnan(gate.dice_before)
 
 
-def test_the_place_of_the_weights_stays_here(made: Customization, tmp_path: Path) -> None:
+def test_the_place_of_the_weights_stays_here(made: Context, tmp_path: Path) -> None:
     settings = replace(made.settings, model_path="/home/somebody/weights")
     replace(made, settings=settings).save(tmp_path / "ctx")
     assert "somebody" not in (tmp_path / "ctx/settings.toml").read_text()
 
 
-def test_twice_the_same_files(ctx: Path, made: Customization, tmp_path: Path) -> None:
+def test_twice_the_same_files(ctx: Path, made: Context, tmp_path: Path) -> None:
     again = customize(made.context, made.settings)
     saved = again.save(tmp_path / "again")
     assert content_of(tmp_path / "again") == content_of(ctx)
-    Customization.load(ctx).save(tmp_path / "copied")
+    Context.load(ctx).save(tmp_path / "copied")
     assert content_of(tmp_path / "copied") == content_of(ctx)
-    loaded = Customization.load(ctx)
+    loaded = Context.load(ctx)
     assert loaded.saved is not None
     assert loaded.saved.sha256 == saved.sha256 == hashlib.sha256((ctx / "SHA256SUMS").read_bytes()).hexdigest()
 
 
-def test_replaces_a_context_and_nothing_else(made: Customization, ctx: Path) -> None:
+def test_replaces_a_context_and_nothing_else(made: Context, ctx: Path) -> None:
     (ctx / "atlas.nii.gz").write_bytes(b"old")
     made.save(ctx)
-    Customization.load(ctx)
+    Context.load(ctx)
     (ctx / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match=r"the folder holds other files \(notes\.txt\)"):
         made.save(ctx)
@@ -168,7 +168,7 @@ def test_replaces_a_context_and_nothing_else(made: Customization, ctx: Path) -> 
 
 
 def test_nothing_is_left_of_a_context_that_fails(
-    made: Customization, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
@@ -182,10 +182,10 @@ def test_nothing_is_left_of_a_context_that_fails(
 # What it does
 
 
-def test_same_result_as_from_the_atlas(ctx: Path, made: Customization) -> None:
+def test_same_result_as_from_the_atlas(ctx: Path, made: Context) -> None:
     query = QUERY.scan(GRID)
     straight = segment(made.context, query, SETTINGS)
-    loaded = Customization.load(ctx)
+    loaded = Context.load(ctx)
     result = loaded.segment(query)
     np.testing.assert_array_equal(result.labels.data, straight.labels.data)
     for value in made.context.values:
@@ -221,7 +221,7 @@ def test_one_registration_and_one_look_at_the_query(ctx: Path, monkeypatch: pyte
 
     monkeypatch.setattr(pipeline, "register", counting)
     model = Counting()
-    loaded = Customization.load(ctx)
+    loaded = Context.load(ctx)
     loaded.segment(QUERY.scan(GRID), model=model)
     assert len(registered) == len(model.encoded) == 1
     assert model.encoded[0] is not loaded.context.image
@@ -301,20 +301,20 @@ def sealed(name: str, old: str, new: str) -> Callable[[Path], None]:
 def test_contexts_that_cannot_be_used(ctx: Path, change: Callable[[Path], None], message: str) -> None:
     change(ctx)
     with pytest.raises(InputError, match=message):
-        Customization.load(ctx)
+        Context.load(ctx)
 
 
 def test_no_context(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="ctx: no such folder; expected a context, as atlassegfm customize writes one"):
-        Customization.load(tmp_path / "ctx")
+        Context.load(tmp_path / "ctx")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file: is a file; expected a context folder"):
-        Customization.load(tmp_path / "file")
+        Context.load(tmp_path / "file")
     with pytest.raises(InputError, match=r"is no context, as it has no context\.toml; expected a folder that"):
-        Customization.load(tmp_path)
+        Context.load(tmp_path)
     (tmp_path / "context.toml").write_text("x = 1\n")
     with pytest.raises(InputError, match="a context in the format None, but this version"):
-        Customization.load(tmp_path)
+        Context.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_no_context(tmp_path: Path) -> None:
     ],
 )
 def test_settings_of_another_gate(ctx: Path, override: str, message: str) -> None:
-    loaded = Customization.load(ctx)
+    loaded = Context.load(ctx)
     with pytest.raises(InputError, match=message):
         loaded.segment(QUERY.scan(GRID), with_overrides(loaded.settings, [override]))
 
@@ -343,11 +343,11 @@ def test_settings_of_another_gate(ctx: Path, override: str, message: str) -> Non
     "override", ["prompt=mask", "registration.rigid=true", "seed=3", "model=none", "models.medsam2.margin_mm=3"]
 )
 def test_settings_of_the_same_gate(ctx: Path, override: str) -> None:
-    loaded = Customization.load(ctx)
+    loaded = Context.load(ctx)
     loaded.check_settings(with_overrides(loaded.settings, [override]))
 
 
-def test_settings_of_the_model(made: Customization) -> None:
+def test_settings_of_the_model(made: Context) -> None:
     medsam2 = replace(made, settings=with_overrides(made.settings, ["model=medsam2"]), prompt="click")
     medsam2.check_settings(with_overrides(medsam2.settings, ["models.medsam2.feature_cache_mb=7"]))
     with pytest.raises(InputError, match=r"the context: made with models\.medsam2\.margin_mm = 15\.0, but 3\.0 was"):
@@ -357,7 +357,7 @@ def test_settings_of_the_model(made: Customization) -> None:
         without.check_settings(made.settings)
 
 
-def test_other_weights(made: Customization) -> None:
+def test_other_weights(made: Context) -> None:
     class Weighed:
         def __init__(self, sha256: str) -> None:
             self.provenance = {"weights": {"file": "x.pt", "sha256": sha256}}

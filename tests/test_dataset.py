@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from atlassegfm.dataset import Case, Dataset, load_dataset, pick_structures
-from atlassegfm.errors import InputError
+from atlassegfm.core.dataset import Case, Dataset, load_dataset, pick_structures
+from atlassegfm.core.errors import InputError
 
 CASES = ("abd_001", "abd_002", "abd_010")
 CONTENT: dict[str, Any] = {

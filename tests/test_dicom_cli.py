@@ -13,10 +13,10 @@ import numpy as np
 import pydicom
 import pytest
 
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume, load_labels, save_volume
+from atlassegfm.core.labels import plain_name
 from atlassegfm.dicom import Provenance, load_series, open_labels, series_of, write_rtstruct, write_segmentation
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume, load_labels, save_volume
-from atlassegfm.names import plain_name
 from conftest import Run
 from dicom_series import LPS, NAME, PATIENT, SERIES, STUDY, write_series
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, Patient, straight_grid
@@ -260,7 +260,7 @@ def test_refusals_write_nothing(here: Path, run: Run) -> None:
 
 
 def test_file_that_does_not_come_back_leaves_nothing(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from atlassegfm import results
+    from atlassegfm.jobs import results
 
     def shifted(path: Path, labels: Volume, *others: Any) -> None:
         write_rtstruct(path, Volume(np.roll(labels.data, 2, axis=0), labels.grid), *others)
@@ -384,7 +384,7 @@ def test_evaluate_against_structures(here: Path, run: Run) -> None:
 @pytest.mark.slow
 def test_abdomen_from_series_to_three_formats(data_dir: Path, tmp_path: Path, run: Run) -> None:
     """One case as atlas with an RTSTRUCT, another as query series, in one command; all settings as they are."""
-    from atlassegfm.image import load_volume
+    from atlassegfm.core.image import load_volume
 
     dataset = data_dir / "Dataset002_AbdCT"
     if not dataset.is_dir():

@@ -13,9 +13,9 @@ import pydicom
 import pytest
 from pydicom.uid import JPEGLSLossless, RLELossless
 
+from atlassegfm.core.errors import InputError, MissingExtraError
 from atlassegfm.dicom import files as dicom_files
 from atlassegfm.dicom import find_series, is_series_folder, load_series, open_image, series_of
-from atlassegfm.errors import InputError, MissingExtraError
 from conftest import rotation
 from dicom_series import (
     AFFINES,
@@ -53,7 +53,7 @@ def test_geometry_and_values_are_exact(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in AFFINES if kind != "tilted"])
 def test_simpleitk_agrees(kind: str, tmp_path: Path) -> None:
-    import SimpleITK as sitk  # noqa: N813
+    import SimpleITK as sitk
 
     folder = write_series(tmp_path / "scan", VALUES, AFFINES[kind])
     reader = sitk.ImageSeriesReader()
@@ -69,7 +69,7 @@ def test_simpleitk_agrees(kind: str, tmp_path: Path) -> None:
 
 
 def test_tilted_slices_agree_with_simpleitk_slice_by_slice(tmp_path: Path) -> None:
-    import SimpleITK as sitk  # noqa: N813
+    import SimpleITK as sitk
 
     folder = write_series(tmp_path / "scan", VALUES, AFFINES["tilted"])
     volume = load_series(folder)

@@ -17,6 +17,11 @@ import pydicom
 import pytest
 from numpy.typing import NDArray
 
+from atlassegfm.core.errors import InputError, OutputError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume
+from atlassegfm.core.labels import Structure
+from atlassegfm.core.mask import LocalMap
 from atlassegfm.dicom import (
     EVERYTHING,
     Provenance,
@@ -35,10 +40,6 @@ from atlassegfm.dicom import (
     write_segmentation,
 )
 from atlassegfm.dicom.contours import fill, trace
-from atlassegfm.errors import InputError, OutputError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import LocalMap, Volume
-from atlassegfm.structures import Structure
 from dicom_series import (
     AFFINES,
     FRAME,

@@ -7,14 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from atlassegfm.transforms.maps.maps import Affine, DisplacementField
 from numpy.typing import NDArray
 
 import scenes
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume
-from atlassegfm.registration import InstanceSettings, RegistrationSettings, discrete, linear, pyramid, register
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume
+from atlassegfm.registration import affine as linear
+from atlassegfm.registration import discrete, pyramid, register
 from atlassegfm.registration.pyramid import Scan
-from atlassegfm.transforms import Affine, DisplacementField
+from atlassegfm.settings import InstanceSettings, RegistrationSettings
 from conftest import affine_of, rotation
 
 VOXELS = 4_000

@@ -11,15 +11,15 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
+from atlassegfm.quality.evidence.mirror import is_inverted, place
 
-from atlassegfm.context import Context
-from atlassegfm.doctor import Check, FileReport, Finding, as_table, check
-from atlassegfm.errors import RegistrationError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume, save_volume
-from atlassegfm.placement import is_inverted, place
-from atlassegfm.structures import Structure
+from atlassegfm.atlas import Atlas
+from atlassegfm.check.files import Check, FileReport, Finding, as_table, check
+from atlassegfm.core.errors import RegistrationError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume, save_volume
+from atlassegfm.core.labels import Structure
 from conftest import SHEARED, affine_of, rotation
 from scenes import ATLAS, BODY_RADII, STRUCTURES, Patient, straight_grid
 
@@ -426,8 +426,8 @@ OTHER = Patient(shift_mm=(2.0, -3.0, 4.0), scale=1.06)
 
 
 @pytest.fixture(scope="module")
-def atlas() -> Context:
-    return Context.from_volumes(ATLAS.scan(ROOM), ATLAS.labels(ROOM), STRUCTURES)
+def atlas() -> Atlas:
+    return Atlas.from_volumes(ATLAS.scan(ROOM), ATLAS.labels(ROOM), STRUCTURES)
 
 
 def turned(codes: str, grid: Grid = ROOM) -> Grid:
@@ -452,14 +452,14 @@ def saved(volume: Volume, folder: Path) -> Path:
     return path
 
 
-def against(path: Path, atlas: Context) -> FileReport:
+def against(path: Path, atlas: Atlas) -> FileReport:
     (report,) = check([path], None, atlas).files
     return report
 
 
 class TestAgainstAnAtlas:
     @pytest.mark.parametrize("codes", ["RAS", "LPS", "SAR", "oblique"])
-    def test_left_and_right_swapped(self, codes: str, atlas: Context, tmp_path: Path) -> None:
+    def test_left_and_right_swapped(self, codes: str, atlas: Atlas, tmp_path: Path) -> None:
         if codes == "oblique":
             where = Grid(ROOM.shape, affine_of(rotation(8, -6, 12), (0, 0, 0)) @ ROOM.affine)
         else:
@@ -487,14 +487,14 @@ class TestAgainstAnAtlas:
 
         labels = np.zeros(ROOM.shape, np.uint8)
         labels[14:24, 12:20, 6:14] = 1
-        twin = Context.from_volumes(symmetric(0), Volume(labels, ROOM))
+        twin = Atlas.from_volumes(symmetric(0), Volume(labels, ROOM))
         for seed in (1, 2):
             found = against(saved(symmetric(seed), tmp_path), twin)
             assert found.atlas is not None
             assert abs(found.atlas.mirrored_gain) < 0.01
             assert found.findings == ()
 
-    def test_field_of_view(self, atlas: Context, tmp_path: Path) -> None:
+    def test_field_of_view(self, atlas: Atlas, tmp_path: Path) -> None:
         # Up to z = 10 mm: without the node (11 to 25 mm).
         low = Grid((38, 32, 16), ROOM.affine)
         report = against(saved(ATLAS.scan(low), tmp_path), atlas)
@@ -511,7 +511,7 @@ class TestAgainstAnAtlas:
         assert "kidney" not in cut.text
 
     @pytest.mark.parametrize("codes", ["LPS", "SAR"])
-    def test_inverted(self, codes: str, atlas: Context, tmp_path: Path) -> None:
+    def test_inverted(self, codes: str, atlas: Atlas, tmp_path: Path) -> None:
         scan = OTHER.scan(turned(codes))
         negative = saved(Volume(scan.data.max() - scan.data, scan.grid), tmp_path)
         for report in (only(negative), against(negative, atlas)):
@@ -523,7 +523,7 @@ class TestAgainstAnAtlas:
         assert against(negative, atlas).atlas.correlation < -0.5  # type: ignore[union-attr]
         assert only(saved(scan, tmp_path)).findings == ()
 
-    def test_inverted_without_air_is_suspected_against_the_atlas(self, atlas: Context, tmp_path: Path) -> None:
+    def test_inverted_without_air_is_suspected_against_the_atlas(self, atlas: Atlas, tmp_path: Path) -> None:
         # The air stays dark, as scanners' masks leave it: the scan alone does not tell.
         scan = OTHER.scan(ROOM)
         body = scan.data > 0
@@ -534,22 +534,20 @@ class TestAgainstAnAtlas:
         assert "of the same modality" in one.text
         assert only(tmp_path / "query.nii.gz").findings == ()
 
-    def test_a_scan_that_cannot_be_fitted(
-        self, atlas: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_scan_that_cannot_be_fitted(self, atlas: Atlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_: object, **__: object) -> None:
             raise RegistrationError("the scan shows nothing but background; check its intensities")
 
-        monkeypatch.setattr("atlassegfm.placement.place", refuse)
+        monkeypatch.setattr("atlassegfm.quality.mirror.place", refuse)
         report = against(saved(ATLAS.scan(ROOM), tmp_path), atlas)
         assert "could not be fitted to the atlas: the scan shows nothing" in finding(report, "fitted").text
         assert report.atlas is None
 
-    def test_labels_are_not_fitted(self, atlas: Context, tmp_path: Path) -> None:
+    def test_labels_are_not_fitted(self, atlas: Atlas, tmp_path: Path) -> None:
         path = saved(ATLAS.labels(ROOM), tmp_path)
         assert against(path, atlas).atlas is None
 
-    def test_numbers_for_json(self, atlas: Context, tmp_path: Path) -> None:
+    def test_numbers_for_json(self, atlas: Atlas, tmp_path: Path) -> None:
         result = check([saved(OTHER.scan(ROOM), tmp_path)], None, atlas)
         plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))["files"][0]["atlas"]
         assert plain["inside_percent"].keys() == {"liver", "kidney", "node"}
@@ -565,7 +563,7 @@ def test_crops_without_air_are_not_called_inverted() -> None:
     assert not is_inverted(Volume(data.max() - data, inner))
 
 
-def test_the_scan_fitted_is_left_as_it_was(atlas: Context) -> None:
+def test_the_scan_fitted_is_left_as_it_was(atlas: Atlas) -> None:
     scan = OTHER.scan(ROOM)
     before = scan.data.copy()
     place(scan, atlas)

@@ -15,8 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atlassegfm.errors import InputError
-from atlassegfm.evaluation import (
+from atlassegfm.core.errors import InputError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume, save_volume
+from atlassegfm.core.labels import Structure
+from atlassegfm.evaluate.metrics import StructureScores
+from atlassegfm.evaluate.scoring import (
     SMALL_ML,
     CaseScore,
     FilePair,
@@ -29,12 +33,8 @@ from atlassegfm.evaluation import (
     summarise,
     write_scores,
 )
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume, save_volume
-from atlassegfm.metrics import StructureScores
-from atlassegfm.statistics import spread
-from atlassegfm.structures import Structure
-from atlassegfm.tolerances import Tolerances, load_tolerances, uniform
+from atlassegfm.evaluate.statistics import spread
+from atlassegfm.evaluate.tolerances import Tolerances, load_tolerances, uniform
 from conftest import ORIENTATIONS, SHEARED
 from scenes import straight_grid
 

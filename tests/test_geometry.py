@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atlassegfm.errors import InputError
-from atlassegfm.geometry import Grid
+from atlassegfm.core.errors import InputError
+from atlassegfm.core.geometry import Grid
 from conftest import ORIENTATIONS, SHEARED, affine_of, rotation
 
 degrees = st.floats(-180, 180)

@@ -12,17 +12,16 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from atlassegfm.errors import InputError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import (
-    LocalMap,
+from atlassegfm.core.errors import InputError
+from atlassegfm.core.files import atomic_path
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import (
     Volume,
-    atomic_path,
     image_stem,
     image_suffix,
     load_image,
@@ -31,7 +30,8 @@ from atlassegfm.image import (
     save_volume,
     smallest_label_type,
 )
-from atlassegfm.structures import LabelEntry, Structure
+from atlassegfm.core.labels import LabelEntry, Structure
+from atlassegfm.core.mask import LocalMap
 from conftest import ORIENTATIONS, SHEARED, affine_of
 
 Factory = Callable[..., Volume]

@@ -10,20 +10,21 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-import SimpleITK as sitk  # noqa: N813
+import SimpleITK as sitk
+from atlassegfm.transforms.maps.io import read_transform, write_transform
+from atlassegfm.transforms.maps.maps import Affine, Chain, DisplacementField, Transform, displacement_on
+from atlassegfm.transforms.resample.resample import resample, warp_labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from atlassegfm import pipeline
-from atlassegfm.context import Context
-from atlassegfm.errors import InputError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume, load_labels, save_volume
-from atlassegfm.itk import read_transform, write_transform
+from atlassegfm import segment as pipeline
+from atlassegfm.atlas import Atlas
+from atlassegfm.core.config import with_overrides
+from atlassegfm.core.errors import InputError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume, load_labels, save_volume
 from atlassegfm.registration import Registration
-from atlassegfm.settings import with_overrides
-from atlassegfm.transforms import Affine, Chain, DisplacementField, Transform, displacement_on, resample, warp_labels
 from conftest import ORIENTATIONS, SHEARED, Run, affine_of, rotation
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
@@ -850,7 +851,7 @@ def test_the_way_back_is_registered_where_the_gate_needs_it(
 @pytest.mark.parametrize("order", ["field alone", "affine first"])
 def test_transforms_in_other_orders(order: str) -> None:
     """They are sampled at the query's voxels: the same mask, and the linear part says what is out of view."""
-    context = Context.from_volumes(ATLAS.scan(GRID), ATLAS.labels(GRID), STRUCTURES)
+    context = Atlas.from_volumes(ATLAS.scan(GRID), ATLAS.labels(GRID), STRUCTURES)
     moved = Affine(affine_of(rotation(2, 0, -3), (35.0, -20.0, 12.0)))
     grid = Grid(GRID.shape, moved.inverse().matrix @ GRID.affine)
     query = Volume(ATLAS.scan(GRID).data, grid)

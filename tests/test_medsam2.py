@@ -19,17 +19,18 @@ from numpy.typing import NDArray
 from scipy import special
 
 import tiny_medsam2
-from atlassegfm.context import Context
-from atlassegfm.errors import InputError, MissingExtraError, ModelError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import LocalMap, Volume
-from atlassegfm.models import _medsam2_network, describe_model, load_model, medsam2
-from atlassegfm.models._medsam2_network import FeatureCache, PointPrompt, SlicePrompt, load_network
+from atlassegfm.atlas import Atlas
+from atlassegfm.core.config import MedSam2Settings, ModelSettings, Settings, with_overrides
+from atlassegfm.core.errors import InputError, MissingExtraError, ModelError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume
+from atlassegfm.core.mask import LocalMap
+from atlassegfm.models import describe_model, load_model, medsam2
+from atlassegfm.models import medsam2_network as _medsam2_network
 from atlassegfm.models.medsam2 import VIEWS, MedSam2Encoding, MedSam2Segmenter, choose_view, to_8_bits, to_frame
-from atlassegfm.models.settings import MedSam2Settings, ModelSettings
-from atlassegfm.pipeline import Settings, segment
+from atlassegfm.models.medsam2_network import FeatureCache, PointPrompt, SlicePrompt, load_network
 from atlassegfm.prompts import BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt
-from atlassegfm.settings import with_overrides
+from atlassegfm.segment import segment
 from conftest import ORIENTATIONS
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
@@ -678,7 +679,7 @@ def test_prompts_that_it_cannot_take(tiny: MedSam2Segmenter) -> None:
 
 
 def test_whole_job(tiny: MedSam2Segmenter, checkpoint: Path) -> None:
-    context = Context.from_volumes(ATLAS.scan(straight_grid()), ATLAS.labels(straight_grid()), STRUCTURES)
+    context = Atlas.from_volumes(ATLAS.scan(straight_grid()), ATLAS.labels(straight_grid()), STRUCTURES)
     settings = with_overrides(Settings(), [*UNREGISTERED, "model=medsam2", f"model_path={checkpoint}"])
     query = QUERY.scan(straight_grid())
     result = segment(context, query, settings, device="cpu")

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from atlassegfm import memory
-from atlassegfm.memory import peak_memory_mb, reset_peak_memory
+from atlassegfm.core import parallel as memory
+from atlassegfm.core.parallel import peak_memory_mb, reset_peak_memory
 
 
 def told(monkeypatch: pytest.MonkeyPatch, folder: Path, status: str | None) -> None:

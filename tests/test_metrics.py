@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from atlassegfm.metrics import dice, dice_per_structure, overlap
+from atlassegfm.core import overlap
+from atlassegfm.core.overlap import dice, dice_per_structure
 
 
 def test_dice_by_hand() -> None:

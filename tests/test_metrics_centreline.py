@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from skimage.morphology import skeletonize
 
-from atlassegfm.metrics import StructureScores, centreline, label_shapes, score_masks
+from atlassegfm.evaluate.metrics import StructureScores, centreline, label_shapes, score_masks
 
 Spacing = tuple[float, float, float]
 CUBIC = (1.0, 1.0, 1.0)

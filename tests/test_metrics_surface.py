@@ -16,12 +16,11 @@ from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 
-from atlassegfm.metrics import (
+from atlassegfm.core.overlap import dice, dice_per_structure
+from atlassegfm.evaluate.metrics import (
     StructureScores,
     compare,
     diagonal_mm,
-    dice,
-    dice_per_structure,
     label_shapes,
     score_labels,
     score_masks,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atlassegfm.names import closest, listed, match_rank, plain_name
+from atlassegfm.core.labels import closest, listed, match_rank, plain_name
 
 
 @pytest.mark.parametrize("name", ["left kidney", "Left_Kidney", "LEFT-KIDNEY", " left _- kidney ", "left\tkidney"])

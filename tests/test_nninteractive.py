@@ -26,20 +26,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from atlassegfm.demo.run.run import run_demo
 from numpy.typing import NDArray
 
 from atlassegfm import models
-from atlassegfm.context import Context
-from atlassegfm.demo import run_demo
-from atlassegfm.errors import InputError, MissingExtraError, ModelError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import LocalMap, Volume
-from atlassegfm.metrics import dice_per_structure
+from atlassegfm.atlas import Atlas
+from atlassegfm.core.config import ModelSettings, NnInteractiveSettings, Settings, with_overrides
+from atlassegfm.core.errors import InputError, MissingExtraError, ModelError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume
+from atlassegfm.core.mask import LocalMap
+from atlassegfm.core.overlap import dice_per_structure
 from atlassegfm.models import MODELS, accept_licence, load_model
-from atlassegfm.models.settings import ModelSettings, NnInteractiveSettings
-from atlassegfm.pipeline import Settings, segment
 from atlassegfm.prompts import BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt
-from atlassegfm.settings import with_overrides
+from atlassegfm.segment import segment
 from conftest import affine_of, rotation
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
@@ -359,7 +359,7 @@ def test_memory_that_runs_out_is_left_to_the_pipeline(toy: Any, monkeypatch: pyt
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_pipeline_is_better_than_the_atlas_alone(toy_folder: Path, kind: str) -> None:
     grid = straight_grid()
-    context = Context.from_volumes(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
+    context = Atlas.from_volumes(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
     settings = with_overrides(
         Settings(), [*UNREGISTERED, "model=nninteractive", f"model_path={toy_folder}", f"prompt={kind}"]
     )
@@ -753,7 +753,7 @@ def test_server_gives_the_masks_of_this_process(toy: Any, remote: Any, server: s
 def test_server_is_used_by_the_pipeline(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NN_INTERACTIVE_API_KEY", KEY)
     grid = straight_grid()
-    context = Context.from_volumes(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
+    context = Atlas.from_volumes(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
     overrides = [*UNREGISTERED, "model=nninteractive", f"models.nninteractive.server={server}"]
     result = segment(context, QUERY.scan(grid), with_overrides(Settings(), overrides), device="cpu")
     assert result.model_labels is not None
@@ -957,7 +957,7 @@ def test_secrets_in_the_address_are_refused_and_not_shown(address: str) -> None:
 def test_remote_part_needs_no_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None; "
-        "import atlassegfm.models._nninteractive_remote, nnInteractive.inference.remote"
+        "import atlassegfm.models.nninteractive_remote, nnInteractive.inference.remote"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -19,24 +19,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from atlassegfm.transforms.maps.maps import Affine, Chain, DisplacementField, Transform
+from atlassegfm.transforms.resample.resample import resample
 from numpy.typing import NDArray
 
 import scenes
-from atlassegfm.errors import InputError, MissingExtraError, RegistrationError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume
-from atlassegfm.registration import (
-    ENGINES,
-    Fitted,
-    Pair,
-    RegistrationSettings,
-    _peer,
-    _peer_runner,
-    pyramid,
-    register,
-    require_engine,
-)
-from atlassegfm.transforms import Affine, Chain, DisplacementField, Transform, resample
+from atlassegfm.core.errors import InputError, MissingExtraError, RegistrationError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume
+from atlassegfm.registration import ENGINES, Fitted, Pair, pyramid, register, require_engine
+from atlassegfm.registration.engines import peer as _peer
+from atlassegfm.registration.engines import peer_runner as _peer_runner
+from atlassegfm.settings import RegistrationSettings
 from conftest import ORIENTATIONS, SHEARED, affine_of, rotation
 
 PEERS = [name for name, engine in ENGINES.items() if engine.is_peer]

@@ -11,20 +11,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from atlassegfm.fusion.gate.smoothing import smoothed, window_mm
+from atlassegfm.fusion.gate.train import learn_gate
+from atlassegfm.quality.evidence.coverage import outside_shares
+from atlassegfm.transforms.maps.maps import Affine, Chain, DisplacementField, displacement_on
+from atlassegfm.transforms.resample.resample import resample
 from numpy.typing import NDArray
 
-from atlassegfm import pipeline
-from atlassegfm.context import Context
-from atlassegfm.errors import InputError, ModelError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import LocalMap, Volume
-from atlassegfm.metrics import dice_per_structure
+from atlassegfm import segment as pipeline
+from atlassegfm.atlas import Atlas
+from atlassegfm.core.config import Settings, with_overrides
+from atlassegfm.core.device import resolve_device
+from atlassegfm.core.errors import InputError, ModelError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume
+from atlassegfm.core.mask import LocalMap
+from atlassegfm.core.overlap import dice_per_structure
 from atlassegfm.models import OnPrompt, load_model
-from atlassegfm.pipeline import Segmentation, Settings, fused_by, learn_gate, outside_shares, resolve_device, segment
 from atlassegfm.prompts import ClickPrompt, Prompt
-from atlassegfm.settings import with_overrides
-from atlassegfm.smoothing import smoothed, window_mm
-from atlassegfm.transforms import Affine, Chain, DisplacementField, displacement_on, resample
+from atlassegfm.result import Segmentation
+from atlassegfm.segment import fused_by, segment
 from conftest import rotation
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
@@ -41,8 +47,8 @@ QUICKLY = (
 
 
 @pytest.fixture(scope="module")
-def context() -> Context:
-    return Context.from_volumes(ATLAS.scan(GRID), ATLAS.labels(GRID), STRUCTURES)
+def context() -> Atlas:
+    return Atlas.from_volumes(ATLAS.scan(GRID), ATLAS.labels(GRID), STRUCTURES)
 
 
 def settings(*overrides: str, registered: bool = False) -> Settings:
@@ -73,7 +79,7 @@ def assert_same_voxels(result: Segmentation, expected: Segmentation) -> None:
     np.testing.assert_array_equal(turned.data, expected.labels.data)
 
 
-def test_result_is_good_and_on_the_grid_of_the_query(context: Context) -> None:
+def test_result_is_good_and_on_the_grid_of_the_query(context: Atlas) -> None:
     query = stored_as(QUERY.scan(GRID), "LPS")
     result = segment(context, query, settings())
     assert result.labels.grid is query.grid
@@ -92,7 +98,7 @@ def test_result_is_good_and_on_the_grid_of_the_query(context: Context) -> None:
     json.dumps(result.summary(), allow_nan=False)
 
 
-def test_round_trip(context: Context) -> None:
+def test_round_trip(context: Atlas) -> None:
     result = segment(context, QUERY.scan(GRID), settings(ROUND_TRIP))
     scores = dice_per_structure(result.labels.data, QUERY.labels(GRID).data, context.values)
     assert min(scores.values()) > 0.65, scores
@@ -105,7 +111,7 @@ def test_round_trip(context: Context) -> None:
     assert set(result.seconds) == {"registration", "warping", "model", "round trip", "gate", "fusion", "quality"}
 
 
-def test_the_gate_is_that_of_the_atlas_alone(context: Context) -> None:
+def test_the_gate_is_that_of_the_atlas_alone(context: Atlas) -> None:
     """The same for every query, and whether it was trained before or with the query."""
     gate = learn_gate(context, settings())
     assert gate is not None
@@ -125,7 +131,7 @@ def test_the_gate_is_that_of_the_atlas_alone(context: Context) -> None:
         learn_gate(context, settings(ROUND_TRIP))
 
 
-def test_the_default_gate_smooths_each_structure_as_the_atlas_says(context: Context) -> None:
+def test_the_default_gate_smooths_each_structure_as_the_atlas_says(context: Atlas) -> None:
     """A share for each structure, applied last; the paper's gate has none."""
     gate = learn_gate(context, settings())
     assert gate is not None
@@ -148,13 +154,13 @@ def test_the_default_gate_smooths_each_structure_as_the_atlas_says(context: Cont
     assert (paper.correction, paper.smoothing) == (None, ())
 
 
-def test_further_fits_need_a_first(context: Context) -> None:
+def test_further_fits_need_a_first(context: Atlas) -> None:
     with pytest.raises(InputError, match="2 further fits without a transform; expected them beside the first"):
         segment(context, QUERY.scan(GRID), settings(), further_fits=[Affine(np.eye(4))] * 2)
 
 
 @pytest.mark.parametrize("right", ["atlas", "model"])
-def test_simulated_errors_teach_the_gate(context: Context, right: str) -> None:
+def test_simulated_errors_teach_the_gate(context: Atlas, right: str) -> None:
     """From a bad start it comes to what is right: the model, or the atlas where the model says nonsense."""
 
     class Nonsense:
@@ -177,7 +183,7 @@ def test_simulated_errors_teach_the_gate(context: Context, right: str) -> None:
     assert (best.start >= 0.75) == (right == "atlas")
 
 
-def test_what_the_model_does_not_find_stays_as_the_atlas_has_it(context: Context) -> None:
+def test_what_the_model_does_not_find_stays_as_the_atlas_has_it(context: Atlas) -> None:
     """And is told: a structure must not vanish because a model gives it up."""
 
     class Blind:
@@ -215,7 +221,7 @@ def test_what_the_model_does_not_find_stays_as_the_atlas_has_it(context: Context
 
 @pytest.mark.parametrize("codes", ["LPS", "LAS", "SAR", "PIR"])
 @pytest.mark.parametrize("prompt", ["mask", "box", "click"])
-def test_array_order_changes_nothing(context: Context, codes: str, prompt: str) -> None:
+def test_array_order_changes_nothing(context: Atlas, codes: str, prompt: str) -> None:
     query = QUERY.scan(GRID)
     straight = segment(context, query, settings(f"prompt={prompt}"))
     turned = segment(context, stored_as(query, codes), settings(f"prompt={prompt}"))
@@ -228,7 +234,7 @@ def test_array_order_changes_nothing(context: Context, codes: str, prompt: str) 
             assert one.prompt.first_mm == other.prompt.first_mm
 
 
-def test_array_order_changes_nothing_after_registration(context: Context) -> None:
+def test_array_order_changes_nothing_after_registration(context: Atlas) -> None:
     query = QUERY.scan(GRID)
     straight = segment(context, query, settings(registered=True))
     for codes in ("LPS", "LAS"):
@@ -247,7 +253,7 @@ def oblique_grid() -> Grid:
 @pytest.mark.parametrize(
     "grid", [oblique_grid(), straight_grid((64, 54, 24), (1.5, 1.5, 3.0))], ids=["oblique", "anisotropic"]
 )
-def test_other_voxels_of_the_same_patient(context: Context, grid: Grid, registered: bool) -> None:
+def test_other_voxels_of_the_same_patient(context: Atlas, grid: Grid, registered: bool) -> None:
     """The result is about the same place in the world, whatever lattice the patient was scanned on."""
     straight = segment(context, QUERY.scan(GRID), settings(registered=registered))
     other = segment(context, QUERY.scan(grid), settings(registered=registered))
@@ -261,7 +267,7 @@ def dice_of(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
     return float(2 * (one & other).sum() / (one.sum() + other.sum()))
 
 
-def test_the_same_twice(context: Context) -> None:
+def test_the_same_twice(context: Atlas) -> None:
     query = QUERY.scan(GRID)
     one, other = (segment(context, query, settings("seed=3", registered=True)) for _ in range(2))
     np.testing.assert_array_equal(one.labels.data, other.labels.data)
@@ -269,7 +275,7 @@ def test_the_same_twice(context: Context) -> None:
         np.testing.assert_array_equal(one.probabilities[value].fused.values, other.probabilities[value].fused.values)
 
 
-def test_structure_outside_the_field_of_view_is_named(context: Context) -> None:
+def test_structure_outside_the_field_of_view_is_named(context: Atlas) -> None:
     query = QUERY.scan(GRID.crop((0, 0, 0), (48, 40, 22)))  # ends 7 mm above the origin, below the node
     result = segment(context, query, settings(ROUND_TRIP))
     assert status_of(result) == {"liver": "present", "kidney": "present", "node": "outside"}
@@ -286,17 +292,17 @@ def test_structure_outside_the_field_of_view_is_named(context: Context) -> None:
     assert liver.round_trip_dice > 0.9  # of the part in view
 
 
-def test_structure_lost_between_slices_is_absent(context: Context) -> None:
+def test_structure_lost_between_slices_is_absent(context: Atlas) -> None:
     labels = context.labels.data.copy()
     labels[24, 20, 1] = 99  # a single voxel of 2 mm
-    one_voxel = Context.from_volumes(context.image, Volume(labels, GRID))
+    one_voxel = Atlas.from_volumes(context.image, Volume(labels, GRID))
     thick = straight_grid((48, 40, 7), (2.0, 2.0, 10.0))
     result = segment(one_voxel, QUERY.scan(thick), settings())
     assert result.structures[3].status == "absent"
     assert result.structures[3].reason == "the warped atlas fills no voxel of the query with it by half"
 
 
-def test_nothing_in_view(context: Context) -> None:
+def test_nothing_in_view(context: Atlas) -> None:
     query = QUERY.scan(GRID.crop((0, 0, 0), (5, 40, 36)))
     result = segment(context, query, settings(ROUND_TRIP))
     assert set(status_of(result).values()) == {"outside"}
@@ -305,7 +311,7 @@ def test_nothing_in_view(context: Context) -> None:
     assert result.gate.examples == 0
 
 
-def test_without_a_model(context: Context) -> None:
+def test_without_a_model(context: Atlas) -> None:
     result = segment(context, QUERY.scan(GRID), settings("model=none"))
     assert result.model_labels is None
     assert result.gate is None
@@ -315,11 +321,11 @@ def test_without_a_model(context: Context) -> None:
     assert result.summary()["model"] == {"name": "none"}
 
 
-def test_label_values_stay(context: Context) -> None:
+def test_label_values_stay(context: Atlas) -> None:
     """Values beyond 16 bits neither change nor cost memory."""
     labels = context.labels.data.astype(np.uint32)
     labels[labels == 12] = 614_454_277
-    large = Context.from_volumes(context.image, Volume(labels, GRID))
+    large = Atlas.from_volumes(context.image, Volume(labels, GRID))
     query = QUERY.scan(GRID)
     one, other = segment(large, query, settings()), segment(context, query, settings())
     assert one.labels.data.dtype == np.uint32
@@ -328,7 +334,7 @@ def test_label_values_stay(context: Context) -> None:
     assert set(one.probabilities) == {1, 7, 614_454_277}
 
 
-def test_click_is_told_in_voxels_of_the_file(context: Context) -> None:
+def test_click_is_told_in_voxels_of_the_file(context: Atlas) -> None:
     query = stored_as(QUERY.scan(GRID), "PIR")
     result = segment(context, query, settings("prompt=click"))
     for one in result.structures:
@@ -339,7 +345,7 @@ def test_click_is_told_in_voxels_of_the_file(context: Context) -> None:
         assert np.linalg.norm(np.subtract(one.prompt.first_mm, centre)) < 4
 
 
-def test_box_is_told_by_its_corner_voxels(context: Context) -> None:
+def test_box_is_told_by_its_corner_voxels(context: Atlas) -> None:
     query = stored_as(QUERY.scan(GRID), "LPS")
     result = segment(context, query, settings("prompt=box"))
     liver = result.structures[0].prompt
@@ -350,7 +356,7 @@ def test_box_is_told_by_its_corner_voxels(context: Context) -> None:
 
 
 @pytest.mark.parametrize(("examples", "asked"), [((), 5), ((ROUND_TRIP,), 2)], ids=["simulated", "round trip"])
-def test_model_is_asked_once_to_encode_each_scan(context: Context, examples: tuple[str, ...], asked: int) -> None:
+def test_model_is_asked_once_to_encode_each_scan(context: Atlas, examples: tuple[str, ...], asked: int) -> None:
     class Counting:
         def __init__(self) -> None:
             self.inner = load_model("builtin", "cpu")
@@ -385,7 +391,7 @@ def test_no_way_in_for_the_labels_of_the_query() -> None:
     assert list(inspect.signature(learn_gate).parameters) == ["context", "settings", "device", "on_stage", "model"]
 
 
-def test_query_of_another_type_and_in_another_memory_order(context: Context) -> None:
+def test_query_of_another_type_and_in_another_memory_order(context: Atlas) -> None:
     query = QUERY.scan(GRID)
     whole = Volume(query.data.astype(np.int16), GRID)
     one = segment(context, whole, settings())
@@ -393,7 +399,7 @@ def test_query_of_another_type_and_in_another_memory_order(context: Context) -> 
     np.testing.assert_array_equal(one.labels.data, other.labels.data)
 
 
-def test_a_given_transform_keeps_its_parts(context: Context) -> None:
+def test_a_given_transform_keeps_its_parts(context: Atlas) -> None:
     view = QUERY.scan(GRID)
     nodes = GRID.crop((10, 10, 10), (30, 30, 30))
     values = np.zeros((3, *nodes.shape), np.float32)
@@ -421,7 +427,7 @@ def test_a_given_transform_keeps_its_parts(context: Context) -> None:
     json.dumps(given.summary(), allow_nan=False)
 
 
-def test_queries_that_cannot_be_used(context: Context) -> None:
+def test_queries_that_cannot_be_used(context: Atlas) -> None:
     with pytest.raises(InputError, match="the query: all voxels have the value 2"):
         segment(context, Volume(np.full(GRID.shape, 2.0), GRID))
     data = QUERY.scan(GRID).data.copy()
@@ -430,7 +436,7 @@ def test_queries_that_cannot_be_used(context: Context) -> None:
         segment(context, Volume(data, GRID))
 
 
-def test_settings_that_cannot_be_used(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_cannot_be_used(context: Atlas, monkeypatch: pytest.MonkeyPatch) -> None:
     query = QUERY.scan(GRID)
     with pytest.raises(InputError, match="unknown model 'sam'; known models: none, builtin"):
         segment(context, query, settings("model=sam"))
@@ -456,7 +462,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     [(MemoryError(), "the memory does not suffice"), (torch.OutOfMemoryError(), "the GPU ran out of memory")],
 )
 def test_memory_errors_are_sentences(
-    context: Context, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+    context: Atlas, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise error
@@ -466,7 +472,7 @@ def test_memory_errors_are_sentences(
         segment(context, QUERY.scan(GRID))
 
 
-def test_random_state_of_the_caller_is_kept(context: Context) -> None:
+def test_random_state_of_the_caller_is_kept(context: Atlas) -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     segment(context, QUERY.scan(GRID), settings("seed=1"))

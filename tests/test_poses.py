@@ -7,18 +7,21 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from atlassegfm.transforms.maps.maps import Affine
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from atlassegfm.geometry import Grid
-from atlassegfm.image import LocalMap, Volume
-from atlassegfm.registration import poses, pyramid, shifts
-from atlassegfm.registration.affine_maps import affine_maps
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume
+from atlassegfm.core.mask import LocalMap
+from atlassegfm.registration import pyramid
+from atlassegfm.registration import structure_affine as poses
+from atlassegfm.registration import structure_search as shifts
+from atlassegfm.registration.affine import affine_maps
 from atlassegfm.registration.features import mind_ssc
-from atlassegfm.transforms import Affine
 from conftest import affine_of, rotation
 
 SIZE = 40

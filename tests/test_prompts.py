@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
-from atlassegfm.image import LocalMap
+from atlassegfm.core.mask import LocalMap
 from atlassegfm.prompts import BoxPrompt, ClickPrompt, MaskPrompt, PromptKind, make_prompt
 
 masks = hnp.arrays(np.float32, (4, 5, 6), elements=st.sampled_from([0.0, 0.4, 0.5, 1.0]))

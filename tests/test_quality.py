@@ -7,17 +7,20 @@ from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
+from atlassegfm.quality.evidence.estimate import Regression, regressions
+from atlassegfm.quality.evidence.evidence import Case, Evidence, gather
+from atlassegfm.quality.evidence.verdict import judge, overall
+from atlassegfm.transforms.maps.maps import Affine
 
-from atlassegfm import quality
-from atlassegfm.context import Context
-from atlassegfm.geometry import Grid
-from atlassegfm.image import LocalMap, Volume
-from atlassegfm.pipeline import Settings, segment
-from atlassegfm.quality import Case, Evidence, Regression, gather, judge, overall, regressions
+from atlassegfm.atlas import Atlas
+from atlassegfm.core.config import Settings, with_overrides
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume
+from atlassegfm.core.mask import LocalMap
+from atlassegfm.quality.evidence import evidence as quality
 from atlassegfm.registration import Registration
-from atlassegfm.registration.difference import Difference
-from atlassegfm.settings import with_overrides
-from atlassegfm.transforms import Affine
+from atlassegfm.registration.dissimilarity import Difference
+from atlassegfm.segment import segment
 from conftest import ORIENTATIONS, affine_of
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
@@ -206,7 +209,7 @@ def test_evidence_is_about_the_world_not_the_array(affine: np.ndarray) -> None:
 
 def test_results_carry_their_verdicts() -> None:
     grid = straight_grid()
-    context = Context(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
+    context = Atlas(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
     for model in ("builtin", "none"):
         result = segment(context, QUERY.scan(grid), with_overrides(Settings(), [*UNREGISTERED, f"model={model}"]))
         summary = result.summary()
@@ -219,7 +222,7 @@ def test_results_carry_their_verdicts() -> None:
 
 def test_what_is_not_there_is_no_good_result() -> None:
     grid = straight_grid()
-    context = Context(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
+    context = Atlas(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
     beside = Grid((20, 40, 36), grid.affine @ affine_of(np.eye(3), (28.0, 0.0, 0.0)))
     result = segment(context, QUERY.scan(beside), with_overrides(Settings(), [*UNREGISTERED, "model=none"]))
     kidney = result.structures[1]

@@ -9,28 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from atlassegfm.transforms.maps.maps import Affine, DisplacementField, Transform
+from atlassegfm.transforms.resample.resample import resample
 from numpy.typing import NDArray
 from scipy import ndimage
 
 import scenes
-from atlassegfm.errors import RegistrationError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume
-from atlassegfm.registration import (
-    InstanceSettings,
-    Pair,
-    Registration,
-    RegistrationSettings,
-    features,
-    instance,
-    linear,
-    poses,
-    pyramid,
-    register,
-    sampling,
-)
+from atlassegfm.core.errors import RegistrationError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume
+from atlassegfm.registration import Pair, Registration, features, pyramid, register, sampling
+from atlassegfm.registration import affine as linear
+from atlassegfm.registration import structure_affine as poses
+from atlassegfm.registration.engines import instance
 from atlassegfm.registration.pair import Start
-from atlassegfm.transforms import Affine, DisplacementField, Transform, resample
+from atlassegfm.settings import InstanceSettings, RegistrationSettings
 from conftest import ORIENTATIONS, SHEARED, affine_of, rotation
 
 #: Coarser than the defaults, for speed.

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from atlassegfm.errors import InputError, MissingExtraError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume
+from atlassegfm.core.errors import InputError, MissingExtraError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume
+from atlassegfm.core.labels import Structure, palette_color
 from atlassegfm.report import draw_overview, require_report_extra
 from atlassegfm.report.planes import best_slice, letters
-from atlassegfm.structures import Structure, palette_color
 
 pytest.importorskip("matplotlib")
 

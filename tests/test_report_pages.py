@@ -19,9 +19,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from atlassegfm.errors import InputError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume, save_volume
+from atlassegfm.core.errors import InputError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume, save_volume
 from atlassegfm.report import CaseOptions, ReportOptions, write_report
 from atlassegfm.report.cohort import outliers
 from atlassegfm.report.folder import read_folder, shown_reason

@@ -11,8 +11,8 @@ import pytest
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 
-from atlassegfm.errors import InputError
-from atlassegfm.settings import known_keys, load_toml, to_dict, to_toml, with_file, with_overrides, with_table
+from atlassegfm.core.config import known_keys, load_toml, to_dict, to_toml, with_file, with_overrides, with_table
+from atlassegfm.core.errors import InputError
 
 CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -175,7 +175,7 @@ def test_to_dict() -> None:
 
 
 def test_an_empty_list_of_a_level_is_refused() -> None:
-    from atlassegfm.pipeline import Settings
+    from atlassegfm.core.config import Settings
 
     for name in ("level_voxels", "iterations", "smoothness", "cautious_mind_weight"):
         with pytest.raises(InputError, match=rf"registration\.instance\.{name} is \[\]; expected a list, each "):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from atlassegfm.fusion.gate.simulation import random_field, simulated_mask
 from scipy import ndimage
 
-from atlassegfm.geometry import Grid
-from atlassegfm.image import LocalMap, Volume
-from atlassegfm.metrics import dice
-from atlassegfm.simulation import SimulationSettings, random_field, simulated_mask
+from atlassegfm.core.config import SimulationSettings
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume
+from atlassegfm.core.mask import LocalMap
+from atlassegfm.core.overlap import dice
 from conftest import rotation
 from scenes import straight_grid
 

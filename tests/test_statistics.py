@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atlassegfm.statistics import Interval, macro_mean, paired_bootstrap, spread
+from atlassegfm.evaluate.statistics import Interval, macro_mean, paired_bootstrap, spread
 
 NAN = math.nan
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atlassegfm.errors import InputError
-from atlassegfm.structures import (
+from atlassegfm.core.errors import InputError
+from atlassegfm.core.labels import (
     LabelEntry,
     Structure,
     dataset_json_of,

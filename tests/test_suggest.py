@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from atlassegfm import suggest as module
-from atlassegfm.errors import InputError
-from atlassegfm.image import Volume, save_volume
-from atlassegfm.registration import RegistrationSettings
-from atlassegfm.suggest import draw_suggestion, scans_in, suggest
+from atlassegfm.check import suggest as module
+from atlassegfm.check.suggest import draw_suggestion, scans_in, suggest
+from atlassegfm.core.errors import InputError
+from atlassegfm.core.image import Volume, save_volume
+from atlassegfm.settings import RegistrationSettings
 from conftest import Run
 from scenes import Patient, straight_grid
 

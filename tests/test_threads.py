@@ -11,7 +11,7 @@ import pytest
 import SimpleITK
 import torch
 
-from atlassegfm.threads import changed_environment, limited_threads, side_by_side, thread_variables, usable_cores
+from atlassegfm.core.parallel import changed_environment, limited_threads, side_by_side, thread_variables, usable_cores
 
 
 def state() -> tuple[int, int, str | None]:

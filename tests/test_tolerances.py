@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atlassegfm import tolerances as package
-from atlassegfm.errors import InputError
-from atlassegfm.tolerances import PRESETS, Tolerances, load_tolerances, uniform
+from atlassegfm.core.errors import InputError
+from atlassegfm.evaluate import tolerances as package
+from atlassegfm.evaluate.tolerances import PRESETS, Tolerances, load_tolerances, uniform
 
 
 def written(folder: Path, text: str) -> str:

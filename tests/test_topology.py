@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from atlassegfm.fusion.gate.topology import Topology, changes_to, topologies_of
 from scipy import ndimage
 
-from atlassegfm.context import Context
-from atlassegfm.image import LocalMap, Volume
+from atlassegfm.atlas import Atlas
+from atlassegfm.core.config import Settings, with_overrides
+from atlassegfm.core.image import Volume
+from atlassegfm.core.mask import LocalMap
 from atlassegfm.models import OnPrompt
-from atlassegfm.pipeline import Settings, segment
 from atlassegfm.prompts import MaskPrompt
-from atlassegfm.settings import with_overrides
-from atlassegfm.topology import Topology, changes_to, topologies_of
+from atlassegfm.segment import segment
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
 
@@ -91,7 +92,7 @@ class _WithIslands:
 @pytest.mark.parametrize("wanted", [True, False])
 def test_results_have_the_topology_of_the_atlas(wanted: bool) -> None:
     grid = straight_grid()
-    context = Context(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
+    context = Atlas(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
     overrides = [
         *UNREGISTERED,
         "fusion.gate=paper",

@@ -7,33 +7,20 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from atlassegfm.transforms.maps.inverse import invert, invert_field
+from atlassegfm.transforms.maps.jacobian import deformation_statistics, folding_share, jacobian_statistics, nodes_in
+from atlassegfm.transforms.maps.maps import Affine, Chain, DisplacementField, displacement_on, stages_of
+from atlassegfm.transforms.resample.resample import points_of, resample, warp_labels, warp_labels_by_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nibabel import Nifti1Image
 from nibabel.processing import resample_from_to
 from scipy import ndimage
 
-from atlassegfm import transforms
-from atlassegfm.errors import InputError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume
-from atlassegfm.transforms import (
-    Affine,
-    Chain,
-    DisplacementField,
-    deformation_statistics,
-    displacement_on,
-    folding_share,
-    invert,
-    invert_field,
-    jacobian_statistics,
-    nodes_in,
-    points_of,
-    resample,
-    stages_of,
-    warp_labels,
-    warp_labels_by_each,
-)
+from atlassegfm.core.errors import InputError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume
+from atlassegfm.transforms.maps import maps as transforms
 from conftest import ORIENTATIONS, SHEARED, affine_of, rotation
 
 Factory = Callable[..., Volume]

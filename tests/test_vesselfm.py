@@ -16,17 +16,19 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from atlassegfm.context import Context
-from atlassegfm.errors import InputError, MissingExtraError, ModelError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import LocalMap, Source, Volume
-from atlassegfm.metrics import score_labels
+from atlassegfm.atlas import Atlas
+from atlassegfm.core.config import ModelSettings, Settings, VesselFmSettings, with_overrides
+from atlassegfm.core.errors import InputError, MissingExtraError, ModelError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Source, Volume
+from atlassegfm.core.mask import LocalMap
+from atlassegfm.evaluate.metrics import score_labels
 from atlassegfm.models import load_model
-from atlassegfm.models.settings import ModelSettings, VesselFmSettings
+from atlassegfm.models.choice import prompt_kind
 from atlassegfm.models.vesselfm import PUBLISHED_FILTERS, VesselSegmenter, build_network, load_network
-from atlassegfm.pipeline import Segmentation, Settings, prompt_kind, segment
 from atlassegfm.prompts import ClickPrompt, RegionPrompt
-from atlassegfm.settings import with_overrides
+from atlassegfm.result import Segmentation
+from atlassegfm.segment import segment
 from scenes import UNREGISTERED
 from tiny_vesselfm import FILTERS, make_checkpoint
 
@@ -457,17 +459,17 @@ def stored_as(volume: Volume, codes: str) -> Volume:
 
 
 @pytest.fixture(scope="module")
-def tree_context() -> Context:
+def tree_context() -> Atlas:
     image, labels = tree(TREE_GRID)
-    return Context.from_volumes(image, Volume(np.where(labels.data == 3, 0, labels.data), TREE_GRID))
+    return Atlas.from_volumes(image, Volume(np.where(labels.data == 3, 0, labels.data), TREE_GRID))
 
 
 @pytest.fixture(scope="module")
-def tree_result(tree_context: Context) -> Segmentation:
+def tree_result(tree_context: Atlas) -> Segmentation:
     return segment_tree(tree_context, tree(TREE_GRID, SHIFT_MM)[0])
 
 
-def segment_tree(context: Context, query: Volume) -> Segmentation:
+def segment_tree(context: Atlas, query: Volume) -> Segmentation:
     """Without registration: the warped atlas is 3.5 mm off, more than the vessels' radius.
 
     The round trip comes back as it went, so that the gate would trust the atlas; it is told to trust the model.
@@ -507,13 +509,13 @@ def test_branches_of_a_tree_stay_apart(tree_result: Segmentation) -> None:
 
 
 @pytest.mark.parametrize("codes", ["LPS", "SAR", "PIR"])
-def test_array_order_changes_nothing(tree_context: Context, tree_result: Segmentation, codes: str) -> None:
+def test_array_order_changes_nothing(tree_context: Atlas, tree_result: Segmentation, codes: str) -> None:
     turned = segment_tree(tree_context, stored_as(tree(TREE_GRID, SHIFT_MM)[0], codes))
     assert turned.labels.grid.axis_codes == codes
     np.testing.assert_array_equal(turned.labels.turned_to(TREE_GRID).data, tree_result.labels.data)
 
 
-def test_tells_what_it_used(tree_context: Context, checkpoint: Path) -> None:
+def test_tells_what_it_used(tree_context: Atlas, checkpoint: Path) -> None:
     """With the network itself, through the front door."""
     settings = with_overrides(
         Settings(), [*UNREGISTERED, "model=vesselfm", "models.vesselfm.window=64", f"model_path={checkpoint}"]

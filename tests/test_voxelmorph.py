@@ -9,26 +9,20 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from atlassegfm.transforms.maps.maps import Affine, DisplacementField, Transform
+from atlassegfm.transforms.resample.resample import resample
 from numpy.typing import NDArray
 from scipy import ndimage
 
 import scenes
-from atlassegfm.errors import RegistrationError
-from atlassegfm.geometry import Grid
-from atlassegfm.image import Volume
-from atlassegfm.registration import (
-    ENGINES,
-    Registration,
-    RegistrationSettings,
-    VoxelmorphSettings,
-    pyramid,
-    register,
-    sampling,
-    voxelmorph,
-)
+from atlassegfm.core.errors import RegistrationError
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume
+from atlassegfm.registration import ENGINES, Registration, pyramid, register, sampling
+from atlassegfm.registration.engines import voxelmorph
+from atlassegfm.registration.engines.voxelmorph import Network
 from atlassegfm.registration.pair import Pair, Start
-from atlassegfm.registration.voxelmorph import Network
-from atlassegfm.transforms import Affine, DisplacementField, Transform, resample
+from atlassegfm.settings import RegistrationSettings, VoxelmorphSettings
 from conftest import ORIENTATIONS, affine_of
 
 #: A small net on a small grid with a rate that a few steps suffice for.

@@ -27,10 +27,10 @@ import numpy as np
 import pytest
 import torch
 
-from atlassegfm import weights as weights_module
-from atlassegfm.errors import InputError, ModelError
-from atlassegfm.models._checkpoint import UnsafeCheckpointError, check_fit, load_state, named_weights
-from atlassegfm.weights import (
+from atlassegfm.core.errors import InputError, ModelError
+from atlassegfm.models import weights as weights_module
+from atlassegfm.models.checkpoint import UnsafeCheckpointError, check_fit, load_state, named_weights
+from atlassegfm.models.weights import (
     ACCEPTANCE,
     RECORD,
     VERDICTS,
@@ -458,7 +458,7 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = {paths!r}
 from mirror import weights
-from atlassegfm.weights import WeightsFile, fetch
+from atlassegfm.models.weights import WeightsFile, fetch
 print("ready", flush=True)
 fetch("toy", weights(), None, lambda text: print(text, flush=True))
 """
@@ -622,7 +622,7 @@ def test_weights_of_ones_own_are_warned_of(tmp_path: Path, caplog: pytest.LogCap
 def test_weights_are_hashed_once(default: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Path] = []
     put(default, KNOWN)
-    monkeypatch.setattr("atlassegfm.weights.sha256_of", lambda path: hashed.append(path) or SHA256)
+    monkeypatch.setattr("atlassegfm.models.weights.sha256_of", lambda path: hashed.append(path) or SHA256)
     for _ in range(3):
         find_weights("toy", weights(KNOWN), None)
     assert hashed == [default / "toy.pt"]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atlassegfm.models import _medsam2_network
+from atlassegfm.models import medsam2_network as _medsam2_network
 
 #: A small network of the published depth: 64 pixels, widths 8 to 64. transformers has memories of 64 channels written
 #: into its code, so that less than twice as many here would leave out how it takes pointers to objects apart.

@@ -5,22 +5,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import AtlasSegError, InputError, MissingExtraError, ModelError, RegistrationError
-from .version import __version__
+from .core.errors import AtlasSegError, InputError, MissingExtraError, ModelError, RegistrationError
+from .core.version import __version__
 
 if TYPE_CHECKING:
-    from .context import Context
-    from .customization import Customization, customize
-    from .geometry import Grid
-    from .image import Volume, load_image, load_labels, save_volume
-    from .pipeline import Segmentation, Settings, segment
-    from .registration import Registration, RegistrationSettings, register
-    from .structures import Structure
+    from .atlas import Atlas
+    from .context import Context, customize
+    from .core.geometry import Grid
+    from .core.image import Volume, load_image, load_labels, save_volume
+    from .core.labels import Structure
+    from .registration import Registration, register
+    from .result import Segmentation
+    from .segment import segment
+    from .settings import RegistrationSettings, Settings
 
 __all__ = [
+    "Atlas",
     "AtlasSegError",
     "Context",
-    "Customization",
     "Grid",
     "InputError",
     "MissingExtraError",
@@ -43,21 +45,21 @@ __all__ = [
 
 #: Where the names live that are imported on first use: PyTorch alone takes seconds.
 _HOME = {
+    "Atlas": "atlas",
     "Context": "context",
-    "Customization": "customization",
-    "Grid": "geometry",
+    "Grid": "core.geometry",
     "Registration": "registration",
-    "RegistrationSettings": "registration",
-    "Segmentation": "pipeline",
-    "Settings": "pipeline",
-    "Structure": "structures",
-    "Volume": "image",
-    "customize": "customization",
-    "load_image": "image",
-    "load_labels": "image",
+    "RegistrationSettings": "settings",
+    "Segmentation": "result",
+    "Settings": "settings",
+    "Structure": "core.labels",
+    "Volume": "core.image",
+    "customize": "context",
+    "load_image": "core.image",
+    "load_labels": "core.image",
     "register": "registration",
-    "save_volume": "image",
-    "segment": "pipeline",
+    "save_volume": "core.image",
+    "segment": "segment",
 }
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from .image import LocalMap
+from .core.mask import LocalMap
 
 #: "region" is for models that take no prompt.
 PromptKind = Literal["click", "box", "mask", "region"]

@@ -1,339 +1,540 @@
-"""Reading, changing and printing settings.
-
-Settings are frozen dataclasses, checked by pydantic, that may hold others: ``Settings.registration.affine``
-is the key ``registration.affine``. A key is written in two places, its field and the line that reads it; what
-is here works on any of them.
-"""
+"""All settings of a job."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import textwrap
-import tomllib
-import types
-import typing
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from dataclasses import field
+from typing import Annotated, Literal
 
-from pydantic import TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import ConfigDict, Field, field_validator
+from pydantic.dataclasses import dataclass as settings_dataclass
 
-from .errors import InputError
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-class _SettingsClass(Protocol):
-    """What pydantic adds to a dataclass."""
+@settings_dataclass(frozen=True, config=_STRICT)
+class InstanceSettings:
+    """The engine ``instance``: the displacement itself is optimised."""
 
-    __pydantic_fields__: dict[str, FieldInfo]
-    __dataclass_fields__: dict[str, dataclasses.Field[Any]]
+    level_voxels: Annotated[tuple[Annotated[int, Field(ge=2_000, le=20_000_000)], ...], Field(min_length=1)] = (
+        40_000,
+        150_000,
+    )
+    """Voxels of each level over the query's field of view, coarse to fine (for an abdomen about 9 and 6 mm), never
+    finer than the query itself. Where structures have been found, the first one is left out: it would undo much of
+    that."""
+
+    local_voxels: Annotated[int, Field(ge=0, le=20_000_000)] = 500_000
+    """Voxels of the last level, in the box around the warped labels, never finer than the query itself; 0 for none."""
+
+    voxels_per_structure: Annotated[int, Field(ge=0, le=1_000_000)] = 15_000
+    """Where the atlas has many structures, they are small, and the last level has as many voxels as this for each of
+    them, but at most ``most_local_voxels``: OASIS with its 138 structures comes to 1.4 mm."""
+
+    most_local_voxels: Annotated[int, Field(ge=2_000, le=100_000_000)] = 2_000_000
+    """Most voxels of the last level: bounds time and memory. At 2 million the whole process peaks at 1.7 GB
+    (docs/registration.md, OASIS)."""
+
+    iterations: Annotated[tuple[Annotated[int, Field(ge=0, le=2000)], ...], Field(min_length=1)] = (40, 35, 25)
+    """Adam steps on each level, the one in the labels' box last. Here and below the last number of a list holds for
+    all levels after it."""
+
+    mind_weight: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (2.5,)
+    """Weight of the MIND-SSC difference on each level."""
+
+    correlation_weight: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.5,)
+    """Weight of one minus the local correlation on each level."""
+
+    smoothness: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.05, 0.25, 0.4)
+    """Weight of the squared gradient of what each level adds to the displacement. Of the whole displacement it would
+    pull structures back that were found centimetres away: with 0.1 of the whole on the second level, Dice of the warped
+    atlas is 0.793 instead of 0.796 (15 pairs of Abd-CT) and 0.789 instead of 0.790 (15 of Cardiac)."""
+
+    folding_penalty: Annotated[float, Field(ge=0)] = 10.0
+    """Weight of the squared shortfall of the local volume (Jacobian determinant) below 0.3."""
+
+    structure_emphasis: Annotated[float, Field(ge=0)] = 4.0
+    """How much more a voxel in or near a structure of the atlas counts: 1 + this times one elsewhere."""
+
+    fits: Annotated[int, Field(ge=1, le=4)] = 2
+    """How many fits are made, each with other weights; the warped labels are the mean of what they give. The first one
+    is the transform that is kept and told of. Dice of the warped atlas with 1 / 2 / 3 / 4: 0.798 / 0.810 / 0.813 /
+    0.816 (Cardiac, 10 pairs), 0.816 / 0.817 / 0.813 / 0.818 (Hippocampus, 12), 0.838 / 0.838 / 0.840 / 0.840 (Abd-MR,
+    10). Each takes as long as the first."""
+
+    diffeomorphic: bool = False
+    """Whether each level fits a stationary velocity, whose flow can be undone everywhere, and levels are composed
+    instead of added, so that hardly anything folds. Slower."""
+
+    cautious: bool = True
+    """Whether the fit is made again, cautiously, where the structures' contrast differs between the scans: the
+    structures are searched for by MIND-SSC alone, and what follows counts little else until the level in the labels'
+    box. Brightness and local correlation take a bright stomach for a bright spleen where the query's spleen is dark."""
+
+    contrast_tolerance: Annotated[float, Field(ge=0, le=1)] = 0.15
+    """Difference of the structures' brightness, as a share of the range of intensities, above which contrast counts as
+    different (the program logs it at level DEBUG). In the ten pairs of Abd-MR with one scan, whose spleen is dark, it
+    is 0.175 to 0.312, in the other twenty 0.011 to 0.086. Two pairs of Abd-CT and three of
+    Cardiac are above it only because structures lie wrong. One scan: other data may want another value."""
+
+    cautious_mind_weight: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (5.0,)
+    """``mind_weight`` of the cautious fit over the field of view; in the labels' box it is the usual one."""
+
+    cautious_correlation_weight: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.0, 0.2)
+    """``correlation_weight`` of the cautious fit."""
+
+    cautious_smoothness: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.3, 0.1)
+    """``smoothness`` of the cautious fit."""
 
 
-S = TypeVar("S")
+@settings_dataclass(frozen=True, config=_STRICT)
+class VoxelmorphSettings:
+    """The engine ``voxelmorph``: the paper's network, optimised on the one pair. Defaults are the paper's."""
 
-#: Nested keys and values, as TOML has them.
-Table = Mapping[str, Any]
+    cpu_voxels: Annotated[int, Field(ge=1_000, le=20_000_000)] = 40_000
+    """Voxels of the isotropic working grid over the query's field of view, on a CPU: as many as the coarse level of the
+    engine ``instance`` (about 9 mm for an abdomen), never finer than the scan. A step takes 1.1 s on one core of a Xeon
+    of 2023, 0.14 to 0.25 s in half precision."""
 
-#: Comments in printed settings are wrapped to this width, as the code they come from.
-_COMMENT_WIDTH = 100
+    cuda_voxels: Annotated[int, Field(ge=1_000, le=100_000_000)] = 128**3
+    """The same on a GPU [published code: 128 x 128 x 128, there squeezed, here isotropic]. 256 x 256 x 240 is
+    15_728_640."""
+
+    levels: Annotated[int, Field(ge=2, le=8)] = 5
+    """Resolutions of the network, the full one included [paper]."""
+
+    channels: Annotated[int, Field(ge=1, le=256)] = 32
+    """Channels of the network at full resolution, twice as many below [paper]."""
+
+    iterations: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    """Adam steps [paper]."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    """Of Adam [paper]."""
+
+    loss: Literal["mse", "lncc", "mind"] = "mse"
+    """What is compared: squared differences of intensities normalised to 0 to 1 [paper], local correlation, or
+    MIND-SSC. MSE takes both scans to be of the same contrast. One Abd-MR pair, 200 steps of 1e-3 and a cosine: Dice
+    0.802 by "mse" (9 % of the body folded), 0.815 by "lncc" at smoothness 1 (3 %), 0.722 by "mind" at 0.3 (0.1 %)."""
+
+    smoothness: Annotated[float, Field(ge=0)] = 0.01
+    """Weight of the squared gradient of the displacement, a mean over the axes [published code]. Of the order of 1 for
+    "lncc" (VoxelMorph's own: 1.5)."""
+
+    diffeomorphic: bool = False
+    """Whether the network gives a velocity, integrated at half resolution, instead of the displacement. One Abd-MR
+    pair, "lncc" as above: Dice 0.822 and no folding with, 0.815 and 3 % without."""
+
+    integration_steps: Annotated[int, Field(ge=1, le=12)] = 7
+    """Squarings of the integration [VoxelMorph]."""
+
+    schedule: Literal["constant", "polynomial", "cosine"] = "constant"
+    """Course of the learning rate: constant [paper, which names none], falling with the power 0.9 [published code], or
+    a rise over 5 % of the iterations and a cosine to 0, which bears higher rates."""
+
+    coarse_iterations: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Steps of another network on an eighth of the voxels beforehand; its field is what the next begins with."""
+
+    use_start: bool = False
+    """Whether to begin with the displacement found by the search for each structure. The paper has no such search. One
+    Abd-MR pair, 200 steps of 1e-3 and a cosine: Dice 0.802 without, 0.792 with."""
+
+    patience: Annotated[int, Field(ge=0)] = 0
+    """Steps without a loss lower by a thousandth after which to stop; 0 takes all steps."""
+
+    half_precision: Literal["auto", "on", "off"] = "auto"
+    """Whether to convolve in bfloat16; displacement and loss stay in single precision. "auto": on GPUs that have it.
+    "on" makes a step four to eight times as fast on a CPU with AMX (Xeons since 2023); others were not measured."""
 
 
-def to_dict(settings: Any) -> dict[str, Any]:
-    """Settings as nested dictionaries of plain values; those that are None are there too."""
-    return {
-        name: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
-        for name, value in ((field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings))
-    }
+@settings_dataclass(frozen=True, config=_STRICT)
+class GreedySettings:
+    """The engine ``greedy``: picsl_greedy. Defaults are the recipe of our reference figures (docs/registration.md)."""
+
+    python: str = ""
+    """Path of a Python that has picsl_greedy. Empty: the environment variable ATLASSEGFM_GREEDY_PYTHON, or else this
+    Python."""
+
+    voxels: Annotated[int, Field(ge=2_000, le=50_000_000)] = 1_200_000
+    """Voxels over the query's field of view that it works on, at most; never finer than the scan. About the recipe's
+    spacings: 2.3 x 2.3 x 4.2 mm for Abd-MR (recipe 2.5 x 2.5 x 5), 3 mm for Abd-CT (3), 1.6 mm for OASIS (1.5), 1 mm
+    for Hippocampus (1), 1.6 x 1.6 x 3.6 mm for Cardiac (1.6 x 1.6 x 4)."""
+
+    search_tries: Annotated[int, Field(ge=0, le=100_000)] = 200
+    """Random rigid starts tried before the linear fit, from the centres of both scans on; with
+    ``registration.rigid`` only."""
+
+    search_rotation_deg: Annotated[float, Field(ge=0, le=180)] = 180.0
+    """Standard deviation of their rotation; 180: any rotation."""
+
+    search_shift_mm: Annotated[float, Field(ge=0)] = 40.0
+    """Standard deviation of their translation along each axis."""
+
+    metric_radius: Annotated[int, Field(ge=1, le=20)] = 4
+    """Of the cube of the weighted local correlation (WNCC), in voxels."""
+
+    iterations: Annotated[str, Field(pattern=r"^\d+(x\d+)*$")] = "100x50x20"
+    """On each level, coarse to fine, in greedy's notation; the last level is the scan as it is given."""
+
+    update_smoothing_voxels: Annotated[float, Field(ge=0)] = 2.0
+    """Standard deviation of the smoothing of each update of the field."""
+
+    field_smoothing_voxels: Annotated[float, Field(ge=0)] = 0.5
+    """Standard deviation of the smoothing of the field after each update."""
+
+    seed: Annotated[int, Field(ge=1, le=2**31 - 1)] = 1
+    """Of the random search and the jitter of its samples; 0 would be another one each time."""
 
 
-def with_overrides(settings: S, assignments: Sequence[str], *, option: str = "--set") -> S:
-    """Settings with single values replaced, as the command line gives them.
+@settings_dataclass(frozen=True, config=_STRICT)
+class AntsSettings:
+    """The engine ``ants``: ANTs' SyN, with the defaults of antspyx 0.6.3.
 
-    Parameters
-    ----------
-    settings : settings dataclass
-        Where all others come from.
-    assignments : sequence of str
-        Each ``key=value``; the key is dotted, the value is written as in TOML (quotes may be left out).
-    option : str
-        What the user typed before them, for messages.
-
-    Raises
-    ------
-    InputError
-        If an assignment has no "=", its key is not known or its value not allowed.
+    ``registration.rigid`` and ``registration.affine`` say which of the paper's variants it is: both SyN+RA, affine
+    alone SyN+A, neither SyN-only.
     """
-    for assignment in assignments:
-        key, equals, text = (part.strip() for part in assignment.partition("="))
-        if not equals or not key:
-            raise InputError(f"{option} {assignment}: expected key=value, such as {_example(settings)}")
-        table: dict[str, Any] = {}
-        inner = table
-        *sections, name = key.split(".")
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[name] = _toml_value(text)
-        settings = with_table(settings, table, origin=f"{option} {assignment}")
-    return settings
+
+    python: str = ""
+    """Path of a Python that has antspyx, which cannot be installed beside this package. Empty: the environment
+    variable ATLASSEGFM_ANTS_PYTHON, or else this Python."""
+
+    voxels: Annotated[int, Field(ge=2_000, le=50_000_000)] = 1_200_000
+    """Voxels over the query's field of view that it works on, at most, as for greedy."""
+
+    iterations: Annotated[str, Field(pattern=r"^\d+(x\d+)*$")] = "40x20x0"
+    """Of SyN on each level, coarse to fine; the last level is the scan as it is given."""
+
+    metric: Literal["mattes", "CC"] = "mattes"
+    """Of SyN: mutual information, or local correlation over 9 voxels (several times as slow)."""
+
+    gradient_step: Annotated[float, Field(gt=0)] = 0.2
+    """Of SyN, in voxels."""
+
+    flow_sigma: Annotated[float, Field(ge=0)] = 3.0
+    """Smoothing of each update, in voxels (as a variance)."""
+
+    total_sigma: Annotated[float, Field(ge=0)] = 0.0
+    """Smoothing of the whole field, in voxels (as a variance)."""
+
+    seed: Annotated[int, Field(ge=1, le=2**31 - 1)] = 1
+    """Of the random samples of its linear stages."""
 
 
-def with_file(settings: S, path: Path) -> S:
-    """Settings with the values of a TOML file in place of their own; keys the file leaves out stay.
+@settings_dataclass(frozen=True, config=_STRICT)
+class ElastixSettings:
+    """The engine ``elastix``: B-splines on mutual information. Defaults are those of itk-elastix 0.25."""
 
-    Raises
-    ------
-    InputError
-        If the file cannot be read, has a key that is not known or a value that is not allowed.
+    python: str = ""
+    """Path of a Python that has itk-elastix. Empty: the environment variable ATLASSEGFM_ELASTIX_PYTHON, or else this
+    Python."""
+
+    voxels: Annotated[int, Field(ge=2_000, le=50_000_000)] = 1_200_000
+    """Voxels over the query's field of view that it works on, at most, as for greedy."""
+
+    resolutions: Annotated[int, Field(ge=1, le=8)] = 4
+    """Levels, each twice as fine as the one before."""
+
+    iterations: Annotated[int, Field(ge=1, le=100_000)] = 256
+    """Steps of the stochastic gradient descent on each level of each stage."""
+
+    samples: Annotated[int, Field(ge=100, le=1_000_000)] = 2048
+    """Points drawn anew for each step."""
+
+    grid_voxels: Annotated[float, Field(ge=1, le=64)] = 4.0
+    """Distance of B-spline control points on the last level, in voxels along the finest axis; 4 are about the 10 mm
+    that itk-elastix takes for scans of an abdomen, and hold for small ones too."""
+
+    seed: Annotated[int, Field(ge=1, le=2**31 - 1)] = 1
+    """Of the random samples."""
+
+
+@settings_dataclass(frozen=True, config=_STRICT)
+class RegistrationSettings:
+    """How the atlas is registered to the query."""
+
+    engine: Literal["instance", "voxelmorph", "greedy", "ants", "elastix"] = "instance"
+    """Deformable engine. Those of other packages (greedy, ants, elastix) are for comparison, or for whoever trusts
+    them; they must be installed."""
+
+    rigid: bool = True
+    """Whether to search translations and fit a rigid motion. Off: the scanner's coordinates are the start of what
+    follows."""
+
+    affine: bool = True
+    """Whether to fit scale and shear too."""
+
+    deformable: bool = True
+    """Whether to fit a displacement field after the linear stages."""
+
+    structure_search: bool = True
+    """Whether each labelled structure is searched for on its own and gets a linear map of its own, to start the
+    deformable stage: organs move by centimetres against each other, out of reach of a smooth fit. A structure whose
+    best place is less like the atlas by MIND-SSC than where it is stays out of the search."""
+
+    discrete: bool = False
+    """Whether a coupled-convex search over displacements starts the deformable stage, after the search for each
+    structure; not for engines that take no start. Off, as it gained nothing: Dice of three pairs, without and with,
+    0.869 and 0.872 (Abd-MR 001 to 008), 0.826 and 0.799 (039 to 001), 0.788 and 0.790 (four organs of Abd-CT 008 to
+    028)."""
+
+    coarse_voxels: Annotated[int, Field(ge=2_000, le=1_000_000)] = 40_000
+    """Voxels of the coarse level over the query's field of view. Its spacing follows (about 9 mm for an abdomen),
+    so that heads, hearts and small crops need no settings of their own."""
+
+    fine_voxels: Annotated[int, Field(ge=2_000, le=20_000_000)] = 150_000
+    """Voxels of the fine level (about 6 mm for an abdomen), never finer than the scan itself."""
+
+    candidates: Annotated[int, Field(ge=1, le=32)] = 4
+    """Starts carried from the search over translations to the linear fit."""
+
+    linear_iterations: Annotated[int, Field(ge=1, le=1000)] = 30
+    """Adam steps of each linear fit (rigid and affine on the coarse level, affine again on the fine one)."""
+
+    peer_linear: bool = True
+    """Whether engines of other packages do the linear stages themselves, in their own way. Off: they are given ours
+    and do the deformable stage alone."""
+
+    instance: InstanceSettings = field(default_factory=InstanceSettings)
+    """Of the engine ``instance``."""
+
+    voxelmorph: VoxelmorphSettings = field(default_factory=VoxelmorphSettings)
+    """Of the engine ``voxelmorph``."""
+
+    greedy: GreedySettings = field(default_factory=GreedySettings)
+    """Of the engine ``greedy``."""
+
+    ants: AntsSettings = field(default_factory=AntsSettings)
+    """Of the engine ``ants``."""
+
+    elastix: ElastixSettings = field(default_factory=ElastixSettings)
+    """Of the engine ``elastix``."""
+
+
+@settings_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class SimulationSettings:
+    """Simulated errors of registration.
+
+    They were fitted to 33 real registrations (default settings): 8 of Abd-MR, 17 of Hippocampus, 8 of Cardiac, the
+    warped labels compared with the query's.
     """
-    return with_table(settings, load_toml(path), origin=str(path))
+
+    sizes: Annotated[tuple[Annotated[float, Field(gt=0, le=2)], ...], Field(min_length=1)] = (0.07, 0.10, 0.14, 0.20)
+    """Standard deviation of the displacement along each axis, as a share of the structure's radius; every structure
+    is simulated once with each. Of 4 sizes in a row (and 50 log-normal distributions of them) these are as near as
+    any to the Dice and the border distances of real registrations: medians of the Dice 0.82 (real 0.86) in Abd-MR, 0.82
+    (0.84) in Hippocampus, 0.79 (0.73) in Cardiac; of the mean border distance 0.10 (0.11), 0.10 (0.10) and 0.13 (0.15)
+    radii. Real ones have more outliers: a tenth of Abd-MR is off by more than 0.26 radii, here by 0.15."""
+
+    window: Annotated[float, Field(gt=0, le=10)] = 0.5
+    """Standard deviation of the Gaussian window that smooths the displacement, as a share of the structure's radius.
+    0.2 / 0.35 / 0.5 / 0.8 / 1.3 fit Dice and distances equally well (1-Wasserstein distances 0.291 / 0.296 / 0.292 /
+    0.296 / 0.307 of the mean error). How errors of border points go together does tell: at 0.6 times three volumes over
+    the surface apart they correlate by 0.52 in Abd-MR, 0.41 in Hippocampus and 0.73 in Cardiac, with 0.2 by 0.27, 0.38
+    and 0.39, with 0.5 by 0.49, 0.50 and 0.57."""
 
 
-def with_table(settings: S, table: Table, *, origin: str) -> S:
-    """Settings with the values of a nested table in place of their own.
-
-    Parameters
-    ----------
-    settings : settings dataclass
-        Where all other values come from.
-    table : mapping
-        Nested keys and values.
-    origin : str
-        Where the table comes from: the beginning of messages.
-
-    Raises
-    ------
-    InputError
-        If a key is not known or a value not allowed.
-    """
-    _check_keys(type(settings), type(settings), table, (), origin)
-    merged = _merged(to_dict(settings), table)
-    try:
-        return TypeAdapter(type(settings)).validate_python(merged)
-    except ValidationError as error:
-        first = error.errors()[0]
-        keys = _key_of(type(settings), first["loc"])
-        field = _field(type(settings), keys)
-        # A check of the settings' own says what it expects; else the type of the field does.
-        own = first.get("ctx", {}).get("error")
-        expected = describe_values(field) if field is not None and own is None else str(own or first["msg"])
-        expected = expected.removeprefix("expected ")
-        raise InputError(f"{origin}: {'.'.join(keys)} is {_shown(_at(merged, keys))}; expected {expected}") from None
+_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-def load_toml(path: Path, what: str = "a settings file") -> dict[str, Any]:
-    """Read a TOML file.
+@settings_dataclass(frozen=True, config=_STRICT)
+class NnInteractiveSettings:
+    """The model ``nninteractive``."""
 
-    Parameters
-    ----------
-    path : Path
-        The file.
-    what : str
-        What it should be, for messages.
+    autozoom: bool = True
+    """Whether it looks again at coarser resolution where its answer reaches the edge of its patch (192 voxels a
+    side), and then refines what it found patch by patch. Off is faster, and cuts off what is larger."""
 
-    Raises
-    ------
-    InputError
-        If it is missing, unreadable or not TOML; the message then says on which line.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a byte order mark
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected {what} in TOML") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file; expected {what} in TOML") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be opened ({error.strerror}); expected {what} in TOML") from None
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML: {error}; expected {what}: correct it") from None
+    server: str = ""
+    """Address of an nnInteractive server (``nninteractive-server``) that computes instead of this process, such as
+    "http://127.0.0.1:1527"; empty: compute here. The server gets the scan. Its key is taken from the environment
+    variable NN_INTERACTIVE_API_KEY. Its answers are masks, probability 0 or 1."""
+
+    allow_remote: bool = False
+    """Whether scans may be sent to a server on another machine."""
+
+    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """How long the server may take for one answer, in seconds. On a CPU one answer takes minutes."""
 
 
-def to_toml(settings: Any) -> str:
-    """Settings as a TOML file, each value below the comment that explains it."""
-    lines = list(_toml_lines(settings, ()))
-    return "\n".join(lines).strip() + "\n"
+@settings_dataclass(frozen=True, config=_STRICT)
+class MedSam2Settings:
+    """The model ``medsam2``. It reads a scan slice by slice, at 8 bits."""
+
+    modality: Literal["auto", "ct", "mr"] = "auto"
+    """How intensities become 8 bits: "ct" by the window below, "mr" (and anything else) by the 0.5 and 99.5 percentiles
+    of what is above 0 [published code]. "auto": "ct" if the scan looks like Hounsfield units, that is if it has values
+    of -500 or less (air) and of 100 or more (bone, contrast agent)."""
+
+    window_level: float = 40.0
+    """Middle of the window of a CT, in Hounsfield units [MedSAM: soft tissue 40, lung -160, brain 40]."""
+
+    window_width: Annotated[float, Field(gt=0)] = 400.0
+    """Width of the window of a CT, in Hounsfield units [MedSAM: soft tissue 400, lung 1500, brain 80]."""
+
+    slice_axis: Literal["auto", "axial", "coronal", "sagittal"] = "auto"
+    """Slices that it reads. "auto": across the axis with the largest spacing if that is at least 1.5 times the others,
+    else axial. A box is axial and refused with other slices."""
+
+    margin_mm: Annotated[float, Field(ge=0)] = 15.0
+    """How far beyond the first and last slice of the atlas's structure it looks, in mm, one slice at least. Not tuned:
+    it is what a registration may be off by, and then some."""
+
+    reach_mm: Annotated[float, Field(ge=0)] = 150.0
+    """How far from the prompted slice it looks up and down where the slices of the atlas's structure are not known, in
+    mm. Half the height of the largest organs with some to spare. Not tuned."""
+
+    empty_slices: Annotated[int, Field(ge=1)] = 3
+    """After how many successive slices without the structure it stops looking, where the slices of the atlas's
+    structure are not known."""
+
+    feature_cache_mb: Annotated[int, Field(ge=0)] = 512
+    """Memory for what the image encoder found on the slices of a scan, in MB, to be used again for other structures:
+    4 MB a slice. The encoder is most of the work."""
 
 
-def known_keys(settings_class: type) -> tuple[str, ...]:
-    """All dotted keys, in the order of their fields."""
-    return tuple(".".join(keys) for keys, _ in _leaves(settings_class, ()))
+@settings_dataclass(frozen=True, config=_STRICT)
+class VesselFmSettings:
+    """The model ``vesselfm``. Defaults are the published inference's (configs/inference.yaml) unless said otherwise."""
+
+    percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (1.0, 99.0)
+    """Percentiles of the whole scan's intensities that become 0 and 1; what lies beyond is cut. The authors advise to
+    fit them to the data: vessels must not be cut together with what is around them."""
+
+    spacing_mm: Annotated[float, Field(ge=0, le=20)] = 0.0
+    """Spacing that scans are resampled to before the network sees them, along each axis; 0 leaves them as they are. The
+    network was trained on nearly isotropic scans: where slices are much thicker than voxels are wide, vessels that run
+    through the slices are seen better at about the width of a voxel, for several times as many windows, and slices in
+    between that nobody measured."""
+
+    window: Literal[64, 96, 128, 160, 192] = 128
+    """Voxels along each side of the cubes that the network sees. Of the full-size network on one core of a server's
+    CPU, one of 128 took 70 s and the process 2.3 GB, one of 64 3.6 s and 0.9 GB; in small cubes it sees less of a
+    vessel's course."""
+
+    overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.5
+    """Share of a cube's side by which it overlaps the next."""
+
+    blending: Literal["constant", "gaussian"] = "constant"
+    """How much a voxel of a cube counts where cubes overlap: the same everywhere, or less towards the cube's border,
+    where the network sees the least around it (a Gaussian, standard deviation an eighth of the side). Which is better
+    was not measured."""
+
+    reach_mm: Annotated[float, Field(ge=0, le=1000)] = 10.0
+    """Distance from the warped atlas's structure up to which a vessel counts as that structure, unless another one is
+    nearer. About the error of a registration: on six pairs of Abd-CT (default engine), 5 / 10 / 20 mm kept 93 / 96 /
+    99 % of the voxels of the aorta, 83 / 92 / 95 % of the vena cava's and 62 / 69 / 78 % of the portal and splenic
+    vein's; half of what is lost there at 10 mm goes to a neighbour. A larger reach also takes more vessels along that
+    the atlas does not label."""
+
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Numbers the network computes in (PyTorch's autocast). The shorter ones are faster on GPUs and on CPUs that have
+    units for them, and change probabilities in the second or third digit."""
+
+    cache_mib: Annotated[int, Field(ge=0, le=1_000_000)] = 1024
+    """MiB of computed cubes that are kept with a scan, 8 for one of 128: saves time where structures are asked for in
+    several calls. Results are the same."""
+
+    @field_validator("percentiles")
+    @classmethod
+    def _check_percentiles(cls, percentiles: tuple[float, float]) -> tuple[float, float]:
+        if percentiles[0] >= percentiles[1]:
+            raise ValueError("expected two numbers from 0 to 100, the smaller first, as 1, 99")
+        return percentiles
 
 
-def describe_values(field: FieldInfo) -> str:
-    """The values a setting allows, in words: "true or false", "a number from 0 to 1"."""
-    return _described(field.annotation, field.metadata)
+@settings_dataclass(frozen=True, config=_STRICT)
+class ModelSettings:
+    """How the models are set up; those of the model that is used count."""
+
+    nninteractive: NnInteractiveSettings = field(default_factory=NnInteractiveSettings)
+    """Of the model ``nninteractive``."""
+
+    medsam2: MedSam2Settings = field(default_factory=MedSam2Settings)
+    """Of the model ``medsam2``."""
+
+    vesselfm: VesselFmSettings = field(default_factory=VesselFmSettings)
+    """Of the model ``vesselfm``."""
 
 
-def _described(annotation: Any, metadata: Sequence[Any]) -> str:
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin is typing.Annotated:
-        return _described(arguments[0], (*metadata, *arguments[1:]))
-    if origin is typing.Literal:
-        choices = [str(choice) for choice in arguments]
-        return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_described(one, metadata) for one in arguments if one is not type(None))
-    if origin is tuple:
-        count = "a list" if len(arguments) == 2 and arguments[1] is ... else f"a list of {len(arguments)}"
-        return f"{count}, each {_described(arguments[0], metadata)}"
-    if annotation is bool:
-        return "true or false"
-    if annotation in (int, float):
-        return ("a whole number" if annotation is int else "a number") + _range(metadata)
-    return "text" if annotation is str else str(getattr(annotation, "__name__", annotation))
+@settings_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class FusionSettings:
+    """How the warped atlas and the model's answer become one."""
+
+    gate: Literal["default", "paper"] = "default"
+    """Kind of gate. "paper" is eq. 5 of arXiv 2512.18176. "default" goes on from there: a small network, trained on
+    the same simulated masks, corrects the fused masks near their borders, and each structure is smoothed as much as did
+    best on them; see :mod:`atlassegfm.fusion.correction` and :mod:`atlassegfm.fusion.smoothing`. After a round trip there is one mask
+    a structure to learn from, which is too few: then both are the paper's."""
+
+    kernels: tuple[int, ...] = (3, 5, 7)
+    """Sizes of the max-poolings, voxels; odd [paper: 3, 5, 7]."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-5
+    """Step size of Adam [paper: 1e-5]; a weight moves by about this much an iteration."""
+
+    iterations: Annotated[int, Field(ge=0, le=100_000)] = 100
+    """Steps of Adam; 0 keeps the constant gate [paper: 100]."""
+
+    start: Literal["best"] | Annotated[float, Field(ge=0, le=1)] = "best"
+    """The constant K the gate starts at, all weights 0: a number (1 is the atlas alone, 0 the model alone), or "best",
+    which tries 0, 1/4, 1/2, 3/4 and 1 on the training examples."""
+
+    examples: Literal["simulated", "round trip"] = "simulated"
+    """Where the masks come from that the gate is trained on. "simulated": random smooth warps of the atlas's labels;
+    the gate is the same for all queries, and a context keeps it. "round trip": the labels go to the query and come back
+    by a second registration, anew for each query; how well they come back is told as round_trip_dice.
+    On 8 pairs each of Abd-MR, Abd-CT (liver, spleen, kidneys), Hippocampus and Cardiac, registered by default, the
+    fused Dice was 0.864 / 0.799 / 0.843 / 0.757 simulated and 0.864 / 0.799 / 0.839 / 0.756 by round trips (best gate
+    of each pair 0.864 / 0.800 / 0.849 / 0.762), in 11 / 23 / 0.4 / 5 s an atlas and 20 / 22 / 2.7 / 10 s a query."""
+
+    simulation: SimulationSettings = field(default_factory=SimulationSettings)
+    """Errors of the simulated masks."""
+
+    atlas_flattery: Annotated[float, Field(ge=0, le=1)] = 0.08
+    """After a round trip: how much closer to the truth the atlas's mask must be than the model's on the training
+    examples, in Dice, to be taken alone; in proportion for K in between. On a round trip the errors of both
+    registrations partly cancel, which flatters the atlas against the model: by 0.03 in the mean, by 0.10 on OASIS.
+    0 / 0.05 / 0.08 / 0.12 / 0.16 gave a Dice of 0.670 / 0.678 / 0.681 / 0.682 / 0.682 on queries (atlas alone 0.630,
+    model alone 0.682), and 0.632 / 0.626 / 0.624 / 0.617 / 0.611 where the model's answers were spoilt by an erosion;
+    see the top of this module. Simulated errors do not cancel, and need none."""
+
+    @field_validator("kernels")
+    @classmethod
+    def _check_kernels(cls, kernels: tuple[int, ...]) -> tuple[int, ...]:
+        if not kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):
+            raise ValueError("expected odd numbers of voxels, as 3, 5, 7")
+        return kernels
 
 
-def _range(metadata: Sequence[Any]) -> str:
-    bounds: dict[str, float] = {}
-    # Inside a union, limits still lie in the Field they were written as.
-    for item in (one for outer in metadata for one in (outer.metadata if isinstance(outer, FieldInfo) else [outer])):
-        for name in ("ge", "gt", "le", "lt"):
-            if getattr(item, name, None) is not None:
-                bounds[name] = getattr(item, name)
-    if "ge" in bounds and "le" in bounds:
-        return f" from {bounds['ge']} to {bounds['le']}"
-    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    parts = [f"{word} {bounds[name]}" for name, word in words.items() if name in bounds]
-    return f" {' and '.join(parts)}" if parts else ""
+#: Name of the model that is none: the result is the warped atlas.
+NO_MODEL = "none"
 
 
-def _fields(settings_class: type) -> dict[str, FieldInfo]:
-    return cast("_SettingsClass", settings_class).__pydantic_fields__
+@settings_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+class Settings:
+    """All settings of a job."""
 
+    registration: RegistrationSettings = field(default_factory=RegistrationSettings)
+    """How the atlas is registered to the query."""
 
-def _section_class(field: FieldInfo) -> type | None:
-    """The settings dataclass a field holds, or None where it holds a value."""
-    annotation = field.annotation
-    return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
+    fusion: FusionSettings = field(default_factory=FusionSettings)
+    """How the warped atlas and the model's answer become one."""
 
+    model: str = "builtin"
+    """Name of the segmentation model; "none" stops after the registration: the result is the warped atlas.
+    ``atlassegfm models`` lists them."""
 
-def _leaves(settings_class: type, above: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    for name, field in _fields(settings_class).items():
-        section = _section_class(field)
-        if section is None:
-            yield (*above, name), field
-        else:
-            yield from _leaves(section, (*above, name))
+    model_path: str = ""
+    """File or folder of the model's weights; empty: looked for where ``atlassegfm models show`` says."""
 
+    models: ModelSettings = field(default_factory=ModelSettings)
+    """How the models are set up."""
 
-def _field(settings_class: type, keys: Sequence[str]) -> FieldInfo | None:
-    return dict(_leaves(settings_class, ())).get(tuple(keys))
+    prompt: Literal["auto", "click", "box", "mask"] = "auto"
+    """What the model is prompted with; "auto" is the best of the prompts it takes."""
 
+    topology: bool = True
+    """Whether the fused result loses islands and holes that the atlas's structures do not have; not with the model
+    "none", whose result is the warped atlas as it is."""
 
-def _key_of(settings_class: type, location: Sequence[int | str]) -> tuple[str, ...]:
-    """The key an error of pydantic is about: its location may go on into lists and unions."""
-    keys: tuple[str, ...] = ()
-    current: type | None = settings_class
-    for part in location:
-        if current is None or part not in _fields(current):
-            break
-        keys = (*keys, str(part))
-        current = _section_class(_fields(current)[str(part)])
-    return keys
-
-
-def _check_keys(root: type, settings_class: type, table: Table, above: tuple[str, ...], origin: str) -> None:
-    fields = _fields(settings_class)
-    for name, value in table.items():
-        keys = (*above, str(name))
-        if name not in fields:
-            raise InputError(f"{origin}: unknown setting {'.'.join(keys)!r}; known settings: {_closest(root, keys)}")
-        section = _section_class(fields[name])
-        if section is not None:
-            if not isinstance(value, Mapping):
-                inside = ", ".join(".".join((*keys, *inner)) for inner, _ in _leaves(section, ()))
-                raise InputError(f"{origin}: {'.'.join(keys)} is a group of settings; set one of {inside}")
-            _check_keys(root, section, value, keys, origin)
-        elif isinstance(value, Mapping):
-            inner = f"{'.'.join(keys)}.{next(iter(value), '')}"
-            raise InputError(f"{origin}: unknown setting {inner!r}; known settings: {_closest(root, keys)}")
-
-
-def _closest(root: type, keys: Sequence[str]) -> str:
-    """All known keys, those most like the given one first."""
-    wanted = ".".join(keys)
-
-    def likeness(known: str) -> float:
-        # A key written without its group is like one with it.
-        return max(
-            difflib.SequenceMatcher(None, wanted, known).ratio(),
-            difflib.SequenceMatcher(None, keys[-1], known.rpartition(".")[2]).ratio(),
-        )
-
-    return ", ".join(sorted(known_keys(root), key=likeness, reverse=True))
-
-
-def _merged(base: Mapping[str, Any], table: Table) -> dict[str, Any]:
-    merged = dict(base)
-    for name, value in table.items():
-        inner = merged.get(name)
-        merged[name] = _merged(inner, value) if isinstance(inner, dict) and isinstance(value, Mapping) else value
-    return merged
-
-
-def _at(table: Table, keys: Sequence[str]) -> Any:
-    value: Any = table
-    for key in keys:
-        value = value[key]
-    return value
-
-
-def _toml_value(text: str) -> Any:
-    """What TOML understands by the text; the text itself where that is nothing, as for words without quotes."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def _example(settings: Any) -> str:
-    keys = next(iter(known_keys(type(settings))))
-    value = settings
-    for part in keys.split("."):
-        value = getattr(value, part)
-    return f"{keys}={str(value).lower() if isinstance(value, bool) else value}"
-
-
-def _toml_lines(settings: Any, above: tuple[str, ...]) -> Iterator[str]:
-    # Values come before groups: in TOML a value after a group's head would belong to that group.
-    sections = []
-    for name, field in _fields(type(settings)).items():
-        value = getattr(settings, name)
-        if _section_class(field) is not None:
-            sections.append((name, value))
-            continue
-        yield ""
-        allowed = "" if field.annotation is str else f" Allowed: {describe_values(field)}."
-        yield from _comment(_flowing(field.description or f"{name}.") + allowed)
-        yield f"# {name} =" if value is None else f"{name} = {_toml_text(value)}"
-    for name, value in sections:
-        keys = (*above, name)
-        summary = (type(value).__doc__ or "").strip().partition("\n\n")[0]
-        yield ""
-        yield from _comment(_flowing(summary))
-        yield f"[{'.'.join(keys)}]"
-        yield from _toml_lines(value, keys)
-
-
-def _toml_text(value: Any) -> str:
-    import tomli_w
-
-    plain = list(value) if isinstance(value, tuple) else value
-    text = tomli_w.dumps({"value": plain}).strip().removeprefix("value = ")
-    # Lists are written over several lines; those of settings are short.
-    return " ".join(text.split()).replace("[ ", "[").replace(", ]", "]") if isinstance(plain, list) else text
-
-
-def _flowing(text: str) -> str:
-    return " ".join(text.replace("``", "").split())
-
-
-def _comment(text: str) -> Iterator[str]:
-    for line in textwrap.wrap(text, _COMMENT_WIDTH, break_long_words=False):
-        yield f"# {line}"
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
+    """Start of the random numbers: the same seed gives the same result on the same machine."""

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..image import atomic_path
+from ..core.files import atomic_path
+from ..evaluate.statistics import spread
 from ..report import require_report_extra
-from ..statistics import spread
 from .runner import Record
 from .tables import METHOD_NAMES, Column, title_of
 

@@ -9,8 +9,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from ..errors import InputError
-from ..names import listed
+from ..core.errors import InputError
+from ..core.labels import listed
 
 logger = logging.getLogger(__name__)
 

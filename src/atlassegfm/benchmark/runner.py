@@ -22,20 +22,27 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..context import Context, canonical_scan
-from ..dataset import Dataset
-from ..errors import InputError, ModelError, RegistrationError
-from ..evaluation import label_values, score_volumes
-from ..fusion import Gate, label_map
-from ..image import LocalMap, Volume, atomic_path, load_image, load_labels
-from ..memory import peak_memory_mb, reset_peak_memory
-from ..metrics import StructureScores
+from ..atlas import Atlas, canonical_scan
+from ..core.config import to_dict
+from ..core.dataset import Dataset
+from ..core.errors import InputError, ModelError, RegistrationError
+from ..core.files import atomic_path
+from ..core.image import Volume, load_image, load_labels
+from ..core.mask import LocalMap
+from ..core.parallel import peak_memory_mb, reset_peak_memory
+from ..core.version import __version__, source_digest
+from ..evaluate.metrics import StructureScores
+from ..evaluate.scoring import label_values, score_volumes
+from ..evaluate.tolerances import Tolerances
+from ..fusion.gate import Gate
+from ..fusion.label_map import label_map
+from ..fusion.train import learn_gate
 from ..models import Segmenter
-from ..pipeline import NO_MODEL, Segmentation, Settings, fused_by, learn_gate, load_chosen, segment
+from ..models.choice import load_chosen
 from ..prompts import make_prompt
-from ..settings import to_dict
-from ..tolerances import Tolerances
-from ..version import __version__, source_digest
+from ..result import Segmentation
+from ..segment import fused_by, segment
+from ..settings import NO_MODEL, Settings
 from .protocols import Pair
 
 logger = logging.getLogger(__name__)
@@ -163,7 +170,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Row:
-    """One structure of one pair by one method; a thing :func:`~atlassegfm.evaluation.summarise` takes.
+    """One structure of one pair by one method; a thing :func:`~atlassegfm.evaluate.scoring.summarise` takes.
 
     Parameters
     ----------
@@ -371,7 +378,7 @@ class _Bench:
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
-        self._contexts: dict[str, Context] = {}
+        self._contexts: dict[str, Atlas] = {}
         self._gates: dict[str, Gate | None] = {}
         self._queries: dict[str, tuple[Volume, Volume]] = {}
         self._models: dict[Any, Segmenter | None] = {}
@@ -406,7 +413,7 @@ class _Bench:
     def _segment(
         self,
         variant: Variant,
-        context: Context,
+        context: Atlas,
         query: Volume,
         model: Any,
         cost: _Cost,
@@ -424,7 +431,7 @@ class _Bench:
         return results | {"fused": result.labels}
 
     def _gate(
-        self, variant: Variant, context: Context, model: Any, on_stage: Callable[[str], None] | None
+        self, variant: Variant, context: Atlas, model: Any, on_stage: Callable[[str], None] | None
     ) -> Gate | None:
         """The gate of an atlas, trained once for all its queries; None where each query trains its own."""
         settings = variant.settings
@@ -475,12 +482,12 @@ class _Bench:
                 rows.append(Row(pair.query, method, value, plan.names[value], one))
         return tuple(rows)
 
-    def _context(self, name: str) -> Context:
+    def _context(self, name: str) -> Atlas:
         if name not in self._contexts:
             self._contexts.clear()
             self._gates.clear()
             case = self._plan.dataset.case(name)
-            context = Context.from_files(case.image, case.labels)
+            context = Atlas.from_files(case.image, case.labels)
             self._tell_unnamed(set(context.values), name, case.labels)
             self._contexts[name] = restricted(context, self._plan.values, case.labels)
         return self._contexts[name]
@@ -560,7 +567,7 @@ class _Peak:
             self._cost.gpu_memory_mb = round(torch.cuda.max_memory_allocated() / (1 << 20))
 
 
-def restricted(context: Context, values: Sequence[int], path: Path) -> Context:
+def restricted(context: Atlas, values: Sequence[int], path: Path) -> Atlas:
     """The atlas with these label values only."""
     if set(context.values) <= set(values):
         return context
@@ -569,7 +576,7 @@ def restricted(context: Context, values: Sequence[int], path: Path) -> Context:
         raise InputError(f"{path}: has none of the structures of this benchmark; leave the case out of the atlases")
     labels = replace(context.labels, data=np.where(kept, context.labels.data, 0).astype(context.labels.data.dtype))
     present = label_values(labels)
-    return Context(context.image, labels, tuple(one for one in context.structures if one.value in present))
+    return Atlas(context.image, labels, tuple(one for one in context.structures if one.value in present))
 
 
 def _without(result: Volume, reference: Volume, ignored: int) -> Volume:

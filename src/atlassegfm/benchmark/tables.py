@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..evaluation import SMALL_ML, Summary, plain_number, score_row, spread_dict, summarise, write_scores
-from ..image import atomic_path
-from ..names import listed
-from ..statistics import LEVEL, Interval, Spread, macro_mean, paired_bootstrap, spread
+from ..core.files import atomic_path
+from ..core.labels import listed
+from ..evaluate.scoring import SMALL_ML, Summary, plain_number, score_row, spread_dict, summarise, write_scores
+from ..evaluate.statistics import LEVEL, Interval, Spread, macro_mean, paired_bootstrap, spread
 from .protocols import Pair
 from .runner import PLAN, Plan, Record, Row
 

@@ -10,15 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from ..context import Context
-from ..dataset import load_dataset, pick_structures
-from ..errors import InputError
-from ..geometry import Grid
-from ..image import Volume, load_image
-from ..memory import peak_memory_mb, reset_peak_memory
-from ..phantom import make_pair
-from ..pipeline import Segmentation, Settings, load_chosen, segment
-from ..transforms import resample
+from ..atlas import Atlas
+from ..core.dataset import load_dataset, pick_structures
+from ..core.errors import InputError
+from ..core.geometry import Grid
+from ..core.image import Volume, load_image
+from ..core.parallel import peak_memory_mb, reset_peak_memory
+from ..demo.phantom import make_pair
+from ..models.choice import load_chosen
+from ..result import Segmentation
+from ..segment import segment
+from ..settings import Settings
+from ..transforms.resample import resample
 from .runner import restricted
 
 
@@ -70,7 +73,7 @@ class Timing:
 
 def scans_for(
     folder: Path | None, shape: tuple[int, int, int], labels: Sequence[str], seed: int
-) -> tuple[Context, Volume]:
+) -> tuple[Atlas, Volume]:
     """An atlas and a query of the wanted size: cases of a dataset, or made-up scans, on another grid.
 
     Parameters
@@ -91,23 +94,23 @@ def scans_for(
     """
     if folder is None:
         pair = make_pair(seed)
-        context, query = Context.from_volumes(pair.atlas, pair.atlas_labels, pair.structures), pair.query
+        context, query = Atlas.from_volumes(pair.atlas, pair.atlas_labels, pair.structures), pair.query
     else:
         dataset = load_dataset(folder)
         if len(dataset.cases) < 2:
             raise InputError(f"{folder}: has one case; expected at least two")
         atlas, other = dataset.cases[:2]
         values = pick_structures(dataset, labels or ["*"])
-        context = restricted(Context.from_files(atlas.image, atlas.labels), values, atlas.labels)
+        context = restricted(Atlas.from_files(atlas.image, atlas.labels), values, atlas.labels)
         query = load_image(other.image)
     image = _resized(context.image, shape, order=1)
     labels_there = _resized(context.labels, shape, order=0)
     small = Volume(labels_there.data.astype(context.labels.data.dtype), labels_there.grid)
-    return Context.from_volumes(image, small, context.structures), _resized(query.canonical(), shape, order=1)
+    return Atlas.from_volumes(image, small, context.structures), _resized(query.canonical(), shape, order=1)
 
 
 def measure(
-    context: Context,
+    context: Atlas,
     query: Volume,
     settings: Settings,
     *,

@@ -14,14 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import InputError, MissingExtraError
-from .evaluation import (
-    DEFAULT_TOLERANCE_MM,
-    CentrelineOption,
-    LabelsOption,
-    ToleranceOption,
-    read_tolerance,
-)
+from ..core.errors import InputError, MissingExtraError
+from .evaluate import DEFAULT_TOLERANCE_MM, CentrelineOption, LabelsOption, ToleranceOption, read_tolerance
 from .session import (
     EXIT_FAILURES,
     AcceptOption,
@@ -43,7 +37,7 @@ from .session import (
 
 if TYPE_CHECKING:
     from ..benchmark import Plan, Variant
-    from ..pipeline import Settings
+    from ..settings import Settings
 
 #: The subcommand meant where none is named.
 _DEFAULT = "protocol"
@@ -179,7 +173,7 @@ def ablation(dataset: DatasetArgument, options: _Options, model: ModelOption = N
     def columns() -> list[Variant]:
         from ..benchmark import Variant
         from ..models import describe_model
-        from ..pipeline import NO_MODEL
+        from ..settings import NO_MODEL
 
         base = options.settings(model=model)
         if base.model == NO_MODEL:
@@ -219,7 +213,7 @@ def prompts(
     def columns() -> list[Variant]:
         from ..benchmark import Variant
         from ..models import describe_model
-        from ..pipeline import NO_MODEL
+        from ..settings import NO_MODEL
 
         if NO_MODEL in split_list(models, "--models"):
             raise InputError(f"--models {models}: {NO_MODEL!r} takes no prompt; leave it out")
@@ -288,7 +282,7 @@ def time_command(
     """The paper's Table 5: seconds and fitted numbers of each stage on scans of 256 x 256 x 240 voxels."""
     with open_session(quiet) as session:
         from ..benchmark.timing import measure, scans_for
-        from ..pipeline import resolve_device
+        from ..core.device import resolve_device
 
         base = build_settings(config, overrides, model=model, model_path=model_path, seed=seed)
         size, wanted = _shape(shape), split_list(labels, "--labels")
@@ -317,9 +311,9 @@ def time_command(
 
 def _usable_engines(settings: Settings, device: str, notes: list[str]) -> list[str]:
     """The engines to compare where none is named; those left out are noted, with the reason."""
-    from ..pipeline import resolve_device
+    from ..core.config import with_table
+    from ..core.device import resolve_device
     from ..registration import ENGINES, require_engine
-    from ..settings import with_table
 
     names = []
     for name in ENGINES:
@@ -387,8 +381,9 @@ def _run(
 def _plan(folder: Path, title: str, variants: Sequence[Variant], options: _Options) -> Plan:
     """What is to be run, checked as far as can be without opening a scan."""
     from ..benchmark import Plan, make_pairs
-    from ..dataset import load_dataset, pick_structures
-    from ..pipeline import prompt_kind, resolve_device
+    from ..core.dataset import load_dataset, pick_structures
+    from ..core.device import resolve_device
+    from ..models.choice import prompt_kind
     from ..registration import require_engine
 
     names = [one.name for one in variants]
@@ -431,7 +426,7 @@ def _plan(folder: Path, title: str, variants: Sequence[Variant], options: _Optio
 
 def _with(variant: Variant, name: str, **table: Any) -> Variant:
     """A variant with other settings and a longer name."""
-    from ..settings import with_table
+    from ..core.config import with_table
 
     settings: Settings = with_table(variant.settings, table, origin=name)
     return replace(variant, name=f"{variant.name} {name}".strip(), settings=settings)
@@ -440,7 +435,7 @@ def _with(variant: Variant, name: str, **table: Any) -> Variant:
 def _with_models(variant: Variant, models: Sequence[str]) -> list[Variant]:
     """A variant for each model; the path of the weights goes with the one that has any."""
     from ..models import describe_model
-    from ..pipeline import NO_MODEL
+    from ..settings import NO_MODEL
 
     path = variant.settings.model_path
     weighted = [name for name in models if name != NO_MODEL and describe_model(name).weights is not None]
@@ -455,7 +450,7 @@ def _with_models(variant: Variant, models: Sequence[str]) -> list[Variant]:
 def _parsed(text: str, base: Settings) -> Variant:
     """``NAME:KEY=VALUE;KEY=VALUE`` as a variant."""
     from ..benchmark import Variant
-    from ..settings import with_overrides
+    from ..core.config import with_overrides
 
     name, colon, rest = text.partition(":")
     assignments = [part.strip() for part in rest.split(";") if part.strip()]

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import InputError
+from ..core.errors import InputError
 from .session import EXIT_FAILURES, EXIT_USAGE, Session, print_json, print_table
 
 if TYPE_CHECKING:
-    from ..cohort import Case, Outcome, Output, Row, SegmentWork
-    from ..cohort.run import Runner
-    from ..cohort.work import ContextSource
-    from ..pipeline import Settings
+    from ..jobs import Case, Outcome, Output, Row, SegmentWork
+    from ..jobs.run import Runner
+    from ..jobs.work import ContextSource
+    from ..settings import Settings
 
 #: Threads of a case, where nothing else is asked for: fewer seconds for all of them than with more threads for each,
 #: and one number for all machines, so that results do not depend on where they were made.
@@ -91,12 +91,12 @@ class CohortOptions:
 
     def check(self) -> None:
         """Refuse what does not go together, before anything is read."""
-        from ..cohort import parse_shard
+        from ..jobs import parse_shard
 
         if self.shard is not None:
             parse_shard(self.shard)
         if self.cluster is not None:
-            from ..cohort.cluster import parse_options, require_cluster
+            from ..jobs.cluster import parse_options, require_cluster
 
             require_cluster(self.cluster)
             parse_options(self.cluster_options)
@@ -116,8 +116,8 @@ def segment_cohort(
     output: Output,
 ) -> Outcome:
     """Segment what is missing or changed."""
-    from ..cohort import Outcome, SegmentWork, parse_shard, run_cohort
-    from ..cohort.work import made_with
+    from ..jobs import Outcome, SegmentWork, parse_shard, run_cohort
+    from ..jobs.work import made_with
 
     threads = options.threads or _THREADS
     session.progress("reading the atlas")
@@ -164,11 +164,11 @@ def _runner(
     work: SegmentWork, threads: int, options: CohortOptions, session: Session, count: int
 ) -> tuple[Runner, int]:
     """Who does the work, and how many they are."""
-    from ..cohort.pool import run_here, run_in_processes, visible_gpus
+    from ..jobs.pool import run_here, run_in_processes, visible_gpus
 
     workers = options.workers or 1
     if options.cluster is not None:
-        from ..cohort.cluster import parse_options, run_on_cluster
+        from ..jobs.cluster import parse_options, run_on_cluster
 
         gpu = work.device == "cuda"
         if gpu and options.cluster == "local" and workers > 1:
@@ -193,7 +193,7 @@ def _runner(
 
 
 def _tell_of_idle_cores(work: SegmentWork, threads: int, session: Session, count: int) -> None:
-    from ..threads import usable_cores
+    from ..core.parallel import usable_cores
 
     side_by_side = min(usable_cores() // threads, count)
     if work.device == "cpu" and side_by_side > 1:
@@ -310,7 +310,7 @@ def _print_outcome(outcome: Outcome, out: Path, *, as_json: bool) -> None:
 
 def _result(row: Row, out: Path) -> dict[str, Any]:
     """What stands in the files of a result."""
-    from ..results import RUN, STATUS
+    from ..jobs.results import RUN, STATUS
 
     folder = out / row.case.name
     content: dict[str, Any] = {"query": row.case.query.name, "output": str(folder), "kept": row.kept}

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ..errors import InputError
+from ..core.errors import InputError
 from .session import AcceptOption, JsonOption, QuietOption, accept_licences, open_session, print_json, print_table
 
 if TYPE_CHECKING:
     from ..models import ModelDescription
-    from ..weights import PublishedWeights, StoredFile
+    from ..models.weights import PublishedWeights, StoredFile
 
 #: The subcommand meant where none is named.
 _DEFAULT = "list"
@@ -47,8 +47,8 @@ def list_command(as_json: JsonOption = False) -> None:
     """List the segmentation models, and whether what they need is there."""
     with open_session(quiet=True):
         from ..models import MODELS
-        from ..pipeline import NO_MODEL
-        from ..weights import folder_with_weights, folders_of
+        from ..models.weights import folder_with_weights, folders_of
+        from ..settings import NO_MODEL
 
         rows: list[dict[str, Any]] = []
         for row in MODELS.values():
@@ -194,7 +194,7 @@ def fetch(
 
 def _describe(name: str) -> ModelDescription:
     from ..models import describe_model
-    from ..pipeline import NO_MODEL
+    from ..settings import NO_MODEL
 
     if name == NO_MODEL:
         raise InputError(f"{NO_MODEL!r} stands for no model, where the result is the warped atlas; name a model")
@@ -217,7 +217,7 @@ def _agrees(name: str, published: PublishedWeights) -> bool:
 
 def _weights(name: str, published: PublishedWeights, folder: Path | None) -> dict[str, Any]:
     """Of the weights, what is published and what was found."""
-    from ..weights import examine, folder_with_weights, folders_of, licence_accepted
+    from ..models.weights import examine, folder_with_weights, folders_of, licence_accepted
 
     folders = folders_of(name) if folder is None else (folder,)
     found = folder_with_weights(published, folders)

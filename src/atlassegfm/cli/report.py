@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InputError, MissingExtraError
+from ..core.errors import InputError, MissingExtraError
 from .session import JsonOption, QuietOption, Session, open_session, print_json
 
 if TYPE_CHECKING:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import AtlasSegError, InputError
+from ..core.errors import AtlasSegError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
     from ..dicom import Selection
-    from ..pipeline import Settings
+    from ..settings import Settings
 
 EXIT_FAILURES = 1
 EXIT_USAGE = 2
@@ -137,8 +137,8 @@ def build_settings(
     base: Settings | None = None,
 ) -> Settings:
     """Defaults (or ``base``), then the file, then ``--set``, then the options of their own."""
-    from ..pipeline import Settings
-    from ..settings import with_file, with_overrides, with_table
+    from ..core.config import with_file, with_overrides, with_table
+    from ..settings import Settings
 
     chosen = base or Settings()
     if config is not None:
@@ -154,7 +154,7 @@ def build_settings(
 def accept_licences(models: Iterable[str], session: Session) -> None:
     """Note that the user accepts the licences of the weights of these models, and say which."""
     from ..models import accept_licence, describe_model, licence_accepted
-    from ..pipeline import NO_MODEL
+    from ..settings import NO_MODEL
 
     for name in dict.fromkeys(models):
         weights = None if name == NO_MODEL else describe_model(name).weights

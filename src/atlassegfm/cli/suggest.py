@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import InputError, MissingExtraError
+from ..core.errors import InputError, MissingExtraError
 from .session import (
     ConfigOption,
     DeviceOption,
@@ -58,11 +58,10 @@ def suggest(
                 require_report_extra()
             except MissingExtraError as error:
                 raise InputError(f"{error}, or use --no-picture") from None
-        from ..image import atomic_path
-        from ..pipeline import resolve_device
-        from ..results import output_folder
-        from ..suggest import draw_suggestion, scans_in
-        from ..suggest import suggest as rank
+        from ..check.suggest import draw_suggestion, scans_in
+        from ..check.suggest import suggest as rank
+        from ..core.device import resolve_device
+        from ..core.files import atomic_path, output_folder
 
         settings = build_settings(config, overrides, seed=seed)
         files = scans_in(folder)

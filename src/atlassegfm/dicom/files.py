@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, MissingExtraError
+from ..core.errors import InputError, MissingExtraError
 
 if TYPE_CHECKING:
     from pydicom import Dataset

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from ..errors import InputError
-from ..structures import Structure
-from ..version import __version__
+from ..core.errors import InputError
+from ..core.labels import Structure
+from ..core.version import __version__
 from .files import text_of
 from .series import Series
 

@@ -17,11 +17,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError
-from ..geometry import Grid
-from ..image import Volume, smallest_label_type
-from ..names import listed, match_rank, plain_name
-from ..structures import LabelEntry, Structure, palette_color
+from ..core.errors import InputError
+from ..core.geometry import Grid
+from ..core.image import Volume, smallest_label_type
+from ..core.labels import LabelEntry, Structure, listed, match_rank, palette_color, plain_name
 from .series import DicomSource, Series
 
 #: "refuse": an error that names them. "first", "last": the first or the last of the selection, else of the file, wins.

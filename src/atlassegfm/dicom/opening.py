@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from ..errors import InputError
-from ..geometry import Grid
-from ..image import Volume, checked_image, image_suffix, load_image, load_labels
+from ..core.errors import InputError
+from ..core.geometry import Grid
+from ..core.image import Volume, checked_image, image_suffix, load_image, load_labels
 from .files import is_dicom, read_header
 from .masks import EVERYTHING, Selection
 from .rtstruct import is_rtstruct, read_rtstruct
@@ -37,7 +37,7 @@ def open_image(path: Path, series: str | None = None) -> Volume:
     Raises
     ------
     InputError
-        As :func:`~atlassegfm.image.load_image` and :func:`~.series.load_series`.
+        As :func:`~atlassegfm.core.image.load_image` and :func:`~.series.load_series`.
     """
     if is_series_folder(path):
         return checked_image(load_series(path, series, as_float=True), path)
@@ -75,7 +75,7 @@ def open_labels(
     Raises
     ------
     InputError
-        As :func:`~atlassegfm.image.load_labels`, :func:`~.rtstruct.read_rtstruct` and
+        As :func:`~atlassegfm.core.image.load_labels`, :func:`~.rtstruct.read_rtstruct` and
         :func:`~.seg.read_segmentation`.
     """
     if path.is_dir() or not path.exists() or image_suffix(path) is not None or not is_dicom(path):

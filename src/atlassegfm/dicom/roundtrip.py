@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, OutputError
-from ..image import Volume
-from ..names import listed
-from ..structures import Structure
+from ..core.errors import InputError, OutputError
+from ..core.image import Volume
+from ..core.labels import Structure, listed
 from .files import read_header
 from .masks import EVERYTHING, label_boxes
 from .rtstruct import is_rtstruct, read_rtstruct

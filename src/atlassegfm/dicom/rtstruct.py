@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError
-from ..geometry import Grid
-from ..image import LocalMap, Volume
-from ..names import listed
-from ..structures import Structure
+from ..core.errors import InputError
+from ..core.geometry import Grid
+from ..core.image import Volume
+from ..core.labels import Structure, listed
+from ..core.mask import LocalMap
 from .contours import fill, trace
 from .files import LPS_TO_RAS, no_warnings, read_dataset, text_of, value_of
 from .identity import (

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError, MissingExtraError, OutputError
-from ..geometry import Grid
-from ..image import Volume
-from ..structures import Structure
+from ..core.errors import InputError, MissingExtraError, OutputError
+from ..core.geometry import Grid
+from ..core.image import Volume
+from ..core.labels import Structure
 from .files import LPS_TO_RAS, decode_pixels, no_warnings, numbers_of, read_dataset, read_header, text_of, value_of
 from .identity import SOFTWARE, Provenance, check_belongs, copy_identity, fingerprint, new_uid, series_number
 from .masks import EVERYTHING, Selection, StructureMask, label_numbers, merge

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError
-from ..geometry import Grid
-from ..image import Source, Volume
-from ..names import listed, plain_name
+from ..core.errors import InputError
+from ..core.geometry import Grid
+from ..core.image import Source, Volume
+from ..core.labels import listed, plain_name
 from .files import LPS_TO_RAS, decode_pixels, is_dicom, numbers_of, read_dataset, read_header, text_of, value_of
 
 if TYPE_CHECKING:

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from .. import weights as _weights
-from ..errors import InputError
-from ..image import LocalMap, Volume
+from ..core.errors import InputError
+from ..core.image import Volume
+from ..core.mask import LocalMap
 from ..prompts import Prompt, PromptKind
-from ..weights import LocalWeights, PublishedWeights, WeightsFile, find_weights
-from .settings import ModelSettings
+from ..settings import ModelSettings
+from . import weights as _weights
+from .weights import LocalWeights, PublishedWeights, WeightsFile, find_weights
 
 #: Told the key of each prompt as the model turns to it.
 OnPrompt = Callable[[int], None]
@@ -219,7 +220,7 @@ def load_model(name: str, device: str, settings: ModelSettings | None = None, pa
     settings : ModelSettings, optional
         Defaults if left out.
     path : Path, optional
-        File or folder of its weights. Looked for in the folder of all weights if left out (:mod:`atlassegfm.weights`).
+        File or folder of its weights. Looked for in the folder of all weights if left out (:mod:`atlassegfm.models.weights`).
 
     Raises
     ------
@@ -298,7 +299,7 @@ def fetch_weights(
     Raises
     ------
     InputError, ModelError
-        As :func:`~atlassegfm.weights.fetch`.
+        As :func:`~atlassegfm.models.weights.fetch`.
     """
     published = describe_model(name).weights
     return None if published is None else _weights.fetch(name, published, folder, on_stage)

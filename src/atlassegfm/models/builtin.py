@@ -36,15 +36,15 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ..distances import signed_distance_mm
-from ..geometry import Grid
-from ..image import LocalMap, Volume
+from ..core.geometry import Grid
+from ..core.image import Volume
+from ..core.mask import LocalMap, signed_distance_mm
+from ..core.parallel import side_by_side
 from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan
-from ..threads import side_by_side
-from ..weights import LocalWeights
+from ..settings import ModelSettings
 from . import OnPrompt
-from ._inputs import usable_device
-from .settings import ModelSettings
+from .inputs import usable_device
+from .weights import LocalWeights
 
 Field = NDArray[np.float32]
 Doubles = NDArray[np.float64]

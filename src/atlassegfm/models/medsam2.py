@@ -23,16 +23,17 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage, special
 
-from ..errors import InputError
-from ..geometry import Grid
-from ..image import LocalMap, Volume
+from ..core.errors import InputError
+from ..core.geometry import Grid
+from ..core.image import Volume
+from ..core.mask import LocalMap
 from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan
-from ..weights import LocalWeights
+from ..settings import MedSam2Settings, ModelSettings
 from . import OnPrompt
-from ._inputs import intensities, scan_name, usable_device
-from ._medsam2_network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network, require_packages
-from ._origin import describe_file
-from .settings import MedSam2Settings, ModelSettings
+from .inputs import intensities, scan_name, usable_device
+from .medsam2_network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network, require_packages
+from .origin import describe_file
+from .weights import LocalWeights
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -40,16 +40,17 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage, special
 
-from ..errors import InputError, MissingExtraError, ModelError
-from ..geometry import Grid
-from ..image import LocalMap, Volume
+from ..core.errors import InputError, MissingExtraError, ModelError
+from ..core.geometry import Grid
+from ..core.image import Volume
+from ..core.mask import LocalMap
 from ..prompts import Prompt, RegionPrompt, inside_scan
-from ..weights import LocalWeights
+from ..settings import ModelSettings, VesselFmSettings
 from . import OnPrompt
-from ._checkpoint import check_fit, few, load_state, named_weights
-from ._inputs import intensities, scan_name, usable_device
-from ._origin import describe_file, installed_version
-from .settings import ModelSettings, VesselFmSettings
+from .checkpoint import check_fit, few, load_state, named_weights
+from .inputs import intensities, scan_name, usable_device
+from .origin import describe_file, installed_version
+from .weights import LocalWeights
 
 Field = NDArray[np.float32]
 Box = tuple[slice, slice, slice]

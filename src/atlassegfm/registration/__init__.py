@@ -15,33 +15,21 @@ from dataclasses import field as dataclass_field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ..image import Volume
-from ..transforms import Affine, Chain, DisplacementField, JacobianStatistics, Transform
+from ..core.image import Volume
+from ..settings import RegistrationSettings
+from ..transforms.jacobian import JacobianStatistics
+from ..transforms.maps import Affine, Chain, DisplacementField, Transform
 from .pair import Fitted, Pair, Start
-from .settings import (
-    AntsSettings,
-    ElastixSettings,
-    GreedySettings,
-    InstanceSettings,
-    RegistrationSettings,
-    VoxelmorphSettings,
-)
 
 if TYPE_CHECKING:
-    from .difference import Difference
+    from .dissimilarity import Difference
 
 __all__ = [
     "ENGINES",
-    "AntsSettings",
-    "ElastixSettings",
     "Engine",
     "Fitted",
-    "GreedySettings",
-    "InstanceSettings",
     "Pair",
     "Registration",
-    "RegistrationSettings",
-    "VoxelmorphSettings",
     "register",
     "require_engine",
 ]
@@ -78,9 +66,9 @@ class Engine:
 ENGINES: Mapping[str, Engine] = {
     "instance": Engine("instance"),
     "voxelmorph": Engine("voxelmorph", start_option="voxelmorph.use_start"),
-    "greedy": Engine("_peer", is_peer=True),
-    "ants": Engine("_peer", is_peer=True),
-    "elastix": Engine("_peer", is_peer=True),
+    "greedy": Engine("peer", is_peer=True),
+    "ants": Engine("peer", is_peer=True),
+    "elastix": Engine("peer", is_peer=True),
 }
 
 
@@ -151,7 +139,7 @@ def require_engine(settings: RegistrationSettings) -> None:
     """
     engine = ENGINES[settings.engine]
     if engine.is_peer:
-        importlib.import_module(f".{engine.module}", __name__).require(settings)
+        importlib.import_module(f".engines.{engine.module}", __name__).require(settings)
 
 
 def compare(
@@ -174,7 +162,7 @@ def compare(
         If one of the scans holds nothing but background.
     """
     from . import pyramid
-    from .difference import difference_of
+    from .dissimilarity import difference_of
 
     settings = settings or RegistrationSettings()
     spacing_mm = pyramid.level_spacings_mm(fixed.grid, (settings.coarse_voxels, settings.fine_voxels))[-1]
@@ -217,9 +205,10 @@ def register(
     MissingExtraError
         If the engine is another package's, and that is not installed.
     """
-    from . import discrete, poses, pyramid
-    from . import linear as linear_stages
-    from .difference import difference_of
+    from . import affine as linear_stages
+    from . import discrete, pyramid
+    from . import structure_affine as poses
+    from .dissimilarity import difference_of
 
     settings = settings or RegistrationSettings()
     seconds: dict[str, float] = {}
@@ -264,7 +253,7 @@ def register(
                 field = discrete.search(fixed_scan, moving_scan, linear, begin, settings.coarse_voxels, device)
                 # Found with brightness or not: a cautious fit begins with it again.
                 start = Start(field)
-        module = importlib.import_module(f".{engine.module}", __name__)
+        module = importlib.import_module(f".engines.{engine.module}", __name__)
         own_linear = engine.is_peer and settings.peer_linear and wants_linear
         with stage("deformable"):
             fitted = module.fit(pair, None if own_linear else linear, start, settings, device)

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from ..geometry import Grid
-from ..transforms import Affine, Chain, DisplacementField, Transform, displacement_on
+from ..core.geometry import Grid
+from ..transforms.maps import Affine, Chain, DisplacementField, Transform, displacement_on
+from .affine import MISMATCH_PRICE
 from .features import box_mean, mind_ssc
-from .linear import MISMATCH_PRICE
 from .pyramid import Level, Scan, axes_of, level_grid, on_grid
 
 #: Displacements of so many voxels along each axis, and fewer, are tried: 5 to 6 cm for an abdomen. 2197 in all.

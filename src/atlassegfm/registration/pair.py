@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..geometry import Grid
-from ..image import Volume
-from ..transforms import Affine, DisplacementField, Transform
+from ..core.geometry import Grid
+from ..core.image import Volume
+from ..transforms.maps import Affine, DisplacementField, Transform
 
 if TYPE_CHECKING:
     from .pyramid import Scan

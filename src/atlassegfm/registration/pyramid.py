@@ -11,16 +11,12 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from torch import Tensor
 
-from ..errors import RegistrationError
-from ..geometry import Grid
-from ..image import Volume
-from ..transforms import (
-    DisplacementField,
-    JacobianStatistics,
-    Transform,
-    deformation_statistics,
-    resample,
-)
+from ..core.errors import RegistrationError
+from ..core.geometry import Grid
+from ..core.image import Volume
+from ..transforms.jacobian import JacobianStatistics, deformation_statistics
+from ..transforms.maps import DisplacementField, Transform
+from ..transforms.resample import resample
 
 #: Foreground is what is brighter than this share of the range between the 1st and the 99th percentile. It parts
 #: tissue from air in CT and MR, skull-stripped ones too, and takes in small crops whole.

@@ -14,11 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from ..core.errors import InputError, MissingExtraError
+from ..core.files import atomic_path
+from ..core.image import Volume, load_labels
+from ..core.labels import Structure, structures_of
+from ..core.overlap import dice_per_structure
 from ..dicom import is_dicom_input, open_image
-from ..errors import InputError, MissingExtraError
-from ..image import Volume, atomic_path, load_labels
-from ..metrics import dice_per_structure
-from ..structures import Structure, structures_of
 from .folder import ATLAS, CASE_PAGE, CASE_PICTURE, MODEL, RUN, SEGMENTATION, STATUS, CaseRow
 from .overview import draw_overview
 from .page import (

@@ -13,9 +13,9 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.errors import InputError
+from ..core.files import atomic_path
 from ..dicom import is_series_folder
-from ..errors import InputError
-from ..image import atomic_path
 from .case import Agreement, CaseFacts, CaseOptions, write_case
 from .folder import (
     CASE_PAGE,

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import InputError
-from ..structures import palette_color
+from ..core.errors import InputError
+from ..core.labels import palette_color
 
 RUN, STATUS = "run.json", "status.json"
 #: The summary of a cohort, or one for each of its parts.

@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ..errors import MissingExtraError
-from ..image import Volume, atomic_path
-from ..structures import Structure
+from ..core.errors import MissingExtraError
+from ..core.files import atomic_path
+from ..core.image import Volume
+from ..core.labels import Structure
 from .planes import (
     BARS_MM,
     MARGIN_SHARE,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..image import Volume
+from ..core.image import Volume
 from .page import text
 from .planes import BARS_MM, VIEWS, Panel, View, cut, letters, smooth_mask, thinned, tilt_degrees
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..geometry import Grid
-from ..image import Volume, smallest_label_type
+from ..core.geometry import Grid
+from ..core.image import Volume, smallest_label_type
 
 #: Percentiles of the scan that the 8 bits of the view span.
 _LOWEST, _HIGHEST = 0.2, 99.9

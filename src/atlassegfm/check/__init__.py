@@ -1,0 +1,1 @@
+"""Geometry, labels and intensities of files, before they are used."""

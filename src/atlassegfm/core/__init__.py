@@ -1,0 +1,1 @@
+"""What everything stands on: errors, geometry, images, masks, labels, files."""

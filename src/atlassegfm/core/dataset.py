@@ -1,0 +1,392 @@
+"""Folders of labelled scans in nnU-Net raw layout: which cases there are and where their files lie.
+
+::
+
+    Dataset002_AbdCT/
+        dataset.json
+        imagesTr/abdct_003_0000.nii.gz      the case, and its channel as four digits
+        labelsTr/abdct_003.nii.gz
+
+Only paths are read here, no images. Whatever could drop a case in silence is an error, because the mean over
+the cases that are left would still look like the result of the whole dataset.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from .errors import InputError
+from .image import IMAGE_SUFFIXES, image_stem, image_suffix
+from .labels import closest, listed, match_rank
+
+_LAYOUT = "nnU-Net raw layout (dataset.json, imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz)"
+
+
+#: The one name nnU-Net gives a meaning of its own, voxels nobody annotated: its documentation/ignore_label.md
+_IGNORE = "ignore"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One labelled scan of a dataset.
+
+    Parameters
+    ----------
+    name : str
+        What the dataset calls it ("abdct_003").
+    image, labels : Path
+        The scan (one channel of it) and its label map.
+    """
+
+    name: str
+    image: Path
+    labels: Path
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled scans of one kind.
+
+    Parameters
+    ----------
+    folder : Path
+        Where ``dataset.json`` lies.
+    name : str
+        Name of that folder.
+    cases : tuple of Case
+        Sorted by name.
+    structures : mapping of int to str
+        Name of each label value in ascending order, background and "ignore" left out.
+    channels : tuple of str
+        Name of each channel of the scans ("CT", "T2").
+    ignored : int or None
+        Label value of voxels that nobody annotated; None where there is none.
+    """
+
+    folder: Path
+    name: str
+    cases: tuple[Case, ...]
+    structures: Mapping[int, str]
+    channels: tuple[str, ...]
+    ignored: int | None = None
+
+    def __post_init__(self) -> None:
+        names = [case.name for case in self.cases]
+        if not names or names != sorted(set(names)):
+            raise ValueError("there are no cases, or they are not sorted, or some are doubled; use load_dataset")
+
+    def case(self, name: str) -> Case:
+        """The case of that name.
+
+        Raises
+        ------
+        InputError
+            If there is none.
+        """
+        for case in self.cases:
+            if case.name == name:
+                return case
+        known = [case.name for case in self.cases]
+        raise InputError(f"{self.folder}: no case {name!r}; {_hint(name, known)}expected one of {listed(known)}")
+
+    def select(self, names: Sequence[str]) -> Dataset:
+        """The dataset with these cases only, sorted as ever.
+
+        Raises
+        ------
+        InputError
+            If no name is given, a name is given twice, or there is no such case.
+        """
+        if not names:
+            raise InputError(f"{self.folder}: no case is named; expected at least one")
+        doubled = _doubled(names)
+        if doubled:
+            raise InputError(f"{self.folder}: case {doubled[0]!r} is named more than once; name each case once")
+        return replace(self, cases=tuple(self.case(name) for name in sorted(names)))
+
+
+def load_dataset(folder: Path, *, channel: int = 0) -> Dataset:
+    """Find the cases of a dataset in nnU-Net raw layout.
+
+    Parameters
+    ----------
+    folder : Path
+        Where ``dataset.json`` lies. If that has a table "dataset", the cases are those it lists; if not, those
+        of ``imagesTr`` and ``labelsTr``. Hidden files do not count.
+    channel : int
+        Which channel of each scan to take, from 0.
+
+    Raises
+    ------
+    InputError
+        If there is no such dataset, ``dataset.json`` cannot be used, an image has no labels or the other way
+        round, or there are other cases than ``dataset.json`` says.
+    """
+    path = folder / "dataset.json"
+    content = _read_json(folder, path)
+    ending = _file_ending(content, path)
+    structures, ignored = _structures(content, path)
+    channels = _channels(content, path)
+    if not 0 <= channel < len(channels):
+        known = ", ".join(f"{number} ({name})" for number, name in enumerate(channels))
+        raise InputError(f"{path}: no channel {channel}; expected one of {known}")
+    if "dataset" in content:
+        place = 'its "dataset"'
+        cases = _listed_cases(content["dataset"], path, channel)
+    else:
+        place = "labelsTr"
+        cases = _found_cases(folder, ending, channel)
+    _check_complete(content, path, [case.name for case in cases], place)
+    # "." has no name of its own, and a link to a folder goes by the name of the link.
+    name = folder.name if folder.name not in ("", "..") else folder.resolve().name
+    return Dataset(folder, name, tuple(cases), structures, channels, ignored)
+
+
+def pick_structures(dataset: Dataset, wanted: Sequence[str]) -> tuple[int, ...]:
+    """Label values of the structures a user asks for.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        Where their names are from.
+    wanted : sequence of str
+        Each a label value ("6"), a name ("Left kidney", the same as "left_kidney") or a shell pattern
+        (``*kidney*``; ``*`` is every structure).
+
+    Returns
+    -------
+    tuple of int
+        Ascending, each once, in whatever order they are asked for.
+
+    Raises
+    ------
+    InputError
+        If nothing is asked for, or something that fits no structure.
+    """
+    path = dataset.folder / "dataset.json"
+    if not wanted:
+        raise InputError(f"{path}: no structure is named; expected at least one, or '*' for all")
+    picked: set[int] = set()
+    for one in wanted:
+        ranks = {value: match_rank(one, value, name) for value, name in dataset.structures.items()}
+        best = min((rank for rank in ranks.values() if rank is not None), default=None)
+        if best is None:
+            known = [f"{value} ({name})" for value, name in dataset.structures.items()]
+            hint = _hint(one, dataset.structures.values())
+            raise InputError(
+                f"{path}: no structure {one!r}; {hint}expected a value, name or pattern of {listed(known)}"
+            )
+        picked.update(value for value, rank in ranks.items() if rank == best)
+    return tuple(sorted(picked))
+
+
+def _read_json(folder: Path, path: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        what = "a file" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {what}; expected the folder of a dataset in {_LAYOUT}")
+    if not path.is_file():
+        inside = sorted(found.parent.name for found in folder.glob("*/dataset.json"))
+        hint = f": give one of the datasets inside it, {listed(inside)}" if inside else ""
+        raise InputError(f"{folder}: no dataset.json; expected a dataset in {_LAYOUT}{hint}")
+
+    def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # Python would keep the last of several equal keys: a case or a label would be gone.
+        doubled = _doubled([key for key, _ in pairs])
+        if doubled:
+            raise InputError(f"{path}: {doubled[0]!r} stands there twice; expected each key once: rename or remove one")
+        return dict(pairs)
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_doubles)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON (line {error.lineno}: {error.msg}); correct it") from None
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"{path}: not readable as text; expected JSON: check the file and its permissions") from None
+    if not isinstance(content, dict):
+        raise InputError(f'{path}: found a {type(content).__name__}; expected an object with "labels" and more')
+    return content
+
+
+def _file_ending(content: Mapping[str, Any], path: Path) -> str:
+    known = ", ".join(IMAGE_SUFFIXES)
+    if "file_ending" not in content:
+        raise InputError(f'{path}: no "file_ending"; add the ending of all images, one of {known}')
+    ending = content["file_ending"]
+    if not isinstance(ending, str) or ending.lower() not in IMAGE_SUFFIXES:
+        raise InputError(f'{path}: "file_ending" is {ending!r}; expected one of {known}: convert the images')
+    return ending
+
+
+def _structures(content: Mapping[str, Any], path: Path) -> tuple[dict[int, str], int | None]:
+    """Name of each label value, and the value of "ignore"."""
+    table = content.get("labels")
+    if not isinstance(table, dict):
+        raise InputError(
+            f'{path}: no "labels"; add the label value of each name, such as {{"background": 0, "liver": 1}}'
+        )
+    structures: dict[int, str] = {}
+    for key, item in table.items():
+        if isinstance(item, list):
+            raise InputError(
+                f"{path}: label {key!r} is a region, {item}; expected one value for each name: "
+                "write the label map's own values"
+            )
+        if isinstance(item, int) and not isinstance(item, bool) and item >= 0:
+            value, name = item, key
+        elif isinstance(item, str) and key.isdecimal():
+            value, name = int(key), item  # Medical Decathlon and nnU-Net before its version 2
+        else:
+            raise InputError(f'{path}: label {key!r} is {item!r}; expected "name": value, a whole number of at least 0')
+        if value in structures:
+            raise InputError(
+                f"{path}: {structures[value]!r} and {name!r} both have the label value {value}; correct one"
+            )
+        structures[value] = name
+    kept = {value: structures[value] for value in sorted(structures) if value and structures[value] != _IGNORE}
+    if not kept:
+        raise InputError(f'{path}: "labels" has no structure; expected at least one besides background')
+    return kept, next((value for value, name in structures.items() if name == _IGNORE and value), None)
+
+
+def _channels(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    # nnU-Net before its version 2 says "modality". One of them is required there, but nothing here needs the name.
+    key = "channel_names" if "channel_names" in content else "modality"
+    table = content.get(key, {"0": "0"})
+    numbers = [str(number) for number in range(len(table))] if isinstance(table, dict) else []
+    if not numbers or sorted(table) != sorted(numbers):
+        raise InputError(
+            f'{path}: "{key}" is {table!r}; expected a name for each channel from 0, such as {{"0": "CT"}}'
+        )
+    return tuple(str(table[number]) for number in numbers)
+
+
+def _found_cases(folder: Path, ending: str, channel: int) -> list[Case]:
+    """The cases of ``imagesTr`` and ``labelsTr``, sorted by name."""
+    images, labels = folder / "imagesTr", folder / "labelsTr"
+    image_files, label_files = _files(images, ending), _files(labels, ending)
+    channels_of: dict[str, set[int]] = {}
+    for stem in sorted(image_files):
+        match = re.fullmatch(r"(.+)_([0-9]{4})", stem)
+        if match is None:
+            raise InputError(
+                f"{images / (stem + ending)}: the name has no channel; expected CASE_0000{ending}: rename it"
+            )
+        channels_of.setdefault(match[1], set()).add(int(match[2]))
+    unlabelled = sorted(channels_of.keys() - label_files)
+    if unlabelled:
+        found = _with_other_endings(labels, unlabelled, unlabelled, ending)
+        raise InputError(
+            f"{labels}: no labels for {len(unlabelled)} of {len(channels_of)} scans in imagesTr: {found}; "
+            f"expected CASE{ending} for each: add the labels or take the scans out"
+        )
+    missing = sorted(name for name in label_files if channel not in channels_of.get(name, ()))
+    if missing:
+        found = _with_other_endings(images, missing, [f"{name}_{channel:04}" for name in missing], ending)
+        raise InputError(
+            f"{images}: no image for {len(missing)} of {len(label_files)} label maps in labelsTr: {found}; "
+            f"expected CASE_{channel:04}{ending} for each: add the images or take the labels out"
+        )
+    return [
+        Case(name, images / f"{name}_{channel:04}{ending}", labels / f"{name}{ending}") for name in sorted(label_files)
+    ]
+
+
+def _files(folder: Path, ending: str) -> set[str]:
+    """Names of the files with that ending, without it; there is at least one."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; expected a dataset in {_LAYOUT}")
+    names = _visible(folder)
+    stems = {name.removesuffix(ending) for name in names if name.endswith(ending)}
+    if not stems:
+        others = [name for name in names if image_suffix(Path(name)) is not None]
+        found = f"there is {listed(others, 3)}: correct file_ending in dataset.json" if others else "add the files"
+        raise InputError(f"{folder}: no file ends in {ending}; {found}")
+    return stems
+
+
+def _visible(folder: Path) -> list[str]:
+    """Names of the files in a folder, sorted, without hidden ones ("._x" is what macOS leaves beside x)."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
+
+
+def _with_other_endings(folder: Path, cases: Sequence[str], stems: Sequence[str], ending: str) -> str:
+    """Cases for a message, each with the file ``stem`` that it has under another ending than ``ending``."""
+    others = [name for name in _visible(folder) if image_suffix(Path(name)) and not name.endswith(ending)]
+    found = {image_stem(Path(name)): name for name in others}
+    return listed(
+        [f"{case} (only {found[stem]})" if stem in found else case for case, stem in zip(cases, stems, strict=True)]
+    )
+
+
+def _listed_cases(table: Any, path: Path, channel: int) -> list[Case]:
+    """The cases of the table "dataset", sorted by name; paths are relative to the folder and may leave it."""
+    form = 'expected {"CASE": {"images": [a path for each channel], "label": a path}}'
+    if not isinstance(table, dict) or not table:
+        raise InputError(f'{path}: "dataset" is {_shortened(table)}; {form}')
+    cases = []
+    for name in sorted(table):
+        entry = table[name] if isinstance(table[name], dict) else {}
+        images, labels = entry.get("images"), entry.get("label")
+        if not (isinstance(labels, str) and isinstance(images, list) and all(isinstance(one, str) for one in images)):
+            raise InputError(f'{path}: case {name!r} of "dataset" is {_shortened(table[name])}; {form}')
+        if channel >= len(images):
+            raise InputError(
+                f'{path}: case {name!r} of "dataset" has {len(images)} images, none for channel {channel}; add it'
+            )
+        cases.append(Case(name, path.parent / images[channel], path.parent / labels))
+    absent = [str(file) for case in cases for file in (case.image, case.labels) if not file.is_file()]
+    if absent:
+        raise InputError(
+            f'{path}: {len(absent)} of the files that "dataset" lists do not exist: {listed(absent, 3)}; '
+            "correct the paths, which are relative to the dataset's folder"
+        )
+    return cases
+
+
+def _check_complete(content: Mapping[str, Any], path: Path, found: Sequence[str], place: str) -> None:
+    """Compare the cases found with the number and the list that dataset.json may have."""
+    training = content.get("training", [])
+    entries = training if isinstance(training, list) else [training]
+    names = []
+    for entry in entries:
+        file = entry.get("label") if isinstance(entry, dict) else None
+        if not isinstance(file, str):
+            raise InputError(
+                f'{path}: "training" has {_shortened(entry)}; expected {{"image": a path, "label": a path}}'
+            )
+        names.append(image_stem(Path(file)))
+    doubled = _doubled(names)
+    if doubled:
+        raise InputError(f'{path}: "training" lists {len(doubled)} cases twice: {listed(doubled)}; list each once')
+    absent = sorted(set(names) - set(found))
+    if absent:
+        raise InputError(
+            f'{path}: "training" lists {len(names)} cases, of which {len(absent)} are not in {place}: '
+            f"{listed(absent)}; add their files or take them off the list"
+        )
+    number = content.get("numTraining", len(found))
+    if type(number) is not int or number != len(found):
+        raise InputError(
+            f"{path}: dataset.json says {number!r} training cases, found {len(found)} in {place}; "
+            "add the files that are missing, or correct numTraining"
+        )
+
+
+def _doubled(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def _hint(wanted: str, known: Iterable[str]) -> str:
+    like = closest(wanted, known)
+    return "" if like is None else f"did you mean {like!r}? "
+
+
+def _shortened(item: Any) -> str:
+    text = repr(item)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,72 @@
+"""Compute device, reproducibility and memory errors of PyTorch."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from .errors import InputError, ModelError
+
+DEVICES = ("auto", "cpu", "cuda")
+
+
+def resolve_device(name: str) -> str:
+    """Turn "auto", "cpu" or "cuda" into "cpu" or "cuda".
+
+    Raises
+    ------
+    InputError
+        If the name is not known.
+    ModelError
+        If "cuda" was asked for and there is none.
+    """
+    if name not in DEVICES:
+        raise InputError(f"unknown device {name!r}; expected one of {', '.join(DEVICES)}")
+    if name == "cpu":
+        return name
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if name == "cuda":
+        raise ModelError("the device 'cuda' was asked for and PyTorch sees no CUDA GPU; use the device 'cpu' or 'auto'")
+    return "cpu"
+
+
+@contextmanager
+def _reproducible(seed: int) -> Iterator[None]:
+    """Seed PyTorch and ask it for algorithms that give the same bits twice; all is put back at the end.
+
+    Nothing in this package draws from NumPy's global generator.
+    """
+    import torch
+
+    # Read by cuBLAS when it starts; without it some matrix products are not reproducible.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        # A few CUDA kernels exist in one form only: they are used, and need not be told of.
+        warnings.filterwarnings("ignore", message=".*deterministic")
+        torch.manual_seed(seed)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(was_deterministic, warn_only=only_warned)
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turn what PyTorch and NumPy say when memory runs out into a sentence."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ModelError("the GPU ran out of memory; use the device 'cpu', or crop the scan") from None
+    except MemoryError:
+        raise ModelError("the memory does not suffice for this scan; crop it, or use a larger machine") from None

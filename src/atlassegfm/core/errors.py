@@ -1,0 +1,47 @@
+"""Errors a caller can act on.
+
+Every message is one sentence (or two) in the caller's words: the file first, what was found, what was
+expected, what to do. Programming errors stay ordinary Python exceptions.
+"""
+
+from __future__ import annotations
+
+
+class AtlasSegError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class InputError(AtlasSegError):
+    """A file, a setting or an argument cannot be used as given."""
+
+
+class RegistrationError(AtlasSegError):
+    """The two scans could not be brought into one space."""
+
+
+class ModelError(AtlasSegError):
+    """A segmentation model or a compute device cannot do what was asked."""
+
+
+class OutputError(AtlasSegError):
+    """A result was not written, because its file would not say the same as the result."""
+
+
+class MissingExtraError(AtlasSegError):
+    """An optional dependency is needed and not installed.
+
+    Parameters
+    ----------
+    feature : str
+        What needs it, as the beginning of a sentence ("drawing the picture").
+    extra : str
+        Name of the extra of this package that brings it; empty where none does.
+    remedy : str, optional
+        How to install it, where it is not by that extra.
+    """
+
+    def __init__(self, feature: str, extra: str, remedy: str = "") -> None:
+        remedy = remedy or f"pip install 'atlassegfm[{extra}]'"
+        super().__init__(f"{feature} needs an optional part that is not installed; install it with: {remedy}")
+        self.feature = feature
+        self.extra = extra

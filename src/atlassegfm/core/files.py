@@ -1,0 +1,187 @@
+"""Atomic files and folders."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside ``path``; move it there if the block succeeds, delete it if not."""
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot write there ({error.strerror or error}); choose another place") from None
+
+
+#: Temporary folders beside results begin so; a killed process may leave one.
+_TEMPORARY_PREFIX = ".writing-"
+
+
+#: Seconds after which a temporary folder of an unknown writer is left over: writing a result takes seconds.
+_LEFT_OVER_SECONDS = 24 * 3600
+
+
+@contextmanager
+def output_folder(path: Path) -> Iterator[None]:
+    """Make a folder for results, check that it can be written to, and remove it if it ends up empty.
+
+    Raises
+    ------
+    InputError
+        If it cannot be made or written to.
+    """
+    made: list[Path] = []
+    try:
+        try:
+            for folder in (*reversed(path.parents), path):
+                if not folder.exists():
+                    folder.mkdir()
+                    made.append(folder)
+            with tempfile.TemporaryDirectory(dir=path, prefix=_TEMPORARY_PREFIX):
+                pass
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(f"{path}: a file is in the way, expected a folder for results; choose another") from None
+        except OSError as error:
+            raise InputError(f"{path}: cannot write there ({error.strerror}); choose another place") from None
+        yield
+    finally:
+        for folder in reversed(made):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def check_replaceable(path: Path, known: frozenset[str]) -> None:
+    """Refuse to replace what this program did not write.
+
+    Parameters
+    ----------
+    path : Path
+        A folder to be written, which may exist.
+    known : frozenset of str
+        Names of the files and folders it may hold.
+
+    Raises
+    ------
+    InputError
+        If it is a file, or a folder with anything else in it.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"{path}: exists and is not a folder, but the result is to go there; move it away")
+    if path.is_dir():
+        try:
+            foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in known)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}); choose another output folder") from None
+        if foreign:
+            raise InputError(
+                f"{path}: the result is to go there, but the folder holds other files ({foreign[0]}"
+                f"{', ...' if len(foreign) > 1 else ''}); choose another output folder"
+            )
+
+
+@contextmanager
+def replaced_folder(path: Path, known: frozenset[str]) -> Iterator[Path]:
+    """Give a temporary folder beside ``path``; put it in its place if the block succeeds, delete it if not.
+
+    Raises
+    ------
+    InputError
+        As :func:`check_replaceable`, and if the disk refuses.
+    """
+    check_replaceable(path, known)
+    with _disk_errors(path):
+        holder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_TEMPORARY_PREFIX}{_host()}-{os.getpid()}-"))
+    new, old = holder / "new", holder / "old"
+    try:
+        with _disk_errors(path):
+            new.mkdir()
+        yield new
+        with _disk_errors(path):
+            # A folder that is not empty cannot be replaced in one step: for a moment there is none.
+            try:
+                if path.exists():
+                    os.replace(path, old)
+                os.replace(new, path)
+            finally:
+                if old.exists() and not path.exists():
+                    os.replace(old, path)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+
+
+def remove_unfinished(folder: Path) -> int:
+    """Delete temporary folders that killed processes left beside results.
+
+    Those of a process of this machine that runs are kept, and those of other machines for a day.
+
+    Parameters
+    ----------
+    folder : Path
+        Where results lie; it need not exist.
+
+    Returns
+    -------
+    int
+        How many there were.
+    """
+    removed = 0
+    try:
+        found = [Path(entry) for entry in os.scandir(folder) if entry.name.startswith(_TEMPORARY_PREFIX)]
+    except OSError:
+        return 0
+    for holder in found:
+        host, _, process = holder.name.removeprefix(_TEMPORARY_PREFIX).rpartition("-")[0].rpartition("-")
+        try:
+            old = time.time() - holder.stat().st_mtime > _LEFT_OVER_SECONDS
+        except OSError:
+            continue
+        if old or (host == _host() and process.isdigit() and not _runs(int(process))):
+            shutil.rmtree(holder, ignore_errors=True)
+            removed += 1
+    return removed
+
+
+def _host() -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", ".", socket.gethostname()) or "unknown"
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process here."""
+    if sys.platform == "win32":  # where signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # someone else's
+        return True
+    return True
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot write there ({error.strerror or error}); choose another place") from None

@@ -1,0 +1,292 @@
+"""Structures of a label map: values, names, colours, and the formats that carry them."""
+
+from __future__ import annotations
+
+import colorsys
+import difflib
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from .errors import InputError
+
+#: Colours for structures whose file names none: a qualitative set that stays apart on grey images.
+_PALETTE = (
+    (230, 75, 53),
+    (77, 187, 213),
+    (0, 160, 135),
+    (243, 155, 127),
+    (132, 145, 246),
+    (255, 210, 63),
+    (145, 209, 194),
+    (220, 120, 200),
+    (126, 97, 72),
+    (140, 200, 75),
+)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One anatomical structure of a label map.
+
+    Parameters
+    ----------
+    value : int
+        Its value in the label map; greater than 0, as 0 is background.
+    name : str
+        Its name, as the user knows it.
+    color : tuple of int, (3,)
+        Red, green, blue, 0 to 255.
+    """
+
+    value: int
+    name: str
+    color: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class LabelEntry:
+    """What a file says about one label value: a name, and a colour (0 to 255 each) where it has one."""
+
+    name: str
+    color: tuple[int, int, int] | None = None
+
+
+LabelTable = Mapping[int, LabelEntry]
+
+
+def structures_of(
+    values: Iterable[int], tables: Iterable[LabelTable], *, default_name: str = "label_{value}"
+) -> tuple[Structure, ...]:
+    """Give each label value the name and colour of the first table that knows it.
+
+    Parameters
+    ----------
+    values : iterable of int
+        Label values present in the atlas, 0 left out by the caller.
+    tables : iterable of LabelTable
+        In order of precedence.
+    default_name : str
+        Pattern for values no table names.
+    """
+    tables = tuple(tables)
+    found = []
+    for position, value in enumerate(sorted(values)):
+        entries = [table[value] for table in tables if value in table]
+        name = entries[0].name if entries else default_name.format(value=value)
+        colors = [entry.color for entry in entries if entry.color is not None]
+        found.append(Structure(value, name, colors[0] if colors else palette_color(position)))
+    return tuple(found)
+
+
+def palette_color(position: int) -> tuple[int, int, int]:
+    """Colour number ``position`` (from 0) of an endless list of distinct colours, 0 to 255 each."""
+    if position < len(_PALETTE):
+        return _PALETTE[position]
+    # Successive multiples of the golden ratio spread hues evenly, however many structures there are.
+    hue = (position * 0.618033988749895) % 1.0
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.55 + 0.3 * (position % 3) / 2, 0.95)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def read_names_file(path: Path) -> dict[int, LabelEntry]:
+    """Read label names from a file a user wrote or another program exported.
+
+    Understood are JSON (``{"liver": 1}``, ``{"1": "liver"}`` or a whole nnU-Net ``dataset.json``), and text
+    with one label a line: ``1 liver``, a FreeSurfer / 3D Slicer colour table ``1 liver 200 80 60 0``, or
+    an ITK-SNAP label description ``1 200 80 60 1 1 1 "liver"``. Lines that begin with ``#`` are comments.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, is not text, or a line or key has none of these forms.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a byte order mark
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected a names file (JSON or text)") from None
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"{path}: not readable as text; expected a names file (JSON or text)") from None
+    if path.suffix == ".json":
+        return _from_json(text, path)
+    return _from_lines(text, path)
+
+
+def dataset_json_of(labels_path: Path) -> Path | None:
+    """The ``dataset.json`` beside a label file or, as in the nnU-Net raw layout, one folder above."""
+    folder = labels_path.resolve().parent
+    for candidate in (folder / "dataset.json", folder.parent / "dataset.json"):
+        if candidate.is_file():
+            return candidate
+    return None
+
+
+def from_nifti_xml(xml: str) -> dict[int, LabelEntry]:
+    """Names from the ``LabelTable`` of a NIfTI header extension (Connectome Workbench, TotalSegmentator)."""
+    start = xml.find("<LabelTable")
+    stop = xml.rfind("</LabelTable>")
+    if start < 0 or stop < 0:
+        return {}
+    try:
+        table = ElementTree.fromstring(xml[start : stop + len("</LabelTable>")])
+    except ElementTree.ParseError:
+        return {}
+    entries = {}
+    for label in table.iter("Label"):
+        key, name = label.get("Key"), (label.text or "").strip()
+        if key is None or not key.lstrip("-").isdecimal() or not name:
+            continue
+        channels = [label.get(channel) for channel in ("Red", "Green", "Blue")]
+        try:
+            color = tuple(min(255, max(0, round(255 * float(c)))) for c in channels if c is not None)
+        except ValueError:
+            color = ()
+        entries[int(key)] = LabelEntry(name, (color[0], color[1], color[2]) if len(color) == 3 else None)
+    return entries
+
+
+def to_nifti_xml(structures: Iterable[Structure]) -> str:
+    """The header extension that :func:`from_nifti_xml` reads, as Connectome Workbench writes it."""
+    root = ElementTree.Element("CaretExtension")
+    volume = ElementTree.SubElement(root, "VolumeInformation", Index="0")
+    table = ElementTree.SubElement(volume, "LabelTable")
+    for structure in structures:
+        red, green, blue = (f"{channel / 255:.6f}" for channel in structure.color)
+        label = ElementTree.SubElement(
+            table, "Label", Key=str(structure.value), Red=red, Green=green, Blue=blue, Alpha="1"
+        )
+        label.text = structure.name
+    ElementTree.SubElement(volume, "VolumeType").text = "Label"
+    return ElementTree.tostring(root, encoding="unicode", xml_declaration=False)
+
+
+def from_slicer_metadata(metadata: Mapping[str, str]) -> dict[int, LabelEntry]:
+    """Names from the header fields of a 3D Slicer ``.seg.nrrd`` (``Segment0_LabelValue``, ``_Name``, ``_Color``)."""
+    entries = {}
+    for key, text in metadata.items():
+        match = re.fullmatch(r"(Segment\d+)_LabelValue", key)
+        if match is None or not text.strip().isdecimal():
+            continue
+        name = metadata.get(f"{match[1]}_Name", "").strip()
+        if not name:
+            continue
+        try:
+            channels = [round(255 * float(c)) for c in metadata.get(f"{match[1]}_Color", "").split()]
+        except ValueError:
+            channels = []
+        color = (channels[0], channels[1], channels[2]) if len(channels) == 3 else None
+        entries[int(text)] = LabelEntry(name, color)
+    return entries
+
+
+def to_slicer_metadata(structures: Iterable[Structure]) -> dict[str, str]:
+    """The header fields that :func:`from_slicer_metadata` reads."""
+    fields = {}
+    for position, structure in enumerate(structures):
+        fields[f"Segment{position}_ID"] = f"Segment_{structure.value}"
+        fields[f"Segment{position}_Name"] = structure.name
+        fields[f"Segment{position}_LabelValue"] = str(structure.value)
+        fields[f"Segment{position}_Layer"] = "0"
+        fields[f"Segment{position}_Color"] = " ".join(f"{channel / 255:.6f}" for channel in structure.color)
+    return fields
+
+
+def _from_json(text: str, path: Path) -> dict[int, LabelEntry]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON (line {error.lineno}: {error.msg}); correct it") from None
+    if isinstance(content, dict) and isinstance(content.get("labels"), dict):
+        content = content["labels"]
+    if not isinstance(content, dict):
+        raise InputError(f'{path}: expected an object such as {{"liver": 1}}, found a {type(content).__name__}')
+    entries = {}
+    for key, item in content.items():
+        if isinstance(item, int) and not isinstance(item, bool):
+            value, name = item, str(key)
+        elif str(key).isdecimal() and isinstance(item, str):
+            value, name = int(key), item
+        else:
+            # nnU-Net also allows regions ("whole_tumour": [1, 2]); a label map has single values only.
+            raise InputError(f'{path}: {key!r}: {item!r} is not a label; expected "name": value or "value": "name"')
+        if value:
+            entries[value] = LabelEntry(name)
+    return entries
+
+
+def _from_lines(text: str, path: Path) -> dict[int, LabelEntry]:
+    entries = {}
+    itk_snap = re.compile(r'(\d+)\s+(\d+)\s+(\d+)\s+(\d+)\s+\S+\s+\d\s+\d\s+"(.*)"')
+    color_table = re.compile(r"(\d+)\s+(.+?)\s+(\d+)\s+(\d+)\s+(\d+)(?:\s+\d+)?")
+    plain = re.compile(r"(\d+)[\s,;:=]+(.+)")
+    for number, raw in enumerate(text.splitlines(), start=1):
+        line = raw.strip()
+        if not line or line.startswith("#"):
+            continue
+        if match := itk_snap.fullmatch(line):
+            value, name, color = match[1], match[5], (match[2], match[3], match[4])
+        elif match := color_table.fullmatch(line):
+            value, name, color = match[1], match[2], (match[3], match[4], match[5])
+        elif match := plain.fullmatch(line):
+            value, name, color = match[1], match[2], None
+        else:
+            raise InputError(f"{path}: line {number} is {line!r}; expected a label value and a name, as '1 liver'")
+        if int(value):
+            rgb = None if color is None else (int(color[0]), int(color[1]), int(color[2]))
+            entries[int(value)] = LabelEntry(name.strip().strip('"'), rgb)
+    return entries
+
+
+#: A message that lists names stops after so many: about two lines of a terminal.
+_LONGEST_LIST = 15
+
+
+def plain_name(name: str) -> str:
+    """A name as it is compared: no capitals, one space for each run of spaces, underscores and hyphens.
+
+    What stands in square brackets keeps its hyphens, as "[a-c]" in a pattern is a range.
+    """
+    return re.sub(r"(\[[^\]]*\])|[\s_-]+", lambda found: found[1] or " ", name.casefold()).strip()
+
+
+def match_rank(wanted: str, value: int, name: str) -> int | None:
+    """How a structure fits what a user wrote.
+
+    Parameters
+    ----------
+    wanted : str
+        A label value ("6"), a name ("left kidney") or a shell pattern (``*kidney*``).
+    value : int
+        Label value of the structure.
+    name : str
+        Its name.
+
+    Returns
+    -------
+    int or None
+        0 if ``wanted`` is its value, 1 if it is its name, 2 if it is a pattern of its name; None if it is none
+        of these. The lower one is meant where several fit.
+    """
+    if wanted.strip().isdecimal() and int(wanted) == value:
+        return 0
+    wanted, name = plain_name(wanted), plain_name(name)
+    if wanted == name:
+        return 1
+    return 2 if fnmatchcase(name, wanted) else None
+
+
+def closest(wanted: str, known: Iterable[str]) -> str | None:
+    """The known name most like a misspelt one; None if none is like it."""
+    by_plain = {plain_name(name): name for name in known}
+    found = difflib.get_close_matches(plain_name(wanted), by_plain, n=1)
+    return by_plain[found[0]] if found else None
+
+
+def listed(names: Sequence[str], limit: int = _LONGEST_LIST) -> str:
+    """Names for a message: "a, b, c", or the first ``limit`` of them "and 4 more"."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,115 @@
+"""Masks of one structure on a box of voxels, and distances to their border."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+
+@dataclass(frozen=True, eq=False)
+class LocalMap:
+    """A scalar field on a box of a larger grid, zero everywhere else.
+
+    Probabilities of single structures are kept so: a hundred structures on a large scan would not fit
+    into memory otherwise.
+
+    Parameters
+    ----------
+    start : tuple of int, (3,)
+        First voxel (i, j, k) of the box in the large grid.
+    values : array, (I, J, K) float32
+        Probability in [0, 1] on the box.
+    """
+
+    start: tuple[int, int, int]
+    values: NDArray[np.float32]
+
+    @property
+    def stop(self) -> tuple[int, int, int]:
+        """One past the last voxel of the box, in the large grid."""
+        i, j, k = (int(first + n) for first, n in zip(self.start, self.values.shape, strict=True))
+        return i, j, k
+
+    @property
+    def box(self) -> tuple[slice, slice, slice]:
+        """The box as slices into an array on the large grid."""
+        i, j, k = (slice(first, last) for first, last in zip(self.start, self.stop, strict=True))
+        return i, j, k
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the field is zero everywhere."""
+        return self.values.size == 0 or not bool(self.values.any())
+
+    @classmethod
+    def empty(cls) -> LocalMap:
+        """The field that is zero everywhere."""
+        return cls((0, 0, 0), np.zeros((0, 0, 0), np.float32))
+
+    @classmethod
+    def from_full(cls, values: NDArray[Any], margin: int = 0) -> LocalMap:
+        """Cut the box of the nonzero values, ``margin`` voxels added on each side, out of a full array."""
+        if not values.any():
+            return cls.empty()
+        start, stop = [], []
+        for axis in range(3):
+            other = tuple(n for n in range(3) if n != axis)
+            hit = np.flatnonzero(values.any(axis=other))
+            start.append(max(int(hit[0]) - margin, 0))
+            stop.append(min(int(hit[-1]) + 1 + margin, values.shape[axis]))
+        box = tuple(slice(first, last) for first, last in zip(start, stop, strict=True))
+        return cls((start[0], start[1], start[2]), np.ascontiguousarray(values[box], dtype=np.float32))
+
+    def to_full(self, shape: tuple[int, int, int]) -> NDArray[np.float32]:
+        """The field on the whole grid of the given shape."""
+        full = np.zeros(shape, np.float32)
+        if self.values.size:
+            full[self.box] = self.values
+        return full
+
+    def on_box(self, start: Sequence[int], stop: Sequence[int]) -> NDArray[np.float32]:
+        """(I, J, K) float32: the field on another box ``start`` <= ijk < ``stop`` of the large grid."""
+        out = np.zeros([last - first for first, last in zip(start, stop, strict=True)], np.float32)
+        first = np.maximum(self.start, start)
+        last = np.minimum(self.stop, stop)
+        if (last > first).all():
+            to = tuple(slice(a - s, b - s) for a, b, s in zip(first, last, start, strict=True))
+            of = tuple(slice(a - s, b - s) for a, b, s in zip(first, last, self.start, strict=True))
+            out[to] = self.values[of]
+        return out
+
+
+def signed_distance_mm(mask: NDArray[np.bool_], spacing_mm: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Distance of each voxel's centre to the border of a mask, which runs between voxels.
+
+    Parameters
+    ----------
+    mask : array, (I, J, K) bool
+        The border of the array is none of the mask's.
+    spacing_mm : array, (3,)
+        Distance in mm between neighbouring voxels along each axis, which are taken to be at right angles.
+
+    Returns
+    -------
+    array, (I, J, K) float32
+        In mm, above 0 inside; infinite everywhere where there is no border.
+    """
+    if mask.all() or not mask.any():
+        return np.where(mask, np.float32(np.inf), np.float32(-np.inf))
+    # The transform gives distances between centres; the border lies half a voxel before.
+    half_mm = np.float32(spacing_mm.min() / 2)
+    inward = ndimage.distance_transform_edt(mask, spacing_mm).astype(np.float32)
+    outward = ndimage.distance_transform_edt(~mask, spacing_mm).astype(np.float32)
+    signed: NDArray[np.float32] = np.where(mask, inward - half_mm, half_mm - outward)
+    return signed
+
+
+def ball_radius_mm(volume_mm3: float) -> float:
+    """Radius in mm of the ball of a volume: how large a structure is, whatever its shape."""
+    return float((volume_mm3 * 3 / (4 * math.pi)) ** (1 / 3))

@@ -1,0 +1,155 @@
+"""Threads, environment variables and memory of a process."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+#: Read by OpenMP (PyTorch), its linear algebra, and ITK, when they are loaded.
+_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
+
+
+#: Linear algebra of NumPy and SciPy: always one, as only small matrices come there, and as it cannot be changed later.
+NUMPY_THREADS = ("OPENBLAS_NUM_THREADS", "1")
+
+
+#: Parts of one job that are worked on at a time, at most: each takes memory of its own.
+_MOST_SIDE_BY_SIDE = 4
+
+
+T = TypeVar("T")
+
+
+R = TypeVar("R")
+
+
+_here = threading.local()
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use: a scheduler may have given it a part of the machine."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS and Windows
+        return os.cpu_count() or 1
+
+
+def side_by_side(work: Callable[[T], R], parts: Iterable[T], *, most: int = _MOST_SIDE_BY_SIDE) -> Iterator[R]:
+    """Do parts of a job in threads; what comes out is the same with any number of them.
+
+    For work that is done by NumPy and SciPy, which compute with one thread each and let others run meanwhile. As many
+    parts are under way as ``OMP_NUM_THREADS`` says, or as there are cores, within ``most``. Work within a part is not
+    divided again.
+
+    Parameters
+    ----------
+    work : callable
+        Takes a part; must not depend on others.
+    parts : iterable
+        Taken one by one, a few ahead.
+    most : int
+        Parts under way at most.
+
+    Yields
+    ------
+    What ``work`` returned, in the order of the parts.
+    """
+    allowed = os.environ.get("OMP_NUM_THREADS", "")
+    count = min(int(allowed) if allowed.isdecimal() else usable_cores(), most)
+    if count <= 1 or getattr(_here, "is_part", False):
+        yield from map(work, parts)
+        return
+    with ThreadPoolExecutor(count, initializer=setattr, initargs=(_here, "is_part", True)) as pool:
+        under_way: deque[Future[R]] = deque()
+        try:
+            for part in parts:
+                under_way.append(pool.submit(work, part))
+                if len(under_way) > count:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            for future in under_way:
+                future.cancel()
+
+
+def thread_variables(count: int) -> dict[str, str]:
+    """Environment variables under which a program computes with this many threads."""
+    return {**dict.fromkeys(_VARIABLES, str(count)), NUMPY_THREADS[0]: NUMPY_THREADS[1]}
+
+
+@contextmanager
+def changed_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, for the processes started meanwhile; all is put back at the end."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def limited_threads(count: int | None) -> Iterator[None]:
+    """Compute with this many threads, in this thread of the program; all is put back at the end.
+
+    Parameters
+    ----------
+    count : int or None
+        At least 1; None changes nothing.
+    """
+    if count is None:
+        yield
+        return
+    with changed_environment(thread_variables(count)):
+        import SimpleITK
+        import torch
+
+        threads, itk = torch.get_num_threads(), SimpleITK.ProcessObject.GetGlobalDefaultNumberOfThreads()
+        torch.set_num_threads(count)
+        SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(count)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(itk)
+
+
+#: Where Linux tells of a process's own memory, and takes the request to begin a new peak ("5": proc(5)).
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def reset_peak_memory() -> bool:
+    """Begin a new peak at what is in use now; False where the system cannot, and the peak stays that of the process."""
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory_mb() -> int | None:
+    """Largest resident memory since the last reset, or of the process so far; None where the system does not tell."""
+    try:
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) / 1024)
+    except (OSError, ValueError):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))

@@ -1,0 +1,23 @@
+"""How well a result agrees with a reference, on the query's native grid: overlap, surfaces and centrelines.
+
+A structure that neither of the two has gives NaN, never 1: whoever averages must say how those are counted.
+"""
+
+from __future__ import annotations
+
+from ...core.overlap import dice, dice_per_structure
+from .scores import Status, StructureScores, compare, diagonal_mm, score_labels, score_masks
+from .shape import Shape, label_shapes
+
+__all__ = [
+    "Shape",
+    "Status",
+    "StructureScores",
+    "compare",
+    "diagonal_mm",
+    "dice",
+    "dice_per_structure",
+    "label_shapes",
+    "score_labels",
+    "score_masks",
+]

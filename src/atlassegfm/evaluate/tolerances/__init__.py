@@ -1,0 +1,168 @@
+"""Tolerances of the normalised surface distance (NSD): how far apart two surfaces may be and still agree.
+
+A tolerance belongs to a structure: readers agree better on a lens than on a duodenum. They come as one number
+for all, from a preset of this package (tables of published benchmarks) or from a file of the user's:
+
+.. code-block:: toml
+
+    default_mm = 2.0                # required: structures that nothing below names
+    source = "our two readers"      # optional
+
+    [tolerance_mm]
+    6 = 5.0                         # a label value
+    "left kidney" = 2.5             # a name
+    "*kidney*" = 3.0                # a pattern
+
+Values come before names, names before patterns, and of several patterns the first one counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ...core.config import load_toml
+from ...core.errors import InputError
+from ...core.labels import match_rank, plain_name
+
+#: Name of each preset, and the file of this package that holds it and says where it is from.
+PRESETS: Mapping[str, str] = {"flare22": "flare22.toml", "kits21": "kits21.toml", "nikolov": "nikolov.toml"}
+
+
+_KEYS = ("default_mm", "tolerance_mm", "source")
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """NSD tolerance of every structure.
+
+    Parameters
+    ----------
+    default_mm : float
+        For structures that no pattern fits.
+    patterns : tuple of (str, float)
+        Label value, name or shell pattern, and its tolerance in mm, as written.
+    origin : str
+        Where they are from, to be named beside every NSD: "2 mm for all", "preset flare22" or a file.
+    source : str
+        What the file says about where its numbers are from.
+
+    Raises
+    ------
+    InputError
+        If a tolerance is not a finite number of at least 0, or a pattern is empty or given twice.
+    """
+
+    default_mm: float
+    patterns: tuple[tuple[str, float], ...]
+    origin: str
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        numbers: tuple[tuple[str, Any], ...] = (("default_mm", self.default_mm), *self.patterns)
+        for key, tolerance_mm in numbers:
+            # A file may hold anything here; Python takes true for a number, TOML does not.
+            is_number = isinstance(tolerance_mm, int | float) and not isinstance(tolerance_mm, bool)
+            if not (is_number and math.isfinite(tolerance_mm) and tolerance_mm >= 0):
+                raise InputError(
+                    f"{self.origin}: the tolerance of {key!r} is {tolerance_mm!r}; expected a finite number of mm, "
+                    "at least 0"
+                )
+        seen: dict[str, str] = {}
+        for key, _ in self.patterns:
+            plain = plain_name(key)
+            if not plain:
+                raise InputError(
+                    f"{self.origin}: {key!r} names no structure; expected a label value, a name or a pattern"
+                )
+            if plain in seen:
+                raise InputError(
+                    f"{self.origin}: {seen[plain]!r} and {key!r} are the same name; expected each once: remove one"
+                )
+            seen[plain] = key
+
+    def of(self, value: int, name: str) -> float:
+        """Tolerance of one structure, mm.
+
+        Parameters
+        ----------
+        value : int
+            Its label value.
+        name : str
+            Its name.
+        """
+        fitting = [
+            (rank, tolerance_mm)
+            for pattern, tolerance_mm in self.patterns
+            if (rank := match_rank(pattern, value, name)) is not None
+        ]
+        # Of equal ranks, min gives the one written first.
+        return float(min(fitting, key=lambda one: one[0])[1] if fitting else self.default_mm)
+
+    def unmatched(self, structures: Iterable[tuple[int, str]]) -> tuple[str, ...]:
+        """Patterns that fit no structure: misspelt, if a user wrote them for these structures.
+
+        Parameters
+        ----------
+        structures : iterable of (int, str)
+            Label value and name of each.
+        """
+        known = tuple(structures)
+        return tuple(pattern for pattern, _ in self.patterns if all(match_rank(pattern, *one) is None for one in known))
+
+
+def uniform(tolerance_mm: float) -> Tolerances:
+    """The same tolerance for every structure.
+
+    Raises
+    ------
+    InputError
+        If it is not a finite number of at least 0.
+    """
+    return Tolerances(tolerance_mm, (), f"{tolerance_mm:g} mm for all")
+
+
+def load_tolerances(name_or_file: str) -> Tolerances:
+    """Read tolerances from a preset or a file.
+
+    Parameters
+    ----------
+    name_or_file : str
+        One of :data:`PRESETS`, or the path of a TOML file in the form this module's docstring shows. A file
+        that has the name of a preset is read if a folder is given too ("./flare22").
+
+    Raises
+    ------
+    InputError
+        If there is neither such a preset nor such a file, or the file has another form.
+    """
+    if name_or_file in PRESETS:
+        with resources.as_file(resources.files(__name__) / PRESETS[name_or_file]) as path:
+            return _from_table(load_toml(path, "a file of tolerances"), f"preset {name_or_file}")
+    path = Path(name_or_file)
+    if not path.exists():
+        raise InputError(
+            f"{name_or_file}: neither a preset nor a file; expected {', '.join(PRESETS)} or a TOML file of tolerances"
+        )
+    return _from_table(load_toml(path, "a file of tolerances"), name_or_file)
+
+
+def _from_table(table: Mapping[str, Any], origin: str) -> Tolerances:
+    unknown = [key for key in table if key not in _KEYS]
+    if unknown:
+        raise InputError(
+            f"{origin}: unknown key {unknown[0]!r}; expected {', '.join(_KEYS)}: "
+            "write tolerances of structures below [tolerance_mm]"
+        )
+    if "default_mm" not in table:
+        raise InputError(f"{origin}: no default_mm; add the tolerance of all other structures, as default_mm = 2.0")
+    patterns, source = table.get("tolerance_mm", {}), table.get("source", "")
+    if not isinstance(patterns, Mapping):
+        raise InputError(f"{origin}: tolerance_mm is {patterns!r}; expected a table: begin it with [tolerance_mm]")
+    if not isinstance(source, str):
+        raise InputError(f"{origin}: source is {source!r}; expected text in quotes")
+    return Tolerances(table["default_mm"], tuple(patterns.items()), origin, source)

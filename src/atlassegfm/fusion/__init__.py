@@ -1,0 +1,1 @@
+"""Fusion of the warped atlas and the model's answer."""

@@ -1,0 +1,240 @@
+"""Checkpoints of PyTorch: read without running what may be in them, and compared with the network they are for."""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+import re
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..core.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+#: PyTorch has written zip archives since 1.6, and a pickle of protocol 2 before that.
+_ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"
+
+
+#: The old format is a magic number, a version, a description of the machine and the content, each a pickle; then the
+#: tensors (torch.serialization._legacy_save).
+_OLD_PICKLES = 4
+
+
+#: What saved downloads turn out to be that are no weights, by how they begin.
+_STRANGERS = (
+    (b"version https://git-lfs", "is a pointer of Git LFS, not the file it stands for"),
+    (b"<", "is a web page, or other text in angle brackets"),
+)
+
+
+#: What PyTorch raises for damaged files besides the errors of files and pickles, found by damaging some.
+_DAMAGE = (
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+
+
+#: This many names of weights are given in a message.
+_MOST_NAMED = 3
+
+
+class UnsafeCheckpointError(ModelError):
+    """A checkpoint could only be loaded by running what is in it.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    found : str
+        What it holds besides tensors and plain values.
+    wanted : str
+        What it should be.
+    """
+
+    def __init__(self, path: Path, found: str, wanted: str) -> None:
+        super().__init__(
+            f"{path}: holds {found} besides tensors and plain values, and loading these could run any program; "
+            f"expected {wanted}"
+        )
+        self.found = found
+
+
+def load_state(path: Path, *, wanted: str) -> Any:
+    """What is in a checkpoint, on the CPU; tensors and plain values only.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    wanted : str
+        What it should be, for messages ("the weights of the model 'medsam2'").
+
+    Raises
+    ------
+    UnsafeCheckpointError
+        If it could only be loaded by running what is in it.
+    ModelError
+        If it is missing or unreadable, not of PyTorch, or damaged.
+    """
+    import torch
+
+    try:
+        with path.open("rb") as file:
+            head = file.read(32)
+        if not head:
+            raise ModelError(f"{path}: is empty; expected {wanted}: fetch or copy it again")
+        if not head.startswith((_ZIP, _PICKLE)):
+            found = next((words for start, words in _STRANGERS if head.startswith(start)), "is no file of PyTorch")
+            raise ModelError(f"{path}: {found}; expected {wanted}")
+        if head.startswith(_ZIP) and not zipfile.is_zipfile(path):
+            raise _damaged(path, wanted)
+        with warnings.catch_warnings():
+            # About how it was pickled, which does not matter to what is read.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
+            with torch.serialization.safe_globals(_numpy_scalars()):
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if not (_are_whole(path) if head.startswith(_PICKLE) else _is_sound(path)):
+            raise _damaged(path, wanted) from None
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"other objects ({name[1]})" if name else "other objects"
+        raise UnsafeCheckpointError(path, found, wanted) from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror or error}); expected {wanted}") from None
+    except _DAMAGE:
+        raise _damaged(path, wanted) from None
+
+
+def named_weights(content: Any, path: Path, *, wanted: str, key: str = "") -> dict[str, Tensor]:
+    """The weights in what :func:`load_state` gave, by name.
+
+    Parameters
+    ----------
+    content
+        Of the checkpoint.
+    path : Path
+        The file, for messages.
+    wanted : str
+        What it should be, for messages.
+    key : str
+        What they lie under in the checkpoint; empty if they are all there is in it.
+
+    Raises
+    ------
+    ModelError
+        If they are not there, or not tensors alone.
+    """
+    import torch
+
+    if key:
+        if not isinstance(content, Mapping):
+            raise ModelError(f"{path}: holds one {type(content).__name__} and no {key!r}; expected {wanted}")
+        if key not in content:
+            raise ModelError(f"{path}: holds {few(content) or 'nothing'} and no {key!r}; expected {wanted}")
+        content = content[key]
+    where = f" as {key!r}" if key else ""
+    if not isinstance(content, Mapping):
+        raise ModelError(f"{path}: holds one {type(content).__name__}{where}, not weights by name; expected {wanted}")
+    others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if others or not content:
+        found = few(others) or "nothing"
+        raise ModelError(f"{path}: holds {found}{where}, not weights by name alone; expected {wanted}")
+    return {str(name): value for name, value in content.items()}
+
+
+def check_fit(weights: Mapping[str, Tensor], network: Mapping[str, Tensor], path: Path, *, wanted: str) -> None:
+    """Refuse weights that are not those of a network, all and no others.
+
+    Parameters
+    ----------
+    weights : mapping of str to Tensor
+        Of a checkpoint, under the names of the network.
+    network : mapping of str to Tensor
+        ``state_dict`` of the network.
+    path : Path
+        The checkpoint, for messages.
+    wanted : str
+        What it should be, for messages.
+
+    Raises
+    ------
+    ModelError
+        If names or shapes differ; says which.
+    """
+    missing = [name for name in network if name not in weights]
+    unknown = [name for name in weights if name not in network]
+    other = [
+        f"{name} is {_shape(weights[name])} instead of {_shape(tensor)}"
+        for name, tensor in network.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    faults = [
+        f"{len(names)} {what} ({few(names)})"
+        for names, what in ((missing, "missing"), (unknown, "unknown"), (other, "of another shape"))
+        if names
+    ]
+    if faults:
+        raise ModelError(f"{path}: holds weights of another network: {'; '.join(faults)}; expected {wanted}")
+
+
+def few(names: Iterable[object]) -> str:
+    """The first few of some names, for a message, and how many more there are."""
+    listed = [str(name) for name in names]
+    more = len(listed) - _MOST_NAMED
+    return ", ".join(listed[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _shape(tensor: Tensor) -> str:
+    return " x ".join(str(n) for n in tensor.shape) or "a single number"
+
+
+def _numpy_scalars() -> list[Any]:
+    """What single numbers of NumPy are pickled by: nnU-Net leaves some in its checkpoints, and they run nothing."""
+    kinds = (np.float64, np.float32, np.int64, np.int32, np.bool_)
+    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    # Written by NumPy 1 under the name its module had then.
+    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
+
+
+def _are_whole(path: Path) -> bool:
+    """Whether the pickles of the old format are all there; nothing in them is run."""
+    try:
+        with path.open("rb") as file:
+            for _ in range(_OLD_PICKLES):
+                for _ in pickletools.genops(file):
+                    pass
+    except ValueError:
+        return False
+    return True
+
+
+def _is_sound(path: Path) -> bool:
+    """Whether the pickle of the new format is as it was written: PyTorch does not look at its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if name.endswith(".pkl"):
+                    archive.read(name)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, zlib.error):
+        return False
+    return True
+
+
+def _damaged(path: Path, wanted: str) -> ModelError:
+    return ModelError(f"{path}: is cut short or damaged; expected {wanted}: fetch or copy it again")

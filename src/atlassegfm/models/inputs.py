@@ -1,0 +1,53 @@
+"""What every model is given, and what it cannot start from: the device and the scan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.errors import InputError, ModelError
+from ..core.image import Volume
+
+if TYPE_CHECKING:
+    import torch
+
+
+def usable_device(name: str) -> torch.device:
+    """The device "cpu" or "cuda".
+
+    Raises
+    ------
+    ModelError
+        If it is not there.
+    """
+    import torch
+
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError("the device 'cuda' was asked for and PyTorch sees no CUDA GPU; use the device 'cpu'")
+    return torch.device(name)
+
+
+def intensities(image: Volume) -> NDArray[np.float32]:
+    """(I, J, K) float32 intensities of a scan that a network can tell something from.
+
+    The pipeline gives no others; a caller of a model's own methods may.
+
+    Raises
+    ------
+    InputError
+        If voxels are NaN or infinite, or all are equal.
+    """
+    data = np.asarray(image.data, dtype=np.float32)
+    low, high = float(data.min()), float(data.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise InputError(f"{scan_name(image)}: there are NaN or infinite voxels; expected numbers only: replace them")
+    if low == high:
+        raise InputError(f"{scan_name(image)}: all voxels have the value {low:g}; expected a scan with contrast")
+    return data
+
+
+def scan_name(image: Volume) -> str:
+    """What to call a scan in messages."""
+    return "the scan" if image.source is None else str(image.source.path)

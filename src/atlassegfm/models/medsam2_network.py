@@ -1,0 +1,592 @@
+"""The network of MedSAM2: transformers' ``Sam2VideoModel`` with the published weights.
+
+MedSAM2 is SAM 2.1 (Hiera-tiny) at 512 pixels, trained on medical scans; a scan's slices are its video. Its weights are
+published under the names of the original code, which this module turns into those of transformers. Two things that
+transformers does otherwise than the original code are put right (:func:`_corrected`).
+
+Loading this module loads torch, but not transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import json
+import re
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from ..core.errors import InputError, MissingExtraError, ModelError
+from .checkpoint import check_fit, few, load_state, named_weights
+
+#: For messages.
+_WANTED = "the weights of the model 'medsam2' (MedSAM2_latest.pt)"
+
+
+#: Versions of transformers that have ``Sam2VideoModel`` under the names used here.
+_SUPPORTED = "transformers 4.56 or newer, below 6 (tested with 4.56.0 and 5.23.0)"
+
+
+#: ``Sam2VideoConfig`` of the published weights: ``sam2.1_hiera_t512.yaml`` of bowang-lab/MedSAM2 at 332f30d. What is
+#: not named here is SAM 2.1 Hiera-tiny, transformers' default.
+PUBLISHED_CONFIG: Mapping[str, Any] = {
+    "image_size": 512,
+    "vision_config": {
+        "model_type": "sam2_vision_model",
+        "backbone_config": {
+            "model_type": "sam2_hiera_det_model",
+            "image_size": [512, 512],
+            "hidden_size": 96,
+            "num_attention_heads": 1,
+            "blocks_per_stage": [1, 2, 7, 2],
+            "embed_dim_per_stage": [96, 192, 384, 768],
+            "num_attention_heads_per_stage": [1, 2, 4, 8],
+            "window_size_per_stage": [8, 4, 14, 7],
+            "global_attention_blocks": [5, 7, 9],
+            "window_positional_embedding_background_size": [7, 7],
+        },
+        "backbone_channel_list": [768, 384, 192, 96],
+        "backbone_feature_sizes": [[128, 128], [64, 64], [32, 32]],
+        "fpn_hidden_size": 256,
+    },
+    "prompt_encoder_config": {"image_size": 512},
+    "mask_decoder_config": {
+        "dynamic_multimask_via_stability": True,
+        "dynamic_multimask_stability_delta": 0.05,
+        "dynamic_multimask_stability_thresh": 0.98,
+    },
+    "num_maskmem": 7,
+    "memory_attention_rope_feat_sizes": [32, 32],
+    "enable_temporal_pos_encoding_for_object_pointers": True,
+    "enable_occlusion_spatial_embedding": True,
+}
+
+
+#: File beside a checkpoint that may describe another size of the architecture, and the key that does: keyword
+#: arguments of ``Sam2VideoConfig``. A file of that name without that key is another program's and does not count.
+CONFIG_FILE = "config.json"
+
+
+_CONFIG_KEY = "transformers"
+
+
+_HEADS = r"(iou_prediction_head|pred_obj_score_head|output_hypernetworks_mlps\.\d+|obj_ptr_proj)\.layers\."
+
+
+#: Names in the original checkpoint, applied in turn, and what they are in ``Sam2VideoModel``.
+_RENAMED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (
+            r"^sam_prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$",
+            "prompt_encoder.shared_embedding.positional_embedding",
+        ),
+        (r"^sam_prompt_encoder\.", "prompt_encoder."),
+        (r"^sam_mask_decoder\.", "mask_decoder."),
+        (r"mask_downscaling\.0\.", "mask_embed.conv1."),
+        (r"mask_downscaling\.1\.", "mask_embed.layer_norm1."),
+        (r"mask_downscaling\.3\.", "mask_embed.conv2."),
+        (r"mask_downscaling\.4\.", "mask_embed.layer_norm2."),
+        (r"mask_downscaling\.6\.", "mask_embed.conv3."),
+        (r"output_upscaling\.0\.", "upscale_conv1."),
+        (r"output_upscaling\.1\.", "upscale_layer_norm."),
+        (r"output_upscaling\.3\.", "upscale_conv2."),
+        # "layers.1" of the original becomes "layers.0" only after its own "layers.0" has got another name.
+        (_HEADS + r"0\.", r"\1.proj_in."),
+        (_HEADS + r"1\.", r"\1.layers.0."),
+        (_HEADS + r"2\.", r"\1.proj_out."),
+        (r"(mask_decoder\.transformer\.layers\.\d+)\.mlp\.layers\.0\.", r"\1.mlp.proj_in."),
+        (r"(mask_decoder\.transformer\.layers\.\d+)\.mlp\.layers\.1\.", r"\1.mlp.proj_out."),
+        (r"^image_encoder\.neck\.convs\.(\d+)\.conv\.", r"vision_encoder.neck.convs.\1."),
+        (r"^image_encoder\.trunk\.patch_embed\.proj\.", "vision_encoder.backbone.patch_embed.projection."),
+        (r"^image_encoder\.trunk\.", "vision_encoder.backbone."),
+        (r"(vision_encoder\.backbone\.blocks\.\d+)\.mlp\.layers\.0\.", r"\1.mlp.proj_in."),
+        (r"(vision_encoder\.backbone\.blocks\.\d+)\.mlp\.layers\.1\.", r"\1.mlp.proj_out."),
+        (r"memory_encoder\.mask_downsampler\.encoder\.12\.", "memory_encoder.mask_downsampler.final_conv."),
+        (r"memory_encoder\.pix_feat_proj\.", "memory_encoder.feature_projection."),
+        (r"memory_encoder\.out_proj\.", "memory_encoder.projection."),
+        (r"memory_encoder\.fuser\.", "memory_encoder.memory_fuser."),
+        (r"\.dwconv\.", ".depthwise_conv."),
+        (r"\.pwconv(\d)\.", r".pointwise_conv\1."),
+        (r"\.gamma$", ".scale"),
+        (r"\.out_proj\.", ".o_proj."),
+        (r"\.norm(\d*|_final_attn)\.", r".layer_norm\1."),
+        (r"^maskmem_tpos_enc$", "memory_temporal_positional_encoding"),
+        (r"^no_mem_embed$", "no_memory_embedding"),
+        (r"^no_mem_pos_enc$", "no_memory_positional_encoding"),
+        (r"^no_obj_ptr$", "no_object_pointer"),
+        (r"^no_obj_embed_spatial$", "occlusion_spatial_embedding_parameter"),
+        (r"^obj_ptr_tpos_proj\.", "temporal_positional_encoding_projection_layer."),
+        (r"^obj_ptr_proj\.", "object_pointer_proj."),
+    )
+)
+
+
+#: Convolutions and norms of the mask downsampler, which the original code counts through with the activations.
+_DOWNSAMPLER = re.compile(r"(memory_encoder\.mask_downsampler)\.encoder\.(\d+)\.(.+)")
+
+
+_DOWNSAMPLER_PARTS = {0: "conv", 1: "layer_norm"}
+
+
+#: The four kinds of point, which are one table in transformers.
+_POINT_KINDS = tuple(f"prompt_encoder.point_embeddings.{n}.weight" for n in range(4))
+
+
+_POINT_TABLE = "prompt_encoder.point_embed.weight"
+
+
+#: One tensor of the original code that transformers keeps twice.
+_SHARED_FROM = "prompt_encoder.shared_embedding.positional_embedding"
+
+
+_SHARED_TO = "shared_image_embedding.positional_embedding"
+
+
+class FeatureCache:
+    """Image features of a scan's slices, the least recently used given up beyond a limit.
+
+    Finding them is nearly all of the work, and they are the same for every structure and in both directions.
+
+    Parameters
+    ----------
+    limit_bytes : int
+        Of all slices together. The slice used last is always kept.
+    """
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._slices: OrderedDict[int, Any] = OrderedDict()
+        self._positions: Any = None
+        self.encoded = 0
+        """How many slices have been put in."""
+
+    def get(self, index: int) -> dict[str, Any] | None:
+        """Features of a slice as transformers put them in; None if they are not there."""
+        if index not in self._slices:
+            return None
+        self._slices.move_to_end(index)
+        return {"vision_feats": self._slices[index], "vision_pos_embeds": self._positions}
+
+    def put(self, index: int, features: Mapping[str, Any]) -> None:
+        """Keep the features of a slice."""
+        # They follow from the size of the slices alone, and are five times as large as the features.
+        if self._positions is None:
+            self._positions = features["vision_pos_embeds"]
+        self._slices[index] = features["vision_feats"]
+        self.encoded += 1
+        while len(self._slices) > 1 and self.size_bytes > self._limit_bytes:
+            self._slices.popitem(last=False)
+
+    def __len__(self) -> int:
+        return len(self._slices)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the features of all slices that are kept."""
+        return sum(level.nbytes for levels in self._slices.values() for level in levels)
+
+
+@dataclass(frozen=True, eq=False)
+class _CropCache:
+    """What a session takes for its own cache: that of the scan, its slices counted from the crop's first one."""
+
+    cache: FeatureCache
+    first: int
+
+    def get_vision_features(self, frame_idx: int) -> dict[str, Any] | None:
+        return self.cache.get(self.first + frame_idx)
+
+    def cache_vision_features(self, frame_idx: int, features: Mapping[str, Any]) -> None:
+        self.cache.put(self.first + frame_idx, features)
+
+
+@dataclass(frozen=True, eq=False)
+class _Frames(Mapping[int, Tensor]):
+    """What a session takes for its frames: slices that become network input when they are looked at."""
+
+    make: Callable[[int], Tensor]
+    first: int
+    count: int
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < self.count:
+            raise KeyError(index)
+        return self.make(self.first + index)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.count))
+
+
+@dataclass(frozen=True, eq=False)
+class PointPrompt:
+    """Points on one slice.
+
+    Parameters
+    ----------
+    index : int
+        The slice.
+    xy : array, (N, 2)
+        Column and row in pixels of the slice, from 0.
+    kinds : tuple of int, (N,)
+        1: inside; 0: outside; 2 and 3: first and last corner of a box, both inclusive.
+    """
+
+    index: int
+    xy: NDArray[np.float64]
+    kinds: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SlicePrompt:
+    """A mask on one slice.
+
+    Parameters
+    ----------
+    index : int
+        The slice.
+    mask : array, (rows, columns) bool
+        Not empty.
+    """
+
+    index: int
+    mask: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """The loaded network.
+
+    Parameters
+    ----------
+    model : Sam2VideoModel
+        On the device, with both corrections.
+    session : type
+        ``Sam2VideoInferenceSession``.
+    device : torch.device
+        Where it computes: on a GPU by automatic bfloat16 as the original code, on a CPU in float32.
+    version : str
+        Of transformers.
+    """
+
+    model: Any
+    session: Any
+    device: torch.device
+    version: str
+
+    @property
+    def image_size(self) -> int:
+        """Rows and columns of its input, in pixels."""
+        return int(self.model.image_size)
+
+    def track(
+        self,
+        prompt: PointPrompt | SlicePrompt,
+        frame: Callable[[int], Tensor],
+        shape: tuple[int, int],
+        span: tuple[int, int],
+        cache: FeatureCache,
+        *,
+        reverse: bool,
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """Answer a prompt on its slice, then follow the object through the slices after or before it.
+
+        Parameters
+        ----------
+        prompt : PointPrompt or SlicePrompt
+            On a slice within ``span``.
+        frame : callable
+            Gives the network input (3, size, size) of a slice.
+        shape : tuple of int, (2,)
+            Rows and columns of a slice.
+        span : tuple of int, (2,)
+            First slice and one past the last one that it may see.
+        cache : FeatureCache
+            Of the scan.
+        reverse : bool
+            Whether to go down in the number of the slice.
+
+        Yields
+        ------
+        int and array, (rows, columns) float32
+            Number of the slice, the prompted one first, and logits: above 0 inside; -1024 all over where the object is
+            not on the slice.
+        """
+        first, last = span
+        session = self.session(
+            video_height=shape[0],
+            video_width=shape[1],
+            inference_device=self.device,
+            inference_state_device=self.device,
+            video_storage_device="cpu",
+            dtype=torch.float32,
+        )
+        session.processed_frames = _Frames(frame, first, last - first)
+        session.cache = _CropCache(cache, first)
+        self._give(session, prompt, shape, first)
+        for index in range(prompt.index, first - 1, -1) if reverse else range(prompt.index, last):
+            with torch.inference_mode(), self._precision():
+                answer = self.model(session, frame_idx=index - first, reverse=reverse)
+                logits = functional.interpolate(
+                    answer.pred_masks.float(), size=shape, mode="bilinear", align_corners=False
+                )
+            self._forget(session, index - first, reverse=reverse)
+            yield index, logits[0, 0].cpu().numpy()
+
+    def _give(self, session: Any, prompt: PointPrompt | SlicePrompt, shape: tuple[int, int], first: int) -> None:
+        """Put a prompt into a session."""
+        size, rows, columns = self.image_size, *shape
+        number = session.obj_id_to_idx(1)
+        if isinstance(prompt, PointPrompt):
+            # As the original code: pixel numbers are scaled, pixel centres are not regarded.
+            xy = np.asarray(prompt.xy, np.float64) * (size / columns, size / rows)
+            inputs = {
+                "point_coords": torch.from_numpy(xy.astype(np.float32))[None, None],
+                "point_labels": torch.tensor(prompt.kinds, dtype=torch.int32)[None, None],
+            }
+            session.add_point_inputs(number, prompt.index - first, inputs)
+        else:
+            mask = torch.from_numpy(prompt.mask.astype(np.float32))[None, None]
+            small = functional.interpolate(mask, (size, size), mode="bilinear", align_corners=False, antialias=True)
+            # A structure of one pixel on a slice of more pixels than the network's input must not get lost.
+            level = min(0.5, float(small.max()))
+            session.add_mask_inputs(number, prompt.index - first, (small >= level).float())
+        session.obj_with_new_inputs = [1]
+
+    def _forget(self, session: Any, index: int, *, reverse: bool) -> None:
+        """Give up what later slices do not look at, so that memory does not grow with the number of slices."""
+        kept = session.output_dict_per_obj[0]["non_cond_frame_outputs"]
+        for name in ("pred_masks", "high_res_masks"):
+            kept.get(index, {}).pop(name, None)
+        reach = max(self.model.config.num_maskmem, self.model.config.max_object_pointers_in_encoder)
+        kept.pop(index + reach if reverse else index - reach, None)
+
+    def _precision(self) -> Any:
+        return torch.autocast("cuda", dtype=torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+
+def load_network(path: Path, device: torch.device) -> Network:
+    """Build the network and fill it with a checkpoint.
+
+    Parameters
+    ----------
+    path : Path
+        A published file: ``{"model": weights}``, float32, float16 or bfloat16. ``config.json`` beside it may give
+        another size of the architecture than the published one, under the key "transformers".
+    device : torch.device
+        Where it computes.
+
+    Raises
+    ------
+    InputError
+        If ``config.json`` cannot be read.
+    MissingExtraError
+        If transformers or Pillow are not installed.
+    ModelError
+        If the file is no checkpoint of this network, or the installed transformers is not one that this module knows.
+    """
+    weights = _read_checkpoint(path)
+    with _broken_torchvision_hidden():
+        transformers, modeling = _import_transformers()
+        kind = _corrected(modeling.Sam2VideoModel, str(transformers.__version__))
+        settings = _config_beside(path) or copy.deepcopy(dict(PUBLISHED_CONFIG))
+        # Its random weights are overwritten; the caller's random numbers are not to notice.
+        with torch.random.fork_rng(devices=[]):
+            try:
+                model = kind(transformers.Sam2VideoConfig(**settings))
+            except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+                raise ModelError(
+                    f"transformers {transformers.__version__} cannot build the network of the model 'medsam2' "
+                    f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); it needs {_SUPPORTED}"
+                ) from None
+    renamed = rename(weights)
+    check_fit(renamed, model.state_dict(), path, wanted=f"{_WANTED}; Efficient-MedSAM2 is another network")
+    model.load_state_dict(renamed, strict=True)
+    network = Network(
+        model.eval().requires_grad_(requires_grad=False).to(device),
+        modeling.Sam2VideoInferenceSession,
+        device,
+        str(transformers.__version__),
+    )
+    _check_session(network)
+    return network
+
+
+def rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the original code under the names of ``Sam2VideoModel``, as float32."""
+    renamed = {
+        _new_name(name): tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()
+    }
+    if all(name in renamed and renamed[name].ndim == 2 for name in _POINT_KINDS):
+        renamed[_POINT_TABLE] = torch.cat([renamed.pop(name) for name in _POINT_KINDS])
+    if _SHARED_FROM in renamed:
+        renamed[_SHARED_TO] = renamed[_SHARED_FROM]
+    return renamed
+
+
+def _new_name(name: str) -> str:
+    """The name of one weight of the original code in ``Sam2VideoModel``."""
+    for pattern, replacement in _RENAMED:
+        name = pattern.sub(replacement, name)
+    found = _DOWNSAMPLER.fullmatch(name)
+    if found is None or int(found[2]) % 3 not in _DOWNSAMPLER_PARTS:
+        return name
+    layer, part = divmod(int(found[2]), 3)
+    return f"{found[1]}.layers.{layer}.{_DOWNSAMPLER_PARTS[part]}.{found[3]}"
+
+
+def _read_checkpoint(path: Path) -> dict[str, Tensor]:
+    return named_weights(load_state(path, wanted=_WANTED), path, wanted=_WANTED, key="model")
+
+
+def _config_beside(path: Path) -> dict[str, Any] | None:
+    """The architecture that a file beside the checkpoint gives; None if there is none."""
+    file = path.with_name(CONFIG_FILE)
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not readable as JSON ({error}); correct it or move it away") from None
+    settings = content.get(_CONFIG_KEY) if isinstance(content, dict) else None
+    return settings if isinstance(settings, dict) else None
+
+
+def require_packages() -> None:
+    """Load what the extra brings.
+
+    Raises
+    ------
+    MissingExtraError
+        If transformers or Pillow are not installed.
+    """
+    for name in ("transformers", "PIL"):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            raise MissingExtraError("the model 'medsam2'", "medsam2") from None
+
+
+def _import_transformers() -> tuple[Any, Any]:
+    """The package, and its module with the network."""
+    require_packages()
+    transformers = importlib.import_module("transformers")
+    try:
+        modeling = importlib.import_module("transformers.models.sam2_video.modeling_sam2_video")
+        transformers.Sam2VideoConfig  # noqa: B018
+        modeling.Sam2VideoModel, modeling.Sam2VideoInferenceSession  # noqa: B018
+    except (ImportError, AttributeError, RuntimeError) as error:
+        raise ModelError(
+            f"transformers {transformers.__version__} gives no Sam2VideoModel ({error}); the model 'medsam2' needs "
+            f"{_SUPPORTED}"
+        ) from None
+    return transformers, modeling
+
+
+@contextmanager
+def _broken_torchvision_hidden() -> Iterator[None]:
+    """Have transformers believe that there is no torchvision, if the one installed does not load; undone afterwards.
+
+    A torchvision built for another torch than the one installed raises when it is loaded, and transformers loads it
+    wherever it is installed. Sam2VideoModel needs none of it.
+    """
+    if _torchvision_is_sound() or importlib.util.find_spec("transformers") is None:
+        yield
+        return
+    importlib.import_module("transformers")
+    places = [importlib.import_module(name) for name in ("transformers.utils.import_utils", "transformers.utils")]
+    name = "is_torchvision_available"
+    before = [(place, getattr(place, name)) for place in places if hasattr(place, name)]
+    try:
+        for place, _ in before:
+            setattr(place, name, lambda *_: False)
+        yield
+    finally:
+        for place, function in before:
+            setattr(place, name, function)
+
+
+def _torchvision_is_sound() -> bool:
+    """Whether torchvision loads, or is not there at all."""
+    if sys.modules.get("torchvision") is not None:
+        return True
+    try:
+        if importlib.util.find_spec("torchvision") is None:
+            return True
+        with warnings.catch_warnings():
+            # It warns of missing image codecs, which nothing here uses.
+            warnings.simplefilter("ignore")
+            importlib.import_module("torchvision")
+    except (ImportError, OSError, RuntimeError, AttributeError, ValueError):
+        return False
+    return True
+
+
+def _corrected(kind: Any, version: str) -> Any:
+    """``Sam2VideoModel`` with what it does otherwise than the original code put right.
+
+    Both concern a mask as prompt, and each alone moves the logits of other slices by about 0.3 (measured with
+    transformers 5.23.0 against bowang-lab/MedSAM2 at 332f30d on the CPU; 0.002 remains).
+    """
+    for name, parameters in (
+        ("_single_frame_forward", {"multimask_output"}),
+        ("_use_mask_as_output", {"backbone_features", "high_res_features", "mask_inputs"}),
+    ):
+        method = getattr(kind, name, None)
+        if method is None or not parameters <= set(inspect.signature(method).parameters):
+            raise ModelError(
+                f"transformers {version} has another Sam2VideoModel.{name} than the model 'medsam2' corrects; "
+                f"install {_SUPPORTED}"
+            )
+
+    class Corrected(kind):  # type: ignore[misc]
+        def _single_frame_forward(self, **inputs: Any) -> Any:
+            # Only the pointer to an object given as a mask leaves this open. transformers takes it from the best of
+            # three masks then, the original code from the single one.
+            inputs.setdefault("multimask_output", False)
+            return super()._single_frame_forward(**inputs)
+
+        def _use_mask_as_output(self, *inputs: Any, **named: Any) -> Any:
+            # transformers remembers the mask as it was given, the original code its copy at a quarter of the size,
+            # taken up again.
+            answer = super()._use_mask_as_output(*inputs, **named)
+            answer.high_res_masks = functional.interpolate(
+                answer.pred_masks.float(), (self.image_size, self.image_size), mode="bilinear", align_corners=False
+            ).to(answer.pred_masks.dtype)
+            return answer
+
+    return Corrected
+
+
+def _check_session(network: Network) -> None:
+    """Refuse a transformers whose sessions are not those that :meth:`Network.track` fills."""
+    try:
+        session = network.session(inference_device="cpu", dtype=torch.float32)
+    except TypeError:
+        session = None
+    wanted = (
+        *("processed_frames", "cache", "obj_id_to_idx", "obj_with_new_inputs"),
+        *("add_point_inputs", "add_mask_inputs", "output_dict_per_obj"),
+    )
+    lacking = [name for name in wanted if not hasattr(session, name)]
+    if lacking:
+        raise ModelError(
+            f"transformers {network.version} has another Sam2VideoInferenceSession than the model 'medsam2' fills "
+            f"(without {few(lacking)}); install {_SUPPORTED}"
+        )

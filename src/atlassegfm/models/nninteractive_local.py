@@ -1,0 +1,554 @@
+"""An nnInteractive session in this process: its folder, its network, and probabilities beside its masks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import pickle
+import pydoc
+import weakref
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..core.errors import InputError, MissingExtraError, ModelError
+from ..core.mask import LocalMap
+from ..prompts import INSIDE
+from ..settings import NnInteractiveSettings
+from .checkpoint import UnsafeCheckpointError, check_fit, load_state, named_weights
+from .inputs import usable_device
+from .nninteractive import Field, Put
+from .origin import describe_file, installed_version
+from .weights import LocalWeights
+
+logger = logging.getLogger(__name__)
+
+
+_CHECKPOINT = "checkpoint_final.pth"
+
+
+#: For messages.
+_WANTED = f"the weights of the model 'nninteractive' ({_CHECKPOINT})"
+
+
+#: Either says which interactions a network was trained for; the second is of version 1.
+_INFORMATION = ("inference_info.json", "inference_session_class.json")
+
+
+#: Name of nnInteractive where packages come from.
+_PACKAGE = "nninteractive"
+
+
+#: Versions of nnInteractive whose private parts are known here, and those parts.
+_VERSIONS = ">=2.6,<2.7"
+
+
+_PASTE = "_paste_prediction_to_target_buffer"
+
+
+_PRIVATE = (_PASTE, "_load_capability_and_runtime_defaults", "_apply_capability", "_load_license")
+
+
+#: The session plans its refinement with a margin of this many voxels on each side of a patch.
+_REFINEMENT_MARGIN = 24
+
+
+#: Of NumPy's global generator, which that plan draws from; any will do, but the same one every time.
+_SEED = 0
+
+
+#: Probabilities below this are taken for 0, so that answers are small boxes.
+_NEGLIGIBLE = 1e-3
+
+
+#: Half-precision probabilities may fall on the wrong side of a half by rounding, not by more than this; and where more
+#: than this share of the voxels does, they are not those of the mask.
+_ROUNDING = 1e-2
+
+
+_LARGEST_MISMATCH = 1e-3
+
+
+_JUST_OUTSIDE = np.nextafter(np.float32(INSIDE), np.float32(0))
+
+
+_LONGEST_REASON = 200
+
+
+Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """Where the files of one network are.
+
+    Parameters
+    ----------
+    root : Path
+        Holds dataset.json, plans.json and inference_info.json or inference_session_class.json.
+    fold : Path
+        Folder in it that holds the checkpoint.
+    """
+
+    root: Path
+    fold: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """The weights."""
+        return self.fold / _CHECKPOINT
+
+
+class LocalBackend:
+    """A session in this process; a :class:`~atlassegfm.models.nninteractive.Backend`.
+
+    Parameters
+    ----------
+    session : nnInteractiveInferenceSession
+        With its network loaded.
+    provenance : mapping of str to Any
+        Where the network comes from.
+    """
+
+    def __init__(self, session: Any, provenance: Mapping[str, Any]) -> None:
+        self._session = session
+        self._provenance = provenance
+        self._shown: Field | None = None
+        self._found: NDArray[np.uint8] = np.zeros((0, 0, 0), np.uint8)
+        self._shut_down = weakref.finalize(self, session.executor.shutdown)
+
+    @property
+    def session(self) -> Any:
+        """The official session."""
+        return self._session
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """The weights and the version of nnInteractive."""
+        return self._provenance
+
+    def answer(self, scan: Field, put: Put) -> LocalMap:
+        """Probability, (k, j, i), of what one prompt on a scan points at.
+
+        At least a half exactly where the session's own mask is.
+        """
+        known, self._shown = self._shown is scan, None
+        session = self._session
+        # A prompt that failed stays in these, and the next one would be answered where that one was.
+        session.new_interaction_centers = []
+        session.new_interaction_zoom_out_factors = []
+        with _quiet(), _explained():
+            if known:
+                session.reset_interactions()
+            else:
+                session.set_image(np.ascontiguousarray(scan)[None])
+                self._found = np.zeros(scan.shape, np.uint8)
+                session.set_target_buffer(self._found)
+            with _seeded(), PaintedProbability(session) as painted:
+                put(session)
+        self._shown = scan
+        return painted.beside(self._found)
+
+    def close(self) -> None:
+        """End the session's threads."""
+        self._shut_down()
+
+
+class PaintedProbability:
+    """Reads the probabilities that a session turns into a mask; they are not kept by it.
+
+    A session runs its network on one patch after the other and then pastes the masks of the last ones into the result,
+    in the same order. So the last outputs belong to the boxes that are pasted. Outside these the mask is as the session
+    was given it, and counts as 0 or 1.
+
+    Parameters
+    ----------
+    session : nnInteractiveInferenceSession
+        Whose prompts within the ``with`` block are followed.
+    """
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+        self._outputs: list[NDArray[np.float16]] = []
+        self._boxes: list[Box] = []
+
+    def __enter__(self) -> PaintedProbability:
+        paste = getattr(self._session, _PASTE)
+
+        def follow(prediction: Any, bbox: Any, *arguments: Any, **named: Any) -> Any:
+            self._boxes.append(_box(bbox))
+            return paste(prediction, bbox, *arguments, **named)
+
+        def keep(_network: Any, _inputs: Any, output: torch.Tensor) -> None:
+            background, foreground = output[0].float()
+            self._outputs.append(torch.sigmoid(foreground - background).half().cpu().numpy())
+
+        self._hook = self._session.network.register_forward_hook(keep)
+        setattr(self._session, _PASTE, follow)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hook.remove()
+        delattr(self._session, _PASTE)
+
+    def beside(self, mask: NDArray[np.uint8]) -> LocalMap:
+        """The probabilities of a mask.
+
+        Parameters
+        ----------
+        mask : array, (K, J, I) uint8
+            The session's result.
+
+        Returns
+        -------
+        LocalMap
+            At least a half exactly where ``mask`` is 1; empty where that is nowhere.
+
+        Raises
+        ------
+        ModelError
+            If outputs and mask do not belong together.
+        """
+        foreground = LocalMap.from_full(mask)
+        if foreground.is_empty:
+            return LocalMap.empty()
+        boxes = [box for box in (_clipped(box, mask.shape) for box in self._boxes) if _has_voxels(box)]
+        hull = (
+            [foreground.start, *(_ends(box, 0) for box in boxes)],
+            [foreground.stop, *(_ends(box, 1) for box in boxes)],
+        )
+        first, last = np.min(hull[0], axis=0), np.max(hull[1], axis=0)
+        inside = mask[tuple(slice(a, b) for a, b in zip(first, last, strict=True))] > 0
+        values = inside.astype(np.float32)
+        self._paint(values, first, mask.shape)
+        wrong = (values >= INSIDE) != inside
+        if float((wrong & (np.abs(values - INSIDE) > _ROUNDING)).mean()) > _LARGEST_MISMATCH:
+            raise _other_version("its outputs are not those of its masks")
+        values[wrong & inside] = INSIDE
+        values[wrong & ~inside] = _JUST_OUTSIDE
+        values[values < _NEGLIGIBLE] = 0
+        local = LocalMap.from_full(values)
+        k, j, i = (int(a + b) for a, b in zip(first, local.start, strict=True))
+        return LocalMap((k, j, i), local.values)
+
+    def _paint(self, values: Field, first: NDArray[np.int64], shape: tuple[int, ...]) -> None:
+        outputs = self._outputs[len(self._outputs) - len(self._boxes) :] if self._boxes else []
+        if len(outputs) != len(self._boxes):
+            raise _other_version(f"it pasted {len(self._boxes)} patches after {len(self._outputs)} outputs")
+        for box, output in zip(self._boxes, outputs, strict=True):
+            if tuple(stop - start for start, stop in box) != output.shape:
+                raise _other_version(f"it pasted a patch of {box} for an output of shape {output.shape}")
+            kept = _clipped(box, shape)
+            if _has_voxels(kept):
+                to = tuple(slice(a - n, b - n) for (a, b), n in zip(kept, first, strict=True))
+                of = tuple(slice(a - n, b - n) for (a, b), (n, _) in zip(kept, box, strict=True))
+                values[to] = output[of]
+
+
+def open_folder(weights: Callable[[], LocalWeights], device: str, options: NnInteractiveSettings) -> LocalBackend:
+    """Load a network into a session on "cpu" or "cuda".
+
+    Raises
+    ------
+    InputError
+        If the weights are not there.
+    MissingExtraError
+        If nnInteractive is not installed.
+    ModelError
+        If there is no such device, the files of the folder are not those of one nnInteractive network, or the session
+        of the installed nnInteractive is another one.
+    """
+    place = usable_device(device)
+    with _quiet():
+        try:
+            import nnunetv2.utilities.plans_handling.plans_handler  # noqa: F401
+            from nnInteractive.inference.inference_session import nnInteractiveInferenceSession
+        except ImportError:
+            raise MissingExtraError("the model 'nninteractive'", "nninteractive") from None
+    missing = [name for name in _PRIVATE if not hasattr(nnInteractiveInferenceSession, name)]
+    if missing:
+        raise _other_version(f"it has no {', '.join(missing)}")
+    folder = find_folder(weights().path)
+    with _quiet(), _settings_of_torch():
+        session = nnInteractiveInferenceSession(
+            device=place,
+            torch_n_threads=torch.get_num_threads(),
+            do_autozoom=options.autozoom,
+            # Every prompt starts from scratch here, a failed one too.
+            enable_undo=False,
+        )
+        return LocalBackend(session, _load_network(session, folder))
+
+
+def find_folder(path: Path) -> ModelFolder:
+    """The files of the network that a folder names: its own, one of its folds, or the folder around it.
+
+    Raises
+    ------
+    InputError
+        If there is none, more than one, or a file is missing.
+    """
+    if path.name.startswith("fold_"):
+        return _complete(ModelFolder(path.parent, path))
+    if not _is_model(path):
+        inside = sorted(one for one in path.iterdir() if one.is_dir() and _is_model(one))
+        if not inside:
+            raise InputError(
+                f"{path}: no network in it; expected the folder of an nnInteractive network (dataset.json, plans.json, "
+                f"fold_0/{_CHECKPOINT})"
+            )
+        if len(inside) > 1:
+            raise InputError(f"{path}: {_names(inside)} are in it; name one of them as the model's path")
+        path = inside[0]
+    folds = sorted(path.glob("fold_*"))
+    if len(folds) > 1:
+        raise InputError(f"{path}: {_names(folds)} are in it; name one of them as the model's path")
+    return _complete(ModelFolder(path, folds[0] if folds else path / "fold_0"))
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "plans.json").is_file() or (folder / "dataset.json").is_file() or any(folder.glob("fold_*"))
+
+
+def _names(paths: list[Path]) -> str:
+    return ", ".join(path.name for path in paths)
+
+
+def _complete(folder: ModelFolder) -> ModelFolder:
+    """The folder, if no file is missing."""
+    needed = [folder.root / "dataset.json", folder.root / "plans.json", folder.checkpoint]
+    for file in needed:
+        if not file.is_file():
+            raise InputError(f"{file}: no such file; get the network's folder again, as a whole")
+    if not any((folder.root / name).is_file() for name in _INFORMATION):
+        raise InputError(
+            f"{folder.root}: neither {' nor '.join(_INFORMATION)} is there; get the network's folder again"
+        )
+    return folder
+
+
+def _load_network(session: Any, folder: ModelFolder) -> dict[str, Any]:
+    """Load the network of a folder into a session; gives where it comes from, as plain values.
+
+    As the session's own loader does, except that the checkpoint is read without running code from it where its
+    contents allow that.
+    """
+    plans = _json(folder.root / "plans.json")
+    dataset = _json(folder.root / "dataset.json")
+    checkpoint, safely = _read_checkpoint(folder.checkpoint)
+    weights = named_weights(checkpoint, folder.checkpoint, wanted=_WANTED, key="network_weights")
+    configuration = _configuration_of(checkpoint, folder.checkpoint)
+    if configuration not in plans.get("configurations", {}):
+        known = ", ".join(plans.get("configurations", {})) or "none"
+        raise ModelError(
+            f"{folder.root / 'plans.json'}: no configuration {configuration!r}, which {_CHECKPOINT} was trained with "
+            f"(there are: {known}); the two do not belong together"
+        )
+    artifacts = _artifacts(session, folder, plans, dataset, configuration)
+    network = artifacts["network"]
+    check_fit(weights, network.state_dict(), folder.checkpoint, wanted="those of the network in plans.json beside it")
+    network.load_state_dict(weights)
+    artifacts["network"] = network.to(session.device).eval()
+    artifacts["trainer_name"] = str(checkpoint.get("trainer_name", ""))
+    artifacts["license"] = session._load_license(str(folder.root), plans, checkpoint)
+    session.initialize_from_loaded_artifacts(artifacts)
+    patch = tuple(int(n) for n in artifacts["configuration_manager"].patch_size)
+    if session.pad_mode_data != "constant":
+        raise ModelError(f"{folder.root}: pads by {session.pad_mode_data!r}; nnInteractive can do 'constant' only")
+    if len(patch) != 3 or min(patch) <= 2 * _REFINEMENT_MARGIN:
+        raise ModelError(
+            f"{folder.root / 'plans.json'}: the patch is {' x '.join(map(str, patch))} voxels; nnInteractive cannot "
+            f"refine with less than {2 * _REFINEMENT_MARGIN + 1} along each of three axes"
+        )
+    return {
+        "weights": {
+            **describe_file(folder.checkpoint),
+            "fold": folder.fold.name,
+            "folder": folder.root.resolve().name,
+            "licence_in_folder": str(session.license),
+            "read_without_running_code": safely,
+        },
+        "nninteractive_version": installed_version(_PACKAGE),
+    }
+
+
+def _artifacts(
+    session: Any, folder: ModelFolder, plans: dict[str, Any], dataset: dict[str, Any], configuration: str
+) -> dict[str, Any]:
+    """What the session wants to be given, with a network whose weights are not loaded yet."""
+    from nnInteractive.interaction.point import PointInteraction_stub
+    from nnInteractive.trainer.nnInteractiveTrainer import nnInteractiveTrainer_stub
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    try:
+        capability, radius, thickness, decay, padding = session._load_capability_and_runtime_defaults(str(folder.root))
+        session._apply_capability(capability)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        name = next(name for name in _INFORMATION if (folder.root / name).is_file())
+        raise ModelError(
+            f"{folder.root / name}: nnInteractive {installed_version(_PACKAGE)} cannot use it ({_reason(error)}); get "
+            "the network's folder again, or another version"
+        ) from None
+    try:
+        manager = PlansManager(plans)
+        one = manager.get_configuration(configuration)
+        channels = int(determine_num_input_channels(manager, one, dataset))
+        labels = manager.get_label_manager(dataset)
+        kind = pydoc.locate(one.network_arch_class_name)
+        if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+            raise TypeError(f"{one.network_arch_class_name} is no network that is installed")
+        # First weights are drawn at random, only to be replaced.
+        with torch.random.fork_rng(devices=[]):
+            network = nnInteractiveTrainer_stub.build_network_architecture(
+                manager, one, channels + session.num_interaction_channels, 2, enable_deep_supervision=False
+            )
+    except (
+        ImportError,
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        pydoc.ErrorDuringImport,
+    ) as error:
+        raise ModelError(
+            f"{folder.root / 'plans.json'}: its network cannot be built ({_reason(error)}); get the network's folder "
+            "again, as a whole"
+        ) from None
+    if channels != 1:
+        raise ModelError(f"{folder.root / 'dataset.json'}: {channels} channels; expected a network for scans of one")
+    return {
+        "capability_content": capability,
+        "point_interaction": PointInteraction_stub(radius, True),
+        "preferred_scribble_thickness": thickness,
+        "interaction_decay": decay,
+        "pad_mode_data": padding,
+        "network": network,
+        "plans_manager": manager,
+        "configuration_manager": one,
+        "dataset_json": dataset,
+        "label_manager": labels,
+    }
+
+
+def _read_checkpoint(path: Path) -> tuple[Any, bool]:
+    """The contents of a checkpoint on the CPU, and whether they were read without running code from the file."""
+    try:
+        return load_state(path, wanted=_WANTED), True
+    except UnsafeCheckpointError as error:
+        if not zipfile.is_zipfile(path):
+            raise  # nnInteractive's own are zip archives
+        logger.warning(
+            "%s: this checkpoint holds more than tensors, %s, and is read in a way that runs code from it; use it only "
+            "if you trust its source",
+            path,
+            error.found,
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False), False
+    except (pickle.UnpicklingError, RuntimeError, ImportError, AttributeError, EOFError) as error:
+        raise ModelError(f"{path}: cannot be loaded ({_reason(error)}); expected {_WANTED}: get it again") from None
+
+
+def _configuration_of(checkpoint: Mapping[str, Any], path: Path) -> str:
+    """Which of the configurations in plans.json a checkpoint was trained with."""
+    arguments = checkpoint.get("init_args")
+    configuration = arguments.get("configuration") if isinstance(arguments, Mapping) else None
+    if not isinstance(configuration, str):
+        raise ModelError(f"{path}: names no configuration under 'init_args'; expected {_WANTED}")
+    return configuration
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not a JSON file ({_reason(error)}); get it again") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error says."""
+    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
+    said = lines[0][:_LONGEST_REASON] if lines else "no more is known"
+    return f"{type(error).__name__}: {said}"
+
+
+def _other_version(why: str) -> ModelError:
+    return ModelError(
+        f"nnInteractive {installed_version(_PACKAGE)} is installed, and {why}; expected a version {_VERSIONS}: "
+        f"pip install 'nninteractive{_VERSIONS}'"
+    )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what the session raises on a prompt into a sentence; memory that runs out is told of elsewhere."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, TypeError, IndexError, AssertionError) as error:
+        logger.debug("the session failed", exc_info=True)
+        raise ModelError(f"nnInteractive {installed_version(_PACKAGE)} failed on a prompt ({_reason(error)})") from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The session tells of its progress on standard output, where our results go."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Seed NumPy's global generator, and put it back."""
+    before = np.random.get_state()  # noqa: NPY002
+    np.random.seed(_SEED)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
+
+
+@contextmanager
+def _settings_of_torch() -> Iterator[None]:
+    """Put back what a new session sets for the whole process.
+
+    With cuDNN's benchmark the fastest algorithm is taken, and the same scan may get another result the next time.
+    """
+    threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def _box(bbox: Any) -> Box:
+    (k, kk), (j, jj), (i, ii) = ((int(first), int(last)) for first, last in bbox)
+    return (k, kk), (j, jj), (i, ii)
+
+
+def _clipped(box: Box, shape: tuple[int, ...]) -> Box:
+    return _box([(max(first, 0), min(last, length)) for (first, last), length in zip(box, shape, strict=True)])
+
+
+def _has_voxels(box: Box) -> bool:
+    return all(last > first for first, last in box)
+
+
+def _ends(box: Box, which: int) -> tuple[int, ...]:
+    return tuple(side[which] for side in box)

@@ -1,0 +1,278 @@
+"""An nnInteractive session on a server, by nnInteractive's own client.
+
+The server gets the scan: that is said each time, and refused for other machines unless it is allowed. Its answers are
+masks; what it is sure of is not told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.errors import InputError, MissingExtraError, ModelError
+from ..core.mask import LocalMap
+from ..settings import NnInteractiveSettings
+from .nninteractive import Field, Put
+
+logger = logging.getLogger(__name__)
+
+
+#: Version of the protocol that the client speaks; a server tells the version of its package.
+_SERVER_MAJOR_VERSION = "2"
+
+
+#: Where the client looks for the key.
+_KEY_VARIABLE = "NN_INTERACTIVE_API_KEY"
+
+
+#: Answers of a server that does not know what it is asked for: not found, wrong method, not implemented.
+_UNKNOWN_REQUEST = (404, 405, 501)
+
+
+_REFUSED = (401, 403)
+
+
+_LONGEST_DETAIL = 300
+
+
+class _SessionLostError(Exception):
+    """The server has given up our session, as it does after ten minutes without a prompt."""
+
+
+class RemoteBackend:
+    """A session on a server; a :class:`~atlassegfm.models.nninteractive.Backend`.
+
+    Parameters
+    ----------
+    url : str
+        Of the server, without user and password.
+    options : NnInteractiveSettings
+        Of the model.
+    """
+
+    def __init__(self, url: str, options: NnInteractiveSettings) -> None:
+        self._url = url
+        self._options = options
+        self._shown: Field | None = None
+        self._found: NDArray[np.uint8] = np.zeros((0, 0, 0), np.uint8)
+        self._release: Callable[[], object] = _nothing
+        self._open()
+
+    @property
+    def session(self) -> Any:
+        """The client's session."""
+        return self._session
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """The server, its version, and the licence of the network it has loaded."""
+        return {
+            "server": self._url,
+            "server_version": str(self._session.INFERENCE_SESSION_VERSION),
+            "server_weights_licence": str(self._session.license),
+        }
+
+    def answer(self, scan: Field, put: Put) -> LocalMap:
+        """0 or 1, (k, j, i): the mask that the server answers one prompt on a scan with."""
+        try:
+            return self._answer(scan, put)
+        except _SessionLostError:
+            # Registering another scan in between may take longer than a server waits.
+            logger.info("%s: the session had expired; opening another one", self._url)
+        self._open()
+        try:
+            return self._answer(scan, put)
+        except _SessionLostError:
+            raise ModelError(
+                f"{self._url}: the server ended the session twice within one prompt; start it with a longer "
+                "--idle-timeout-seconds"
+            ) from None
+
+    def close(self) -> None:
+        """Give the place on the server back."""
+        self._release()
+
+    def _answer(self, scan: Field, put: Put) -> LocalMap:
+        known, self._shown = self._shown is scan, None
+        with self._explained():
+            if known:
+                self._session.reset_interactions()
+            else:
+                self._session.set_image(np.ascontiguousarray(scan)[None])
+                self._found = np.zeros(scan.shape, np.uint8)
+                self._session.set_target_buffer(self._found)
+            put(self._session)
+        self._shown = scan
+        return LocalMap.from_full(self._found)
+
+    def _open(self) -> None:
+        """Take a place on the server, and give back the one before."""
+        self._release()
+        self._shown = None
+        try:
+            with self._explained():
+                session = _claim(self._url, self._options.timeout_seconds)
+        except (_SessionLostError, KeyError, TypeError, ValueError):
+            raise self._stranger() from None
+        # The heartbeat of a session keeps it alive, so it ends with this object, not with its last reference.
+        self._release = weakref.finalize(self, session.close)
+        version = str(session.INFERENCE_SESSION_VERSION)
+        if version.split(".")[0] != _SERVER_MAJOR_VERSION:
+            self._release()
+            raise ModelError(
+                f"{self._url}: the nnInteractive server has version {version}; expected "
+                f"{_SERVER_MAJOR_VERSION}.x: update it"
+            )
+        with self._explained():
+            session.set_do_autozoom(self._options.autozoom)
+        self._session = session
+
+    def _stranger(self) -> ModelError:
+        return ModelError(
+            f"{self._url}: what answers there is no nnInteractive server of version {_SERVER_MAJOR_VERSION}; correct "
+            "models.nninteractive.server, or update the server"
+        )
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turn what the client raises into sentences."""
+        import httpx
+        from nnInteractive.inference.remote import ServerAtCapacityError, SessionExpiredError
+
+        try:
+            yield
+        except SessionExpiredError:
+            raise _SessionLostError from None
+        except ServerAtCapacityError as error:
+            raise ModelError(
+                f"{self._url}: the server has no free session ({error}); try again later, or start it with a larger "
+                "--max-sessions"
+            ) from None
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            raise ModelError(
+                f"{self._url}: no server answers there; start nninteractive-server, or correct "
+                "models.nninteractive.server"
+            ) from None
+        except httpx.TimeoutException:
+            raise ModelError(
+                f"{self._url}: the server took longer than {self._options.timeout_seconds:g} s; raise "
+                "models.nninteractive.timeout_seconds"
+            ) from None
+        except httpx.HTTPStatusError as error:
+            code = error.response.status_code
+            if code in _REFUSED:
+                raise ModelError(
+                    f"{self._url}: the server refuses the key; set the environment variable {_KEY_VARIABLE} to the "
+                    "one it was started with"
+                ) from None
+            if code in _UNKNOWN_REQUEST:
+                raise self._stranger() from None
+            raise ModelError(f"{self._url}: the server failed (HTTP {code}: {_detail(error.response)})") from None
+        except httpx.HTTPError as error:
+            raise ModelError(
+                f"{self._url}: the connection to the server broke ({type(error).__name__}); see what the server says, "
+                "and try again"
+            ) from None
+
+
+def _claim(url: str, wait_seconds: float) -> Any:
+    """A new session of the client; what it holds is given back where it fails."""
+    from nnInteractive.inference.remote import nnInteractiveRemoteInferenceSession
+
+    # A client that fails while it is made leaves its connection open, so it is made in two steps.
+    session: Any = object.__new__(nnInteractiveRemoteInferenceSession)
+    try:
+        session.__init__(
+            url, read_timeout=wait_seconds, set_image_read_timeout=wait_seconds, write_timeout=wait_seconds
+        )
+    except BaseException:
+        with contextlib.suppress(AttributeError):
+            session.close()
+        with contextlib.suppress(AttributeError):
+            session._http.close()
+        raise
+    return session
+
+
+def connect(options: NnInteractiveSettings) -> RemoteBackend:
+    """Open a session on the server that the settings name.
+
+    Raises
+    ------
+    InputError
+        If its address is none, or another machine's and ``allow_remote`` is off.
+    MissingExtraError
+        If the client is not installed.
+    ModelError
+        If the server does not answer, or not as expected.
+    """
+    url = _checked_address(options)
+    try:
+        import nnInteractive.inference.remote  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("a server of the model 'nninteractive'", "nninteractive-client") from None
+    return RemoteBackend(url, options)
+
+
+def _checked_address(options: NnInteractiveSettings) -> str:
+    """The server's address, once it is clear that the scan may go there."""
+    setting = "models.nninteractive.server"
+    try:
+        parts = urlsplit(options.server)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        parts, host = urlsplit(""), None
+    # Checked first, so that no message shows them. Settings are written to run.json, too.
+    if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
+        raise InputError(
+            f"{setting} holds a user, a password or a query; expected http://host:port: put the key into the "
+            f"environment variable {_KEY_VARIABLE}"
+        )
+    if parts.scheme not in ("http", "https") or not host:
+        raise InputError(f"{setting} is {options.server!r}; expected an address such as http://127.0.0.1:1527")
+    url = options.server.rstrip("/")
+    proxied = parts.scheme in getproxies() and not proxy_bypass(host)
+    if _is_this_machine(host) and not proxied:
+        logger.warning("%s: this server gets the scans: patient data leave this process", url)
+        return url
+    where = "a proxy (see the environment variable NO_PROXY)" if proxied else "another machine"
+    if not options.allow_remote:
+        raise InputError(
+            f"{url}: the scans would be sent to {where}; patient data stay on this machine unless "
+            "models.nninteractive.allow_remote = true"
+        )
+    clear = "" if parts.scheme == "https" else ", unencrypted"
+    logger.warning("%s: this server gets the scans: patient data leave this machine%s", url, clear)
+    return url
+
+
+def _nothing() -> None:
+    """There is no session to give back yet."""
+
+
+def _is_this_machine(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _detail(response: Any) -> str:
+    """What the server said went wrong, on one line."""
+    try:
+        said = response.json()["detail"]
+    except (ValueError, KeyError, TypeError):
+        said = response.text
+    return " ".join(str(said).split())[:_LONGEST_DETAIL] or "it said nothing"

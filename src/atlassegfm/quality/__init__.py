@@ -1,0 +1,1 @@
+"""Evidence, estimate and verdict for each structure, without a label of the query."""

@@ -1,0 +1,1 @@
+"""Deformable engines behind one interface."""

@@ -1,0 +1,1 @@
+"""Maps from query to atlas world."""

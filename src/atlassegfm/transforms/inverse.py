@@ -1,0 +1,117 @@
+"""Inverse of a displacement field."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.geometry import Grid
+from .maps import _LONGEST_STEP, _STEP_FACTORS, Affine, Chain, DisplacementField, Transform, logger
+from .resample import _slabs
+
+
+@dataclass(frozen=True, eq=False)
+class InverseField:
+    """A displacement field that undoes another one, and how well.
+
+    Parameters
+    ----------
+    field : DisplacementField
+        The map back.
+    residual_mm : array, (I, J, K) float32
+        At each node, how far from it the two maps in a row (this one first) end.
+    tolerance_mm : float
+        What was asked for.
+    """
+
+    field: DisplacementField
+    residual_mm: NDArray[np.float32]
+    tolerance_mm: float
+
+    @property
+    def converged(self) -> NDArray[np.bool_]:
+        """(I, J, K) bool: the nodes at which the map back is within the tolerance; not so where space is folded."""
+        return self.residual_mm <= self.tolerance_mm
+
+
+def invert_field(
+    field: DisplacementField, grid: Grid, *, tolerance_mm: float = 0.01, iterations: int = 100
+) -> InverseField:
+    """The displacement field that undoes another one, by fixed-point iteration at each node.
+
+    As Chen et al., "A simple fixed-point approach to invert a deformation field" (Medical Physics 35, 2008),
+    ``v <- -u(p + v)``, with the length of steps fitted for each node to how far the last one led (the relaxation of
+    Irons and Tuck, 1969), so that fields converge too that stretch space to more than twice its size. Between the
+    nodes the result is interpolated: its error there is not bounded by the tolerance but by the spacing.
+
+    Parameters
+    ----------
+    field : DisplacementField
+        To be undone.
+    grid : Grid
+        Nodes of the result, in the world ``field`` maps to (which is also the one it maps from). ``field.grid`` will
+        do where displacements at its border are small.
+    tolerance_mm : float
+        Distance at which a node is done; above 0.
+    iterations : int
+        Steps at most; at least 1. Where a node is not done by then, its best step counts.
+    """
+    displacement = np.empty((3, *grid.shape), np.float32)
+    residual = np.empty(grid.shape, np.float32)
+    for slab, points in _slabs(grid):
+        best = np.zeros_like(points)
+        miss = field.map(points) - points
+        distance = np.linalg.norm(miss, axis=1)
+        step = np.ones(len(points))
+        active = np.flatnonzero(distance > tolerance_mm)
+        for _ in range(iterations):
+            if not len(active):
+                break
+            tried = best[active] - step[active, None] * miss[active]
+            tried_miss = field.map(points[active] + tried) - points[active]
+            tried_distance = np.linalg.norm(tried_miss, axis=1)
+            # How much longer the step should have been, were the field linear: 1 / 2 where it went twice too far.
+            change = miss[active] - tried_miss
+            squared = np.maximum((change**2).sum(axis=1), 1e-300)
+            factor = np.clip((miss[active] * change).sum(axis=1) / squared, *_STEP_FACTORS)
+            better = tried_distance < distance[active]
+            factor[~better] = np.minimum(factor[~better], 0.5)
+            step[active] = np.minimum(step[active] * factor, _LONGEST_STEP)
+            improved = active[better]
+            best[improved], miss[improved] = tried[better], tried_miss[better]
+            distance[improved] = tried_distance[better]
+            active = active[distance[active] > tolerance_mm]
+        displacement[:, slab] = best.T.reshape(3, -1, *grid.shape[1:])
+        residual[slab] = distance.reshape(-1, *grid.shape[1:])
+    return InverseField(DisplacementField(grid, displacement), residual, tolerance_mm)
+
+
+def invert(transform: Transform, *, tolerance_mm: float = 0.01) -> Transform:
+    """The map back from the moving to the fixed world.
+
+    Parameters
+    ----------
+    transform : Transform
+        An :class:`Affine` that is invertible, a :class:`DisplacementField` or a :class:`Chain` of these. Each field is
+        undone on its own nodes by :func:`invert_field`; where that does not reach the tolerance, a warning says so.
+    tolerance_mm : float
+        Of each field at its nodes.
+    """
+    if isinstance(transform, Affine):
+        return transform.inverse()
+    if isinstance(transform, Chain):
+        return Chain(tuple(invert(stage, tolerance_mm=tolerance_mm) for stage in reversed(transform.stages)))
+    if not isinstance(transform, DisplacementField):
+        raise TypeError(f"no way to undo a {type(transform).__name__}")
+    inverse = invert_field(transform, transform.grid, tolerance_mm=tolerance_mm)
+    missed = 1 - float(inverse.converged.mean())
+    if missed:
+        logger.warning(
+            "the displacement field cannot be undone at %.2g%% of its nodes (off by up to %.2g mm): "
+            "it folds there, or nearly does",
+            100 * missed,
+            float(inverse.residual_mm.max()),
+        )
+    return inverse.field

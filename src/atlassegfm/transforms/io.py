@@ -1,0 +1,581 @@
+"""Transforms as files that ITK, ANTs and 3D Slicer apply.
+
+A transform folder holds
+
+- ``affine.tfm``: the linear part, an ITK text file in full double precision;
+- ``field.nii.gz``: the displacement field, float32, left out where there is none;
+- ``local.nii.gz``: the finer one in the box of the labels, likewise;
+- ``transform.json``: which way it points, in which order the files are applied, the commands that do so, and the exact
+  nodes of the fields, which a NIfTI header rounds to 32 bits.
+
+All are in ITK's frame (LPS, mm), to which RAS+ is turned here and nowhere else. A point of the query goes through the
+local field first, through the other second and through the affine last, and arrives in the atlas.
+
+ITK takes the displacement outside a field's nodes as 0, this package as that of the border. A field is written with
+as many more nodes, copies of its border, as cover the query's field of view: inside it the two are the same map. A
+field that is 0 at its border, as the local one, is the same everywhere as it is, and gets one node more on each side.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.errors import InputError
+from ..core.geometry import Grid
+from ..core.image import IMAGE_SUFFIXES, NIFTI_SUFFIXES, image_suffix
+from .maps import Affine, Chain, DisplacementField, Transform, displacement_on, stages_of
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk
+
+
+AFFINE_FILE = "affine.tfm"
+
+
+FIELD_FILE = "field.nii.gz"
+
+
+LOCAL_FILE = "local.nii.gz"
+
+
+NOTE_FILE = "transform.json"
+
+
+#: Endings of transform files that ITK reads.
+TRANSFORM_SUFFIXES = (".tfm", ".txt", ".mat", ".h5", ".hdf5", ".hdf", ".xfm")
+
+
+_TEXT_SUFFIXES = (".tfm", ".txt")
+
+
+#: In the order in which a point of the query meets them.
+_FIELD_FILES = (LOCAL_FILE, FIELD_FILE)
+
+
+#: Folder of a further fit, in that of the first; counted from 2.
+_FIT_FOLDER = "fit_{}"
+
+
+_FORMAT, _VERSION = "AtlasSegFM transform", 1
+
+
+#: RAS+ from ITK's LPS and back.
+_LPS_FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+_LPS_SIGNS = np.array([-1, -1, 1], np.float32)
+
+
+#: NIfTI intent code "displacement vector": in RAS+. Vectors of all other codes are in LPS, as ITK has them.
+_INTENT_DISPLACEMENT = 1006
+
+
+#: Axes count as orthogonal if the cosines between them are below this.
+_ORTHOGONAL = 1e-4
+
+
+#: A field belongs to its note if their nodes differ by less than this share of the spacing. A header's 32 bits are
+#: a thousandth of a mm at 8 m.
+_SAME_NODES = 0.01
+
+
+#: A field ends in 0 if the displacements at its border are below this. Fitted ones miss it by rounding alone.
+_NOTHING_MM = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class _Nodes:
+    """The nodes of a field as they are, before the margin was added.
+
+    Parameters
+    ----------
+    grid : Grid
+        In the fixed world.
+    before, after : array, (3,) int
+        How many nodes the file has more, at the beginning and at the end of each axis.
+    """
+
+    grid: Grid
+    before: NDArray[np.int64]
+    after: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, field: DisplacementField, view: Grid) -> _Nodes:
+        """As many more as the field of view asks for, its outer faces included, but one where the field ends in 0.
+
+        One at least, because 3D Slicer wants two nodes an axis, and a field may have a single one.
+        """
+        grid = field.grid
+        if _ends_in_zero(field):
+            return cls(grid, np.ones(3, np.int64), np.ones(3, np.int64))
+        faces = [(-0.5, n - 0.5) for n in view.shape]
+        corners = view.voxel_to_world(np.array(np.meshgrid(*faces, indexing="ij")).reshape(3, 8).T)
+        ijk = grid.world_to_voxel(corners)
+        before = np.maximum(np.ceil(-ijk.min(axis=0)), 1).astype(np.int64)
+        after = np.maximum(np.ceil(ijk.max(axis=0) - (np.array(grid.shape) - 1)), 1).astype(np.int64)
+        return cls(grid, before, after)
+
+    @property
+    def stored(self) -> Grid:
+        """The grid of the file."""
+        affine = self.grid.affine.copy()
+        affine[:3, 3] = self.grid.voxel_to_world(-self.before)
+        i, j, k = (int(n) for n in np.array(self.grid.shape) + self.before + self.after)
+        return Grid((i, j, k), affine)
+
+    def summary(self) -> dict[str, Any]:
+        """For the note; numbers in full precision."""
+        return {
+            "shape": list(self.grid.shape),
+            "voxel_to_ras_mm": self.grid.affine.tolist(),
+            "margin_before": self.before.tolist(),
+            "margin_after": self.after.tolist(),
+        }
+
+    @classmethod
+    def from_summary(cls, content: dict[str, Any]) -> _Nodes:
+        """Back from the note; ValueError, TypeError or KeyError where it is not one."""
+        i, j, k = (int(n) for n in content["shape"])
+        margins = [np.array(content[key], dtype=np.int64) for key in ("margin_before", "margin_after")]
+        if any(margin.shape != (3,) or margin.min() < 0 for margin in margins):
+            raise ValueError("margins are three whole numbers from 0")
+        return cls(Grid((i, j, k), np.array(content["voxel_to_ras_mm"], dtype=np.float64)), *margins)
+
+
+def write_transform(
+    folder: Path, linear: Affine, field: DisplacementField | None, view: Grid, local: DisplacementField | None = None
+) -> None:
+    """Write a transform folder, whole or not at all.
+
+    Nothing in it names a file or a patient.
+
+    Parameters
+    ----------
+    folder : Path
+        To be made. Its parent exists.
+    linear : Affine
+        Applied last: to the atlas world.
+    field : DisplacementField or None
+        Applied before it, in the query world. On nodes whose axes are not at right angles, which ITK does not know,
+        it is sampled onto others that are.
+    view : Grid
+        Of the query: inside it the files are this map.
+    local : DisplacementField, optional
+        Applied first, in the query world; as ``field``.
+
+    Raises
+    ------
+    InputError
+        If something is there already, or the disk refuses.
+    """
+    if folder.exists() or folder.is_symlink():
+        raise InputError(f"{folder}: exists already, and the transform is to go there; choose another place")
+    fields = {
+        name: _on_orthogonal_nodes(one, view)
+        for name, one in zip(_FIELD_FILES, (local, field), strict=True)
+        if one is not None
+    }
+    nodes = {name: _Nodes.of(one, view) for name, one in fields.items()}
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as holder:
+            new = Path(holder) / "new"
+            new.mkdir()
+            _write_affine(linear, new / AFFINE_FILE)
+            for name, one in fields.items():
+                _write_field(one, nodes[name], new / name)
+            (new / NOTE_FILE).write_text(json.dumps(_note(nodes), indent=2) + "\n", encoding="utf-8")
+            os.replace(new, folder)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write there ({error.strerror or error}); choose another place") from None
+
+
+def is_transform(path: Path) -> bool:
+    """Whether a path may be one transform: a file, or a folder with an affine in it."""
+    return (path / AFFINE_FILE).is_file() if path.is_dir() else path.exists()
+
+
+def read_transform(path: Path) -> Transform:
+    """Read a transform from query points to atlas points.
+
+    Parameters
+    ----------
+    path : Path
+        A folder as :func:`write_transform` makes it (without ``transform.json`` it is read all the same), a transform
+        file of ITK with linear parts and displacement fields (.tfm, .txt, .mat, .h5), or a displacement field as an
+        image (.nii.gz, .mha, .nrrd) with three numbers a voxel.
+
+    Returns
+    -------
+    Affine, DisplacementField or Chain
+        As float32 a field, in double precision the rest. Beyond the nodes of a field the displacement of its border
+        holds on, where ITK has none; ANTs makes it 0 at the border, so that there it is the same.
+
+    Raises
+    ------
+    InputError
+        If the path is not such a transform, or the transform is 2-D, has a part of another kind (a B-spline), NaN
+        or infinite numbers, or an affine that cannot be undone.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder; expected a saved transform")
+    if path.is_dir():
+        return _read_folder(path)
+    try:
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be opened ({error.strerror}); check the permissions") from None
+    if empty:
+        raise InputError(f"{path}: the file is empty (0 bytes); copy it again")
+    if image_suffix(path) is not None:
+        return _read_field(path)
+    if not path.name.lower().endswith(TRANSFORM_SUFFIXES):
+        known = ", ".join((*TRANSFORM_SUFFIXES[:4], *IMAGE_SUFFIXES))
+        raise InputError(f"{path}: not a known transform file; expected a file ending in {known}")
+    return _read_itk(path)
+
+
+def write_further_fits(folder: Path, fits: Sequence[Transform], view: Grid) -> None:
+    """Write the further fits of a registration into the transform folder of the first, each as a folder like it.
+
+    Parameters
+    ----------
+    folder : Path
+        As :func:`write_transform` made it.
+    fits : sequence of Transform
+        From query world to atlas world.
+    view : Grid
+        Of the query.
+
+    Raises
+    ------
+    InputError
+        As :func:`write_transform`.
+    """
+    for number, fit in enumerate(fits, start=2):
+        local, field, linear = stages_of(fit, view)
+        write_transform(folder / _FIT_FOLDER.format(number), linear, field, view, local)
+
+
+def read_fits(path: Path) -> tuple[Transform, ...]:
+    """Read a transform, and the further fits in its folder if there are any.
+
+    Parameters
+    ----------
+    path : Path
+        As of :func:`read_transform`.
+
+    Raises
+    ------
+    InputError
+        As :func:`read_transform`.
+    """
+    first = read_transform(path)
+    further: list[Transform] = []
+    while (folder := path / _FIT_FOLDER.format(len(further) + 2)).is_dir():
+        further.append(read_transform(folder))
+    return (first, *further)
+
+
+def _read_folder(folder: Path) -> Transform:
+    if not (folder / AFFINE_FILE).is_file():
+        raise InputError(
+            f"{folder}: no {AFFINE_FILE} in this folder; expected a transform folder (the folder 'transform' of a "
+            "result made with --keep) or one transform file"
+        )
+    nodes = _read_note(folder / NOTE_FILE)
+    names = [name for name in _FIELD_FILES if (folder / name).exists()]
+    if nodes is not None:
+        for name in _FIELD_FILES:
+            if name in nodes and name not in names:
+                raise InputError(f"{folder / name}: no such file, but {NOTE_FILE} speaks of it; copy it again")
+            if name in names and name not in nodes:
+                raise InputError(
+                    f"{folder / name}: {NOTE_FILE} knows of no such file, so that it may be of another transform; "
+                    f"delete it, or {NOTE_FILE} to read all files as they are"
+                )
+    fields = [_read_part(folder / name, None if nodes is None else nodes[name]) for name in names]
+    linear = _read_itk(folder / AFFINE_FILE)
+    return Chain((*fields, linear)) if fields else linear
+
+
+def _read_part(path: Path, nodes: _Nodes | None) -> DisplacementField:
+    """One field of a folder, on the nodes of its note."""
+    field = _read_field(path)
+    if nodes is None:
+        return field
+    if not field.grid.matches(nodes.stored, _SAME_NODES):
+        raise InputError(
+            f"{path}: {field.grid.describe()}, but {NOTE_FILE} speaks of another field "
+            f"({nodes.stored.describe()}); copy the folder again, or delete {NOTE_FILE} if the field is right"
+        )
+    i, j, k = (slice(b, b + n) for b, n in zip(nodes.before, nodes.grid.shape, strict=True))
+    return DisplacementField(nodes.grid, np.ascontiguousarray(field.displacement_mm[:, i, j, k]))
+
+
+def _read_note(path: Path) -> dict[str, _Nodes] | None:
+    """The nodes of each field by the name of its file; None where there is no note."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT or content["version"] != _VERSION:
+            raise ValueError("of another program or version")
+        return {name: _Nodes.from_summary(content["fields"][name]) for name in content["fields"]}
+    except (OSError, ValueError, TypeError, KeyError, InputError):
+        raise InputError(
+            f"{path}: not a note of a transform as this version writes it; copy the folder again, "
+            "or delete this file to read the others as they are"
+        ) from None
+
+
+def _note(nodes: dict[str, _Nodes]) -> dict[str, Any]:
+    """What ``transform.json`` says; ``nodes`` by the names of the fields' files, the first applied first."""
+    order = [*nodes, AFFINE_FILE]
+    ants = "antsApplyTransforms -d 3 -i ATLAS.nii.gz -r QUERY.nii.gz -o OUT.nii.gz"
+    fields = []
+    for name in reversed(nodes):
+        variable = name.split(".")[0]
+        fields += [
+            f"{variable} = sitk.ReadImage('{name}', sitk.sitkVectorFloat64)",
+            f"chain.AddTransform(sitk.DisplacementFieldTransform({variable}))",
+        ]
+    return {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "direction": "takes points of the query to points of the atlas, and so pulls the atlas image onto the query",
+        "frame": "LPS, mm (ITK)",
+        "applied_to_a_query_point": order,
+        "ants": [" -t ".join([ants, *order]), "for a label map add: -n GenericLabel"],
+        "simpleitk": [
+            "import SimpleITK as sitk",
+            "chain = sitk.CompositeTransform(3)  # what is added last is applied to a point first",
+            f"chain.AddTransform(sitk.ReadTransform('{AFFINE_FILE}'))",
+            *fields,
+            "warped = sitk.Resample(atlas, query, chain, sitk.sitkLinear, 0.0)",
+        ],
+        "slicer": _slicer([name.split(".")[0] for name in reversed(order)]),
+        "fields": {name: one.summary() for name, one in nodes.items()},
+    }
+
+
+def _slicer(names: Sequence[str]) -> str:
+    """How to build the tree of transforms; ``names`` as Slicer gives them, the outermost last."""
+    steps = [f"the atlas under {names[0]}", *(f"{inner} under {outer}" for inner, outer in itertools.pairwise(names))]
+    return f"add the files as 'Transform', not as 'Volume'; in the Data module put {', '.join(steps)}"
+
+
+def _write_affine(linear: Affine, path: Path) -> None:
+    import SimpleITK as sitk
+
+    matrix = _LPS_FLIP @ linear.matrix @ _LPS_FLIP
+    affine = sitk.AffineTransform(matrix[:3, :3].ravel().tolist(), matrix[:3, 3].tolist())
+    try:
+        sitk.WriteTransform(affine, str(path))
+    except RuntimeError:
+        raise OSError("the disk refuses") from None
+
+
+def _write_field(field: DisplacementField, nodes: _Nodes, path: Path) -> None:
+    """As ANTs writes it: NIfTI with five axes, intent 1007 (vector), LPS."""
+    import SimpleITK as sitk
+
+    margin = [(0, 0), *((int(b), int(a)) for b, a in zip(nodes.before, nodes.after, strict=True))]
+    padded = np.pad(field.displacement_mm, margin, mode="edge")
+    vectors = np.ascontiguousarray(np.moveaxis(padded, (0, 1, 2, 3), (3, 2, 1, 0)) * _LPS_SIGNS)
+    grid = nodes.stored
+    lps = _LPS_FLIP @ grid.affine
+    image = sitk.GetImageFromArray(vectors, isVector=True)
+    image.SetSpacing(grid.spacing_mm.tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection((lps[:3, :3] / grid.spacing_mm).ravel().tolist())
+    try:
+        sitk.WriteImage(image, str(path), useCompression=True)
+    except RuntimeError:
+        raise OSError("the disk refuses") from None
+
+
+def _ends_in_zero(field: DisplacementField) -> bool:
+    """Whether a field moves nothing at its border, and so nothing beyond."""
+    values = np.abs(field.displacement_mm)
+    return all(values.take(end, axis=axis).max() < _NOTHING_MM for axis in (1, 2, 3) for end in (0, -1))
+
+
+def _on_orthogonal_nodes(field: DisplacementField, view: Grid) -> DisplacementField:
+    """The field itself, or about the same map on nodes along the world's axes: ITK knows no sheared grids."""
+    axes = field.grid.affine[:3, :3] / field.grid.spacing_mm
+    if np.abs(axes.T @ axes - np.eye(3)).max() < _ORTHOGONAL:
+        return field
+    spacing_mm = float(field.grid.spacing_mm.min())
+    corners = field.grid.corners_mm
+    if not _ends_in_zero(field):
+        # What lies between the field and the view belongs to it: its border holds on along its own axes.
+        corners = np.concatenate([corners, view.corners_mm])
+    margin_mm = float(view.spacing_mm.sum()) / 2  # half a voxel of border, whatever the axes
+    low, high = corners.min(axis=0) - margin_mm, corners.max(axis=0) + margin_mm
+    affine = np.diag([spacing_mm, spacing_mm, spacing_mm, 1.0])
+    affine[:3, 3] = low
+    i, j, k = (int(n) for n in np.ceil((high - low) / spacing_mm) + 1)
+    grid = Grid((i, j, k), affine)
+    return displacement_on(field, grid)
+
+
+def _read_itk(path: Path) -> Transform:
+    """A transform file; the parts of a composite in the order they are applied in."""
+    import SimpleITK as sitk
+
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    _check_one_transform(path)
+    try:
+        transform = sitk.ReadTransform(str(path))
+    except KeyError:
+        raise InputError(f"{path}: {_kind_message('a kind of transform that SimpleITK does not know')}") from None
+    except RuntimeError:
+        raise InputError(
+            f"{path}: not readable as a transform of ITK; check that the file is complete and has the right ending"
+        ) from None
+    stages = _stages(transform, path)
+    return stages[0] if len(stages) == 1 else Chain(tuple(stages))
+
+
+def _check_one_transform(path: Path) -> None:
+    """ITK reads the first transform of a text file with several, and leaves out the rest."""
+    if not path.name.lower().endswith(_TEXT_SUFFIXES):
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        kinds = [line.split(":", 1)[1].strip() for line in file if line.startswith("Transform:")]
+    if len(kinds) > 1 and not kinds[0].startswith("Composite"):
+        raise InputError(
+            f"{path}: {len(kinds)} transforms in one file; expected one, or a composite transform, "
+            "which says in which order they are applied"
+        )
+
+
+def _stages(transform: sitk.Transform, path: Path) -> list[Transform]:
+    """A transform of ITK as ours, the part that is applied first at first."""
+    import SimpleITK as sitk
+
+    if transform.GetDimension() != 3:
+        raise InputError(f"{path}: the transform is {transform.GetDimension()}-D; expected a 3-D one")
+    if isinstance(transform, sitk.CompositeTransform):
+        count = transform.GetNumberOfTransforms()
+        # What was added last is applied first.
+        return [stage for n in reversed(range(count)) for stage in _stages(transform.GetNthTransform(n), path)]
+    if isinstance(transform, sitk.DisplacementFieldTransform):
+        image = transform.GetDisplacementField()
+        return [_field_of(image, _vectors_of(image), path)]
+    if not transform.IsLinear():
+        raise InputError(f"{path}: {_kind_message(f'a {transform.GetName()}')}")
+    return [_affine_of(transform, path)]
+
+
+def _affine_of(transform: Any, path: Path) -> Affine:
+    """A linear transform of ITK, which maps x to matrix (x - centre) + centre + translation."""
+    lps = np.eye(4)
+    if hasattr(transform, "GetMatrix"):
+        lps[:3, :3] = np.array(transform.GetMatrix()).reshape(3, 3)
+        centre = np.array(transform.GetCenter())
+        lps[:3, 3] = np.array(transform.GetTranslation()) if hasattr(transform, "GetTranslation") else 0
+        lps[:3, 3] += centre - lps[:3, :3] @ centre
+    else:
+        lps[:3, 3] = transform.TransformPoint((0.0, 0.0, 0.0))
+        for axis, unit in enumerate(np.eye(3).tolist()):
+            lps[:3, axis] = np.array(transform.TransformPoint(unit)) - lps[:3, 3]
+    affine = Affine(_LPS_FLIP @ lps @ _LPS_FLIP)
+    if not np.isfinite(lps).all():
+        raise InputError(f"{path}: the affine has NaN or infinite numbers; make the transform anew")
+    if not affine.is_invertible:
+        raise InputError(f"{path}: the affine presses space flat; expected a map that can be undone")
+    return affine
+
+
+def _read_field(path: Path) -> DisplacementField:
+    import SimpleITK as sitk
+
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+        size, components = reader.GetSize(), reader.GetNumberOfComponents()
+        if len(size) != 3 or components != 3:
+            raise InputError(
+                f"{path}: {len(size)} dimensions ({_times(size)}) and {components} numbers a voxel; expected a "
+                "displacement field: 3 dimensions and 3 numbers a voxel (in NIfTI five axes, I x J x K x 1 x 3)"
+            )
+        if image_suffix(path) in NIFTI_SUFFIXES:
+            return _field_of(reader, _nifti_vectors(path, size), path)
+        image = reader.Execute()
+    except (RuntimeError, EOFError, OSError, ValueError, zlib.error) as error:
+        if "orthonormal" in str(error).lower():
+            raise InputError(
+                f"{path}: the axes of the field are not at right angles, which ITK's fields have to be"
+            ) from None
+        raise InputError(
+            f"{path}: not readable as a displacement field; check that the file is complete and has the right ending"
+        ) from None
+    return _field_of(image, _vectors_of(image), path)
+
+
+def _vectors_of(image: sitk.Image) -> NDArray[np.float32]:
+    """(3, I, J, K) RAS+ mm from an image of ITK."""
+    import SimpleITK as sitk
+
+    vectors = np.asarray(sitk.GetArrayViewFromImage(image))
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused later
+        return np.moveaxis(vectors.astype(np.float32) * _LPS_SIGNS, (3, 2, 1, 0), (0, 1, 2, 3))
+
+
+def _nifti_vectors(path: Path, size: Sequence[int]) -> NDArray[np.float32]:
+    """(3, I, J, K) RAS+ mm from a NIfTI file; not by ITK, which makes 0 of NaN and tells nobody."""
+    import nibabel as nib
+    from nibabel.filebasedimages import ImageFileError
+
+    try:
+        image: Any = nib.load(path)
+    except ImageFileError as error:
+        raise ValueError(str(error)) from None
+    with np.errstate(over="ignore"):
+        vectors = np.asarray(image.dataobj, dtype=np.float32).reshape(*size, 3)
+    is_ras = int(image.header["intent_code"]) == _INTENT_DISPLACEMENT
+    return np.moveaxis(vectors if is_ras else vectors * _LPS_SIGNS, 3, 0)
+
+
+def _field_of(image: Any, displacement: NDArray[np.float32], path: Path) -> DisplacementField:
+    """A displacement field from the geometry of an image of ITK (or its reader) and (3, I, J, K) vectors, RAS+ mm."""
+    bad = int((~np.isfinite(displacement)).any(axis=0).sum())
+    if bad:
+        raise InputError(
+            f"{path}: {bad} of {displacement[0].size} displacements are NaN or infinite; expected numbers only: "
+            "replace them (by 0, for instance)"
+        )
+    lps = np.eye(4)
+    lps[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
+    lps[:3, 3] = image.GetOrigin()
+    try:
+        grid = Grid(image.GetSize(), _LPS_FLIP @ lps)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return DisplacementField(grid, np.ascontiguousarray(displacement))
+
+
+def _kind_message(kind: str) -> str:
+    return (
+        f"{kind}; expected linear transforms and displacement fields: convert it to a displacement field "
+        "(SimpleITK.TransformToDisplacementField, or Slicer's Transforms module, 'Convert')"
+    )
+
+
+def _times(numbers: Sequence[int]) -> str:
+    return " x ".join(str(n) for n in numbers)

@@ -1,0 +1,126 @@
+"""Volume changes and folding of a deformation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.geometry import Grid
+from .maps import Chain, DisplacementField, Transform, displacement_on
+from .resample import _slabs
+
+
+def folding_share(transform: Transform, grid: Grid) -> float:
+    """Share (0 to 1) of the nodes of ``grid`` at which ``transform`` folds space.
+
+    The Jacobian determinant is taken by central differences of the mapped nodes themselves, so that it
+    holds for any transform.
+    """
+    field = displacement_on(transform, grid)
+    return float((field.jacobian_determinant() <= 0).mean())
+
+
+@dataclass(frozen=True)
+class JacobianStatistics:
+    """How a displacement field changes volumes, over some of its nodes.
+
+    The Jacobian determinant is the local change of volume: 1 where there is none, 0 or less where space is folded.
+    All numbers are NaN where there was no node to look at.
+
+    Parameters
+    ----------
+    folding : float
+        Share of the nodes with a determinant of 0 or less, in [0, 1].
+    minimum : float
+        Smallest determinant.
+    percentile_1, percentile_5, median, percentile_95, percentile_99 : float
+        Of the determinant.
+    log_deviation : float
+        Standard deviation of the natural logarithm of the determinant, over the nodes where it is above 0: how
+        uneven the deformation is, shrinking and growing alike. 0 for a uniform scaling; NaN where no node has one.
+    """
+
+    folding: float
+    minimum: float
+    percentile_1: float
+    percentile_5: float
+    median: float
+    percentile_95: float
+    percentile_99: float
+    log_deviation: float
+
+
+def jacobian_statistics(field: DisplacementField, mask: NDArray[np.bool_] | None = None) -> JacobianStatistics:
+    """How a displacement field changes volumes.
+
+    Parameters
+    ----------
+    field : DisplacementField
+        Determinants are taken at its nodes, by central differences.
+    mask : array, (I, J, K) bool, optional
+        Nodes that count; all if left out.
+    """
+    determinant = field.jacobian_determinant()
+    if mask is not None and mask.shape != determinant.shape:
+        raise ValueError(f"mask of shape {mask.shape} for a field on a grid of shape {determinant.shape}")
+    values = determinant.ravel() if mask is None else determinant[mask]
+    if not len(values):
+        return JacobianStatistics(*[float("nan")] * 8)
+    positive = values[values > 0]
+    p1, p5, p50, p95, p99 = (float(value) for value in np.percentile(values, (1, 5, 50, 95, 99)))
+    return JacobianStatistics(
+        folding=float((values <= 0).mean()),
+        minimum=float(values.min()),
+        percentile_1=p1,
+        percentile_5=p5,
+        median=p50,
+        percentile_95=p95,
+        percentile_99=p99,
+        log_deviation=float(np.log(positive, dtype=np.float64).std()) if len(positive) else float("nan"),
+    )
+
+
+def deformation_statistics(
+    field: DisplacementField, local: DisplacementField | None, counted: Callable[[Grid], NDArray[np.bool_]]
+) -> tuple[float, JacobianStatistics]:
+    """How much of a region a deformation folds, and how it changes volumes there.
+
+    Parameters
+    ----------
+    field, local : DisplacementField
+        ``local``, where there is one, is applied first.
+    counted : callable
+        Which nodes of a grid are in the region: (I, J, K) bool.
+
+    Returns
+    -------
+    folding : float
+        Share of the region by volume, in [0, 1]: in the local field's box at its nodes and of both fields in a row,
+        elsewhere at those of the other. 0 where no node is in the region.
+    statistics : JacobianStatistics
+        Of the region's part in the local field's box where there is one, else of all of it.
+    """
+    outside = counted(field.grid)
+    if local is None:
+        statistics = jacobian_statistics(field, outside)
+        return (statistics.folding if outside.any() else 0.0), statistics
+    outside &= ~nodes_in(local.grid, field.grid)
+    inside = counted(local.grid)
+    statistics = jacobian_statistics(displacement_on(Chain((local, field)), local.grid), inside)
+    parts = [
+        (float(inside.sum()) * local.grid.voxel_volume_mm3, statistics.folding),
+        (float(outside.sum()) * field.grid.voxel_volume_mm3, jacobian_statistics(field, outside).folding),
+    ]
+    total = sum(volume for volume, _ in parts)
+    return (sum(volume * share for volume, share in parts if volume) / total if total else 0.0), statistics
+
+
+def nodes_in(view: Grid, nodes: Grid) -> NDArray[np.bool_]:
+    """(I, J, K) bool of the shape of ``nodes``: those inside a field of view, half a voxel of border included."""
+    inside = np.empty(nodes.shape, np.bool_)
+    for slab, points in _slabs(nodes):
+        inside[slab] = view.contains(points).reshape(-1, *nodes.shape[1:])
+    return inside

@@ -1,0 +1,229 @@
+"""Maps between worlds, and sampling through them.
+
+A transform answers one question: where in the moving (atlas) world lies this point of the fixed (query)
+world? ``map`` takes and gives RAS+ mm. Images are pulled: the value of a fixed voxel is read in the moving
+image at the mapped point, once, whatever the number of stages.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from ..core.errors import InputError
+from ..core.geometry import Grid
+from .resample import _slabs
+
+logger = logging.getLogger(__name__)
+
+
+#: Voxels mapped at a time in one thread. Bounds the memory of coordinates to about 100 MB whatever the scan's size.
+_CHUNK_VOXELS = 250_000
+
+
+#: Points along each axis of the field of view that a linear part is fitted to: 12 numbers from 4096 points.
+_FIT_POINTS = 16
+
+
+#: Steps towards the inverse of a field grow or shrink by no more than this, and are this many times as long at most.
+_STEP_FACTORS, _LONGEST_STEP = (0.1, 2.0), 16.0
+
+
+#: Matrices are called singular if they stretch one direction less than this share of another. Anatomy differs by
+#: factors of two or three.
+_SMALLEST_STRETCH = 1e-4
+
+
+class Transform(Protocol):
+    """A map from fixed world to moving world."""
+
+    def map(self, points_mm: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(N, 3) RAS+ mm in the fixed world to (N, 3) RAS+ mm in the moving world."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """A linear map.
+
+    Parameters
+    ----------
+    matrix : array, (4, 4)
+        Homogeneous, RAS+ mm of the fixed world to RAS+ mm of the moving world.
+    """
+
+    matrix: NDArray[np.float64]
+
+    @classmethod
+    def identity(cls) -> Affine:
+        """The map that moves nothing."""
+        return cls(np.eye(4))
+
+    def map(self, points_mm: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(N, 3) RAS+ mm to (N, 3) RAS+ mm."""
+        return points_mm @ self.matrix[:3, :3].T + self.matrix[:3, 3]
+
+    def inverse(self) -> Affine:
+        """The map back."""
+        return Affine(np.linalg.inv(self.matrix).astype(np.float64))
+
+    @property
+    def is_invertible(self) -> bool:
+        """Whether there is a map back: all numbers finite, and no direction pressed flat."""
+        if not np.isfinite(self.matrix).all():
+            return False
+        stretches = np.linalg.svd(self.matrix[:3, :3], compute_uv=False)
+        return bool(stretches[-1] > _SMALLEST_STRETCH * stretches[0])
+
+
+@dataclass(frozen=True, eq=False)
+class DisplacementField:
+    """A map that adds a displacement, linearly interpolated between the nodes of a grid.
+
+    Outside the grid the displacement of the nearest border point holds on, so that the map stays
+    continuous.
+
+    Parameters
+    ----------
+    grid : Grid
+        Nodes, in the fixed world.
+    displacement_mm : array, (3, I, J, K) float32
+        x, y, z of the displacement in RAS+ mm at the nodes.
+    """
+
+    grid: Grid
+    displacement_mm: NDArray[np.float32]
+
+    def __post_init__(self) -> None:
+        if self.displacement_mm.shape != (3, *self.grid.shape):
+            raise ValueError(f"field of shape {self.displacement_mm.shape} on a grid of shape {self.grid.shape}")
+
+    def map(self, points_mm: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(N, 3) RAS+ mm to (N, 3) RAS+ mm."""
+        ijk = self.grid.world_to_voxel(points_mm)
+        moved = points_mm.copy()
+        for component in range(3):
+            moved[:, component] += ndimage.map_coordinates(
+                self.displacement_mm[component], ijk.T, order=1, mode="nearest"
+            )
+        return moved
+
+    def jacobian_determinant(self) -> NDArray[np.float32]:
+        """(I, J, K) float32: local change of volume at the nodes; 0 or less where space is folded."""
+        determinant = np.empty(self.grid.shape, np.float32)
+        # d displacement / d world = d displacement / d voxel * d voxel / d world
+        per_mm = self.grid.inverse_affine[:3, :3].astype(np.float32)
+        depth = max(1, _CHUNK_VOXELS // int(np.prod(self.grid.shape[1:])))
+        for first in range(0, self.grid.shape[0], depth):
+            last = min(first + depth, self.grid.shape[0])
+            # One plane more on each side, for central differences.
+            low, high = max(first - 1, 0), min(last + 1, self.grid.shape[0])
+            slab = self.displacement_mm[:, low:high]
+            gradient = np.zeros((3, 3, *slab.shape[1:]), np.float32)
+            for component in range(3):
+                for axis in range(3):
+                    if slab.shape[axis + 1] > 1:
+                        gradient[component, axis] = np.gradient(slab[component], axis=axis)
+            gradient = gradient[:, :, first - low : last - low]
+            change = np.einsum("cvijk,vw->ijkcw", gradient, per_mm)
+            determinant[first:last] = np.linalg.det(change + np.eye(3, dtype=np.float32))
+        return determinant
+
+
+@dataclass(frozen=True, eq=False)
+class Chain:
+    """Transforms one after the other, the first applied first."""
+
+    stages: tuple[Transform, ...]
+
+    def map(self, points_mm: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(N, 3) RAS+ mm to (N, 3) RAS+ mm."""
+        for stage in self.stages:
+            points_mm = stage.map(points_mm)
+        return points_mm
+
+
+def stages_of(transform: Transform, view: Grid) -> tuple[DisplacementField | None, DisplacementField | None, Affine]:
+    """A transform as what a registration is made of: two displacement fields at most, and a linear map.
+
+    Parameters
+    ----------
+    transform : Transform
+        Linear maps alone, or one or two displacement fields and then linear maps, are taken as they are. Anything
+        else (linear maps first, more fields, fields alone) is sampled at the voxels of ``view``: its linear part is
+        the linear map nearest to it over the field of view, the field is what is left. At the voxels that is the
+        same map to what 32 bits hold; between them it is interpolated.
+    view : Grid
+        Of the fixed scan.
+
+    Returns
+    -------
+    local : DisplacementField or None
+        The first of two fields; applied first.
+    field : DisplacementField or None
+        The other or the only one, applied second; None where there is none.
+    linear : Affine
+        Applied last.
+
+    Raises
+    ------
+    InputError
+        If the linear part presses the field of view flat.
+    """
+    stages = _flat(transform)
+    fields: list[DisplacementField] = []
+    for stage in stages:
+        if not isinstance(stage, DisplacementField):
+            break
+        fields.append(stage)
+    rest = stages[len(fields) :]
+    affines = [stage for stage in rest if isinstance(stage, Affine)]
+    if len(fields) <= 2 and len(affines) == len(rest) and (affines or not fields):
+        linear = affines[0] if affines else Affine.identity()
+        for affine in affines[1:]:
+            linear = Affine(affine.matrix @ linear.matrix)
+        local, field = [None, None, *fields][-2:]
+        return local, field, _invertible(linear)
+    # Fields alone too: they may hold the whole motion, and what lies out of view is judged by the linear part.
+    linear = _invertible(_nearest_affine(transform, view))
+    return None, displacement_on(Chain((transform, linear.inverse())), view), linear
+
+
+def displacement_on(transform: Transform, grid: Grid) -> DisplacementField:
+    """A transform as the displacements at the nodes of a grid; the same map there, interpolated between them."""
+    displacement = np.empty((3, *grid.shape), np.float32)
+    for slab, points in _slabs(grid):
+        moved = transform.map(points) - points
+        displacement[:, slab] = moved.T.reshape(3, -1, *grid.shape[1:])
+    return DisplacementField(grid, displacement)
+
+
+def _flat(transform: Transform) -> list[Transform]:
+    """The stages of chains within chains, the first applied first."""
+    if isinstance(transform, Chain):
+        return [stage for part in transform.stages for stage in _flat(part)]
+    return [transform]
+
+
+def _nearest_affine(transform: Transform, view: Grid) -> Affine:
+    """The linear map with the least squared distance to a transform over a field of view, outer faces included."""
+    axes = [np.linspace(-0.5, n - 0.5, _FIT_POINTS) for n in view.shape]
+    points = view.voxel_to_world(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3))
+    # About the centre: far from the origin the columns would be nearly alike.
+    centred = np.column_stack([points - view.centre_mm, np.ones(len(points))])
+    solved = np.linalg.lstsq(centred, transform.map(points), rcond=None)[0]
+    matrix = np.eye(4)
+    matrix[:3, :3] = solved[:3].T
+    matrix[:3, 3] = solved[3] - solved[:3].T @ view.centre_mm
+    return Affine(matrix)
+
+
+def _invertible(linear: Affine) -> Affine:
+    if not linear.is_invertible:
+        raise InputError("the linear part of the transform presses space flat; expected a map that can be undone")
+    return linear

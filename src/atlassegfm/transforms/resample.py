@@ -1,0 +1,269 @@
+"""Images and labels sampled through a transform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+
+from ..core.geometry import Grid
+from ..core.image import Volume
+from ..core.mask import LocalMap
+from ..core.parallel import side_by_side
+from .maps import _CHUNK_VOXELS, Transform
+
+#: Edge of the blocks that are left out together where no label is near: about the nodes of the finest field over an
+#: abdomen, so that the field bends little inside.
+_BLOCK_MM = 8.0
+
+
+def resample(
+    moving: Volume, onto: Grid, fixed_to_moving: Transform | None = None, *, order: int = 1, outside: float = 0.0
+) -> NDArray[np.float32]:
+    """Read a moving image at the voxels of another grid.
+
+    Parameters
+    ----------
+    moving : Volume
+        Intensities.
+    onto : Grid
+        In the fixed world.
+    fixed_to_moving : Transform, optional
+        Identity if left out.
+    order : int
+        Of the interpolating spline: 0 nearest, 1 linear, 3 cubic.
+    outside : float
+        Value of points outside the moving field of view.
+
+    Returns
+    -------
+    array, of the shape of ``onto``, float32
+    """
+    result = np.full(onto.shape, outside, np.float32)
+
+    def sample(part: tuple[slice, NDArray[np.float64]]) -> None:
+        slab, points = part
+        mapped = points if fixed_to_moving is None else fixed_to_moving.map(points)
+        ijk = moving.grid.world_to_voxel(mapped)
+        inside = ((ijk >= -0.5) & (ijk <= np.array(moving.grid.shape) - 0.5)).all(axis=1)
+        values = np.full(len(ijk), outside, np.float32)
+        values[inside] = ndimage.map_coordinates(
+            moving.data, ijk[inside].T, order=order, mode="nearest", output=np.float32
+        )
+        result[slab] = values.reshape(result[slab].shape)
+
+    for _ in side_by_side(sample, _slabs(onto)):
+        pass
+    return result
+
+
+def warp_labels(
+    labels: Volume, values: Sequence[int], onto: Grid, fixed_to_moving: Transform, *, floor: float = 0.01
+) -> dict[int, LocalMap]:
+    """Warp each structure of a label map as a soft mask, with one linear interpolation.
+
+    Parameters
+    ----------
+    labels : Volume
+        Integer labels in the moving world, at their native resolution.
+    values : sequence of int
+        Labels wanted.
+    onto : Grid
+        In the fixed world.
+    fixed_to_moving : Transform
+        All stages composed.
+    floor : float
+        Shares below this are cut to 0, which keeps the boxes tight; a hundredth of a voxel decides nothing.
+
+    Returns
+    -------
+    dict of int to LocalMap
+        One entry for each of ``values``. At each voxel the share in [0, 1] of the interpolation weight that
+        falls on the structure. Background surrounds the moving field of view: a structure cut off by its
+        border fades to 0 over one voxel.
+    """
+    index_of = np.zeros(int(labels.data.max()) + 1, np.int32)
+    wanted = [value for value in values if 0 < value < len(index_of)]
+    index_of[wanted] = np.arange(1, len(wanted) + 1)
+    shape = np.array(labels.grid.shape)
+    # A border of background saves all tests for neighbours outside.
+    padded = np.zeros(shape + 2, np.int32)
+    padded[1:-1, 1:-1, 1:-1] = index_of[labels.data]
+    flat = padded.ravel()
+    strides = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
+    worth_mapping = _near_labels(padded, labels.grid, onto, fixed_to_moving)
+
+    def shares_in(part: tuple[slice, NDArray[np.float64]]) -> dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Of the structures in one slab: voxels, and the share of each."""
+        slab, points = part
+        chosen = np.flatnonzero(worth_mapping(slab))
+        ijk = labels.grid.world_to_voxel(fixed_to_moving.map(points[chosen])) + 1
+        near = ((ijk > 0) & (ijk < shape + 1)).all(axis=1)
+        kept = np.flatnonzero(near)
+        shares: dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]] = {}
+        if len(kept):
+            base = np.floor(ijk[kept]).astype(np.int64)
+            fraction = (ijk[kept] - base).astype(np.float32)
+            first = base @ strides
+            corners = np.array(list(np.ndindex(2, 2, 2)))
+            found = np.stack([flat[first + corner @ strides] for corner in corners])
+            weights = np.stack(
+                [np.prod(np.where(corner, fraction, 1 - fraction), axis=1, dtype=np.float32) for corner in corners]
+            )
+            first_voxel = slab.start * onto.shape[1] * onto.shape[2]
+            for index in np.unique(found):
+                if index:
+                    share = (weights * (found == index)).sum(axis=0)
+                    hit = share >= floor
+                    shares[int(index)] = chosen[kept[hit]] + first_voxel, share[hit]
+        return shares
+
+    # Runs of the sparse result: (structure, voxel of the fixed grid, weight).
+    pieces: list[list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = [[] for _ in range(len(wanted) + 1)]
+    for found_there in side_by_side(shares_in, _slabs(onto)):
+        for index, piece in found_there.items():
+            pieces[index].append(piece)
+    result = {value: LocalMap.empty() for value in values}
+    for index, value in enumerate(wanted, start=1):
+        if pieces[index]:
+            voxels = np.concatenate([piece[0] for piece in pieces[index]])
+            shares = np.concatenate([piece[1] for piece in pieces[index]])
+            result[value] = _local_map_from_voxels(voxels, shares, onto.shape)
+    return result
+
+
+def warp_labels_by_each(
+    labels: Volume, values: Sequence[int], onto: Grid, fits: Sequence[Transform]
+) -> dict[int, LocalMap]:
+    """Warp each structure by several transforms, and take the mean.
+
+    Parameters
+    ----------
+    labels, values, onto
+        As of :func:`warp_labels`.
+    fits : sequence of Transform
+        From fixed to moving world, at least one.
+
+    Returns
+    -------
+    dict of int to LocalMap
+        One entry for each of ``values``, in [0, 1].
+    """
+    first, *others = (warp_labels(labels, values, onto, transform) for transform in fits)
+    if not others:
+        return first
+    return {value: _mean([first[value], *(other[value] for other in others)]) for value in first}
+
+
+def _mean(maps: Sequence[LocalMap]) -> LocalMap:
+    """On the box that holds all maps; what is outside the box of one of them is 0 there."""
+    filled = [one for one in maps if not one.is_empty]
+    if not filled:
+        return LocalMap.empty()
+    i, j, k = (min(one.start[axis] for one in filled) for axis in range(3))
+    stop = tuple(max(one.stop[axis] for one in filled) for axis in range(3))
+    total = np.zeros([last - first for first, last in zip((i, j, k), stop, strict=True)], np.float32)
+    for one in filled:
+        total[tuple(slice(a - s, b - s) for a, b, s in zip(one.start, one.stop, (i, j, k), strict=True))] += one.values
+    total /= len(maps)
+    return LocalMap((i, j, k), total)
+
+
+def _near_labels(
+    padded: NDArray[np.int32], grid: Grid, onto: Grid, fixed_to_moving: Transform
+) -> Callable[[slice], NDArray[np.bool_]]:
+    """Which voxels of the fixed grid can lie in a label: most of a body does not, and need not be mapped.
+
+    The fixed grid is cut into blocks, and only the middle of each is mapped. A block can hold a label if one lies
+    within the distances of its mapped middle to those of its neighbours along the three axes: twice as far as its
+    corners are, so that what the transform does inside a block is allowed for.
+
+    Parameters
+    ----------
+    padded : array, (I + 2, J + 2, K + 2) int32
+        Labels on ``grid`` with a border of 0.
+    grid : Grid
+        Of the labels.
+    onto : Grid
+        The fixed grid.
+    fixed_to_moving : Transform
+
+    Returns
+    -------
+    callable
+        From a run of planes of ``onto`` to (N,) bool, for its voxels in C order.
+    """
+    size = np.maximum(np.rint(_BLOCK_MM / onto.spacing_mm), 1).astype(int)
+    blocks = [-(-n // b) for n, b in zip(onto.shape, size, strict=True)]
+    nodes = np.stack(np.meshgrid(*[np.arange(-1, n + 1) for n in blocks], indexing="ij"), axis=-1)
+    middles = fixed_to_moving.map(onto.voxel_to_world((nodes.reshape(-1, 3) + 0.5) * size - 0.5))
+    mapped = middles.reshape(*nodes.shape)
+    inner = mapped[1:-1, 1:-1, 1:-1]
+    reach_mm = np.zeros(inner.shape[:3])
+    for axis in range(3):
+        steps = np.linalg.norm(np.diff(mapped, axis=axis), axis=-1)
+        along = tuple(slice(None) if n == axis else slice(1, -1) for n in range(3))
+        steps = steps[along]
+        lower = steps[tuple(slice(-1) if n == axis else slice(None) for n in range(3))]
+        upper = steps[tuple(slice(1, None) if n == axis else slice(None) for n in range(3))]
+        reach_mm += np.maximum(lower, upper) ** 2
+    # Labels are looked up on cells of several voxels, so their distance may be a cell too large.
+    cell = np.maximum(np.rint(_BLOCK_MM / 2 / grid.spacing_mm), 1).astype(int)
+    cell_mm = cell * grid.spacing_mm
+    reach_mm = np.sqrt(reach_mm) + 2 * float(np.linalg.norm(cell_mm))
+    # Distances below are taken along the axes of the grid as if they were at right angles: on sheared ones they may
+    # come out too large by as much as this.
+    reach_mm /= np.linalg.svd(grid.affine[:3, :3] / grid.spacing_mm, compute_uv=False).min()
+    occupied = padded[1:-1, 1:-1, 1:-1] > 0
+    for axis in range(3):
+        starts = np.arange(0, occupied.shape[axis], cell[axis])
+        occupied = np.logical_or.reduceat(occupied, starts, axis=axis)
+    if not occupied.any():
+        return lambda planes: np.zeros((planes.stop - planes.start) * onto.shape[1] * onto.shape[2], bool)
+    distance_mm = ndimage.distance_transform_edt(~occupied, cell_mm)
+    place = (grid.world_to_voxel(inner.reshape(-1, 3)) + 0.5) / cell - 0.5
+    nearest = np.clip(np.rint(place), 0, np.array(occupied.shape) - 1)
+    beyond_mm = np.linalg.norm((place - nearest) * cell_mm, axis=1)
+    found_mm = distance_mm[tuple(nearest.astype(int).T)]
+    # From a point beyond the grid, all of the grid lies behind the point of it that is nearest, at 90 degrees or more.
+    holds = (np.hypot(found_mm, beyond_mm) <= reach_mm.ravel()).reshape(inner.shape[:3])
+    of_voxel = [np.arange(n) // b for n, b in zip(onto.shape, size, strict=True)]
+
+    def chosen(planes: slice) -> NDArray[np.bool_]:
+        voxels: NDArray[np.bool_] = holds[np.ix_(of_voxel[0][planes], of_voxel[1], of_voxel[2])]
+        return voxels.ravel()
+
+    return chosen
+
+
+def _local_map_from_voxels(
+    voxels: NDArray[np.int64], values: NDArray[np.float32], shape: tuple[int, int, int]
+) -> LocalMap:
+    if not len(voxels):
+        return LocalMap.empty()
+    ijk = np.stack(np.unravel_index(voxels, shape))
+    start, stop = ijk.min(axis=1), ijk.max(axis=1) + 1
+    box = np.zeros(stop - start, np.float32)
+    box[tuple(ijk - start[:, None])] = np.minimum(values, 1)
+    return LocalMap((int(start[0]), int(start[1]), int(start[2])), box)
+
+
+def _slabs(grid: Grid) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """Runs of planes along the first axis, and the world points of their voxels in C order."""
+    plane = int(np.prod(grid.shape[1:]))
+    depth = max(1, _CHUNK_VOXELS // plane)
+    jk = np.indices(grid.shape[1:]).reshape(2, -1)
+    in_plane = jk.T @ grid.affine[:3, 1:3].T + grid.affine[:3, 3]
+    for first in range(0, grid.shape[0], depth):
+        last = min(first + depth, grid.shape[0])
+        along = np.arange(first, last)[:, None] * grid.affine[:3, 0]
+        yield slice(first, last), (along[:, None, :] + in_plane[None]).reshape(-1, 3)
+
+
+def points_of(voxels: ArrayLike, grid: Grid) -> NDArray[np.float64]:
+    """(N, 3) RAS+ mm of the true voxels of a mask on ``grid``."""
+    mask: NDArray[Any] = np.asarray(voxels)
+    return grid.voxel_to_world(np.argwhere(mask))
