@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-from atlassegfm.quality.evidence.mirror import is_inverted, place
 
 from atlassegfm.atlas import Atlas
 from atlassegfm.check.files import LEAST_CORRELATION, MIRRORED_GAIN
 from atlassegfm.core.dataset import load_dataset
 from atlassegfm.core.image import Volume
+from atlassegfm.quality.mirror import is_inverted, place
 
 
 def main() -> None:

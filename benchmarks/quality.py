@@ -19,19 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from atlassegfm.fusion.gate.gate import Gate
-from atlassegfm.fusion.gate.train import learn_gate
 from numpy.typing import NDArray
 
 from atlassegfm.atlas import Atlas
 from atlassegfm.benchmark.runner import restricted
-from atlassegfm.core.config import Settings, with_overrides
+from atlassegfm.core.config import with_overrides
 from atlassegfm.core.dataset import Dataset, load_dataset
 from atlassegfm.core.image import load_image, load_labels
 from atlassegfm.core.overlap import dice
-from atlassegfm.quality.evidence import evidence as quality
+from atlassegfm.fusion.gate import Gate
+from atlassegfm.fusion.train import learn_gate
+from atlassegfm.quality import evidence as quality
 from atlassegfm.result import Segmentation
 from atlassegfm.segment import segment
+from atlassegfm.settings import Settings
 
 SETS = {
     "Dataset001_AbdMR": (1, 2, 3, 4),

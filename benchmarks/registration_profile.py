@@ -18,12 +18,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import torch.nn.functional as F
-from atlassegfm.demo.run.phantom import make_pair
 from torch.profiler import ProfilerActivity, profile
 
 from atlassegfm.atlas import canonical_scan
 from atlassegfm.core.dataset import load_dataset
 from atlassegfm.core.image import Volume, load_image, load_labels
+from atlassegfm.demo.phantom import make_pair
 from atlassegfm.registration import features, register, sampling
 from atlassegfm.registration.engines import instance
 

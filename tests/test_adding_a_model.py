@@ -11,10 +11,11 @@ import pytest
 
 from atlassegfm import models
 from atlassegfm.atlas import Atlas
-from atlassegfm.core.config import Settings, with_overrides
+from atlassegfm.core.config import with_overrides
 from atlassegfm.core.overlap import dice_per_structure
 from atlassegfm.models import ModelDescription, load_model
 from atlassegfm.segment import segment
+from atlassegfm.settings import Settings
 from conftest import Run
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
@@ -73,7 +74,7 @@ def test_example_is_listed_and_known(growing: ModelDescription, run: Run) -> Non
 
 def test_page_names_what_there_is() -> None:
     from atlassegfm.core import errors
-    from atlassegfm.core.config import ModelSettings
+    from atlassegfm.settings import ModelSettings
 
     text = PAGE.read_text("utf-8")
     named = set(re.findall(r"`(\w+Error)`", text))

@@ -22,7 +22,7 @@ import pytest
 from atlassegfm.atlas import Atlas
 from atlassegfm.benchmark import METHODS, Pair, Plan, Record, Row, Variant, make_pairs, run, runner, write_reports
 from atlassegfm.benchmark.tables import Column, columns_of, main_table
-from atlassegfm.core.config import Settings, with_overrides
+from atlassegfm.core.config import with_overrides
 from atlassegfm.core.dataset import Dataset, load_dataset
 from atlassegfm.core.errors import InputError, RegistrationError
 from atlassegfm.core.geometry import Grid
@@ -32,6 +32,7 @@ from atlassegfm.evaluate.metrics import StructureScores
 from atlassegfm.evaluate.tolerances import uniform
 from atlassegfm.prompts import ClickPrompt
 from atlassegfm.result import Segmentation
+from atlassegfm.settings import Settings
 from scenes import ATLAS, ORGANS, QUERY, STRUCTURES, UNREGISTERED, Patient, straight_grid
 
 GRID = straight_grid((24, 20, 18), (4.0, 4.0, 4.0))

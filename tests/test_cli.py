@@ -20,7 +20,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from atlassegfm.demo.run.phantom import PhantomPair
 
 from atlassegfm import __version__
 from atlassegfm import segment as pipeline
@@ -29,6 +28,7 @@ from atlassegfm.core.config import known_keys
 from atlassegfm.core.errors import InputError, RegistrationError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume, load_labels, load_volume, save_volume
+from atlassegfm.demo.phantom import PhantomPair
 from atlassegfm.jobs import results
 from conftest import Run
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
@@ -708,7 +708,7 @@ def test_check_against_a_context(folder: Path, run: Run) -> None:
 @pytest.fixture
 def small_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo on scans that take no time to make."""
-    from atlassegfm.demo.run import run as demo
+    from atlassegfm.benchmark.runner import run as demo
 
     pair = PhantomPair(ATLAS.scan(GRID), ATLAS.labels(GRID), QUERY.scan(GRID), QUERY.labels(GRID), STRUCTURES)
     monkeypatch.setattr(demo, "make_pair", lambda _: pair)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from atlassegfm.demo.run.phantom import PhantomPair
 
 from atlassegfm.benchmark import runner, timing
 from atlassegfm.core.errors import RegistrationError
+from atlassegfm.demo.phantom import PhantomPair
 from atlassegfm.registration.engines import peer as _peer
 from conftest import Run
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid

@@ -257,7 +257,7 @@ def test_summary(folder: Path, run: Run) -> None:
 
 
 def test_long_tables_show_what_needs_a_look(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atlassegfm.cli.app.cohort._LISTED", 3)
+    monkeypatch.setattr("atlassegfm.cli.cohort._LISTED", 3)
     (folder / "scans/damaged.nii.gz").write_bytes(b"no scan at all")
     out = run(*COMMAND, *FAST).out
     assert "damaged" in out

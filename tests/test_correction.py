@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from atlassegfm.fusion.gate.correction import Correction, Lesson, lesson, train_correction
 from scipy import ndimage
 
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap, signed_distance_mm
-from atlassegfm.fusion.gate import correction
+from atlassegfm.fusion import correction
+from atlassegfm.fusion.correction import Correction, Lesson, lesson, train_correction
 from scenes import straight_grid
 
 GRID = straight_grid((40, 36, 32), (1.0, 1.25, 1.5))

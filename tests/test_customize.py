@@ -17,14 +17,16 @@ import pytest
 
 from atlassegfm import context as customization
 from atlassegfm import segment as pipeline
-from atlassegfm.atlas import CONTEXT_NAMES, FORMAT, Atlas, Context, customize
-from atlassegfm.core.config import Settings, with_overrides
+from atlassegfm.atlas import Atlas
+from atlassegfm.context import CONTEXT_NAMES, FORMAT, Context, customize
+from atlassegfm.core.config import with_overrides
 from atlassegfm.core.errors import InputError, ModelError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume, load_labels, save_volume
 from atlassegfm.core.version import __version__
 from atlassegfm.models import load_model
 from atlassegfm.segment import segment
+from atlassegfm.settings import Settings
 from conftest import ORIENTATIONS, Run
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 

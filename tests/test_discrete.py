@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from atlassegfm.transforms.maps.maps import Affine, DisplacementField
 from numpy.typing import NDArray
 
 import scenes
@@ -17,6 +16,7 @@ from atlassegfm.registration import affine as linear
 from atlassegfm.registration import discrete, pyramid, register
 from atlassegfm.registration.pyramid import Scan
 from atlassegfm.settings import InstanceSettings, RegistrationSettings
+from atlassegfm.transforms.maps import Affine, DisplacementField
 from conftest import affine_of, rotation
 
 VOXELS = 4_000

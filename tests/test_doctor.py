@@ -12,7 +12,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from atlassegfm.quality.evidence.mirror import is_inverted, place
 
 from atlassegfm.atlas import Atlas
 from atlassegfm.check.files import Check, FileReport, Finding, as_table, check
@@ -20,6 +19,7 @@ from atlassegfm.core.errors import RegistrationError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume, save_volume
 from atlassegfm.core.labels import Structure
+from atlassegfm.quality.mirror import is_inverted, place
 from conftest import SHEARED, affine_of, rotation
 from scenes import ATLAS, BODY_RADII, STRUCTURES, Patient, straight_grid
 

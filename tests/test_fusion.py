@@ -11,16 +11,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from atlassegfm.fusion.gate.gate import Gate, GateExample, fuse, train_gate
-from atlassegfm.fusion.label_map.label_map import label_map
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy import ndimage
 
-from atlassegfm.core.config import FusionSettings
 from atlassegfm.core.mask import LocalMap
-from atlassegfm.fusion.gate import gate as fusion
+from atlassegfm.fusion import gate as fusion
+from atlassegfm.fusion.gate import Gate, GateExample, fuse, train_gate
+from atlassegfm.fusion.label_map import label_map
+from atlassegfm.settings import FusionSettings
 
 Field = np.ndarray
 

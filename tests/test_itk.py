@@ -11,9 +11,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from atlassegfm.transforms.maps.io import read_transform, write_transform
-from atlassegfm.transforms.maps.maps import Affine, Chain, DisplacementField, Transform, displacement_on
-from atlassegfm.transforms.resample.resample import resample, warp_labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
@@ -25,6 +22,9 @@ from atlassegfm.core.errors import InputError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume, load_labels, save_volume
 from atlassegfm.registration import Registration
+from atlassegfm.transforms.io import read_transform, write_transform
+from atlassegfm.transforms.maps import Affine, Chain, DisplacementField, Transform, displacement_on
+from atlassegfm.transforms.resample import resample, warp_labels
 from conftest import ORIENTATIONS, SHEARED, Run, affine_of, rotation
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 

@@ -20,7 +20,7 @@ from scipy import special
 
 import tiny_medsam2
 from atlassegfm.atlas import Atlas
-from atlassegfm.core.config import MedSam2Settings, ModelSettings, Settings, with_overrides
+from atlassegfm.core.config import with_overrides
 from atlassegfm.core.errors import InputError, MissingExtraError, ModelError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
@@ -31,6 +31,7 @@ from atlassegfm.models.medsam2 import VIEWS, MedSam2Encoding, MedSam2Segmenter, 
 from atlassegfm.models.medsam2_network import FeatureCache, PointPrompt, SlicePrompt, load_network
 from atlassegfm.prompts import BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt
 from atlassegfm.segment import segment
+from atlassegfm.settings import MedSam2Settings, ModelSettings, Settings
 from conftest import ORIENTATIONS
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 

@@ -17,13 +17,14 @@ import pytest
 import tiny_medsam2
 import tiny_nninteractive
 import tiny_vesselfm
-from atlassegfm.core.config import Settings, with_overrides
+from atlassegfm.core.config import with_overrides
 from atlassegfm.core.errors import InputError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Source, Volume
 from atlassegfm.core.mask import LocalMap
 from atlassegfm.models import MODELS, Segmenter, load_model
 from atlassegfm.prompts import Prompt, PromptKind, make_prompt
+from atlassegfm.settings import Settings
 from conftest import affine_of, rotation
 
 

@@ -26,20 +26,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from atlassegfm.demo.run.run import run_demo
 from numpy.typing import NDArray
 
 from atlassegfm import models
 from atlassegfm.atlas import Atlas
-from atlassegfm.core.config import ModelSettings, NnInteractiveSettings, Settings, with_overrides
+from atlassegfm.core.config import with_overrides
 from atlassegfm.core.errors import InputError, MissingExtraError, ModelError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap
 from atlassegfm.core.overlap import dice_per_structure
+from atlassegfm.demo.run import run_demo
 from atlassegfm.models import MODELS, accept_licence, load_model
 from atlassegfm.prompts import BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt
 from atlassegfm.segment import segment
+from atlassegfm.settings import ModelSettings, NnInteractiveSettings, Settings
 from conftest import affine_of, rotation
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 

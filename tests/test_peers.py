@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from atlassegfm.transforms.maps.maps import Affine, Chain, DisplacementField, Transform
-from atlassegfm.transforms.resample.resample import resample
 from numpy.typing import NDArray
 
 import scenes
@@ -31,6 +29,8 @@ from atlassegfm.registration import ENGINES, Fitted, Pair, pyramid, register, re
 from atlassegfm.registration.engines import peer as _peer
 from atlassegfm.registration.engines import peer_runner as _peer_runner
 from atlassegfm.settings import RegistrationSettings
+from atlassegfm.transforms.maps import Affine, Chain, DisplacementField, Transform
+from atlassegfm.transforms.resample import resample
 from conftest import ORIENTATIONS, SHEARED, affine_of, rotation
 
 PEERS = [name for name, engine in ENGINES.items() if engine.is_peer]

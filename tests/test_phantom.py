@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from atlassegfm.demo.run.phantom import PhantomPair, make_pair
 from numpy.typing import NDArray
 from scipy import ndimage
 
 from atlassegfm.core.image import Volume
+from atlassegfm.demo.phantom import PhantomPair, make_pair
 
 VALUE = {"liver": 1, "spleen": 2, "right_kidney": 3, "left_kidney": 4, "aorta": 5, "gallbladder": 6}
 

@@ -11,26 +11,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from atlassegfm.fusion.gate.smoothing import smoothed, window_mm
-from atlassegfm.fusion.gate.train import learn_gate
-from atlassegfm.quality.evidence.coverage import outside_shares
-from atlassegfm.transforms.maps.maps import Affine, Chain, DisplacementField, displacement_on
-from atlassegfm.transforms.resample.resample import resample
 from numpy.typing import NDArray
 
 from atlassegfm import segment as pipeline
 from atlassegfm.atlas import Atlas
-from atlassegfm.core.config import Settings, with_overrides
+from atlassegfm.core.config import with_overrides
 from atlassegfm.core.device import resolve_device
 from atlassegfm.core.errors import InputError, ModelError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap
 from atlassegfm.core.overlap import dice_per_structure
+from atlassegfm.fusion.smoothing import smoothed, window_mm
+from atlassegfm.fusion.train import learn_gate
 from atlassegfm.models import OnPrompt, load_model
 from atlassegfm.prompts import ClickPrompt, Prompt
+from atlassegfm.quality.coverage import outside_shares
 from atlassegfm.result import Segmentation
 from atlassegfm.segment import fused_by, segment
+from atlassegfm.settings import Settings
+from atlassegfm.transforms.maps import Affine, Chain, DisplacementField, displacement_on
+from atlassegfm.transforms.resample import resample
 from conftest import rotation
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 

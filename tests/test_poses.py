@@ -7,7 +7,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from atlassegfm.transforms.maps.maps import Affine
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -22,6 +21,7 @@ from atlassegfm.registration import structure_affine as poses
 from atlassegfm.registration import structure_search as shifts
 from atlassegfm.registration.affine import affine_maps
 from atlassegfm.registration.features import mind_ssc
+from atlassegfm.transforms.maps import Affine
 from conftest import affine_of, rotation
 
 SIZE = 40

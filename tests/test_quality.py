@@ -7,20 +7,21 @@ from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
-from atlassegfm.quality.evidence.estimate import Regression, regressions
-from atlassegfm.quality.evidence.evidence import Case, Evidence, gather
-from atlassegfm.quality.evidence.verdict import judge, overall
-from atlassegfm.transforms.maps.maps import Affine
 
 from atlassegfm.atlas import Atlas
-from atlassegfm.core.config import Settings, with_overrides
+from atlassegfm.core.config import with_overrides
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap
-from atlassegfm.quality.evidence import evidence as quality
+from atlassegfm.quality import evidence as quality
+from atlassegfm.quality.estimate import Regression, regressions
+from atlassegfm.quality.evidence import Case, Evidence, gather
+from atlassegfm.quality.verdict import judge, overall
 from atlassegfm.registration import Registration
 from atlassegfm.registration.dissimilarity import Difference
 from atlassegfm.segment import segment
+from atlassegfm.settings import Settings
+from atlassegfm.transforms.maps import Affine
 from conftest import ORIENTATIONS, affine_of
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from atlassegfm.transforms.maps.maps import Affine, DisplacementField, Transform
-from atlassegfm.transforms.resample.resample import resample
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -24,6 +22,8 @@ from atlassegfm.registration import structure_affine as poses
 from atlassegfm.registration.engines import instance
 from atlassegfm.registration.pair import Start
 from atlassegfm.settings import InstanceSettings, RegistrationSettings
+from atlassegfm.transforms.maps import Affine, DisplacementField, Transform
+from atlassegfm.transforms.resample import resample
 from conftest import ORIENTATIONS, SHEARED, affine_of, rotation
 
 #: Coarser than the defaults, for speed.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from atlassegfm.fusion.gate.simulation import random_field, simulated_mask
 from scipy import ndimage
 
-from atlassegfm.core.config import SimulationSettings
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap
 from atlassegfm.core.overlap import dice
+from atlassegfm.fusion.simulation import random_field, simulated_mask
+from atlassegfm.settings import SimulationSettings
 from conftest import rotation
 from scenes import straight_grid
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from atlassegfm.fusion.gate.correction import strides_of
-from atlassegfm.fusion.gate.smoothing import best_share, smoothed, window_mm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.mask import LocalMap
+from atlassegfm.fusion.correction import strides_of
+from atlassegfm.fusion.smoothing import best_share, smoothed, window_mm
 from scenes import straight_grid
 
 GRID = straight_grid((40, 36, 24), (1.0, 1.25, 2.5))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from atlassegfm.fusion.gate.topology import Topology, changes_to, topologies_of
 from scipy import ndimage
 
 from atlassegfm.atlas import Atlas
-from atlassegfm.core.config import Settings, with_overrides
+from atlassegfm.core.config import with_overrides
 from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap
+from atlassegfm.fusion.topology import Topology, changes_to, topologies_of
 from atlassegfm.models import OnPrompt
 from atlassegfm.prompts import MaskPrompt
 from atlassegfm.segment import segment
+from atlassegfm.settings import Settings
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
 

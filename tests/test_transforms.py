@@ -7,10 +7,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from atlassegfm.transforms.maps.inverse import invert, invert_field
-from atlassegfm.transforms.maps.jacobian import deformation_statistics, folding_share, jacobian_statistics, nodes_in
-from atlassegfm.transforms.maps.maps import Affine, Chain, DisplacementField, displacement_on, stages_of
-from atlassegfm.transforms.resample.resample import points_of, resample, warp_labels, warp_labels_by_each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nibabel import Nifti1Image
@@ -20,7 +16,11 @@ from scipy import ndimage
 from atlassegfm.core.errors import InputError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
-from atlassegfm.transforms.maps import maps as transforms
+from atlassegfm.transforms import maps as transforms
+from atlassegfm.transforms.inverse import invert, invert_field
+from atlassegfm.transforms.jacobian import deformation_statistics, folding_share, jacobian_statistics, nodes_in
+from atlassegfm.transforms.maps import Affine, Chain, DisplacementField, displacement_on, stages_of
+from atlassegfm.transforms.resample import points_of, resample, warp_labels, warp_labels_by_each
 from conftest import ORIENTATIONS, SHEARED, affine_of, rotation
 
 Factory = Callable[..., Volume]

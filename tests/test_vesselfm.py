@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from atlassegfm.atlas import Atlas
-from atlassegfm.core.config import ModelSettings, Settings, VesselFmSettings, with_overrides
+from atlassegfm.core.config import with_overrides
 from atlassegfm.core.errors import InputError, MissingExtraError, ModelError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Source, Volume
@@ -29,6 +29,7 @@ from atlassegfm.models.vesselfm import PUBLISHED_FILTERS, VesselSegmenter, build
 from atlassegfm.prompts import ClickPrompt, RegionPrompt
 from atlassegfm.result import Segmentation
 from atlassegfm.segment import segment
+from atlassegfm.settings import ModelSettings, Settings, VesselFmSettings
 from scenes import UNREGISTERED
 from tiny_vesselfm import FILTERS, make_checkpoint
 

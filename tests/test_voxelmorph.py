@@ -9,8 +9,6 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from atlassegfm.transforms.maps.maps import Affine, DisplacementField, Transform
-from atlassegfm.transforms.resample.resample import resample
 from numpy.typing import NDArray
 from scipy import ndimage
 
@@ -23,6 +21,8 @@ from atlassegfm.registration.engines import voxelmorph
 from atlassegfm.registration.engines.voxelmorph import Network
 from atlassegfm.registration.pair import Pair, Start
 from atlassegfm.settings import RegistrationSettings, VoxelmorphSettings
+from atlassegfm.transforms.maps import Affine, DisplacementField, Transform
+from atlassegfm.transforms.resample import resample
 from conftest import ORIENTATIONS, affine_of
 
 #: A small net on a small grid with a rate that a few steps suffice for.

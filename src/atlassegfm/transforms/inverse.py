@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.geometry import Grid
-from .maps import _LONGEST_STEP, _STEP_FACTORS, Affine, Chain, DisplacementField, Transform, logger
-from .resample import _slabs
+from .maps import _LONGEST_STEP, _STEP_FACTORS, Affine, Chain, DisplacementField, Transform, logger, slabs
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +59,7 @@ def invert_field(
     """
     displacement = np.empty((3, *grid.shape), np.float32)
     residual = np.empty(grid.shape, np.float32)
-    for slab, points in _slabs(grid):
+    for slab, points in slabs(grid):
         best = np.zeros_like(points)
         miss = field.map(points) - points
         distance = np.linalg.norm(miss, axis=1)

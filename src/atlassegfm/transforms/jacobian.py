@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.geometry import Grid
-from .maps import Chain, DisplacementField, Transform, displacement_on
-from .resample import _slabs
+from .maps import Chain, DisplacementField, Transform, displacement_on, slabs
 
 
 def folding_share(transform: Transform, grid: Grid) -> float:
@@ -121,6 +120,6 @@ def deformation_statistics(
 def nodes_in(view: Grid, nodes: Grid) -> NDArray[np.bool_]:
     """(I, J, K) bool of the shape of ``nodes``: those inside a field of view, half a voxel of border included."""
     inside = np.empty(nodes.shape, np.bool_)
-    for slab, points in _slabs(nodes):
+    for slab, points in slabs(nodes):
         inside[slab] = view.contains(points).reshape(-1, *nodes.shape[1:])
     return inside

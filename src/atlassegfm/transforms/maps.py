@@ -8,6 +8,7 @@ image at the mapped point, once, whatever the number of stages.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +18,6 @@ from scipy import ndimage
 
 from ..core.errors import InputError
 from ..core.geometry import Grid
-from .resample import _slabs
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ def stages_of(transform: Transform, view: Grid) -> tuple[DisplacementField | Non
 def displacement_on(transform: Transform, grid: Grid) -> DisplacementField:
     """A transform as the displacements at the nodes of a grid; the same map there, interpolated between them."""
     displacement = np.empty((3, *grid.shape), np.float32)
-    for slab, points in _slabs(grid):
+    for slab, points in slabs(grid):
         moved = transform.map(points) - points
         displacement[:, slab] = moved.T.reshape(3, -1, *grid.shape[1:])
     return DisplacementField(grid, displacement)
@@ -227,3 +227,15 @@ def _invertible(linear: Affine) -> Affine:
     if not linear.is_invertible:
         raise InputError("the linear part of the transform presses space flat; expected a map that can be undone")
     return linear
+
+
+def slabs(grid: Grid) -> Iterator[tuple[slice, NDArray[np.float64]]]:
+    """Runs of planes along the first axis, and the world points of their voxels in C order."""
+    plane = int(np.prod(grid.shape[1:]))
+    depth = max(1, _CHUNK_VOXELS // plane)
+    jk = np.indices(grid.shape[1:]).reshape(2, -1)
+    in_plane = jk.T @ grid.affine[:3, 1:3].T + grid.affine[:3, 3]
+    for first in range(0, grid.shape[0], depth):
+        last = min(first + depth, grid.shape[0])
+        along = np.arange(first, last)[:, None] * grid.affine[:3, 0]
+        yield slice(first, last), (along[:, None, :] + in_plane[None]).reshape(-1, 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from ..core.geometry import Grid
 from ..core.image import Volume
 from ..core.mask import LocalMap
 from ..core.parallel import side_by_side
-from .maps import _CHUNK_VOXELS, Transform
+from .maps import Transform, slabs
 
 #: Edge of the blocks that are left out together where no label is near: about the nodes of the finest field over an
 #: abdomen, so that the field bends little inside.
@@ -55,7 +55,7 @@ def resample(
         )
         result[slab] = values.reshape(result[slab].shape)
 
-    for _ in side_by_side(sample, _slabs(onto)):
+    for _ in side_by_side(sample, slabs(onto)):
         pass
     return result
 
@@ -123,7 +123,7 @@ def warp_labels(
 
     # Runs of the sparse result: (structure, voxel of the fixed grid, weight).
     pieces: list[list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = [[] for _ in range(len(wanted) + 1)]
-    for found_there in side_by_side(shares_in, _slabs(onto)):
+    for found_there in side_by_side(shares_in, slabs(onto)):
         for index, piece in found_there.items():
             pieces[index].append(piece)
     result = {value: LocalMap.empty() for value in values}
@@ -249,18 +249,6 @@ def _local_map_from_voxels(
     box = np.zeros(stop - start, np.float32)
     box[tuple(ijk - start[:, None])] = np.minimum(values, 1)
     return LocalMap((int(start[0]), int(start[1]), int(start[2])), box)
-
-
-def _slabs(grid: Grid) -> Iterator[tuple[slice, NDArray[np.float64]]]:
-    """Runs of planes along the first axis, and the world points of their voxels in C order."""
-    plane = int(np.prod(grid.shape[1:]))
-    depth = max(1, _CHUNK_VOXELS // plane)
-    jk = np.indices(grid.shape[1:]).reshape(2, -1)
-    in_plane = jk.T @ grid.affine[:3, 1:3].T + grid.affine[:3, 3]
-    for first in range(0, grid.shape[0], depth):
-        last = min(first + depth, grid.shape[0])
-        along = np.arange(first, last)[:, None] * grid.affine[:3, 0]
-        yield slice(first, last), (along[:, None, :] + in_plane[None]).reshape(-1, 3)
 
 
 def points_of(voxels: ArrayLike, grid: Grid) -> NDArray[np.float64]:
