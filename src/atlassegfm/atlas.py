@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from .core.errors import InputError
 from .core.geometry import Grid
 from .core.image import Volume, smallest_label_type
-from .core.labels import LabelTable, Structure, dataset_json_of, read_names_file, structures_of
+from .core.labels import LabelTable, Structure, dataset_json_of, listed, read_names_file, structures_of
 from .dicom import EVERYTHING, Selection, open_image, open_labels
 
 logger = logging.getLogger(__name__)
@@ -29,7 +31,7 @@ _LARGEST_COUNTED = 1 << 20
 _ORIGIN_DIGITS = 3
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Atlas:
     """One annotated scan.
 
@@ -54,9 +56,9 @@ class Atlas:
     @classmethod
     def from_files(
         cls,
-        atlas: Path,
-        labels: Path,
-        names: Path | None = None,
+        image: str | os.PathLike[str],
+        labels: str | os.PathLike[str],
+        names: str | os.PathLike[str] | None = None,
         *,
         series: str | None = None,
         selection: Selection = EVERYTHING,
@@ -65,10 +67,10 @@ class Atlas:
 
         Parameters
         ----------
-        atlas, labels : Path
+        image, labels : path
             The scan and its label map: the same voxels, in any array order each. The scan may be the folder of a
             DICOM series, the labels an RTSTRUCT or DICOM-SEG.
-        names : Path, optional
+        names : path, optional
             Names and colours in a form that :func:`~atlassegfm.core.labels.read_names_file` reads. They come
             before those in the header of ``labels``, which come before those of the ``dataset.json`` beside
             it or one folder above.
@@ -82,10 +84,11 @@ class Atlas:
         InputError
             If a file cannot be used, or the labels lie on other voxels than the atlas.
         """
+        image, labels, names = Path(image), Path(labels), None if names is None else Path(names)
         # The names are cheap to check and come first: the atlas may take seconds to read.
         given = None if names is None else read_names_file(names)
-        image = open_image(atlas, series)
-        label_map = open_labels(labels, image, selection)
+        scan = open_image(image, series)
+        label_map = open_labels(labels, scan, selection)
         tables: list[LabelTable] = []
         if names is not None and given is not None:
             unknown = sorted(set(given) - set(_values_of(label_map.data)))
@@ -102,7 +105,7 @@ class Atlas:
             except InputError as error:
                 # Nobody asked for this file: it may belong to something else.
                 logger.warning("%s; its names are not used", error)
-        return cls._built(image, label_map, tables, str(atlas), str(labels))
+        return cls._built(scan, label_map, tables, str(image), str(labels))
 
     @classmethod
     def from_volumes(cls, atlas: Volume, labels: Volume, structures: Sequence[Structure] = ()) -> Atlas:
@@ -153,8 +156,49 @@ class Atlas:
 
     @property
     def values(self) -> tuple[int, ...]:
-        """The label value of each structure."""
+        """Label value of each structure."""
         return tuple(structure.value for structure in self.structures)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name of each structure."""
+        return tuple(structure.name for structure in self.structures)
+
+    @cached_property
+    def numbered(self) -> Volume:
+        """Labels as numbers of the structures: position in ``structures`` plus 1.
+
+        Label values may have 32 bits, and tables over them would not fit into memory.
+        """
+        known = np.array((0, *self.values), self.labels.data.dtype)
+        numbers = np.empty(self.labels.grid.shape, smallest_label_type(len(self.structures)))
+        for plane, out in zip(self.labels.data, numbers, strict=True):
+            out[...] = np.searchsorted(known, plane)
+        return Volume(numbers, self.labels.grid)
+
+    def label_values(self, numbers: NDArray[Any], grid: Grid, query: Volume) -> Volume:
+        """Turn numbers of structures on the canonical grid into label values on the query's own grid.
+
+        Parameters
+        ----------
+        numbers : array, (I, J, K)
+            On ``grid``; 0 is background.
+        grid : Grid
+            The query's grid in RAS-canonical array order.
+        query : Volume
+            As stored.
+
+        Returns
+        -------
+        Volume
+            The smallest integer type that holds all label values of the atlas.
+        """
+        values = np.array((0, *self.values), smallest_label_type(max(self.values)))
+        return Volume(values[numbers], grid, query.source).turned_to(query.grid)
+
+    def __repr__(self) -> str:
+        """Image and structures, on a few lines."""
+        return f"Atlas({self.image!r}, {len(self.structures)} structures: {listed(self.names)})"
 
 
 def canonical_scan(volume: Volume, name: str) -> Volume:

@@ -1,20 +1,21 @@
-"""What is made of an atlas once and used for every query: the atlas, the settings and the trained gate, as one folder.
+"""Context: an atlas with its settings and trained gate, kept as one folder for all queries.
 
 A context folder holds
 
 - ``atlas.nii.gz`` and ``labels.nii.gz``: the annotated scan in RAS-canonical array order, with names in the label map;
 - ``settings.toml``: all settings, as ``--config`` reads them;
-- ``context.toml``: format and program version, the names of the files it was made from, structures, grid, model, gate;
+- ``context.toml``: format and program version, names of the source files, structures, grid, model, gate;
+- ``correction.npz``: network of the default gate;
 - ``SHA256SUMS``: checksums of the others, as ``sha256sum -c`` reads them.
 
-It has no date in it: the same input gives the same files. Names of files are kept, their folders are not: paths in
-clinics name patients.
+The same input gives the same files: no date is written. Nor are folders of source files: paths in clinics name patients.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,30 +23,26 @@ from typing import Any
 import numpy as np
 
 from .atlas import Atlas
-from .core.config import load_toml, to_dict, to_toml, with_file
-from .core.device import resolve_device
+from .core.config import gate_settings, load_toml, to_toml, with_file
+from .core.device import memory_errors, reproducible, resolve_device
 from .core.errors import InputError, ModelError
 from .core.files import replaced_folder
 from .core.geometry import Grid
 from .core.image import Volume, load_volume, save_volume, smallest_label_type
 from .core.labels import Structure
+from .core.progress import StageClock
 from .core.version import __version__
+from .dicom import EVERYTHING, Selection
 from .fusion.correction import Correction
 from .fusion.gate import Gate
-from .fusion.train import learn_gate
+from .fusion.train import train_gate_on_atlas
 from .models import Segmenter
 from .models.choice import load_chosen, prompt_kind
 from .prompts import PromptKind
-from .result import Segmentation
-from .segment import segment
 from .settings import NO_MODEL, Settings
-from .transforms.maps import Transform
 
-#: Raised whenever the files change, or what a gate was trained on does: the answers of the built-in model, what its
-#: training does, or what a setting means.
-FORMAT = 4
-
-
+#: Format of the folder: raised when its files change, or what a gate is trained on.
+FORMAT = 5
 ATLAS, LABELS, SETTINGS, CONTENT, CORRECTION, CHECKSUMS = (
     "atlas.nii.gz",
     "labels.nii.gz",
@@ -54,150 +51,111 @@ ATLAS, LABELS, SETTINGS, CONTENT, CORRECTION, CHECKSUMS = (
     "correction.npz",
     "SHA256SUMS",
 )
-
-
-#: A folder with anything else in it is never replaced. All are there, but the correction only where the gate has one.
+#: A folder with any other file is never replaced. The correction is there only if the gate has one.
 CONTEXT_NAMES = frozenset({ATLAS, LABELS, SETTINGS, CONTENT, CORRECTION, CHECKSUMS})
-
-
-#: Settings below ``models`` that change where and how fast a model answers, not what.
-_HARMLESS = frozenset(
-    {
-        "models.nninteractive.server",
-        "models.nninteractive.allow_remote",
-        "models.nninteractive.timeout_seconds",
-        "models.medsam2.feature_cache_mb",
-        "models.vesselfm.cache_mib",
-    }
-)
+_MAKE_AGAIN = "make it again with atlassegfm customize"
 
 
 @dataclass(frozen=True)
 class SavedContext:
-    """A context folder.
+    """A context folder and its checksum.
 
     Parameters
     ----------
     folder : Path
-        Where it lies.
     sha256 : str
-        Hexadecimal, of its list of checksums: that of everything in it.
+        Hexadecimal, of its list of checksums: covers every file in it.
     """
 
     folder: Path
     sha256: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Context:
-    """An atlas with all that is made of it once.
+    """An atlas with its settings and, once trained, the gate.
 
     Parameters
     ----------
-    context : Atlas
-        The atlas.
+    atlas : Atlas
     settings : Settings
-        That the gate was trained with; the defaults for queries.
+        Of the gate; the defaults for queries.
     gate : Gate or None
-        None without a model.
-    prompt : {"click", "box", "mask", "region"} or None
-        What the model was prompted with; None without a model.
+        None before training, or without a model.
     weights_sha256 : str
-        Of the model's weights; empty where it has none, or they lie on a server.
-    files : mapping of str to str
-        Names of the files the atlas was read from, by their role ("atlas", "labels").
+        Of the model's weights; empty where it has none, or they are on a server.
     version : str
         Of this package, when the gate was trained.
     saved : SavedContext or None
-        Where it was read from; None in memory.
+        The folder it was read from; None in memory.
+    files : mapping of str to str
+        File names of the atlas by role ("atlas", "labels").
     """
 
-    context: Atlas
-    settings: Settings
-    gate: Gate | None
-    prompt: PromptKind | None
+    atlas: Atlas
+    settings: Settings = field(default_factory=Settings)
+    gate: Gate | None = None
     weights_sha256: str = ""
-    files: Mapping[str, str] = field(default_factory=dict)
     version: str = __version__
     saved: SavedContext | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
 
-    def segment(
-        self,
-        query: Volume,
-        settings: Settings | None = None,
+    @classmethod
+    def from_files(
+        cls,
+        image: str | os.PathLike[str],
+        labels: str | os.PathLike[str],
+        names: str | os.PathLike[str] | None = None,
         *,
-        device: str = "auto",
-        on_stage: Callable[[str], None] | None = None,
-        model: Segmenter | None = None,
-        transform: Transform | None = None,
-        further_fits: Sequence[Transform] = (),
-    ) -> Segmentation:
-        """Segment one scan; no gate is trained.
+        settings: Settings | None = None,
+        series: str | None = None,
+        selection: Selection = EVERYTHING,
+    ) -> Context:
+        """Read an annotated scan; parameters as of :meth:`Atlas.from_files`. The gate is not trained yet."""
+        atlas = Atlas.from_files(image, labels, names, series=series, selection=selection)
+        return cls(atlas, settings or Settings(), files=_file_names(atlas))
 
-        Parameters
-        ----------
-        query : Volume
-            The scan: intensities in any array order and any field of view.
-        settings : Settings, optional
-            Those of the context if left out.
-        device, on_stage, model, transform, further_fits
-            As of :func:`~atlassegfm.segment.segment`.
+    @property
+    def prompt(self) -> PromptKind | None:
+        """Kind of prompt the model is given; None without a model."""
+        return prompt_kind(self.settings)
 
-        Raises
-        ------
-        InputError
-            If a setting would make the gate another one, and as :func:`~atlassegfm.segment.segment`.
-        RegistrationError, ModelError
-            As :func:`~atlassegfm.segment.segment`.
-        """
-        settings = settings or self.settings
-        self.check_settings(settings)
-        device = resolve_device(device)
-        if model is None:
-            model = load_chosen(settings, device)
-        self.check_model(model)
-        return segment(
-            self.context,
-            query,
-            settings,
-            device=device,
-            on_stage=on_stage,
-            model=model,
-            transform=transform,
-            further_fits=further_fits,
-            gate=self.gate,
-        )
+    def __repr__(self) -> str:
+        """Atlas, model and gate, on a few lines."""
+        gate = "not trained" if self.gate is None else self.gate.describe()
+        return f"Context({self.atlas!r}, model {self.settings.model}, gate: {gate})"
 
     def check_settings(self, settings: Settings) -> None:
-        """Refuse settings that the gate was not trained with. Without a model, none is used, and all will do.
+        """Check that a trained gate fits the settings; without a model or a gate, any settings do.
 
         Raises
         ------
         InputError
-            If there are any; the message names the first.
+            If a setting differs that the gate depends on; the message names the first.
         """
-        if settings.model == NO_MODEL:
+        if settings.model == NO_MODEL or (self.gate is None and self.saved is None):
             return
-        name, remedy = self._name, "leave it as it is, or make a context with it by atlassegfm customize"
-        if settings.model != self.settings.model:
-            raise InputError(
-                f"{name}: made with the model {self.settings.model!r}, but {settings.model!r} was asked for; {remedy}"
-            )
-        asked = prompt_kind(settings)
-        if asked != self.prompt:
-            raise InputError(f"{name}: made with the prompt {self.prompt!r}, but {asked!r} was asked for; {remedy}")
-        kept = dict(_gate_settings(self.settings))
-        for key, value in _gate_settings(settings):
-            if value != kept[key]:
-                raise InputError(f"{name}: made with {key} = {kept[key]}, but {value} was asked for; {remedy}")
+        remedy = "leave it as it is, or make a context with it by atlassegfm customize"
+        for key, kept, asked in (
+            ("model", self.settings.model, settings.model),
+            ("prompt", self.prompt, prompt_kind(settings) if settings.model == self.settings.model else self.prompt),
+        ):
+            if kept != asked:
+                raise InputError(f"{self._name}: made with the {key} {kept!r}, but {asked!r} was asked for; {remedy}")
+        made_with = gate_settings(self.settings)
+        for key, value in gate_settings(settings).items():
+            if value != made_with[key]:
+                raise InputError(
+                    f"{self._name}: made with {key} = {made_with[key]}, but {value} was asked for; {remedy}"
+                )
 
     def check_model(self, model: Segmenter | None) -> None:
-        """Refuse a model with other weights than the gate was trained with, where both are known.
+        """Check that the model has the weights the gate was trained with, where both are known.
 
         Raises
         ------
         ModelError
-            If they are others.
+            If they differ.
         """
         found = _weights_sha256(model)
         if found and self.weights_sha256 and found != self.weights_sha256:
@@ -207,12 +165,12 @@ class Context:
                 "a context with these by atlassegfm customize"
             )
 
-    def save(self, folder: Path) -> SavedContext:
+    def save(self, folder: str | os.PathLike[str]) -> SavedContext:
         """Write the context folder, whole or not at all; an earlier one is replaced.
 
         Parameters
         ----------
-        folder : Path
+        folder : path
             Its parent exists.
 
         Raises
@@ -220,17 +178,18 @@ class Context:
         InputError
             If it cannot be written, or holds anything but a context.
         """
-        atlas, labels = self.context.image, self.context.labels
+        folder = Path(folder)
+        image, labels = self.atlas.image, self.atlas.labels
         with replaced_folder(folder, CONTEXT_NAMES) as new:
-            # Without their sources: headers of the original files may say more than they should.
-            save_volume(Volume(atlas.data, atlas.grid), new / ATLAS)
-            save_volume(Volume(labels.data, labels.grid), new / LABELS, structures=self.context.structures)
-            # The place of the weights is this machine's.
+            # Without their sources: headers of the original files may identify the patient.
+            save_volume(Volume(image.data, image.grid), new / ATLAS)
+            save_volume(Volume(labels.data, labels.grid), new / LABELS, structures=self.atlas.structures)
+            # The path of the weights is this machine's.
             _write(new / SETTINGS, to_toml(replace(self.settings, model_path="")))
             _write(new / CONTENT, self._content())
             correction = None if self.gate is None else self.gate.correction
             if correction is not None:
-                # Arrays alone, uncompressed: read back without pickles, and the same bytes from the same arrays.
+                # Uncompressed arrays: read back without pickles, and the same bytes from the same arrays.
                 np.savez(new / CORRECTION, allow_pickle=False, **correction.arrays())
             names = sorted(name for name in CONTEXT_NAMES if (new / name).exists())
             _write(new / CHECKSUMS, "".join(f"{_sha256(new / name)}  {name}\n" for name in names))
@@ -238,19 +197,20 @@ class Context:
         return SavedContext(folder, sha256)
 
     @classmethod
-    def load(cls, folder: Path) -> Context:
+    def load(cls, folder: str | os.PathLike[str]) -> Context:
         """Read a context folder.
 
         Parameters
         ----------
-        folder : Path
+        folder : path
             That :meth:`save` or ``atlassegfm customize`` wrote.
 
         Raises
         ------
         InputError
-            If it is none, is incomplete or damaged, or was written in another format.
+            If it is none, is incomplete or damaged, or has another format.
         """
+        folder = Path(folder)
         if not folder.exists():
             raise InputError(f"{folder}: no such folder; expected a context, as atlassegfm customize writes one")
         if not folder.is_dir():
@@ -266,49 +226,37 @@ class Context:
         try:
             settings = with_file(Settings(), folder / SETTINGS)
         except InputError as error:
-            raise InputError(f"{error} ({folder} was made by version {version}: {_AGAIN})") from None
+            raise InputError(f"{error} ({folder} was made by version {version}: {_MAKE_AGAIN})") from None
         try:
-            gate, model = content.get("gate"), content["model"]
+            gate = content.get("gate")
             return cls(
-                _context_in(folder, content),
+                _read_atlas(folder, content),
                 settings,
-                None if gate is None else _gate_of(gate, folder / CORRECTION),
-                model.get("prompt"),
-                model["weights_sha256"],
-                dict(content["files"]),
+                None if gate is None else _read_gate(gate, folder / CORRECTION),
+                content["model"]["weights_sha256"],
                 version,
                 SavedContext(folder, sha256),
+                dict(content["files"]),
             )
         except (KeyError, TypeError, ValueError):
-            raise InputError(f"{folder / CONTENT}: not as it was written, checksums and all; {_AGAIN}") from None
-
-    def summary(self) -> dict[str, Any] | None:
-        """For ``run.json``: name and checksum of the folder, and the files it was made from; None in memory."""
-        if self.saved is None:
-            return None
-        return {
-            "folder": self.saved.folder.resolve().name,
-            "sha256": self.saved.sha256,
-            "atlassegfm": self.version,
-            "files": dict(self.files),
-        }
+            raise InputError(f"{folder / CONTENT}: damaged, though its checksum is right; {_MAKE_AGAIN}") from None
 
     @property
     def _name(self) -> str:
         return "the context" if self.saved is None else str(self.saved.folder)
 
     def _content(self) -> str:
-        """The text of ``context.toml``."""
+        """Text of ``context.toml``."""
         import tomli_w
 
-        grid = self.context.image.grid
+        grid, prompt = self.atlas.image.grid, self.prompt
         content: dict[str, Any] = {
             "format": FORMAT,
             "atlassegfm": self.version,
             "files": dict(self.files),
             "model": {
                 "name": self.settings.model,
-                **({} if self.prompt is None else {"prompt": self.prompt}),
+                **({} if prompt is None else {"prompt": prompt}),
                 "weights_sha256": self.weights_sha256,
             },
             # Headers of NIfTI files have 32 bits; results must be those of the atlas that was read.
@@ -321,33 +269,33 @@ class Context:
                 name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()
             }
         content["structures"] = [
-            {"value": one.value, "name": one.name, "color": list(one.color)} for one in self.context.structures
+            {"value": one.value, "name": one.name, "color": list(one.color)} for one in self.atlas.structures
         ]
         return tomli_w.dumps(content)
 
 
 def customize(
-    context: Atlas,
-    settings: Settings | None = None,
+    context: Context,
     *,
     device: str = "auto",
-    on_stage: Callable[[str], None] | None = None,
     model: Segmenter | None = None,
+    on_stage: Callable[[str], None] | None = None,
 ) -> Context:
-    """Make once what all queries of an atlas share: the gate, trained on simulated errors of registration.
+    """Train what all queries of a context share: the gate, on simulated registration errors of the atlas.
 
     Parameters
     ----------
-    context : Atlas
-        The atlas.
-    settings : Settings, optional
-        Defaults if left out.
+    context : Context
     device : {"auto", "cpu", "cuda"}
-        Where to compute.
-    on_stage : callable, optional
-        Told the name of the stage, and each structure.
     model : Segmenter, optional
-        The model that ``settings.model`` names, where it is loaded already.
+        The model that the settings name, if it is loaded already.
+    on_stage : callable, optional
+        Called with the name of the stage, and of each structure.
+
+    Returns
+    -------
+    Context
+        With its gate; without a model, as it was.
 
     Raises
     ------
@@ -356,36 +304,36 @@ def customize(
     ModelError
         If the model or the device cannot do what was asked.
     """
-    settings = settings or Settings()
-    kind = prompt_kind(settings)
-    device = resolve_device(device)
-    if kind is not None and model is None:
-        model = load_chosen(settings, device)
-    gate = learn_gate(context, settings, device=device, on_stage=on_stage, model=model)
-    sources = {"atlas": context.image.source, "labels": context.labels.source}
-    files = {role: source.path.name for role, source in sources.items() if source is not None}
-    return Context(context, settings, gate, kind, "" if kind is None else _weights_sha256(model), files)
+    settings, device = context.settings, resolve_device(device)
+    if prompt_kind(settings) is None:
+        return context
+    model = model or load_chosen(settings, device)
+    if model is None:
+        return context
+    with memory_errors(), StageClock(on_stage).stage("gate") as report:
+        return train_context(context, model, settings, device=device, on_structure=report)
 
 
-_AGAIN = "make it anew with atlassegfm customize"
+def train_context(
+    context: Context,
+    model: Segmenter,
+    settings: Settings,
+    *,
+    device: str = "cpu",
+    on_structure: Callable[[str], None] = lambda _: None,
+) -> Context:
+    """Train the gate in a random state of its own: it does not depend on what was computed before."""
+    prompt = prompt_kind(settings)
+    if prompt is None:
+        return context
+    with reproducible(settings.seed):
+        gate = train_gate_on_atlas(context.atlas, model, prompt, settings, device=device, on_structure=on_structure)
+    return replace(context, settings=settings, gate=gate, weights_sha256=_weights_sha256(model), version=__version__)
 
 
-def _gate_settings(settings: Settings) -> Iterator[tuple[str, Any]]:
-    """Keys and values that decide the gate besides model and prompt; those of other models left out."""
-    used: dict[str, Any] = {"fusion": to_dict(settings.fusion)}
-    models = to_dict(settings.models)
-    if settings.model in models:
-        used["models"] = {settings.model: models[settings.model]}
-    yield from ((key, value) for key, value in _flat(used, "") if key not in _HARMLESS)
-
-
-def _flat(table: Mapping[str, Any], above: str) -> Iterator[tuple[str, Any]]:
-    for name, value in table.items():
-        key = f"{above}.{name}" if above else name
-        if isinstance(value, Mapping):
-            yield from _flat(value, key)
-        else:
-            yield key, value
+def _file_names(atlas: Atlas) -> dict[str, str]:
+    sources = {"atlas": atlas.image.source, "labels": atlas.labels.source}
+    return {role: source.path.name for role, source in sources.items() if source is not None}
 
 
 def _weights_sha256(model: Segmenter | None) -> str:
@@ -408,7 +356,7 @@ def _check_format(folder: Path) -> None:
         made_by = f" of version {content['atlassegfm']}" if "atlassegfm" in content else ""
         raise InputError(
             f"{folder}: a context in the format {found}{made_by}, but this version ({__version__}) reads the format "
-            f"{FORMAT}; {_AGAIN}, or use that version"
+            f"{FORMAT}; {_MAKE_AGAIN}, or use that version"
         )
 
 
@@ -418,29 +366,29 @@ def _check_files(folder: Path) -> str:
     try:
         listed = dict(line.split("  ", 1)[::-1] for line in path.read_text(encoding="ascii").splitlines())
     except FileNotFoundError:
-        raise InputError(f"{path}: missing from the context; copy the whole folder again, or {_AGAIN}") from None
+        raise InputError(f"{path}: missing from the context; copy the whole folder again, or {_MAKE_AGAIN}") from None
     except (ValueError, OSError):
         listed = {}
     if listed.keys() | {CORRECTION} != CONTEXT_NAMES - {CHECKSUMS}:
-        raise InputError(f"{path}: damaged; copy the whole folder again, or {_AGAIN}")
+        raise InputError(f"{path}: damaged; copy the whole folder again, or {_MAKE_AGAIN}")
     for name, expected in sorted(listed.items()):
         try:
             found = _sha256(folder / name)
         except FileNotFoundError:
             raise InputError(
-                f"{folder / name}: missing from the context; copy the whole folder again, or {_AGAIN}"
+                f"{folder / name}: missing from the context; copy the whole folder again, or {_MAKE_AGAIN}"
             ) from None
         except OSError as error:
             raise InputError(f"{folder / name}: cannot be read ({error.strerror}); check the permissions") from None
         if found != expected:
             raise InputError(
                 f"{folder / name}: damaged or changed, its SHA-256 is {found[:12]}..., expected {expected[:12]}...; "
-                f"copy the whole folder again, or {_AGAIN}"
+                f"copy the whole folder again, or {_MAKE_AGAIN}"
             )
     return _sha256(path)
 
 
-def _context_in(folder: Path, content: Mapping[str, Any]) -> Atlas:
+def _read_atlas(folder: Path, content: Mapping[str, Any]) -> Atlas:
     """The atlas of a folder whose checksums are right."""
     atlas, labels = load_volume(folder / ATLAS), load_volume(folder / LABELS)
     i, j, k = content["grid"]["shape"]
@@ -457,7 +405,7 @@ def _context_in(folder: Path, content: Mapping[str, Any]) -> Atlas:
     )
 
 
-def _gate_of(content: Mapping[str, Any], correction: Path) -> Gate:
+def _read_gate(content: Mapping[str, Any], correction: Path) -> Gate:
     values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in content.items()}
     if not correction.exists():
         return Gate(**values)

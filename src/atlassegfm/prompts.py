@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from .core.geometry import Grid
 from .core.mask import LocalMap
 
 #: "region" is for models that take no prompt.
@@ -22,6 +23,26 @@ PromptKind = Literal["click", "box", "mask", "region"]
 
 #: A voxel belongs to the structure from this probability on.
 INSIDE = 0.5
+
+
+@dataclass(frozen=True)
+class UsedPrompt:
+    """Prompt of one structure, in the array order the query is stored in.
+
+    Parameters
+    ----------
+    kind : {"click", "box", "mask", "region"}
+        Click: both corners are the clicked voxel. Box, mask, region: the first and the last voxel inside.
+    first_voxel, last_voxel : tuple of int, (3,)
+    first_mm, last_mm : tuple of float, (3,)
+        Centres of these voxels, RAS+ mm.
+    """
+
+    kind: PromptKind
+    first_voxel: tuple[int, int, int]
+    last_voxel: tuple[int, int, int]
+    first_mm: tuple[float, float, float]
+    last_mm: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -164,3 +185,31 @@ def _middle(mask: np.ndarray[tuple[int, int, int], np.dtype[np.bool_]]) -> np.nd
     centroid = voxels.mean(axis=0)
     nearest: np.ndarray[tuple[int], np.dtype[np.int64]] = voxels[int(((voxels - centroid) ** 2).sum(axis=1).argmin())]
     return nearest
+
+
+def used_prompt(prompt: Prompt, grid: Grid, stored: Grid) -> UsedPrompt:
+    """Describe a prompt on the canonical ``grid`` in the array order the query is ``stored`` in."""
+    kind: PromptKind
+    if isinstance(prompt, ClickPrompt):
+        kind, low, high = "click", np.array(prompt.ijk), np.array(prompt.ijk)
+    elif isinstance(prompt, BoxPrompt):
+        kind, low, high = "box", np.array(prompt.start), np.array(prompt.stop) - 1
+    else:
+        inside = np.argwhere(prompt.probability.values >= INSIDE) + prompt.probability.start
+        kind, low, high = "mask", inside.min(axis=0), inside.max(axis=0)
+    ends = np.rint(stored.world_to_voxel(grid.voxel_to_world(np.stack([low, high])))).astype(int)
+    first, last = ends.min(axis=0), ends.max(axis=0)
+    return UsedPrompt(
+        kind, _ints(first), _ints(last), _mm(stored.voxel_to_world(first)), _mm(stored.voxel_to_world(last))
+    )
+
+
+def _ints(voxel: NDArray[np.int64]) -> tuple[int, int, int]:
+    i, j, k = (int(n) for n in voxel)
+    return i, j, k
+
+
+def _mm(point_mm: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Rounded to a hundredth of a mm, without -0."""
+    x, y, z = (round(float(n), 2) + 0.0 for n in point_mm)
+    return x, y, z

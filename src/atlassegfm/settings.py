@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass as settings_dataclass
 
+from .core.config import RUNTIME_ONLY
+
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
@@ -343,15 +345,15 @@ class NnInteractiveSettings:
     """Whether it looks again at coarser resolution where its answer reaches the edge of its patch (192 voxels a
     side), and then refines what it found patch by patch. Off is faster, and cuts off what is larger."""
 
-    server: str = ""
+    server: Annotated[str, RUNTIME_ONLY] = ""
     """Address of an nnInteractive server (``nninteractive-server``) that computes instead of this process, such as
     "http://127.0.0.1:1527"; empty: compute here. The server gets the scan. Its key is taken from the environment
     variable NN_INTERACTIVE_API_KEY. Its answers are masks, probability 0 or 1."""
 
-    allow_remote: bool = False
+    allow_remote: Annotated[bool, RUNTIME_ONLY] = False
     """Whether scans may be sent to a server on another machine."""
 
-    timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    timeout_seconds: Annotated[float, Field(gt=0), RUNTIME_ONLY] = 600.0
     """How long the server may take for one answer, in seconds. On a CPU one answer takes minutes."""
 
 
@@ -386,7 +388,7 @@ class MedSam2Settings:
     """After how many successive slices without the structure it stops looking, where the slices of the atlas's
     structure are not known."""
 
-    feature_cache_mb: Annotated[int, Field(ge=0)] = 512
+    feature_cache_mb: Annotated[int, Field(ge=0), RUNTIME_ONLY] = 512
     """Memory for what the image encoder found on the slices of a scan, in MB, to be used again for other structures:
     4 MB a slice. The encoder is most of the work."""
 
@@ -429,7 +431,7 @@ class VesselFmSettings:
     """Numbers the network computes in (PyTorch's autocast). The shorter ones are faster on GPUs and on CPUs that have
     units for them, and change probabilities in the second or third digit."""
 
-    cache_mib: Annotated[int, Field(ge=0, le=1_000_000)] = 1024
+    cache_mib: Annotated[int, Field(ge=0, le=1_000_000), RUNTIME_ONLY] = 1024
     """MiB of computed cubes that are kept with a scan, 8 for one of 128: saves time where structures are asked for in
     several calls. Results are the same."""
 

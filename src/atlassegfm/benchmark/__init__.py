@@ -7,8 +7,10 @@ structure clicks into its middle.
 
 from __future__ import annotations
 
+from .plan import METHODS, Plan, Variant
 from .protocols import PROTOCOLS, Pair, make_pairs
-from .runner import METHODS, Plan, Record, Row, Variant, run
+from .records import PairRecord, Row
+from .runner import run
 from .tables import write_reports
 
-__all__ = ["METHODS", "PROTOCOLS", "Pair", "Plan", "Record", "Row", "Variant", "make_pairs", "run", "write_reports"]
+__all__ = ["METHODS", "PROTOCOLS", "Pair", "PairRecord", "Plan", "Row", "Variant", "make_pairs", "run", "write_reports"]

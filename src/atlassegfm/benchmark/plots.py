@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..core.files import atomic_path
 from ..evaluate.statistics import spread
 from ..report import require_report_extra
-from .runner import Record
+from .records import PairRecord as Record
 from .tables import METHOD_NAMES, Column, title_of
 
 if TYPE_CHECKING:

@@ -22,8 +22,10 @@ from ..core.files import atomic_path
 from ..core.labels import listed
 from ..evaluate.scoring import SMALL_ML, Summary, plain_number, score_row, spread_dict, summarise, write_scores
 from ..evaluate.statistics import LEVEL, Interval, Spread, macro_mean, paired_bootstrap, spread
+from .plan import PLAN, Plan
 from .protocols import Pair
-from .runner import PLAN, Plan, Record, Row
+from .records import PairRecord as Record
+from .records import Row
 
 #: Scores that methods are compared by.
 _COMPARED = ("dice", "nsd")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..atlas import Atlas
+from ..context import Context
 from ..core.dataset import load_dataset, pick_structures
 from ..core.errors import InputError
 from ..core.geometry import Grid
@@ -22,7 +23,7 @@ from ..result import Segmentation
 from ..segment import segment
 from ..settings import Settings
 from ..transforms.resample import resample
-from .runner import restricted
+from .pairs import restricted
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def scans_for(
 
 
 def measure(
-    context: Atlas,
+    atlas: Atlas,
     query: Volume,
     settings: Settings,
     *,
@@ -126,7 +127,7 @@ def measure(
     results: list[Segmentation] = []
     reset_peak_memory()
     for number in range(rounds + (rounds > 1)):
-        result = segment(context, query, settings, device=device, on_stage=on_stage, model=model)
+        result = segment(Context(atlas, settings), query, device=device, on_stage=on_stage, model=model)
         if number or rounds == 1:
             results.append(result)
     peak = peak_memory_mb()

@@ -339,3 +339,23 @@ def _flowing(text: str) -> str:
 def _comment(text: str) -> Iterator[str]:
     for line in textwrap.wrap(text, _COMMENT_WIDTH, break_long_words=False):
         yield f"# {line}"
+
+
+#: Marks a setting that changes where or how fast a model answers, not what: ``Annotated[int, RUNTIME_ONLY]``.
+RUNTIME_ONLY = "runtime only"
+
+
+def gate_settings(settings: Any) -> dict[str, Any]:
+    """Settings that a trained gate depends on besides model and prompt, by dotted key.
+
+    These are ``fusion`` and the section of the chosen model in ``models``, without those marked :data:`RUNTIME_ONLY`.
+    """
+    sections = {"fusion": settings.fusion}
+    if hasattr(settings.models, settings.model):
+        sections[f"models.{settings.model}"] = getattr(settings.models, settings.model)
+    found = {}
+    for name, section in sections.items():
+        for keys, info in _leaves(type(section), ()):
+            if RUNTIME_ONLY not in info.metadata:
+                found[".".join((name, *keys))] = _at(to_dict(section), keys)
+    return found

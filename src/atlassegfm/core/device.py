@@ -36,7 +36,7 @@ def resolve_device(name: str) -> str:
 
 
 @contextmanager
-def _reproducible(seed: int) -> Iterator[None]:
+def reproducible(seed: int) -> Iterator[None]:
     """Seed PyTorch and ask it for algorithms that give the same bits twice; all is put back at the end.
 
     Nothing in this package draws from NumPy's global generator.
@@ -60,7 +60,7 @@ def _reproducible(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _memory_errors() -> Iterator[None]:
+def memory_errors() -> Iterator[None]:
     """Turn what PyTorch and NumPy say when memory runs out into a sentence."""
     import torch
 

@@ -110,14 +110,14 @@ def replaced_folder(path: Path, known: frozenset[str]) -> Iterator[Path]:
         As :func:`check_replaceable`, and if the disk refuses.
     """
     check_replaceable(path, known)
-    with _disk_errors(path):
+    with disk_errors(path):
         holder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_TEMPORARY_PREFIX}{_host()}-{os.getpid()}-"))
     new, old = holder / "new", holder / "old"
     try:
-        with _disk_errors(path):
+        with disk_errors(path):
             new.mkdir()
         yield new
-        with _disk_errors(path):
+        with disk_errors(path):
             # A folder that is not empty cannot be replaced in one step: for a moment there is none.
             try:
                 if path.exists():
@@ -180,7 +180,8 @@ def _runs(process: int) -> bool:
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn errors of the disk into one sentence."""
     try:
         yield
     except OSError as error:

@@ -7,21 +7,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
-class _Clock:
-    """Tells the name of each stage as it begins, and keeps how long it took."""
+class StageClock:
+    """Report each stage as it begins and record its wall time.
 
-    def __init__(self, on_stage: Callable[[str], None] | None) -> None:
+    Parameters
+    ----------
+    on_stage : callable or None
+        Called with the name of a stage, or "stage: part".
+    """
+
+    def __init__(self, on_stage: Callable[[str], None] | None = None) -> None:
         self.seconds: dict[str, float] = {}
-        self._on_stage = on_stage
-
-    def tell(self, text: str) -> None:
-        if self._on_stage is not None:
-            self._on_stage(text)
+        self._report = on_stage or (lambda _: None)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Callable[[str], None]]:
-        """Time a stage; gives a function that tells of its parts."""
-        self.tell(name)
+        """Time a stage; yields a function that reports its parts."""
+        self._report(name)
         start = time.perf_counter()
-        yield lambda part: self.tell(f"{name}: {part}")
+        yield lambda part: self._report(f"{name}: {part}")
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start

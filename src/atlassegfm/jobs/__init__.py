@@ -1,33 +1,33 @@
-"""One subject, many queries: what is to be done, by whom, how it went, and going on where it stopped.
+"""One job path for one query and for many.
 
-- :mod:`.plan`: which cases there are, and which of them are done already with the same files, settings and program;
-- :mod:`.work`: what is done with one case, and what is noted of it;
-- :mod:`.pool`: by whom, on this machine; :mod:`.cluster`: on several, by Dask;
-- :mod:`.run`: all of it together, and the summary ``cohort.json``.
+- :mod:`.plan`: which queries, and where their results go;
+- :mod:`.work`: read, segment and write one case;
+- :mod:`.store`: result folders, and whether a result is still what would be computed now;
+- :mod:`.pool`: in this process or several; :mod:`.cluster`: on several machines, by Dask;
+- :mod:`.run`: all of it together.
 
 Each case ends in a folder of its own with ``status.json``, put in place as a whole. There is no other state: a run that
-was killed goes on from what these files say.
+was killed continues from these files.
 """
 
 from __future__ import annotations
 
 from .plan import Case, Shard, parse_shard, plan_cases
-from .run import Outcome, Row, run_cohort, summary_name
-from .work import Annotated, AtlasFiles, ContextFolder, Output, SegmentWork, Watcher
+from .run import Outcome, Row, RunOptions, run
+from .work import AtlasFiles, ContextFolder, Output, SegmentWork, provenance_of
 
 __all__ = [
-    "Annotated",
     "AtlasFiles",
     "Case",
     "ContextFolder",
     "Outcome",
     "Output",
     "Row",
+    "RunOptions",
     "SegmentWork",
     "Shard",
-    "Watcher",
     "parse_shard",
     "plan_cases",
-    "run_cohort",
-    "summary_name",
+    "provenance_of",
+    "run",
 ]

@@ -1,20 +1,17 @@
-"""Which cases there are, where their results go, and which are done already."""
+"""Cases of a run: which queries, and where their results go."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..core.errors import InputError
 from ..core.files import check_replaceable
 from ..core.image import image_stem
+from ..records import RESULT_NAMES
 from ..transforms.io import is_transform
-from .digests import is_unchanged
-from .results import RESULT_NAMES, RUN, SEGMENTATION, STATUS
 
 #: A number of a shard and how many there are, as "3/8".
 _SHARD = re.compile(r"(\d+)/(\d+)")
@@ -29,9 +26,8 @@ class Case:
     name : str
         Of its result folder: the query's file name without its ending.
     query : Path
-        The scan.
     transform : Path or None
-        A transform from query to atlas to take instead of registering.
+        Taken instead of registering: query to atlas.
     """
 
     name: str
@@ -147,43 +143,3 @@ def _transform_of(case: Case, count: int, given: Path) -> Path:
             "--keep), or give a transform folder or file"
         )
     return belonging
-
-
-def read_status(folder: Path) -> dict[str, Any] | None:
-    """``status.json`` of a result folder; None where there is none, or it says nothing."""
-    try:
-        found = json.loads((folder / STATUS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def why_to_do(case: Case, folder: Path, status: Mapping[str, Any] | None, made_with: Mapping[str, Any]) -> str:
-    """Why a case has to be computed, in a word or two; empty if its result is there.
-
-    Parameters
-    ----------
-    case : Case
-        The query.
-    folder : Path
-        Of its result.
-    status : mapping or None
-        As :func:`read_status` gives it.
-    made_with : mapping of str to Any
-        What the result would be made with now, without the files of the case: plain values. "keep": whether the steps
-        between are wanted; a result that has them though they are not wanted will do.
-    """
-    files = (RUN, SEGMENTATION) if "nifti" in made_with.get("formats", ("nifti",)) else (RUN,)
-    if status is None or not all((folder / file).is_file() for file in files):
-        return "failed before" if status is not None and status.get("state") == "failed" else "new"
-    before = status.get("made_with")
-    if status.get("state") != "done" or not isinstance(before, dict):
-        return "new"
-    for key, value in made_with.items():
-        if before.get(key) != value and not (key == "keep" and before.get(key) is True):
-            return f"other {key}"
-    if not is_unchanged(case.query, before.get("query")):
-        return "other query"
-    if case.transform is None:
-        return "other transform" if before.get("transform") is not None else ""
-    return "" if is_unchanged(case.transform, before.get("transform")) else "other transform"

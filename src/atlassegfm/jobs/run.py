@@ -1,50 +1,47 @@
-"""A cohort from the plan to the summary."""
+"""A run: what is missing or changed is computed, one query or ten thousand, and summarised in ``cohort.json``."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from ..core.files import atomic_path, remove_unfinished
-from .plan import Case, Shard, read_status, why_to_do
-from .work import FORMAT, Ended, State, Watcher, Work
+from ..core.files import remove_unfinished
+from ..records import CaseRecord, CohortRecord, State
+from .plan import Case, Shard
+from .store import why_to_compute
+from .work import Ended, SegmentWork, Watcher, Work
 
-#: Does cases in some way, and tells of each as it ends.
+#: Runs cases, and yields each as it ends.
 Runner = Callable[[Work, Sequence[Case], Watcher], Generator[Ended, None, None]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one case.
+    """Outcome of one case.
 
     Parameters
     ----------
     case : Case
-        Which.
     state : {"done", "failed", "left"}
         "left": not begun, or not finished, when the run was stopped.
     kept : bool
-        Whether it was done already, by an earlier run.
+        Whether an earlier run had done it.
     reason : str
-        Why it failed, in words; empty where it did not.
+        Why it failed.
     is_input : bool
         Whether the query itself is to blame for that.
     why : str
         Why it was computed: "new", "failed before", "other settings" and so on; empty where it was kept.
     attempts : int
-        How often it was begun; 0 where it was not.
     seconds : float
-        Wall time of the computation, by an earlier run where it was kept.
+        Wall time of the computation.
     peak_memory_mb : int or None
-        Of the process that computed it.
-    doubts : tuple of str
-        What makes its result doubtful, in words.
+    warnings : tuple of str
+        Reasons to doubt its result as a whole.
     """
 
     case: Case
@@ -56,73 +53,98 @@ class Row:
     attempts: int = 0
     seconds: float = 0.0
     peak_memory_mb: int | None = None
-    doubts: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
-    def summary(self) -> dict[str, Any]:
+    def record(self) -> CaseRecord:
         """For ``cohort.json``."""
-        return {
-            "case": self.case.name,
-            "query": self.case.query.name,
-            "state": self.state,
-            "kept": self.kept,
-            "reason": self.reason,
-            "why": self.why,
-            "attempts": self.attempts,
-            "seconds": round(self.seconds, 3),
-            "peak_memory_mb": self.peak_memory_mb,
-            "doubts": list(self.doubts),
-        }
+        return CaseRecord(
+            case=self.case.name,
+            query=self.case.query.name,
+            state=self.state,
+            kept=self.kept,
+            reason=self.reason,
+            why=self.why,
+            attempts=self.attempts,
+            seconds=round(self.seconds, 3),
+            peak_memory_mb=self.peak_memory_mb,
+            warnings=self.warnings,
+        )
 
 
 @dataclass
 class Outcome:
-    """What became of all cases; grows while a cohort runs.
+    """Outcome of all cases; filled while a run goes on.
 
     Parameters
     ----------
     rows : dict of str to Row
         By name of the case, in the order of the cases.
     wall_seconds : float
-        Of the run so far.
     """
 
     rows: dict[str, Row] = field(default_factory=dict)
     wall_seconds: float = 0.0
     _counts: Counter[State] = field(default_factory=Counter)
-    _kept: int = 0
 
     def put(self, row: Row) -> None:
-        """Note what became of a case, in place of what was noted before."""
+        """Set the row of a case."""
         before = self.rows.get(row.case.name)
         if before is not None:
             self._counts[before.state] -= 1
-            self._kept -= before.kept
         self.rows[row.case.name] = row
         self._counts[row.state] += 1
-        self._kept += row.kept
 
     def count(self, state: State) -> int:
-        """How many cases are in that state."""
+        """Number of cases in a state."""
         return self._counts[state]
 
     @property
+    def counts(self) -> dict[str, int]:
+        """Number of cases in each state, and of those kept."""
+        states: tuple[State, ...] = ("done", "failed", "left")
+        return {**{state: self.count(state) for state in states}, "kept": self.kept}
+
+    @property
     def kept(self) -> int:
-        """How many were done already."""
-        return self._kept
+        """Number of cases an earlier run had done."""
+        return sum(row.kept for row in self.rows.values())
 
     @property
     def failed(self) -> list[Row]:
-        """Those that failed."""
+        """Rows of the failed cases."""
         return [row for row in self.rows.values() if row.state == "failed"]
 
-    def summary(self) -> dict[str, Any]:
-        """For ``cohort.json``."""
-        states: tuple[State, ...] = ("done", "failed", "left")
-        return {
-            "counts": {**{state: self.count(state) for state in states}, "kept": self.kept},
-            "wall_seconds": round(self.wall_seconds, 3),
-            "cases": [row.summary() for row in self.rows.values()],
-        }
+
+class RunWatcher(Watcher, Protocol):
+    """Progress of a run as a whole."""
+
+    def planned(self, outcome: Outcome) -> None:
+        """What is kept and what is to do is known; the outcome is filled from now on."""
+
+    def ended(self, row: Row) -> None:
+        """A case is done or failed."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of a run.
+
+    Parameters
+    ----------
+    force : bool
+        Whether to compute all cases again.
+    shard : Shard or None
+        Part of the cases to run.
+    workers : int
+        For the summary.
+    cluster : str or None
+        For the summary.
+    """
+
+    force: bool = False
+    shard: Shard | None = None
+    workers: int = 1
+    cluster: str | None = None
 
 
 def summary_name(shard: Shard | None) -> str:
@@ -130,46 +152,20 @@ def summary_name(shard: Shard | None) -> str:
     return "cohort.json" if shard is None else f"cohort-{shard.number}-of-{shard.count}.json"
 
 
-def run_cohort(
-    cases: Sequence[Case],
-    out: Path,
-    work: Work,
-    runner: Runner,
-    watcher: Watcher,
-    *,
-    outcome: Outcome | None = None,
-    on_planned: Callable[[Outcome], None] = lambda _: None,
-    on_ended: Callable[[Row], None] = lambda _: None,
-    about: Mapping[str, Any] | None = None,
-    force: bool = False,
-    shard: Shard | None = None,
+def run(
+    cases: Sequence[Case], work: SegmentWork, runner: Runner, watcher: RunWatcher, options: RunOptions = RunOptions()
 ) -> Outcome:
-    """Do what is missing or changed, and write the summary.
+    """Compute the cases whose result is missing or was made from something else, and write the summary.
 
     Parameters
     ----------
     cases : sequence of Case
-        Of the whole cohort.
-    out : Path
-        Folder of the result folders; exists.
-    work : Work
-        What to do with each.
+        Of all shards.
+    work : SegmentWork
     runner : Runner
-        By whom.
-    watcher : Watcher
-        Told what is going on.
-    outcome : Outcome, optional
-        Filled as cases end, for those who want to look meanwhile.
-    on_planned : callable
-        Told the outcome once it is known what there is to do.
-    on_ended : callable
-        Told of each case that was done or failed.
-    about : mapping of str to Any, optional
-        What the summary is to say besides.
-    force : bool
-        Whether to do all of them again.
-    shard : Shard, optional
-        The part of the cohort to do.
+        In this process, in several, or on a cluster.
+    watcher : RunWatcher
+    options : RunOptions
 
     Returns
     -------
@@ -181,73 +177,52 @@ def run_cohort(
     AtlasSegError
         If no case can be done. A case that fails does not stop the others.
     """
-    start = time.perf_counter()
-    outcome = Outcome() if outcome is None else outcome
-    remove_unfinished(out)
-    to_do = _sort(cases if shard is None else shard.part_of(cases), out, work.made_with, outcome, force=force)
-    on_planned(outcome)
-    ended_any = False
-    try:
-        if to_do:
-            # Closed at once, whatever happens: its workers end with it.
-            with closing(runner(work, to_do, watcher)) as all_ended:
-                for ended in all_ended:
-                    row = _row_of(ended, outcome.rows[ended.case.name].why)
-                    outcome.put(row)
-                    ended_any = True
-                    on_ended(row)
-    finally:
-        # Where workers were killed in the end.
-        remove_unfinished(out)
-        outcome.wall_seconds = time.perf_counter() - start
-        if ended_any or not to_do:
-            content = {
-                "format": FORMAT,
-                "program": work.made_with.get("program"),
-                "shard": None if shard is None else str(shard),
-                **(about or {}),
-                **outcome.summary(),
-            }
-            with atomic_path(out / summary_name(shard)) as temporary:
-                temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return outcome
-
-
-def _sort(
-    cases: Iterable[Case], out: Path, made_with: Mapping[str, Any], outcome: Outcome, *, force: bool
-) -> list[Case]:
-    """Note what is done already; gives the rest."""
-    to_do = []
-    for case in cases:
-        status = read_status(out / case.name)
-        why = "forced" if force else why_to_do(case, out / case.name, status, made_with)
-        if why or status is None:
-            outcome.put(Row(case, "left", why=why))
-            to_do.append(case)
+    start, outcome = time.perf_counter(), Outcome()
+    remove_unfinished(work.out)
+    for case in cases if options.shard is None else options.shard.part_of(cases):
+        why, status = why_to_compute(case, work.out / case.name, work.provenance)
+        if why or options.force or status is None:
+            outcome.put(Row(case, "left", why="forced" if options.force else why))
         else:
             outcome.put(
                 Row(
                     case,
                     "done",
                     kept=True,
-                    attempts=status.get("attempts", 1),
-                    seconds=status.get("total_seconds", 0.0),
-                    peak_memory_mb=status.get("peak_memory_mb"),
-                    doubts=tuple(status.get("doubts", ())),
+                    attempts=status.attempts,
+                    seconds=status.total_seconds,
+                    peak_memory_mb=status.peak_memory_mb,
+                    warnings=status.warnings,
                 )
             )
-    return to_do
-
-
-def _row_of(ended: Ended, why: str) -> Row:
-    return Row(
-        ended.case,
-        ended.state,
-        reason=ended.reason,
-        is_input=ended.is_input,
-        why=why,
-        attempts=ended.attempts,
-        seconds=ended.seconds,
-        peak_memory_mb=ended.peak_memory_mb,
-        doubts=ended.doubts,
-    )
+    to_do = [row.case for row in outcome.rows.values() if row.state == "left"]
+    watcher.planned(outcome)
+    ended_any = False
+    try:
+        if to_do:
+            # Closed at once, whatever happens: its workers end with it.
+            with closing(runner(work, to_do, watcher)) as all_ended:
+                for ended in all_ended:
+                    row = Row(**vars(ended), why=outcome.rows[ended.case.name].why)
+                    outcome.put(row)
+                    ended_any = True
+                    watcher.ended(row)
+    finally:
+        # Where workers were killed in the end.
+        remove_unfinished(work.out)
+        outcome.wall_seconds = time.perf_counter() - start
+        if ended_any or not to_do:
+            summary = CohortRecord(
+                version=work.provenance.version,
+                shard=None if options.shard is None else str(options.shard),
+                device=work.device,
+                model=work.settings.model,
+                workers=options.workers,
+                threads=work.threads,
+                cluster=options.cluster,
+                counts=outcome.counts,
+                wall_seconds=round(outcome.wall_seconds, 3),
+                cases=tuple(row.record() for row in outcome.rows.values()),
+            )
+            summary.write(work.out / summary_name(options.shard))
+    return outcome

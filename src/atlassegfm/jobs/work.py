@@ -1,4 +1,4 @@
-"""What is done with one case, and what is noted of it."""
+"""The work on one case: read, segment, write; and what all cases share."""
 
 from __future__ import annotations
 
@@ -7,139 +7,116 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
-from ..atlas import Atlas
 from ..context import Context
-from ..core.config import to_dict
+from ..core.config import to_toml
 from ..core.errors import AtlasSegError, InputError, ModelError
 from ..core.parallel import limited_threads, peak_memory_mb, reset_peak_memory, thread_variables
-from ..core.version import __version__, source_digest
+from ..core.version import __version__
 from ..dicom import Selection, open_image
-from ..fusion.gate import Gate
 from ..models import MODELS, Segmenter
 from ..models.choice import load_chosen
 from ..models.weights import find_weights
 from ..quality.verdict import LEAST_CONFIDENCE
+from ..records import FileRecord, Provenance, StatusRecord
 from ..result import Segmentation
 from ..segment import segment
 from ..settings import NO_MODEL, Settings
 from ..transforms.io import read_fits
-from .digests import digest, file_record
+from .fingerprint import atlas_digest, digest, file_record
 from .plan import Case
-from .results import RunInputs, check_formats, write_failure, write_result
+from .store import RunInputs, check_formats, write_failure, write_result
 
 logger = logging.getLogger(__name__)
 
 
-#: Version of what ``status.json`` and ``cohort.json`` look like.
-FORMAT = 1
-
-
-#: Code that cannot change a result: results stay valid after a change to it.
-_HARMLESS = ("__main__.py", "benchmark/", "cli/", "cohort/", "demo.py", "doctor.py", "evaluation.py", "memory.py")
-
-
-_HARMLESS_TOO = (
-    "metrics/",
-    "phantom.py",
-    "placement.py",
-    "report",
-    "statistics.py",
-    "suggest.py",
-    "threads.py",
-    "tolerances/",
-)
-
-
-State = Literal["done", "failed", "left"]
-
-
 class Watcher(Protocol):
-    """Is told how a run goes."""
+    """Progress of a run."""
 
     def begun(self, case: Case) -> None:
         """A case begins."""
 
-    def stage(self, case: Case, text: str) -> None:
+    def stage(self, case: Case, stage: str) -> None:
         """A stage of a case begins."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a case ended.
+    """End of a case.
 
     Parameters
     ----------
     case : Case
-        Which.
     state : {"done", "failed"}
-        Whether there is a result.
     reason : str
-        Why there is none, in a sentence that begins with the file's name.
+        Why it failed, in a sentence that begins with the file's name.
     is_input : bool
         Whether the query itself is to blame.
     attempts : int
-        How often it was begun.
     seconds : float
-        Wall time of the computation.
+        Wall time.
     peak_memory_mb : int or None
-        Of the process that computed it, at its largest meanwhile.
-    doubts : tuple of str
-        What makes the result doubtful, in words.
+        Of the process that computed it.
+    warnings : tuple of str
+        Reasons to doubt the result as a whole.
     """
 
     case: Case
-    state: State
+    state: Literal["done", "failed"]
     reason: str = ""
     is_input: bool = False
     attempts: int = 1
     seconds: float = 0.0
     peak_memory_mb: int | None = None
-    doubts: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+#: Segments a case: takes the case, the number of the attempt and a callback for stages. A failure is a result.
+Task = Callable[[Case, int, Callable[[str], None]], Ended]
 
 
 class Work(Protocol):
-    """What is to be done with every case; goes to other processes and machines."""
+    """Work on every case; goes to other processes and machines."""
 
     @property
     def key(self) -> str:
-        """The same for the same work: what was opened once serves all cases."""
+        """Equal for equal work: what was opened once serves all cases."""
         ...
 
     @property
-    def made_with(self) -> Mapping[str, Any]:
-        """What results depend on besides the files of a case, as plain values."""
+    def provenance(self) -> Provenance:
+        """What results depend on besides the files of a case."""
         ...
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """Environment variables that a process for this work is started with."""
+        """Environment variables of a process for this work."""
         ...
 
     def absolute(self) -> Work:
-        """The same with paths that hold in any working folder."""
+        """The same with absolute paths."""
         ...
 
-    def open(self) -> Callable[[Case, int, Callable[[str], None]], Ended]:
-        """Load what all cases share; gives a function of a case, the number of the attempt and whom to tell stages."""
+    def open(self, context: Context | None = None) -> Task:
+        """Load what all cases share, without the context if it is loaded already."""
         ...
 
     def give_up(self, case: Case, reason: str, attempts: int) -> Ended:
-        """Note that a case cannot be done."""
+        """Record that a case cannot be done."""
         ...
 
 
 @dataclass(frozen=True)
 class Output:
-    """What is written of each result, and what is read of each query.
+    """Files to write of each result, and series to read of each query.
 
     Parameters
     ----------
     keep : bool
-        Whether to write the steps between, too.
+        Whether to write intermediate results.
     formats : tuple of str
-        Of :data:`~atlassegfm.jobs.results.FORMATS`.
+        Of :data:`~atlassegfm.jobs.store.FORMATS`.
     series : str or None
         Which series of a query that is a DICOM folder; None where there is one.
     """
@@ -149,37 +126,21 @@ class Output:
     series: str | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Annotated:
-    """The annotated scan, and what was made of it beforehand.
-
-    Parameters
-    ----------
-    context : Atlas
-        The scan.
-    customization : Context or None
-        The context folder it comes from, with its gate; None where it comes from files.
-    """
-
-    context: Atlas
-    customization: Context | None = None
-
-
 class ContextSource(Protocol):
-    """Where the annotated scan comes from."""
+    """Where the context comes from."""
 
-    def load(self) -> Annotated:
+    def load(self, settings: Settings) -> Context:
         """Read it."""
         ...
 
     def absolute(self) -> ContextSource:
-        """The same with paths that hold in any working folder."""
+        """The same with absolute paths."""
         ...
 
 
 @dataclass(frozen=True)
 class AtlasFiles:
-    """The annotated scan in files; see :meth:`~atlassegfm.atlas.Atlas.from_files`."""
+    """An annotated scan in files; see :meth:`~atlassegfm.atlas.Atlas.from_files`."""
 
     atlas: Path
     labels: Path
@@ -187,10 +148,10 @@ class AtlasFiles:
     series: str | None = None
     selection: Selection = field(default_factory=Selection)
 
-    def load(self) -> Annotated:
-        """Read it."""
-        return Annotated(
-            Atlas.from_files(self.atlas, self.labels, self.names, series=self.series, selection=self.selection)
+    def load(self, settings: Settings) -> Context:
+        """Read it; its gate is trained with the first case."""
+        return Context.from_files(
+            self.atlas, self.labels, self.names, settings=settings, series=self.series, selection=self.selection
         )
 
     def absolute(self) -> AtlasFiles:
@@ -201,14 +162,15 @@ class AtlasFiles:
 
 @dataclass(frozen=True)
 class ContextFolder:
-    """The annotated scan in a folder that ``atlassegfm customize`` wrote."""
+    """A folder that ``atlassegfm customize`` wrote."""
 
     folder: Path
 
-    def load(self) -> Annotated:
-        """Read it."""
-        customization = Context.load(self.folder)
-        return Annotated(customization.context, customization)
+    def load(self, settings: Settings) -> Context:
+        """Read it, and check that the settings fit its gate."""
+        context = Context.load(self.folder)
+        context.check_settings(settings)
+        return context
 
     def absolute(self) -> ContextFolder:
         """The same with an absolute path."""
@@ -217,24 +179,20 @@ class ContextFolder:
 
 @dataclass(frozen=True)
 class SegmentWork:
-    """Segment every case by one annotated scan.
+    """Segmentation of every case with one context.
 
     Parameters
     ----------
     out : Path
         Folder of the result folders; exists.
     source : ContextSource
-        The annotated scan.
     settings : Settings
-        Of the job.
     device : {"auto", "cpu", "cuda"}
-        Where to compute.
     threads : int or None
-        That a case is computed with; None takes all cores. See :mod:`atlassegfm.core.parallel`.
+        Threads of a case; None takes all cores.
     output : Output
-        What is written.
-    made_with : mapping of str to Any
-        As :func:`made_with` gives it.
+    provenance : Provenance
+        As :func:`provenance_of` gives it.
     """
 
     out: Path
@@ -243,16 +201,16 @@ class SegmentWork:
     device: str
     threads: int | None
     output: Output
-    made_with: Mapping[str, Any]
+    provenance: Provenance
 
     @property
     def key(self) -> str:
         """Digest of all of it."""
-        return digest(str(self.out), self.made_with)
+        return digest(str(self.out), self.provenance.to_json())
 
     @property
     def environment(self) -> Mapping[str, str]:
-        """The number of threads, for libraries that read it when they are loaded."""
+        """Number of threads, for libraries that read it when they are loaded."""
         # Threads that spin while they wait slow down all others on the same cores.
         threads = {} if self.threads is None else thread_variables(self.threads)
         return {**threads, "OMP_WAIT_POLICY": "PASSIVE"}
@@ -263,28 +221,24 @@ class SegmentWork:
         settings = replace(self.settings, model_path=str(Path(path).expanduser().absolute())) if path else self.settings
         return replace(self, out=self.out.absolute(), source=self.source.absolute(), settings=settings)
 
-    def load(self) -> LoadedWork:
-        """Load the annotated scan and the model."""
-        with limited_threads(self.threads):
-            annotated, model = self.source.load(), load_chosen(self.settings, self.device)
-            if annotated.customization is not None:
-                annotated.customization.check_model(model)
-            return LoadedWork(self, annotated, model)
-
-    def open(self) -> Callable[[Case, int, Callable[[str], None]], Ended]:
-        """Load what all cases share; what the function is given always ends, and never raises for a case's sake."""
-        if program() != self.made_with["program"]:
+    def open(self, context: Context | None = None) -> Task:
+        """Load the context, unless it is given, and the model."""
+        if __version__ != self.provenance.version:
             raise ModelError(
-                f"this worker has atlassegfm {program()} and the run was begun by {self.made_with['program']}; install "
+                f"this worker has atlassegfm {__version__} and the run was begun by {self.provenance.version}; install "
                 "the same version everywhere"
             )
-        loaded = self.load()
+        with limited_threads(self.threads):
+            context = context or self.source.load(self.settings)
+            model = load_chosen(self.settings, self.device)
+            context.check_model(model)
+        worker = _Worker(self, context, model)
 
-        def do(case: Case, attempt: int, tell: Callable[[str], None]) -> Ended:
+        def task(case: Case, attempt: int, on_stage: Callable[[str], None]) -> Ended:
             start = time.perf_counter()
             is_input = False
             try:
-                run = loaded.segment(case, attempt, tell)
+                status = worker.segment(case, attempt, on_stage)
             except AtlasSegError as error:
                 reason, is_input = str(error), isinstance(error, InputError)
             except Exception as error:
@@ -292,157 +246,106 @@ class SegmentWork:
                 logger.exception("%s: unexpected error", case.query)
                 reason = f"unexpected error ({error!r})"
             else:
-                seconds, doubts = run["total_seconds"], tuple(run["doubts"])
-                peak = run["peak_memory_mb"]
-                return Ended(case, "done", attempts=attempt, seconds=seconds, peak_memory_mb=peak, doubts=doubts)
+                seconds, peak, warnings = status.total_seconds, status.peak_memory_mb, status.warnings
+                return Ended(case, "done", attempts=attempt, seconds=seconds, peak_memory_mb=peak, warnings=warnings)
             return self._failed(case, reason, attempt, is_input=is_input, seconds=time.perf_counter() - start)
 
-        return do
+        return task
 
     def give_up(self, case: Case, reason: str, attempts: int) -> Ended:
-        """Note in the case's folder that it cannot be done."""
+        """Record in the case's folder that it cannot be done."""
         return self._failed(case, reason, attempts)
 
     def _failed(self, case: Case, reason: str, attempts: int, *, is_input: bool = False, seconds: float = 0.0) -> Ended:
-        reason = told_of(case, reason.replace(str(self.out / case.name), case.name))
-        peak = peak_memory_mb()
-        status = {
-            "state": "failed",
-            "reason": reason,
-            "format": FORMAT,
-            "attempts": attempts,
-            "is_input": is_input,
-            "total_seconds": round(seconds, 3),
-            "peak_memory_mb": peak,
-        }
+        reason = redact(case, reason.replace(str(self.out / case.name), case.name))
+        status = StatusRecord(
+            state="failed",
+            reason=reason,
+            is_input=is_input,
+            attempts=attempts,
+            total_seconds=round(seconds, 3),
+            peak_memory_mb=peak_memory_mb(),
+        )
         try:
             write_failure(self.out / case.name, status)
         except InputError as error:
             logger.warning("%s", error)
-        return Ended(case, "failed", reason, is_input, attempts, seconds, peak)
+        return Ended(case, "failed", reason, is_input, attempts, seconds, status.peak_memory_mb)
 
 
-@dataclass(frozen=True)
-class LoadedWork:
-    """What all cases share, loaded.
-
-    Parameters
-    ----------
-    work : SegmentWork
-        What is to be done.
-    annotated : Annotated
-        The annotated scan.
-    model : Segmenter or None
-        None where the settings name none.
-    gates : list of Gate
-        The gate of the first case, where it was trained on the atlas alone and serves all; empty before.
-    """
+@dataclass
+class _Worker:
+    """Context and model, loaded once for all cases of a process."""
 
     work: SegmentWork
-    annotated: Annotated
+    context: Context
     model: Segmenter | None
-    gates: list[Gate] = field(default_factory=list)
 
-    def segment(self, case: Case, attempt: int, tell: Callable[[str], None]) -> dict[str, Any]:
-        """Segment one case and write its result folder.
-
-        Parameters
-        ----------
-        case : Case
-            The query.
-        attempt : int
-            How often it was begun, with this time.
-        tell : callable
-            Told the name of each stage as it begins.
-
-        Returns
-        -------
-        dict
-            What was written to ``run.json`` and ``status.json``.
-
-        Raises
-        ------
-        AtlasSegError
-            If there is no result; the folder is as before then.
-        """
+    def segment(self, case: Case, attempt: int, on_stage: Callable[[str], None]) -> StatusRecord:
+        """Segment one case and write its result folder; on an error, the folder stays as it was."""
         work = self.work
         reset_peak_memory()
         with limited_threads(work.threads):
-            tell("reading")
-            files = {
-                "query": _record(case.query),
-                "transform": None if case.transform is None else _record(case.transform),
-            }
-            fits = () if case.transform is None else read_fits(case.transform)
+            on_stage("reading")
+            files = {"query": _record(case.query), "transform": case.transform and _record(case.transform)}
+            transforms = () if case.transform is None else read_fits(case.transform)
             query = open_image(case.query, work.output.series if case.query.is_dir() else None)
             check_formats(work.output.formats, query)
-            customization = self.annotated.customization
-            gates = self.gates if customization is None else [customization.gate]
             result = segment(
-                self.annotated.context,
+                self.context,
                 query,
                 work.settings,
                 device=work.device,
-                on_stage=tell,
                 model=self.model,
-                transform=fits[0] if fits else None,
-                further_fits=fits[1:],
-                gate=gates[0] if gates else None,
+                transforms=transforms,
+                on_stage=on_stage,
             )
-            if result.gate is not None and work.settings.fusion.examples == "simulated" and not self.gates:
-                self.gates.append(result.gate)
-            tell("writing")
-            status = {
-                "format": FORMAT,
-                "attempts": attempt,
-                "doubts": doubts_of(result),
-                "made_with": {**work.made_with, **files},
-            }
-            saved = None if customization is None else customization.summary()
-            inputs = RunInputs(self.annotated.context, query, case.transform, saved)
-            return write_result(
-                result,
-                inputs,
-                work.out / case.name,
-                keep=work.output.keep,
-                formats=work.output.formats,
-                status=status,
+            inputs = RunInputs(self.context, query, case.transform)
+            if result.gate is not None:
+                self.context = replace(self.context, settings=work.settings, gate=result.gate)
+            on_stage("writing")
+            status = StatusRecord(
+                state="done",
+                attempts=attempt,
+                warnings=tuple(warnings_on(result)),
+                total_seconds=round(sum(result.seconds.values()), 3),
+                peak_memory_mb=peak_memory_mb(),
+                seconds={name: round(seconds, 3) for name, seconds in result.seconds.items()},
+                registration_seconds={name: round(n, 3) for name, n in result.registration.seconds.items()},
+                provenance=work.provenance.model_copy(update=files),
             )
+            write_result(
+                result, inputs, work.out / case.name, status, keep=work.output.keep, formats=work.output.formats
+            )
+        return status
 
 
-def made_with(
-    annotated: Annotated, settings: Settings, *, device: str, threads: int | None, output: Output
-) -> dict[str, Any]:
-    """What results depend on besides the files of a case: program, settings, context, weights.
+def provenance_of(
+    context: Context, settings: Settings, *, device: str, threads: int | None, output: Output
+) -> Provenance:
+    """Describe what results depend on besides the files of a case.
 
     Parameters
     ----------
-    annotated : Annotated
-        The annotated scan.
+    context : Context
     settings, device, threads, output
         As for :class:`SegmentWork`.
     """
-    plain = to_dict(settings)
-    plain["model_path"] = Path(plain["model_path"]).name
-    return {
-        "program": program(),
-        "settings": digest(plain, device, threads),
-        "context": digest(annotated.context),
-        "customization": None if annotated.customization is None else annotated.customization.summary(),
-        "weights": _weights(settings),
-        "keep": output.keep,
-        "formats": sorted(output.formats),
-        "series": output.series,
-    }
+    # The path of the weights is no setting of the method; their content is looked at.
+    return Provenance(
+        version=__version__,
+        settings=digest(to_toml(replace(settings, model_path="")), device, str(threads)),
+        context=atlas_digest(context.atlas),
+        context_version=context.version,
+        weights=_weights(settings),
+        keep=output.keep,
+        formats=tuple(sorted(output.formats)),
+        series=output.series,
+    )
 
 
-def program() -> str:
-    """Version of this package and of its code."""
-    return f"{__version__}+{source_digest((*_HARMLESS, *_HARMLESS_TOO))}"
-
-
-def doubts_of(result: Segmentation) -> list[str]:
-    """What makes a result doubtful as a whole, in words: the wrong part of the body, above all."""
+def warnings_on(result: Segmentation) -> list[str]:
+    """Reasons to doubt a result as a whole, the wrong part of the body above all."""
     found = []
     confidence = result.registration.confidence
     if confidence < LEAST_CONFIDENCE:  # NaN, where a transform was given, is not
@@ -462,27 +365,27 @@ def doubts_of(result: Segmentation) -> list[str]:
     return found
 
 
-def told_of(case: Case, reason: str) -> str:
-    """A reason that begins with the name of the case's file and says no folder: paths in clinics name patients."""
+def redact(case: Case, reason: str) -> str:
+    """Begin a reason with the name of the case's file, without folders: paths in clinics name patients."""
     for path in {str(case.query), str(case.query.absolute())}:
         reason = reason.replace(path, case.query.name)
     return reason if reason.startswith(case.query.name) else f"{case.query.name}: {reason}"
 
 
-def _record(path: Path) -> dict[str, str]:
+def _record(path: Path) -> FileRecord | None:
     try:
         return file_record(path)
     except OSError:
-        return {}  # reading it next says what is wrong
+        return None  # reading it next says what is wrong
 
 
 def _weights(settings: Settings) -> str | None:
-    """Digest of the weights of the model; None where it has none on this machine."""
+    """SHA-256 of the model's weights; None where it has none on this machine."""
     published = None if settings.model == NO_MODEL else MODELS[settings.model].weights
     if published is None:
         return None
     path = Path(settings.model_path).expanduser() if settings.model_path else None
     try:
-        return file_record(find_weights(settings.model, published, path).path)["sha256"]
+        return file_record(find_weights(settings.model, published, path).path).sha256
     except (AtlasSegError, OSError):
         return None  # they may be on a server; if not, loading the model says what is wrong

@@ -89,7 +89,7 @@ def place(
     # PyTorch comes with them, and a scan alone is looked at without.
     from ..registration.affine import fit_with_cost
     from ..registration.pyramid import level_spacings_mm, prepare
-    from .coverage import outside_shares
+    from .coverage import outside_fractions
 
     settings = settings or RegistrationSettings()
     scan = canonical_scan(scan, name)
@@ -111,7 +111,7 @@ def place(
     return Placement(
         gain,
         -correlation if inverted else correlation,
-        outside_shares(context.labels, context.values, better, scan.grid),
+        dict(zip(context.values, outside_fractions(context, better, scan.grid), strict=True)),
     )
 
 

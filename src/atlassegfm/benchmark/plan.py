@@ -1,0 +1,137 @@
+"""Plan of a benchmark: variants, pairs, structures and tolerances."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..core.config import to_dict
+from ..core.dataset import Dataset
+from ..core.version import __version__
+from ..evaluate.tolerances import Tolerances
+from ..settings import NO_MODEL, Settings
+from .protocols import Pair
+from .records import PlanRecord
+
+#: Scored of each pair. "oracle": where atlas and model disagree, the one that is right, if one is: what a perfect gate
+#: between both would give. "paper": the paper's gate on the same masks as the default one.
+METHODS = ("atlas", "model", "paper", "fused", "oracle")
+PLAN, PAIRS = "plan.json", "pairs"
+#: Files of a benchmark's folder; one with any other is not touched.
+OUTPUTS = frozenset({PLAN, PAIRS, "results.csv", "times.csv", "summary.json", "report.md", "dice.png", "dice-time.png"})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of doing the job, a column of the benchmark.
+
+    Parameters
+    ----------
+    name : str
+        As tables show it.
+    settings : Settings
+        Of the job.
+    prompts_from : {"atlas", "user"}
+        "user": the model alone, with one click into the middle of the true structure.
+    methods : tuple of str
+        Which of :data:`METHODS` tables show.
+    """
+
+    name: str
+    settings: Settings
+    prompts_from: Literal["atlas", "user"] = "atlas"
+    methods: tuple[str, ...] = METHODS
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Which methods this variant has."""
+        if self.prompts_from == "user":
+            return ("model",)
+        if self.settings.model == NO_MODEL:
+            return ("atlas",)
+        return METHODS if self._is_corrected else tuple(method for method in METHODS if method != "paper")
+
+    @property
+    def _is_corrected(self) -> bool:
+        """Whether its gate does more than the paper's."""
+        return self.settings.fusion.gate == "default"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides the figures of a benchmark.
+
+    Parameters
+    ----------
+    title : str
+        What it is, in a few words ("all-pairs").
+    dataset : Dataset
+        With the cases that take part.
+    pairs : tuple of Pair
+        In the order they are run.
+    variants : tuple of Variant
+        Run one after the other on each pair, beginning with another one each time, so that their times compare.
+    values : tuple of int
+        Label values that take part: the others are taken out of the atlas and are not scored.
+    tolerances : Tolerances
+        For the NSD.
+    centreline : tuple of int
+        Label values that clDice is wanted for.
+    seed : int
+        Of the protocol and the bootstrap.
+    device : {"cpu", "cuda"}
+        Where to compute.
+    command : str
+        That gives the same again.
+    """
+
+    title: str
+    dataset: Dataset
+    pairs: tuple[Pair, ...]
+    variants: tuple[Variant, ...]
+    values: tuple[int, ...]
+    tolerances: Tolerances
+    centreline: tuple[int, ...] = ()
+    seed: int = 0
+    device: str = "cpu"
+    command: str = ""
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Name of each label value that takes part."""
+        return {value: self.dataset.structures[value] for value in self.values}
+
+    def files(self, pair: Pair) -> tuple[Path, ...]:
+        """Files that a pair is computed from."""
+        cases = [self.dataset.case(name) for name in (pair.atlas, pair.query)]
+        return tuple(path for case in cases for path in (case.image, case.labels))
+
+    def record(self) -> PlanRecord:
+        """What must be the same for a run to continue."""
+        import torch
+
+        return PlanRecord(
+            dataset=self.dataset.name,
+            structures={str(value): name for value, name in self.names.items()},
+            tolerances_mm={name: self.tolerances.of(value, name) for value, name in self.names.items()},
+            centreline=self.centreline,
+            variants={
+                one.name: {"prompts_from": one.prompts_from, "settings": to_dict(one.settings)} for one in self.variants
+            },
+            device=self.device,
+            threads=torch.get_num_threads(),
+            version=__version__,
+            versions={
+                "python": platform.python_version(),
+                **{name: importlib.metadata.version(name) for name in ("numpy", "scipy", "torch")},
+            },
+        )
+
+
+def slug(name: str) -> str:
+    """A name as part of a path."""
+    return re.sub(r"[^A-Za-z0-9.=_-]+", "-", name).strip("-") or "variant"

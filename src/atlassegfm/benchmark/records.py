@@ -1,0 +1,89 @@
+"""Content of a benchmark's plan.json and pairs/VARIANT/ATLAS/QUERY.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import Field
+
+from ..core.record import Record
+from ..evaluate.metrics import StructureScores
+from ..records import RESULTS_FORMAT, FileRecord
+from .protocols import Pair
+
+
+@dataclass(frozen=True)
+class Row:
+    """One structure of one pair by one method; a thing :func:`~atlassegfm.evaluate.scoring.summarise` takes.
+
+    Parameters
+    ----------
+    case : str
+        The query.
+    method : str
+        One of :data:`METHODS`.
+    value : int
+        Label value.
+    structure : str
+        Its name.
+    scores : StructureScores
+        The status "failed" is that of a pair that ended in an error: it counts as missed. "not_in_atlas": the atlas
+        does not have the structure, and nothing is scored.
+    """
+
+    case: str
+    method: str
+    value: int
+    structure: str
+    scores: StructureScores
+
+
+class PairRecord(Record):
+    """One pair by one variant."""
+
+    format: int = RESULTS_FORMAT
+    variant: str
+    pair: Pair
+    rows: tuple[Row, ...]
+    failure: str = ""
+    """Why there is no result."""
+
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Wall time of each stage; those of the registration begin with "registration: "."""
+
+    total_seconds: float = 0.0
+    """Of all stages, files already read."""
+
+    peak_memory_mb: int | None = None
+    gpu_memory_mb: int | None = None
+    confidence: float | None = None
+    """Of the registration."""
+
+    folding: float | None = None
+    """Fraction of the body where the displacement field folds."""
+
+    files: tuple[FileRecord, ...] = ()
+    """Image and labels of atlas and query."""
+
+    unnamed: tuple[int, ...] = ()
+    """Label values of atlas or query that ``dataset.json`` does not name: taken as background."""
+
+
+class PlanRecord(Record):
+    """What a benchmark's figures depend on: a folder made with something else is refused, not mixed."""
+
+    format: int = RESULTS_FORMAT
+    dataset: str
+    structures: dict[str, str]
+    """Names by label value."""
+
+    tolerances_mm: dict[str, float]
+    centreline: tuple[int, ...]
+    variants: dict[str, dict[str, Any]]
+    device: str
+    threads: int
+    """Sums round differently with another number of threads."""
+
+    version: str
+    versions: dict[str, str]

@@ -1,0 +1,312 @@
+"""``atlassegfm segment``."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..core.errors import InputError
+from .options import AtlasOptions, DeviceOptions, ModelOptions, ScreenOptions, options, split_list
+from .progress import RunProgress, print_outcome, print_result
+from .session import EXIT_FAILURES, EXIT_USAGE, Session, open_session
+
+if TYPE_CHECKING:
+    from ..context import Context
+    from ..jobs import Case, Outcome, SegmentWork
+    from ..jobs.run import Runner
+    from ..jobs.work import ContextSource
+    from ..settings import Settings
+
+#: Threads of a case among several: fewer seconds for all of them than with more threads for each, and one number for
+#: all machines, so that results do not depend on where they were made.
+_COHORT_THREADS = 1
+#: Failures named in the last line.
+_NAMED = 10
+
+
+@options
+class SegmentOptions(AtlasOptions, ModelOptions, DeviceOptions, ScreenOptions):
+    """Options of ``segment``."""
+
+    queries: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="QUERY...", help="Scans to segment: image files, DICOM series folders, or folders of them."
+        ),
+    ]
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder that gets one folder per query.")]
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Also write atlas, model and probability maps, and the transform.")
+    ] = False
+    report: Annotated[
+        bool,
+        typer.Option("--report", help="Also write OUT/report.html and a page for each case; keeps what --keep keeps."),
+    ] = False
+    transform: Annotated[
+        Path | None,
+        typer.Option(
+            "--transform",
+            metavar="PATH",
+            help="Take a saved transform from query to atlas and do not register: a transform file, a folder as --keep "
+            "writes it, or a folder of results made with --keep.",
+        ),
+    ] = None
+    formats: Annotated[
+        str,
+        typer.Option(
+            "--format", metavar="A,B,...", help="What to write: nifti, and for DICOM series rtstruct and seg."
+        ),
+    ] = "nifti"
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            metavar="N",
+            min=1,
+            help="Scans to segment at a time, each in a process of its own [default: 1]. On GPUs at most one for each.",
+        ),
+    ] = None
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            "--threads",
+            metavar="N",
+            min=1,
+            help="Threads for each scan [default: 1 with several queries, all cores with one]. Another number moves "
+            "borders a little.",
+        ),
+    ] = None
+    force: Annotated[
+        bool, typer.Option("--force", help="Segment all queries again, also those whose result is there already.")
+    ] = False
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard", metavar="I/N", help="Run the I-th of N parts of the queries, as one job of a job array."
+        ),
+    ] = None
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster",
+            metavar="local|slurm|tcp://HOST:PORT",
+            help="Segment on a Dask cluster (extra 'cluster'): processes here, Slurm jobs, or a running scheduler.",
+        ),
+    ] = None
+    cluster_options: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cluster-option", metavar="KEY=VALUE", help="What a Slurm job asks for, as queue=gpu; may be repeated."
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Refuse options that do not go together, before anything is read."""
+        self.check_atlas()
+        if self.shard is not None:
+            from ..jobs import parse_shard
+
+            parse_shard(self.shard)
+        if self.cluster is not None:
+            from ..jobs.cluster import parse_options, require_cluster
+
+            require_cluster(self.cluster)
+            parse_options(self.cluster_options or ())
+        if self.cluster_options and self.cluster != "slurm":
+            raise InputError("--cluster-option: is for --cluster slurm; leave it out, or say which cluster")
+        if self.context is not None and self.out.resolve().is_relative_to(self.context.resolve()):
+            raise InputError(f"{self.out}: is inside the context {self.context}; choose another output folder")
+
+    def other_inputs(self) -> list[Path]:
+        """Files that are read besides the queries: no result may overwrite them."""
+        given = (self.atlas, self.labels, self.names, self.context, self.config, self.model_path, self.synonyms)
+        return [path for path in given if path is not None]
+
+
+def segment(options: SegmentOptions) -> None:
+    """Segment scans with one annotated scan.
+
+    Each query gets a folder of its name in OUT, with segmentation.nii.gz (on the query's own voxels), run.json (what was
+    done) and status.json (how it went). Only those are segmented whose result is missing, or was made from other files,
+    settings or another version.
+    """
+    with open_session(options.quiet) as session:
+        options.check()
+        settings, context = _settings(options, session)
+        wanted = split_list(options.formats, "--format")
+        _check_installed(options, settings, wanted)
+        # Imported here: PyTorch is loaded below, and errors above come at once.
+        from ..core.device import resolve_device
+        from ..core.files import output_folder
+        from ..jobs import AtlasFiles, ContextFolder, Output, SegmentWork, plan_cases, provenance_of
+
+        queries = [file for path in options.queries for file in find_scans(path)]
+        cases = plan_cases(queries, options.out, options.other_inputs(), options.transform)
+        elsewhere = options.cluster not in (None, "local") and options.device == "cuda"
+        device = options.device if elsewhere else resolve_device(options.device)
+        options.accept(settings.model, session)
+        output = Output(options.keep or options.report, wanted, options.series)
+        source: ContextSource
+        if options.context is not None:
+            source = ContextFolder(options.context)
+        elif options.atlas is not None and options.labels is not None:
+            selection = options.selection()
+            source = AtlasFiles(options.atlas, options.labels, options.names, options.atlas_series, selection)
+        with output_folder(options.out):
+            session.progress("reading the atlas")
+            context = context or source.load(settings)
+            threads = options.threads
+            if threads is None and not _is_single(options, cases):
+                threads = _COHORT_THREADS
+            provenance = provenance_of(context, settings, device=device, threads=threads, output=output)
+            work = SegmentWork(options.out, source, settings, device, threads, output, provenance)
+            outcome = _run(options, cases, work, context, session)
+            if options.report and any((options.out / case.name / "run.json").exists() for case in cases):
+                from .report import report_on
+
+                report_on(options.out, [case.query for case in cases], session)
+    if _is_single(options, cases) and not outcome.failed:
+        print_result(cases[0], options.out, as_json=options.as_json)
+    else:
+        print_outcome(outcome, options.out, as_json=options.as_json)
+    _exit(outcome, session)
+
+
+def find_scans(path: Path) -> list[Path]:
+    """List the scans a path stands for: a file, the images of a folder, a DICOM series, or the series in a folder.
+
+    Raises
+    ------
+    InputError
+        If a folder holds no scan, or images beside a DICOM series.
+    """
+    from ..core.image import IMAGE_SUFFIXES, image_suffix
+    from ..dicom import is_series_folder
+
+    if not path.is_dir():
+        return [path]
+    try:
+        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+        # A link that leads nowhere is a scan that is missing, and has to be reported.
+        found = [entry for entry in entries if image_suffix(entry) and (entry.is_file() or not entry.exists())]
+        if is_series_folder(path):
+            if found:
+                raise InputError(
+                    f"{path}: holds image files ({found[0].name}) and DICOM files; name the image files one by one, or "
+                    "give the DICOM series a folder of its own"
+                )
+            return [path]
+        found = found or [entry for entry in entries if entry.is_dir() and is_series_folder(entry)]
+    except OSError as error:
+        raise InputError(f"{path}: the folder cannot be read ({error.strerror}); check the permissions") from None
+    if not found:
+        raise InputError(
+            f"{path}: no image file in this folder; expected files ending in {', '.join(IMAGE_SUFFIXES)}, or those of "
+            "a DICOM series"
+        )
+    return found
+
+
+def _settings(options: SegmentOptions, session: Session) -> tuple[Settings, Context | None]:
+    """Settings of the job; with a context, those of its gate and what the options change."""
+    if options.context is None:
+        return options.settings(), None
+    from ..context import Context
+
+    session.progress("reading the context")
+    context = Context.load(options.context)
+    settings = options.settings(context.settings)
+    context.check_settings(settings)
+    return settings, context
+
+
+def _check_installed(options: SegmentOptions, settings: Settings, formats: tuple[str, ...]) -> None:
+    """Check model, prompt, engine and formats before hours of work that need them."""
+    from ..jobs.store import check_formats
+    from ..models.choice import prompt_kind
+    from ..registration import require_engine
+
+    prompt_kind(settings)
+    if options.report:
+        from .report import require_pictures
+
+        require_pictures()
+    if options.transform is None:
+        require_engine(settings.registration)
+    options.selection()
+    check_formats(formats)
+
+
+def _is_single(options: SegmentOptions, cases: list[Case]) -> bool:
+    """Whether one query was named, not a folder: its result is shown in full."""
+    return len(cases) == 1 and cases[0].query == options.queries[0]
+
+
+def _run(options: SegmentOptions, cases: list[Case], work: SegmentWork, context: Context, session: Session) -> Outcome:
+    from ..jobs import RunOptions, parse_shard, run
+
+    runner, workers = _runner(work, context, options, session, len(cases))
+    shard = None if options.shard is None else parse_shard(options.shard)
+    progress = RunProgress(session)
+    try:
+        return run(cases, work, runner, progress, RunOptions(options.force, shard, workers, options.cluster))
+    except (KeyboardInterrupt, SystemExit):
+        done, left = progress.outcome.count("done"), progress.outcome.count("left")
+        session.say(f"stopped: {done} done, {left} left; the same command continues from there")
+        raise
+
+
+def _runner(
+    work: SegmentWork, context: Context, options: SegmentOptions, session: Session, count: int
+) -> tuple[Runner, int]:
+    """Choose who runs the cases, and how many at a time."""
+    from ..jobs.pool import run_here, run_in_processes, visible_gpus
+
+    workers = options.workers or 1
+    if options.cluster is not None:
+        from ..jobs.cluster import parse_options, run_on_cluster
+
+        gpu = work.device == "cuda"
+        if gpu and options.cluster == "local" and workers > 1:
+            session.say("1 worker: a local cluster has one GPU; leave out --cluster to use all of this machine")
+            workers = 1
+        arguments: dict[str, Any] = {"kind": options.cluster, "workers": workers, "threads": work.threads or 1}
+        arguments |= {"gpu": gpu, "options": parse_options(options.cluster_options or ())}
+        return functools.partial(run_on_cluster, **arguments), workers
+    gpus: list[str] = visible_gpus() if work.device == "cuda" else []
+    if gpus and workers > len(gpus):
+        session.say(f"{len(gpus)} workers instead of {workers}: one for each GPU")
+        workers = len(gpus)
+    if workers > 1:
+        return functools.partial(run_in_processes, workers=workers, gpus=gpus), workers
+    _suggest_workers(work, session, count)
+    return functools.partial(run_here, context=context), 1
+
+
+def _suggest_workers(work: SegmentWork, session: Session, count: int) -> None:
+    from ..core.parallel import usable_cores
+
+    cores = usable_cores()
+    possible = min(cores // (work.threads or cores), count)
+    if work.device == "cpu" and possible > 1:
+        session.advance(
+            "",
+            f"1 worker; --workers {possible} would use all {cores} cores, with the same results and {possible} times "
+            "the memory",
+        )
+
+
+def _exit(outcome: Outcome, session: Session) -> None:
+    failed = outcome.failed
+    if not failed:
+        return
+    if len(outcome.rows) > 1:
+        named = ", ".join(str(row.case.query) for row in failed[:_NAMED])
+        more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
+        session.error(f"{len(failed)} of {len(outcome.rows)} queries failed: {named}{more}")
+    # Where every query is bad input, the call was wrong as a whole.
+    all_bad = all(row.is_input for row in failed) and not outcome.count("done")
+    raise typer.Exit(EXIT_USAGE if all_bad else EXIT_FAILURES)

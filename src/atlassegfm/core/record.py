@@ -1,0 +1,52 @@
+"""JSON files of the program: one base class that reads, checks and writes them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import InputError
+from .files import atomic_path
+
+
+class Record(BaseModel):
+    """Content of one kind of JSON file.
+
+    NaN and infinity are written as the strings "NaN" and "Infinity" and read back as numbers. Unknown keys are
+    errors: a file of another version is not read by half.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
+
+    def to_json(self, *, indent: int = 2) -> str:
+        """Text of the file."""
+        return self.model_dump_json(indent=indent) + "\n"
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Write the file, whole or not at all."""
+        with atomic_path(Path(path)) as temporary:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> Self:
+        """Read the file.
+
+        Raises
+        ------
+        InputError
+            If it is missing, damaged, or of another version.
+        """
+        path = Path(path)
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise InputError(
+                f"{path}: not as this version writes it ({where}: {first['msg']}); make it again with this version"
+            ) from None

@@ -1,0 +1,106 @@
+"""Digests of inputs: whether a result was made from the same content."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from ..atlas import Atlas
+from ..records import FileRecord
+
+#: Hexadecimal digits kept of a SHA-256: two of a billion different values share them once in 10^20.
+_DIGITS = 32
+_BLOCK_BYTES = 1 << 20
+#: Headers of scans whose voxels are in files of their own, and the field that names these.
+_DETACHED = {".mhd": re.compile(r"^ElementDataFile\s*=\s*(.*)$"), ".nhdr": re.compile(r"^data ?file:\s*(.*)$")}
+#: Bytes of such a header that are read at most.
+_HEADER_BYTES = 1 << 20
+
+
+def digest(*texts: str) -> str:
+    """Compute the hexadecimal digest of texts."""
+    found = hashlib.sha256()
+    for text in texts:
+        found.update(f"{len(text)} {text};".encode())
+    return found.hexdigest()[:_DIGITS]
+
+
+def atlas_digest(atlas: Atlas) -> str:
+    """Compute the digest of an atlas: voxels, geometry and structures, wherever its files lie."""
+    found = hashlib.sha256()
+    for volume in (atlas.image, atlas.labels):
+        found.update(f"{volume.data.dtype.str} {volume.data.shape};".encode())
+        found.update(np.ascontiguousarray(volume.data).data)
+        found.update(np.ascontiguousarray(volume.grid.affine).data)
+    found.update(repr(atlas.structures).encode())
+    return found.hexdigest()[:_DIGITS]
+
+
+def file_record(path: Path) -> FileRecord:
+    """Describe the content of a file, or of a folder with all in it.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    """
+    content = hashlib.sha256()
+    files = _files_of(path)
+    stamp = _stamp(files)
+    for position, file in enumerate(files):
+        content.update(f"{position} {file.stat().st_size};".encode())
+        with file.open("rb") as opened:
+            while block := opened.read(_BLOCK_BYTES):
+                content.update(block)
+    return FileRecord(file=path.name or path.resolve().name, stamp=stamp, sha256=content.hexdigest()[:_DIGITS])
+
+
+def is_unchanged(path: Path, record: FileRecord | None) -> bool:
+    """Whether a file has the content of the record, under any name; read only if its size or time differs.
+
+    A file that cannot be read counts as changed: who reads it next says why.
+    """
+    if record is None:
+        return False
+    try:
+        return _stamp(_files_of(path)) == record.stamp or file_record(path).sha256 == record.sha256
+    except OSError:
+        return False
+
+
+def _stamp(files: list[Path]) -> str:
+    stats = [file.stat() for file in files]
+    return digest(*(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats))
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The file and those its header names, or all files below a folder in order of their names."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    return [path, *_detached(path)]
+
+
+def _detached(header: Path) -> Iterator[Path]:
+    """Files of voxels that a header names: one, a list below it, or a pattern with a number."""
+    pattern = _DETACHED.get(header.suffix.lower())
+    if pattern is None:
+        return
+    with header.open("rb") as opened:
+        lines = opened.read(_HEADER_BYTES).decode("utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines):
+        match = pattern.match(line.strip())
+        if match is None:
+            continue
+        words = match.group(1).strip()
+        if words.startswith("LIST"):
+            named = [header.parent / one.strip() for one in lines[number + 1 :] if one.strip()]
+        elif "%" in words:
+            named = sorted(header.parent.glob(re.sub(r"%\d*d", "*", words.split()[0])))
+        else:
+            named = [header.parent / words]
+        yield from (file for file in named if file.is_file())
+        return

@@ -1,0 +1,386 @@
+"""Result folders: one for each query, written whole or not at all; a run continues from them.
+
+A folder holds
+
+- ``segmentation.nii.gz``, unless only DICOM is wanted;
+- ``run.json``: what was done and what came out; the same inputs and settings give the same bytes;
+- ``status.json``: how it went, with seconds, memory and what it was made from;
+
+on request also
+
+- ``rtstruct.dcm`` and ``seg.dcm``: the same as RTSTRUCT and DICOM-SEG on the query's own DICOM series, read back and
+  compared before the folder is kept;
+- ``atlas.nii.gz`` and ``model.nii.gz``: label maps of the warped atlas and of the model alone;
+- ``probability.nii.gz``: fused probabilities, one volume for each structure in the order of ``run.json``, as bytes with a
+  scale of 1/255;
+- ``transform/``: query to atlas, as ITK, ANTs, 3D Slicer and ``segment --transform`` read it;
+- ``report.html`` and ``overview.png``: written by :mod:`atlassegfm.report`, removed when the result is made again.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import dicom
+from ..context import Context
+from ..core.config import to_dict
+from ..core.errors import InputError
+from ..core.files import disk_errors, replaced_folder
+from ..core.image import Volume, save_volume
+from ..core.version import __version__
+from ..models import describe_model
+from ..records import (
+    RESULT_NAMES,
+    RUN,
+    SEGMENTATION,
+    STATUS,
+    ContextRecord,
+    InputRecord,
+    Inputs,
+    ModelRecord,
+    PromptRecord,
+    Provenance,
+    QualityRecord,
+    RegistrationRecord,
+    RunRecord,
+    StatusRecord,
+    StructureRecord,
+)
+from ..result import Segmentation, StructureResult
+from ..settings import NO_MODEL
+from ..transforms.io import write_further_fits, write_transform
+from .fingerprint import is_unchanged
+from .plan import Case
+
+logger = logging.getLogger(__name__)
+
+#: File formats of a segmentation, and the file of each.
+FORMATS = {"nifti": SEGMENTATION, "rtstruct": "rtstruct.dcm", "seg": "seg.dcm"}
+#: Seconds since 1970 taken as now, where set: two runs then write the same bytes (reproducible-builds.org).
+_EPOCH_VARIABLE = "SOURCE_DATE_EPOCH"
+
+
+@dataclass(frozen=True, eq=False)
+class RunInputs:
+    """Inputs of a run, for ``run.json``.
+
+    Parameters
+    ----------
+    context : Context
+    query : Volume
+        As read from its file.
+    transform : Path, optional
+        The transform that was given instead of registering.
+    """
+
+    context: Context
+    query: Volume
+    transform: Path | None = None
+
+    def record(self) -> Inputs:
+        """File names and remarks on geometry."""
+        atlas, saved = self.context.atlas, self.context.saved
+        context = None
+        if saved is not None:
+            context = ContextRecord(
+                folder=saved.folder.resolve().name,
+                sha256=saved.sha256,
+                atlassegfm=self.context.version,
+                files=dict(self.context.files),
+            )
+        return Inputs(
+            atlas=_input(atlas.image),
+            labels=_input(atlas.labels),
+            query=_input(self.query),
+            context=context,
+            transform=None if self.transform is None else InputRecord(file=self.transform.name),
+        )
+
+
+def check_formats(formats: Sequence[str], query: Volume | None = None) -> None:
+    """Check that results can be written in these formats.
+
+    Parameters
+    ----------
+    formats : sequence of str
+        Of :data:`FORMATS`.
+    query : Volume, optional
+        What is to be segmented.
+
+    Raises
+    ------
+    InputError
+        If a format is unknown, none is given, or a DICOM format is wanted and the query is no DICOM series.
+    MissingExtraError
+        If the packages for DICOM are not installed.
+    """
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise InputError(
+            f"unknown format {unknown[0] if unknown else ''!r}; expected some of {', '.join(FORMATS)}, commas between"
+        )
+    others = [name for name in formats if name != "nifti"]
+    if others:
+        dicom.require_dicom_extra()
+    if others and query is not None and dicom.series_of(query) is None:
+        name = "the query" if query.source is None else str(query.source.path)
+        raise InputError(
+            f"{name}: {' and '.join(others)} can only be written for a DICOM series (patient, study and frame of "
+            "reference are copied from it); give its folder as the query, or use --format nifti"
+        )
+
+
+def why_to_compute(case: Case, folder: Path, provenance: Provenance) -> tuple[str, StatusRecord | None]:
+    """Decide whether a case has to be computed.
+
+    Parameters
+    ----------
+    case : Case
+    folder : Path
+        Of its result.
+    provenance : Provenance
+        What the result would be made from now, without the files of the case.
+
+    Returns
+    -------
+    why : str
+        "new", "failed before", "other settings" and so on; empty if its result is there.
+    status : StatusRecord or None
+        Of the result that is there.
+    """
+    try:
+        status = StatusRecord.read(folder / STATUS)
+    except InputError:
+        return ("new" if not (folder / STATUS).exists() else "other results_format"), None
+    if status.state == "failed":
+        return "failed before", status
+    files = (RUN, SEGMENTATION) if "nifti" in provenance.formats else (RUN,)
+    if status.provenance is None or not all((folder / file).is_file() for file in files):
+        return "new", status
+    return changed_since(status.provenance, provenance, {"query": case.query, "transform": case.transform}), status
+
+
+def changed_since(before: Provenance, now: Provenance, files: dict[str, Path | None]) -> str:
+    """Name what differs from what a result was made from, as "other settings"; empty if nothing does."""
+    for key in type(now).model_fields:
+        if key in files:
+            path, record = files[key], getattr(before, key)
+            if (record is not None) if path is None else not is_unchanged(path, record):
+                return f"other {key}"
+        elif getattr(before, key) != getattr(now, key) and not (key == "keep" and before.keep):
+            return f"other {key}"
+    return ""
+
+
+def write_result(
+    segmentation: Segmentation,
+    inputs: RunInputs,
+    folder: Path,
+    status: StatusRecord,
+    *,
+    keep: bool = False,
+    formats: Sequence[str] = ("nifti",),
+) -> RunRecord:
+    """Write the result of one query.
+
+    Parameters
+    ----------
+    segmentation : Segmentation
+    inputs : RunInputs
+    folder : Path
+        The result folder; an earlier one is replaced. Its parent exists.
+    status : StatusRecord
+    keep : bool
+        Whether to write intermediate results.
+    formats : sequence of str
+        Of :data:`FORMATS`.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be written or holds something else, or as :func:`check_formats`.
+    OutputError
+        If an RTSTRUCT or DICOM-SEG does not read back as it was written.
+    """
+    check_formats(formats, inputs.query)
+    structures = inputs.context.atlas.structures
+    run = run_record(segmentation, inputs)
+    with replaced_folder(folder, RESULT_NAMES) as new, disk_errors(folder):
+        if "nifti" in formats:
+            save_volume(segmentation.labels, new / FORMATS["nifti"], structures=structures)
+        others = [name for name in FORMATS if name in formats and name != "nifti"]
+        written: dict[str, Any] = {}
+        if others:
+            written["dicom"] = {name: _save_dicom(segmentation, inputs, new / FORMATS[name], name) for name in others}
+        if keep:
+            save_volume(segmentation.atlas_labels, new / "atlas.nii.gz", structures=structures)
+            if segmentation.model_labels is not None:
+                save_volume(segmentation.model_labels, new / "model.nii.gz", structures=structures)
+            _save_probabilities(segmentation, new / "probability.nii.gz")
+            written["probability"] = tuple(result.structure.name for result in segmentation.structures)
+            found = segmentation.registration
+            write_transform(new / "transform", found.linear, found.field, segmentation.grid, found.local)
+            write_further_fits(new / "transform", found.others, segmentation.grid)
+        run = run.model_copy(update=written)
+        run.write(new / RUN)
+        status.write(new / STATUS)
+    return run
+
+
+def write_failure(folder: Path, status: StatusRecord) -> None:
+    """Leave nothing but ``status.json`` in a result folder: an earlier result would pass for a new one.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be written or holds something else.
+    """
+    with replaced_folder(folder, RESULT_NAMES) as new, disk_errors(folder):
+        status.write(new / STATUS)
+
+
+def run_record(segmentation: Segmentation, inputs: RunInputs) -> RunRecord:
+    """Describe a result for ``run.json``: nothing that differs between two runs on the same inputs."""
+    found, settings = segmentation.registration, to_dict(segmentation.settings)
+    settings["model_path"] = Path(settings["model_path"]).name
+    jacobian = None if found.jacobian is None else {k: _rounded(v, 6) for k, v in asdict(found.jacobian).items()}
+    return RunRecord(
+        inputs=inputs.record(),
+        device="cuda" if segmentation.device == "cuda" else "cpu",
+        seed=segmentation.settings.seed,
+        model=_model_record(segmentation),
+        registration=RegistrationRecord(
+            source="given" if segmentation.transform_given else "fitted",
+            confidence=_rounded(found.confidence),
+            members=len(found.fits),
+            folding=_rounded(found.folding, 6),
+            jacobian=jacobian,
+            linear_query_to_atlas_mm=tuple(tuple(round(n, 6) for n in row) for row in found.linear.matrix.tolist()),
+        ),
+        gate=None if segmentation.gate is None else segmentation.gate.describe(),
+        verdict=segmentation.verdict,
+        structures=tuple(map(_structure_record, segmentation.structures)),
+        settings=settings,
+        versions={
+            "atlassegfm": __version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("numpy", "scipy", "torch")},
+        },
+    )
+
+
+def _input(volume: Volume) -> InputRecord | None:
+    if volume.source is None:
+        return None
+    path = volume.source.path
+    return InputRecord(file=path.name or path.resolve().name, notes=tuple(volume.source.notes))
+
+
+def _model_record(segmentation: Segmentation) -> ModelRecord:
+    name = segmentation.settings.model
+    if name == NO_MODEL:
+        return ModelRecord(name=name)
+    row = describe_model(name)
+    return ModelRecord(
+        name=name,
+        summary=row.summary,
+        code_licence=row.code_licence,
+        weights_licence=row.weights_licence,
+        licence_accepted=segmentation.licence_accepted,
+        prompt=segmentation.prompt,
+        provenance=dict(segmentation.provenance),
+    )
+
+
+def _structure_record(one: StructureResult) -> StructureRecord:
+    quality = None
+    if one.quality is not None:
+        evidence = one.quality.evidence
+        quality = QualityRecord(
+            verdict=one.quality.verdict,
+            reason=one.quality.reason,
+            estimated_dice=_rounded(one.quality.estimated_dice),
+            low=_rounded(one.quality.low),
+            high=_rounded(one.quality.high),
+            evidence=None if evidence is None else {name: _rounded(n) for name, n in asdict(evidence).items()},
+        )
+    return StructureRecord(
+        value=one.structure.value,
+        name=one.structure.name,
+        status=one.status,
+        reason=one.reason,
+        volume_ml=round(one.volume_ml, 4),
+        outside_fraction=round(one.outside_fraction, 4),
+        prompt=None if one.prompt is None else PromptRecord(**asdict(one.prompt)),
+        quality=quality,
+    )
+
+
+def _rounded(value: float | None, digits: int = 4) -> float | None:
+    """Rounded for JSON, which has no NaN."""
+    return None if value is None or not np.isfinite(value) else round(float(value), digits)
+
+
+def _save_dicom(segmentation: Segmentation, inputs: RunInputs, path: Path, form: str) -> dict[str, Any]:
+    """Write an RTSTRUCT or DICOM-SEG, read it back, and report the comparison."""
+    series, structures = dicom.series_of(inputs.query), inputs.context.atlas.structures
+    if series is None:
+        raise ValueError("the query is no DICOM series")
+    provenance = _dicom_provenance(segmentation)
+    if form == "rtstruct":
+        maps = {value: (segmentation.grid, one.fused) for value, one in segmentation.probabilities.items()}
+        dicom.write_rtstruct(path, segmentation.labels, structures, series, provenance, maps)
+    elif segmentation.labels.data.any():
+        dicom.write_segmentation(path, segmentation.labels, structures, series, provenance)
+    else:
+        logger.warning("no DICOM-SEG is written: nothing was found, and it cannot be empty")
+        return {"file": None, "reason": "nothing was found, and a DICOM-SEG cannot be empty"}
+    found = dicom.check_round_trip(path, segmentation.labels, structures, series)
+    return {"file": path.name, "round_trip": [one.to_dict() for one in found]}
+
+
+def _dicom_provenance(segmentation: Segmentation) -> dicom.Provenance:
+    """Describe a result in DICOM objects: verdict on each structure, date and model."""
+    present = sum(one.status == "present" for one in segmentation.structures)
+    descriptions = {}
+    for one in segmentation.structures:
+        text = f"{one.status}: {one.reason}" if one.reason else one.status
+        if one.quality is not None and one.status == "present":
+            text = f"{one.quality.verdict}: {one.quality.reason}"
+        descriptions[one.structure.value] = text
+    epoch = os.environ.get(_EPOCH_VARIABLE, "")
+    when = datetime.fromtimestamp(int(epoch), UTC) if epoch.isdecimal() else datetime.now().astimezone()
+    return dicom.Provenance(
+        segmentation.settings.model,
+        f"{segmentation.verdict}: {present} of {len(segmentation.structures)} structures found",
+        descriptions,
+        when,
+    )
+
+
+def _save_probabilities(segmentation: Segmentation, path: Path) -> None:
+    """(I, J, K, structures) uint8 with scale 1/255: a quarter of float32, and no tool needs more."""
+    import nibabel as nib
+
+    stored = segmentation.labels.grid
+    data = np.zeros((*stored.shape, len(segmentation.structures)), np.uint8)
+    for position, result in enumerate(segmentation.structures):
+        maps = segmentation.probabilities.get(result.structure.value)
+        if maps is not None:
+            full = np.rint(maps.fused.to_full(segmentation.grid.shape) * 255).astype(np.uint8)
+            data[..., position] = Volume(full, segmentation.grid).turned_to(stored).data
+    image = nib.Nifti1Image(data, stored.affine)
+    image.header.set_xyzt_units("mm")
+    # nibabel takes a slope for a wish to be rescaled; set on the header it scales what it is given.
+    image.header.set_slope_inter(1 / 255, 0)
+    nib.save(image, path)

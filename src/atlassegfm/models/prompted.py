@@ -1,0 +1,67 @@
+"""A scan encoded once by a model, and prompted as often as needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from ..core.image import Volume
+from ..core.mask import LocalMap
+from ..prompts import Prompt, PromptKind, make_prompt
+from . import Segmenter
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """Prompts and predicted probabilities, by number of the structure.
+
+    Parameters
+    ----------
+    kind : {"click", "box", "mask", "region"}
+    prompts : mapping of int to Prompt
+        Without structures whose mask is empty.
+    masks : mapping of int to LocalMap
+        In [0, 1], for the same structures.
+    provenance : mapping of str to Any
+        Where the model's weights come from.
+    """
+
+    kind: PromptKind
+    prompts: Mapping[int, Prompt]
+    masks: Mapping[int, LocalMap]
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptedScan:
+    """A scan and the model that segments it from prompts.
+
+    Parameters
+    ----------
+    model : Segmenter
+    kind : {"click", "box", "mask", "region"}
+        Kind of prompt made of each mask.
+    image : Volume
+        float32, RAS-canonical array order. Encoded at the first prediction.
+    names : sequence of str
+        Name of structure number n at position n - 1, for progress.
+    """
+
+    model: Segmenter
+    kind: PromptKind
+    image: Volume
+    names: Sequence[str]
+
+    @cached_property
+    def _encoded(self) -> Any:
+        return self.model.encode(self.image)
+
+    def predict(self, masks: Mapping[int, LocalMap], on_structure: Callable[[str], None]) -> Prediction:
+        """Prompt the model with each mask that is not empty."""
+        prompts = {n: prompt for n, mask in masks.items() if (prompt := make_prompt(self.kind, mask)) is not None}
+        predicted: dict[int, LocalMap] = {}
+        if prompts:
+            predicted = self.model.predict(self._encoded, prompts, lambda n: on_structure(self.names[n - 1]))
+        return Prediction(self.kind, prompts, predicted, self.model.provenance)

@@ -1,0 +1,271 @@
+"""Content of run.json, status.json and cohort.json."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from .core.record import Record
+from .prompts import PromptKind
+from .quality.verdict import Verdict
+from .result import Status
+
+#: Raised by hand when results or these files change: results with another number are computed again.
+RESULTS_FORMAT = 2
+
+State = Literal["done", "failed", "left"]
+
+SEGMENTATION, RUN, STATUS = "segmentation.nii.gz", "run.json", "status.json"
+#: Files of a result folder: a folder with any other is never replaced.
+RESULT_NAMES = frozenset(
+    {
+        *(SEGMENTATION, "rtstruct.dcm", "seg.dcm", RUN, STATUS),
+        *("atlas.nii.gz", "model.nii.gz", "probability.nii.gz", "transform"),
+        *("report.html", "overview.png"),
+    }
+)
+
+
+class FileRecord(Record):
+    """One input file, or a folder with all in it."""
+
+    file: str
+    """Name, without its folder."""
+
+    stamp: str
+    """Digest of sizes and modification times: compared first, as it is cheap."""
+
+    sha256: str
+    """Of the content, first 32 hexadecimal digits."""
+
+
+class Provenance(Record):
+    """What a result was made from. A case is computed again only if one of these differs."""
+
+    version: str
+    """Of this package."""
+
+    results_format: int = RESULTS_FORMAT
+    """Format of results."""
+
+    settings: str
+    """Digest of all settings, device and number of threads."""
+
+    context: str
+    """Digest of the atlas: image, labels, structures."""
+
+    context_version: str
+    """Version of the program that trained the gate."""
+
+    weights: str | None
+    """SHA-256 of the model's weights; null where it has none on this machine."""
+
+    keep: bool
+    """Whether intermediate results are written. A result that has them serves where they are not wanted, too."""
+
+    formats: tuple[str, ...]
+    """File formats of the segmentation."""
+
+    series: str | None
+    """Which series of a DICOM folder."""
+
+    query: FileRecord | None = None
+    """The query's file or folder."""
+
+    transform: FileRecord | None = None
+    """The transform that was given instead of registering."""
+
+
+class InputRecord(Record):
+    """One input of a run."""
+
+    file: str
+    """Name, without its folder."""
+
+    notes: tuple[str, ...] = ()
+    """Remarks on its geometry."""
+
+
+class ContextRecord(Record):
+    """The context folder that was used."""
+
+    folder: str
+    """Name."""
+
+    sha256: str
+    """Of its list of checksums."""
+
+    atlassegfm: str
+    """Version that made it."""
+
+    files: dict[str, str]
+    """Names of the atlas's files, by role."""
+
+
+class Inputs(Record):
+    """Inputs of a run: names only, as folders in clinics name patients."""
+
+    atlas: InputRecord | None = None
+    labels: InputRecord | None = None
+    query: InputRecord | None = None
+    context: ContextRecord | None = None
+    transform: InputRecord | None = None
+
+
+class ModelRecord(Record):
+    """The segmentation model."""
+
+    name: str
+    summary: str = ""
+    code_licence: str = ""
+    weights_licence: str = ""
+    licence_accepted: str | None = None
+    """Date (ISO 8601) on which the licence of the weights was accepted."""
+
+    prompt: PromptKind | None = None
+    provenance: dict[str, Any] = Field(default_factory=dict)
+    """Files, versions or server that the model reports."""
+
+
+class RegistrationRecord(Record):
+    """The registration of atlas and query."""
+
+    source: Literal["fitted", "given"]
+    confidence: float | None
+    """In [0, 1]; null for a given transform that was not compared."""
+
+    members: int
+    """Fits of the deformable stage, averaged."""
+
+    folding: float | None
+    """Fraction of the body where the Jacobian determinant is not positive."""
+
+    jacobian: dict[str, float | None] | None
+    """Statistics of the Jacobian determinant."""
+
+    linear_query_to_atlas_mm: tuple[tuple[float, ...], ...]
+    """4 x 4, RAS+ mm."""
+
+
+class PromptRecord(Record):
+    """Prompt of one structure, in the voxels of the query as stored."""
+
+    kind: PromptKind
+    first_voxel: tuple[int, int, int]
+    last_voxel: tuple[int, int, int]
+    first_mm: tuple[float, float, float]
+    last_mm: tuple[float, float, float]
+
+
+class QualityRecord(Record):
+    """Quality estimate of one structure."""
+
+    verdict: Verdict
+    reason: str
+    estimated_dice: float | None
+    low: float | None
+    high: float | None
+    evidence: dict[str, float | None] | None
+
+
+class StructureRecord(Record):
+    """Outcome for one structure."""
+
+    value: int
+    name: str
+    status: Status
+    reason: str
+    volume_ml: float
+    outside_fraction: float
+    """Of the atlas's structure, outside the query's field of view."""
+
+    prompt: PromptRecord | None
+    quality: QualityRecord | None
+
+
+class RunRecord(Record):
+    """``run.json``: what was done and what came out. The same inputs and settings give the same bytes."""
+
+    format: int = RESULTS_FORMAT
+    inputs: Inputs
+    device: Literal["cpu", "cuda"]
+    seed: int
+    model: ModelRecord
+    registration: RegistrationRecord
+    gate: str | None
+    """Description of the gate."""
+
+    verdict: Verdict
+    """Worst of the structures."""
+
+    structures: tuple[StructureRecord, ...]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    dicom: dict[str, Any] | None = None
+    """For each DICOM file: its name and how it compares after reading it back."""
+
+    probability: tuple[str, ...] | None = None
+    """Structures of the volumes of probability.nii.gz, in order."""
+
+
+class StatusRecord(Record):
+    """``status.json``: how a case went."""
+
+    format: int = RESULTS_FORMAT
+    state: Literal["done", "failed"]
+    reason: str = ""
+    """Why it failed."""
+
+    is_input: bool = False
+    """Whether the query itself is to blame for a failure."""
+
+    attempts: int = 1
+    warnings: tuple[str, ...] = ()
+    """Reasons to doubt the result as a whole."""
+
+    total_seconds: float = 0.0
+    peak_memory_mb: int | None = None
+    seconds: dict[str, float] = Field(default_factory=dict)
+    """Wall time of each stage."""
+
+    registration_seconds: dict[str, float] = Field(default_factory=dict)
+    provenance: Provenance | None = None
+    """Null for a failure."""
+
+
+class CaseRecord(Record):
+    """One case of a cohort."""
+
+    case: str
+    query: str
+    state: State
+    kept: bool
+    """Whether an earlier run had done it."""
+
+    reason: str
+    """Why it failed."""
+
+    why: str
+    """Why it was computed: "new", "failed before", "other settings" and so on."""
+
+    attempts: int
+    seconds: float
+    peak_memory_mb: int | None
+    warnings: tuple[str, ...]
+
+
+class CohortRecord(Record):
+    """``cohort.json``: what became of all cases of a command."""
+
+    format: int = RESULTS_FORMAT
+    version: str
+    shard: str | None = None
+    device: str
+    model: str
+    workers: int
+    threads: int | None
+    cluster: str | None
+    counts: dict[str, int]
+    wall_seconds: float
+    cases: tuple[CaseRecord, ...]
