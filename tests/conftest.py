@@ -89,12 +89,12 @@ def made_up_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """The program with these arguments, in this process."""
-    from atlassegfm.cli.app import app as cli
+    from atlassegfm.cli.app import main
 
     def call(*arguments: str | Path) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["atlassegfm", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
         captured = capsys.readouterr()
         assert isinstance(ended.value.code, int)
         return Outcome(ended.value.code, captured.out, captured.err)

@@ -8,13 +8,24 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from atlassegfm.core.errors import InputError
 from atlassegfm.core.parallel import thread_variables
 from atlassegfm.jobs.plan import Case
-from atlassegfm.jobs.results import write_failure
+from atlassegfm.jobs.store import write_failure
 from atlassegfm.jobs.work import Ended
+from atlassegfm.records import Provenance, StatusRecord
+
+PROVENANCE = Provenance(
+    version="stand-in",
+    settings="",
+    context="",
+    context_version="",
+    weights=None,
+    keep=False,
+    formats=("rtstruct",),
+    series=None,
+)
 
 
 @dataclass(frozen=True)
@@ -46,8 +57,8 @@ class StandIn:
         return str(self.out)
 
     @property
-    def made_with(self) -> Mapping[str, Any]:
-        return {"program": "stand-in"}
+    def provenance(self) -> Provenance:
+        return PROVENANCE
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -56,7 +67,7 @@ class StandIn:
     def absolute(self) -> StandIn:
         return self
 
-    def open(self) -> Callable[[Case, int, Callable[[str], None]], Ended]:
+    def open(self, context: object = None) -> Callable[[Case, int, Callable[[str], None]], Ended]:
         if self.refuses:
             raise InputError("atlas.nii.gz: no such file")
         with (self.out / "opened.txt").open("a") as log:
@@ -69,18 +80,22 @@ class StandIn:
             if case.name.startswith(self.fatal) or (case.name.startswith(self.deadly) and attempt == 1):
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(self.seconds)
-            write_failure(self.out / case.name, {"state": "done", "made_with": self.made_with})
+            write_failure(self.out / case.name, StatusRecord(state="done", provenance=PROVENANCE))
             return Ended(case, "done", attempts=attempt)
 
         return do
 
     def give_up(self, case: Case, reason: str, attempts: int) -> Ended:
-        write_failure(self.out / case.name, {"state": "failed"})
+        write_failure(self.out / case.name, StatusRecord(state="failed"))
         return Ended(case, "failed", reason, attempts=attempts)
 
 
 class Silent:
     """Watches and says nothing."""
+
+    def planned(self, outcome: object) -> None: ...
+
+    def ended(self, row: object) -> None: ...
 
     def begun(self, case: Case) -> None: ...
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from atlassegfm.jobs.digests import digest, file_record, is_unchanged
 
 from atlassegfm import segment as pipeline
 from atlassegfm.atlas import Atlas
@@ -27,7 +28,6 @@ from atlassegfm.core.files import remove_unfinished
 from atlassegfm.core.image import save_volume
 from atlassegfm.jobs import Case, parse_shard, plan_cases, results, run_cohort
 from atlassegfm.jobs import work as work_module
-from atlassegfm.jobs.digests import digest, file_record, is_unchanged
 from atlassegfm.jobs.pool import run_here, run_in_processes, visible_gpus
 from conftest import Run
 from scenes import ATLAS, STRUCTURES, UNREGISTERED, Patient, straight_grid

@@ -1,4 +1,4 @@
-"""Islands and holes: what counts as one, by hand-made label maps."""
+"""Islands: what counts as one, by hand-made label maps."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import pytest
 from scipy import ndimage
 
 from atlassegfm.atlas import Atlas
+from atlassegfm.context import Context
 from atlassegfm.core.config import with_overrides
 from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap
-from atlassegfm.fusion.topology import Topology, changes_to, topologies_of
+from atlassegfm.fusion.topology import count_parts, find_islands, remove_islands
 from atlassegfm.models import OnPrompt
 from atlassegfm.prompts import MaskPrompt
 from atlassegfm.segment import segment
@@ -27,49 +28,39 @@ def cube(labels: np.ndarray, value: int, corner: tuple[int, int, int], size: int
     return labels
 
 
-def test_parts_and_holes_are_counted() -> None:
+def test_parts_are_counted() -> None:
     labels = cube(cube(empty(), 1, (0, 0, 0), 5), 1, (10, 0, 0), 4)
     labels[19, 15, 11] = 1  # a slip of the pen
-    cube(cube(labels, 2, (0, 8, 0), 5), 0, (2, 10, 2), 1)
-    assert topologies_of(labels) == {1: Topology(2, True), 2: Topology(1, False)}
-    assert topologies_of(empty()) == {}
+    cube(labels, 2, (0, 8, 0), 5)
+    assert count_parts(labels) == {1: 2, 2: 1}
+    assert count_parts(empty()) == {}
 
 
-def test_voxels_that_share_a_corner_belong_together() -> None:
-    labels = cube(cube(empty(), 1, (0, 0, 0), 3), 1, (3, 3, 3), 3)
-    assert topologies_of(labels)[1].parts == 1
+def test_voxels_that_share_a_corner_are_connected() -> None:
+    assert count_parts(cube(cube(empty(), 1, (0, 0, 0), 3), 1, (3, 3, 3), 3)) == {1: 1}
 
 
 def test_islands_go_and_the_largest_parts_stay() -> None:
     labels = cube(cube(cube(empty(), 3, (0, 0, 0), 6), 3, (10, 0, 0), 5), 3, (10, 10, 0), 2)
-    (changes,) = changes_to(labels, {3: Topology(1, True)}).values()
     # 216, 125 and 8 voxels: the second is more than 0.3 of the first and may be torn off it.
-    assert changes.islands.sum() == 8
-    assert not changes.holes.any()
-    assert changes_to(cube(labels, 0, (10, 0, 0), 5), {3: Topology(2, True)}) == {}
+    assert find_islands(labels == 3, 1).sum() == 8
+    assert not find_islands(cube(labels, 0, (10, 0, 0), 5) == 3, 2).any()
 
 
-def test_two_parts_wanted_two_found() -> None:
+def test_only_structures_of_the_atlas_change() -> None:
     labels = cube(cube(empty(), 3, (0, 0, 0), 6), 3, (10, 10, 0), 2)
-    assert changes_to(labels, {3: Topology(2, True)}) == {}
-    assert changes_to(labels, {}) == {}
-
-
-def test_holes_are_filled_where_the_atlas_is_solid() -> None:
-    labels = cube(cube(empty(), 1, (2, 2, 2), 7), 0, (4, 4, 4), 2)
-    change = changes_to(labels, {1: Topology(1, True)})[1]
-    assert change.holes.sum() == 8
-    assert changes_to(labels, {1: Topology(1, False)}) == {}
-
-
-def test_the_place_of_another_structure_is_no_hole() -> None:
-    """A heart's muscle around its blood, and a voxel of background between the two."""
-    labels = cube(cube(cube(empty(), 1, (2, 2, 2), 7), 0, (4, 4, 4), 3), 2, (4, 4, 4), 2)
-    assert changes_to(labels, {1: Topology(1, True), 2: Topology(1, True)}) == {}
+    masks = {3: LocalMap.from_full((labels == 3).astype(np.float32))}
+    for parts in ({3: 2}, {}):
+        same, unchanged = remove_islands(masks, masks, labels, parts)
+        assert same == masks
+        assert unchanged is labels
+    changed, without = remove_islands(masks, masks, labels, {3: 1})
+    assert (without == 3).sum() == 216
+    np.testing.assert_array_equal(changed[3].to_full(labels.shape) > 0, without == 3)
 
 
 class _WithIslands:
-    """Answers with the prompt, an island far off, and a hole in the middle."""
+    """Predicts the prompt and an island far off."""
 
     def __init__(self) -> None:
         self.provenance: dict[str, str] = {}
@@ -83,8 +74,6 @@ class _WithIslands:
         maps = {}
         for number, prompt in prompts.items():
             values = prompt.probability.to_full(encoded)
-            middle = np.argwhere(values >= 0.5).mean(axis=0).astype(int)
-            values[tuple(middle)] = 0
             values[0, number, 0] = 1
             maps[number] = LocalMap.from_full(values)
         return maps
@@ -93,7 +82,7 @@ class _WithIslands:
 @pytest.mark.parametrize("wanted", [True, False])
 def test_results_have_the_topology_of_the_atlas(wanted: bool) -> None:
     grid = straight_grid()
-    context = Atlas(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
+    atlas = Atlas(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
     overrides = [
         *UNREGISTERED,
         "fusion.gate=paper",
@@ -101,13 +90,13 @@ def test_results_have_the_topology_of_the_atlas(wanted: bool) -> None:
         "fusion.iterations=0",
         f"topology={str(wanted).lower()}",
     ]
-    result = segment(context, QUERY.scan(grid), with_overrides(Settings(), overrides), model=_WithIslands())
+    context = Context(atlas, with_overrides(Settings(), overrides))
+    result = segment(context, QUERY.scan(grid), model=_WithIslands())
     assert result.model_labels is not None
-    assert result.model_labels.data[0].any()  # what the model says is told as it is
+    assert result.model_labels.data[0].any()  # the prediction is reported as it is
     assert result.labels.data[0].any() == (not wanted)
     for value, maps in result.probabilities.items():
         mask = maps.fused.to_full(grid.shape) >= 0.5
         found = result.labels.data == value
         assert ndimage.label(found)[1] == (1 if wanted else 2)
-        assert topologies_of(found.astype(np.uint8))[1].is_solid == wanted
         assert (mask == found).all()
