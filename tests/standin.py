@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from atlassegfm.core.errors import InputError
@@ -15,6 +15,7 @@ from atlassegfm.jobs.plan import Case
 from atlassegfm.jobs.store import write_failure
 from atlassegfm.jobs.work import Ended
 from atlassegfm.records import Provenance, StatusRecord
+from atlassegfm.settings import Settings
 
 PROVENANCE = Provenance(
     version="stand-in",
@@ -51,6 +52,9 @@ class StandIn:
     fatal: str = "fatal"
     refuses: bool = False
     seconds: float = 0.0
+    device: str = "cpu"
+    threads: int = 1
+    settings: Settings = field(default_factory=Settings)
 
     @property
     def key(self) -> str:

@@ -35,7 +35,7 @@ from atlassegfm.settings import Settings
 from atlassegfm.transforms.maps import Affine, Chain, DisplacementField, displacement_on
 from atlassegfm.transforms.resample import resample
 from conftest import rotation
-from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
+from scenes import ATLAS, PAPER_GATE, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
 GRID = straight_grid()
 
@@ -64,10 +64,6 @@ def context(atlas: Atlas) -> Context:
 def context_for(atlas: Atlas, *overrides: str) -> Context:
     """With the paper's gate, which trains in no time."""
     return Context(atlas, settings(*PAPER_GATE, *overrides))
-
-
-#: Nothing but eq. 5, without training: for tests whose subject is another.
-PAPER_GATE = ("fusion.gate=paper", "fusion.iterations=0", "fusion.start=0.5")
 
 
 def settings(*overrides: str, registered: bool = False) -> Settings:

@@ -168,10 +168,10 @@ def segment(options: SegmentOptions) -> None:
                 from .report import report_on
 
                 report_on(options.out, [case.query for case in cases], session)
-    if _is_single(options, cases) and not outcome.failed:
-        print_result(cases[0], options.out, as_json=options.as_json)
-    else:
+    if not _is_single(options, cases) or (outcome.failed and options.as_json):
         print_outcome(outcome, options.out, as_json=options.as_json)
+    elif not outcome.failed:
+        print_result(cases[0], options.out, as_json=options.as_json)
     _exit(outcome, session)
 
 
@@ -255,7 +255,8 @@ def _run(options: SegmentOptions, cases: list[Case], work: SegmentWork, context:
         return run(cases, work, runner, progress, RunOptions(options.force, shard, workers, options.cluster))
     except (KeyboardInterrupt, SystemExit):
         done, left = progress.outcome.count("done"), progress.outcome.count("left")
-        session.say(f"stopped: {done} done, {left} left; the same command continues from there")
+        if len(cases) > 1:
+            session.say(f"stopped: {done} done, {left} left; the same command continues from there")
         raise
 
 
