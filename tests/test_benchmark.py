@@ -20,8 +20,11 @@ import numpy as np
 import pytest
 
 from atlassegfm.atlas import Atlas
-from atlassegfm.benchmark import METHODS, Pair, Plan, Record, Row, Variant, make_pairs, run, runner, write_reports
+from atlassegfm.benchmark import METHODS, Pair, PairRecord, Plan, Row, Variant, make_pairs, pairs, run, write_reports
+from atlassegfm.benchmark import plan as plan_module
+from atlassegfm.benchmark.plan import slug
 from atlassegfm.benchmark.tables import Column, columns_of, main_table
+from atlassegfm.context import Context
 from atlassegfm.core.config import with_overrides
 from atlassegfm.core.dataset import Dataset, load_dataset
 from atlassegfm.core.errors import InputError, RegistrationError
@@ -33,7 +36,7 @@ from atlassegfm.evaluate.tolerances import uniform
 from atlassegfm.prompts import ClickPrompt
 from atlassegfm.result import Segmentation
 from atlassegfm.settings import Settings
-from scenes import ATLAS, ORGANS, QUERY, STRUCTURES, UNREGISTERED, Patient, straight_grid
+from scenes import ATLAS, ORGANS, QUERY, QUICK_GATE, STRUCTURES, UNREGISTERED, Patient, straight_grid
 
 GRID = straight_grid((24, 20, 18), (4.0, 4.0, 4.0))
 #: The same place with other array axes.
@@ -46,7 +49,7 @@ SCANS = {
     "case_4": (Patient((0.0, 2.0, -3.0), 1.02), GRID),
 }
 LIVER, KIDNEY, NODE = (value for value, *_ in ORGANS)
-FAST = with_overrides(Settings(), UNREGISTERED)
+FAST = with_overrides(Settings(), [*UNREGISTERED, *QUICK_GATE])
 NO_MODEL = replace(FAST, model="none")
 TWO = (Variant("none", NO_MODEL), Variant("builtin", FAST))
 #: Of `all-pairs`.
@@ -89,16 +92,16 @@ def content_of(folder: Path) -> dict[str, bytes]:
 
 @dataclass
 class Spy:
-    """What the pipeline was asked for and gave; ``before`` may raise instead."""
+    """Calls of segment() and what it gave; ``before`` may raise instead."""
 
-    before: Callable[[int, Atlas, Volume], None]
+    before: Callable[[int, Context, Volume], None]
     calls: list[tuple[Any, ...]]
     results: list[Segmentation]
 
 
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
-    real = runner.segment
+    real = pairs.segment
     watched = Spy(lambda *_: None, [], [])
 
     def segment(*arguments: Any, **keywords: Any) -> Segmentation:
@@ -107,7 +110,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
         watched.results.append(real(*arguments, **keywords))
         return watched.results[-1]
 
-    monkeypatch.setattr(runner, "segment", segment)
+    monkeypatch.setattr(pairs, "segment", segment)
     return watched
 
 
@@ -120,7 +123,7 @@ def interrupt_at(number: int) -> Callable[..., None]:
 
 
 def fail_for(query: str) -> Callable[..., None]:
-    def before(_call: int, _context: Atlas, scan: Volume) -> None:
+    def before(_call: int, _context: Context, scan: Volume) -> None:
         assert scan.source is not None
         if query in scan.source.path.name:
             raise RegistrationError("nothing in common")
@@ -259,54 +262,60 @@ def test_the_oracle_picks_whoever_is_right() -> None:
     atlas, model, reference, expected = (
         Volume(np.array(values, np.uint8).reshape(2, 2, 2), grid) for values in maps.values()
     )
-    result = runner.oracle(atlas, model, reference)
+    result = pairs.oracle(atlas, model, reference)
     np.testing.assert_array_equal(result.data, expected.data)
     assert result.data.dtype == np.uint8
     # The reference may lie another way.
     flipped = Grid(grid.shape, grid.affine @ np.diag([-1.0, 1, 1, 1]) + np.outer([2.0, 0, 0, 0], [0, 0, 0, 1]))
     turned = Volume(reference.data[::-1].copy(), flipped)
-    np.testing.assert_array_equal(runner.oracle(atlas, model, turned).data, expected.data)
-    assert not np.array_equal(runner.oracle(atlas, model, Volume(turned.data, grid)).data, expected.data)
+    np.testing.assert_array_equal(pairs.oracle(atlas, model, turned).data, expected.data)
+    assert not np.array_equal(pairs.oracle(atlas, model, Volume(turned.data, grid)).data, expected.data)
 
 
 def score(dice: float, status: Any = "ok", cldice: float | None = None) -> StructureScores:
     return StructureScores(status, dice, dice / 2, 2.0, 1.5, 2.5, 10, 12, 0.1, 0.12, cldice, "")
 
 
-def test_records_come_back_from_json() -> None:
-    pair = Pair("atlas", "query")
+def test_records_come_back_from_json(tmp_path: Path) -> None:
     rows = (
-        Row("query", "atlas", 1, "liver", score(0.75)),
+        Row("query", "atlas", 1, "nan", score(0.75)),
         Row("query", "model", 1, "liver", score(math.nan, "both_empty", math.nan)),
     )
-    record = Record("v", pair, rows, "", {"warping": 0.5}, 0.5, 300, None, 0.25, None)
-    text = json.dumps(record.to_dict(), allow_nan=False)
-    back = Record.from_dict(json.loads(text))
-    assert replace(back, rows=()) == replace(record, rows=())
-    assert back.rows[0] == rows[0]
+    record = PairRecord(
+        variant="v",
+        pair=Pair("atlas", "query"),
+        rows=rows,
+        seconds={"warping": 0.5},
+        total_seconds=0.5,
+        peak_memory_mb=300,
+        confidence=0.25,
+    )
+    record.write(tmp_path / "pair.json")
+    json.loads((tmp_path / "pair.json").read_text(), parse_constant=pytest.fail)
+    back = PairRecord.read(tmp_path / "pair.json")
+    assert back.model_copy(update={"rows": ()}) == record.model_copy(update={"rows": ()})
+    assert back.rows[0] == rows[0]  # a structure may be called "nan"
     assert back.rows[0].scores.cldice is None
     scores = back.rows[1].scores
     assert scores.status == "both_empty"
     assert scores.cldice is not None
     assert all(math.isnan(value) for value in (scores.dice, scores.nsd, scores.cldice))
-    assert json.dumps(back.to_dict()) == text
-    failed = Record("v", pair, (), "nothing in common")
-    assert Record.from_dict(json.loads(json.dumps(failed.to_dict()))) == failed
+    assert back.to_json() == record.to_json()
 
 
 def test_structures_that_do_not_take_part_are_taken_out_of_the_atlas() -> None:
     context = Atlas.from_volumes(ATLAS.scan(GRID), ATLAS.labels(GRID), STRUCTURES)
     path = Path("labels.nii.gz")
-    small = runner.restricted(context, (LIVER, NODE, 99), path)
+    small = pairs.restricted(context, (LIVER, NODE, 99), path)
     assert small.values == (LIVER, NODE)
     assert [one.name for one in small.structures] == ["liver", "node"]
     assert set(np.unique(small.labels.data)) == {0, LIVER, NODE}
     np.testing.assert_array_equal(small.labels.data == NODE, context.labels.data == NODE)
     assert small.labels.data.dtype == context.labels.data.dtype
     assert KIDNEY in context.labels.data
-    assert runner.restricted(context, (LIVER, KIDNEY, NODE), path) is context
+    assert pairs.restricted(context, (LIVER, KIDNEY, NODE), path) is context
     with pytest.raises(InputError) as raised:
-        runner.restricted(context, (99,), path)
+        pairs.restricted(context, (99,), path)
     assert str(raised.value) == (
         "labels.nii.gz: has none of the structures of this benchmark; leave the case out of the atlases"
     )
@@ -380,10 +389,10 @@ def test_the_labels_of_the_query_are_not_given_away(dataset: Dataset, tmp_path: 
         run(plan_of(one, ONE_TO_ALL, Variant("default", FAST)), tmp_path / f"out{n}")
         for n, one in enumerate((dataset, other))
     ]
-    for context, query, settings, keywords in spy.calls:
-        assert settings is FAST
-        assert keywords.keys() == {"device", "on_stage", "model", "gate"}
-        assert context.labels.source.path.name == "case_1.nii.gz"
+    for context, query, keywords in spy.calls:
+        assert context.settings is FAST
+        assert keywords.keys() == {"device", "on_stage", "model"}
+        assert context.atlas.labels.source.path.name == "case_1.nii.gz"
         assert query.source.path.parent.name == "imagesTr"
         assert query.source.path.name != "case_1_0000.nii.gz"
     assert len(spy.results) == 6
@@ -416,7 +425,7 @@ def test_the_user_clicks_into_each_structure_and_has_no_atlas(
             clicked[prompt.ijk] = True
             return LocalMap.from_full(clicked)
 
-    monkeypatch.setattr(runner, "load_chosen", lambda *_: Model())
+    monkeypatch.setattr(pairs, "load_chosen", lambda *_: Model())
     user = Variant("user", FAST, prompts_from="user")
     assert user.scored == ("model",)
     # A click on case_4 for its two structures, on case_3 for all three.
@@ -439,7 +448,6 @@ def test_methods_depend_on_the_variant() -> None:
     assert Variant("v", NO_MODEL).scored == ("atlas",)
     without = ("atlas", "model", "fused", "oracle")
     assert Variant("v", with_overrides(FAST, ["fusion.gate=paper"])).scored == without
-    assert Variant("v", with_overrides(FAST, ["fusion.examples=round trip"])).scored == without
 
 
 def test_a_pair_that_fails_counts_as_missed(dataset: Dataset, tmp_path: Path, spy: Spy) -> None:
@@ -578,7 +586,7 @@ def test_records_come_variant_by_variant(dataset: Dataset, tmp_path: Path) -> No
 
 
 @pytest.fixture(scope="module")
-def finished(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, list[Record], Path]:
+def finished(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, list[PairRecord], Path]:
     """All pairs by two variants, run at one go; nothing may write into its folder."""
     out = tmp_path_factory.mktemp("finished") / "out"
     plan = plan_of(dataset, EVERY_PAIR, *TWO, command="atlassegfm benchmark --labels '*'")
@@ -588,7 +596,7 @@ def finished(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 
 def test_a_killed_run_ends_as_one_left_alone(
-    finished: tuple[Plan, list[Record], Path], tmp_path: Path, spy: Spy, caplog: pytest.LogCaptureFixture
+    finished: tuple[Plan, list[PairRecord], Path], tmp_path: Path, spy: Spy, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan, _, whole = finished
     out = tmp_path / "deep" / "out"
@@ -611,7 +619,7 @@ def test_a_killed_run_ends_as_one_left_alone(
     }
     # Nothing is left to be done.
     spy.calls.clear()
-    assert [record.to_dict() for record in run(plan, out)] == [record.to_dict() for record in records]
+    assert [record.to_json() for record in run(plan, out)] == [record.to_json() for record in records]
     assert not spy.calls
 
 
@@ -641,7 +649,7 @@ def test_a_pair_half_written_is_computed_again(
     assert len(spy.calls) == 2
 
 
-def test_a_damaged_pair_is_told(dataset: Dataset, tmp_path: Path, spy: Spy) -> None:
+def test_a_damaged_pair_is_reported(dataset: Dataset, tmp_path: Path, spy: Spy) -> None:
     plan, out = plan_of(dataset), tmp_path / "out"
     run(plan, out)
     path = out / "pairs/default/case_1/case_3.json"
@@ -650,7 +658,8 @@ def test_a_damaged_pair_is_told(dataset: Dataset, tmp_path: Path, spy: Spy) -> N
         path.write_text(damage)
         with pytest.raises(InputError) as raised:
             run(plan, out)
-        assert str(raised.value) == f"{path}: is damaged; delete it, and it is computed again"
+        assert str(raised.value).startswith(f"{path}: ")
+        assert str(raised.value).endswith("delete it, and it is computed again")
     path.unlink()
     spy.calls.clear()
     run(plan, out)
@@ -686,7 +695,7 @@ def test_another_benchmark_in_the_folder_is_refused(
     with pytest.raises(InputError) as raised:
         run(replace(plan, **changes), out)
     assert str(raised.value) == (
-        f"{out}: holds a benchmark made with other {named}; choose another folder, or begin anew with --force"
+        f"{out}: holds a benchmark made with other {named}; choose another folder, or begin again with --force"
     )
     assert content_of(out) == before
     assert not spy.calls
@@ -713,19 +722,15 @@ def test_names_that_meet_do_not_share_a_file(dataset: Dataset, tmp_path: Path) -
         run(plan_of(renamed, pairs, Variant("a b", NO_MODEL), Variant("a-b", NO_MODEL)), tmp_path / "other")
 
 
-def test_a_structure_may_be_called_nan() -> None:
-    record = Record("v", Pair("a", "q"), (Row("q", "atlas", 1, "nan", score(0.5)),))
-    assert Record.from_dict(json.loads(json.dumps(record.to_dict()))) == record
-
-
 @pytest.mark.parametrize("content", ["{", "[]", "3"])
-def test_a_damaged_plan_is_told(dataset: Dataset, tmp_path: Path, content: str) -> None:
+def test_a_damaged_plan_is_reported(dataset: Dataset, tmp_path: Path, content: str) -> None:
     plan, out = plan_of(dataset, ONE_TO_ALL[:1]), tmp_path / "out"
     run(plan, out)
     (out / "plan.json").write_text(content)
     with pytest.raises(InputError) as raised:
         run(plan, out)
-    assert str(raised.value) == f"{out / 'plan.json'}: is damaged; begin anew with --force, or choose another folder"
+    assert str(raised.value).startswith(f"{out / 'plan.json'}: ")
+    assert str(raised.value).endswith("begin again with --force, or choose another folder")
 
 
 def test_a_file_that_cannot_be_used_is_no_failure_of_the_method(dataset: Dataset, tmp_path: Path) -> None:
@@ -741,17 +746,18 @@ def test_a_file_that_cannot_be_used_is_no_failure_of_the_method(dataset: Dataset
     assert not any(record.failure for record in run(plan, out))
 
 
-def test_other_code_is_refused_and_other_files_are_computed_again(
+def test_another_version_is_refused_and_other_files_are_computed_again(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spy: Spy, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(dataset.folder, tmp_path / "data")
     plan, out = plan_of(load_dataset(tmp_path / "data")), tmp_path / "out"
-    monkeypatch.setattr(runner, "code_digest", lambda: "aa")
     run(plan, out)
-    monkeypatch.setattr(runner, "code_digest", lambda: "bb")
-    with pytest.raises(InputError, match=r"made with other code \(aa there, bb now\); choose another folder, or begin"):
-        run(plan, out)
-    monkeypatch.setattr(runner, "code_digest", lambda: "aa")
+    with monkeypatch.context() as patch:
+        patch.setattr(plan_module, "__version__", "9.8.7")
+        with pytest.raises(
+            InputError, match=r"made with other version \(.* there, 9\.8\.7 now\); choose another folder"
+        ):
+            run(plan, out)
     run(plan, out)
     scan = plan.dataset.case("case_3").image
     scan.write_bytes(scan.read_bytes() + b"\0")
@@ -759,7 +765,7 @@ def test_other_code_is_refused_and_other_files_are_computed_again(
     run(plan, out)
     assert len(spy.calls) == sum("case_3" in (pair.atlas, pair.query) for pair in plan.pairs) == 1
     assert caplog.messages == [
-        f"{out}: pairs whose files have changed, and that are computed again: 1",
+        "case_1 -> case_3: files have changed, and it is computed again",
         f"{out}: 2 of 3 are done already",
     ]
 
@@ -828,29 +834,11 @@ def test_folders_that_cannot_be_used(dataset: Dataset, tmp_path: Path) -> None:
     )
 
 
-def test_the_digest_is_that_of_the_code_that_decides_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = ("pipeline.py", "registration/instance.py", "cli/__init__.py", "report.py", "benchmark/runner.py")
-    for name in (*files, "benchmark/plots.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("1")
-    monkeypatch.setattr(runner, "__file__", str(tmp_path / "benchmark" / "runner.py"))
-    first = runner.code_digest()
-    assert re.fullmatch("[0-9a-f]{12}", first)
-    for name in ("cli/__init__.py", "report.py", "benchmark/plots.py"):
-        (tmp_path / name).write_text("2")
-        assert runner.code_digest() == first
-    found = {first}
-    for name in ("pipeline.py", "registration/instance.py", "benchmark/runner.py"):
-        (tmp_path / name).write_text("2")
-        found.add(runner.code_digest())
-    assert len(found) == 4
-
-
 def test_names_of_variants_become_folders() -> None:
-    assert runner.slug("rigid, affine") == "rigid-affine"
-    assert runner.slug("a/../b") == "a-..-b"
-    assert runner.slug("smoothness=0.5") == "smoothness=0.5"
-    assert runner.slug("ÄÖ") == "variant"
+    assert slug("rigid, affine") == "rigid-affine"
+    assert slug("a/../b") == "a-..-b"
+    assert slug("smoothness=0.5") == "smoothness=0.5"
+    assert slug("ÄÖ") == "variant"
 
 
 # Tables
@@ -898,7 +886,7 @@ def test_the_table_on_the_screen_by_hand() -> None:
     assert main_table([column, nothing])[2] == ["other", "fused", "–", "–", "–", "–", "1.5"]
 
 
-def test_columns_are_those_that_a_variant_shows(finished: tuple[Plan, list[Record], Path]) -> None:
+def test_columns_are_those_that_a_variant_shows(finished: tuple[Plan, list[PairRecord], Path]) -> None:
     plan, records, _ = finished
     shown = replace(plan, variants=(TWO[0], replace(TWO[1], methods=("model", "fused"))))
     columns = columns_of(shown, records)
@@ -933,7 +921,7 @@ def macro(table: Mapping[str, Mapping[tuple[str, str], float]]) -> float:
 
 @pytest.mark.parametrize("column", COLUMNS)
 def test_the_summary_can_be_computed_from_the_table(
-    finished: tuple[Plan, list[Record], Path], column: tuple[str, str]
+    finished: tuple[Plan, list[PairRecord], Path], column: tuple[str, str]
 ) -> None:
     out = finished[2]
     (found,) = (
@@ -964,7 +952,7 @@ def test_the_summary_can_be_computed_from_the_table(
     assert counts["not_in_atlas"] == 3
 
 
-def test_every_pair_of_columns_is_compared(finished: tuple[Plan, list[Record], Path]) -> None:
+def test_every_pair_of_columns_is_compared(finished: tuple[Plan, list[PairRecord], Path]) -> None:
     out = finished[2]
     comparisons = json.loads((out / "summary.json").read_text())["comparisons"]
     assert [(one["score"], tuple(one["first"]), tuple(one["second"])) for one in comparisons] == [
@@ -982,7 +970,7 @@ def test_every_pair_of_columns_is_compared(finished: tuple[Plan, list[Record], P
 
 
 def test_tables_have_a_row_for_each_score_and_empty_cells_for_none(
-    finished: tuple[Plan, list[Record], Path],
+    finished: tuple[Plan, list[PairRecord], Path],
 ) -> None:
     out = finished[2]
     rows = rows_of(out / "results.csv")
@@ -1001,7 +989,7 @@ def test_tables_have_a_row_for_each_score_and_empty_cells_for_none(
 
 
 def test_the_page_says_what_was_done(
-    dataset: Dataset, tmp_path: Path, finished: tuple[Plan, list[Record], Path]
+    dataset: Dataset, tmp_path: Path, finished: tuple[Plan, list[PairRecord], Path]
 ) -> None:
     page = (finished[2] / "report.md").read_text()
     assert page.startswith("# Dataset009_Small: made up\n\n```sh\natlassegfm benchmark --labels '*'\n```\n")

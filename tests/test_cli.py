@@ -231,7 +231,9 @@ def test_model_none(folder: Path, run: Run) -> None:
 
 
 def test_config_set_and_options_in_this_order(folder: Path, run: Run) -> None:
-    (folder / "mine.toml").write_text('seed = 5\nprompt = "box"\nmodel = "nothing"\n[fusion]\niterations = 7\nlearning_rate = 0.5\n')
+    (folder / "mine.toml").write_text(
+        'seed = 5\nprompt = "box"\nmodel = "nothing"\n[fusion]\niterations = 7\nlearning_rate = 0.5\n'
+    )
     outcome = run(
         *("segment", *ATLAS_ARGUMENTS, "query.nii.gz", "-o", "out", "--config", "mine.toml", *FAST),
         *("--set", "prompt=mask", "--set", "model=none", "--model", "builtin", "--json"),

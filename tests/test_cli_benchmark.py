@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from atlassegfm.benchmark import runner, timing
+from atlassegfm.benchmark import pairs, runner, timing
 from atlassegfm.core.errors import RegistrationError
 from atlassegfm.demo.phantom import PhantomPair
 from atlassegfm.registration.engines import peer as _peer
@@ -21,7 +21,7 @@ from conftest import Run
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 from test_benchmark import write_dataset, write_json
 
-FAST = [part for assignment in UNREGISTERED for part in ("--set", assignment)]
+FAST = [part for assignment in (*UNREGISTERED, *QUICK_GATE) for part in ("--set", assignment)]
 #: One pair and no pictures.
 ONE_PAIR = ["--protocol", "one-to-all", "--cases", "case_1,case_2", "--no-plots", "--quiet"]
 TABLES = {"plan.json", "results.csv", "times.csv", "summary.json", "report.md"}
@@ -268,14 +268,14 @@ def test_structures_by_name_and_what_is_left_out(folder: Path, run: Run) -> None
 
 
 def test_a_pair_that_fails_ends_in_exit_code_1(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = runner.segment
+    real = pairs.segment
 
     def segment(*arguments: Any, **keywords: Any) -> Any:
         if "case_3" in arguments[1].source.path.name:
             raise RegistrationError("nothing in common")
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(runner, "segment", segment)
+    monkeypatch.setattr(pairs, "segment", segment)
     arguments = ["data", "-o", "out", "--protocol", "one-to-all", "--models", "none", *FAST]
     outcome = run(*arguments, "--quiet")
     assert outcome.code == 1
@@ -292,7 +292,7 @@ def test_a_pair_that_fails_ends_in_exit_code_1(folder: Path, run: Run, monkeypat
 
 
 def test_an_interrupted_run_goes_on(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = runner.segment, []
+    real, calls = pairs.segment, []
 
     def segment(*arguments: Any, **keywords: Any) -> Any:
         calls.append(1)
@@ -300,7 +300,7 @@ def test_an_interrupted_run_goes_on(folder: Path, run: Run, monkeypatch: pytest.
             raise KeyboardInterrupt
         return real(*arguments, **keywords)
 
-    monkeypatch.setattr(runner, "segment", segment)
+    monkeypatch.setattr(pairs, "segment", segment)
     arguments = ["data", "-o", "out", "--protocol", "one-to-all", "--models", "none", "--no-plots", *FAST]
     outcome = run(*arguments)
     assert (outcome.code, outcome.out) == (130, "")
@@ -361,7 +361,7 @@ def test_bad_dataset(
     make: Callable[[Path], tuple[list[str], str]],
     command: str | None,
 ) -> None:
-    monkeypatch.setattr(runner, "segment", never)
+    monkeypatch.setattr(pairs, "segment", never)
     arguments, message = make(folder)
     before = tree(folder)
     protocol = ["--protocol", "one-shot-5fold"] if command else []
@@ -406,7 +406,7 @@ BAD_VARIANT = "expected NAME:KEY=VALUE, with semicolons between several"
 def test_bad_option(
     folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(runner, "segment", never)
+    monkeypatch.setattr(pairs, "segment", never)
     before = tree(folder)
     outcome = run("data", "-o", "out", "--protocol", "all-pairs", "--quiet", "--no-plots", *arguments)
     assert outcome.code == 2
@@ -436,7 +436,7 @@ def test_bad_option(
 def test_bad_option_of_a_subcommand(
     folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(runner, "segment", never)
+    monkeypatch.setattr(pairs, "segment", never)
     monkeypatch.setattr(timing, "segment", never)
     before = tree(folder)
     outcome = run(*arguments, "--quiet")
@@ -476,7 +476,7 @@ def test_plots_without_the_extra_are_refused_at_once(
     folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr(runner, "segment", never)
+    monkeypatch.setattr(pairs, "segment", never)
     before = tree(folder)
     outcome = run(*command, "data", "-o", "out", "--protocol", "all-pairs", "--quiet")
     assert (outcome.code, outcome.out) == (2, "")
@@ -497,7 +497,7 @@ def test_no_plots_need_no_extra(folder: Path, run: Run, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", ["data", "data/dataset.json"])
 def test_the_dataset_is_not_written_to(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(runner, "segment", never)
+    monkeypatch.setattr(pairs, "segment", never)
     before = tree(folder)
     for force in ([], ["--force"]):
         outcome = run("data", "-o", name, *ONE_PAIR, *force)
@@ -510,18 +510,18 @@ def test_the_dataset_is_not_written_to(folder: Path, run: Run, monkeypatch: pyte
 def test_another_benchmark_in_the_folder_is_refused(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["data", "-o", "out", *ONE_PAIR, *FAST, "--models", "none"]
     assert run(*arguments).code == 0
-    monkeypatch.setattr(runner, "segment", never)
+    monkeypatch.setattr(pairs, "segment", never)
     outcome = run(*arguments, "--labels", "liver", "--seed", "1")
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.endswith(
         "error: out: holds a benchmark made with other structures, tolerances_mm, variants; "
-        "choose another folder, or begin anew with --force\n"
+        "choose another folder, or begin again with --force\n"
     )
     assert run(*arguments).code == 0
 
 
 def test_what_cannot_be_compared_is_refused_at_once(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "segment", never)
+    monkeypatch.setattr(pairs, "segment", never)
     outcome = run("prompts", "data", "-o", "out", "--models", "builtin,none", *FAST)
     assert (outcome.code, outcome.err) == (2, "error: --models builtin,none: 'none' takes no prompt; leave it out\n")
     outcome = run("data", "-o", "out", "--labels", "liver", "--cldice", "node", *FAST)

@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from atlassegfm.core.errors import InputError, MissingExtraError
-from atlassegfm.jobs import Case, run_cohort
+from atlassegfm.jobs import Case
+from atlassegfm.jobs import run as run_jobs
 from atlassegfm.jobs.cluster import parse_options, require_cluster, run_on_cluster, slurm_cluster
 from conftest import Run
 from standin import Silent, StandIn
@@ -44,7 +45,7 @@ def dask_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Non
 def collect(work: StandIn, names: list[str], **options: Any) -> dict[str, Any]:
     cases = [Case(name, Path(f"{name}.nii")) for name in names]
     runner = functools.partial(run_on_cluster, **options)
-    return run_cohort(cases, work.out, work, runner, Silent()).rows
+    return run_jobs(cases, work, runner, Silent()).rows
 
 
 def test_a_worker_of_two_is_killed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
