@@ -11,7 +11,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 ITK_GLO
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow check format results bench profile docs clean
+.PHONY: help demo test test-all check format results bench profile docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,8 +22,8 @@ demo: $(STAMPS)/run ## do the whole job on an embedded pair of scans, into demo/
 test: $(STAMPS)/test ## run the tests that take seconds
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-slow: $(STAMPS)/test ## run the tests marked slow (real scans where ATLASSEGFM_DATA names them)
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m slow
+test-all: $(STAMPS)/test ## run all tests, the slow ones too (real scans in ../shared or $$ATLASSEGFM_DATA)
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
 
 check: $(STAMPS)/lint ## lint, format, types and import layers
 	$(BIN)/ruff check .
@@ -45,6 +45,7 @@ profile: $(STAMPS)/test ## profile one registration, and time its inner loop bef
 	$(BIN)/python benchmarks/registration_profile.py
 
 docs: $(STAMPS)/docs ## build the documentation into site/
+	$(BIN)/python docs/generate.py
 	$(BIN)/zensical build --clean --strict
 
 clean: ## delete what the other jobs made, .venv included

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from atlassegfm.jobs.digests import file_record
+from atlassegfm.jobs.results import RESULT_NAMES, RUN, SEGMENTATION, STATUS
+
 from atlassegfm.core.files import replaced_folder
 from atlassegfm.core.parallel import peak_memory_mb, reset_peak_memory
 from atlassegfm.jobs import Case, Outcome, plan_cases, run_cohort
-from atlassegfm.jobs.digests import file_record
 from atlassegfm.jobs.pool import run_here
-from atlassegfm.jobs.results import RESULT_NAMES, RUN, SEGMENTATION, STATUS
 from atlassegfm.jobs.work import Ended
 
 #: A query stands in with as many bytes: its content is read once, as that of a scan is.

@@ -594,6 +594,7 @@ def program(folder: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
             process.stdout.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at processes in /proc")
 def test_interrupted_killed_and_restarted_gives_the_same_bytes(
     folder: Path, run: Run, program: Callable[..., subprocess.Popen[str]]

@@ -14,7 +14,7 @@ from .session import open_session, print_json
 
 
 @options
-class CustomizeOptions(StructureOptions, ModelOptions, DeviceOptions, ScreenOptions):
+class CustomizeOptions(ScreenOptions, DeviceOptions, ModelOptions, StructureOptions):
     """Options of ``customize``."""
 
     atlas: Annotated[Path, typer.Option("--atlas", metavar="IMG", help="The annotated scan.")]

@@ -14,7 +14,7 @@ from .session import open_session, or_none, print_json, print_table, score_text
 
 
 @options
-class DemoOptions(SettingsOptions, DeviceOptions, ScreenOptions):
+class DemoOptions(ScreenOptions, DeviceOptions, SettingsOptions):
     """Options of ``demo``."""
 
     out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder for the scans and the result.")] = (

@@ -28,7 +28,7 @@ _NAMED = 10
 
 
 @options
-class SegmentOptions(AtlasOptions, ModelOptions, DeviceOptions, ScreenOptions):
+class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
     """Options of ``segment``."""
 
     queries: Annotated[
