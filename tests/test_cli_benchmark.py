@@ -18,7 +18,7 @@ from atlassegfm.core.errors import RegistrationError
 from atlassegfm.demo.phantom import PhantomPair
 from atlassegfm.registration.engines import peer as _peer
 from conftest import Run
-from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
+from scenes import ATLAS, QUERY, QUICK_GATE, STRUCTURES, UNREGISTERED, straight_grid
 from test_benchmark import write_dataset, write_json
 
 FAST = [part for assignment in (*UNREGISTERED, *QUICK_GATE) for part in ("--set", assignment)]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,24 +14,16 @@ from typer.core import TyperGroup
 
 from ..core.errors import InputError, MissingExtraError
 from .evaluate import DEFAULT_TOLERANCE_MM, CentrelineOption, LabelsOption, ToleranceOption, read_tolerance
-from .session import (
-    EXIT_FAILURES,
-    AcceptOption,
-    ConfigOption,
-    DeviceOption,
-    JsonOption,
-    ModelOption,
-    ModelPathOption,
-    QuietOption,
-    SeedOption,
-    SetOption,
-    accept_licences,
-    build_settings,
-    open_session,
-    print_json,
-    print_table,
+from .options import (
+    DeviceOptions,
+    ModelOptions,
+    ScreenOptions,
+    SettingsOptions,
+    command,
+    options,
     split_list,
 )
+from .session import EXIT_FAILURES, accept_licences, open_session, print_json, print_table
 
 if TYPE_CHECKING:
     from ..benchmark import Plan, Variant
@@ -59,15 +49,15 @@ app = typer.Typer(
     help="Measure on a labelled dataset: `benchmark DATASET [--protocol ...]`, or one of the comparisons below.",
 )
 
-DatasetArgument = Annotated[Path, typer.Argument(metavar="DATASET", help="Folder in nnU-Net raw layout, with labels.")]
 
+@options
+class BenchmarkOptions(ScreenOptions, DeviceOptions, SettingsOptions):
+    """Options of all comparisons."""
 
-@dataclass(frozen=True, kw_only=True)
-class _Options:
-    """What all comparisons take."""
-
+    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder in nnU-Net raw layout, with labels.")]
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="OUT", help="Folder of the benchmark; an interrupted one goes on.")
+        Path,
+        typer.Option("--out", "-o", metavar="OUT", help="Folder of the benchmark; an interrupted one is continued."),
     ]
     protocol: Annotated[
         str,
@@ -83,20 +73,14 @@ class _Options:
     tolerance: ToleranceOption = f"{DEFAULT_TOLERANCE_MM:g}"
     cldice: CentrelineOption = None
     channel: Annotated[int, typer.Option("--channel", metavar="N", help="Channel of the scans.")] = 0
-    model_path: ModelPathOption = None
-    accept_licence: AcceptOption = False
-    device: DeviceOption = "auto"
-    config: ConfigOption = None
-    overrides: SetOption = None
-    seed: SeedOption = None
+    model_path: Annotated[
+        Path | None, typer.Option("--model-path", metavar="PATH", help="File or folder of the model's weights.")
+    ] = None
+    accept_licence: Annotated[
+        bool, typer.Option("--accept-licence", help="Accept the licence of the models' weights; recorded once.")
+    ] = False
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots (extra 'report').")] = True
-    force: Annotated[bool, typer.Option("--force", help="Begin anew where OUT holds results.")] = False
-    as_json: JsonOption = False
-    quiet: QuietOption = False
-
-    def settings(self, model: str | None = None) -> Settings:
-        """The settings that the variants begin with."""
-        return build_settings(self.config, self.overrides, model=model, model_path=self.model_path, seed=self.seed)
+    force: Annotated[bool, typer.Option("--force", help="Begin again where OUT holds results.")] = False
 
     @property
     def title(self) -> str:
@@ -104,35 +88,16 @@ class _Options:
         return f"{self.protocol}, one of {self.every}" if self.every > 1 else self.protocol
 
 
-def _with_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command, whose last parameter is ``options``, those of :class:`_Options` one by one."""
-    own = inspect.signature(command, eval_str=True).parameters
-    shared = inspect.signature(_Options, eval_str=True).parameters
+@options
+class ProtocolOptions(BenchmarkOptions):
+    """Options of ``benchmark protocol``."""
 
-    @functools.wraps(command)
-    def run(**values: Any) -> None:
-        kept = {name: value for name, value in values.items() if name in own}
-        command(**kept, options=_Options(**{name: values[name] for name in shared}))
-
-    everything = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*own.values(), *shared.values())]
-    parameters = [one for one in everything if one.name != "options"]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
-    del run.__wrapped__
-    return run
-
-
-@app.command(_DEFAULT)
-@_with_options
-def protocol_command(
-    dataset: DatasetArgument,
-    options: _Options,
     models: Annotated[
         str | None, typer.Option("--models", metavar="A,B,...", help="Models side by side [default: builtin].")
-    ] = None,
+    ] = None
     engines: Annotated[
         str | None, typer.Option("--engines", metavar="A,B,...", help="Registration engines side by side.")
-    ] = None,
+    ] = None
     variants: Annotated[
         list[str] | None,
         typer.Option(
@@ -140,8 +105,10 @@ def protocol_command(
             metavar="NAME:KEY=VALUE[;KEY=VALUE...]",
             help="Also with these settings, side by side; may be repeated.",
         ),
-    ] = None,
-) -> None:
+    ] = None
+
+
+def protocol(options: ProtocolOptions) -> None:
     """Atlas only, model, fused and oracle over the pairs of a protocol (what `benchmark DATASET` runs)."""
 
     def columns() -> list[Variant]:
@@ -149,20 +116,28 @@ def protocol_command(
 
         base = options.settings()
         made = [Variant("", base)]
-        if models is not None:
-            made = [one for before in made for one in _with_models(before, split_list(models, "--models"))]
-        if engines is not None:
-            names = split_list(engines, "--engines")
+        if options.models is not None:
+            models = split_list(options.models, "--models")
+            made = [one for before in made for one in _with_models(before, models)]
+        if options.engines is not None:
+            names = split_list(options.engines, "--engines")
             made = [_with(one, engine, registration={"engine": engine}) for one in made for engine in names]
-        made += [_parsed(text, base) for text in variants or ()]
+        made += [_parsed(text, base) for text in options.variants or ()]
         return [replace(one, name=one.name or "default") for one in made]
 
-    _run(dataset, options.title, columns, options)
+    _run(options.title, columns, options)
 
 
-@app.command()
-@_with_options
-def ablation(dataset: DatasetArgument, options: _Options, model: ModelOption = None) -> None:
+@options
+class ModelBenchmarkOptions(BenchmarkOptions):
+    """Options of comparisons of one model."""
+
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="NAME", help="Segmentation model [default: builtin].")
+    ] = None
+
+
+def ablation(options: ModelBenchmarkOptions) -> None:
     """The paper's Table 4: stages of the registration off and on; the model alone, with prompts, with fusion.
 
     "user click" is the model alone: a simulated user, who sees the structure, clicks once into its middle. It is left
@@ -175,7 +150,7 @@ def ablation(dataset: DatasetArgument, options: _Options, model: ModelOption = N
         from ..models import describe_model
         from ..settings import NO_MODEL
 
-        base = options.settings(model=model)
+        base = options.settings()
         if base.model == NO_MODEL:
             raise InputError("an ablation needs a model; leave out --model none")
         stages = {
@@ -193,18 +168,19 @@ def ablation(dataset: DatasetArgument, options: _Options, model: ModelOption = N
             notes.append(f"left out: user click, which the model {base.model!r} does not take")
         return [*made, _with(Variant("", base), "all stages", registration=all_stages)]
 
-    _run(dataset, f"ablation, {options.title}", columns, options, notes)
+    _run(f"ablation, {options.title}", columns, options, notes)
 
 
-@app.command()
-@_with_options
-def prompts(
-    dataset: DatasetArgument,
-    options: _Options,
+@options
+class PromptsOptions(BenchmarkOptions):
+    """Options of ``benchmark prompts``."""
+
     models: Annotated[
         str, typer.Option("--models", metavar="A,B,...", help="Models, each with all the prompts it takes.")
-    ] = "builtin",
-) -> None:
+    ] = "builtin"
+
+
+def prompts(options: PromptsOptions) -> None:
     """The paper's Table 6: click, box and mask from the warped atlas, for each model that takes them.
 
     A model that takes no prompt has one column, "region".
@@ -215,25 +191,25 @@ def prompts(
         from ..models import describe_model
         from ..settings import NO_MODEL
 
-        if NO_MODEL in split_list(models, "--models"):
-            raise InputError(f"--models {models}: {NO_MODEL!r} takes no prompt; leave it out")
+        models = split_list(options.models, "--models")
+        if NO_MODEL in models:
+            raise InputError(f"--models {options.models}: {NO_MODEL!r} takes no prompt; leave it out")
         base = Variant("", options.settings(), methods=("model", "fused"))
         # "region" is no prompt that can be asked for: a model that takes it takes no other.
         return [
             _with(one, kind, prompt="auto" if kind == "region" else kind)
-            for one in _with_models(base, split_list(models, "--models"))
+            for one in _with_models(base, models)
             for kind in ("click", "box", "mask", "region")
             if kind in describe_model(one.settings.model).prompts
         ]
 
-    _run(dataset, f"prompts, {options.title}", columns, options)
+    _run(f"prompts, {options.title}", columns, options)
 
 
-@app.command()
-@_with_options
-def engines(
-    dataset: DatasetArgument,
-    options: _Options,
+@options
+class EnginesOptions(ModelBenchmarkOptions):
+    """Options of ``benchmark engines``."""
+
     engines: Annotated[
         str | None,
         typer.Option(
@@ -242,71 +218,75 @@ def engines(
             help="Registration engines [default: all that are installed; voxelmorph, which takes minutes a pair on a "
             "CPU, only with a GPU].",
         ),
-    ] = None,
-    model: ModelOption = None,
-) -> None:
+    ] = None
+
+
+def engines(options: EnginesOptions) -> None:
     """The paper's Table 7: registration engines, alternating on the same pairs so that their times compare."""
     notes: list[str] = []
 
     def columns() -> list[Variant]:
         from ..benchmark import Variant
 
-        base = Variant("", options.settings(model=model), methods=("atlas", "fused"))
-        names = _usable_engines(base.settings, options.device, notes) if engines is None else None
-        return [
-            _with(base, engine, registration={"engine": engine}) for engine in names or split_list(engines, "--engines")
-        ]
+        base = Variant("", options.settings(), methods=("atlas", "fused"))
+        if options.engines is None:
+            names = _usable_engines(base.settings, options.device, notes)
+        else:
+            names = list(split_list(options.engines, "--engines"))
+        return [_with(base, engine, registration={"engine": engine}) for engine in names]
 
-    _run(dataset, f"engines, {options.title}", columns, options, notes)
+    _run(f"engines, {options.title}", columns, options, notes)
 
 
-@app.command("time")
-def time_command(
+@options
+class TimeOptions(ScreenOptions, DeviceOptions, ModelOptions):
+    """Options of ``benchmark time``."""
+
     dataset: Annotated[
         Path | None,
-        typer.Argument(metavar="[DATASET]", help="Its first two cases; made-up scans if left out."),
-    ] = None,
-    labels: LabelsOption = None,
-    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Repeat; the median counts.")] = 3,
-    shape: Annotated[str, typer.Option("--shape", metavar="IxJxK", help="Voxels of both scans.")] = "256x256x240",
-    model: ModelOption = None,
-    device: DeviceOption = "auto",
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    seed: SeedOption = None,
-    model_path: ModelPathOption = None,
-    accept_licence: AcceptOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """The paper's Table 5: seconds and fitted numbers of each stage on scans of 256 x 256 x 240 voxels."""
-    with open_session(quiet) as session:
+        typer.Argument(metavar="[DATASET]", help="Its first two cases; the embedded pair if left out."),
+    ] = None
+    labels: LabelsOption = None
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Repeat; the median counts.")] = 3
+    shape: Annotated[str, typer.Option("--shape", metavar="IxJxK", help="Voxels of both scans.")] = "256x256x240"
+
+
+def time(options: TimeOptions) -> None:
+    """The paper's Table 5: seconds and parameters of each stage on scans of 256 x 256 x 240 voxels."""
+    with open_session(options.quiet) as session:
         from ..benchmark.timing import measure, scans_for
         from ..core.device import resolve_device
 
-        base = build_settings(config, overrides, model=model, model_path=model_path, seed=seed)
-        size, wanted = _shape(shape), split_list(labels, "--labels")
-        if wanted and dataset is None:
-            raise InputError("--labels belongs to a dataset; made-up scans are used as they are")
-        if accept_licence:
-            accept_licences([base.model], session)
+        base = options.settings()
+        size, wanted = _shape(options.shape), split_list(options.labels, "--labels")
+        if wanted and options.dataset is None:
+            raise InputError("--labels belongs to a dataset; the embedded scans are used as they are")
+        options.accept(base.model, session)
         session.progress("making the scans")
-        context, query = scans_for(dataset, size, wanted, base.seed)
-        timing = measure(context, query, base, device=resolve_device(device), rounds=rounds, on_stage=session.progress)
-    if as_json:
+        atlas, query = scans_for(options.dataset, size, wanted, base.seed)
+        device = resolve_device(options.device)
+        timing = measure(atlas, query, base, device=device, rounds=options.rounds, on_stage=session.progress)
+    if options.as_json:
         print_json(timing.to_dict())
         return
     sizes = " x ".join(str(n) for n in query.grid.shape)
-    source = "made-up scans" if dataset is None else dataset.name
-    plural = "run" if rounds == 1 else "runs"
+    source = "embedded scans" if options.dataset is None else options.dataset.name
+    plural = "run" if options.rounds == 1 else "runs"
     typer.echo(
-        f"{sizes} voxels ({source}), {len(context.structures)} structures, {timing.device}, "
-        f"median of {rounds} {plural}; peak {timing.peak_memory_mb} MB"
+        f"{sizes} voxels ({source}), {len(atlas.structures)} structures, {timing.device}, "
+        f"median of {options.rounds} {plural}; peak {timing.peak_memory_mb} MB"
     )
     rows = [
         (one.name, f"{one.seconds:.2f}", "" if one.parameters is None else str(one.parameters)) for one in timing.stages
     ]
-    print_table(("stage", "seconds", "fitted numbers"), rows, numbers_from=1)
+    print_table(("stage", "seconds", "parameters"), rows, numbers_from=1)
+
+
+command(app, ProtocolOptions, _DEFAULT)(protocol)
+command(app, ModelBenchmarkOptions, "ablation")(ablation)
+command(app, PromptsOptions, "prompts")(prompts)
+command(app, EnginesOptions, "engines")(engines)
+command(app, TimeOptions, "time")(time)
 
 
 def _usable_engines(settings: Settings, device: str, notes: list[str]) -> list[str]:
@@ -331,11 +311,7 @@ def _usable_engines(settings: Settings, device: str, notes: list[str]) -> list[s
 
 
 def _run(
-    folder: Path,
-    title: str,
-    columns: Callable[[], Sequence[Variant]],
-    options: _Options,
-    notes: Sequence[str] = (),
+    title: str, columns: Callable[[], Sequence[Variant]], options: BenchmarkOptions, notes: Sequence[str] = ()
 ) -> None:
     """Run a benchmark and print its table; the exit code says whether a pair failed.
 
@@ -352,7 +328,7 @@ def _run(
         from ..benchmark import run, write_reports
         from ..benchmark.tables import columns_of, main_table
 
-        plan = _plan(folder, title, columns(), options)
+        plan = _plan(title, columns(), options)
         if options.accept_licence:
             accept_licences([one.settings.model for one in plan.variants], session)
         dataset, cases = plan.dataset, [case.name for case in plan.dataset.cases]
@@ -378,7 +354,7 @@ def _run(
         raise typer.Exit(EXIT_FAILURES)
 
 
-def _plan(folder: Path, title: str, variants: Sequence[Variant], options: _Options) -> Plan:
+def _plan(title: str, variants: Sequence[Variant], options: BenchmarkOptions) -> Plan:
     """What is to be run, checked as far as can be without opening a scan."""
     from ..benchmark import Plan, make_pairs
     from ..core.dataset import load_dataset, pick_structures
@@ -394,7 +370,7 @@ def _plan(folder: Path, title: str, variants: Sequence[Variant], options: _Optio
         require_engine(one.settings.registration)
     seed = variants[0].settings.seed
     tolerances = read_tolerance(options.tolerance)
-    dataset = load_dataset(folder, channel=options.channel)
+    dataset = load_dataset(options.dataset, channel=options.channel)
     if options.cases is not None:
         dataset = dataset.select(split_list(options.cases, "--cases"))
     values = pick_structures(dataset, split_list(options.labels, "--labels") or ["*"])
