@@ -4,7 +4,7 @@ python benchmarks/flip.py DATA [--datasets PART,...] [--most N]
 
 DATA is a folder of datasets in nnU-Net raw layout. Each case is the atlas of each other one, as it is and mirrored
 left-right at the same grid, as a wrong header would have it. Both are fitted for every scan, and a mirrored scan has
-the two costs the other way round, so that one pair gives both. The figures in docs/check.md are from it.
+the two costs the other way round, so that one pair gives both. The figures in docs/how-to/check-scans.md are from it.
 """
 
 from __future__ import annotations

@@ -11,8 +11,10 @@ import pytest
 
 from atlassegfm import models
 from atlassegfm.atlas import Atlas
+from atlassegfm.context import Context
 from atlassegfm.core.config import with_overrides
 from atlassegfm.core.overlap import dice_per_structure
+from atlassegfm.jobs.store import RunInputs, run_record
 from atlassegfm.models import ModelDescription, load_model
 from atlassegfm.segment import segment
 from atlassegfm.settings import Settings
@@ -20,7 +22,7 @@ from conftest import Run
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "adding-a-model.md"
+PAGE = ROOT / "docs/development/adding-a-model.md"
 MOST_LINES = 40
 
 
@@ -56,15 +58,17 @@ def test_example_is_short() -> None:
 
 def test_example_does_its_job(growing: ModelDescription) -> None:
     grid = straight_grid()
-    context = Atlas.from_volumes(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
-    settings = with_overrides(Settings(), [*UNREGISTERED, "model=growing", "fusion.start=0"])
-    result = segment(context, QUERY.scan(grid), settings, device="cpu")
+    atlas = Atlas.from_volumes(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
+    settings = with_overrides(Settings(), [*UNREGISTERED, "model=growing", "fusion.gate=paper", "fusion.start=0"])
+    context = Context(atlas, settings)
+    query = QUERY.scan(grid)
+    result = segment(context, query, device="cpu")
     truth = QUERY.labels(grid).data
     assert result.prompt == "mask"
-    assert result.summary()["model"]["summary"] == growing.summary
-    before = dice_per_structure(result.atlas_labels.data, truth, context.values)
-    after = dice_per_structure(result.labels.data, truth, context.values)
-    assert all(after[value] > before[value] + 0.02 for value in context.values), (before, after)
+    assert run_record(result, RunInputs(context, query)).model.summary == growing.summary
+    before = dice_per_structure(result.atlas_labels.data, truth, atlas.values)
+    after = dice_per_structure(result.labels.data, truth, atlas.values)
+    assert all(after[value] > before[value] + 0.02 for value in atlas.values), (before, after)
 
 
 def test_example_is_listed_and_known(growing: ModelDescription, run: Run) -> None:

@@ -208,7 +208,7 @@ def test_whether_the_extra_is_installed(
 
 
 def test_every_model_is_in_the_documentation() -> None:
-    page = (Path(__file__).parents[1] / "docs/models.md").read_text()
+    page = (Path(__file__).parents[1] / "docs/how-to/models.md").read_text()
     for name, row in MODELS.items():
         assert f"`{name}`" in page
         if row.weights is not None:

@@ -149,7 +149,7 @@ def test_job_script(tmp_path: Path) -> None:
 
 def test_job_script_of_the_documentation(tmp_path: Path) -> None:
     """The command in the documentation gives the job script in the documentation."""
-    text = (ROOT / "docs/cohorts.md").read_text()
+    text = (ROOT / "docs/how-to/many-scans.md").read_text()
     command = re.search(r"```sh\n(atlassegfm segment [^`]*--cluster slurm[^`]*)```", text)
     script = re.search(r"```sh\n(#!/usr/bin/env bash\n[^`]*dask_worker[^`]*)```", text)
     assert command is not None
@@ -158,7 +158,7 @@ def test_job_script_of_the_documentation(tmp_path: Path) -> None:
     given = [words[number + 1] for number, word in enumerate(words) if word == "--cluster-option"]
     from atlassegfm.jobs.work import SegmentWork
 
-    work: Any = SegmentWork(tmp_path, None, None, "cpu", 1, False, {})  # type: ignore[arg-type]
+    work: Any = SegmentWork(tmp_path, None, None, "cpu", 1, False, None)  # type: ignore[arg-type]
     made = _script(work, parse_options(given), threads=1, gpu="cuda" in words)
     # What differs from machine to machine: the Python, the address, the names of workers and their folder.
     shown = [re.sub(r"^\S*python\S* |tcp://\S+|--name \S+", "", line).strip() for line in script.group(1).splitlines()]
