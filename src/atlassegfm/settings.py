@@ -535,8 +535,7 @@ class Settings:
     """What the model is prompted with; "auto" is the best of the prompts it takes."""
 
     topology: bool = True
-    """Whether the fused result loses islands and holes that the atlas's structures do not have; not with the model
-    "none", whose result is the warped atlas as it is."""
+    """Whether islands that the atlas's structures do not have are removed from the fused result."""
 
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Start of the random numbers: the same seed gives the same result on the same machine."""
