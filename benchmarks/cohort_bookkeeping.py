@@ -7,22 +7,20 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from atlassegfm.jobs.digests import file_record
-from atlassegfm.jobs.results import RESULT_NAMES, RUN, SEGMENTATION, STATUS
 
 from atlassegfm.core.files import replaced_folder
 from atlassegfm.core.parallel import peak_memory_mb, reset_peak_memory
-from atlassegfm.jobs import Case, Outcome, plan_cases, run_cohort
+from atlassegfm.jobs import Case, Outcome, plan_cases, run
+from atlassegfm.jobs.fingerprint import file_record
 from atlassegfm.jobs.pool import run_here
 from atlassegfm.jobs.work import Ended
+from atlassegfm.records import RESULT_NAMES, RUN, SEGMENTATION, STATUS, Provenance, StatusRecord
+from atlassegfm.settings import Settings
 
 #: A query stands in with as many bytes: its content is read once, as that of a scan is.
 QUERY_BYTES = 4096
@@ -33,6 +31,9 @@ class StandIn:
     """Writes the files of a result without computing any."""
 
     out: Path
+    device: str = "cpu"
+    threads: int = 1
+    settings: Settings = field(default_factory=Settings)
 
     @property
     def key(self) -> str:
@@ -40,9 +41,10 @@ class StandIn:
         return "stand-in"
 
     @property
-    def made_with(self) -> Mapping[str, Any]:
+    def provenance(self) -> Provenance:
         """What results depend on."""
-        return dict.fromkeys(("program", "settings", "context", "weights"), "0" * 32)
+        digests = dict.fromkeys(("version", "settings", "context", "context_version", "weights"), "0" * 32)
+        return Provenance(**digests, keep=False, formats=("nifti",), series=None)
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -53,16 +55,17 @@ class StandIn:
         """Itself."""
         return self
 
-    def open(self) -> Callable[[Case, int, Callable[[str], None]], Ended]:
+    def open(self, _context: object = None) -> Callable[[Case, int, Callable[[str], None]], Ended]:
         """Nothing to load."""
 
         def do(case: Case, attempt: int, tell: Callable[[str], None]) -> Ended:
             tell("writing")
-            status = {"state": "done", "made_with": {**self.made_with, "query": file_record(case.query)}}
+            made_from = self.provenance.model_copy(update={"query": file_record(case.query)})
+            status = StatusRecord(state="done", provenance=made_from)
             with replaced_folder(self.out / case.name, RESULT_NAMES) as new:
                 (new / SEGMENTATION).write_bytes(b"")
                 (new / RUN).write_text("{}")
-                (new / STATUS).write_text(json.dumps(status))
+                status.write(new / STATUS)
             return Ended(case, "done", attempts=attempt)
 
         return do
@@ -79,6 +82,12 @@ class Silent:
         """Nothing."""
 
     def stage(self, case: Case, text: str) -> None:
+        """Nothing."""
+
+    def planned(self, outcome: Outcome) -> None:
+        """Nothing."""
+
+    def ended(self, row: object) -> None:
         """Nothing."""
 
 
@@ -105,9 +114,9 @@ def measure(folder: Path, count: int) -> None:
     start = time.perf_counter()
     cases = plan_cases(sorted(scans.iterdir()), out)
     planned = time.perf_counter()
-    first = run_cohort(cases, out, StandIn(out), run_here, Silent())
+    first = run(cases, StandIn(out), run_here, Silent())
     ran = time.perf_counter()
-    again = run_cohort(plan_cases(sorted(scans.iterdir()), out), out, StandIn(out), run_here, Silent())
+    again = run(plan_cases(sorted(scans.iterdir()), out), StandIn(out), run_here, Silent())
     ended = time.perf_counter()
     check(first, again, count)
     more = (peak_memory_mb() or 0) - before

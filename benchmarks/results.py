@@ -199,19 +199,19 @@ class Found:
 
 def page(found: Mapping[str, Found]) -> Iterator[str]:
     """docs/results.md, line by line."""
-    codes = sorted({one.summary["code"] for one in found.values()})
+    formats = sorted({str(one.summary["format"]) for one in found.values()})
     version = next(iter(found.values())).summary["versions"]["atlassegfm"]
     yield "# Results"
     yield ""
     yield (
         "Written by `make results`; nothing here is typed by hand. AtlasSegFM "
-        f"{version} (code {', '.join(codes)} in `plan.json`), the same default settings and the built-in model on "
+        f"{version} (format {', '.join(formats)} of results), the same default settings and the built-in model on "
         f"every set, {os.cpu_count()} CPU cores ({platform.machine()}), no GPU. Benchmarks ran side by side, one "
         "thread each: the seconds are those of one thread on a busy machine. The section on time has an idle one."
     )
     yield ""
     yield (
-        "All figures are on the query's own grid, by the definitions in [Scores](metrics.md). The query's labels are "
+        "All figures are on the query's own grid, by the definitions in [Scores](explanation/scores.md). The query's labels are "
         "seen by the scoring alone. *Atlas only* is the warped atlas, *model* the built-in model prompted with it, "
         "*fused* the result by the default gate, with the paper's gate beside it, *oracle* what a gate would give that "
         "always picks the better of the two. ± is the "
