@@ -52,7 +52,7 @@ class TrainingSample:
     truth: Array
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Correction:
     """A trained network of two hidden layers, applied with numpy.
 
@@ -81,6 +81,11 @@ class Correction:
         expected = [self.mean.shape, *pairwise(widths), *((n,) for n in widths[1:])]
         if shapes != expected or self.embedding.shape[1:] != (EMBEDDING_WIDTH,):
             raise ValueError(f"not a correction network: shapes {shapes} and {self.embedding.shape}")
+
+    def __repr__(self) -> str:
+        return (
+            f"Correction({len(self.embedding)} structures, {self.parameter_count} parameters, strength {self.strength})"
+        )
 
     def __eq__(self, other: object) -> bool:
         """Compare all numbers exactly."""
