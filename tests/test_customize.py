@@ -85,7 +85,7 @@ def test_contents(ctx: Path, made: Context) -> None:
     assert content["atlassegfm"] == __version__
     assert content["model"] == {"name": "builtin", "prompt": "mask", "weights_sha256": ""}
     assert [one["name"] for one in content["structures"]] == ["liver", "kidney", "node"]
-    assert content["gate"]["examples"] == 12
+    assert content["gate"]["samples"] == 12
     for line in (ctx / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
         assert digest == hashlib.sha256((ctx / name).read_bytes()).hexdigest()
