@@ -21,13 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atlassegfm.atlas import Atlas
-from atlassegfm.benchmark.runner import restricted
+from atlassegfm.benchmark.pairs import restricted
+from atlassegfm.context import Context, customize
 from atlassegfm.core.config import with_overrides
 from atlassegfm.core.dataset import Dataset, load_dataset
 from atlassegfm.core.image import load_image, load_labels
 from atlassegfm.core.overlap import dice
-from atlassegfm.fusion.gate import Gate
-from atlassegfm.fusion.train import learn_gate
 from atlassegfm.quality import estimate
 from atlassegfm.quality.estimate import CALIBRATION, Regression, Term
 from atlassegfm.quality.evidence import Evidence
@@ -61,7 +60,7 @@ def measure(dataset: Dataset, values: Sequence[int], out: Path, *, only_measured
     rows: list[Row] = []
     names = sorted(case.name for case in dataset.cases)
     for atlas in names:
-        context, gate = None, None
+        context = None
         for query in names:
             if query == atlas:
                 continue
@@ -71,8 +70,7 @@ def measure(dataset: Dataset, values: Sequence[int], out: Path, *, only_measured
                     continue
                 if context is None:
                     context = _context(dataset, atlas, values)
-                    gate = learn_gate(context)
-                found = _pair(context, gate, dataset, query)
+                found = _pair(context, dataset, query)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.with_suffix(".part").write_text(json.dumps(found))
                 file.with_suffix(".part").replace(file)
@@ -83,18 +81,18 @@ def measure(dataset: Dataset, values: Sequence[int], out: Path, *, only_measured
     return rows
 
 
-def _context(dataset: Dataset, name: str, values: Sequence[int]) -> Atlas:
+def _context(dataset: Dataset, name: str, values: Sequence[int]) -> Context:
     case = dataset.case(name)
-    return restricted(Atlas.from_files(case.image, case.labels), values, case.labels)
+    atlas = restricted(Atlas.from_files(case.image, case.labels), values, case.labels)
+    return customize(Context(atlas, Settings()))
 
 
-def _pair(context: Atlas, gate: Gate | None, dataset: Dataset, query: str) -> list[Row]:
+def _pair(context: Context, dataset: Dataset, query: str) -> list[Row]:
     case = dataset.case(query)
     scan, truth = load_image(case.image), load_labels(case.labels).data
-    result = segment(context, scan, Settings(), gate=gate)
-    bare = segment(
-        context, scan, with_overrides(Settings(), ["model=none"]), transform=result.registration.fixed_to_moving
-    )
+    result = segment(context, scan)
+    without_model = Context(context.atlas, with_overrides(Settings(), ["model=none"]))
+    bare = segment(without_model, scan, transforms=[result.registration.fixed_to_moving])
     return [row for kind, one in (("builtin", result), ("none", bare)) for row in _rows(kind, one, truth)]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, fields, replace
 
 import numpy as np
 import pytest
 
 from atlassegfm.atlas import Atlas
+from atlassegfm.context import Context
 from atlassegfm.core.config import with_overrides
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
@@ -205,22 +205,25 @@ def test_evidence_is_about_the_world_not_the_array(affine: np.ndarray) -> None:
 @pytest.mark.parametrize("model", ["builtin", "none"])
 def test_results_carry_their_verdicts(model: str) -> None:
     grid = straight_grid((36, 30, 28), (2.5, 2.5, 2.5))
-    context = Atlas(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
+    atlas = Atlas(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
     settings = with_overrides(Settings(), [*UNREGISTERED, f"model={model}", "fusion.correction.iterations=3"])
-    result = segment(context, QUERY.scan(grid), settings)
-    summary = result.summary()
-    json.dumps(summary, allow_nan=False)
-    assert summary["quality"]["verdict"] == result.verdict
-    for one in summary["structures"]:
-        assert one["quality"]["verdict"] in VERDICTS
-        assert one["quality"]["low"] <= one["quality"]["estimated_dice"] <= one["quality"]["high"]
+    result = segment(Context(atlas, settings), QUERY.scan(grid))
+    found = [one.quality for one in result.structures if one.quality is not None]
+    assert len(found) == len(STRUCTURES)
+    assert result.verdict == overall(one.verdict for one in found)
+    for one in found:
+        assert one.verdict in VERDICTS
+        assert one.low is not None
+        assert one.high is not None
+        assert one.estimated_dice is not None
+        assert one.low <= one.estimated_dice <= one.high
 
 
 def test_structure_out_of_view_is_no_good_result() -> None:
     grid = straight_grid()
-    context = Atlas(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
+    atlas = Atlas(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
     beside = Grid((20, 40, 36), grid.affine @ affine_of(np.eye(3), (28.0, 0.0, 0.0)))
-    result = segment(context, QUERY.scan(beside), with_overrides(Settings(), [*UNREGISTERED, "model=none"]))
+    result = segment(Context(atlas, with_overrides(Settings(), [*UNREGISTERED, "model=none"])), QUERY.scan(beside))
     kidney = result.structures[1]
     assert kidney.status == "outside"
     assert kidney.quality is not None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 from .estimate import regressions
 from .evidence import Evidence
@@ -67,18 +67,6 @@ class StructureQuality:
     high: float | None = None
     evidence: Evidence | None = None
 
-    def summary(self) -> dict[str, Any]:
-        """Return plain values for ``run.json``."""
-        evidence = None if self.evidence is None else asdict(self.evidence)
-        return {
-            "verdict": self.verdict,
-            "reason": self.reason,
-            "estimated_dice": _rounded(self.estimated_dice),
-            "low": _rounded(self.low),
-            "high": _rounded(self.high),
-            "evidence": evidence and {name: _rounded(value) for name, value in evidence.items()},
-        }
-
 
 def judge(evidence: Evidence, model: str, confidence: float) -> StructureQuality:
     """Estimate the Dice of one structure and give a verdict.
@@ -115,7 +103,3 @@ def explain(name: str, evidence: Evidence) -> str:
 def overall(verdicts: Iterable[Verdict]) -> Verdict:
     """Return the worst of several verdicts; "review" if there are none."""
     return max(verdicts, key=VERDICTS.index, default="review")
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else round(float(value), 4)
