@@ -1,9 +1,8 @@
-"""Fit and check the estimate of the Dice coefficient from evidence that needs no labels (atlassegfm.quality.evidence).
+"""Fit and check the estimate of the Dice coefficient from evidence that needs no labels (atlassegfm.quality).
 
-Every ordered pair of the cases of three sets is segmented twice, with the built-in model and without one; evidence and
-true Dice of each structure are kept in a file for each pair, so that an interrupted run goes on. Then a ridge
-regression is fitted for each kind of result, and checked with pairs left out: all those of one query, of one atlas,
-and of one set.
+Every ordered pair of the cases of three sets is segmented with the built-in model and without one. Evidence and true
+Dice are kept in one file a pair, so that an interrupted run can be resumed. A ridge regression is fitted for each kind
+of result and cross-validated by query, by atlas and by set.
 
     python benchmarks/quality.py DATA OUT            # about an hour on 2 cores
     python benchmarks/quality.py DATA OUT --write    # and write the coefficients into the package
@@ -14,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from atlassegfm.atlas import Atlas
-from atlassegfm.benchmark.runner import restricted
+from atlassegfm.benchmark.pairs import restricted
+from atlassegfm.context import Context, customize
 from atlassegfm.core.config import with_overrides
 from atlassegfm.core.dataset import Dataset, load_dataset
 from atlassegfm.core.image import load_image, load_labels
 from atlassegfm.core.overlap import dice
-from atlassegfm.fusion.gate import Gate
-from atlassegfm.fusion.train import learn_gate
-from atlassegfm.quality import evidence as quality
+from atlassegfm.quality import estimate
+from atlassegfm.quality.estimate import CALIBRATION, Regression, Term
+from atlassegfm.quality.evidence import Evidence
+from atlassegfm.quality.verdict import FAILED_BELOW, GOOD_FROM
 from atlassegfm.result import Segmentation
 from atlassegfm.segment import segment
 from atlassegfm.settings import Settings
@@ -39,27 +40,27 @@ SETS = {
     "Dataset002_AbdCT": (1, 2, 3, 6),
     "Dataset005_Cardiac": (1, 2, 3),
 }
-#: A result below this is one to be found.
+#: Results of a lower Dice should be flagged.
 BAD = 0.7
-#: Strength of the ridge, in pairs of structures: 3, 10 and 30 differ by less than 0.01 in AUROC.
+#: Weight of the ridge penalty; 3, 10 and 30 differ by less than 0.01 in AUROC.
 RIDGE = 30.0
-#: What each regression may look at: another model's certainty is not the built-in one's, and without a model there is
-#: neither certainty nor agreement.
+#: Evidence left out of each regression: another model's certainty is not comparable to the built-in one's, and without
+#: a model there is neither certainty nor agreement.
 LEFT_OUT = {
     "builtin": (),
     "model": ("certainty",),
-    "none": ("certainty", "agreement", "drawn"),
+    "none": ("certainty", "agreement", "offset"),
 }
 
 Row = dict[str, Any]
 
 
 def measure(dataset: Dataset, values: Sequence[int], out: Path, *, only_measured: bool) -> list[Row]:
-    """Evidence and true Dice of each structure of each ordered pair."""
+    """Measure evidence and true Dice of each structure of each ordered pair."""
     rows: list[Row] = []
     names = sorted(case.name for case in dataset.cases)
     for atlas in names:
-        context, gate = None, None
+        context = None
         for query in names:
             if query == atlas:
                 continue
@@ -69,8 +70,7 @@ def measure(dataset: Dataset, values: Sequence[int], out: Path, *, only_measured
                     continue
                 if context is None:
                     context = _context(dataset, atlas, values)
-                    gate = learn_gate(context)
-                found = _pair(context, gate, dataset, query)
+                found = _pair(context, dataset, query)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.with_suffix(".part").write_text(json.dumps(found))
                 file.with_suffix(".part").replace(file)
@@ -81,18 +81,18 @@ def measure(dataset: Dataset, values: Sequence[int], out: Path, *, only_measured
     return rows
 
 
-def _context(dataset: Dataset, name: str, values: Sequence[int]) -> Atlas:
+def _context(dataset: Dataset, name: str, values: Sequence[int]) -> Context:
     case = dataset.case(name)
-    return restricted(Atlas.from_files(case.image, case.labels), values, case.labels)
+    atlas = restricted(Atlas.from_files(case.image, case.labels), values, case.labels)
+    return customize(Context(atlas, Settings()))
 
 
-def _pair(context: Atlas, gate: Gate | None, dataset: Dataset, query: str) -> list[Row]:
+def _pair(context: Context, dataset: Dataset, query: str) -> list[Row]:
     case = dataset.case(query)
     scan, truth = load_image(case.image), load_labels(case.labels).data
-    result = segment(context, scan, Settings(), gate=gate)
-    bare = segment(
-        context, scan, with_overrides(Settings(), ["model=none"]), transform=result.registration.fixed_to_moving
-    )
+    result = segment(context, scan)
+    without_model = Context(context.atlas, with_overrides(Settings(), ["model=none"]))
+    bare = segment(without_model, scan, transforms=[result.registration.fixed_to_moving])
     return [row for kind, one in (("builtin", result), ("none", bare)) for row in _rows(kind, one, truth)]
 
 
@@ -106,44 +106,31 @@ def _rows(kind: str, result: Segmentation, truth: NDArray[Any]) -> list[Row]:
     return rows
 
 
-def fit(rows: Sequence[Row], names: Sequence[str]) -> dict[str, Any]:
-    """Ridge regression of Dice on evidence."""
+def fit(rows: Sequence[Row], names: Sequence[str]) -> Regression:
+    """Fit a ridge regression of the Dice on evidence; its interval is still 0."""
     evidence, scores = _arrays(rows, names)
     mean, deviation = evidence.mean(axis=0), evidence.std(axis=0) + 1e-9
     scaled = (evidence - mean) / deviation
     weight = np.linalg.solve(scaled.T @ scaled + RIDGE * np.eye(len(names)), scaled.T @ (scores - scores.mean()))
-    return {
-        "names": list(names),
-        "mean": mean.tolist(),
-        "deviation": deviation.tolist(),
-        "weight": weight.tolist(),
-        "level": float(scores.mean()),
-        "below": 0.0,
-        "above": 0.0,
-    }
-
-
-def estimate(regression: dict[str, Any], rows: Sequence[Row]) -> NDArray[np.float64]:
-    """What the package would say of these."""
-    made = quality.Regression(**{k: tuple(v) if isinstance(v, list) else v for k, v in regression.items()})
-    return np.array(
-        [np.clip(made.level + sum(made.shares(quality.Evidence(**row["evidence"])).values()), 0, 1) for row in rows]
-    )
+    columns = zip(mean.tolist(), deviation.tolist(), weight.tolist(), strict=True)
+    terms = {name: Term(*column) for name, column in zip(names, columns, strict=True)}
+    return Regression(float(scores.mean()), 0.0, 0.0, terms)
 
 
 def left_out(rows: Sequence[Row], names: Sequence[str], group: Callable[[Row], str]) -> NDArray[np.float64]:
-    """Estimates for the rows of each group by a fit on all others."""
+    """Estimate the rows of each group by a fit on all others."""
     groups = [group(row) for row in rows]
     estimates = np.zeros(len(rows))
     for one in sorted(set(groups)):
         outside = [row for row, its in zip(rows, groups, strict=True) if its != one]
         inside = [n for n, its in enumerate(groups) if its == one]
-        estimates[inside] = estimate(fit(outside, names), [rows[n] for n in inside])
+        regression = fit(outside, names)
+        estimates[inside] = [regression.estimate(Evidence(**rows[n]["evidence"])) for n in inside]
     return estimates
 
 
 def auroc(scores: NDArray[np.float64], is_bad: NDArray[np.bool_]) -> float:
-    """Chance that a bad result has a lower score than another one; ties count half."""
+    """Compute the probability that a bad result has a lower score than another one; ties count half."""
     bad, other = scores[is_bad][:, None], scores[~is_bad][None]
     return float(((bad < other) + 0.5 * (bad == other)).mean()) if bad.size and other.size else float("nan")
 
@@ -170,10 +157,10 @@ def main() -> None:
             load_dataset(arguments.data / name), values, arguments.out, only_measured=arguments.only_measured
         )
     ]
-    regressions = {}
+    regressions: dict[str, Regression] = {}
     for kind, without in LEFT_OUT.items():
         mine = [row for row in rows if row["kind"] == ("none" if kind == "none" else "builtin")]
-        names = [name for name in quality.Evidence.__dataclass_fields__ if name not in without]
+        names = [name for name in Evidence.__dataclass_fields__ if name not in without]
         scores = _arrays(mine, names)[1]
         is_bad = scores < BAD
         print(f"\n{kind}: {len(mine)} structures, {int(is_bad.sum())} with a Dice below {BAD}")
@@ -195,11 +182,11 @@ def main() -> None:
                 print(f"    {one}: AUROC {auroc(estimates[here], is_bad[here]):.3f}, {int(is_bad[here].sum())} bad")
             if left == "query":
                 low, high = np.percentile(off, (10, 90))
-                regressions[kind] |= {"below": float(-low), "above": float(high)}
+                regressions[kind] = replace(regressions[kind], below=float(-low), above=float(high))
                 for verdict, first, last in (
-                    ("good", quality.GOOD_FROM, 2.0),
-                    ("review", quality.FAILED_BELOW, quality.GOOD_FROM),
-                    ("failed", -1.0, quality.FAILED_BELOW),
+                    ("good", GOOD_FROM, 2.0),
+                    ("review", FAILED_BELOW, GOOD_FROM),
+                    ("failed", -1.0, FAILED_BELOW),
                 ):
                     here = (estimates >= first) & (estimates < last)
                     print(
@@ -207,8 +194,9 @@ def main() -> None:
                         f"{int(is_bad[here].sum())} below {BAD}"
                     )
     if arguments.write:
-        file = Path(quality.__file__).with_name("quality.json")
-        file.write_text(json.dumps({"source": "benchmarks/quality.py", "regressions": regressions}, indent=1) + "\n")
+        file = Path(estimate.__file__).with_name(CALIBRATION)
+        plain = {kind: asdict(one) for kind, one in regressions.items()}
+        file.write_text(json.dumps({"source": "benchmarks/quality.py", "regressions": plain}, indent=1) + "\n")
         print(f"\nwritten: {file}")
 
 

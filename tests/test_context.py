@@ -86,7 +86,7 @@ def test_contents(ctx: Path, made: Context) -> None:
     assert content["atlassegfm"] == __version__
     assert content["model"] == {"name": "builtin", "prompt": "mask", "weights_sha256": ""}
     assert [one["name"] for one in content["structures"]] == ["liver", "kidney", "node"]
-    assert content["gate"]["examples"] == 12
+    assert content["gate"]["samples"] == 12
     for line in (ctx / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split("  ")
         assert digest == hashlib.sha256((ctx / name).read_bytes()).hexdigest()
@@ -300,7 +300,7 @@ def test_no_context(tmp_path: Path) -> None:
             "ctx: made with the prompt 'mask', but 'click' was asked for; leave it as it is, or make a context",
         ),
         ("fusion.learning_rate=0.1", r"ctx: made with fusion\.learning_rate = 1e-05, but 0\.1 was asked for"),
-        ("fusion.simulation.window=0.3", r"ctx: made with fusion\.simulation\.window = 0\.5, but 0\.3 was asked for"),
+        ("fusion.simulation.sigma=0.3", r"ctx: made with fusion\.simulation\.sigma = 0\.5, but 0\.3 was asked for"),
     ],
 )
 def test_settings_of_another_gate(ctx: Path, override: str, message: str) -> None:

@@ -24,7 +24,7 @@ from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap
 from atlassegfm.core.overlap import dice_per_structure
-from atlassegfm.fusion.smoothing import smoothed, window_mm
+from atlassegfm.fusion.smoothing import smooth, smoothing_sigma_mm
 from atlassegfm.jobs.store import RunInputs, run_record
 from atlassegfm.models import OnPrompt, load_model
 from atlassegfm.prompts import ClickPrompt, Prompt
@@ -102,7 +102,7 @@ def test_result_is_good_and_on_the_grid_of_the_query(context: Context) -> None:
         voxels = int((result.labels.data == one.structure.value).sum())
         assert one.volume_ml == pytest.approx(voxels * 8 / 1000)
     assert result.gate is not None
-    assert result.gate.examples == 3 * 4
+    assert result.gate.samples == 3 * 4
     assert result.prompt == "mask"
     assert set(result.seconds) == {"registration", "warping", "model", "fusion", "quality"}
 
@@ -368,9 +368,9 @@ def test_smoothing_comes_last(context: Context) -> None:
     )
     for value in context.atlas.values:
         one, other = (result.probabilities[value] for result in (wide, none))
-        width_mm = window_mm(0.2, one.atlas, none.grid)
-        assert width_mm > 0
-        expected = smoothed(other.fused, width_mm, none.grid).to_full(none.grid.shape)
+        sigma_mm = smoothing_sigma_mm(0.2, one.atlas, none.grid)
+        assert sigma_mm > 0
+        expected = smooth(other.fused, sigma_mm, none.grid).to_full(none.grid.shape)
         np.testing.assert_allclose(one.fused.to_full(none.grid.shape), expected, atol=1e-5)
 
 

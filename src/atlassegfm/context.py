@@ -410,7 +410,7 @@ def _read_gate(content: Mapping[str, Any], correction: Path) -> Gate:
     if not correction.exists():
         return Gate(**values)
     with np.load(correction, allow_pickle=False) as arrays:
-        return Gate(**values, correction=Correction.of_arrays(arrays))
+        return Gate(**values, correction=Correction.from_arrays(arrays))
 
 
 def _sha256(path: Path) -> str:

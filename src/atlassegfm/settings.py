@@ -311,30 +311,43 @@ class RegistrationSettings:
     """Of the engine ``elastix``."""
 
 
-@settings_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+@settings_dataclass(frozen=True, config=_STRICT)
 class SimulationSettings:
-    """Simulated errors of registration.
-
-    They were fitted to 33 real registrations (default settings): 8 of Abd-MR, 17 of Hippocampus, 8 of Cardiac, the
-    warped labels compared with the query's.
-    """
+    """Simulated registration errors; the defaults were fitted to the errors of 33 real registrations."""
 
     sizes: Annotated[tuple[Annotated[float, Field(gt=0, le=2)], ...], Field(min_length=1)] = (0.07, 0.10, 0.14, 0.20)
-    """Standard deviation of the displacement along each axis, as a share of the structure's radius; every structure
-    is simulated once with each. Of 4 sizes in a row (and 50 log-normal distributions of them) these are as near as
-    any to the Dice and the border distances of real registrations: medians of the Dice 0.82 (real 0.86) in Abd-MR, 0.82
-    (0.84) in Hippocampus, 0.79 (0.73) in Cardiac; of the mean border distance 0.10 (0.11), 0.10 (0.10) and 0.13 (0.15)
-    radii. Real ones have more outliers: a tenth of Abd-MR is off by more than 0.26 radii, here by 0.15."""
+    """Standard deviations of the displacement along each axis, as fractions of the structure's radius; every structure
+    is simulated once with each."""
 
-    window: Annotated[float, Field(gt=0, le=10)] = 0.5
-    """Standard deviation of the Gaussian window that smooths the displacement, as a share of the structure's radius.
-    0.2 / 0.35 / 0.5 / 0.8 / 1.3 fit Dice and distances equally well (1-Wasserstein distances 0.291 / 0.296 / 0.292 /
-    0.296 / 0.307 of the mean error). How errors of border points go together does tell: at 0.6 times three volumes over
-    the surface apart they correlate by 0.52 in Abd-MR, 0.41 in Hippocampus and 0.73 in Cardiac, with 0.2 by 0.27, 0.38
-    and 0.39, with 0.5 by 0.49, 0.50 and 0.57."""
+    sigma: Annotated[float, Field(gt=0, le=10)] = 0.5
+    """Sigma of the Gaussian that smooths the displacement, as a fraction of the structure's radius: with it, errors
+    along a border correlate as real ones do."""
 
 
-_STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+@settings_dataclass(frozen=True, config=_STRICT)
+class CorrectionSettings:
+    """Training of the network that corrects fused masks near their borders (default gate only)."""
+
+    iterations: Annotated[int, Field(ge=1, le=100_000)] = 400
+    """Steps of AdamW with a one-cycle learning rate."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3e-3
+    """Highest learning rate of the cycle."""
+
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-3
+    """Weight decay of AdamW."""
+
+    batch_samples: Annotated[int, Field(ge=1, le=1000)] = 6
+    """Simulated masks drawn for each step."""
+
+    batch_voxels: Annotated[int, Field(ge=1, le=100_000)] = 1000
+    """Voxels drawn of each of them."""
+
+    noise: Annotated[float, Field(ge=0, le=10)] = 0.3
+    """Noise added to the features in training, in their standard deviations, against overfitting to one scan."""
+
+    strength: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Fraction of the learned correction that is applied: real registration errors vary more than simulated ones."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
@@ -457,47 +470,32 @@ class ModelSettings:
     """Of the model ``vesselfm``."""
 
 
-@settings_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+@settings_dataclass(frozen=True, config=_STRICT)
 class FusionSettings:
-    """How the warped atlas and the model's answer become one."""
+    """How the warped atlas and the model's answer are fused."""
 
     gate: Literal["default", "paper"] = "default"
-    """Kind of gate. "paper" is eq. 5 of arXiv 2512.18176. "default" goes on from there: a small network, trained on
-    the same simulated masks, corrects the fused masks near their borders, and each structure is smoothed as much as did
-    best on them; see :mod:`atlassegfm.fusion.correction` and :mod:`atlassegfm.fusion.smoothing`. After a round trip there is one mask
-    a structure to learn from, which is too few: then both are the paper's."""
+    """Kind of gate. "paper" is eq. 5 of arXiv 2512.18176. "default" then corrects the fused masks near their borders
+    and smooths them, as learned on the same simulated masks."""
 
     kernels: tuple[int, ...] = (3, 5, 7)
     """Sizes of the max-poolings, voxels; odd [paper: 3, 5, 7]."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-5
-    """Step size of Adam [paper: 1e-5]; a weight moves by about this much an iteration."""
+    """Learning rate of Adam; a weight moves by about this much an iteration [paper: 1e-5]."""
 
     iterations: Annotated[int, Field(ge=0, le=100_000)] = 100
     """Steps of Adam; 0 keeps the constant gate [paper: 100]."""
 
     start: Literal["best"] | Annotated[float, Field(ge=0, le=1)] = "best"
-    """The constant K the gate starts at, all weights 0: a number (1 is the atlas alone, 0 the model alone), or "best",
-    which tries 0, 1/4, 1/2, 3/4 and 1 on the training examples."""
-
-    examples: Literal["simulated", "round trip"] = "simulated"
-    """Where the masks come from that the gate is trained on. "simulated": random smooth warps of the atlas's labels;
-    the gate is the same for all queries, and a context keeps it. "round trip": the labels go to the query and come back
-    by a second registration, anew for each query; how well they come back is told as round_trip_dice.
-    On 8 pairs each of Abd-MR, Abd-CT (liver, spleen, kidneys), Hippocampus and Cardiac, registered by default, the
-    fused Dice was 0.864 / 0.799 / 0.843 / 0.757 simulated and 0.864 / 0.799 / 0.839 / 0.756 by round trips (best gate
-    of each pair 0.864 / 0.800 / 0.849 / 0.762), in 11 / 23 / 0.4 / 5 s an atlas and 20 / 22 / 2.7 / 10 s a query."""
+    """Constant K that training starts from: a number (1 is the atlas alone, 0 the model alone), or "best", which tries
+    0, 1/4, 1/2, 3/4 and 1 on the training samples; the paper names none."""
 
     simulation: SimulationSettings = field(default_factory=SimulationSettings)
-    """Errors of the simulated masks."""
+    """Simulated registration errors that the gate is trained on."""
 
-    atlas_flattery: Annotated[float, Field(ge=0, le=1)] = 0.08
-    """After a round trip: how much closer to the truth the atlas's mask must be than the model's on the training
-    examples, in Dice, to be taken alone; in proportion for K in between. On a round trip the errors of both
-    registrations partly cancel, which flatters the atlas against the model: by 0.03 in the mean, by 0.10 on OASIS.
-    0 / 0.05 / 0.08 / 0.12 / 0.16 gave a Dice of 0.670 / 0.678 / 0.681 / 0.682 / 0.682 on queries (atlas alone 0.630,
-    model alone 0.682), and 0.632 / 0.626 / 0.624 / 0.617 / 0.611 where the model's answers were spoilt by an erosion;
-    see the top of this module. Simulated errors do not cancel, and need none."""
+    correction: CorrectionSettings = field(default_factory=CorrectionSettings)
+    """Training of the correction network of the default gate."""
 
     @field_validator("kernels")
     @classmethod

@@ -140,8 +140,7 @@ def _stages(results: Sequence[Segmentation]) -> list[Stage]:
     for name in last.seconds:
         fitted = None
         if name == "gate" and last.gate is not None:
-            correction = last.gate.correction
-            fitted = len(last.gate.weights) + 1 + (0 if correction is None else correction.fitted)
+            fitted = last.gate.parameter_count
         stages.append(Stage(name, median(one.seconds[name] for one in results), fitted))
         if name == "registration":
             stages += [

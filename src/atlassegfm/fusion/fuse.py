@@ -9,7 +9,7 @@ from ..core.mask import LocalMap
 from ..core.parallel import side_by_side
 from ..prompts import INSIDE
 from .gate import Gate, fuse
-from .smoothing import smoothed, window_mm
+from .smoothing import smooth, smoothing_sigma_mm
 
 
 def is_empty_prediction(predicted: LocalMap) -> bool:
@@ -56,7 +56,7 @@ def fuse_structures(
         if is_empty_prediction(predicted[n]):
             return fused[n]
         corrected = correction.apply(image, n, warped[n], fused)
-        share = gate.smoothing[n - 1] if gate.smoothing else 0.0
-        return smoothed(corrected, window_mm(share, warped[n], grid), grid)
+        fraction = gate.smoothing[n - 1] if gate.smoothing else 0.0
+        return smooth(corrected, smoothing_sigma_mm(fraction, warped[n], grid), grid)
 
     return dict(zip(fused, side_by_side(finish, fused), strict=True))

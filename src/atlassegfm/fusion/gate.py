@@ -1,34 +1,22 @@
-"""Fusing the warped atlas and the model's answer, and the label map made of the fused structures.
+"""The gate that fuses the warped atlas and the model's answer (arXiv 2512.18176, eq. 4 and 5).
 
-The gate is the paper's (arXiv 2512.18176, eq. 4 and 5): for each structure,
+For each structure
 
     M_final = M_fm + K (M_atlas - M_fm),    K = sigmoid(g([M_atlas, M_fm])),
 
-where g pools the two masks by maxima over 3, 5 and 7 voxels, side by side, and mixes the six results by
-learnable weights and a bias. K = 1 takes the atlas alone, K = 0 the model alone.
+where g max-pools both masks over 3, 5 and 7 voxels and mixes the six results by learned weights and a bias. K = 1 takes
+the atlas alone, K = 0 the model alone.
 
-It is trained on the atlas's own scan, whose truth is the atlas's labels; the label of a query plays no part. What the
-gate would meet on a query are masks as wrong as a registration makes them: they are simulated there
-(:mod:`atlassegfm.simulation`), once for all queries, or come from a round trip through the query.
-At the paper's learning rate a weight moves by at most 1e-3, so the gate ends where it starts, and the paper does
-not say where that is. Here it starts at a constant K, the one whose fused masks are closest to the truth on
-the training examples; after a round trip with a handicap for the atlas, see :class:`FusionSettings`.
-
-The default gate goes on from what the paper's has fused (:mod:`atlassegfm.correction`, then
-:mod:`atlassegfm.smoothing`).
-
-One gate serves all structures, each counting the same: a single example is noisy. Starts of each structure's own
-came to 0.676 to 0.682 on queries, half shrunk to the common one 0.677 to 0.682, the common one 0.678 to 0.682 (over
-handicaps of 0.05 to 0.16).
-
-Where nothing else is said, the figures here are mean Dice over the development sets (abdominal MR and CT, OASIS,
-hippocampus, heart), each set counting the same: 19 pairs, registered by affine and demons, with the built-in model.
+The gate is trained on the atlas's own scan, on simulated registration errors (:mod:`.simulation`). At the paper's
+learning rate it ends near where it starts, which the paper leaves open: here at the constant K that is best on the
+training samples. One gate serves all structures, each counting the same. The default gate then corrects borders
+(:mod:`.correction`) and smooths (:mod:`.smoothing`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -43,37 +31,30 @@ if TYPE_CHECKING:
     import torch
 
 
-#: Constant gates that are tried as the start.
+#: Constant gates tried as the start.
 _STARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
+#: K of a constant gate stays this far from 0 and 1, where its logit is infinite.
+_MIN_WEIGHT = 0.01
 
-#: K of a constant gate stays this far from 0 and 1, where its logit would be infinite. Moves the border of a
-#: fused mask only where the surer mask is within 0.01 of 1/2.
-_LEAST_GATE = 0.01
-
-
-#: Voxels of training at once: about what a core keeps in its cache.
+#: Voxels of training at a time: about what fits a core's cache.
 _CHUNK = 1 << 15
 
+#: Voxels of a sample that the default gate is trained on, drawn at random of more; the paper's takes all.
+_MAX_VOXELS = 200_000
 
-#: Voxels of an example that the default gate's mixture is trained on, at most: of more, some drawn at random. The
-#: paper's gate takes all. On a scan of 256 x 256 x 240 that is 3 instead of 21 seconds.
-_MOST_VOXELS = 200_000
-
-
-#: Dice of two starts that agree to this many digits are equal.
+#: Scores of two starts that agree to this many digits count as equal.
 _TIE_DIGITS = 6
 
 
 @dataclass(frozen=True, eq=False)
-class GateExample:
-    """One structure of the atlas's scan, as the gate would meet it on a query, and the truth.
+class GateSample:
+    """One structure of the atlas's scan, as a gate would meet it on a query, and its truth.
 
     Parameters
     ----------
     atlas : LocalMap
-        Imperfect mask of the structure on the atlas's grid, in [0, 1]: simulated, or what registration leaves of it
-        after a round trip through a query.
+        Simulated mask on the atlas's grid, in [0, 1].
     model : LocalMap
         The model's answer on the atlas's image, prompted with ``atlas``, in [0, 1].
     truth : LocalMap
@@ -94,27 +75,27 @@ class Gate:
     kernels : tuple of int
         Sizes of the max-poolings, voxels.
     weights : tuple of float
-        Of the pooled features: those of the atlas in the order of ``kernels``, then those of the model.
+        Weights of the pooled masks: of the atlas in the order of ``kernels``, then of the model.
     bias : float
         Added to the weighted sum.
     start : float
         K of the constant gate that training started from, in [0, 1].
-    examples : int
-        Masks it was trained on; 0 where there was none to learn from.
+    samples : int
+        Number of training samples; 0 for an untrained gate.
     dice_before, dice_after : float
-        Mean soft Dice on the training examples at the start and after training; NaN without examples.
+        Mean soft Dice of the training samples before and after training; NaN without samples.
     correction : Correction or None
-        What the default gate does to the masks that were fused; None for the paper's.
+        Correction after fusion; None for the paper's gate.
     smoothing : tuple of float
-        What the default gate does then: standard deviation of the window that smooths each structure, in the order of
-        their numbers, as a share of the structure's radius; empty for the paper's.
+        Sigma that smooths each structure after that, by number, as a fraction of the structure's radius; empty for the
+        paper's gate.
     """
 
     kernels: tuple[int, ...]
     weights: tuple[float, ...]
     bias: float
     start: float
-    examples: int = 0
+    samples: int = 0
     dice_before: float = math.nan
     dice_after: float = math.nan
     correction: Correction | None = None
@@ -122,42 +103,26 @@ class Gate:
 
     def __post_init__(self) -> None:
         if len(self.weights) != 2 * len(self.kernels):
-            raise ValueError(
-                f"{len(self.kernels)} kernels need {2 * len(self.kernels)} weights, not {len(self.weights)}"
-            )
+            raise ValueError(f"{len(self.weights)} weights for {len(self.kernels)} kernels; expected two for each")
 
     @classmethod
-    def constant(cls, share: float, kernels: Sequence[int] = (3, 5, 7)) -> Gate:
-        """The untrained gate that takes the same ``share`` (K, in [0, 1]) of the atlas everywhere."""
-        return cls(tuple(kernels), (0.0,) * (2 * len(kernels)), _bias_of(share), share)
+    def constant(cls, weight: float, kernels: Sequence[int] = (3, 5, 7)) -> Gate:
+        """Make the untrained gate of K = ``weight`` everywhere, in [0, 1]."""
+        inside = _clip_weight(weight)
+        return cls(tuple(kernels), (0.0,) * (2 * len(kernels)), math.log(inside / (1 - inside)), weight)
 
-    def weight_map(self, atlas: LocalMap, model: LocalMap, *, device: str = "cpu") -> LocalMap:
-        """K of eq. 5: the atlas's share at each voxel.
-
-        Parameters
-        ----------
-        atlas, model : LocalMap
-            Masks of one structure in [0, 1], on the same grid.
-        device : str
-            Where to compute, "cpu" or "cuda".
-
-        Returns
-        -------
-        LocalMap
-            float32 in [0, 1], on the box that holds both; K is not 0 outside, but nothing is fused there.
-        """
-        start, stop = _union(atlas, model)
-        share = self._share(*(_tensor(mask, start, stop, device) for mask in (atlas, model)))
-        return LocalMap(start, share.cpu().numpy())
+    @property
+    def parameter_count(self) -> int:
+        """Number of trained parameters, those of the correction included."""
+        return len(self.weights) + 1 + (0 if self.correction is None else self.correction.parameter_count)
 
     def describe(self) -> str:
-        """What the gate does, in one line."""
-        smoothed = sum(share > 0 for share in self.smoothing)
-        if not self.examples:
+        """Describe the gate in one line."""
+        if not self.samples:
             return f"not trained: takes {self.start:.0%} of the atlas everywhere"
-        masks = "1 mask" if self.examples == 1 else f"{self.examples} masks"
+        smoothed = sum(sigma > 0 for sigma in self.smoothing)
         return (
-            f"starts at {self.start:.0%} atlas; trained on {masks}: "
+            f"starts at {self.start:.0%} atlas; trained on {self.samples} mask{'' if self.samples == 1 else 's'}: "
             f"soft Dice {self.dice_before:.4f} to {self.dice_after:.4f}, "
             f"largest weight {max(abs(weight) for weight in self.weights):.1e}"
             f"{'' if self.correction is None else '; then corrected near borders'}"
@@ -165,84 +130,70 @@ class Gate:
         )
 
     def as_the_paper(self) -> Gate:
-        """The gate of eq. 5 alone, without what the default gate does after it."""
+        """Return the gate of eq. 5 alone, without correction and smoothing."""
         return replace(self, correction=None, smoothing=())
 
-    def _share(self, atlas: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-        """(I, J, K) the gate on two masks of that shape."""
+    def _weight_map(self, atlas: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+        """K of eq. 5, (I, J, K), for two masks of that shape."""
         import torch
 
-        mixed = torch.full_like(atlas, self.bias)
+        logit = torch.full_like(atlas, self.bias)
         for mask, weights in ((atlas, self.weights[: len(self.kernels)]), (model, self.weights[len(self.kernels) :])):
-            for pooled, weight in zip(_pooled(mask, self.kernels), weights, strict=True):
-                mixed.add_(pooled, alpha=weight)
-        return mixed.sigmoid_()
+            for pooled, weight in zip(_max_pool(mask, self.kernels), weights, strict=True):
+                logit.add_(pooled, alpha=weight)
+        return logit.sigmoid_()
 
 
-def train_gate(
-    examples: Mapping[int, GateExample] | Sequence[GateExample],
-    settings: FusionSettings | None = None,
-    *,
-    device: str = "cpu",
-) -> Gate:
+def train_gate(samples: Iterable[GateSample], settings: FusionSettings | None = None, *, device: str = "cpu") -> Gate:
     """Train one gate on the structures of the atlas's scan.
 
     Parameters
     ----------
-    examples : mapping of int to GateExample, or sequence of GateExample
-        One or several for each structure. Those without truth, or where both masks agree everywhere, teach nothing and
-        are left out.
+    samples : iterable of GateSample
+        One or several of each structure. Those without truth, or whose masks are equal, are left out.
     settings : FusionSettings, optional
         Defaults if left out.
-    device : str
-        Where to compute, "cpu" or "cuda".
+    device : {"cpu", "cuda"}
 
     Returns
     -------
     Gate
-        A constant one of K = 1/2 (or the ``start`` asked for) where no example teaches anything.
+        Without usable samples a constant one: of K = 1/2, or of the ``start`` in the settings.
     """
     settings = settings or FusionSettings()
-    given = examples.values() if isinstance(examples, Mapping) else examples
-    most = _MOST_VOXELS if settings.gate == "default" else None
-    lessons = [lesson for example in given if (lesson := _lesson(example, settings.kernels, device, most)) is not None]
-    # Simulated errors do not cancel, so that nothing flatters the atlas there.
-    flattery = settings.atlas_flattery if settings.examples == "round trip" else 0.0
-    start = _best_start(lessons, flattery) if settings.start == "best" else settings.start
+    limit = _MAX_VOXELS if settings.gate == "default" else None
+    prepared = [_prepare(one, settings.kernels, device, limit) for one in samples]
+    usable = [one for one in prepared if one is not None]
+    start = _best_start(usable) if settings.start == "best" else settings.start
     gate = Gate.constant(start, settings.kernels)
-    return _descended(gate, lessons, settings) if lessons else gate
+    return _optimise(gate, usable, settings) if usable else gate
 
 
 def fuse(atlas: LocalMap, model: LocalMap, gate: Gate, *, device: str = "cpu") -> LocalMap:
-    """Eq. 4: one structure's warped mask and the model's answer, mixed voxel by voxel.
+    """Fuse one structure's warped mask and the model's answer voxel by voxel (eq. 4).
 
     Parameters
     ----------
     atlas, model : LocalMap
-        In [0, 1], on the same grid; their boxes may differ, or be empty.
+        In [0, 1], on the same grid; their boxes may differ or be empty.
     gate : Gate
-        Says how much of each.
-    device : str
-        Where to compute, "cpu" or "cuda".
+    device : {"cpu", "cuda"}
 
     Returns
     -------
     LocalMap
         float32 in [0, 1], on the box that holds both.
     """
-    start, stop = _union(atlas, model)
+    start, stop = _bounding_box(atlas, model)
     one, other = (_tensor(mask, start, stop, device) for mask in (atlas, model))
-    # Written so that the result lies between the two, whatever the rounding; where they agree, it is exact.
-    fused = other.lerp(one, gate._share(one, other)).clamp_(0, 1)
+    # Interpolated, so that rounding cannot leave the range of the two masks, and equal values stay exact.
+    fused = other.lerp(one, gate._weight_map(one, other)).clamp_(0, 1)
     return LocalMap(start, fused.cpu().numpy())
 
 
 @dataclass(frozen=True, eq=False)
-class _Lesson:
-    """What one example can teach: the N voxels where the masks differ, and sums over all others.
-
-    Where the masks agree the fused mask is theirs whatever the gate, so these voxels enter the Dice as
-    constants, without approximation.
+class _TrainingData:
+    """The N voxels of a sample where the masks differ, and sums over all others, whose fused value is fixed.
 
     Parameters
     ----------
@@ -252,15 +203,12 @@ class _Lesson:
         M_fm, M_atlas - M_fm, and the truth.
     sides : tensor, (2, N)
         ``step`` times ``truth``, and ``step``.
-    each : float
-        How many voxels each of the N stands for.
-    model_truth : float
-        Sum over all voxels of M_fm times truth.
-    total : float
-        Sum over all voxels of M_fm plus truth.
+    weight : float
+        Number of voxels that each of the N stands for.
+    model_truth, total : float
+        Sums over all voxels of M_fm times truth, and of M_fm plus truth.
     agreed : tuple of int, (3,)
-        Voxels where the masks agree: inside the fused mask, inside both it and the truth; and all voxels of the
-        truth.
+        Voxels inside where the masks agree, those of them inside the truth, and all voxels of the truth.
     """
 
     features: torch.Tensor
@@ -268,79 +216,77 @@ class _Lesson:
     step: torch.Tensor
     truth: torch.Tensor
     sides: torch.Tensor
-    each: float
+    weight: float
     model_truth: float
     total: float
     agreed: tuple[int, int, int]
 
 
-def _lesson(example: GateExample, kernels: tuple[int, ...], device: str, most: int | None = None) -> _Lesson | None:
-    """The example as training needs it, of at most so many voxels; None where it teaches nothing."""
+def _prepare(sample: GateSample, kernels: Sequence[int], device: str, limit: int | None = None) -> _TrainingData | None:
+    """Training data of at most ``limit`` voxels; None where nothing can be learned."""
     import torch
 
-    start, stop = _union(example.atlas, example.model)
-    atlas, model, truth = (_tensor(mask, start, stop, device) for mask in (example.atlas, example.model, example.truth))
+    start, stop = _bounding_box(sample.atlas, sample.model)
+    atlas, model, truth = (_tensor(mask, start, stop, device) for mask in (sample.atlas, sample.model, sample.truth))
     differs = atlas != model
-    if example.truth.is_empty or not bool(differs.any()):
+    if sample.truth.is_empty or not bool(differs.any()):
         return None
     agreed = (model >= INSIDE) & ~differs
     taken, count = differs.flatten().nonzero()[:, 0], int(differs.sum())
-    if most is not None and count > most:
-        drawn = np.sort(np.random.default_rng(0).choice(count, most, replace=False, shuffle=False))
+    if limit is not None and count > limit:
+        drawn = np.sort(np.random.default_rng(0).choice(count, limit, replace=False, shuffle=False))
         taken = taken[torch.from_numpy(drawn).to(device)]
-    pooled = [values.flatten()[taken] for mask in (atlas, model) for values in _pooled(mask, kernels)]
-    step, true = (atlas - model).flatten()[taken], truth.flatten()[taken]
-    return _Lesson(
+    pooled = [values.flatten()[taken] for mask in (atlas, model) for values in _max_pool(mask, kernels)]
+    step, inside = (atlas - model).flatten()[taken], truth.flatten()[taken]
+    return _TrainingData(
         features=torch.stack((*pooled, torch.ones_like(step))),
         model=model.flatten()[taken],
         step=step,
-        truth=true,
-        sides=torch.stack((step * true, step)),
-        each=count / len(taken),
+        truth=inside,
+        sides=torch.stack((step * inside, step)),
+        weight=count / len(taken),
         model_truth=float((model * truth).sum(dtype=torch.float64)),
-        # Truth outside both masks is missed whatever the gate, and counts.
-        total=float(model.sum(dtype=torch.float64)) + float(example.truth.values.sum(dtype=np.float64)),
+        # Truth outside both masks is missed by any gate, and counts.
+        total=float(model.sum(dtype=torch.float64)) + float(sample.truth.values.sum(dtype=np.float64)),
         agreed=(
             int(agreed.sum()),
             int((agreed & (truth >= INSIDE)).sum()),
-            int(np.count_nonzero(example.truth.values >= INSIDE)),
+            int(np.count_nonzero(sample.truth.values >= INSIDE)),
         ),
     )
 
 
-def _best_start(lessons: Sequence[_Lesson], atlas_flattery: float) -> float:
-    """The constant K whose masks are closest to the truth, in the mean over the examples; of equal ones, next to 1/2.
+def _best_start(samples: Sequence[_TrainingData]) -> float:
+    """The constant K of the best mean Dice; of equal ones, the next to 1/2.
 
-    Closest by the Dice of the masks, cut at 1/2 as in the result, not by the soft Dice of the training: along
-    constant gates that one always is best at K = 0 or K = 1, as it is a ratio of two linear functions of K, and it
-    prefers the mask with the harder border.
+    Of masks thresholded as the result is: the soft Dice of constant gates is always best at K = 0 or K = 1.
     """
-    if not lessons:
+    if not samples:
         return 0.5
     scores = []
-    for share in _STARTS:
-        score = math.fsum(_constant_dice(lesson, share) for lesson in lessons) / len(lessons) - atlas_flattery * share
-        scores.append((round(score, _TIE_DIGITS), -abs(share - 0.5), share))
+    for weight in _STARTS:
+        score = math.fsum(_constant_dice(one, weight) for one in samples) / len(samples)
+        scores.append((round(score, _TIE_DIGITS), -abs(weight - 0.5), weight))
     return max(scores)[-1]
 
 
-def _constant_dice(lesson: _Lesson, share: float) -> float:
-    """Dice of the mask that the constant gate of K = ``share`` leads to."""
-    inside, common, true = lesson.agreed
-    mask = lesson.model + _inside_unit(share) * lesson.step >= INSIDE
-    both = lesson.each * int((mask & (lesson.truth >= INSIDE)).sum())
-    return 2 * (common + both) / (inside + lesson.each * int(mask.sum()) + true)
+def _constant_dice(sample: _TrainingData, weight: float) -> float:
+    """Dice of the mask that the constant gate of K = ``weight`` makes."""
+    inside, common, truth = sample.agreed
+    mask = sample.model + _clip_weight(weight) * sample.step >= INSIDE
+    both = sample.weight * int((mask & (sample.truth >= INSIDE)).sum())
+    return 2 * (common + both) / (inside + sample.weight * int(mask.sum()) + truth)
 
 
-def _descended(gate: Gate, lessons: Sequence[_Lesson], settings: FusionSettings) -> Gate:
-    """The gate after the paper's training: Adam on the Dice loss, the mean over the examples."""
+def _optimise(gate: Gate, samples: Sequence[_TrainingData], settings: FusionSettings) -> Gate:
+    """The gate after the paper's training: Adam on the mean Dice loss of the samples."""
     import torch
 
     parameters = torch.tensor((*gate.weights, gate.bias), dtype=torch.float64)
     optimiser = torch.optim.Adam([parameters], lr=settings.learning_rate)
 
     def mean_dice() -> tuple[float, torch.Tensor]:
-        scores = [_soft_dice(lesson, parameters) for lesson in lessons]
+        scores = [_soft_dice(one, parameters) for one in samples]
         return sum(dice for dice, _ in scores) / len(scores), torch.stack([slope for _, slope in scores]).mean(dim=0)
 
     before, slope = after, _ = mean_dice()
@@ -349,37 +295,36 @@ def _descended(gate: Gate, lessons: Sequence[_Lesson], settings: FusionSettings)
         optimiser.step()
         after, slope = mean_dice()
     *weights, bias = parameters.tolist()
-    return Gate(gate.kernels, tuple(weights), bias, gate.start, len(lessons), before, after)
+    return Gate(gate.kernels, tuple(weights), bias, gate.start, len(samples), before, after)
 
 
-def _soft_dice(lesson: _Lesson, parameters: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Soft Dice of the fused mask, and its derivatives by the parameters: weights, then bias.
+def _soft_dice(sample: _TrainingData, parameters: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Soft Dice of the fused mask, and its gradient by weights and bias.
 
-    With the sums P of K step truth and Q of K step, the Dice is 2 (model_truth + P) / (total + Q). Derivatives
-    of both sums are taken along with them, so that the features are read once.
+    With the sums P of K step truth and Q of K step it is 2 (model_truth + P) / (total + Q). The gradients of both sums
+    are taken along with them, so that the features are read once.
     """
     import torch
 
-    mixture = parameters.to(lesson.features.device, torch.float32)
+    mixture = parameters.to(sample.features.device, torch.float32)
     sums = torch.zeros(2, dtype=torch.float64)
     slopes = torch.zeros((len(parameters), 2), dtype=torch.float64)
-    for first in range(0, lesson.step.numel(), _CHUNK):
-        features = lesson.features[:, first : first + _CHUNK]
-        sides = lesson.sides[:, first : first + _CHUNK]
-        share = (mixture @ features).sigmoid_()
-        sums += (sides @ share).cpu()
-        slopes += (features @ (sides * (share - share.square())).T).cpu()
-    sums, slopes = lesson.each * sums, lesson.each * slopes
-    size = lesson.total + float(sums[1])
-    dice = 2 * (lesson.model_truth + float(sums[0])) / size
+    for first in range(0, sample.step.numel(), _CHUNK):
+        features = sample.features[:, first : first + _CHUNK]
+        sides = sample.sides[:, first : first + _CHUNK]
+        weight = (mixture @ features).sigmoid_()
+        sums += (sides @ weight).cpu()
+        slopes += (features @ (sides * (weight - weight.square())).T).cpu()
+    sums, slopes = sample.weight * sums, sample.weight * slopes
+    size = sample.total + float(sums[1])
+    dice = 2 * (sample.model_truth + float(sums[0])) / size
     return dice, (2 * slopes[:, 0] - dice * slopes[:, 1]) / size
 
 
-def _pooled(mask: torch.Tensor, kernels: Sequence[int]) -> list[torch.Tensor]:
+def _max_pool(mask: torch.Tensor, kernels: Sequence[int]) -> list[torch.Tensor]:
     """(I, J, K) each: maxima over cubes of the given odd sizes, cut off at the border of the array.
 
-    The maximum over a cube is that of maxima along its three axes, and of a larger odd window that of
-    smaller ones: a few passes instead of 7^3 = 343 comparisons a voxel.
+    Taken axis by axis and from smaller to larger cubes: a few passes instead of 7^3 comparisons a voxel.
     """
     import torch
 
@@ -400,8 +345,8 @@ def _pooled(mask: torch.Tensor, kernels: Sequence[int]) -> list[torch.Tensor]:
     return [by_size[kernel] for kernel in kernels]
 
 
-def _union(*masks: LocalMap) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """First voxel and one past the last of the box that holds all masks; a box of no voxels if all are empty."""
+def _bounding_box(*masks: LocalMap) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """First voxel and one past the last of the box that holds all masks; of no voxels if all are empty."""
     boxes = [(mask.start, mask.stop) for mask in masks if mask.values.size]
     if not boxes:
         return (0, 0, 0), (0, 0, 0)
@@ -417,11 +362,5 @@ def _tensor(mask: LocalMap, start: Sequence[int], stop: Sequence[int], device: s
     return torch.from_numpy(mask.on_box(start, stop)).to(device)
 
 
-def _inside_unit(share: float) -> float:
-    return min(max(share, _LEAST_GATE), 1 - _LEAST_GATE)
-
-
-def _bias_of(share: float) -> float:
-    """The logit that a sigmoid turns into ``share``."""
-    inside = _inside_unit(share)
-    return math.log(inside / (1 - inside))
+def _clip_weight(weight: float) -> float:
+    return min(max(weight, _MIN_WEIGHT), 1 - _MIN_WEIGHT)

@@ -17,10 +17,10 @@ from ..models import Segmenter
 from ..models.prompted import PromptedScan
 from ..prompts import PromptKind
 from ..settings import Settings
-from .correction import Lesson, lesson, train_correction
-from .gate import Gate, GateExample, fuse, train_gate
-from .simulation import simulated_mask
-from .smoothing import best_share
+from .correction import TrainingSample, make_training_sample
+from .gate import Gate, GateSample, fuse, train_gate
+from .simulation import simulate_mask
+from .smoothing import best_smoothing
 
 
 def train_gate_on_atlas(
@@ -57,31 +57,33 @@ def train_gate_on_atlas(
     truths = {n: _label_mask(labels.data, box, n) for n, box in enumerate(boxes, start=1)}
     scan = PromptedScan(model, prompt, image, atlas.names)
     sizes = options.simulation.sizes
-    samples: list[dict[int, GateExample]] = []
+    samples: list[dict[int, GateSample]] = []
 
     def simulate(which: tuple[int, int]) -> LocalMap:
         draw, n = which
         seed = (settings.seed, draw, n)
-        return simulated_mask(labels, boxes[n - 1], n, size=sizes[draw], window=options.simulation.window, seed=seed)
+        return simulate_mask(labels, boxes[n - 1], n, size=sizes[draw], sigma=options.simulation.sigma, seed=seed)
 
     for draw in range(len(sizes)):
         masks = dict(zip(truths, side_by_side(simulate, ((draw, n) for n in truths)), strict=True))
         predicted = scan.predict(masks, on_structure).masks
-        samples.append({n: GateExample(masks[n], mask, truths[n]) for n, mask in predicted.items()})
+        samples.append({n: GateSample(masks[n], mask, truths[n]) for n, mask in predicted.items()})
     gate = train_gate([one for drawn in samples for one in drawn.values()], options, device=device)
     if options.gate == "paper":
         return gate
 
     fused = [{n: fuse(one.atlas, one.model, gate, device=device) for n, one in drawn.items()} for drawn in samples]
 
-    def training_sample(which: tuple[int, int]) -> Lesson | None:
+    def training_sample(which: tuple[int, int]) -> TrainingSample | None:
         draw, n = which
         one, seed = samples[draw][n], (settings.seed, draw, n)
-        return lesson(image, n, one.atlas, fused[draw], one.truth, seed=seed)
+        return make_training_sample(image, n, one.atlas, fused[draw], one.truth, seed=seed)
+
+    from .correction_training import train_correction  # loads PyTorch
 
     drawn_structures = [(draw, n) for draw, drawn in enumerate(samples) for n in drawn]
     training = [one for one in side_by_side(training_sample, drawn_structures) if one is not None]
-    correction = train_correction(training, len(truths), seed=settings.seed)
+    correction = train_correction(training, len(truths), options.correction, seed=settings.seed)
     if correction is None:
         return gate
 
@@ -91,7 +93,7 @@ def train_gate_on_atlas(
             for masks, drawn in zip(fused, samples, strict=True)
             if n in drawn
         )
-        return best_share(trials, image.grid)
+        return best_smoothing(trials, image.grid)
 
     return replace(gate, correction=correction, smoothing=tuple(side_by_side(smoothing, truths)))
 

@@ -1,4 +1,4 @@
-"""Dice estimated from evidence."""
+"""Dice coefficient estimated from evidence by a linear regression."""
 
 from __future__ import annotations
 
@@ -13,50 +13,56 @@ from pydantic import TypeAdapter
 
 from .evidence import Evidence
 
-#: Written by ``benchmarks/quality.py``.
-_COEFFICIENTS = "calibration.json"
+#: Written by ``benchmarks/quality.py --write``.
+CALIBRATION = "calibration.json"
+
+#: Evidence is clipped to this many standard deviations from its mean: the regression does not extrapolate.
+_MAX_DEVIATIONS = 3.0
 
 
-#: Evidence further than this many standard deviations from the mean of the calibration counts as that far: beyond what
-#: it was fitted on a straight line says nothing.
-_FARTHEST = 3.0
+@dataclass(frozen=True)
+class Term:
+    """One piece of evidence: mean and standard deviation in the calibration, and Dice per standard deviation."""
+
+    mean: float
+    deviation: float
+    weight: float
 
 
 @dataclass(frozen=True)
 class Regression:
-    """A linear estimate of the Dice coefficient from evidence.
+    """A linear estimate of the Dice coefficient.
 
     Parameters
     ----------
-    names : tuple of str
-        Fields of :class:`Evidence`.
-    mean, deviation, weight : tuple of float
-        Of each: over the pairs it was fitted on, and what a standard deviation of it adds.
     level : float
-        Mean Dice over these pairs.
+        Mean Dice in the calibration.
     below, above : float
-        How far the Dice of four structures in five lies from the estimate at most, on pairs left out of the fit.
+        Widths of the 80 % interval below and above the estimate, from pairs left out of the fit.
+    terms : mapping of str to Term
+        By field of :class:`.Evidence`.
     """
 
-    names: tuple[str, ...]
-    mean: tuple[float, ...]
-    deviation: tuple[float, ...]
-    weight: tuple[float, ...]
     level: float
     below: float
     above: float
+    terms: Mapping[str, Term]
 
-    def shares(self, evidence: Evidence) -> dict[str, float]:
-        """What each piece of evidence adds to the level."""
+    def contributions(self, evidence: Evidence) -> dict[str, float]:
+        """Compute what each piece of evidence adds to the level."""
         return {
-            name: weight * float(np.clip((getattr(evidence, name) - mean) / deviation, -_FARTHEST, _FARTHEST))
-            for name, mean, deviation, weight in zip(self.names, self.mean, self.deviation, self.weight, strict=True)
+            name: term.weight
+            * float(np.clip((getattr(evidence, name) - term.mean) / term.deviation, -_MAX_DEVIATIONS, _MAX_DEVIATIONS))
+            for name, term in self.terms.items()
         }
+
+    def estimate(self, evidence: Evidence) -> float:
+        """Estimate the Dice coefficient, in [0, 1]."""
+        return float(np.clip(self.level + sum(self.contributions(evidence).values()), 0, 1))
 
 
 @cache
 def regressions() -> Mapping[str, Regression]:
-    """The estimates, by what they are for: "builtin", another "model", or "none"."""
-    text = resources.files(__package__).joinpath(_COEFFICIENTS).read_text(encoding="utf-8")
-    adapter = TypeAdapter(dict[str, Regression])
-    return adapter.validate_python(json.loads(text)["regressions"])
+    """Load the regressions by model: "builtin", any other "model", and "none"."""
+    text = resources.files(__package__).joinpath(CALIBRATION).read_text(encoding="utf-8")
+    return TypeAdapter(dict[str, Regression]).validate_python(json.loads(text)["regressions"])

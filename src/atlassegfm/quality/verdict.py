@@ -1,41 +1,62 @@
-"""Verdict on each structure."""
+"""Verdict on each structure of a result: good, review or failed, and why."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
-
-import numpy as np
+from dataclasses import dataclass
+from typing import Literal
 
 from .estimate import regressions
-from .evidence import FAILED_BELOW, GOOD_FROM, Evidence
+from .evidence import Evidence
 
 Verdict = Literal["good", "review", "failed"]
 
-
+#: From best to worst.
 VERDICTS: tuple[Verdict, ...] = ("good", "review", "failed")
 
+#: Estimated Dice from which on a structure is good, and below which it failed: in the calibration (docs/quality.md)
+#: they flag most structures below 0.7 without flagging every second one.
+GOOD_FROM, FAILED_BELOW = 0.78, 0.62
 
-#: Confidence of a registration below which the scans are hardly of the same part of the body. 90 pairs that belong
-#: together had 0.48 and more; of 14 pairs of different parts, 10 had less (docs/cohorts.md), and two abdomens by CT and
-#: MR 0.40: it is no sure sign.
+#: Confidence of a registration below which the scans probably show different parts of the body (docs/cohorts.md).
 LEAST_CONFIDENCE = 0.45
+
+#: What a piece of evidence says against a structure; {value} is it, {factor} the change of volume.
+_REASONS = {
+    "agreement": "warped atlas and result overlap by {value:.2f} only",
+    "certainty": "the model is not sure of it (certainty {value:.2f})",
+    "volume_change": "its volume is {factor:.2f} times the atlas's",
+    "abs_volume_change": "its volume is {factor:.2f} times the atlas's",
+    "log_volume": "structures of its size are found less reliably",
+    "brightness_difference": "its brightness differs from the atlas's by {value:.0%} of the intensity range",
+    "brightness_iqr": "its brightness varies by {value:.0%} of the intensity range",
+    "iqr_difference": "the variation of its brightness differs from the atlas's by {value:.0%} of the intensity range",
+    "contrast_difference": "its contrast to its surroundings differs from the atlas's by {value:.0%} of the intensity "
+    "range",
+    "separation_difference": "its contrast to its surroundings differs from the atlas's",
+    "separation_product": "its contrast to its surroundings is low, or differs from the atlas's",
+    "dissimilarity": "query and warped atlas differ around it",
+    "dissimilarity_relative": "query and warped atlas differ more around it than elsewhere",
+    "dissimilarity_overall": "query and warped atlas differ",
+    "displacement": "the deformation moved it by {value:.2f} of its size",
+    "offset": "the result lies {value:.2f} of its size off the warped atlas",
+}
 
 
 @dataclass(frozen=True)
 class StructureQuality:
-    """What is thought of one structure of a result.
+    """Estimated quality of one structure.
 
     Parameters
     ----------
     verdict : {"good", "review", "failed"}
     reason : str
-        In words: why, or what speaks most against it.
+        Why, or the evidence that lowers the estimate most.
     estimated_dice : float or None
-        In [0, 1]; None where there is nothing to estimate from.
+        In [0, 1]; None without evidence.
     low, high : float or None
-        Four structures in five have their Dice between these.
+        80 % interval of the Dice.
     evidence : Evidence or None
     """
 
@@ -46,22 +67,9 @@ class StructureQuality:
     high: float | None = None
     evidence: Evidence | None = None
 
-    def summary(self) -> dict[str, Any]:
-        """For ``run.json``."""
-        return {
-            "verdict": self.verdict,
-            "reason": self.reason,
-            "estimated_dice": _rounded(self.estimated_dice),
-            "low": _rounded(self.low),
-            "high": _rounded(self.high),
-            "evidence": None
-            if self.evidence is None
-            else {name: _rounded(value) for name, value in asdict(self.evidence).items()},
-        }
-
 
 def judge(evidence: Evidence, model: str, confidence: float) -> StructureQuality:
-    """Estimate the Dice of one structure and say what to do with it.
+    """Estimate the Dice of one structure and give a verdict.
 
     Parameters
     ----------
@@ -69,52 +77,29 @@ def judge(evidence: Evidence, model: str, confidence: float) -> StructureQuality
     model : str
         Name of the model, or "none".
     confidence : float
-        Of the registration.
+        Confidence of the registration, in [0, 1].
     """
     regression = regressions().get(model, regressions()["model"])
-    shares = regression.shares(evidence)
-    estimate = float(np.clip(regression.level + sum(shares.values()), 0, 1))
+    estimate = regression.estimate(evidence)
     low, high = max(estimate - regression.below, 0.0), min(estimate + regression.above, 1.0)
-    if confidence < LEAST_CONFIDENCE:
-        reason = f"the scans hardly agree (confidence {confidence:.2f}): is it the same part of the body?"
-        return StructureQuality("failed", reason, estimate, low, high, evidence)
     verdict: Verdict = "good" if estimate >= GOOD_FROM else "failed" if estimate < FAILED_BELOW else "review"
-    worst = min(shares, key=lambda name: shares[name])
     reason = f"estimated Dice {estimate:.2f}"
-    if verdict != "good" and shares[worst] < 0:
-        reason += f"; {_in_words(worst, evidence)}"
+    if confidence < LEAST_CONFIDENCE:
+        verdict = "failed"
+        reason = f"the scans differ widely (confidence {confidence:.2f}): do they show the same part of the body?"
+    elif verdict != "good":
+        contributions = regression.contributions(evidence)
+        worst = min(contributions, key=lambda name: contributions[name])
+        if contributions[worst] < 0:
+            reason += f"; {explain(worst, evidence)}"
     return StructureQuality(verdict, reason, estimate, low, high, evidence)
 
 
-def _in_words(name: str, evidence: Evidence) -> str:
-    """What a piece of evidence says against a structure."""
-    value = getattr(evidence, name)
-    larger = float(np.exp(evidence.volume_change))
-    words = {
-        "agreement": f"warped atlas and result overlap by {value:.2f} only",
-        "certainty": f"the model is not sure of it (certainty {value:.2f})",
-        "volume_change": f"its volume is {larger:.2f} times the atlas's",
-        "volume_off": f"its volume is {larger:.2f} times the atlas's",
-        "size": "structures of its size are found less well",
-        "brightness_off": f"its brightness differs from the atlas's by {value:.0%} of the range",
-        "spread": f"its brightness varies by {value:.0%} of the range",
-        "spread_off": f"its brightness varies otherwise than the atlas's (by {value:.0%} of the range)",
-        "contrast_off": f"its contrast to its surroundings differs from the atlas's by {value:.0%} of the range",
-        "separation_off": "it stands out from its surroundings otherwise than in the atlas",
-        "separation_product": "it hardly stands out from its surroundings, or otherwise than in the atlas",
-        "unlikeness": "query and warped atlas look little alike around it",
-        "unlikeness_relative": "query and warped atlas look less alike around it than elsewhere",
-        "unlikeness_overall": "query and warped atlas look little alike",
-        "moved": f"the deformation moved it by {value:.2f} of its size",
-        "drawn": f"the result lies {value:.2f} of its size off the warped atlas",
-    }
-    return words[name]
+def explain(name: str, evidence: Evidence) -> str:
+    """Say in words what the piece of evidence called ``name`` has against a structure."""
+    return _REASONS[name].format(value=getattr(evidence, name), factor=math.exp(evidence.volume_change))
 
 
 def overall(verdicts: Iterable[Verdict]) -> Verdict:
-    """The worst of several; "review" if there is none."""
+    """Return the worst of several verdicts; "review" if there are none."""
     return max(verdicts, key=VERDICTS.index, default="review")
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None or not np.isfinite(value) else round(float(value), 4)

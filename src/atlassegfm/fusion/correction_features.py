@@ -1,0 +1,263 @@
+"""Features of the voxels near a structure's border, the input of the correction network.
+
+No feature is absolute: intensities are in standard deviations of what lies inside and around the mask, distances in
+expected errors of the border. What is learned on one scan therefore holds on the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.special import logit
+
+from ..core.image import Volume
+from ..core.mask import LocalMap, ball_radius_mm, signed_distance_mm
+from ..prompts import INSIDE
+
+#: float32; the stubs of numpy do not keep the type.
+Array = NDArray[Any]
+
+#: Expected error of a border: this fraction of the radius of a ball of the structure's volume, within these limits.
+_ERROR_PER_RADIUS, _MIN_ERROR_MM, _MAX_ERROR_MM = 0.2, 1.0, 6.0
+
+#: Half widths of the corrected band around the border of the warped atlas and of the mask, in expected errors.
+_ATLAS_BAND, _MASK_BAND = 3.0, 2.0
+
+#: Margin around both masks in which features are computed, mm.
+_MARGIN_MM = 6.0
+
+#: Boxes of more voxels are downsampled.
+_MAX_VOXELS = 1_000_000
+
+#: Sigmas of the Gaussian smoothing of the image, mm, and the one at which its gradient is taken.
+_IMAGE_SIGMAS_MM, _GRADIENT_SIGMA_MM = (0.0, 1.5, 4.0), 1.5
+
+#: Probabilities are clipped to this and its complement before their log-odds are taken.
+_MIN_PROBABILITY = 0.01
+
+#: Lower limit of the contrast between inside and outside, as a fraction of the intensity range.
+_MIN_CONTRAST = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class BorderFeatures:
+    """Features of one structure.
+
+    Parameters
+    ----------
+    start, stop : tuple of int, (3,)
+        Box on the scan's grid.
+    strides : tuple of int, (3,)
+        Downsampling of the box along each axis.
+    band : array of bool
+        The N voxels of the downsampled box near a border.
+    values : array, (N, F) float32
+    """
+
+    start: tuple[int, int, int]
+    stop: tuple[int, int, int]
+    strides: tuple[int, int, int]
+    band: NDArray[np.bool_]
+    values: Array
+
+
+def border_features(
+    image: Volume, number: int, atlas: LocalMap, masks: Mapping[int, LocalMap]
+) -> BorderFeatures | None:
+    """Compute the features of the voxels near the border of one structure.
+
+    Parameters
+    ----------
+    image : Volume
+        The scan.
+    number : int
+        Number of the structure.
+    atlas : LocalMap
+        Its warped mask on the scan's grid, in [0, 1].
+    masks : mapping of int to LocalMap
+        Fused masks of all structures by number, in [0, 1].
+
+    Returns
+    -------
+    BorderFeatures or None
+        None if the structure has no border.
+    """
+    mask = masks[number]
+    if not (mask.values >= INSIDE).any() or not (atlas.values >= INSIDE).any():
+        return None
+    grid = image.grid
+    margin = np.ceil(_MARGIN_MM / grid.spacing_mm).astype(int)
+    i, j, k = (int(n) for n in np.maximum(np.minimum(atlas.start, mask.start) - margin, 0))
+    x, y, z = (int(n) for n in np.minimum(np.maximum(atlas.stop, mask.stop) + margin, grid.shape))
+    start, stop = (i, j, k), (x, y, z)
+    strides = block_strides((x - i, y - j, z - k), grid.spacing_mm)
+    spacing_mm = grid.spacing_mm * strides
+
+    def on_blocks(values: LocalMap) -> Array:
+        return downsample(values.on_box(start, stop), strides)
+
+    warped, own = on_blocks(atlas), on_blocks(mask)
+    others = np.zeros_like(own)
+    for other, values in masks.items():
+        if other != number and _boxes_meet(values, start, stop):
+            np.maximum(others, on_blocks(values), out=others)
+    inside_atlas, inside = warped >= INSIDE, own >= INSIDE
+    if not inside_atlas.any() or not inside.any():
+        return None
+    radius_mm = ball_radius_mm(np.count_nonzero(inside_atlas) * spacing_mm.prod())
+    error_mm = min(max(_ERROR_PER_RADIUS * radius_mm, _MIN_ERROR_MM, float(spacing_mm.min()) / 2), _MAX_ERROR_MM)
+    to_atlas = (signed_distance_mm(inside_atlas, spacing_mm) / error_mm).clip(-9, 9)
+    to_mask = (signed_distance_mm(inside, spacing_mm) / error_mm).clip(-9, 9)
+    band = (np.abs(to_atlas) < _ATLAS_BAND) | (np.abs(to_mask) < _MASK_BAND)
+    near = to_atlas > -_ATLAS_BAND - 1
+    if not near.any() or not band.any():
+        return None
+    view = _View(
+        scan=downsample(image.data[i:x, j:y, k:z].astype(np.float32), strides),
+        warped=warped,
+        own=own,
+        others=others,
+        to_atlas=to_atlas,
+        to_mask=to_mask,
+        band=band,
+        near=near,
+        spacing_mm=spacing_mm,
+        error_mm=error_mm,
+    )
+    columns = [*_image_features(view), *_mask_features(view)]
+    return BorderFeatures(start, stop, strides, band, np.stack(columns, axis=1).astype(np.float32))
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """The downsampled box of one structure: intensities, masks, and distances in expected errors, positive inside."""
+
+    scan: Array
+    warped: Array
+    own: Array
+    others: Array
+    to_atlas: Array
+    to_mask: Array
+    band: NDArray[np.bool_]
+    near: NDArray[np.bool_]
+    spacing_mm: NDArray[np.float64]
+    error_mm: float
+
+    def smooth(self, values: Array, sigma_mm: float) -> Array:
+        result: Array = ndimage.gaussian_filter(values, sigma_mm / self.spacing_mm, truncate=2.5)
+        return result
+
+    def gradient(self, values: Array) -> Array:
+        """(3, N) derivatives along the axes, per mm; 0 along an axis of one voxel."""
+        gradient = np.zeros((3, np.count_nonzero(self.band)), np.float32)
+        for axis, step_mm in enumerate(self.spacing_mm):
+            if values.shape[axis] > 1:
+                gradient[axis] = np.gradient(values, float(step_mm), axis=axis)[self.band]
+        return gradient
+
+
+def _image_features(view: _View) -> Iterator[Array]:
+    """(N,) each: intensities and gradients relative to what lies inside and around the mask."""
+    band = view.band
+    low, high = np.percentile(view.scan[view.near], (0.5, 99.5))
+    scan = ((view.scan - np.float32(low)) / np.float32(max(high - low, 1e-6))).clip(-0.5, 1.5)
+    # The uncertain border belongs to neither.
+    core = view.own * (view.to_mask > 0.3)
+    ring = (1 - view.own) * view.near * (view.to_mask < -0.3)
+    for sigma_mm in _IMAGE_SIGMAS_MM:
+        image = scan if sigma_mm == 0 else view.smooth(scan, sigma_mm)
+        (inner, inner_deviation), (outer, outer_deviation) = _moments(image, core), _moments(image, ring)
+        values = image[band]
+        to_inner = ((values - inner) / inner_deviation).clip(-4, 4)
+        to_outer = ((values - outer) / outer_deviation).clip(-4, 4)
+        likelihood_ratio = 0.5 * (to_outer**2 - to_inner**2) - np.log(inner_deviation / outer_deviation)
+        yield to_inner / 2
+        yield to_outer / 2
+        yield likelihood_ratio.clip(-4, 4) / 2
+        if sigma_mm == _GRADIENT_SIGMA_MM:
+            contrast = max(abs(float(inner - outer)), _MIN_CONTRAST) / view.error_mm
+            normal = view.gradient(view.smooth(view.to_atlas, 1.0))
+            slope = view.gradient(image)
+            length = np.sqrt((normal**2).sum(axis=0)) + np.float32(1e-3)
+            yield ((slope * normal).sum(axis=0) / length / contrast).clip(-3, 3)
+            yield (np.sqrt((slope**2).sum(axis=0)) / contrast).clip(0, 4)
+
+
+def _mask_features(view: _View) -> Iterator[Array]:
+    """(N,) each: the masks of this structure and of the others, at the voxel and around it."""
+    band, error_mm = view.band, view.error_mm
+    odds = log_odds(view.own)
+    to_atlas = view.to_atlas.clip(-4, 4)
+    disagreement = view.own - view.warped
+    yield odds[band] / 3
+    yield view.smooth(odds, 2 * float(view.spacing_mm.min()))[band] / 3
+    yield view.smooth(odds, error_mm)[band] / 3
+    yield log_odds(view.warped[band]) / 3
+    yield to_atlas[band] / 2
+    yield view.smooth(to_atlas, error_mm)[band] / 2
+    yield view.to_mask[band].clip(-4, 4) / 2
+    yield disagreement[band]
+    yield view.smooth(disagreement, error_mm)[band] * 2
+    yield view.others[band]
+    yield view.smooth(view.others, error_mm)[band] * 2
+
+
+def log_odds(probability: Array) -> Array:
+    """Compute log-odds of probabilities clipped to [0.01, 0.99]."""
+    odds: Array = logit(probability.clip(_MIN_PROBABILITY, 1 - _MIN_PROBABILITY))
+    return odds
+
+
+def block_strides(shape: Sequence[int], spacing_mm: NDArray[np.float64]) -> tuple[int, int, int]:
+    """Choose the downsampling of a box: powers of 2 along its finest axes, until at most a million voxels are left."""
+    strides = np.ones(3, int)
+    while np.prod(np.ceil(np.array(shape) / strides)) > _MAX_VOXELS:
+        finest = (spacing_mm * strides).min()
+        strides[spacing_mm * strides < 1.5 * finest] *= 2
+    i, j, k = (int(stride) for stride in strides)
+    return i, j, k
+
+
+def downsample(values: Array, strides: tuple[int, int, int]) -> Array:
+    """Take means over blocks of ``strides`` voxels; the last block of an axis may be smaller."""
+    for axis, stride in enumerate(strides):
+        if stride > 1:
+            first = np.arange(0, values.shape[axis], stride)
+            sizes = np.diff(first, append=values.shape[axis]).astype(np.float32)
+            along = [1, 1, 1]
+            along[axis] = len(sizes)
+            values = np.add.reduceat(values, first, axis=axis) / sizes.reshape(along)
+    return values
+
+
+def upsample(values: Array, strides: tuple[int, int, int], shape: tuple[int, ...]) -> Array:
+    """Interpolate block means linearly at the voxels of a box of ``shape``."""
+    if max(strides) == 1:
+        return values
+    step = np.array(strides, float)
+    # The centre of voxel v lies at (v + 1/2) / stride - 1/2 blocks.
+    result: Array = ndimage.affine_transform(
+        values, 1 / step, offset=0.5 / step - 0.5, output_shape=tuple(shape), order=1, mode="nearest"
+    )
+    return result
+
+
+def _boxes_meet(mask: LocalMap, start: Sequence[int], stop: Sequence[int]) -> bool:
+    """Whether the box of the mask overlaps the box ``start`` to ``stop``."""
+    if not mask.values.size:
+        return False
+    sides = zip(mask.start, mask.stop, start, stop, strict=True)
+    return all(first < other_last and other_first < last for first, last, other_first, other_last in sides)
+
+
+def _moments(image: Array, weight: Array) -> tuple[Any, Any]:
+    """Weighted mean and standard deviation; 0 and 0.02 where all weights are 0."""
+    total = weight.sum() + np.float32(1e-6)
+    mean = (weight * image).sum() / total
+    deviation = np.sqrt((weight * (image - mean) ** 2).sum() / total) + np.float32(0.02)
+    return mean, deviation

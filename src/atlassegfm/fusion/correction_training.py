@@ -1,0 +1,109 @@
+"""Training of the correction network with PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.utils import skip_init
+
+from ..settings import CorrectionSettings
+from .correction import EMBEDDING_WIDTH, HIDDEN_WIDTH, Correction, TrainingSample
+
+#: Added to the standard deviations of the features, for those that hardly vary on the atlas.
+_MIN_DEVIATION = 0.05
+
+
+def train_correction(
+    samples: Sequence[TrainingSample], structures: int, settings: CorrectionSettings | None = None, *, seed: int
+) -> Correction | None:
+    """Train one network for all structures.
+
+    Parameters
+    ----------
+    samples : sequence of TrainingSample
+        Some of each structure.
+    structures : int
+        Number of structures; they are numbered from 1 to this.
+    settings : CorrectionSettings, optional
+        Defaults if left out.
+    seed : int
+        Seed of initialisation, batches and noise.
+
+    Returns
+    -------
+    Correction or None
+        None without samples.
+    """
+    settings = settings or CorrectionSettings()
+    if not samples:
+        return None
+    stacked = np.concatenate([one.features for one in samples])
+    mean, deviation = stacked.mean(axis=0), stacked.std(axis=0) + np.float32(_MIN_DEVIATION)
+    del stacked
+    tensors = [
+        (torch.from_numpy((one.features - mean) / deviation), *map(torch.from_numpy, (one.log_odds, one.truth)))
+        for one in samples
+    ]
+    generator, random = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    network = _Network(len(mean), structures, generator)
+    optimiser = torch.optim.AdamW(network.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.learning_rate, total_steps=settings.iterations)
+    for _ in range(settings.iterations):
+        drawn = random.integers(0, len(samples), settings.batch_samples)
+        parts = []
+        for n in drawn:
+            voxels = torch.from_numpy(random.integers(0, len(tensors[n][0]), settings.batch_voxels))
+            parts.append([values[voxels] for values in tensors[n]])
+        features, odds, truth = (torch.cat(part) for part in zip(*parts, strict=True))
+        features = features + settings.noise * torch.randn(features.shape, generator=generator)
+        numbers = torch.tensor([samples[n].number for n in drawn])
+        loss = binary_cross_entropy_with_logits(odds + network(features, numbers), truth)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return network.export(mean, deviation, settings.strength)
+
+
+class _Network(nn.Module):
+    """Two hidden layers over the features and an embedding of the structure; it starts at no correction."""
+
+    def __init__(self, features: int, structures: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding.from_pretrained(
+            torch.randn((structures, EMBEDDING_WIDTH), generator=generator), freeze=False
+        )
+        inputs = (features + EMBEDDING_WIDTH, HIDDEN_WIDTH)
+        self.hidden = nn.ModuleList([skip_init(nn.Linear, width, HIDDEN_WIDTH) for width in inputs])
+        self.output = skip_init(nn.Linear, HIDDEN_WIDTH, 1)
+        # PyTorch's own range of a linear layer, drawn from our generator.
+        for layer, width in zip(self.hidden, inputs, strict=True):
+            bound = width**-0.5
+            weight = (torch.rand((width, HIDDEN_WIDTH), generator=generator) * 2 - 1) * bound
+            layer.weight.data = weight.T.contiguous()
+            layer.bias.data = (torch.rand(HIDDEN_WIDTH, generator=generator) * 2 - 1) * bound
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, features: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """(N,) for (N, F) features, an equal part of them of each structure of ``numbers``."""
+        voxels = len(features) // len(numbers)
+        # One row a sample, repeated by expand: gradients of rows picked for every voxel depend on the threads.
+        own = self.embedding(numbers - 1)[:, None].expand(-1, voxels, -1).reshape(-1, EMBEDDING_WIDTH)
+        hidden = torch.cat((features, own), dim=1)
+        for layer in self.hidden:
+            hidden = torch.relu(layer(hidden))
+        result: torch.Tensor = self.output(hidden)[:, 0]
+        return result
+
+    def export(self, mean: np.ndarray, deviation: np.ndarray, strength: float) -> Correction:
+        """The trained network as arrays."""
+        layers = (*self.hidden, self.output)
+        one, two, three = (np.ascontiguousarray(layer.weight.detach().numpy().T) for layer in layers)
+        first, second, third = (layer.bias.detach().numpy() for layer in layers)
+        embedding = self.embedding.weight.detach().numpy()
+        return Correction(mean, deviation, embedding, (one, two, three), (first, second, third), strength)
