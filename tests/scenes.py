@@ -67,7 +67,7 @@ QUERY = Patient(shift_mm=(1.5, -2.0, 1.0), scale=1.05)
 
 #: Trust the scanner's coordinates: no registration, so that what comes after it is tested fast and alone.
 #: The default gate, trained in no time.
-QUICK_GATE = ("fusion.gate=default",)
+QUICK_GATE = ("fusion.correction.iterations=5",)
 #: Nothing but eq. 5 of the paper, without training: for tests whose subject is another.
 PAPER_GATE = ("fusion.gate=paper", "fusion.iterations=0", "fusion.start=0.5")
 UNREGISTERED = ("registration.rigid=false", "registration.affine=false", "registration.deformable=false")

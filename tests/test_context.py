@@ -27,14 +27,12 @@ from atlassegfm.fusion.gate import Gate
 from atlassegfm.segment import segment
 from atlassegfm.settings import Settings
 from conftest import ORIENTATIONS, Run
-from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
+from scenes import ATLAS, QUERY, QUICK_GATE, STRUCTURES, UNREGISTERED, straight_grid
 
 GRID = straight_grid((24, 20, 18), (4.0, 4.0, 4.0))
-FAST = [part for assignment in UNREGISTERED for part in ("--set", assignment)]
-#: Where the gate is not the subject: nothing to train.
-UNTRAINED = ["--set", "fusion.gate=paper", "--set", "fusion.iterations=0"]
+FAST = [part for assignment in (*UNREGISTERED, *QUICK_GATE) for part in ("--set", assignment)]
 ATLAS_ARGUMENTS = ("--atlas", "atlas.nii.gz", "--labels", "labels.nii.gz")
-SETTINGS = with_overrides(Settings(), UNREGISTERED)
+SETTINGS = with_overrides(Settings(), [*UNREGISTERED, *QUICK_GATE])
 
 
 @pytest.fixture(scope="module")

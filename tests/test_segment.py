@@ -35,18 +35,20 @@ from atlassegfm.settings import Settings
 from atlassegfm.transforms.maps import Affine, Chain, DisplacementField, displacement_on
 from atlassegfm.transforms.resample import resample
 from conftest import rotation
-from scenes import ATLAS, PAPER_GATE, QUERY, STRUCTURES, UNREGISTERED, straight_grid
+from scenes import ATLAS, PAPER_GATE, QUERY, QUICK_GATE, STRUCTURES, UNREGISTERED, straight_grid
 
 GRID = straight_grid()
 
 
 #: All stages, on grids of the size of the tiny patient.
 QUICKLY = (
-    "registration.coarse_voxels=10000",
-    "registration.fine_voxels=40000",
-    "registration.instance.level_voxels=[10000, 40000]",
-    "registration.instance.local_voxels=40000",
-    "registration.instance.iterations=[20]",
+    "registration.coarse_voxels=8000",
+    "registration.fine_voxels=20000",
+    "registration.instance.level_voxels=[20000]",
+    "registration.instance.local_voxels=30000",
+    "registration.instance.iterations=[15]",
+    "registration.linear_iterations=15",
+    "registration.candidates=2",
 )
 
 
@@ -344,7 +346,7 @@ def test_outside_fractions_by_hand(shift: float, expected: float) -> None:
 
 def test_the_same_gate_before_and_with_a_query(atlas: Atlas) -> None:
     """The gate is that of the atlas alone, whatever was computed before it, and serves every query."""
-    few = ("fusion.correction.iterations=20",)
+    few = QUICK_GATE
     trained = customize(Context(atlas, settings(*few)))
     assert trained.gate is not None
     assert trained.gate.correction is not None
