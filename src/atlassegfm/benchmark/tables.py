@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from ..core.files import atomic_path
 from ..core.labels import listed
-from ..evaluate.scoring import SMALL_ML, Summary, plain_number, score_row, spread_dict, summarise, write_scores
+from ..evaluate.scores import CaseScore
 from ..evaluate.statistics import LEVEL, Interval, Spread, macro_mean, paired_bootstrap, spread
+from ..evaluate.summary import SMALL_ML, Summary, plain_number, plain_row, score_row, summarise, write_scores
 from .plan import PLAN, Plan
 from .protocols import Pair
 from .records import PairRecord as Record
@@ -63,7 +64,7 @@ class Column:
     @cached_property
     def summary(self) -> Summary:
         """Over all pairs."""
-        return summarise(self.rows)
+        return summarise([CaseScore(row.case, row.value, row.structure, row.scores) for row in self.rows])
 
     def table(self, score: str) -> NDArray[np.float64]:
         """(structures, pairs) of one score; NaN where there is none."""
@@ -265,8 +266,8 @@ def _summary(
                 "variant": column.variant,
                 "method": column.method,
                 **column.summary.to_dict(),
-                "over_pairs": {"dice": spread_dict(spread(column.pair_means()))},
-                "over_atlases": {"dice": spread_dict(column.over_atlases())},
+                "over_pairs": {"dice": plain_row(vars(spread(column.pair_means())))},
+                "over_atlases": {"dice": plain_row(vars(column.over_atlases()))},
                 "atlases": {
                     atlas: plain_number(column.of_atlas(atlas))
                     for atlas in dict.fromkeys(pair.atlas for pair in column.pairs)
@@ -279,7 +280,7 @@ def _summary(
                 "score": one.score,
                 "first": [one.first.variant, one.first.method],
                 "second": [one.second.variant, one.second.method],
-                **{key: plain_number(value) for key, value in vars(one.interval).items()},
+                **plain_row(vars(one.interval)),
             }
             for one in comparisons
         ],
