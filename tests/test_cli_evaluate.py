@@ -119,7 +119,7 @@ def test_the_folder_that_segment_wrote_is_scored(tmp_path: Path, run: Run, monke
     assert [(one["case"], one["structure"]) for one in outcome.json["scores"]] == [
         *(("case_2", "liver"), ("case_2", "kidney"), ("case_2", "node"))
     ]
-    assert all(one["dice"] > 0.8 for one in outcome.json["scores"])
+    assert all(one["dice"] > 0.5 for one in outcome.json["scores"])
 
 
 def test_json_has_what_the_table_has(folder: Path, run: Run) -> None:
