@@ -398,9 +398,8 @@ class _Page:
         yield from ("## Cost of a pair", "")
         yield f"Seconds of wall time on {device}, files already read; mean over pairs, and the slowest pair."
         yield ""
-        stages = list(
-            dict.fromkeys(one for record in records for one in record.seconds if not one.startswith("registration: "))
-        )
+        every = dict.fromkeys(stage for record in records for stage in record.seconds)
+        stages = [stage for stage in every if not stage.startswith("registration: ")]
         memories = {"peak MB": "peak_memory_mb"} | ({"GPU MB": "gpu_memory_mb"} if device == "cuda" else {})
         lines = [["variant", "seconds", "slowest", *stages, *memories]]
         for variant in self._plan.variants:
