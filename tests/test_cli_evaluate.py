@@ -13,7 +13,7 @@ from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume, save_volume
 from atlassegfm.core.labels import Structure
 from conftest import Outcome, Run
-from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
+from scenes import ATLAS, PAPER_GATE, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
 #: 4 mm³ a voxel.
 GRID = straight_grid((10, 10, 10), (1.0, 2.0, 2.0))
@@ -109,8 +109,7 @@ def test_the_folder_that_segment_wrote_is_scored(tmp_path: Path, run: Run, monke
     save_volume(QUERY.scan(grid), tmp_path / "case_2_0000.nii.gz")
     (tmp_path / "labelsTr").mkdir()
     save_volume(QUERY.labels(grid), tmp_path / "labelsTr/case_2.nii.gz")
-    untrained = ("fusion.gate=paper", "fusion.iterations=0", "fusion.start=0.5")
-    fast = [part for assignment in (*UNREGISTERED, *untrained) for part in ("--set", assignment)]
+    fast = [part for assignment in (*UNREGISTERED, *PAPER_GATE) for part in ("--set", assignment)]
     atlas = ("--atlas", "atlas.nii.gz", "--labels", "labels.nii.gz")
     done = run("case_2_0000.nii.gz", *atlas, "-o", "out", "--keep", *fast, command="segment")
     assert done.code == 0, done.err

@@ -14,11 +14,10 @@ from atlassegfm import demo
 from atlassegfm.atlas import Atlas
 from atlassegfm.core.image import Volume, load_image, load_labels
 from conftest import Run
-from scenes import UNREGISTERED, save_demo_pair, straight_grid
+from scenes import PAPER_GATE, UNREGISTERED, save_demo_pair, straight_grid
 
 #: Neither registration nor training of the gate.
-UNTRAINED = ("fusion.gate=paper", "fusion.iterations=0", "fusion.start=0.5")
-FAST = [part for assignment in (*UNREGISTERED, *UNTRAINED) for part in ("--set", assignment)]
+FAST = [part for assignment in (*UNREGISTERED, *PAPER_GATE) for part in ("--set", assignment)]
 
 VALUE = {"liver": 1, "spleen": 2, "right_kidney": 3, "left_kidney": 4, "aorta": 5, "gallbladder": 6}
 #: Least and largest volume of an adult's organ, ml.
