@@ -1,6 +1,6 @@
 """Where the seconds of a registration go, and what two changes to its inner loop brought (make profile).
 
-python benchmarks/registration_profile.py                                  # a made-up pair
+python benchmarks/registration_profile.py                                  # the embedded pair
 python benchmarks/registration_profile.py DATASET --cases ATLAS,QUERY      # a pair of an nnU-Net dataset
 """
 
@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from atlassegfm import demo
 from atlassegfm.atlas import canonical_scan
 from atlassegfm.core.dataset import load_dataset
 from atlassegfm.core.image import Volume, load_image, load_labels
-from atlassegfm.demo.phantom import make_pair
 from atlassegfm.registration import features, register, sampling
 from atlassegfm.registration.engines import instance
 
@@ -60,13 +60,14 @@ def main() -> None:
 def _pair(folder: Path | None, cases: str | None) -> tuple[Volume, Volume, Volume]:
     """Query, atlas and its labels, in canonical order."""
     if folder is None:
-        pair = make_pair()
-        return canonical_scan(pair.query, "query"), canonical_scan(pair.atlas, "atlas"), pair.atlas_labels.canonical()
-    dataset = load_dataset(folder)
-    names = cases.split(",") if cases else [case.name for case in dataset.cases[:2]]
-    atlas, query = dataset.select(names).cases
-    scans = canonical_scan(load_image(query.image), "query"), canonical_scan(load_image(atlas.image), "atlas")
-    return (*scans, load_labels(atlas.labels).canonical())
+        files = [demo.PAIR / name for name in (demo.QUERY, demo.ATLAS, demo.LABELS)]
+    else:
+        dataset = load_dataset(folder)
+        names = cases.split(",") if cases else [case.name for case in dataset.cases[:2]]
+        atlas, query = dataset.select(names).cases
+        files = [query.image, atlas.image, atlas.labels]
+    scans = canonical_scan(load_image(files[0]), "query"), canonical_scan(load_image(files[1]), "atlas")
+    return (*scans, load_labels(files[2]).canonical())
 
 
 def _timed(function: Callable[[], object]) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from atlassegfm import demo
 from atlassegfm.core.geometry import Grid
-from atlassegfm.core.image import Volume
+from atlassegfm.core.image import Volume, save_volume
 from atlassegfm.core.labels import Structure
 
 #: Value, name, centre and radii in mm, grey value. The values are not in a row, as in real label maps.
@@ -64,6 +66,17 @@ class Patient:
 ATLAS = Patient()
 #: Another patient, a few mm off: near enough for a result without any registration.
 QUERY = Patient(shift_mm=(1.5, -2.0, 1.0), scale=1.05)
+
+
+def save_demo_pair(folder: Path, grid: Grid) -> Path:
+    """The scenes under the names of the embedded pair, in a folder of their own."""
+    folder.mkdir()
+    save_volume(ATLAS.scan(grid), folder / demo.ATLAS)
+    save_volume(ATLAS.labels(grid), folder / demo.LABELS, structures=STRUCTURES)
+    save_volume(QUERY.scan(grid), folder / demo.QUERY)
+    save_volume(QUERY.labels(grid), folder / demo.REFERENCE, structures=STRUCTURES)
+    return folder
+
 
 #: Trust the scanner's coordinates: no registration, so that what comes after it is tested fast and alone.
 #: The default gate, trained in no time.

@@ -28,7 +28,6 @@ from atlassegfm.core.config import known_keys
 from atlassegfm.core.errors import InputError, RegistrationError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume, load_labels, load_volume, save_volume
-from atlassegfm.demo.phantom import PhantomPair
 from atlassegfm.jobs import store, work
 from atlassegfm.records import RESULT_NAMES, Provenance
 from atlassegfm.settings import Settings
@@ -705,71 +704,6 @@ def test_check_against_a_context(folder: Path, run: Run) -> None:
     assert made.code == 0, made.err
     (report,) = run("check", "query.nii.gz", "--context", "ctx", "--json").json["files"]
     assert report["atlas"]["mirrored_gain"] < 0
-
-
-@pytest.fixture
-def small_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo on scans that take no time to make."""
-    from atlassegfm.demo import run as demo
-
-    pair = PhantomPair(ATLAS.scan(GRID), ATLAS.labels(GRID), QUERY.scan(GRID), QUERY.labels(GRID), STRUCTURES)
-    monkeypatch.setattr(demo, "make_pair", lambda _: pair)
-
-
-def test_demo(folder: Path, run: Run, small_pair: None) -> None:
-    outcome = run("demo", "-o", "demo", *FAST)
-    assert outcome.code == 0, outcome.err
-    assert tree(folder / "demo") == {
-        *("data", "data/atlas.nii.gz", "data/atlas_labels.nii.gz", "data/query.nii.gz", "data/query_reference.nii.gz"),
-        *(
-            "result",
-            "result/query",
-            "result/query/segmentation.nii.gz",
-            "result/query/run.json",
-            "result/query/status.json",
-            "demo.png",
-        ),
-    }
-    for text in ("atlas only", "model", "fused", "liver", "mean", "demo/demo.png"):
-        assert text in outcome.out
-    before = (folder / "demo/result/query/segmentation.nii.gz").read_bytes()
-    repeat = outcome.out.rstrip().splitlines()[-1]
-    assert repeat.startswith("repeat    atlassegfm segment --atlas demo/data/atlas.nii.gz")
-    again = run(*repeat.split()[2:])
-    assert again.code == 0, again.err
-    assert (folder / "demo/result/query/segmentation.nii.gz").read_bytes() == before
-
-
-def test_demo_as_json_replaces_an_earlier_one(folder: Path, run: Run, small_pair: None) -> None:
-    for _ in range(2):
-        outcome = run("demo", "-o", "demo", *FAST, "--no-picture", "--json", "--quiet")
-        assert (outcome.code, outcome.err) == (0, "")
-    scores = outcome.json["dice"]
-    assert [one["name"] for one in scores["structures"]] == ["liver", "kidney", "node"]
-    assert scores["mean"]["fused"] == pytest.approx(np.mean([one["fused"] for one in scores["structures"]]), abs=1e-4)
-    assert not (folder / "demo/demo.png").exists()
-
-
-def test_demo_without_the_extra(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    before = tree(folder)
-    outcome = run("demo", "-o", "demo")
-    assert outcome.code == 2
-    assert outcome.err == (
-        "error: drawing the picture needs an optional part that is not installed; install it with: "
-        "pip install 'atlassegfm[report]', or use --no-picture\n"
-    )
-    assert tree(folder) == before
-
-
-def test_demo_does_not_touch_the_files_of_others(folder: Path, run: Run, small_pair: None) -> None:
-    (folder / "data").mkdir()
-    (folder / "data" / "patients.csv").write_text("1")
-    before = tree(folder)
-    outcome = run("demo", "-o", ".", *FAST)
-    assert outcome.code == 2
-    assert "the folder holds other files (patients.csv)" in outcome.err
-    assert tree(folder) == before
 
 
 # Starting up

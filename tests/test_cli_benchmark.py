@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
+from atlassegfm import demo
 from atlassegfm.benchmark import pairs, runner, timing
 from atlassegfm.core.errors import RegistrationError
-from atlassegfm.demo.phantom import PhantomPair
 from atlassegfm.registration.engines import peer as _peer
 from conftest import Run
-from scenes import ATLAS, QUERY, QUICK_GATE, STRUCTURES, UNREGISTERED, straight_grid
+from scenes import QUICK_GATE, UNREGISTERED, save_demo_pair, straight_grid
 from test_benchmark import write_dataset, write_json
 
 FAST = [part for assignment in (*UNREGISTERED, *QUICK_GATE) for part in ("--set", assignment)]
@@ -460,15 +460,14 @@ def test_time_needs_two_cases(folder: Path, run: Run, monkeypatch: pytest.Monkey
 
 def test_time_on_made_up_scans(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     grid = straight_grid((24, 20, 18), (4.0, 4.0, 4.0))
-    pair = PhantomPair(ATLAS.scan(grid), ATLAS.labels(grid), QUERY.scan(grid), QUERY.labels(grid), STRUCTURES)
-    monkeypatch.setattr(timing, "make_pair", lambda _seed: pair)
+    monkeypatch.setattr(demo, "PAIR", save_demo_pair(folder / "pair", grid))
     outcome = run("time", "--shape", "20x24x16", "--rounds", "1", *FAST)
     assert outcome.code == 0, outcome.err
-    assert outcome.out.startswith("20 x 24 x 16 voxels (made-up scans), 3 structures, ")
+    assert outcome.out.startswith("20 x 24 x 16 voxels (embedded scans), 3 structures, ")
     monkeypatch.setattr(timing, "segment", never)
     outcome = run("time", "--labels", "liver", "--quiet")
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err == "error: --labels belongs to a dataset; made-up scans are used as they are\n"
+    assert outcome.err == "error: --labels belongs to a dataset; the embedded scans are used as they are\n"
 
 
 @pytest.mark.parametrize("command", [[], ["ablation"], ["prompts"], ["engines"]])

@@ -48,7 +48,7 @@ def test_tubes_that_thinning_loses(wide: int, high: int) -> None:
 def test_points_between_cells_count_in_part() -> None:
     # The 2 x 2 tube's centreline runs between four voxels; of them the other mask has two: half of every point.
     whole, half = tube(2, 2, 30), tube(1, 2, 30)
-    assert label_shapes(whole.view(np.uint8), [1], CUBIC)[1].skeleton.share_in(
+    assert label_shapes(whole.view(np.uint8), [1], CUBIC)[1].skeleton.fraction_in(
         centreline.Cells(half, (0, 0, 0))
     ) == pytest.approx(0.5)
     assert score(half, whole)[0] == pytest.approx(2 * 0.5 / 1.5)

@@ -67,7 +67,7 @@ def crude_hd95_voxel(result: Mask, reference: Mask, spacing: Spacing) -> float:
 def test_as_surface_distance_and_as_brute_force() -> None:
     random = np.random.default_rng(7)
     compared = 0
-    for _ in range(330):
+    for _ in range(150):
         shape = tuple(int(n) for n in random.integers(1, 21, 3))
         x, y, z = (float(step) for step in random.uniform(0.3, 4, 3))
         spacing = (x, y, z)
@@ -81,13 +81,13 @@ def test_as_surface_distance_and_as_brute_force() -> None:
         expected = theirs(result, reference, spacing, tolerance)
         assert (ours.dice, ours.nsd, ours.hd95_mm) == pytest.approx(expected, abs=1e-6)
         assert ours.hd95_voxel_mm == pytest.approx(crude_hd95_voxel(result, reference, spacing), abs=1e-9)
-    assert compared >= 200
+    assert compared >= 90
 
 
 def test_just_95_percent_of_the_area_is_decided_as_theirs() -> None:
     # Five lone voxels have 40 surfels of one size: 38 of them are 95 %, but for rounding.
     random = np.random.default_rng(0)
-    for _ in range(60):
+    for _ in range(25):
         result, reference = np.zeros((2, 9, 9, 9), bool)
         result[tuple(2 * random.integers(0, 5, (3, 5)))] = True
         reference[tuple(2 * random.integers(0, 5, (3, 5)))] = True
@@ -150,7 +150,7 @@ def test_tolerance_on_the_lattice_counts_in_single_precision() -> None:
     assert score_masks(result, reference, (step, 1, 1), tolerance_mm=2.39).nsd < 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     hnp.arrays(bool, st.tuples(*[st.integers(1, 6)] * 3)),
     st.data(),

@@ -69,51 +69,36 @@ def test_unmatched() -> None:
 
 @pytest.mark.parametrize("tolerance_mm", [-1, math.nan, math.inf])
 def test_numbers_that_are_no_tolerance(tolerance_mm: float) -> None:
-    with pytest.raises(InputError, match="the tolerance of 'default_mm' is .*; expected a finite number of mm, at lea"):
+    with pytest.raises(InputError, match=rf"'default_mm' is {tolerance_mm}"):
         uniform(tolerance_mm)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "facts"),
     [
-        ("", r"no default_mm; add the tolerance of all other structures, as default_mm = 2\.0"),
-        ("default_mm = true", "the tolerance of 'default_mm' is True; expected a finite number"),
-        ("default_mm = '2'", "the tolerance of 'default_mm' is '2'; expected a finite number"),
-        (
-            "default_mm = 2\n[tolerance_mm]\nliver = -0.5",
-            r"the tolerance of 'liver' is -0\.5; expected a finite number",
-        ),
-        (
-            "default_mm = 2\n[tolerance_mm]\nliver.left = 1",
-            "the tolerance of 'liver' is {'left': 1}; expected a finite",
-        ),
-        (
-            "default_mm = 2\n[tolerance_mm]\n' ' = 1",
-            "' ' names no structure; expected a label value, a name or a pattern",
-        ),
-        (
-            "default_mm = 2\n[tolerance_mm]\nleft_kidney = 1\n'Left kidney' = 1",
-            "'left_kidney' and 'Left kidney' are the same name; expected each once: remove one",
-        ),
-        (
-            "default_mm = 2\nliver = 5",
-            r"unknown key 'liver'; expected default_mm, tolerance_mm, source: write tolerances of structures below \[",
-        ),
-        ("default_mm = 2\ntolerance_mm = 3", r"tolerance_mm is 3; expected a table: begin it with \[tolerance_mm\]"),
-        ("default_mm = 2\nsource = 3", "source is 3; expected text in quotes"),
-        ("default_mm 2", "not valid TOML: .*line 1"),
+        ("", ["no default_mm"]),
+        ("default_mm = true", ["'default_mm' is True"]),
+        ("default_mm = '2'", ["'default_mm' is '2'"]),
+        ("default_mm = 2\n[tolerance_mm]\nliver = -0.5", ["'liver' is -0.5", "at least 0"]),
+        ("default_mm = 2\n[tolerance_mm]\nliver.left = 1", ["'liver' is {'left': 1}"]),
+        ("default_mm = 2\n[tolerance_mm]\n' ' = 1", ["' ' names no structure"]),
+        ("default_mm = 2\n[tolerance_mm]\nleft_kidney = 1\n'Left kidney' = 1", ["'left_kidney'", "'Left kidney'"]),
+        ("default_mm = 2\nliver = 5", ["'liver'", "default_mm, tolerance_mm, source"]),
+        ("default_mm = 2\ntolerance_mm = 3", ["tolerance_mm is 3", "[tolerance_mm]"]),
+        ("default_mm = 2\nsource = 3", ["source is 3"]),
+        ("default_mm 2", ["not valid TOML", "line 1"]),
     ],
 )
-def test_files_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(InputError, match=rf"mine\.toml: {message}"):
-        load_tolerances(written(tmp_path, text))
+def test_files_that_cannot_be_used(tmp_path: Path, text: str, facts: list[str]) -> None:
+    path = written(tmp_path, text)
+    with pytest.raises(InputError) as caught:
+        load_tolerances(path)
+    assert str(caught.value).startswith(path)
+    assert all(fact in str(caught.value) for fact in facts), caught.value
 
 
 def test_neither_preset_nor_file(tmp_path: Path) -> None:
-    with pytest.raises(
-        InputError,
-        match=r"^flare: neither a preset nor a file; expected flare22, kits21, nikolov or a TOML file of tolerances$",
-    ):
+    with pytest.raises(InputError, match=r"^flare: .*flare22, kits21, nikolov"):
         load_tolerances("flare")
     with pytest.raises(InputError, match="cannot be opened"):
         load_tolerances(str(tmp_path))

@@ -18,8 +18,9 @@ from ..core.errors import InputError, ModelError, RegistrationError
 from ..core.image import Volume, load_image, load_labels
 from ..core.mask import LocalMap
 from ..core.parallel import peak_memory_mb, reset_peak_memory
+from ..evaluate.labelling import label_values
 from ..evaluate.metrics import StructureScores
-from ..evaluate.scoring import label_values, score_volumes
+from ..evaluate.scores import score_volumes
 from ..fusion.fuse import fuse_structures
 from ..fusion.gate import Gate
 from ..fusion.label_map import label_map

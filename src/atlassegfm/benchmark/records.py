@@ -15,7 +15,7 @@ from .protocols import Pair
 
 @dataclass(frozen=True)
 class Row:
-    """One structure of one pair by one method; a thing :func:`~atlassegfm.evaluate.scoring.summarise` takes.
+    """One structure of one pair by one method; see :func:`~atlassegfm.evaluate.summary.summarise`.
 
     Parameters
     ----------

@@ -1,14 +1,14 @@
-"""What a benchmark leaves behind: tables of all scores and costs, a summary, a page to read, and plots.
+"""Tables of a benchmark: scores and costs as CSV, ``summary.json``, and a page to read.
 
-``results.csv`` and ``summary.json`` hold scores alone and are the same to the last byte whether a run was
-interrupted or not; what it cost, which no two runs agree on, is in ``times.csv`` and in the page.
+``results.csv`` and ``summary.json`` hold scores alone and are byte-identical whether a run was interrupted or not;
+costs, which differ from run to run, are in ``times.csv`` and in the page.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -20,18 +20,18 @@ from numpy.typing import NDArray
 
 from ..core.files import atomic_path
 from ..core.labels import listed
-from ..evaluate.scoring import SMALL_ML, Summary, plain_number, score_row, spread_dict, summarise, write_scores
+from ..evaluate.scores import CaseScore
 from ..evaluate.statistics import LEVEL, Interval, Spread, macro_mean, paired_bootstrap, spread
+from ..evaluate.summary import SMALL_ML, Summary, plain_number, plain_row, score_row, summarise, write_scores
 from .plan import PLAN, Plan
 from .protocols import Pair
-from .records import PairRecord as Record
-from .records import Row
+from .records import PairRecord, Row
 
 #: Scores that methods are compared by.
-_COMPARED = ("dice", "nsd")
-#: Tables of single structures grow no longer than this; all are in results.csv.
+_COMPARED = {"dice": "Dice", "nsd": "NSD"}
+#: Longest table of structures; all of them are in results.csv.
 _LONGEST_TABLE = 40
-#: As tables and plots name them.
+#: Names of the methods in tables and plots.
 METHOD_NAMES: Mapping[str, str] = {
     "atlas": "atlas only",
     "model": "model",
@@ -43,12 +43,11 @@ METHOD_NAMES: Mapping[str, str] = {
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """One method of one variant, over all pairs.
+    """Scores of one method of one variant over all pairs.
 
     Parameters
     ----------
     variant, method : str
-        Their names.
     pairs : tuple of Pair
         In the order of the plan.
     rows : tuple of Row
@@ -62,8 +61,8 @@ class Column:
 
     @cached_property
     def summary(self) -> Summary:
-        """Over all pairs."""
-        return summarise(self.rows)
+        """Summary over all pairs."""
+        return summarise([CaseScore(row.case, row.value, row.structure, row.scores) for row in self.rows])
 
     def table(self, score: str) -> NDArray[np.float64]:
         """(structures, pairs) of one score; NaN where there is none."""
@@ -84,34 +83,18 @@ class Column:
             means: NDArray[np.float64] = np.where(known, table, 0).sum(axis=0) / known.sum(axis=0)
         return means
 
-    def over_atlases(self, score: str = "dice") -> Spread:
-        """How the mean depends on the atlas."""
-        table = self.table(score)
-        atlases = [pair.atlas for pair in self.pairs]
-        return spread([self._of_atlas(table, atlases, atlas) for atlas in dict.fromkeys(atlases)])
-
     def of_atlas(self, atlas: str, score: str = "dice") -> float:
-        """The mean over the pairs of one atlas."""
-        return self._of_atlas(self.table(score), [pair.atlas for pair in self.pairs], atlas)
+        """Mean over the pairs of one atlas."""
+        return macro_mean(self.table(score)[:, [n for n, pair in enumerate(self.pairs) if pair.atlas == atlas]])
 
-    @staticmethod
-    def _of_atlas(table: NDArray[np.float64], atlases: Sequence[str], atlas: str) -> float:
-        return macro_mean(table[:, [n for n, one in enumerate(atlases) if one == atlas]])
+    def over_atlases(self, score: str = "dice") -> Spread:
+        """Spread of the means of the atlases."""
+        return spread([self.of_atlas(atlas, score) for atlas in dict.fromkeys(pair.atlas for pair in self.pairs)])
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One column less another.
-
-    Parameters
-    ----------
-    score : str
-        Which score.
-    first, second : Column
-        The columns.
-    interval : Interval
-        The difference of their means.
-    """
+    """Difference of two columns in one score, the first less the second."""
 
     score: str
     first: Column
@@ -119,8 +102,8 @@ class Comparison:
     interval: Interval
 
 
-def columns_of(plan: Plan, records: Sequence[Record]) -> list[Column]:
-    """The columns of a benchmark, variant by variant."""
+def columns_of(plan: Plan, records: Sequence[PairRecord]) -> list[Column]:
+    """Gather the columns of a benchmark, variant by variant."""
     columns = []
     for variant in plan.variants:
         done = {record.pair: record for record in records if record.variant == variant.name}
@@ -132,31 +115,24 @@ def columns_of(plan: Plan, records: Sequence[Record]) -> list[Column]:
 
 
 def compare_columns(columns: Sequence[Column], seed: int) -> list[Comparison]:
-    """Every column less every one before it."""
+    """Compare every column with every one before it."""
     comparisons = []
     for score in _COMPARED:
         for before, column in combinations(columns, 2):
-            pairs = column.pairs
-            interval = paired_bootstrap(
-                column.table(score),
-                before.table(score),
-                [pair.query for pair in pairs],
-                [pair.atlas for pair in pairs],
-                seed=seed,
-            )
+            clusters = [[getattr(pair, name) for pair in column.pairs] for name in ("query", "atlas")]
+            interval = paired_bootstrap(column.table(score), before.table(score), *clusters, seed=seed)
             comparisons.append(Comparison(score, column, before, interval))
     return comparisons
 
 
-def write_reports(plan: Plan, records: Sequence[Record], out: Path, *, plots: bool = True) -> dict[str, Any]:
+def write_reports(plan: Plan, records: Sequence[PairRecord], out: Path, *, plots: bool = True) -> dict[str, Any]:
     """Write all tables of a benchmark into its folder.
 
     Parameters
     ----------
     plan : Plan
-        What was run.
-    records : sequence of Record
-        All of it.
+    records : sequence of PairRecord
+        All of the plan's.
     out : Path
         The folder.
     plots : bool
@@ -165,12 +141,12 @@ def write_reports(plan: Plan, records: Sequence[Record], out: Path, *, plots: bo
     Returns
     -------
     dict
-        The content of ``summary.json``.
+        Content of ``summary.json``.
 
     Raises
     ------
     InputError
-        If the disk refuses.
+        If a file cannot be written.
     MissingExtraError
         If plots are wanted and matplotlib is not installed.
     """
@@ -178,9 +154,12 @@ def write_reports(plan: Plan, records: Sequence[Record], out: Path, *, plots: bo
     comparisons = compare_columns(columns, plan.seed)
     write_scores(out / "results.csv", _score_rows(records))
     write_scores(out / "times.csv", _cost_rows(records))
-    summary = _summary(plan, records, columns, comparisons, out)
+    # What the pairs were made with, as recorded then.
+    made = json.loads((out / PLAN).read_text(encoding="utf-8"))
+    summary = _summary(plan, records, columns, comparisons, made)
     _write(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _write(out / "report.md", "\n".join(_page(plan, records, columns, comparisons, plots=plots)) + "\n")
+    page = _Page(plan, records, columns, comparisons, plots=plots)
+    _write(out / "report.md", "\n".join(page.lines()) + "\n")
     if plots:
         from .plots import draw_dice, draw_dice_and_time
 
@@ -190,7 +169,7 @@ def write_reports(plan: Plan, records: Sequence[Record], out: Path, *, plots: bo
 
 
 def title_of(column: Column, *, several: bool = True) -> str:
-    """What a column is called."""
+    """Name of a column; ``several``: with its variant."""
     method = METHOD_NAMES[column.method]
     return f"{column.variant}: {method}" if several else method
 
@@ -198,24 +177,22 @@ def title_of(column: Column, *, several: bool = True) -> str:
 def main_table(columns: Sequence[Column]) -> list[list[str]]:
     """Head and a line for each column, for a table on the screen."""
     several = len({column.variant for column in columns}) > 1
-    lines = [[*(["variant"] if several else []), "method", "Dice", "sd atlases", "worst pair", "NSD", "HD95 mm"]]
+    lines = [["method", "Dice", "sd atlases", "worst pair", "NSD", "HD95 mm"]]
     for column in columns:
-        means = column.summary.means
+        means, pairs = column.summary.means, column.pair_means()
+        worst = math.nan if np.isnan(pairs).all() else float(np.nanmin(pairs))
         lines.append(
             [
-                *([column.variant] if several else []),
-                METHOD_NAMES[column.method],
-                _decimal(means["dice"], 4),
-                _decimal(column.over_atlases().sd, 3),
-                _decimal(_least(column.pair_means()), 3),
-                _decimal(means["nsd"], 3),
-                _decimal(means["hd95_mm"], 1),
+                *(METHOD_NAMES[column.method], _decimal(means["dice"], 4), _decimal(column.over_atlases().sd, 3)),
+                *(_decimal(worst, 3), _decimal(means["nsd"], 3), _decimal(means["hd95_mm"], 1)),
             ]
         )
-    return lines
+    if not several:
+        return lines
+    return [[name, *line] for name, line in zip(["variant", *(one.variant for one in columns)], lines, strict=True)]
 
 
-def _score_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+def _score_rows(records: Sequence[PairRecord]) -> list[dict[str, Any]]:
     return [
         {"variant": record.variant, "atlas": record.pair.atlas, "query": record.pair.query}
         | {"method": row.method, "value": row.value, "structure": row.structure}
@@ -225,7 +202,7 @@ def _score_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     ]
 
 
-def _cost_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+def _cost_rows(records: Sequence[PairRecord]) -> list[dict[str, Any]]:
     stages = list(dict.fromkeys(stage for record in records for stage in record.seconds))
     return [
         {
@@ -245,12 +222,15 @@ def _cost_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _summary(
-    plan: Plan, records: Sequence[Record], columns: Sequence[Column], comparisons: Sequence[Comparison], out: Path
+    plan: Plan,
+    records: Sequence[PairRecord],
+    columns: Sequence[Column],
+    comparisons: Sequence[Comparison],
+    made: Mapping[str, Any],
 ) -> dict[str, Any]:
     return {
         "benchmark": plan.title,
-        # What the pairs were made with: the sources may have changed since.
-        **json.loads((out / PLAN).read_text(encoding="utf-8")),
+        **made,
         "pairs": [[pair.atlas, pair.query] for pair in plan.pairs],
         "seed": plan.seed,
         "tolerances": plan.tolerances.origin,
@@ -265,8 +245,8 @@ def _summary(
                 "variant": column.variant,
                 "method": column.method,
                 **column.summary.to_dict(),
-                "over_pairs": {"dice": spread_dict(spread(column.pair_means()))},
-                "over_atlases": {"dice": spread_dict(column.over_atlases())},
+                "over_pairs": {"dice": plain_row(vars(spread(column.pair_means())))},
+                "over_atlases": {"dice": plain_row(vars(column.over_atlases()))},
                 "atlases": {
                     atlas: plain_number(column.of_atlas(atlas))
                     for atlas in dict.fromkeys(pair.atlas for pair in column.pairs)
@@ -279,173 +259,163 @@ def _summary(
                 "score": one.score,
                 "first": [one.first.variant, one.first.method],
                 "second": [one.second.variant, one.second.method],
-                **{key: plain_number(value) for key, value in vars(one.interval).items()},
+                **plain_row(vars(one.interval)),
             }
             for one in comparisons
         ],
     }
 
 
-def _page(
-    plan: Plan,
-    records: Sequence[Record],
-    columns: Sequence[Column],
-    comparisons: Sequence[Comparison],
-    *,
-    plots: bool,
-) -> Iterable[str]:
-    several = len(plan.variants) > 1
-    atlases = list(dict.fromkeys(pair.atlas for pair in plan.pairs))
-    yield f"# {plan.dataset.name}: {plan.title}"
-    yield ""
-    if plan.command:
-        yield f"```sh\n{plan.command}\n```"
-        yield ""
-    yield (
-        f"{_count(plan.pairs, 'pair', 'pairs')}, {_count(atlases, 'atlas', 'atlases')}, "
-        f"{_count({pair.query for pair in plan.pairs}, 'query', 'queries')}. NSD at {plan.tolerances.origin}; HD95 on "
-        "surface elements, the larger of both directions. Means over the cases of each structure, then over structures."
-    )
-    yield ""
-    taken = listed([f"{name} ({value})" for value, name in plan.names.items()], _LONGEST_TABLE)
-    yield f"Structures: {taken}."
-    left = [name for value, name in plan.dataset.structures.items() if value not in plan.values]
-    if left:
-        yield f"Left out on request: {listed(left, _LONGEST_TABLE)}."
-    unnamed = sorted({value for record in records for value in record.unnamed})
-    if unnamed:
-        found = ", ".join(map(str, unnamed))
-        yield f"Label values that dataset.json does not name, taken as background where a case has them: {found}."
-    yield ""
-    yield "## Methods"
-    yield ""
-    yield from _markdown(main_table(columns), words=2 if several else 1)
-    yield ""
-    yield _statuses(columns, several=several)
-    failed = [record for record in records if record.failure]
-    for record in failed:
-        yield f"Failed: {record.pair.atlas} -> {record.pair.query} ({record.variant}): {record.failure}"
-    yield ""
-    yield from _differences(comparisons, several=several)
-    yield from _per_structure(columns, several=several)
-    yield from _per_atlas(columns, atlases, several=several)
-    yield from _costs(plan, records)
-    if plots:
-        yield "![Dice of each structure](dice.png)"
-        yield ""
-        yield "![Dice against time](dice-time.png)"
+class _Page:
+    """Lines of ``report.md``."""
 
+    def __init__(
+        self,
+        plan: Plan,
+        records: Sequence[PairRecord],
+        columns: Sequence[Column],
+        comparisons: Sequence[Comparison],
+        *,
+        plots: bool,
+    ) -> None:
+        self._plan, self._records, self._columns, self._comparisons = plan, records, columns, comparisons
+        self._plots = plots
+        self._several = len(plan.variants) > 1
+        self._titles = [self._title(column) for column in columns]
+        self._atlases = list(dict.fromkeys(pair.atlas for pair in plan.pairs))
 
-def _statuses(columns: Sequence[Column], *, several: bool) -> str:
-    parts = []
-    for column in columns:
-        counts = {status: n for status, n in column.summary.counts.items() if n}
-        words = ", ".join(f"{n} {status.replace('_', ' ')}" for status, n in counts.items())
-        parts.append(f"{title_of(column, several=several)}: {words}")
-    return f"Structures of pairs by status: {'; '.join(parts)}."
+    def _title(self, column: Column) -> str:
+        return title_of(column, several=self._several)
 
+    def lines(self) -> Iterator[str]:
+        """The whole page."""
+        yield from self._head()
+        yield from self._methods()
+        yield from self._differences()
+        yield from self._per_structure()
+        yield from self._per_atlas()
+        yield from self._costs()
+        if self._plots:
+            yield from ("![Dice of each structure](dice.png)", "", "![Dice against time](dice-time.png)")
 
-def _differences(comparisons: Sequence[Comparison], *, several: bool) -> Iterable[str]:
-    if not comparisons:
-        return
-    yield "## Differences"
-    yield ""
-    yield (
-        f"Paired bootstrap over queries and atlases, {LEVEL:.0%} intervals, of the mean over structures. "
-        "All are in summary.json; here are the methods of one variant, and one method over variants."
-    )
-    yield ""
-    lines = [["difference", *(f"{score.upper() if score == 'nsd' else score.title()}" for score in _COMPARED)]]
-    by_columns: dict[tuple[int, int], dict[str, Interval]] = {}
-    titles = {}
-    for one in comparisons:
-        if one.first.variant == one.second.variant or one.first.method == one.second.method:
-            key = (id(one.first), id(one.second))
-            by_columns.setdefault(key, {})[one.score] = one.interval
-            titles[key] = f"{title_of(one.first, several=several)} − {title_of(one.second, several=several)}"
-    for key, intervals in by_columns.items():
-        cells = [
-            f"{_signed(i.difference)} ({_signed(i.low)} to {_signed(i.high)})"
-            for i in (intervals[score] for score in _COMPARED)
-        ]
-        lines.append([titles[key], *cells])
-    yield from _markdown(lines)
-    yield ""
-
-
-def _per_structure(columns: Sequence[Column], *, several: bool) -> Iterable[str]:
-    yield "## Dice of each structure"
-    yield ""
-    first = columns[0].summary.structures
-    shown = first[:_LONGEST_TABLE]
-    lines = [["structure", "ml", *(title_of(column, several=several) for column in columns)]]
-    for n, one in enumerate(shown):
-        cells = []
-        for column in columns:
-            dice = column.summary.structures[n].scores["dice"]
-            cells.append(_decimal(dice.mean, 3) + ("" if math.isnan(dice.sd) else f" ± {dice.sd:.3f}"))
-        lines.append([one.structure, _decimal(one.reference_ml, 1), *cells])
-    small = columns[0].summary.small
-    if small and len(small) < len(first):
-        cells = [_decimal(column.summary.small_means["dice"], 3) for column in columns]
-        lines.append([f"mean of those below {SMALL_ML:g} ml ({len(small)})", "", *cells])
-    lines.append(["mean", "", *(_decimal(column.summary.means["dice"], 4) for column in columns)])
-    yield from _markdown(lines)
-    if len(first) > len(shown):
-        yield ""
-        yield f"The other {len(first) - len(shown)} structures are in results.csv."
-    if any(column.summary.counts["both_empty"] for column in columns):
-        yield ""
+    def _head(self) -> Iterator[str]:
+        plan = self._plan
+        yield from (f"# {plan.dataset.name}: {plan.title}", "")
+        if plan.command:
+            yield from (f"```sh\n{plan.command}\n```", "")
         yield (
-            "Where result and reference both lack a structure it is left out above; counted as perfect the means are "
-            + (
-                ", ".join(
-                    f"{title_of(column, several=several)} {_decimal(column.summary.means_with_empty['dice'], 4)}"
-                    for column in columns
-                )
-                + "."
-            )
+            f"{_count(plan.pairs, 'pair', 'pairs')}, {_count(self._atlases, 'atlas', 'atlases')}, "
+            f"{_count({pair.query for pair in plan.pairs}, 'query', 'queries')}. NSD at {plan.tolerances.origin}; "
+            "HD95 on surface elements, the larger of both directions. Means over the cases of each structure, then "
+            "over structures."
         )
-    yield ""
+        taken = listed([f"{name} ({value})" for value, name in plan.names.items()], _LONGEST_TABLE)
+        yield from ("", f"Structures: {taken}.")
+        left = [name for value, name in plan.dataset.structures.items() if value not in plan.values]
+        if left:
+            yield f"Left out on request: {listed(left, _LONGEST_TABLE)}."
+        unnamed = sorted({value for record in self._records for value in record.unnamed})
+        if unnamed:
+            found = ", ".join(map(str, unnamed))
+            yield f"Label values that dataset.json does not name, taken as background where a case has them: {found}."
+        yield ""
 
+    def _methods(self) -> Iterator[str]:
+        yield from ("## Methods", "")
+        yield from _markdown(main_table(self._columns), words=2 if self._several else 1)
+        parts = []
+        for column, title in zip(self._columns, self._titles, strict=True):
+            counts = {status: n for status, n in column.summary.counts.items() if n}
+            words = ", ".join(f"{n} {status.replace('_', ' ')}" for status, n in counts.items())
+            parts.append(f"{title}: {words}")
+        yield from ("", f"Structures of pairs by status: {'; '.join(parts)}.")
+        for record in self._records:
+            if record.failure:
+                yield f"Failed: {record.pair.atlas} -> {record.pair.query} ({record.variant}): {record.failure}"
+        yield ""
 
-def _per_atlas(columns: Sequence[Column], atlases: Sequence[str], *, several: bool) -> Iterable[str]:
-    if len(atlases) < 2:
-        return
-    yield "## Dice of each atlas"
-    yield ""
-    lines = [["atlas", *(title_of(column, several=several) for column in columns)]]
-    lines += [[atlas, *(_decimal(column.of_atlas(atlas), 3) for column in columns)] for atlas in atlases]
-    spreads = [column.over_atlases() for column in columns]
-    lines.append(["mean ± sd", *(f"{_decimal(one.mean, 3)} ± {_decimal(one.sd, 3)}" for one in spreads)])
-    yield from _markdown(lines)
-    yield ""
+    def _differences(self) -> Iterator[str]:
+        if not self._comparisons:
+            return
+        yield from ("## Differences", "")
+        yield (
+            f"Paired bootstrap over queries and atlases, {LEVEL:.0%} intervals, of the mean over structures. "
+            "All are in summary.json; here are the methods of one variant, and one method over variants."
+        )
+        yield ""
+        cells: dict[tuple[int, int], list[str]] = {}
+        for one in self._comparisons:
+            if one.first.variant == one.second.variant or one.first.method == one.second.method:
+                title = f"{self._title(one.first)} − {self._title(one.second)}"
+                interval = one.interval
+                cells.setdefault((id(one.first), id(one.second)), [title]).append(
+                    f"{_signed(interval.difference)} ({_signed(interval.low)} to {_signed(interval.high)})"
+                )
+        yield from _markdown([["difference", *_COMPARED.values()], *cells.values()])
+        yield ""
 
+    def _per_structure(self) -> Iterator[str]:
+        columns = self._columns
+        yield from ("## Dice of each structure", "")
+        first = columns[0].summary.structures
+        shown = first[:_LONGEST_TABLE]
+        lines = [["structure", "ml", *self._titles]]
+        for n, one in enumerate(shown):
+            spreads = [column.summary.structures[n].scores["dice"] for column in columns]
+            cells = [_decimal(dice.mean, 3) + ("" if math.isnan(dice.sd) else f" ± {dice.sd:.3f}") for dice in spreads]
+            lines.append([one.structure, _decimal(one.reference_ml, 1), *cells])
+        small = columns[0].summary.small
+        if small and len(small) < len(first):
+            cells = [_decimal(column.summary.small_means["dice"], 3) for column in columns]
+            lines.append([f"mean of those below {SMALL_ML:g} ml ({len(small)})", "", *cells])
+        lines.append(["mean", "", *(_decimal(column.summary.means["dice"], 4) for column in columns)])
+        yield from _markdown(lines)
+        if len(first) > len(shown):
+            yield from ("", f"The other {len(first) - len(shown)} structures are in results.csv.")
+        if any(column.summary.counts["both_empty"] for column in columns):
+            means = [column.summary.means_with_empty["dice"] for column in columns]
+            parts = [f"{title} {_decimal(mean, 4)}" for title, mean in zip(self._titles, means, strict=True)]
+            yield ""
+            yield (
+                "Where result and reference both lack a structure it is left out above; counted as perfect the means "
+                f"are {', '.join(parts)}."
+            )
+        yield ""
 
-def _costs(plan: Plan, records: Sequence[Record]) -> Iterable[str]:
-    yield "## Cost of a pair"
-    yield ""
-    yield f"Seconds of wall time on {plan.device}, files already read; mean over pairs, and the slowest pair."
-    yield ""
-    stages = list(dict.fromkeys(s for record in records for s in record.seconds if not s.startswith("registration: ")))
-    head = ["variant", "seconds", "slowest", *stages, "peak MB", *(["GPU MB"] if plan.device == "cuda" else [])]
-    lines = [head]
-    for variant in plan.variants:
-        done = [one for one in records if one.variant == variant.name and not one.failure]
-        if not done:
-            continue
-        totals = [one.total_seconds for one in done]
-        cells = [_decimal(float(np.mean([one.seconds.get(stage, 0.0) for one in done])), 1) for stage in stages]
-        memory = [max((one.peak_memory_mb or 0 for one in done), default=0)]
-        memory += [max((one.gpu_memory_mb or 0 for one in done), default=0)] if plan.device == "cuda" else []
-        numbers = [f"{np.mean(totals):.1f}", f"{max(totals):.1f}", *cells, *map(str, memory)]
-        lines.append([variant.name, *numbers])
-    yield from _markdown(lines)
-    yield ""
+    def _per_atlas(self) -> Iterator[str]:
+        if len(self._atlases) < 2:
+            return
+        yield from ("## Dice of each atlas", "")
+        lines = [["atlas", *self._titles]]
+        lines += [[atlas, *(_decimal(one.of_atlas(atlas), 3) for one in self._columns)] for atlas in self._atlases]
+        spreads = [column.over_atlases() for column in self._columns]
+        lines.append(["mean ± sd", *(f"{_decimal(one.mean, 3)} ± {_decimal(one.sd, 3)}" for one in spreads)])
+        yield from _markdown(lines)
+        yield ""
+
+    def _costs(self) -> Iterator[str]:
+        device, records = self._plan.device, self._records
+        yield from ("## Cost of a pair", "")
+        yield f"Seconds of wall time on {device}, files already read; mean over pairs, and the slowest pair."
+        yield ""
+        every = dict.fromkeys(stage for record in records for stage in record.seconds)
+        stages = [stage for stage in every if not stage.startswith("registration: ")]
+        memories = {"peak MB": "peak_memory_mb"} | ({"GPU MB": "gpu_memory_mb"} if device == "cuda" else {})
+        lines = [["variant", "seconds", "slowest", *stages, *memories]]
+        for variant in self._plan.variants:
+            done = [one for one in records if one.variant == variant.name and not one.failure]
+            if done:
+                totals = [one.total_seconds for one in done]
+                means = [float(np.mean([one.seconds.get(stage, 0.0) for one in done])) for stage in stages]
+                peaks = [max(getattr(one, name) or 0 for one in done) for name in memories.values()]
+                numbers = [float(np.mean(totals)), max(totals), *means]
+                lines.append([variant.name, *(_decimal(number, 1) for number in numbers), *map(str, peaks)])
+        yield from _markdown(lines)
+        yield ""
 
 
 def _markdown(lines: Sequence[Sequence[str]], words: int = 1) -> Iterable[str]:
-    """A table; all but the first ``words`` columns to the right."""
+    """Table; all but the first ``words`` columns to the right."""
     head, *rest = [[cell.replace("|", r"\|") for cell in line] for line in lines]
     yield "| " + " | ".join(head) + " |"
     yield "|" + "|".join("---" if n < words else "---:" for n in range(len(head))) + "|"
@@ -465,10 +435,6 @@ def _signed(value: float) -> str:
     if math.isnan(value):
         return "–"
     return f"{round(value, 3) + 0.0:+.3f}".replace("-", "−")  # no −0.000
-
-
-def _least(values: NDArray[np.float64]) -> float:
-    return math.nan if np.isnan(values).all() else float(np.nanmin(values))
 
 
 def _write(path: Path, text: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import demo
 from ..atlas import Atlas
 from ..context import Context
 from ..core.dataset import load_dataset, pick_structures
@@ -17,7 +18,6 @@ from ..core.errors import InputError
 from ..core.geometry import Grid
 from ..core.image import Volume, load_image
 from ..core.parallel import peak_memory_mb, reset_peak_memory
-from ..demo.phantom import make_pair
 from ..models.choice import load_chosen
 from ..result import Segmentation
 from ..segment import segment
@@ -72,21 +72,17 @@ class Timing:
         }
 
 
-def scans_for(
-    folder: Path | None, shape: tuple[int, int, int], labels: Sequence[str], seed: int
-) -> tuple[Atlas, Volume]:
-    """An atlas and a query of the wanted size: cases of a dataset, or made-up scans, on another grid.
+def scans_for(folder: Path | None, shape: tuple[int, int, int], labels: Sequence[str]) -> tuple[Atlas, Volume]:
+    """Load an atlas and a query, cases of a dataset or the embedded pair, and resample them to the given size.
 
     Parameters
     ----------
     folder : Path or None
-        Dataset in nnU-Net raw layout, of which the first two cases are taken; None for made-up scans.
+        Dataset in nnU-Net raw layout, of which the first two cases are taken; None for the embedded pair.
     shape : tuple of int, (3,)
         Voxels of both in RAS-canonical order, over each one's own field of view.
     labels : sequence of str
         Structures to keep; all if empty.
-    seed : int
-        Of the made-up scans.
 
     Raises
     ------
@@ -94,8 +90,8 @@ def scans_for(
         If the dataset cannot be used or has fewer than two cases.
     """
     if folder is None:
-        pair = make_pair(seed)
-        context, query = Atlas.from_volumes(pair.atlas, pair.atlas_labels, pair.structures), pair.query
+        context = Atlas.from_files(demo.PAIR / demo.ATLAS, demo.PAIR / demo.LABELS)
+        query = load_image(demo.PAIR / demo.QUERY)
     else:
         dataset = load_dataset(folder)
         if len(dataset.cases) < 2:

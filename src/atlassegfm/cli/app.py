@@ -19,7 +19,7 @@ from .benchmark import app as benchmark_app
 from .check import CheckOptions, check
 from .customize import CustomizeOptions, customize
 from .demo import DemoOptions, demo
-from .evaluate import evaluate
+from .evaluate import EvaluateOptions, evaluate
 from .models import app as models_app
 from .options import SettingsOptions, command
 from .report import report
@@ -70,7 +70,7 @@ command(app, SegmentOptions, "segment")(segment)
 command(app, DemoOptions, "demo")(demo)
 command(app, CheckOptions, "check")(check)
 command(app, CustomizeOptions, "customize")(customize)
-app.command()(evaluate)
+command(app, EvaluateOptions, "evaluate")(evaluate)
 app.command()(report)
 app.command()(suggest)
 app.add_typer(benchmark_app, name="benchmark")

@@ -263,7 +263,7 @@ def time(options: TimeOptions) -> None:
             raise InputError("--labels belongs to a dataset; the embedded scans are used as they are")
         options.accept(base.model, session)
         session.progress("making the scans")
-        atlas, query = scans_for(options.dataset, size, wanted, base.seed)
+        atlas, query = scans_for(options.dataset, size, wanted)
         device = resolve_device(options.device)
         timing = measure(atlas, query, base, device=device, rounds=options.rounds, on_stage=session.progress)
     if options.as_json:

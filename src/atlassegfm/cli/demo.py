@@ -34,7 +34,8 @@ def demo(options: DemoOptions) -> None:
             except MissingExtraError as error:
                 raise InputError(f"{error}, or use --no-picture") from None
         from ..core.device import resolve_device
-        from ..demo.run import ATLAS, LABELS, QUERY, run_demo
+        from ..demo import ATLAS, LABELS, QUERY
+        from ..demo.run import run_demo
         from ..models.choice import prompt_kind
 
         settings = options.settings()

@@ -8,21 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: Voxels counted at once: bincount widens its input to 64 bits, which a whole large scan would not survive.
+#: Voxels counted at once, to bound the memory of 64-bit values.
 _CHUNK = 1 << 22
 
 
-#: Label values up to here are counted as they are; larger ones are renumbered first.
+#: Smallest label value that is renumbered before counting.
 _LARGEST_COUNTED = 1 << 16
 
 
 def dice(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Dice coefficient of two masks: twice the common voxels over the sum of both.
-
-    Parameters
-    ----------
-    a, b : array, (I, J, K)
-        A voxel is inside where it is not 0.
+    """Compute the Dice coefficient of two masks, (I, J, K), inside where they are not 0.
 
     Returns
     -------
@@ -40,19 +35,19 @@ def dice(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 
 def dice_per_structure(result: NDArray[Any], reference: NDArray[Any], values: Iterable[int]) -> dict[int, float]:
-    """Dice coefficient of each label value, in one pass over the voxels.
+    """Compute the Dice coefficient of each label value in one pass over the voxels.
 
     Parameters
     ----------
     result, reference : array, (I, J, K) of an integer type
         Label maps on one grid.
     values : iterable of int
-        Values to compare, 0 or greater. Others count as background.
+        Label values to compare, at least 0; others are background.
 
     Returns
     -------
     dict of int to float
-        In the order of ``values``; in [0, 1], NaN where neither label map has the value.
+        In the order of ``values``: in [0, 1], NaN where neither label map has the value.
 
     Raises
     ------
@@ -65,12 +60,12 @@ def dice_per_structure(result: NDArray[Any], reference: NDArray[Any], values: It
             raise ValueError(f"label maps hold whole numbers, not {array.dtype}")
     wanted = list(values)
     known = np.unique(np.array(wanted, np.int64))
-    # Bins are the values themselves where those are small, else positions in `known`; the last bin is the rest.
+    # Bins are the values themselves, or places in `known` if those are large; the last bin is the rest.
     direct = not len(known) or int(known[-1]) < _LARGEST_COUNTED
     bins = (int(known[-1]) + 1 if len(known) else 0) if direct else len(known)
     in_either = np.zeros(bins + 1, np.int64)
     in_both = np.zeros(bins + 1, np.int64)
-    # Both are read in the order they lie in memory, where that is the same.
+    # Read in the order of memory, if it is the same for both.
     turned = result.flags.f_contiguous and reference.flags.f_contiguous
     flat = [(array.T if turned else array).reshape(-1) for array in (result, reference)]
     for first in range(0, flat[0].size, _CHUNK):
@@ -82,7 +77,7 @@ def dice_per_structure(result: NDArray[Any], reference: NDArray[Any], values: It
 
 
 def _bins(values: NDArray[Any], known: NDArray[np.int64], bins: int, *, direct: bool) -> NDArray[np.int64]:
-    """(N,) the bin of each voxel, ``bins`` for those that do not count."""
+    """(N,) bin of each voxel; ``bins`` for background."""
     wide = values.astype(np.int64)
     if direct:
         return np.where((wide >= 0) & (wide < bins), wide, bins)

@@ -1,1 +1,149 @@
 """Scores of results against references."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..core.labels import listed, read_names_file
+from .labelling import DicomInputs, PairReader, find_structures, pick_structures
+from .pairing import FilePair, find_pairs
+from .scores import CaseScore, score_volumes
+from .summary import Summary, plain_row, score_row, summarise, write_scores
+from .tolerances import PRESETS, Tolerances, uniform
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["CaseScore", "DicomInputs", "Evaluation", "EvaluationOptions", "evaluate", "score_files", "score_volumes"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """What to score.
+
+    Parameters
+    ----------
+    labels : sequence of str
+        Label values, names or shell patterns to score; "*" is all that either side has. If empty, both sides must
+        have the same structures.
+    centreline : sequence of str
+        The same for clDice.
+    names : Path, optional
+        File with names of the labels. They come before those of the references' files, and these before those of
+        the results'.
+    partial : bool
+        Whether references without a result are left out with a warning instead of refused.
+    dicom : DicomInputs
+        How to read RTSTRUCT and DICOM-SEG files.
+    """
+
+    labels: Sequence[str] = ()
+    centreline: Sequence[str] = ()
+    names: Path | None = None
+    partial: bool = False
+    dicom: DicomInputs = field(default_factory=DicomInputs)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of results against references.
+
+    Parameters
+    ----------
+    scores : tuple of CaseScore
+        Case by case, structures in ascending order of their values.
+    tolerances : Tolerances
+        Of the NSD.
+    """
+
+    scores: tuple[CaseScore, ...]
+    tolerances: Tolerances
+
+    @cached_property
+    def summary(self) -> Summary:
+        """Means over cases and structures."""
+        return summarise(self.scores)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Table of all scores: a row for each structure of each case."""
+        return [
+            {"case": one.case, "value": one.value, "structure": one.structure} | score_row(one.scores)
+            for one in self.scores
+        ]
+
+    def write_csv(self, path: str | os.PathLike[str]) -> None:
+        """Write all scores as CSV."""
+        write_scores(Path(path), self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "tolerances": self.tolerances.origin,
+            "summary": self.summary.to_dict(),
+            "scores": [plain_row(row) for row in self.rows],
+        }
+
+
+def evaluate(
+    result: str | os.PathLike[str],
+    reference: str | os.PathLike[str],
+    tolerances: Tolerances | float = 2.0,
+    options: EvaluationOptions | None = None,
+    *,
+    on_case: Callable[[int, int, str], None] | None = None,
+) -> Evaluation:
+    """Score label maps, RTSTRUCT or DICOM-SEG files against references.
+
+    Parameters
+    ----------
+    result, reference : path
+        Two files, or two folders of files with the same names; see :func:`~atlassegfm.evaluate.pairing.find_pairs`.
+    tolerances : Tolerances or float
+        Of the NSD; a number of mm for all structures.
+    options : EvaluationOptions, optional
+    on_case : callable, optional
+        Called with number (from 1), number of cases, and name of each case as it begins.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be used or has no counterpart, a result is not on its reference's voxels, both sides have
+        other structures, or there is none at all.
+    """
+    options = options or EvaluationOptions()
+    if not isinstance(tolerances, Tolerances):
+        tolerances = uniform(tolerances)
+    pairs = find_pairs(Path(result), Path(reference), partial=options.partial)
+    return Evaluation(tuple(score_files(pairs, tolerances, options, on_case=on_case)), tolerances)
+
+
+def score_files(
+    pairs: Sequence[FilePair],
+    tolerances: Tolerances,
+    options: EvaluationOptions,
+    *,
+    on_case: Callable[[int, int, str], None] | None = None,
+) -> list[CaseScore]:
+    """Score pairs of files (at least one), as :func:`evaluate` does."""
+    reader = PairReader(options.dicom, None if options.names is None else read_names_file(options.names))
+    names = find_structures(pairs, reader, strict=not options.labels)
+    unmatched = tolerances.unmatched(names.items())
+    if unmatched and tolerances.origin not in {f"preset {name}" for name in PRESETS}:
+        logger.warning("%s: no structure is called %s; check the spelling", tolerances.origin, listed(unmatched))
+    if options.labels:
+        names = pick_structures(names, options.labels)
+    thin = pick_structures(names, options.centreline) if options.centreline else {}
+    scored = []
+    for number, pair in enumerate(pairs, start=1):
+        if on_case is not None:
+            on_case(number, len(pairs), pair.case)
+        result, reference = reader.read(pair)
+        scores = score_volumes({"": result}, reference, names, tolerances, centreline=thin)[""]
+        scored += [CaseScore(pair.case, value, names[value], one) for value, one in scores.items()]
+    return scored

@@ -1,7 +1,7 @@
-"""Means over structures and what they are worth: spread, and intervals for the difference of two methods.
+"""Spread of scores, and bootstrap intervals for the difference of two methods.
 
-Scores come one for each structure of each case. They are averaged over the cases of each structure, then over
-structures, so that a structure that many cases lack counts as much as one that all have.
+Scores are averaged over the cases of each structure, then over structures: a structure that many cases lack counts as
+much as one that all have.
 """
 
 from __future__ import annotations
@@ -15,24 +15,22 @@ from numpy.typing import ArrayLike, NDArray
 
 #: Draws of the bootstrap: the ends of a 95 % interval then vary by about 1 % of its width.
 RESAMPLES = 4000
-
-
-#: Share of the draws between both ends of an interval.
+#: Confidence level of the intervals.
 LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How scores are distributed; NaN where there are none.
+    """Distribution of scores; NaN where there are none.
 
     Parameters
     ----------
     count : int
         Scores that are not NaN.
     mean, sd : float
-        The standard deviation is that of a sample (n - 1); NaN for fewer than two scores.
+        Standard deviation of a sample (n - 1); NaN for fewer than two scores.
     low, quartile, median, upper_quartile, high : float
-        Smallest, 25th, 50th and 75th percentile, largest.
+        Minimum, 25th, 50th and 75th percentile, maximum.
     """
 
     count: int
@@ -47,16 +45,16 @@ class Spread:
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference of two methods and its bootstrap interval; NaN where nothing can be compared.
+    """Difference of two methods with its bootstrap interval; NaN where nothing can be compared.
 
     Parameters
     ----------
     difference : float
-        The first less the second, averaged over the cases of each structure, then over structures.
+        First less second.
     low, high : float
         Percentile interval at :data:`LEVEL`.
     clusters : int
-        The smallest number of independent things resampled (queries, or atlases where there are several).
+        Smallest number of independent units resampled (queries, or atlases where there are several).
     """
 
     difference: float
@@ -66,13 +64,7 @@ class Interval:
 
 
 def spread(values: ArrayLike) -> Spread:
-    """Describe scores; those that are NaN are left out.
-
-    Parameters
-    ----------
-    values : array, (N,)
-        Scores.
-    """
+    """Describe scores, (N,), without those that are NaN."""
     numbers = np.asarray(values, np.float64).ravel()
     numbers = numbers[~np.isnan(numbers)]
     if not len(numbers):
@@ -83,13 +75,7 @@ def spread(values: ArrayLike) -> Spread:
 
 
 def macro_mean(table: ArrayLike) -> float:
-    """Mean over the cases of each structure, then over structures.
-
-    Parameters
-    ----------
-    table : array, (structures, cases)
-        Scores; NaN ones are left out, and so are structures that have no others.
-    """
+    """Average (structures, cases) scores over cases, then over structures; NaN are left out."""
     means = [row[~np.isnan(row)].mean() for row in np.asarray(table, np.float64) if not np.isnan(row).all()]
     return float(np.mean(means)) if means else math.nan
 
@@ -101,24 +87,21 @@ def paired_bootstrap(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Interval:
-    """Compare two methods that were scored on the same cases.
+    """Compare two methods scored on the same cases by the pigeonhole bootstrap.
 
-    Scores of one query by several atlases, and of several queries by one atlas, are not independent. So not
-    pairs are drawn with replacement but queries and, apart from them, atlases; a pair counts as often as its
-    query times as often as its atlas (A. B. Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1
-    (2007) 386). With few cases even this interval is too narrow rather than too wide.
+    Scores that share a query or an atlas are not independent. Queries and atlases are therefore drawn with
+    replacement, independently of each other, and a pair counts as often as its query times as often as its atlas
+    (A. B. Owen, Annals of Applied Statistics 1 (2007) 386). With few cases the interval is rather too narrow.
 
     Parameters
     ----------
     first, second : array, (structures, cases)
-        Scores of both methods; a structure of a case counts where neither is NaN, a case where any structure does.
+        A structure of a case counts where neither score is NaN.
     *clusters : sequence, (cases,)
-        What each case belongs to: its query, its atlas. One that is the same for all cases that count is not
-        resampled.
+        Query of each case, atlas of each case. What is the same for all cases is not resampled.
     seed : int
-        Start of the random numbers.
     resamples : int
-        How often to draw.
+        Number of draws.
 
     Raises
     ------
@@ -130,7 +113,7 @@ def paired_bootstrap(
         raise ValueError(f"tables of shape {one.shape} and {other.shape} do not fit each other and their clusters")
     difference = one - other
     known = ~np.isnan(difference)
-    # Cases without any score would be drawn in vain, and make few clusters look like many.
+    # Cases without any score would make few clusters look like many.
     counting = np.flatnonzero(known.any(axis=0)).tolist()
     known = known[:, counting]
     difference = np.where(known, difference[:, counting], 0.0)
@@ -157,7 +140,7 @@ def paired_bootstrap(
 
 
 def _indices(cluster: Sequence[Hashable]) -> tuple[int, NDArray[np.int64]]:
-    """How many members a cluster has, and (cases,) the number of each case's."""
+    """Number of members of a cluster, and (cases,) index of each case's."""
     numbers: dict[Hashable, int] = {}
     index = np.array([numbers.setdefault(member, len(numbers)) for member in cluster], np.int64)
     return len(numbers), index

@@ -1,6 +1,6 @@
-"""How well a result agrees with a reference, on the query's native grid: overlap, surfaces and centrelines.
+"""Agreement of a result with a reference on its native grid: overlap, surfaces and centrelines.
 
-A structure that neither of the two has gives NaN, never 1: whoever averages must say how those are counted.
+A structure that neither of them has gives NaN, never 1: means must say how those are counted.
 """
 
 from __future__ import annotations

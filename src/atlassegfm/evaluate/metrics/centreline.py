@@ -1,13 +1,13 @@
-"""Centrelines of vessel-like masks, and how far one runs inside another mask (clDice, arXiv 2003.07311).
+"""Centrelines of vessel-like masks, and the fraction of them inside another mask (clDice, arXiv 2003.07311).
 
-The skeleton is scikit-image's 3-D thinning (Lee, Kashyap and Chu 1994), on isotropic cells: voxels of other shapes
-are first cut into cells of the smallest spacing, each taking the value of the nearest voxel. That repeats whole
-planes of the mask, so that nothing vanishes and nothing parts or joins; interpolating between voxels would lose a
-vessel one voxel thick. Of a mask too large for that, a coarser cell is inside if any voxel in it is.
+The skeleton is scikit-image's 3-D thinning (Lee, Kashyap and Chu 1994) on isotropic cells: anisotropic voxels are
+first cut into cells of the smallest spacing, each with the value of the nearest voxel. This keeps the topology;
+interpolation would lose a vessel one voxel thick. In a mask too large for that, a coarser cell is inside if any voxel
+in it is.
 
-That thinning deletes some tubes of an even width whole, a 4 x 4 x N tube or a 2 x 2 x 2 blob for one, and of a
-vessel the stretches that are such a tube. What is left without a centreline is thinned once more on a lattice of
-half cells: of a run of n cells it has the n centres and the n - 1 midpoints, an odd number, which thinning keeps.
+Thinning deletes some tubes of an even width entirely (4 x 4 x N, 2 x 2 x 2). What is left without a centreline is
+thinned again on a lattice of half cells: n cells in a row have n centres and n - 1 midpoints there, an odd number,
+which thinning keeps.
 """
 
 from __future__ import annotations
@@ -18,34 +18,33 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-#: Voxels whose sides differ by a larger factor are resampled: thinning takes all neighbours for equally far.
+#: Largest ratio of voxel edges that is thinned without resampling: thinning takes neighbours as equally far.
 _MOST_ANISOTROPY = 1.05
 
 
-#: Cells that are thinned at most, in the mask's box: seconds, and a few hundred MB with the numbers of the components.
+#: Most cells of the mask's box: seconds of thinning, and a few hundred MB.
 _MOST_CELLS = 1 << 26
 
 
-#: A cell belongs to the nearest point of the skeleton if it is no farther than so many times that point's distance
-#: to the outside, and so many cells. The corner of a square tube is at sqrt(2) times, that of a cube at sqrt(3),
-#: and thinning shortens an end by the tube's half width.
+#: A cell belongs to the nearest skeleton point up to this many times the point's distance to the outside, plus this
+#: many cells: corners of a cube are at sqrt(3) times, and thinning shortens an end by half the width.
 _REACH, _REACH_CELLS = 2.0, 2.0
 
 
-#: Cells whose reach is looked up at once, which is in 64-bit coordinates.
+#: Cells looked up at once, to bound the memory of 64-bit coordinates.
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """A mask on the lattice it is thinned on.
+    """Mask on the lattice it is thinned on.
 
     Parameters
     ----------
     inside : array of bool, (I, J, K)
         Crop that holds the whole mask.
     first : tuple of int, (3,)
-        Place of the crop on the whole image's lattice of cells.
+        First cell of the crop on the lattice of the whole image.
     """
 
     inside: NDArray[np.bool_]
@@ -67,11 +66,11 @@ class Skeleton:
     Parameters
     ----------
     low, high : array of int64, (N, 3)
-        A point lies midway between these two cells of the image, which are one where it is a cell's centre.
+        Cells of the image that a point lies midway between; equal at the centre of a cell.
     weight : array of float64, (N,)
-        1, and 1/2 on the lattice of half cells, which has twice as many points for the same length.
+        1, or 1/2 on the lattice of half cells, which has twice as many points for the same length.
     cell_mm : float or None
-        Size of the cells; None where they are the voxels.
+        Size of the cells; None for voxels.
     note : str
         What was done besides thinning; "" for nothing.
     """
@@ -82,13 +81,10 @@ class Skeleton:
     cell_mm: float | None
     note: str
 
-    def share_in(self, cells: Cells) -> float:
-        """Share of the centreline's length inside a mask; a point between cells is as far inside as they are.
+    def fraction_in(self, cells: Cells) -> float:
+        """Compute the fraction of the length inside a mask of this skeleton's cells.
 
-        Parameters
-        ----------
-        cells : Cells
-            The mask in cells of this skeleton's size.
+        A point between cells counts with the fraction of them that is inside.
         """
         corners = [
             cells.at(np.stack([ends[axis][:, axis] for axis in range(3)], axis=1))
@@ -98,21 +94,20 @@ class Skeleton:
 
 
 def cell_size_mm(shape: tuple[int, ...], spacing_mm: tuple[float, float, float]) -> tuple[float | None, str]:
-    """Choose the cells for a mask.
+    """Choose the cell size for a mask.
 
     Parameters
     ----------
     shape : tuple of int, (3,)
         Voxels of the mask's box.
     spacing_mm : tuple of float, (3,)
-        Size of a voxel.
 
     Returns
     -------
     cell_mm : float or None
-        Size of the cells; None for the voxels themselves.
+        None for the voxels themselves.
     note : str
-        What is to be said of it.
+        Remark on resampling; "" for none.
     """
     finest = min(spacing_mm)
     least = float(np.prod(np.array(shape) * spacing_mm) / _MOST_CELLS) ** (1 / 3)
@@ -129,7 +124,7 @@ def make_cells(
     spacing_mm: tuple[float, float, float],
     cell_mm: float | None,
 ) -> Cells:
-    """Resample a mask.
+    """Resample a mask to cells; cell 0 of the image is centred on voxel 0, whatever the crop.
 
     Parameters
     ----------
@@ -138,14 +133,8 @@ def make_cells(
     first : tuple of int, (3,)
         Voxel of the image that the crop begins at.
     spacing_mm : tuple of float, (3,)
-        Size of a voxel.
     cell_mm : float or None
         From :func:`cell_size_mm`.
-
-    Returns
-    -------
-    Cells
-        Cell 0 of the image is centred on voxel 0 whatever the crop, so that two masks' cells are the same.
     """
     if cell_mm is None or not inside.size:
         return Cells(inside, first)
@@ -166,21 +155,14 @@ def make_cells(
 
 
 def make_skeleton(cells: Cells, cell_mm: float | None, note: str) -> Skeleton:
-    """Thin a mask to its centreline, of which every component has some.
+    """Thin a mask to its centreline; every component keeps a part of it.
 
     Parameters
     ----------
     cells : Cells
-        The mask, not empty.
-    cell_mm : float or None
-        Size of the cells, and
-    note : str
-        what is to be said of it, from :func:`cell_size_mm`.
-
-    Returns
-    -------
-    Skeleton
-        Its note tells of the centrelines that plain thinning would have lost.
+        Not empty.
+    cell_mm, note
+        From :func:`cell_size_mm`. The skeleton's note adds what plain thinning would have lost.
     """
     from scipy import ndimage
 
@@ -210,7 +192,7 @@ def make_skeleton(cells: Cells, cell_mm: float | None, note: str) -> Skeleton:
 
 
 def _lost(inside: NDArray[np.bool_], thin: NDArray[np.int64]) -> tuple[NDArray[np.bool_], int, int]:
-    """(I, J, K) cells without a centreline, and of how many whole components and stretches of others they are."""
+    """(I, J, K) cells without a centreline, and the number of whole components and of stretches among them."""
     from scipy import ndimage
     from scipy.spatial import cKDTree
 
@@ -223,7 +205,7 @@ def _lost(inside: NDArray[np.bool_], thin: NDArray[np.int64]) -> tuple[NDArray[n
     del components
     if not len(thin):
         return lost, whole, 0
-    # The distance to the outside is to the nearest cell outside that touches the mask, less the half of a cell.
+    # Distance to the outside: to the nearest outer cell that touches the mask, less half a cell.
     border = np.pad(inside, 1)
     border = ndimage.binary_dilation(border, structure=np.ones((3, 3, 3))) & ~border
     depth = cKDTree(np.argwhere(border) - 1).query(thin)[0] - 0.5
@@ -242,13 +224,13 @@ def _lost(inside: NDArray[np.bool_], thin: NDArray[np.int64]) -> tuple[NDArray[n
 def _thin(inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
     from skimage.morphology import skeletonize
 
-    # Asked for by name: scikit-image takes an array one cell thick for a 2-D image otherwise.
+    # Named, as scikit-image otherwise takes an array one cell thick for a 2-D image.
     thinned: NDArray[np.bool_] = skeletonize(inside, method="lee") > 0
     return thinned
 
 
 def _thin_doubled(part: NDArray[np.bool_]) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]:
-    """Both ends, (N, 3) each, and the weights, (N,), of the points of a part that thinning has lost."""
+    """Ends, (N, 3) each, and weights, (N,), of the points of a part that thinning has lost."""
     from scipy import ndimage
 
     # Half cell p spans the doubled cells p and p + 1, of which both must be inside on all axes.

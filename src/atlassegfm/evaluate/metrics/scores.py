@@ -1,7 +1,7 @@
 """All scores of a structure against its reference.
 
-Where neither has the structure every score is NaN, and where only one has, the distance scores are the image's
-diagonal: the largest there can be, so that a mean over cases is worse for a structure that was missed.
+Where neither has the structure every score is NaN. Where only one has it, distances are the image's diagonal, the
+largest there can be: a missed structure makes a mean worse.
 """
 
 from __future__ import annotations
@@ -17,36 +17,32 @@ from numpy.typing import NDArray
 from .shape import Shape, label_shapes
 from .surface import PERCENT, area_within, distances_mm, robust_distance_mm
 
-#: "missed": only the reference has the structure; "hallucinated": only the result has. The last two are given by
-#: whoever knows more: no result at all (scored as missed), and a structure the atlas cannot give (not scored).
+#: "missed": only the reference has the structure; "hallucinated": only the result. Benchmarks add "failed" (no result
+#: at all, scored as missed) and "not_in_atlas" (not scored).
 Status = Literal["ok", "both_empty", "missed", "hallucinated", "failed", "not_in_atlas"]
 
 
 @dataclass(frozen=True)
 class StructureScores:
-    """How one structure of a result agrees with the reference.
+    """Scores of one structure.
 
     Parameters
     ----------
-    status : {"ok", "both_empty", "missed", "hallucinated"}
-        Which of the two have the structure.
+    status : Status
     dice : float
         Twice the common voxels over the sum of both.
     nsd : float
-        Normalized surface Dice: share of both surfaces' area that is within the tolerance of the other.
+        Normalized surface Dice: fraction of the area of both surfaces that is within the tolerance of the other.
     tolerance_mm : float
         Of ``nsd``.
     hd95_mm : float
-        95 % of the surface's area is no farther from the other surface, the larger of both directions.
+        Robust Hausdorff distance: 95 % of the surface's area is no farther from the other; the larger direction.
     hd95_voxel_mm : float
-        The same of the surface voxels, each counting the same: 95th percentile of the distances between their
-        centres, as MONAI has it.
+        95th percentile of the distances between centres of surface voxels, as in MONAI; the larger direction.
     result_voxels, reference_voxels : int
-        Number of voxels.
     result_ml, reference_ml : float
-        Volume.
     cldice : float or None
-        Harmonic mean of the shares of each centreline inside the other mask; None where not asked for.
+        Harmonic mean of the fractions of each centreline inside the other mask; None where not asked for.
     cldice_note : str
         What was done for it besides thinning; "" for nothing.
     """
@@ -75,20 +71,16 @@ def compare(
     result, reference : Shape
         On one grid, from :func:`label_shapes`.
     tolerance_mm : float
-        For the normalized surface Dice, 0 or more.
+        Of the normalized surface Dice, at least 0.
     diagonal_mm : float
-        Distance that stands for a structure of only one of the two.
+        Distance for a structure that only one of them has.
     centreline : bool
-        Whether clDice is wanted.
-
-    Returns
-    -------
-    StructureScores
+        Whether to compute clDice.
 
     Raises
     ------
     ValueError
-        If the shapes are not on one grid or the tolerance is not a number of 0 or more.
+        If the shapes are not on one grid or the tolerance is not a finite number of at least 0.
     """
     if (result.grid_shape, result.spacing_mm) != (reference.grid_shape, reference.spacing_mm):
         raise ValueError(
@@ -141,31 +133,25 @@ def score_labels(
     *,
     centreline: Collection[int] = (),
 ) -> dict[int, StructureScores]:
-    """Score the structures of a label map.
+    """Score the structures of a label map, in the order of ``values``.
 
     Parameters
     ----------
     result, reference : array of an integer type, (I, J, K)
         Label maps on one grid.
     values : sequence of int
-        Values to compare. Others count as background.
+        Label values to score; others are background.
     spacing_mm : sequence of float, (3,)
-        Size of a voxel.
     tolerances_mm : mapping of int to float
-        Tolerance of the normalized surface Dice for each of the values.
+        Tolerance of the normalized surface Dice for each value.
     centreline : collection of int
-        Values that clDice is wanted for.
-
-    Returns
-    -------
-    dict of int to StructureScores
-        In the order of ``values``.
+        Values to compute clDice for.
 
     Raises
     ------
     ValueError
         If the label maps differ in shape or do not hold whole numbers, the spacing is not three positive numbers,
-        or a tolerance is missing or not a number of 0 or more.
+        or a tolerance is missing or not a finite number of at least 0.
     """
     if result.shape != reference.shape:
         raise ValueError(f"arrays of shape {result.shape} and {reference.shape} are not on one grid")
@@ -174,7 +160,7 @@ def score_labels(
         raise ValueError(f"no tolerance for the values {missing}")
     results, references = (label_shapes(labels, values, spacing_mm) for labels in (result, reference))
     diagonal = diagonal_mm(result.shape, spacing_mm)
-    # Each pair is dropped as soon as it is scored: all surfaces at once would take much more memory.
+    # Each pair is freed as soon as it is scored: all surfaces at once would take much more memory.
     return {
         value: compare(
             results.pop(value),
@@ -195,44 +181,14 @@ def score_masks(
     tolerance_mm: float,
     centreline: bool = False,
 ) -> StructureScores:
-    """Score one mask.
-
-    Parameters
-    ----------
-    result, reference : array, (I, J, K)
-        A voxel is inside where it is not 0.
-    spacing_mm : sequence of float, (3,)
-        Size of a voxel.
-    tolerance_mm : float
-        For the normalized surface Dice, 0 or more.
-    centreline : bool
-        Whether clDice is wanted.
-
-    Returns
-    -------
-    StructureScores
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ, the spacing is not three positive numbers, or the tolerance is not a number of 0 or
-        more.
-    """
+    """Score one mask, (I, J, K), inside where it is not 0; arguments and errors as of :func:`score_labels`."""
     return score_labels(
         result != 0, reference != 0, [1], spacing_mm, {1: tolerance_mm}, centreline=[1] if centreline else ()
     )[1]
 
 
 def diagonal_mm(shape: Sequence[int], spacing_mm: Sequence[float]) -> float:
-    """Length of an image's diagonal, from the far corner of its first voxel to that of its last.
-
-    Parameters
-    ----------
-    shape : sequence of int, (3,)
-        Voxels along each axis.
-    spacing_mm : sequence of float, (3,)
-        Size of a voxel.
-    """
+    """Compute an image's diagonal, from the outer corner of its first voxel to that of its last, mm."""
     return math.hypot(*(count * step for count, step in zip(shape, spacing_mm, strict=True)))
 
 
@@ -249,14 +205,14 @@ def _surface_scores(result: Shape, reference: Shape, tolerance_mm: float) -> tup
 
 
 def _cldice(result: Shape, reference: Shape) -> tuple[float, str]:
-    """ClDice and its note."""
-    precision = result.skeleton.share_in(reference.cells(result.skeleton.cell_mm))
-    sensitivity = reference.skeleton.share_in(result.cells(reference.skeleton.cell_mm))
+    """Compute clDice and its note."""
+    precision = result.skeleton.fraction_in(reference.cells(result.skeleton.cell_mm))
+    sensitivity = reference.skeleton.fraction_in(result.cells(reference.skeleton.cell_mm))
     both = precision + sensitivity
     notes: list[str] = []
     for whose, skeleton in (("result", result.skeleton), ("reference", reference.skeleton)):
         for part in filter(None, skeleton.note.split("; ")):
-            # The same resampling is said once; a lost skeleton is one mask's matter.
+            # Resampling is the same for both; a lost skeleton is one mask's.
             text = part if part.startswith("resampled") else f"{whose}: {part}"
             if text not in notes:
                 notes.append(text)

@@ -1,4 +1,4 @@
-"""One structure of a label map, and all that is derived from it for comparisons."""
+"""One structure of a label map, with its surfaces and centreline."""
 
 from __future__ import annotations
 
@@ -20,19 +20,17 @@ _LARGEST_SEARCHED = 1 << 16
 class Shape:
     """One structure of one label map.
 
-    Its surfaces and its centreline are made when first asked for and then kept, so that one reference serves for
-    many results. The label map itself is looked at, not copied: it must not change.
+    Surfaces and centreline are computed on first use and kept, so that one reference serves many results. The label
+    map is not copied: it must not change.
 
     Parameters
     ----------
     labels : array of an integer type, (I, J, K)
-        The label map.
     value : int
-        Of the structure.
+        Label value.
     box : tuple of slice, (3,)
         Part of the label map that holds the whole structure.
     spacing_mm : tuple of float, (3,)
-        Size of a voxel.
     """
 
     def __init__(
@@ -66,7 +64,7 @@ class Shape:
 
     @cached_property
     def surface_voxels(self) -> Points:
-        """Voxels on the surface."""
+        """Centres of the voxels on the surface."""
         return surface_voxels(self._crop(), self._first, self.spacing_mm)
 
     @cached_property
@@ -77,23 +75,11 @@ class Shape:
         return make_skeleton(make_cells(crop, self._first, self.spacing_mm, cell_mm), cell_mm, note)
 
     def cells(self, cell_mm: float | None) -> Cells:
-        """Inside or not, in cells of another size.
-
-        Parameters
-        ----------
-        cell_mm : float or None
-            Size of the cells; None for the voxels themselves.
-        """
+        """Mask in cells of another size; None for the voxels themselves."""
         return make_cells(self._crop(), self._first, self.spacing_mm, cell_mm)
 
     def common_voxels(self, other: Shape) -> int:
-        """Count the voxels that are inside both.
-
-        Parameters
-        ----------
-        other : Shape
-            On the same grid.
-        """
+        """Count the voxels inside both structures, which lie on one grid."""
         first = tuple(map(max, self._first, other._first))
         stop = tuple(max(begin, min(ends)) for begin, *ends in zip(first, self._stop, other._stop, strict=True))
         return int(np.count_nonzero(self._inside(first, stop) & other._inside(first, stop)))
@@ -104,7 +90,7 @@ class Shape:
         return inside
 
     def _crop(self) -> NDArray[np.bool_]:
-        """(I, J, K) the box, in C order whatever the label map's: points then come in their order."""
+        """(I, J, K) the box in C order, which sorts the points made from it."""
         return np.ascontiguousarray(self._inside(self._first, self._stop))
 
 
@@ -114,16 +100,14 @@ def label_shapes(labels: NDArray[Any], values: Iterable[int], spacing_mm: Sequen
     Parameters
     ----------
     labels : array of an integer type, (I, J, K)
-        The label map.
     values : iterable of int
-        Of the structures wanted. Other values in the label map count as background.
+        Label values to find; others are background.
     spacing_mm : sequence of float, (3,)
-        Size of a voxel.
 
     Returns
     -------
     dict of int to Shape
-        In the order of ``values``; an empty shape for a value that the label map has not.
+        In the order of ``values``; empty shapes for values that the label map lacks.
 
     Raises
     ------
@@ -144,7 +128,7 @@ def label_shapes(labels: NDArray[Any], values: Iterable[int], spacing_mm: Sequen
     wanted = list(values)
     known = np.unique(np.array(wanted, np.int64))
     direct = not len(known) or (known[0] > 0 and known[-1] < _LARGEST_SEARCHED)
-    # The search reads voxel after voxel, several times slower where that is not their order in memory.
+    # Search in the order of memory, which is several times faster.
     turned = labels.flags.f_contiguous and not labels.flags.c_contiguous
     searched = labels.T if turned else labels
     if not direct:
@@ -159,9 +143,9 @@ def label_shapes(labels: NDArray[Any], values: Iterable[int], spacing_mm: Sequen
 
 
 def _renumbered(labels: NDArray[Any], known: NDArray[np.int64]) -> NDArray[Any]:
-    """(I, J, K) the place of each voxel's value in ``known``, from 1 on; 0 for other values."""
+    """(I, J, K) place of each voxel's value in ``known``, from 1; 0 for other values."""
     numbers = np.zeros(labels.shape, np.min_scalar_type(len(known)))
-    # One slice at a time: the values are widened to 64 bits, which a whole large scan would not survive.
+    # Slice by slice, to bound the memory of 64-bit values.
     for slab, out in zip(labels, numbers, strict=True):
         wide = slab.astype(np.int64)
         place = np.searchsorted(known, wide).clip(max=len(known) - 1)

@@ -1,14 +1,12 @@
 """Surfaces of masks on the voxel lattice, and distances between them.
 
-The surface is that of google-deepmind/surface-distance, whose numbers are the usual ones for the normalized surface
-Dice (arXiv 1809.04430): its elements, "surfels", sit on the corners of voxels, where the 2 x 2 x 2 voxels around are
-neither all inside nor all outside, and what is beyond the image is outside. The area of a surfel is that of the
-marching-cubes triangles between those eight voxels.
+The surface is that of google-deepmind/surface-distance, the reference for the normalized surface Dice (arXiv
+1809.04430): surface elements ("surfels") sit on corners of voxels whose 2 x 2 x 2 neighbours are neither all inside
+nor all outside; beyond the image is outside. The area of a surfel is that of the marching-cubes triangles between those
+eight voxels.
 
-Distances go from point to nearest point. Two surfaces mostly run within a few voxels of each other, so that a
-k-d tree of one finds the other's points in a fraction of the time of a distance transform, and without its memory
-of the whole box. Only far from a surface, where very many of its points are about equally far, is the tree the slower
-one: then the transform takes over.
+Distances go from point to nearest point. Near a surface, a k-d tree is faster than a distance transform and needs less
+memory; far from it, where very many points are about equally far, the transform takes over.
 """
 
 from __future__ import annotations
@@ -21,24 +19,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: Share of the surface for the robust Hausdorff distance.
+#: Percentage of the surface within the robust Hausdorff distance.
 PERCENT = 95
 
 
-#: Spacings in headers are 32-bit numbers: three voxels of 0.8 mm are 2.4000000358 mm, yet within 2.4 mm.
+#: Relative rounding of 32-bit spacings in headers: three voxels of 0.8 mm are 2.4000000358 mm, yet within 2.4 mm.
 _SINGLE_PRECISION = 1e-6
 
 
-#: Points that are searched for first, to see how fast the tree is.
+#: Points searched for first, to time the tree.
 _SAMPLE = 256
 
 
-#: Searches expected to end within so many seconds are left to the tree.
+#: s. Searches expected to end within this time are left to the tree.
 _PATIENCE_S = 2.0
 
 
-#: Seconds of a distance transform for each point of its box, measured at 360 x 360 x 360, and the largest box, which
-#: takes 13 bytes a point.
+#: Distance transform: seconds for each point of its box, and the most points (13 bytes each).
 _TRANSFORM_S, _LARGEST_TRANSFORM = 1.6e-7, 1 << 27
 
 
@@ -49,9 +46,8 @@ class Points:
     Parameters
     ----------
     index : array of int32, (N, 3)
-        Place on the whole image's lattice, in C order.
+        On the lattice of the whole image, in C order.
     spacing_mm : tuple of float, (3,)
-        Between neighbours on the lattice.
     """
 
     index: NDArray[np.int32]
@@ -59,45 +55,40 @@ class Points:
 
     @cached_property
     def tree(self) -> Any:
-        """The k-d tree of the points, in mm."""
+        """k-d tree of the points, in mm."""
         from scipy.spatial import cKDTree
 
-        # Neither option of tight nodes pays: for surfaces far apart they made the search up to 14 times slower.
+        # Tight nodes are slower where surfaces are far apart.
         return cKDTree(self.index * np.array(self.spacing_mm), balanced_tree=False, compact_nodes=False)
 
 
 def distances_mm(start: Points, end: Points, *, workers: int = -1) -> NDArray[np.float64]:
-    """Distance from each point of one set to the nearest of the other.
+    """Compute the distance from each point of ``start`` to the nearest point of ``end``, (N,).
 
     Parameters
     ----------
     start, end : Points
         On one lattice, neither empty.
     workers : int
-        Threads of the search; -1 is one for each core.
-
-    Returns
-    -------
-    array of float64, (N,)
-        For each point of ``start``.
+        Threads of the search; -1 for all cores.
     """
     low = np.minimum(start.index.min(axis=0), end.index.min(axis=0))
     size = np.maximum(start.index.max(axis=0), end.index.max(axis=0)) - low + 1
     one, other = (np.ravel_multi_index(tuple((points.index - low).T), tuple(size)) for points in (start, end))
-    # Both ascend, as the points are in C order. Points of both surfaces, often the most, need no search.
+    # Both ascend, as points are in C order. Points common to both surfaces, often most of them, need no search.
     place = np.searchsorted(other, one).clip(max=len(other) - 1)
     apart = np.flatnonzero(other[place] != one)
     found = np.zeros(len(one))
     if len(apart):
         index = start.index[apart]
-        # From whole steps along each axis, not from the tree's own distances: no rounding of far-off coordinates.
+        # From whole steps along each axis, free of the tree's rounding.
         steps = (index - _nearest(index, end, workers)) * np.array(start.spacing_mm)
         found[apart] = np.sqrt((steps**2).sum(axis=1))
     return found
 
 
 def _nearest(index: NDArray[np.int32], end: Points, workers: int) -> NDArray[np.int32]:
-    """(N, 3) the point of ``end`` that is nearest to each lattice point ``index``, (N, 3)."""
+    """(N, 3) point of ``end`` nearest to each lattice point ``index``, (N, 3)."""
     spacing = np.array(end.spacing_mm)
     tree = end.tree
     sample = index[:: -(-len(index) // _SAMPLE)] * spacing
@@ -129,7 +120,7 @@ def _nearest_by_transform(
 def surfels(
     inside: NDArray[np.bool_], first: tuple[int, ...], spacing_mm: tuple[float, float, float]
 ) -> tuple[Points, NDArray[np.float64]]:
-    """Surface elements of a mask.
+    """Compute the surface elements of a mask.
 
     Parameters
     ----------
@@ -138,14 +129,12 @@ def surfels(
     first : tuple of int, (3,)
         Voxel of the image that the crop begins at.
     spacing_mm : tuple of float, (3,)
-        Size of a voxel.
 
     Returns
     -------
     points : Points, (N,)
         Corner n of the lattice lies before voxel n on each axis.
     area_mm2 : array of float64, (N,)
-        Area of each.
     """
     # Bit 4 di + 2 dj + dk of a corner's code is its voxel (di, dj, dk), gathered one axis after another.
     code = np.pad(inside, 1).view(np.uint8)
@@ -158,22 +147,7 @@ def surfels(
 
 
 def surface_voxels(inside: NDArray[np.bool_], first: tuple[int, ...], spacing_mm: tuple[float, float, float]) -> Points:
-    """Voxels of a mask of which at least one of the six neighbours is not inside, nor beyond the image.
-
-    Parameters
-    ----------
-    inside : array of bool, (I, J, K)
-        Crop of the image that holds the whole mask.
-    first : tuple of int, (3,)
-        Voxel of the image that the crop begins at.
-    spacing_mm : tuple of float, (3,)
-        Size of a voxel.
-
-    Returns
-    -------
-    Points, (N,)
-        Centres of the voxels.
-    """
+    """Find the centres of voxels with a face to the outside or to the image's border; arguments as of surfels()."""
     core = inside.copy()
     for axis in range(3):
         along, eroded = np.moveaxis(inside, axis, 0), np.moveaxis(core, axis, 0)
@@ -184,18 +158,7 @@ def surface_voxels(inside: NDArray[np.bool_], first: tuple[int, ...], spacing_mm
 
 
 def surfel_areas_mm2(spacing_mm: tuple[float, float, float]) -> NDArray[np.float64]:
-    """Area of the surface within each of the 256 neighbourhoods of a corner.
-
-    Parameters
-    ----------
-    spacing_mm : tuple of float, (3,)
-        Size of a voxel.
-
-    Returns
-    -------
-    array of float64, (256,)
-        By the code of :func:`surfels`.
-    """
+    """Compute the area of the surface in each of the 256 neighbourhoods of a corner, (256,)."""
     i, j, k = spacing_mm
     across = np.array((j * k, i * k, i * j))
     areas: NDArray[np.float64] = np.linalg.norm(_normals() * across, axis=2).sum(axis=1)
@@ -204,13 +167,13 @@ def surfel_areas_mm2(spacing_mm: tuple[float, float, float]) -> NDArray[np.float
 
 @cache
 def _normals() -> NDArray[np.float64]:
-    """(256, T, 3) normals of the triangles of each code, as long as the area, for cubic voxels; else 0."""
+    """(256, T, 3) normals of the triangles of each code for cubic voxels, as long as the area; padded with 0."""
     from skimage.measure import marching_cubes
 
     normals = {}
     for code in range(1, 255):
         cube = np.unpackbits(np.array([code], np.uint8), bitorder="little").reshape(2, 2, 2)
-        # Of two surfaces for an ambiguous code, theirs is the one around the fewer voxels.
+        # Of two surfaces for an ambiguous code, surface-distance takes the one around the fewer voxels.
         if cube.sum() > 4:
             cube = 1 - cube
         vertices, faces, *_ = marching_cubes(cube.astype(np.float32), 0.5, method="lorensen")
@@ -223,27 +186,13 @@ def _normals() -> NDArray[np.float64]:
 
 
 def area_within(distance_mm: NDArray[np.float64], area_mm2: NDArray[np.float64], tolerance_mm: float) -> float:
-    """Area of the surfels that are no farther than the tolerance, mm².
-
-    Parameters
-    ----------
-    distance_mm, area_mm2 : array, (N,)
-        Of each surfel.
-    tolerance_mm : float
-        Met up to the precision of a 32-bit spacing.
-    """
+    """Compute the area of the surfels within the tolerance (up to the precision of a 32-bit spacing), mm²."""
     return float(area_mm2[distance_mm <= tolerance_mm * (1 + _SINGLE_PRECISION)].sum())
 
 
 def robust_distance_mm(distance_mm: NDArray[np.float64], area_mm2: NDArray[np.float64]) -> float:
-    """Least distance that :data:`PERCENT` of the area is no farther than.
-
-    Parameters
-    ----------
-    distance_mm, area_mm2 : array, (N,)
-        Of each surfel.
-    """
-    # Where just this share of the area is reached, rounding decides: the order and the sums are theirs for that.
+    """Compute the least distance that covers :data:`PERCENT` of the area of the surfels, mm."""
+    # Rounding decides where exactly this area is reached: order and sums are those of surface-distance.
     order = np.lexsort((area_mm2, distance_mm))
     areas = area_mm2[order]
     place = min(int(np.searchsorted(np.cumsum(areas) / areas.sum(), PERCENT / 100)), len(order) - 1)

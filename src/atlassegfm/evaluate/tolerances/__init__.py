@@ -1,11 +1,10 @@
-"""Tolerances of the normalised surface distance (NSD): how far apart two surfaces may be and still agree.
+"""Tolerances of the normalized surface Dice (NSD): distance between two surfaces that still agree.
 
-A tolerance belongs to a structure: readers agree better on a lens than on a duodenum. They come as one number
-for all, from a preset of this package (tables of published benchmarks) or from a file of the user's:
+They come as one number for all structures, from a preset (tables of published benchmarks) or from a file:
 
 .. code-block:: toml
 
-    default_mm = 2.0                # required: structures that nothing below names
+    default_mm = 2.0                # required: all other structures
     source = "our two readers"      # optional
 
     [tolerance_mm]
@@ -13,7 +12,7 @@ for all, from a preset of this package (tables of published benchmarks) or from 
     "left kidney" = 2.5             # a name
     "*kidney*" = 3.0                # a pattern
 
-Values come before names, names before patterns, and of several patterns the first one counts.
+Values come before names, names before patterns; of several patterns the first one counts.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from ...core.config import load_toml
 from ...core.errors import InputError
 from ...core.labels import match_rank, plain_name
 
-#: Name of each preset, and the file of this package that holds it and says where it is from.
+#: File of each preset; it names its source.
 PRESETS: Mapping[str, str] = {"flare22": "flare22.toml", "kits21": "kits21.toml", "nikolov": "nikolov.toml"}
 
 
@@ -43,13 +42,13 @@ class Tolerances:
     Parameters
     ----------
     default_mm : float
-        For structures that no pattern fits.
+        For structures that no pattern matches.
     patterns : tuple of (str, float)
-        Label value, name or shell pattern, and its tolerance in mm, as written.
+        Label value, name or shell pattern, and its tolerance in mm.
     origin : str
-        Where they are from, to be named beside every NSD: "2 mm for all", "preset flare22" or a file.
+        To be printed with every NSD: "2 mm for all", "preset flare22" or a file.
     source : str
-        What the file says about where its numbers are from.
+        Source of the numbers, as the file says.
 
     Raises
     ------
@@ -65,7 +64,7 @@ class Tolerances:
     def __post_init__(self) -> None:
         numbers: tuple[tuple[str, Any], ...] = (("default_mm", self.default_mm), *self.patterns)
         for key, tolerance_mm in numbers:
-            # A file may hold anything here; Python takes true for a number, TOML does not.
+            # From a file: may be anything, and bool is an int in Python.
             is_number = isinstance(tolerance_mm, int | float) and not isinstance(tolerance_mm, bool)
             if not (is_number and math.isfinite(tolerance_mm) and tolerance_mm >= 0):
                 raise InputError(
@@ -86,15 +85,7 @@ class Tolerances:
             seen[plain] = key
 
     def of(self, value: int, name: str) -> float:
-        """Tolerance of one structure, mm.
-
-        Parameters
-        ----------
-        value : int
-            Its label value.
-        name : str
-            Its name.
-        """
+        """Look up the tolerance of a structure by label value and name, mm."""
         fitting = [
             (rank, tolerance_mm)
             for pattern, tolerance_mm in self.patterns
@@ -104,25 +95,13 @@ class Tolerances:
         return float(min(fitting, key=lambda one: one[0])[1] if fitting else self.default_mm)
 
     def unmatched(self, structures: Iterable[tuple[int, str]]) -> tuple[str, ...]:
-        """Patterns that fit no structure: misspelt, if a user wrote them for these structures.
-
-        Parameters
-        ----------
-        structures : iterable of (int, str)
-            Label value and name of each.
-        """
+        """Find patterns that match none of these structures (label value, name): probably misspelt."""
         known = tuple(structures)
         return tuple(pattern for pattern, _ in self.patterns if all(match_rank(pattern, *one) is None for one in known))
 
 
 def uniform(tolerance_mm: float) -> Tolerances:
-    """The same tolerance for every structure.
-
-    Raises
-    ------
-    InputError
-        If it is not a finite number of at least 0.
-    """
+    """Use one tolerance, finite and at least 0, for every structure."""
     return Tolerances(tolerance_mm, (), f"{tolerance_mm:g} mm for all")
 
 
@@ -132,8 +111,7 @@ def load_tolerances(name_or_file: str) -> Tolerances:
     Parameters
     ----------
     name_or_file : str
-        One of :data:`PRESETS`, or the path of a TOML file in the form this module's docstring shows. A file
-        that has the name of a preset is read if a folder is given too ("./flare22").
+        One of :data:`PRESETS`, or a TOML file as in this module's docstring ("./flare22" for a file named so).
 
     Raises
     ------

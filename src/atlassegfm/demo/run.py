@@ -1,0 +1,140 @@
+"""The whole job on the embedded pair of scans: nothing to download, and a score at the end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .. import demo
+from ..context import Context
+from ..core.files import check_replaceable, output_folder, replaced_folder
+from ..core.image import Volume, load_image, load_labels
+from ..core.labels import Structure
+from ..core.overlap import dice_per_structure
+from ..jobs.store import RunInputs, write_result
+from ..records import RESULT_NAMES, RunRecord, StatusRecord
+from ..report import draw_overview, require_report_extra
+from ..result import Segmentation
+from ..segment import segment
+from ..settings import Settings
+from . import ATLAS, LABELS, QUERY, REFERENCE
+
+#: Folder of the query's result in ``result``.
+RESULT = "query"
+
+_FILES = frozenset({ATLAS, LABELS, QUERY, REFERENCE})
+
+
+@dataclass(frozen=True, eq=False)
+class DemoScore:
+    """Dice coefficients of one structure against the true labels, in [0, 1]; NaN where neither side has it.
+
+    Parameters
+    ----------
+    structure : Structure
+    atlas, model, fused : float or None
+        Warped atlas, model (None without one) and final result.
+    """
+
+    structure: Structure
+    atlas: float
+    model: float | None
+    fused: float
+
+
+@dataclass(frozen=True, eq=False)
+class DemoOutcome:
+    """Scores of the demo, one for each structure, and the content of its ``run.json``."""
+
+    scores: tuple[DemoScore, ...]
+    run: RunRecord
+
+    def means(self) -> tuple[float, float | None, float]:
+        """Mean Dice over the structures: atlas, model, fused."""
+        models = [score.model for score in self.scores if score.model is not None]
+        atlas, fused = ([getattr(score, name) for score in self.scores] for name in ("atlas", "fused"))
+        return float(np.nanmean(atlas)), float(np.nanmean(models)) if models else None, float(np.nanmean(fused))
+
+
+def run_demo(
+    folder: Path,
+    settings: Settings,
+    *,
+    device: str = "auto",
+    picture: bool = True,
+    on_stage: Callable[[str], None] | None = None,
+) -> DemoOutcome:
+    """Segment the embedded query by the embedded atlas, and score the result.
+
+    Parameters
+    ----------
+    folder : Path
+        Gets ``data`` (the scans), ``result`` and ``demo.png``; replaces an earlier demo.
+    settings : Settings
+    device : {"auto", "cpu", "cuda"}
+    picture : bool
+        Whether to draw ``demo.png``; needs the extra "report".
+    on_stage : callable, optional
+        Called with the name of each stage as it begins.
+
+    Raises
+    ------
+    MissingExtraError
+        If the picture cannot be drawn; before anything is computed.
+    InputError
+        If the folder cannot be written or holds something else.
+    """
+    if picture:
+        require_report_extra()
+    check_replaceable(folder / "result" / RESULT, RESULT_NAMES)
+    with (
+        output_folder(folder),
+        replaced_folder(folder / "data", _FILES) as data,
+        output_folder(folder / "result"),
+    ):
+        for name in sorted(_FILES):
+            shutil.copyfile(demo.PAIR / name, data / name)
+        context = Context.from_files(data / ATLAS, data / LABELS, settings=settings)
+        query, reference = load_image(data / QUERY), load_labels(data / REFERENCE)
+        result = segment(context, query, device=device, on_stage=on_stage)
+        scores = _scores(result, reference)
+        run = write_result(result, RunInputs(context, query), folder / "result" / RESULT, StatusRecord(state="done"))
+        outcome = DemoOutcome(scores, run)
+        if picture:
+            if on_stage is not None:
+                on_stage("drawing the picture")
+            draw_overview(
+                query,
+                result.labels,
+                context.atlas.structures,
+                folder / "demo.png",
+                title="AtlasSegFM demo: one annotated scan segments another",
+                subtitle=_subtitle(outcome),
+                reference=reference,
+                scores={score.structure.value: score.fused for score in scores},
+            )
+    return outcome
+
+
+def _scores(result: Segmentation, reference: Volume) -> tuple[DemoScore, ...]:
+    structures = [one.structure for one in result.structures]
+    atlas, model, fused = (
+        None if labels is None else dice_per_structure(labels.data, reference.data, [one.value for one in structures])
+        for labels in (result.atlas_labels, result.model_labels, result.labels)
+    )
+    assert atlas is not None
+    assert fused is not None
+    return tuple(
+        DemoScore(one, atlas[one.value], None if model is None else model[one.value], fused[one.value])
+        for one in structures
+    )
+
+
+def _subtitle(outcome: DemoOutcome) -> str:
+    atlas, model, fused = outcome.means()
+    parts = [f"warped atlas {atlas:.3f}", *([] if model is None else [f"model {model:.3f}"]), f"fused {fused:.3f}"]
+    return f"Mean Dice against the true labels: {', '.join(parts)}. Synthetic scans."

@@ -1,0 +1,252 @@
+"""Label maps of results and references, read so that one structure has one label value and one name on both sides."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..core.errors import InputError
+from ..core.image import Volume, load_labels, load_volume, smallest_label_type
+from ..core.labels import (
+    LabelTable,
+    dataset_json_of,
+    listed,
+    match_rank,
+    plain_name,
+    read_names_file,
+    structures_of,
+)
+from ..dicom import (
+    EVERYTHING,
+    DicomSource,
+    Selection,
+    Series,
+    find_series,
+    is_dicom_input,
+    is_series_folder,
+    open_labels,
+)
+from .pairing import RESULT_FILE, FilePair
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DicomInputs:
+    """How to read RTSTRUCT and DICOM-SEG files.
+
+    Parameters
+    ----------
+    scan : Path, optional
+        Scan they lie on: folder of a DICOM series, or image file. Default: the voxels of the other side, if that is
+        an image file.
+    series : str, optional
+        Which series of the folder.
+    selection : Selection
+        Which structures, and their names.
+    """
+
+    scan: Path | None = None
+    series: str | None = None
+    selection: Selection = EVERYTHING
+
+
+class PairReader:
+    """Reads pairs of label maps; structures of DICOM files get the values of those of the same name.
+
+    Parameters
+    ----------
+    dicom : DicomInputs
+    names : LabelTable, optional
+        Names given by the user, which come first.
+    """
+
+    def __init__(self, dicom: DicomInputs, names: LabelTable | None = None) -> None:
+        self.names = names
+        self._dicom = dicom
+        self._scan: Series | Volume | None = None
+        self._reported: set[Path] = set()
+        #: Values of structures that the other side does not have, the same for all pairs.
+        self._values: dict[str, int] = {}
+        self._dataset_names: dict[Path, LabelTable] = {}
+
+    def read(self, pair: FilePair) -> tuple[Volume, Volume]:
+        """Read result and reference.
+
+        Raises
+        ------
+        InputError
+            If a file cannot be used, options for DICOM are given without a DICOM file, or both are DICOM files
+            without a scan.
+        """
+        paths = (pair.result, pair.reference)
+        foreign = [is_dicom_input(path) for path in paths]
+        if not any(foreign):
+            if self._dicom.scan is not None or self._dicom.selection != EVERYTHING:
+                raise InputError(
+                    f"{pair.result}, {pair.reference}: neither is an RTSTRUCT or DICOM-SEG, which --scan, "
+                    "--structures, --synonyms and --overlap are for; leave them out (--labels says what to score)"
+                )
+            return load_labels(pair.result, allow_empty=True), load_labels(pair.reference, allow_empty=True)
+        scan = self._load_scan()
+        if scan is None and all(foreign):
+            raise InputError(
+                f"{pair.result}, {pair.reference}: both are DICOM objects; give the scan they lie on with --scan"
+            )
+        read: dict[int, Volume] = {}
+        for side in sorted((0, 1), key=lambda side: foreign[side]):
+            path = paths[side]
+            if not foreign[side]:
+                read[side] = load_labels(path, allow_empty=True)
+                continue
+            on = scan if scan is not None else read[1 - side]
+            read[side] = open_labels(path, on, self._dicom.selection, tell=path not in self._reported)
+            self._reported.add(path)
+        # Values in DICOM files are those of the program that wrote them.
+        changed = 0 if foreign[0] else 1
+        table = {**self.table(read[1 - changed], paths[1 - changed]), **(self.names or {})}
+        read[changed] = self._renumbered(read[changed], table)
+        return read[0], read[1]
+
+    def table(self, volume: Volume, path: Path) -> LabelTable:
+        """Names in a file's header, then those of the dataset.json of its folder."""
+        own = {} if volume.source is None else volume.source.label_table
+        dataset = dataset_json_of(path)
+        if dataset is not None and dataset not in self._dataset_names:
+            try:
+                self._dataset_names[dataset] = read_names_file(dataset)
+            except InputError as error:
+                # The user did not name this file: it may have regions, or belong to something else.
+                logger.warning("%s; its names are not used", error)
+                self._dataset_names[dataset] = {}
+        return {**(self._dataset_names[dataset] if dataset is not None else {}), **own}
+
+    def _load_scan(self) -> Series | Volume | None:
+        path = self._dicom.scan
+        if self._scan is None and path is not None:
+            self._scan = find_series(path, self._dicom.series)[0] if is_series_folder(path) else load_volume(path)
+        return self._scan
+
+    def _renumbered(self, volume: Volume, table: LabelTable) -> Volume:
+        """Label map with the values that ``table`` has for its names; unchanged if that is empty."""
+        source = volume.source
+        if not table or source is None:
+            return volume
+        by_name = {plain_name(entry.name): value for value, entry in sorted(table.items(), reverse=True)}
+        lookup = np.zeros(int(max(source.label_table)) + 1, np.int64)
+        entries = {}
+        for value, entry in sorted(source.label_table.items()):
+            name = plain_name(entry.name)
+            wanted = by_name.get(name, self._values.get(name))
+            if wanted is None:
+                taken = {*table, *self._values.values()}
+                wanted = value if value not in taken else max(taken) + 1
+                self._values[name] = wanted
+            lookup[value] = wanted
+            entries[wanted] = entry
+        data = lookup.astype(smallest_label_type(int(lookup.max())))[volume.data]
+        return Volume(data, volume.grid, DicomSource(source.path, None, entries, source.notes))
+
+
+def find_structures(pairs: Sequence[FilePair], reader: PairReader, *, strict: bool) -> dict[int, str]:
+    """Name each label value that results or references have.
+
+    Parameters
+    ----------
+    pairs : sequence of FilePair
+        At least one.
+    reader : PairReader
+    strict : bool
+        Whether both sides must have the same structures.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be used, all voxels are 0, a name has another value on the other side, or both sides have
+        other structures.
+    """
+    present: tuple[set[int], set[int]] = (set(), set())
+    tables: list[LabelTable] = [{}, {}]
+    for pair in pairs:
+        for side, (volume, path) in enumerate(zip(reader.read(pair), (pair.result, pair.reference), strict=True)):
+            present[side].update(label_values(volume))
+            tables[side] = {**reader.table(volume, path), **tables[side]}
+    place, other = (_place([getattr(pair, role) for pair in pairs]) for role in ("result", "reference"))
+    if reader.names is None:
+        _check_values(tables[0], tables[1], place, other)
+    values = present[0] | present[1]
+    if not values:
+        raise InputError(f"{place}: no structure here or in {other} (all voxels are 0); give the right files")
+    names = {one.value: one.name for one in structures_of(values, [reader.names or {}, tables[1], tables[0]])}
+    if strict:
+        # What a side's own table names may be absent from its voxels.
+        extra = sorted(present[0] - present[1] - tables[1].keys())
+        lacking = sorted(present[1] - present[0] - tables[0].keys())
+        differences = [
+            f"{one} has {_labelled(values, names)}, which {another} lacks"
+            for values, one, another in ((extra, place, other), (lacking, other, place))
+            if values
+        ]
+        if differences:
+            raise InputError(
+                f"{'; '.join(differences)}: the label sets differ; say what to score with --labels "
+                "(values or names with commas between, or '*' for all)"
+            )
+    return names
+
+
+def pick_structures(names: Mapping[int, str], wanted: Sequence[str]) -> dict[int, str]:
+    """Pick structures by value, name or shell pattern; values come before names, names before patterns.
+
+    Raises
+    ------
+    InputError
+        If nothing matches.
+    """
+    picked: set[int] = set()
+    for one in wanted:
+        ranks = {value: rank for value, name in names.items() if (rank := match_rank(one, value, name)) is not None}
+        if not ranks:
+            raise InputError(
+                f"no structure {one!r}; expected a value, name or pattern of {_labelled(sorted(names), names)}"
+            )
+        picked |= {value for value, rank in ranks.items() if rank == min(ranks.values())}
+    return {value: names[value] for value in sorted(picked)}
+
+
+def label_values(volume: Volume) -> set[int]:
+    """Label values present, without 0."""
+    found: set[int] = set()
+    for plane in np.moveaxis(volume.data, int(np.argmax(volume.data.strides)), 0):
+        found.update(np.unique(plane).tolist())
+    return found - {0}
+
+
+def _place(paths: Sequence[Path]) -> str:
+    """The file of one side, or the folder of its files."""
+    first = paths[0]
+    if len(paths) == 1:
+        return str(first)
+    return str(first.parent.parent if first.name == RESULT_FILE else first.parent)
+
+
+def _check_values(result: LabelTable, reference: LabelTable, place: str, other: str) -> None:
+    """Refuse label maps that give one name to different values: scores would compare two different organs."""
+    values: dict[str, list[int]] = {}
+    for value, entry in reference.items():
+        values.setdefault(plain_name(entry.name), []).append(value)
+    for value, entry in sorted(result.items()):
+        others = values.get(plain_name(entry.name), [value])
+        if value not in others:
+            raise InputError(
+                f"{place}: {entry.name!r} has the value {value}, but {min(others)} in {other}; "
+                "renumber one of them, or give the right names with --names"
+            )
+
+
+def _labelled(values: Sequence[int], names: Mapping[int, str]) -> str:
+    return listed([f"{value} ({names[value]})" for value in values])

@@ -1,0 +1,107 @@
+"""Pairs of files to compare: which result belongs to which reference."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..core.errors import InputError
+from ..core.image import IMAGE_SUFFIXES, image_stem, image_suffix
+from ..core.labels import listed
+
+logger = logging.getLogger(__name__)
+
+#: File of a result in the folder that ``segment`` writes for each query.
+RESULT_FILE = "segmentation.nii.gz"
+
+_DICOM_SUFFIX = ".dcm"
+#: nnU-Net's mark of the first channel: a result of CASE_0000 belongs to the reference CASE.
+_FIRST_CHANNEL = "_0000"
+
+
+@dataclass(frozen=True)
+class FilePair:
+    """Label map, RTSTRUCT or DICOM-SEG of a result, and of its reference.
+
+    Parameters
+    ----------
+    case : str
+        Name of the reference without its suffix.
+    result, reference : Path
+    """
+
+    case: str
+    result: Path
+    reference: Path
+
+
+def find_pairs(result: Path, reference: Path, *, partial: bool = False) -> list[FilePair]:
+    """Match results to references, sorted by case.
+
+    Parameters
+    ----------
+    result, reference : Path
+        Two files, or two folders of files with the same names. The folder of results may be one that ``segment``
+        wrote, with a folder for each query. A result of CASE_0000 belongs to the reference CASE.
+    partial : bool
+        Whether references without a result are left out with a warning instead of refused.
+
+    Raises
+    ------
+    InputError
+        If a path does not exist or only one is a folder, a folder has no label map, or a file has no counterpart.
+    """
+    for path, role in ((result, "results"), (reference, "references")):
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder; expected the {role}: check the path")
+    if not result.is_dir() and not reference.is_dir():
+        return [FilePair(image_stem(reference), result, reference)]
+    if not (result.is_dir() and reference.is_dir()):
+        folder, file = (result, reference) if result.is_dir() else (reference, result)
+        raise InputError(f"{folder}: a folder, while {file} is a file; give two files or two folders")
+    references = _label_files(reference, nested=False)
+    results: dict[str, Path] = {}
+    for stem, path in _label_files(result, nested=True).items():
+        case = stem if stem in references else stem.removesuffix(_FIRST_CHANNEL)
+        if case not in references:
+            raise InputError(
+                f"{path}: no reference in {reference}; expected {case}.nii.gz or another image suffix: "
+                "add it, or remove the result"
+            )
+        if case in results:
+            raise InputError(f"{path}: belongs to the reference {case} as does {results[case]}; remove one")
+        results[case] = path
+    missing = sorted(references.keys() - results.keys())
+    if missing:
+        message = f"{result}: no result for {len(missing)} of {len(references)} references: {listed(missing, 5)}"
+        if not partial:
+            raise InputError(f"{message}; add them, or score the others alone with --partial")
+        logger.warning("%s; they are not counted", message)
+    return [FilePair(case, results[case], references[case]) for case in sorted(results)]
+
+
+def _label_files(folder: Path, *, nested: bool) -> dict[str, Path]:
+    """Label maps of a folder by name without suffix; ``nested``: also CASE/segmentation.nii.gz."""
+    try:
+        # macOS leaves hidden "._case.nii.gz" on foreign disks.
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder}: the folder cannot be read ({error.strerror}); check the permissions") from None
+    found: dict[str, Path] = {}
+    for path in entries:
+        if path.is_dir():
+            stem, file = path.name, path / RESULT_FILE
+            if not (nested and file.is_file()):
+                continue
+        else:
+            stem, file = image_stem(path), path
+            if image_suffix(path) is None and path.suffix.lower() != _DICOM_SUFFIX:
+                continue
+        if stem in found:
+            raise InputError(f"{file}: {found[stem]} has the same name; remove one")
+        found[stem] = file
+    if not found:
+        also = f", or folders with {RESULT_FILE}" if nested else ""
+        raise InputError(f"{folder}: no label map; expected files ending in {', '.join(IMAGE_SUFFIXES)}{also}")
+    return found

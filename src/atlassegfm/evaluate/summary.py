@@ -1,0 +1,207 @@
+"""Scores of many cases: means over cases, then over structures, and tables.
+
+Structures that result and reference both lack have no score (status "both_empty"). A structure that only one of them
+has counts as Dice 0, NSD 0 and a distance of the image's diagonal (status "missed" or "hallucinated"). Means are given
+in both usual ways: structures that both lack left out (as nnU-Net does), or counted as perfect.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..core.errors import InputError
+from ..core.files import atomic_path
+from .metrics import StructureScores
+from .scores import CaseScore
+from .statistics import Spread, spread
+
+#: ml. Structures with a smaller mean volume form a group of their own in reports: single voxels decide their scores.
+SMALL_ML = 1.0
+#: Scores that are averaged, and their value of a perfect result.
+PERFECT: Mapping[str, float] = {"dice": 1.0, "nsd": 1.0, "hd95_mm": 0.0, "hd95_voxel_mm": 0.0, "cldice": 1.0}
+#: Statuses in the order of reports.
+STATUSES = ("ok", "missed", "hallucinated", "both_empty")
+
+
+@dataclass(frozen=True)
+class StructureSummary:
+    """Scores of one structure over all cases.
+
+    Parameters
+    ----------
+    value : int
+        Label value.
+    structure : str
+    counts : mapping of str to int
+        Cases of each status.
+    tolerance_mm : float
+        Of the NSD.
+    reference_ml : float
+        Mean volume in the references that have it; NaN where none has.
+    scores : mapping of str to Spread
+        By score, without cases in which both masks are empty.
+    with_empty : mapping of str to float
+        Mean of each score with these cases counted as perfect.
+    """
+
+    value: int
+    structure: str
+    counts: Mapping[str, int]
+    tolerance_mm: float
+    reference_ml: float
+    scores: Mapping[str, Spread]
+    with_empty: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "value": self.value,
+            "structure": self.structure,
+            "counts": dict(self.counts),
+            "tolerance_mm": self.tolerance_mm,
+            "reference_ml": plain_number(self.reference_ml),
+            **{name: plain_row(asdict(one)) for name, one in self.scores.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Scores of all structures over all cases.
+
+    Parameters
+    ----------
+    cases : int
+        Number of cases.
+    structures : tuple of StructureSummary
+        Ascending by value.
+    means : mapping of str to float
+        Mean of each score over structures, without cases in which both masks are empty; NaN where none is left.
+    means_with_empty : mapping of str to float
+        The same with these cases counted as perfect.
+    counts : mapping of str to int
+        Structures of cases by status.
+    small : tuple of str
+        Names of structures below :data:`SMALL_ML`.
+    small_means : mapping of str to float
+        ``means`` over these alone.
+    """
+
+    cases: int
+    structures: tuple[StructureSummary, ...]
+    means: Mapping[str, float]
+    means_with_empty: Mapping[str, float]
+    counts: Mapping[str, int]
+    small: tuple[str, ...]
+    small_means: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "cases": self.cases,
+            "mean": plain_row(self.means),
+            "mean_with_both_empty_as_perfect": plain_row(self.means_with_empty),
+            "counts": dict(self.counts),
+            "small_structures": {"below_ml": SMALL_ML, "names": list(self.small), "mean": plain_row(self.small_means)},
+            "structures": [one.to_dict() for one in self.structures],
+        }
+
+
+def summarise(scored: Sequence[CaseScore]) -> Summary:
+    """Average scores over cases, then over structures."""
+    by_value: dict[int, list[CaseScore]] = {}
+    for one in scored:
+        by_value.setdefault(one.value, []).append(one)
+    names = [name for name in PERFECT if name != "cldice" or any(one.scores.cldice is not None for one in scored)]
+    structures = tuple(_summary_of(by_value[value], names) for value in sorted(by_value))
+    small = tuple(one for one in structures if one.reference_ml < SMALL_ML)
+    return Summary(
+        cases=len({one.case for one in scored}),
+        structures=structures,
+        means={name: _mean(one.scores[name].mean for one in structures) for name in names},
+        means_with_empty={name: _mean(one.with_empty[name] for one in structures) for name in names},
+        counts=_counts(scored),
+        small=tuple(one.structure for one in small),
+        small_means={name: _mean(one.scores[name].mean for one in small) for name in names},
+    )
+
+
+def score_row(scores: StructureScores) -> dict[str, Any]:
+    """Columns of a table."""
+    return {field.name: getattr(scores, field.name) for field in fields(scores)}
+
+
+def write_scores(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a table as CSV, whole or not at all: numbers to 6 decimals, NaN and None as empty cells.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be written.
+    """
+    rows = list(rows)
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: the folder {path.parent} does not exist; make it, or choose another place")
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({key: _cell(value) for key, value in row.items()})
+
+
+def plain_number(value: float | None) -> float | int | None:
+    """Number for JSON, which has no NaN: 6 decimals, None for NaN."""
+    if value is None or isinstance(value, int):
+        return value
+    return None if math.isnan(value) else round(value, 6)
+
+
+def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Row for JSON, numbers as :func:`plain_number` gives them."""
+    return {key: plain_number(value) if isinstance(value, float) else value for key, value in row.items()}
+
+
+def _summary_of(scored: Sequence[CaseScore], names: Sequence[str]) -> StructureSummary:
+    columns: dict[str, list[float]] = {}
+    with_empty: dict[str, list[float]] = {}
+    for name in names:
+        values = [getattr(one.scores, name) for one in scored]
+        columns[name] = [math.nan if value is None else value for value in values]
+        # None was not asked for, and is not perfect where both masks are empty.
+        with_empty[name] = [
+            PERFECT[name] if one.scores.status == "both_empty" and value is not None else number
+            for one, value, number in zip(scored, values, columns[name], strict=True)
+        ]
+    volumes = [one.scores.reference_ml for one in scored if one.scores.reference_voxels]
+    return StructureSummary(
+        value=scored[0].value,
+        structure=scored[0].structure,
+        counts=_counts(scored),
+        tolerance_mm=scored[0].scores.tolerance_mm,
+        reference_ml=float(np.mean(volumes)) if volumes else math.nan,
+        scores={name: spread(column) for name, column in columns.items()},
+        with_empty={name: _mean(column) for name, column in with_empty.items()},
+    )
+
+
+def _counts(scored: Iterable[CaseScore]) -> dict[str, int]:
+    found: Counter[str] = Counter(one.scores.status for one in scored)
+    return {status: found[status] for status in (*STATUSES, *sorted(found.keys() - set(STATUSES)))}
+
+
+def _mean(values: Iterable[float]) -> float:
+    kept = [value for value in values if not math.isnan(value)]
+    return float(np.mean(kept)) if kept else math.nan
+
+
+def _cell(value: Any) -> Any:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.6f}" if isinstance(value, float) else value
