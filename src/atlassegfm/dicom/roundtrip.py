@@ -26,36 +26,18 @@ LEAST_DICE = 0.99
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """One structure, as written and as read back.
-
-    Parameters
-    ----------
-    value, name
-        Of the structure.
-    voxels
-        In the label map.
-    dice
-        In [0, 1]; 1 where both are empty.
-    contour_error_mm
-        Hausdorff distance between voxels; infinite where one of them is empty.
-    """
+    """One structure, as written and as read back."""
 
     value: int
     name: str
-    voxels: int
-    dice: float
-    contour_error_mm: float
+    voxels: int  # in the label map
+    dice: float  # in [0, 1]; 1 where both are empty
+    contour_error_mm: float  # Hausdorff distance of the voxels; infinite where one of them is empty
 
     def to_dict(self) -> dict[str, Any]:
         """Convert for JSON, which has no infinity."""
-        error = self.contour_error_mm
-        return {
-            "value": self.value,
-            "name": self.name,
-            "voxels": self.voxels,
-            "dice": round(self.dice, 6),
-            "contour_error_mm": round(error, 4) if np.isfinite(error) else None,
-        }
+        error = round(self.contour_error_mm, 4) if np.isfinite(self.contour_error_mm) else None
+        return {**vars(self), "dice": round(self.dice, 6), "contour_error_mm": error}
 
 
 def check_round_trip(

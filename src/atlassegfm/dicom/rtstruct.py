@@ -79,8 +79,6 @@ def read_rtstruct(path: Path, on: Series | Grid, selection: Selection = EVERYTHI
 
     Parameters
     ----------
-    path
-        The file.
     on
         The scan the contours were drawn on; patient and frame of reference are compared with a series only.
     selection
@@ -289,16 +287,10 @@ def write_rtstruct(
 
     Parameters
     ----------
-    path
-        The file.
     labels
-        The voxels of the series, in any array order.
+        The voxels of the series, in any array order; patient, study and frame of reference are copied from it.
     structures
         What to write: label values become ROI numbers. One without voxels is named and has no contours.
-    series
-        Gives patient, study and frame of reference.
-    provenance
-        For the descriptions.
     probabilities
         Probability of each label value, in [0, 1], and its grid (the voxels of the series in any array order). It moves
         contours between voxels, never across a voxel's centre.
@@ -418,29 +410,14 @@ def _outlines(
     low = np.maximum((i.start - 1, j.start - 1), 0)
     high = np.minimum((i.stop + 1, j.stop + 1), grid.shape[:2])
     box = (slice(low[0], high[0]), slice(low[1], high[1]))
-    shape = None
+    inside = None
     if probability is not None:
-        turned = _turned(probability[1], probability[0], grid)
-        shape = turned.on_box((*low.tolist(), 0), (*high.tolist(), grid.shape[2]))
+        own, values = probability
+        inside = Volume(values.to_full(own.shape), own).turned_to(grid).data
     for k in range(slices.start, slices.stop):
-        for contour in trace(data[(*box, k)] == value, None if shape is None else shape[..., k]):
+        for contour in trace(data[(*box, k)] == value, None if inside is None else inside[(*box, k)]):
             ijk = np.column_stack([contour + low, np.full(len(contour), k)])
             yield k, grid.voxel_to_world(ijk)
-
-
-def _turned(values: LocalMap, grid: Grid, to: Grid) -> LocalMap:
-    """A field on one grid in the array order of another that has the same voxels."""
-    from nibabel.orientations import apply_orientation
-
-    orientation = grid.axes_relative_to(to)
-    if orientation is None:
-        raise ValueError("the probabilities do not lie on the voxels of the series")
-    if values.is_empty:
-        return values
-    start = [0, 0, 0]
-    for axis, (target, direction) in enumerate(orientation.astype(int).tolist()):
-        start[target] = values.start[axis] if direction > 0 else grid.shape[axis] - values.stop[axis]
-    return LocalMap((start[0], start[1], start[2]), apply_orientation(values.values, orientation))
 
 
 def _contour(points: NDArray[np.float64], series: Series, k: int) -> Dataset:

@@ -65,8 +65,6 @@ def read_segmentation(path: Path, on: Series | Grid | None = None, selection: Se
 
     Parameters
     ----------
-    path
-        The file.
     on
         The scan the segments lie on; None: the grid of the file's own frames, from the first to the last.
     selection
@@ -209,31 +207,25 @@ def _place(mask: StructureMask, own: Grid, grid: Grid, path: Path) -> StructureM
 
     if not mask.mask.size:
         return mask
-    turn = (grid.inverse_affine @ own.affine)[:3, :3]
-    if own.shape[2] == 1:
-        # The thickness of a single slice is not known for sure: only its direction counts.
-        turn[:, 2] /= np.abs(turn[:, 2]).max()
-    whole = np.rint(turn)
-    start, stop = np.array(mask.start), np.array(mask.start) + mask.mask.shape
-    ends = grid.world_to_voxel(own.voxel_to_world(np.stack([start, stop - 1])))
-    is_turn = np.array_equal(np.abs(whole).sum(axis=0), [1, 1, 1]) and np.array_equal(
-        np.abs(whole).sum(axis=1), [1, 1, 1]
-    )
-    off = max(np.abs(ends - np.rint(ends)).max(), np.abs((turn - whole) * np.array(own.shape)).max())
-    if not is_turn or off > OFF_VOXEL:
+    part = own.crop(mask.start, np.add(mask.start, mask.mask.shape))
+    ends = np.rint(grid.world_to_voxel(part.corners_mm)).astype(int)
+    low, high = ends.min(axis=0), ends.max(axis=0)
+    affine = grid.affine.copy()
+    affine[:3, 3] = grid.voxel_to_world(low)
+    i, j, k = (high + 1 - low).tolist()
+    orientation = part.axes_relative_to(Grid((i, j, k), affine))
+    if orientation is None:
         raise InputError(
             f"{path}: its voxels ({own.describe()}) are not those of the scan ({grid.describe()}); expected segments "
             "on the scan's own slices"
         )
-    low, high = np.rint(ends).min(axis=0).astype(int), np.rint(ends).max(axis=0).astype(int)
     if (low < 0).any() or (high >= np.array(grid.shape)).any():
         raise InputError(
             f"{path}: the segment {mask.name!r} reaches out of the scan; give the series it was drawn on, or leave it "
             "out with --structures"
         )
-    axes = np.abs(whole).argmax(axis=0)
-    orientation = np.column_stack([axes, whole[axes, np.arange(3)]])
-    return replace(mask, start=tuple(low.tolist()), mask=apply_orientation(mask.mask, orientation))
+    i, j, k = low.tolist()
+    return replace(mask, start=(i, j, k), mask=apply_orientation(mask.mask, orientation))
 
 
 def _color(item: Dataset) -> Color | None:
@@ -254,16 +246,10 @@ def write_segmentation(
 
     Parameters
     ----------
-    path
-        The file.
     labels
-        The voxels of the series, in any array order.
+        The voxels of the series, in any array order; patient, study and frame of reference are copied from it.
     structures
         Segments 1, 2, 3, ... in this order. One without voxels is described and has no frames.
-    series
-        Gives patient, study and frame of reference.
-    provenance
-        For the descriptions.
 
     Raises
     ------

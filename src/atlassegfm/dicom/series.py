@@ -43,34 +43,18 @@ _HEADER = (
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """An image series whose slices form one stack.
+    """An image series whose slices form one stack; its identifiers are to compare and copy, never to show."""
 
-    Parameters
-    ----------
-    folder
-        As the user named it.
-    uid, study_uid, frame_uid, patient_id
-        Identifiers to compare and copy, never to show; empty where the files have none.
-    modality
-        "CT", "MR" or "PT".
-    number, description
-        As stored.
-    frames
-        In the order of k.
-    grid
-        i along rows, j down columns, k along the slices' normal.
-    """
-
-    folder: Path
+    folder: Path  # as the user named it
     uid: str = field(repr=False)
-    study_uid: str = field(repr=False)
+    study_uid: str = field(repr=False)  # identifiers are empty where the files have none
     frame_uid: str = field(repr=False)
     patient_id: str = field(repr=False)
-    modality: str
+    modality: str  # one of MODALITIES
     number: str
     description: str = field(repr=False)
-    frames: tuple[Frame, ...] = field(repr=False)
-    grid: Grid
+    frames: tuple[Frame, ...] = field(repr=False)  # in the order of k
+    grid: Grid  # i along rows, j down columns, k along the slices' normal
 
     def header(self) -> Dataset:
         """Read the header of the first slice, everything but its pixels."""

@@ -46,42 +46,20 @@ _KEY_SEQUENCES = (*("FrameContentSequence", "MREchoSequence", "MRDiffusionSequen
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One slice: a file, or one frame of a multi-frame file.
-
-    Parameters
-    ----------
-    path, number
-        The file, and which frame of it, from 0.
-    uid, class_uid
-        SOP instance and class.
-    position_mm : array, (3,)
-        Centre of the first pixel, LPS.
-    orientation : array, (6,)
-        Unit vectors along rows and columns, LPS.
-    spacing_mm : array, (2,)
-        Between rows, between columns (the order of PixelSpacing).
-    shape
-        Rows, columns.
-    slope, intercept
-        Stored value to unit (HU, Bq/ml, ...).
-    is_localiser
-        Whether it is a scout image.
-    keys
-        Elements that distinguish the volumes of a 4-D series.
-    """
+    """One slice: a file, or one frame of a multi-frame file."""
 
     path: Path
-    number: int
-    uid: str
-    class_uid: str
-    position_mm: NDArray[np.float64]
-    orientation: NDArray[np.float64]
-    spacing_mm: NDArray[np.float64]
-    shape: tuple[int, int]
-    slope: float
+    number: int  # of the frame in the file, from 0
+    uid: str  # SOP instance
+    class_uid: str  # SOP class
+    position_mm: NDArray[np.float64]  # (3,) centre of the first pixel, LPS
+    orientation: NDArray[np.float64]  # (6,) unit vectors along rows and columns, LPS
+    spacing_mm: NDArray[np.float64]  # (2,) between rows, between columns: the order of PixelSpacing
+    shape: tuple[int, int]  # rows, columns
+    slope: float  # with the intercept, stored value to unit (HU, Bq/ml, ...)
     intercept: float
-    is_localiser: bool
-    keys: Mapping[str, str]
+    is_localiser: bool  # a scout image
+    keys: Mapping[str, str]  # elements that distinguish the volumes of a 4-D series
 
     @property
     def normal(self) -> NDArray[np.float64]:
