@@ -260,12 +260,12 @@ def test_refusals_write_nothing(here: Path, run: Run) -> None:
 
 
 def test_file_that_does_not_come_back_leaves_nothing(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from atlassegfm.jobs import results
+    from atlassegfm import dicom
 
     def shifted(path: Path, labels: Volume, *others: Any) -> None:
         write_rtstruct(path, Volume(np.roll(labels.data, 2, axis=0), labels.grid), *others)
 
-    monkeypatch.setattr(results, "write_rtstruct", shifted)
+    monkeypatch.setattr(dicom, "write_rtstruct", shifted)
     arguments = ["segment", "--atlas", "atlas", "--labels", "rs.dcm", "query", "-o", "out", *FAST]
     failed = run(*arguments, "--format", "nifti,rtstruct")
     assert failed.code == 1

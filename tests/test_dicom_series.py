@@ -193,7 +193,7 @@ def test_multi_frame_file_without_positions(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
     whole.save_as(folder / "all.dcm", enforce_file_format=True)
-    with pytest.raises(InputError, match=r"all\.dcm: a multi-frame file of 9 images that does not say where each"):
+    with pytest.raises(InputError, match=r"all\.dcm: a multi-frame file of 9 images"):
         load_series(folder)
 
 
@@ -274,7 +274,7 @@ def test_rounded_positions_are_told_and_taken(tmp_path: Path, caplog: pytest.Log
     folder = write_series(tmp_path / "scan", VALUES, AXIAL, change=rounded)
     with caplog.at_level(logging.WARNING):
         volume = load_series(folder)
-    assert "slice positions are up to 0.1 mm off an even distance of 2.5 mm, and taken as even" in caplog.text
+    assert "slice positions are up to 0.1 mm off an even distance of 2.5 mm, and used as even" in caplog.text
     assert volume.source is not None
     assert volume.source.notes
 
@@ -371,7 +371,7 @@ def test_series_of_several_volumes(tmp_path: Path, caplog: pytest.LogCaptureFixt
     # In the order of the echo times.
     for volume, phase in zip(volumes, (1, 0, 2), strict=True):
         assert np.array_equal(volume, VALUES + phase)
-    assert "volume 2 of 3 of the series is taken (EchoTime)" in caplog.text
+    assert "volume 2 of 3 of the series is used (EchoTime)" in caplog.text
     with pytest.raises(InputError, match="asks for volume 4 of 3; expected 1 to 3"):
         load_series(folder, "#4")
 
@@ -480,7 +480,7 @@ def test_unsupported_transfer_syntax(syntax: str, message: str, tmp_path: Path) 
 
 def test_values_that_cannot_be_used(tmp_path: Path) -> None:
     changes: list[tuple[dict[str, Any], str]] = [
-        ({"ImagePositionPatient": None}, "no usable ImagePositionPatient, so that its place is not known"),
+        ({"ImagePositionPatient": None}, "no usable ImagePositionPatient, so that its position is not known"),
         ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, "is not two unit vectors at right angles"),
         ({"PixelSpacing": [0, 1]}, r"the pixel spacing is \[0.0, 1.0\] mm; expected two numbers above 0"),
         ({"SamplesPerPixel": 3}, "the image is in colour"),

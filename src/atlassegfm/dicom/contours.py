@@ -1,8 +1,8 @@
-"""Between masks and closed contours on one slice.
+"""Contours of masks on one slice, and masks of contours.
 
-Contours are in voxel indices of the slice, (N, 2) of (i, j), whole numbers at voxel centres. A voxel is inside if its
-centre is inside an odd number of contours: so a contour within another is a hole, and one that runs to its hole and
-back along a channel of no width (a keyhole) has it as well.
+Contours are (N, 2) voxel indices (i, j) of the slice, whole numbers at voxel centres. A voxel is inside if its centre
+is inside an odd number of contours: a contour within another is a hole, and so is one joined to it by a keyhole (a
+channel of no width).
 """
 
 from __future__ import annotations
@@ -12,26 +12,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-#: Values of the border between inside and outside voxels are kept this far off the level 0.5, so that no vertex comes
-#: so near to a voxel's centre that rounding could put it on the other side: a tenth of a voxel or more.
+#: Border values keep this distance from the level 0.5: vertices stay a tenth of a voxel off centres, so that rounding
+#: moves none across.
 _MARGIN = 0.05
 
 
 def fill(contours: Sequence[NDArray[np.float64]], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Voxels whose centres are inside an odd number of contours.
+    """Mark the voxels of a slice whose centres are inside an odd number of closed polygons, (N, 2).
 
-    Parameters
-    ----------
-    contours : sequence of array, (N, 2)
-        Closed polygons, the last vertex joined to the first; they may reach beyond the slice.
-    shape : tuple of int, (2,)
-        Voxels along i and j.
-
-    Returns
-    -------
-    array, (I, J) bool
-        A centre exactly on an edge belongs to the side of larger i (larger j), so that of two structures that share
-        an edge exactly one has it.
+    Polygons may reach beyond the slice. A centre exactly on an edge belongs to the side of larger i (larger j), so that
+    exactly one of two structures that share an edge has it (:func:`skimage.draw.polygon` gives it to both).
     """
     crossings = np.zeros((shape[0] + 1, shape[1]), np.int32)
     for contour in contours:
@@ -52,19 +42,10 @@ def fill(contours: Sequence[NDArray[np.float64]], shape: tuple[int, int]) -> NDA
 
 
 def trace(mask: NDArray[np.bool_], probability: NDArray[np.float32] | None = None) -> list[NDArray[np.float64]]:
-    """Contours of a mask: outer borders and holes, each closed.
+    """Trace the outer borders and holes of a mask, (I, J); :func:`fill` restores it voxel for voxel.
 
-    Parameters
-    ----------
-    mask : array, (I, J) bool
-        What :func:`fill` gives back from the contours, voxel for voxel.
-    probability : array, (I, J), optional
-        Of being inside, in [0, 1]: places the contours between the voxels. They lie half way without it.
-
-    Returns
-    -------
-    list of array, (N, 2)
-        The first vertex is not repeated at the end; vertices on straight lines are left out.
+    A probability in [0, 1] of the same shape places the contours between the voxels; without it they lie half way. The
+    first vertex is not repeated at the end; vertices on straight lines are left out.
     """
     from skimage.measure import find_contours
 
@@ -79,7 +60,6 @@ def trace(mask: NDArray[np.bool_], probability: NDArray[np.float32] | None = Non
 
 
 def _without_straight(contour: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The contour without vertices that lie on the line between their neighbours."""
     before, after = contour - np.roll(contour, 1, axis=0), np.roll(contour, -1, axis=0) - contour
     turn = np.abs(before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0])
     kept = contour[turn > 1e-9]

@@ -1,7 +1,7 @@
-"""Single DICOM files: what is one, how its header is read, how its pixels are decoded.
+"""One DICOM file: recognise it, read its header, decode its pixels.
 
-What pydicom warns of (values longer than the standard allows, unknown characters) does not concern the user of a
-scan; what matters of it is checked here and in the modules above.
+Warnings of pydicom (overlong values, unknown characters) are silenced; what matters for a scan is checked here and in
+:mod:`.stack`.
 """
 
 from __future__ import annotations
@@ -21,31 +21,19 @@ from ..core.errors import InputError, MissingExtraError
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-#: LPS, as DICOM has it, to RAS+ and back.
+#: (4, 4) LPS mm, as DICOM has it, to RAS+ mm and back.
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-#: A file in the form of DICOM part 10 has "DICM" behind 128 bytes.
+#: Files in the form of DICOM part 10 have "DICM" behind 128 bytes.
 _PREAMBLE_BYTES = 128
-#: High-throughput JPEG 2000 is in none of the packages of the extra.
-_PACKAGE_OF_SYNTAX = {
-    "1.2.840.10008.1.2.4.201": "pylibjpeg-openjpeg",
-    "1.2.840.10008.1.2.4.202": "pylibjpeg-openjpeg",
-    "1.2.840.10008.1.2.4.203": "pylibjpeg-openjpeg",
-}
+#: High-throughput JPEG 2000 is decoded by no package of the extra.
+_HTJ2K = tuple(f"1.2.840.10008.1.2.4.{n}" for n in (201, 202, 203))
 _UNDEFINED_LENGTH = 0xFFFFFFFF
-#: Its length is compared with the size of the image, which makes a better message.
 _PIXEL_DATA = 0x7FE00010
-_GDCM = "python-gdcm"
 _DAMAGED = "the file is truncated or damaged; copy or export it again"
 
 
 def require_dicom_extra() -> None:
-    """Check that DICOM files can be read.
-
-    Raises
-    ------
-    MissingExtraError
-        If pydicom is not installed.
-    """
+    """Raise MissingExtraError if pydicom is not installed."""
     try:
         import pydicom  # noqa: F401  (asked for only)
     except ImportError:
@@ -54,20 +42,14 @@ def require_dicom_extra() -> None:
 
 @contextmanager
 def no_warnings() -> Iterator[None]:
-    """Keep what pydicom and highdicom warn of from the user's screen."""
+    """Silence warnings of pydicom and highdicom."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(pydicom|highdicom)(\..*)?")
         yield
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file begins as DICOM files do: with the preamble, or without it right with group 0008.
-
-    Raises
-    ------
-    InputError
-        If it cannot be opened.
-    """
+    """Check whether a file begins as DICOM files do: with the preamble, or directly with group 0008."""
     try:
         with path.open("rb") as file:
             start = file.read(_PREAMBLE_BYTES + 4)
@@ -78,28 +60,16 @@ def is_dicom(path: Path) -> bool:
     if len(start) < 8:
         return False
     group, element = struct.unpack("<HH", start[:4])
-    return bool(group == 0x0008 and element <= 0x0018)  # as files of scanners older than part 10 begin
+    return bool(group == 0x0008 and element <= 0x0018)  # scanners older than part 10
 
 
 def read_header(path: Path, keywords: Sequence[str] | None = None) -> Dataset:
-    """Read everything but the pixels, or only the elements of these names.
-
-    Raises
-    ------
-    InputError
-        If the file is no DICOM file or damaged.
-    """
+    """Read all elements but the pixels, or only those named; raise InputError if the file is damaged."""
     return _read(path, stop_before_pixels=True, specific_tags=None if keywords is None else list(keywords))
 
 
 def read_dataset(path: Path) -> Dataset:
-    """Read a whole file.
-
-    Raises
-    ------
-    InputError
-        As :func:`read_header`.
-    """
+    """Read a whole file; raise InputError if it is no DICOM file or damaged."""
     return _read(path)
 
 
@@ -111,26 +81,24 @@ def _read(path: Path, **options: Any) -> Dataset:
     if not path.exists():
         raise InputError(f"{path}: no such file; check the path")
     if not is_dicom(path):
-        empty = path.stat().st_size == 0
-        what = "the file is empty (0 bytes)" if empty else "not a DICOM file"
+        what = "not a DICOM file" if path.stat().st_size else "the file is empty (0 bytes)"
         raise InputError(f"{path}: {what}; export it again, or take it out of the folder")
     try:
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             dataset = pydicom.dcmread(path, force=True, **options)
     except Exception:  # noqa: BLE001  (pydicom raises a dozen kinds on damaged files)
         raise InputError(f"{path}: {_DAMAGED}") from None
-    # Where a file ends too early pydicom gives what there is: contours would be missing in silence.
-    if any("end of file" in str(one.message).lower() for one in told) or _ends_early(dataset):
+    # pydicom returns the readable part of a truncated file: contours would be missing silently.
+    if any("end of file" in str(one.message).lower() for one in caught) or _ends_early(dataset):
         raise InputError(f"{path}: {_DAMAGED}")
     if "TransferSyntaxUID" not in dataset.file_meta:
-        # Part 10 wants it; without one only the default of the standard can be meant.
-        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian  # the default of the standard
     return dataset
 
 
 def _ends_early(dataset: Dataset) -> bool:
-    """Whether the last element has fewer bytes than it says."""
+    """Whether the last element has fewer bytes than it says; pixels are checked by their image size instead."""
     from pydicom.dataelem import RawDataElement
 
     last: Any = dataset.get_item(max(dataset.keys())) if len(dataset) else None
@@ -140,40 +108,31 @@ def _ends_early(dataset: Dataset) -> bool:
 
 
 def decode_pixels(dataset: Dataset, path: Path) -> NDArray[Any]:
-    """Decode the pixels of a file: stored values, no rescaling.
-
-    Parameters
-    ----------
-    dataset : Dataset
-        A whole file.
-    path : Path
-        Where it came from.
+    """Decode the pixels of a whole file.
 
     Returns
     -------
     array, (frames, rows, columns)
+        Stored values, not rescaled.
 
     Raises
     ------
     InputError
-        If there are no pixels, fewer than the header says, or they cannot be decoded: then the message names the
-        package that can.
+        If pixels are missing, in colour or cannot be decoded; the message names the package that decodes them.
     """
     from pydicom.pixels.decoders.base import get_decoder
     from pydicom.uid import UID
 
-    if int(value_of(dataset, "SamplesPerPixel") or 1) != 1:
-        raise InputError(f"{path}: the image is in colour; expected one value a pixel: give the series of the scan")
+    check_one_sample(dataset, path)
     if "PixelData" not in dataset:
         raise InputError(
             f"{path}: there is no complete pixel data: the file is truncated or was exported without its image; "
             "export it again"
         )
     syntax = UID(dataset.file_meta.TransferSyntaxUID)
-    frames, rows, columns = int(value_of(dataset, "NumberOfFrames") or 1), int(dataset.Rows), int(dataset.Columns)
+    frames, rows, columns = frame_count(dataset), int(dataset.Rows), int(dataset.Columns)
     if not syntax.is_encapsulated:
-        bits = int(dataset.BitsAllocated)
-        expected = (frames * rows * columns * bits + 7) // 8
+        expected = (frames * rows * columns * int(dataset.BitsAllocated) + 7) // 8
         if len(dataset.PixelData) < expected:
             raise InputError(f"{path}: {len(dataset.PixelData)} of {expected} bytes of pixels are there: {_DAMAGED}")
     name = syntax.name if syntax.name != str(syntax) else f"transfer syntax {syntax}"
@@ -185,7 +144,7 @@ def decode_pixels(dataset: Dataset, path: Path) -> NDArray[Any]:
             "export the series uncompressed"
         ) from None
     if not decoder.is_available:
-        package = _PACKAGE_OF_SYNTAX.get(str(syntax), _GDCM)
+        package = "pylibjpeg-openjpeg" if syntax in _HTJ2K else "python-gdcm"
         raise InputError(
             f"{path}: the pixels are compressed as {name}, which needs the package {package}; "
             f"install it with: pip install {package}"
@@ -198,8 +157,19 @@ def decode_pixels(dataset: Dataset, path: Path) -> NDArray[Any]:
     return pixels.reshape(frames, rows, columns)
 
 
+def check_one_sample(dataset: Dataset, path: Path) -> None:
+    """Refuse images in colour."""
+    if int(value_of(dataset, "SamplesPerPixel") or 1) != 1:
+        raise InputError(f"{path}: the image is in colour; expected one value a pixel: give the series of the scan")
+
+
+def frame_count(dataset: Dataset) -> int:
+    """Count the frames of a file."""
+    return int(value_of(dataset, "NumberOfFrames") or 1)
+
+
 def value_of(dataset: Dataset, keyword: str) -> Any:
-    """The value of an element, None where it is missing, empty or not to be read."""
+    """Get the value of an element; None where it is missing, empty or unreadable."""
     try:
         with no_warnings():
             value = dataset.get(keyword)
@@ -208,14 +178,19 @@ def value_of(dataset: Dataset, keyword: str) -> Any:
     return None if value is None or value == "" else value
 
 
+def items_of(dataset: Dataset, keyword: str) -> list[Dataset]:
+    """Get the items of a sequence; none where it is missing."""
+    return list(value_of(dataset, keyword) or ())
+
+
 def text_of(dataset: Dataset, keyword: str) -> str:
-    """The value of an element as text, empty where there is none."""
+    """Get the value of an element as text, empty where there is none."""
     value = value_of(dataset, keyword)
     return "" if value is None else str(value).strip()
 
 
 def numbers_of(dataset: Dataset, keyword: str, count: int) -> NDArray[np.float64] | None:
-    """(count,) finite numbers of an element, None where there are not exactly so many."""
+    """Get (count,) finite numbers of an element; None where there are not exactly as many."""
     value = value_of(dataset, keyword)
     if value is None:
         return None
@@ -224,3 +199,16 @@ def numbers_of(dataset: Dataset, keyword: str, count: int) -> NDArray[np.float64
     except (TypeError, ValueError):
         return None
     return numbers if numbers.shape == (count,) and np.isfinite(numbers).all() else None
+
+
+def group_numbers(groups: Sequence[Dataset], sequence: str, keyword: str, count: int = 1) -> NDArray[np.float64] | None:
+    """Get (count,) numbers of a functional group, from the last of the groups that has them.
+
+    The groups of a frame are the header, the shared and its own one; each is searched in its sequence, then directly.
+    """
+    for group in reversed(groups):
+        for dataset in (*items_of(group, sequence)[:1], group):
+            numbers = numbers_of(dataset, keyword, count)
+            if numbers is not None:
+                return numbers
+    return None

@@ -1,6 +1,6 @@
-"""Whether a DICOM object belongs to a series, and what new objects on it are called.
+"""Identity of DICOM objects: does one belong to a series, and which names and UIDs do new ones get.
 
-Identifiers are compared and copied; messages and logs do not hold them.
+Identifiers are compared and copied; messages and logs never contain them.
 """
 
 from __future__ import annotations
@@ -25,38 +25,37 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 SOFTWARE = "AtlasSegFM"
-#: Of the patient and study modules: what every object of a study must have, if only empty (types 1 and 2), and ...
+#: Longest values of the types LO and ST, characters.
+LONGEST_NAME, LONGEST_TEXT = 64, 1024
+#: Elements of patient and study that every object must have, if only empty (types 1 and 2) ...
 _COPIED = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
     *("StudyInstanceUID", "StudyDate", "StudyTime", "ReferringPhysicianName", "StudyID", "AccessionNumber"),
 )
-#: ... what it has where the series has it.
+#: ... and those it has where the series has them.
 _COPIED_IF_THERE = (
     *("IssuerOfPatientID", "PatientAge", "PatientSize", "PatientWeight", "PatientIdentityRemoved"),
     *("DeidentificationMethod", "StudyDescription", "PositionReferenceIndicator"),
 )
-#: Of ST.
-_LONGEST_TEXT = 1024
-#: UIDs made of a UUID begin so (DICOM part 5, B.2).
+#: UIDs made from a UUID begin so (DICOM part 5, B.2).
 _UUID_ROOT = "2.25."
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What new objects say about how they were made.
+    """How new objects were made.
 
     Parameters
     ----------
-    model : str
+    model
         Name of the segmentation model.
-    summary : str
-        On the whole result, for the description of the object.
-    descriptions : mapping of int to str
-        On each structure by its label value: its verdict.
-    when : datetime, optional
-        Time of creation; the objects have none if it is left out. The same time, series and labels give the same
-        object, UIDs included.
-    version : str
+    summary
+        Of the whole result, for the description of the object.
+    descriptions
+        Verdict of each structure by its label value.
+    when
+        Time of creation; left out of the objects if None. Equal times, series and labels give equal objects and UIDs.
+    version
         Of this program.
     """
 
@@ -70,7 +69,7 @@ class Provenance:
     def text(self) -> str:
         """One line, of at most 1024 characters."""
         parts = [f"{SOFTWARE} {self.version}", f"model {self.model}", self.summary, "automatic, not approved"]
-        return "; ".join(part for part in parts if part)[:_LONGEST_TEXT]
+        return "; ".join(part for part in parts if part)[:LONGEST_TEXT]
 
     @property
     def date(self) -> str:
@@ -82,9 +81,13 @@ class Provenance:
         """As DICOM writes it; empty if not known."""
         return "" if self.when is None else self.when.strftime("%H%M%S")
 
+    def describe(self, value: int, maker: str) -> str:
+        """Describe one structure: its verdict, and who made it."""
+        return f"{self.descriptions.get(value, '')}; {maker}".removeprefix("; ")[:LONGEST_TEXT]
+
 
 def new_uid(*parts: str | bytes) -> str:
-    """A UID that is a function of its parts: equal parts give the same, others (practically) never do."""
+    """Make a UID that depends on its parts alone."""
     digest = hashlib.sha256()
     for part in parts:
         content = part.encode() if isinstance(part, str) else part
@@ -94,10 +97,10 @@ def new_uid(*parts: str | bytes) -> str:
 
 
 def fingerprint(series: Series, structures: Sequence[Structure], provenance: Provenance, data: NDArray[Any]) -> bytes:
-    """What makes one result another: the series, the structures and their voxels, and what is said about them."""
+    """Hash what distinguishes one result: series, structures and their voxels, (I, J, K), and provenance."""
     digest = hashlib.sha256()
-    said = (series.uid, repr(structures), provenance.text, repr(sorted(provenance.descriptions.items())))
-    for text in (*said, provenance.date + provenance.time, str(data.shape)):
+    texts = (series.uid, repr(structures), provenance.text, repr(sorted(provenance.descriptions.items())))
+    for text in (*texts, provenance.date + provenance.time, str(data.shape)):
         digest.update(text.encode() + b"\0")
     for k in range(data.shape[2]):
         digest.update(data[..., k].T.tobytes())
@@ -105,7 +108,7 @@ def fingerprint(series: Series, structures: Sequence[Structure], provenance: Pro
 
 
 def series_number(series: Series, offset: int) -> int:
-    """A number for a new series beside the one it was made on: 3 gives 301, 302, ..."""
+    """Number a new series made from another: 3 gives 301, 302, ..."""
     try:
         number = int(float(series.number))
     except ValueError:
@@ -114,24 +117,33 @@ def series_number(series: Series, offset: int) -> int:
 
 
 def frame_of(series: Series) -> str:
-    """The frame of reference of a series; a new one where its files name none, as new objects must have one."""
+    """Get the frame of reference UID of a series, or a new one, as new objects must have one."""
     return series.frame_uid or new_uid("frame of reference", series.uid)
 
 
 def study_of(series: Series) -> str:
-    """The study of a series; a new one where its files name none, as new objects must have one."""
+    """Get the study UID of a series, or a new one, as new objects must have one."""
     return series.study_uid or new_uid("study", series.uid)
+
+
+def dataset_of(**elements: Any) -> Dataset:
+    """Make a dataset of some elements."""
+    import pydicom
+
+    dataset = pydicom.Dataset()
+    for keyword, value in elements.items():
+        setattr(dataset, keyword, value)
+    return dataset
 
 
 def copy_identity(series: Series, to: Dataset) -> None:
     """Copy patient, study and frame of reference of a series; the text becomes UTF-8."""
     header = series.header()
     to.SpecificCharacterSet = "ISO_IR 192"
-    for keyword in _COPIED:
-        setattr(to, keyword, text_of(header, keyword))
-    for keyword in _COPIED_IF_THERE:
-        if text_of(header, keyword):
-            setattr(to, keyword, text_of(header, keyword))
+    for keyword in (*_COPIED, *_COPIED_IF_THERE):
+        value = text_of(header, keyword)
+        if value or keyword in _COPIED:
+            setattr(to, keyword, value)
     to.StudyInstanceUID, to.FrameOfReferenceUID = study_of(series), frame_of(series)
     if "PositionReferenceIndicator" not in to:
         to.PositionReferenceIndicator = ""
@@ -145,24 +157,20 @@ def check_belongs(
     frame_uids: Iterable[str],
     series_uids: Iterable[str],
     instance_uids: Iterable[str] = (),
-) -> tuple[str, ...]:
-    """Check that structures were drawn on a series, or at least in its space.
+) -> list[str]:
+    """Check that structures were drawn on a series, or at least in its frame of reference.
 
     Parameters
     ----------
-    path : Path
-        Of the structures.
-    series : Series
-        The scan.
-    patient_id : str
+    patient_id
         Of the structures; empty where unknown.
-    frame_uids, series_uids, instance_uids : iterable of str
-        What they refer to: frames of reference, series, images.
+    frame_uids, series_uids, instance_uids
+        Frames of reference, series and images they refer to.
 
     Returns
     -------
-    tuple of str
-        Notes for the user.
+    list of str
+        Warnings.
 
     Raises
     ------
@@ -180,17 +188,13 @@ def check_belongs(
             f"{path}: lies in another frame of reference than the series in {series.folder}, so that its structures "
             "would be misplaced; give the series they were drawn on"
         )
-    if series.uid in others:
-        return ()
-    if set(instance_uids) & {frame.uid for frame in series.frames}:
-        return ()
-    if not frames or not series.frame_uid:
-        if others:
-            raise InputError(
-                f"{path}: was drawn on another series than that in {series.folder}, and nothing says that both lie in "
-                "one space; give the series they were drawn on"
-            )
-        return ("it does not say which scan it belongs to: that is not checked",)
+    if series.uid in others or set(instance_uids) & {frame.uid for frame in series.frames}:
+        return []
+    if frames and series.frame_uid:
+        return ["was drawn on another series in the same frame of reference"] if others else []
     if others:
-        return ("was drawn on another series in the same frame of reference",)
-    return ()
+        raise InputError(
+            f"{path}: was drawn on another series than that in {series.folder}, and nothing says that both lie in one "
+            "frame of reference; give the series they were drawn on"
+        )
+    return ["it does not say which scan it belongs to: that is not checked"]

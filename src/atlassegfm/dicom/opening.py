@@ -1,4 +1,4 @@
-"""Opening whatever a user names: an image file, the folder of a DICOM series, an RTSTRUCT or a DICOM-SEG."""
+"""Open what a user names: an image file, the folder of a DICOM series, an RTSTRUCT or a DICOM-SEG."""
 
 from __future__ import annotations
 
@@ -6,33 +6,27 @@ import logging
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..core.geometry import Grid
 from ..core.image import Volume, checked_image, image_suffix, load_image, load_labels
 from .files import is_dicom, read_header
-from .masks import EVERYTHING, Selection
 from .rtstruct import is_rtstruct, read_rtstruct
 from .seg import is_segmentation, read_segmentation
 from .series import Series, is_series_folder, load_series, series_of
+from .structures import EVERYTHING, Selection
 
 logger = logging.getLogger(__name__)
 
 
 def is_dicom_input(path: Path) -> bool:
-    """Whether a path is a folder of DICOM files, or a file that is one."""
-    if path.is_dir():
-        return is_series_folder(path)
+    """Check whether a path is a folder of DICOM files, or a DICOM file."""
+    return is_series_folder(path) or _is_dicom_file(path)
+
+
+def _is_dicom_file(path: Path) -> bool:
     return path.is_file() and image_suffix(path) is None and is_dicom(path)
 
 
 def open_image(path: Path, series: str | None = None) -> Volume:
-    """Read a scan as float32 intensities.
-
-    Parameters
-    ----------
-    path : Path
-        An image file, or the folder of a DICOM series.
-    series : str, optional
-        Which series of the folder, as :func:`~.series.load_series` takes it.
+    """Read an image file or a DICOM folder as float32 intensities; ``series`` chooses as in :func:`load_series`.
 
     Raises
     ------
@@ -41,7 +35,7 @@ def open_image(path: Path, series: str | None = None) -> Volume:
     """
     if is_series_folder(path):
         return checked_image(load_series(path, series, as_float=True), path)
-    if path.is_file() and image_suffix(path) is None and is_dicom(path):
+    if _is_dicom_file(path):
         raise InputError(f"{path}: a single DICOM file; give the folder of its series")
     if series is not None and path.is_file():
         raise InputError(f"{path}: --series chooses a series of a DICOM folder, and this is a file; leave it out")
@@ -60,17 +54,16 @@ def open_labels(
 
     Parameters
     ----------
-    path : Path
+    path
         An image file, an RTSTRUCT or a DICOM-SEG.
-    on : Volume or Series, optional
-        The scan it was drawn on. An RTSTRUCT needs it; if it is a DICOM series, patient and frame of reference are
-        compared.
-    selection : Selection
+    on
+        The scan it was drawn on; an RTSTRUCT needs it. Patient and frame of reference are compared with a series.
+    selection
         Which structures of an RTSTRUCT or DICOM-SEG.
-    allow_empty : bool
-        Whether an image file without any label is one.
-    tell : bool
-        Whether to log what is to be known of a DICOM file.
+    allow_empty
+        Accept an image file without any label.
+    tell
+        Log warnings about a DICOM file.
 
     Raises
     ------
@@ -78,29 +71,28 @@ def open_labels(
         As :func:`~atlassegfm.core.image.load_labels`, :func:`~.rtstruct.read_rtstruct` and
         :func:`~.seg.read_segmentation`.
     """
-    if path.is_dir() or not path.exists() or image_suffix(path) is not None or not is_dicom(path):
-        if path.is_dir() and is_series_folder(path):
+    if not _is_dicom_file(path):
+        if is_series_folder(path):
             raise InputError(f"{path}: a folder of DICOM files; expected one RTSTRUCT or DICOM-SEG file")
         if selection.wanted or selection.synonyms:
             raise InputError(f"{path}: structures are chosen from RTSTRUCT and DICOM-SEG only; leave --structures out")
         return load_labels(path, allow_empty=allow_empty)
     header = read_header(path, ["SOPClassUID", "Modality"])
     series = series_of(on) if isinstance(on, Volume) else on
-    target: Series | Grid | None = series or (on.grid if isinstance(on, Volume) else None)
+    target = series or (on.grid if isinstance(on, Volume) else None)
     if is_segmentation(header):
         volume = read_segmentation(path, target, selection)
-    elif is_rtstruct(header):
-        if target is None:
-            raise InputError(f"{path}: an RTSTRUCT holds contours, no voxels; give the scan they were drawn on as well")
-        volume = read_rtstruct(path, target, selection)
-    else:
+    elif not is_rtstruct(header):
         raise InputError(f"{path}: a DICOM image or another object; expected an RTSTRUCT or DICOM-SEG")
-    notes = volume.source.notes if volume.source else ()
+    elif target is None:
+        raise InputError(f"{path}: an RTSTRUCT holds contours, no voxels; give the scan they were drawn on as well")
+    else:
+        volume = read_rtstruct(path, target, selection)
+    notes = list(volume.source.notes) if volume.source else []
     if target is not None and series is None:
-        unchecked = (
+        notes.append(
             "the scan is no DICOM series: whether this belongs to it (patient, frame of reference) is not checked"
         )
-        notes = (*notes, unchecked)
     for note in notes if tell else ():
         logger.warning("%s: %s", path, note)
     return volume

@@ -1,8 +1,8 @@
 """RTSTRUCT: structures as closed contours on slices, read as a label map and written from one.
 
-Reading: a voxel belongs to a structure if its centre is inside an odd number of the structure's contours on the slice.
-Contours that lie between slices count for the nearest one. Writing: contours run between the voxels at the level of one
-half, one for each hole, in the planes of the slices.
+Reading: a voxel belongs to a structure if its centre is inside an odd number of its contours on the slice; contours
+between slices count for the nearest one. Writing: contours run between the voxels at level 0.5 in the planes of the
+slices, one for each hole.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ from ..core.image import Volume
 from ..core.labels import Structure, listed
 from ..core.mask import LocalMap
 from .contours import fill, trace
-from .files import LPS_TO_RAS, no_warnings, read_dataset, text_of, value_of
+from .files import LPS_TO_RAS, items_of, no_warnings, read_dataset, text_of, value_of
 from .identity import (
+    LONGEST_NAME,
     SOFTWARE,
     Provenance,
     check_belongs,
     copy_identity,
+    dataset_of,
     fingerprint,
     frame_of,
     new_uid,
     series_number,
     study_of,
 )
-from .masks import EVERYTHING, Selection, StructureMask, label_boxes, merge
 from .series import Series
+from .structures import EVERYTHING, Box, Color, Selection, StructureMask, label_boxes, merge
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -42,51 +44,33 @@ if TYPE_CHECKING:
 STORAGE = "1.2.840.10008.5.1.4.1.1.481.3"
 #: Types of contours that enclose an area; points and open lines do not.
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR", "")
-#: A contour lies in one plane if its points are within this share of the slice distance of each other. Half of it on
-#: each side still names one slice.
+#: Fractions of the slice distance: points of a contour this near to each other lie in one slice,
 _IN_PLANE = 0.5
-#: Contours nearer to each other than this share of the slice distance are on one plane.
+#: contours this near to each other are on one plane,
 _SAME_PLANE = 0.02
-#: Planes within this share of the slice distance of half way count as half way.
+#: planes this near to half way between slices count as half way.
 _HALF_WAY = 1e-3
 #: Contours may leave the image by so many pixels: planning systems close them on the outside of border pixels.
 _BEYOND_VOXELS = 1.0
-#: mm, in files: a tenth of a micrometre, and at most 11 of the 16 characters that a number may have.
+#: Decimals of coordinates in mm: at most 11 of the 16 characters that a number may have.
 _DECIMALS = 4
-#: LO and SH of the standard.
-_LONGEST_NAME = 64
-_LONGEST_LABEL = 16
-#: SOP class that stands for a study in references of RTSTRUCTs (retired, but the standard asks for one).
+#: SOP class of the reference to a study (retired, but the standard asks for one).
 _STUDY_CLASS = "1.2.840.10008.3.1.2.3.1"
 
 
 @dataclass(frozen=True, eq=False)
-class Roi:
-    """A structure of an RTSTRUCT.
-
-    Parameters
-    ----------
-    number : int
-        ROI number.
-    name : str
-        ROI name.
-    color : tuple of int, (3,), or None
-        Red, green, blue, 0 to 255.
-    contours : tuple of array, (N, 3)
-        Closed ones, RAS+ mm.
-    left_out : int
-        Points and open lines.
-    """
+class _Roi:
+    """A structure: its closed contours, (N, 3) RAS+ mm, and the number of points and open lines left out."""
 
     number: int
     name: str
-    color: tuple[int, int, int] | None
+    color: Color | None
     contours: tuple[NDArray[np.float64], ...]
     left_out: int
 
 
 def is_rtstruct(dataset: Dataset) -> bool:
-    """Whether a DICOM object is one."""
+    """Check whether a DICOM object is one."""
     return text_of(dataset, "SOPClassUID") == STORAGE
 
 
@@ -95,12 +79,10 @@ def read_rtstruct(path: Path, on: Series | Grid, selection: Selection = EVERYTHI
 
     Parameters
     ----------
-    path : Path
-        The file.
-    on : Series or Grid
-        The scan the contours were drawn on; with a bare grid nothing tells whether they were.
-    selection : Selection, optional
-        Which structures; all that have closed contours if left out.
+    on
+        The scan the contours were drawn on; patient and frame of reference are compared with a series only.
+    selection
+        Which structures; without one, all that have closed contours.
 
     Returns
     -------
@@ -115,15 +97,15 @@ def read_rtstruct(path: Path, on: Series | Grid, selection: Selection = EVERYTHI
     """
     dataset = read_dataset(path)
     if not is_rtstruct(dataset):
-        raise InputError(f"{path}: no RTSTRUCT but {_kind(dataset)}; expected structures")
-    notes: list[str] = []
-    if isinstance(on, Series):
-        notes += check_belongs(path, on, **_references(dataset))
+        modality = text_of(dataset, "Modality")
+        kind = f"an object of modality {modality}" if modality else "another DICOM object"
+        raise InputError(f"{path}: no RTSTRUCT but {kind}; expected structures")
+    notes = check_belongs(path, on, **_references(dataset)) if isinstance(on, Series) else []
     grid = on.grid if isinstance(on, Series) else on
-    rois = list(_rois(dataset, path))
+    rois = list(_read_rois(dataset, path))
     if not rois:
         raise InputError(f"{path}: the RTSTRUCT has no structures; export it again")
-    order = selection.picked([(roi.number, roi.name) for roi in rois], path)
+    order = selection.select([(roi.number, roi.name) for roi in rois], path)
     if not selection.wanted:
         bare = [rois[n].name for n in order if not rois[n].contours]
         if bare:
@@ -132,40 +114,17 @@ def read_rtstruct(path: Path, on: Series | Grid, selection: Selection = EVERYTHI
         if not order:
             raise InputError(f"{path}: none of its {len(rois)} structures has closed contours; export it again")
     masks = []
-    for n in order:
-        if not rois[n].contours:
-            raise InputError(
-                f"{path}: the structure {rois[n].name!r} has no closed contours; leave it out of --structures"
-            )
-        mask, more = rasterise(rois[n], grid, path)
+    for roi in (rois[n] for n in order):
+        if not roi.contours:
+            raise InputError(f"{path}: the structure {roi.name!r} has no closed contours; leave it out of --structures")
+        mask, roi_notes = _rasterise(roi, grid, path)
         masks.append(replace(mask, name=selection.renamed(mask.name)))
-        notes += more
-    return merge(masks, selection, grid, path, on if isinstance(on, Series) else None, tuple(notes))
+        notes += roi_notes
+    return merge(masks, selection, on, path, notes)
 
 
-def rasterise(roi: Roi, grid: Grid, path: Path) -> tuple[StructureMask, list[str]]:
-    """Mark the voxels inside the contours of a structure.
-
-    Parameters
-    ----------
-    roi : Roi
-        The structure.
-    grid : Grid
-        Of the scan; the contours lie in its slices, whichever of its axes counts them.
-    path : Path
-        For messages.
-
-    Returns
-    -------
-    mask : StructureMask
-    notes : list of str
-        For the user.
-
-    Raises
-    ------
-    InputError
-        If contours lie outside the grid or not in its slices.
-    """
+def _rasterise(roi: _Roi, grid: Grid, path: Path) -> tuple[StructureMask, list[str]]:
+    """Mark the voxels inside the contours of a structure, which lie in slices along any axis of the grid; and warn."""
     name = f"{path}: the structure {roi.name!r}"
     contours = [grid.world_to_voxel(contour) for contour in roi.contours]
     spread = np.max([np.ptp(contour, axis=0) for contour in contours], axis=0)
@@ -197,7 +156,7 @@ def rasterise(roi: Roi, grid: Grid, path: Path) -> tuple[StructureMask, list[str
 def _planes_to_slices(
     planes: NDArray[np.float64], count: int, distance_mm: float, name: str
 ) -> tuple[dict[int, list[int]], list[str]]:
-    """Which contours count for which slice, and what is to be told."""
+    """The contours (positions in ``planes``) that count for each slice, and warnings."""
     notes = []
     best: dict[int, float] = {}
     # Planes half way between slices all go to the lower one, whatever rounding did to each.
@@ -230,6 +189,7 @@ def _planes_to_slices(
 def _check_inside(
     contours: Sequence[NDArray[np.float64]], planes: NDArray[np.float64], axis: int, grid: Grid, name: str
 ) -> None:
+    """Refuse contours that leave the scan."""
     last = grid.shape[axis] - 1
     beyond = np.maximum(-planes, planes - last).max()
     if beyond > 0.5 + _HALF_WAY:
@@ -248,40 +208,31 @@ def _check_inside(
             )
 
 
-def _kind(dataset: Dataset) -> str:
-    modality = text_of(dataset, "Modality")
-    return f"an object of modality {modality}" if modality else "another DICOM object"
-
-
 def _references(dataset: Dataset) -> dict[str, Any]:
-    """What the structures refer to, as :func:`~.identity.check_belongs` takes it."""
-    frames, series, images = set(), set(), set()
-    for roi in value_of(dataset, "StructureSetROISequence") or ():
-        frames.add(text_of(roi, "ReferencedFrameOfReferenceUID"))
-    for frame in value_of(dataset, "ReferencedFrameOfReferenceSequence") or ():
-        frames.add(text_of(frame, "FrameOfReferenceUID"))
-        for study in value_of(frame, "RTReferencedStudySequence") or ():
-            for one in value_of(study, "RTReferencedSeriesSequence") or ():
-                series.add(text_of(one, "SeriesInstanceUID"))
-                of_series = value_of(one, "ContourImageSequence") or ()
-                images |= {text_of(image, "ReferencedSOPInstanceUID") for image in of_series}
+    """Collect what the structures refer to, as :func:`~.identity.check_belongs` takes it."""
+    frames = items_of(dataset, "ReferencedFrameOfReferenceSequence")
+    studies = [study for frame in frames for study in items_of(frame, "RTReferencedStudySequence")]
+    series = [one for study in studies for one in items_of(study, "RTReferencedSeriesSequence")]
+    images = [image for one in series for image in items_of(one, "ContourImageSequence")]
+    rois = items_of(dataset, "StructureSetROISequence")
     return {
         "patient_id": text_of(dataset, "PatientID"),
-        "frame_uids": frames,
-        "series_uids": series,
-        "instance_uids": images,
+        "frame_uids": {text_of(one, "FrameOfReferenceUID") for one in frames}
+        | {text_of(roi, "ReferencedFrameOfReferenceUID") for roi in rois},
+        "series_uids": {text_of(one, "SeriesInstanceUID") for one in series},
+        "instance_uids": {text_of(image, "ReferencedSOPInstanceUID") for image in images},
     }
 
 
-def _rois(dataset: Dataset, path: Path) -> Iterator[Roi]:
+def _read_rois(dataset: Dataset, path: Path) -> Iterator[_Roi]:
     names: dict[int, str] = {}
-    for roi in value_of(dataset, "StructureSetROISequence") or ():
+    for roi in items_of(dataset, "StructureSetROISequence"):
         number = value_of(roi, "ROINumber")
         if number is None:
             raise InputError(f"{path}: a structure has no number; export the RTSTRUCT again")
         names[int(number)] = text_of(roi, "ROIName") or f"ROI {int(number)}"
     drawn: dict[int, Dataset] = {}
-    for item in value_of(dataset, "ROIContourSequence") or ():
+    for item in items_of(dataset, "ROIContourSequence"):
         number = value_of(item, "ReferencedROINumber")
         if number is None or int(number) not in names:
             raise InputError(f"{path}: contours belong to no structure; export the RTSTRUCT again")
@@ -292,13 +243,13 @@ def _rois(dataset: Dataset, path: Path) -> Iterator[Roi]:
             channels = value_of(drawn[number], "ROIDisplayColor")
             if channels is not None and len(channels) == 3:
                 color = (int(channels[0]), int(channels[1]), int(channels[2]))
-            for contour in value_of(drawn[number], "ContourSequence") or ():
+            for contour in items_of(drawn[number], "ContourSequence"):
                 points = _points(contour, f"{path}: the structure {name!r}")
                 if text_of(contour, "ContourGeometricType").upper() in _CLOSED and len(points) >= 3:
                     contours.append(points)
                 else:
                     left_out += 1
-        yield Roi(number, name, color, tuple(contours), left_out)
+        yield _Roi(number, name, color, tuple(contours), left_out)
 
 
 def _points(contour: Dataset, name: str) -> NDArray[np.float64]:
@@ -336,19 +287,13 @@ def write_rtstruct(
 
     Parameters
     ----------
-    path : Path
-        The file.
-    labels : Volume
-        The voxels of the series, in any array order.
-    structures : sequence of Structure
+    labels
+        The voxels of the series, in any array order; patient, study and frame of reference are copied from it.
+    structures
         What to write: label values become ROI numbers. One without voxels is named and has no contours.
-    series : Series
-        Patient, study and frame of reference are its own.
-    provenance : Provenance
-        For the descriptions.
-    probabilities : mapping of int to (Grid, LocalMap), optional
-        For label values: the probability of being inside, and the grid it lies on (the voxels of the series in any
-        array order). It moves contours between voxels, never across one's centre.
+    probabilities
+        Probability of each label value, in [0, 1], and its grid (the voxels of the series in any array order). It moves
+        contours between voxels, never across a voxel's centre.
 
     Raises
     ------
@@ -362,93 +307,89 @@ def write_rtstruct(
     data = labels.turned_to(series.grid).data
     boxes = label_boxes(data, structures)
     key = fingerprint(series, structures, provenance, data)
-    dataset = pydicom.Dataset()
+    maker = f"{SOFTWARE} {provenance.version}, model {provenance.model}"
+    dataset = dataset_of(
+        SOPClassUID=STORAGE,
+        SOPInstanceUID=new_uid("RTSTRUCT", key),
+        SeriesInstanceUID=new_uid("RTSTRUCT series", key),
+        Modality="RTSTRUCT",
+        Manufacturer=SOFTWARE,
+        ManufacturerModelName=SOFTWARE,
+        SoftwareVersions=provenance.version,
+        SeriesNumber=series_number(series, 1),
+        OperatorsName="",
+        SeriesDescription=f"{SOFTWARE} structures (not approved)",
+        InstanceCreationDate=provenance.date,
+        InstanceCreationTime=provenance.time,
+        StructureSetLabel=SOFTWARE,
+        StructureSetName=f"{SOFTWARE} {provenance.version}"[:LONGEST_NAME],
+        StructureSetDescription=provenance.text,
+        StructureSetDate=provenance.date,
+        StructureSetTime=provenance.time,
+        ApprovalStatus="UNAPPROVED",
+        ReferencedFrameOfReferenceSequence=[_frame_reference(series)],
+        StructureSetROISequence=[],
+        ROIContourSequence=[],
+        RTROIObservationsSequence=[],
+    )
     copy_identity(series, dataset)
-    dataset.SOPClassUID, dataset.SOPInstanceUID = STORAGE, new_uid("RTSTRUCT", key)
-    dataset.SeriesInstanceUID = new_uid("RTSTRUCT series", key)
-    dataset.Modality, dataset.Manufacturer, dataset.ManufacturerModelName = "RTSTRUCT", SOFTWARE, SOFTWARE
-    dataset.SoftwareVersions = provenance.version
-    dataset.SeriesNumber, dataset.OperatorsName = series_number(series, 1), ""
-    dataset.SeriesDescription = f"{SOFTWARE} structures (not approved)"
-    dataset.InstanceCreationDate, dataset.InstanceCreationTime = provenance.date, provenance.time
-    dataset.StructureSetLabel = SOFTWARE[:_LONGEST_LABEL]
-    dataset.StructureSetName = f"{SOFTWARE} {provenance.version}"[:_LONGEST_NAME]
-    dataset.StructureSetDescription = provenance.text
-    dataset.StructureSetDate, dataset.StructureSetTime = provenance.date, provenance.time
-    dataset.ApprovalStatus = "UNAPPROVED"
-    dataset.ReferencedFrameOfReferenceSequence = [_frame_reference(series)]
-    dataset.StructureSetROISequence, dataset.ROIContourSequence, dataset.RTROIObservationsSequence = [], [], []
     names = _unique_names(structures)
     for position, structure in enumerate(structures, start=1):
-        roi = pydicom.Dataset()
-        roi.ROINumber, roi.ReferencedFrameOfReferenceUID = structure.value, frame_of(series)
-        roi.ROIName = names[structure.value]
-        roi.ROIDescription = _description(provenance, structure.value)
-        roi.ROIGenerationAlgorithm = "AUTOMATIC"
-        roi.ROIGenerationDescription = f"{SOFTWARE} {provenance.version}, model {provenance.model}"[:_LONGEST_NAME]
-        dataset.StructureSetROISequence.append(roi)
-        drawn = pydicom.Dataset()
-        drawn.ROIDisplayColor = list(structure.color)
-        drawn.ReferencedROINumber = structure.value
-        shape = None if probabilities is None else probabilities.get(structure.value)
-        outlines = _outlines(data, structure.value, boxes.get(structure.value), series.grid, shape)
+        value = structure.value
+        dataset.StructureSetROISequence.append(
+            dataset_of(
+                ROINumber=value,
+                ReferencedFrameOfReferenceUID=frame_of(series),
+                ROIName=names[value],
+                ROIDescription=provenance.describe(value, maker),
+                ROIGenerationAlgorithm="AUTOMATIC",
+                ROIGenerationDescription=maker[:LONGEST_NAME],
+            )
+        )
+        drawn = dataset_of(ROIDisplayColor=list(structure.color), ReferencedROINumber=value)
+        probability = None if probabilities is None else probabilities.get(value)
+        outlines = _outlines(data, value, boxes.get(value), series.grid, probability)
         contours = [_contour(points, series, k) for k, points in outlines]
         if contours:
             drawn.ContourSequence = contours
         dataset.ROIContourSequence.append(drawn)
-        observed = pydicom.Dataset()
-        observed.ObservationNumber, observed.ReferencedROINumber = position, structure.value
-        observed.RTROIInterpretedType, observed.ROIInterpreter = "ORGAN", ""
-        dataset.RTROIObservationsSequence.append(observed)
+        dataset.RTROIObservationsSequence.append(
+            dataset_of(
+                ObservationNumber=position, ReferencedROINumber=value, RTROIInterpretedType="ORGAN", ROIInterpreter=""
+            )
+        )
     dataset.file_meta = FileMetaDataset()
-    # Contours of more than 65534 characters have no place in a file of explicit types.
+    # Contours of more than 65534 characters do not fit a file of explicit types.
     dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
     with no_warnings():
         pydicom.dcmwrite(path, dataset, enforce_file_format=True)
 
 
 def _unique_names(structures: Sequence[Structure]) -> dict[int, str]:
-    """Names in the length of the standard, each once."""
+    """Names as long as the standard allows, each once."""
     names: dict[int, str] = {}
     for one in structures:
-        name = one.name.replace("\\", "/")[:_LONGEST_NAME]
+        name = one.name.replace("\\", "/")[:LONGEST_NAME]
         if name in names.values():
             end = f" {one.value}"
-            name = name[: _LONGEST_NAME - len(end)] + end
+            name = name[: LONGEST_NAME - len(end)] + end
         names[one.value] = name
     return names
 
 
-def _description(provenance: Provenance, value: int) -> str:
-    verdict = provenance.descriptions.get(value, "")
-    return f"{verdict}; {SOFTWARE} {provenance.version}, model {provenance.model}".removeprefix("; ")[:1024]
-
-
 def _frame_reference(series: Series) -> Dataset:
-    import pydicom
-
-    referenced = pydicom.Dataset()
-    referenced.SeriesInstanceUID = series.uid
-    referenced.ContourImageSequence = []
-    seen = set()
-    for frame in series.frames:
-        if frame.uid not in seen:
-            seen.add(frame.uid)
-            referenced.ContourImageSequence.append(_image_reference(frame.uid, frame.class_uid))
-    study = pydicom.Dataset()
-    study.ReferencedSOPClassUID, study.ReferencedSOPInstanceUID = _STUDY_CLASS, study_of(series)
-    study.RTReferencedSeriesSequence = [referenced]
-    frame_of_reference = pydicom.Dataset()
-    frame_of_reference.FrameOfReferenceUID = frame_of(series)
-    frame_of_reference.RTReferencedStudySequence = [study]
-    return frame_of_reference
+    images = {frame.uid: _image_reference(frame.uid, frame.class_uid) for frame in series.frames}
+    referenced = dataset_of(SeriesInstanceUID=series.uid, ContourImageSequence=list(images.values()))
+    study = dataset_of(
+        ReferencedSOPClassUID=_STUDY_CLASS,
+        ReferencedSOPInstanceUID=study_of(series),
+        RTReferencedSeriesSequence=[referenced],
+    )
+    return dataset_of(FrameOfReferenceUID=frame_of(series), RTReferencedStudySequence=[study])
 
 
 def _image_reference(uid: str, class_uid: str, number: int | None = None) -> Dataset:
-    import pydicom
-
-    image = pydicom.Dataset()
-    image.ReferencedSOPClassUID, image.ReferencedSOPInstanceUID = class_uid, uid
+    image = dataset_of(ReferencedSOPClassUID=class_uid, ReferencedSOPInstanceUID=uid)
     if number is not None:
         image.ReferencedFrameNumber = number
     return image
@@ -457,11 +398,11 @@ def _image_reference(uid: str, class_uid: str, number: int | None = None) -> Dat
 def _outlines(
     data: NDArray[Any],
     value: int,
-    found: tuple[slice, slice, slice] | None,
+    found: Box | None,
     grid: Grid,
     probability: tuple[Grid, LocalMap] | None,
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Slice and points, (N, 3) RAS+ mm, of each contour of a label that lies in a box."""
+    """Slice and points, (N, 3) RAS+ mm, of each contour of a label within its box."""
     if found is None:
         return
     i, j, slices = found
@@ -469,43 +410,28 @@ def _outlines(
     low = np.maximum((i.start - 1, j.start - 1), 0)
     high = np.minimum((i.stop + 1, j.stop + 1), grid.shape[:2])
     box = (slice(low[0], high[0]), slice(low[1], high[1]))
-    shape = None
+    inside = None
     if probability is not None:
-        turned = _turned(probability[1], probability[0], grid)
-        shape = turned.on_box((*low.tolist(), 0), (*high.tolist(), grid.shape[2]))
+        own, values = probability
+        inside = Volume(values.to_full(own.shape), own).turned_to(grid).data
     for k in range(slices.start, slices.stop):
-        for contour in trace(data[(*box, k)] == value, None if shape is None else shape[..., k]):
+        for contour in trace(data[(*box, k)] == value, None if inside is None else inside[(*box, k)]):
             ijk = np.column_stack([contour + low, np.full(len(contour), k)])
             yield k, grid.voxel_to_world(ijk)
 
 
-def _turned(values: LocalMap, grid: Grid, to: Grid) -> LocalMap:
-    """A field on one grid in the array order of another that has the same voxels."""
-    from nibabel.orientations import apply_orientation
-
-    orientation = grid.axes_relative_to(to)
-    if orientation is None:
-        raise ValueError("the probabilities do not lie on the voxels of the series")
-    if values.is_empty:
-        return values
-    start = [0, 0, 0]
-    for axis, (target, direction) in enumerate(orientation.astype(int).tolist()):
-        start[target] = values.start[axis] if direction > 0 else grid.shape[axis] - values.stop[axis]
-    return LocalMap((start[0], start[1], start[2]), apply_orientation(values.values, orientation))
-
-
 def _contour(points: NDArray[np.float64], series: Series, k: int) -> Dataset:
-    import pydicom
     from pydicom.charset import default_encoding
     from pydicom.dataelem import RawDataElement
     from pydicom.tag import Tag
 
     frame = series.frames[k]
-    contour = pydicom.Dataset()
     several = sum(other.uid == frame.uid for other in series.frames[max(k - 1, 0) : k + 2]) > 1
-    contour.ContourImageSequence = [_image_reference(frame.uid, frame.class_uid, frame.number + 1 if several else None)]
-    contour.ContourGeometricType = "CLOSED_PLANAR"
-    contour.NumberOfContourPoints = len(points)
+    contour = dataset_of(
+        ContourImageSequence=[_image_reference(frame.uid, frame.class_uid, frame.number + 1 if several else None)],
+        ContourGeometricType="CLOSED_PLANAR",
+        NumberOfContourPoints=len(points),
+    )
     numbers = (points @ LPS_TO_RAS[:3, :3]).round(_DECIMALS) + 0.0
     text = "\\".join([f"{n:.{_DECIMALS}f}" for n in numbers.ravel().tolist()]).encode("ascii")
     text += b" " * (len(text) % 2)

@@ -1,7 +1,8 @@
 """DICOM-SEG: structures as masks on the slices of a series, read as a label map and written from one.
 
-Reading takes the frames as they lie in the world, so that empty slices may be left out of the file and its frames may
-be in any order. Writing is done by highdicom, one bit a voxel (BINARY), which all viewers read.
+Reading uses the position of each frame in the world: empty slices may be missing and frames be in any order
+(highdicom's volume reader refuses the stacks of a tilted gantry). Writing is done by highdicom, one bit a voxel
+(BINARY), which all viewers read.
 """
 
 from __future__ import annotations
@@ -20,31 +21,42 @@ from ..core.errors import InputError, MissingExtraError, OutputError
 from ..core.geometry import Grid
 from ..core.image import Volume
 from ..core.labels import Structure
-from .files import LPS_TO_RAS, decode_pixels, no_warnings, numbers_of, read_dataset, read_header, text_of, value_of
-from .identity import SOFTWARE, Provenance, check_belongs, copy_identity, fingerprint, new_uid, series_number
-from .masks import EVERYTHING, Selection, StructureMask, label_numbers, merge
+from .files import (
+    decode_pixels,
+    group_numbers,
+    items_of,
+    no_warnings,
+    numbers_of,
+    read_dataset,
+    read_header,
+    text_of,
+    value_of,
+)
+from .identity import (
+    LONGEST_NAME,
+    SOFTWARE,
+    Provenance,
+    check_belongs,
+    copy_identity,
+    fingerprint,
+    new_uid,
+    series_number,
+)
 from .series import Series
+from .stack import OFF_VOXEL, SAME_POSITION_MM, grid_of_slices
+from .structures import EVERYTHING, Color, Selection, StructureMask, label_numbers, merge
 
 if TYPE_CHECKING:
     from pydicom import DataElement, Dataset
 
 #: Segmentation Storage and Label Map Segmentation Storage.
 STORAGES = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
-#: Voxels of a file may lie off those of the scan by this share of one: as two grids that count as one.
-_OFF_VOXEL = 0.1
-#: Segments are numbered 1, 2, 3, ... by the standard: the label value is kept here.
+#: Segments must be numbered 1, 2, 3, ...: the label value is kept in the tracking ID.
 _TRACKING = "{software} label {value}"
-#: mm: frames nearer to each other along their normal are on one slice.
-_SAME_SLICE_MM = 0.01
-#: Of LO.
-_LONGEST_NAME = 64
-#: Scales of L*, a*, b* in 16 bits (DICOM part 3, C.10.7.1.1).
-_LAB_SCALE = np.array([65535 / 100, 65535 / 255, 65535 / 255])
-_LAB_ZERO = np.array([0.0, 128.0, 128.0])
 
 
 def is_segmentation(dataset: Dataset) -> bool:
-    """Whether a DICOM object is one."""
+    """Check whether a DICOM object is one."""
     return text_of(dataset, "SOPClassUID") in STORAGES
 
 
@@ -53,13 +65,10 @@ def read_segmentation(path: Path, on: Series | Grid | None = None, selection: Se
 
     Parameters
     ----------
-    path : Path
-        The file.
-    on : Series, Grid or None
-        The scan the segments lie on. None: the grid of the file's own frames, from the first to the last that there
-        is.
-    selection : Selection, optional
-        Which segments; all if left out.
+    on
+        The scan the segments lie on; None: the grid of the file's own frames, from the first to the last.
+    selection
+        Which segments; all that have voxels without one.
 
     Returns
     -------
@@ -77,110 +86,108 @@ def read_segmentation(path: Path, on: Series | Grid | None = None, selection: Se
     if not is_segmentation(dataset):
         kind = text_of(dataset, "Modality") or "another"
         raise InputError(f"{path}: no DICOM-SEG but an object of modality {kind}; expected segments")
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     if isinstance(on, Series):
-        referenced = value_of(dataset, "ReferencedSeriesSequence") or ()
         notes = check_belongs(
             path,
             on,
             patient_id=text_of(dataset, "PatientID"),
             frame_uids={text_of(dataset, "FrameOfReferenceUID")},
-            series_uids={text_of(one, "SeriesInstanceUID") for one in referenced},
+            series_uids={text_of(one, "SeriesInstanceUID") for one in items_of(dataset, "ReferencedSeriesSequence")},
         )
-    own, masks = _segments(dataset, path)
-    grid = on.grid if isinstance(on, Series) else on
-    order = selection.picked([(mask.number, mask.name) for mask in masks], path)
+    own, masks = _read_segments(dataset, path)
+    order = selection.select([(mask.number, mask.name) for mask in masks], path)
     chosen = [replace(masks[n], name=selection.renamed(masks[n].name)) for n in order]
     if not selection.wanted:
         empty = [mask.name for mask in chosen if not mask.mask.any()]
         if empty:
-            notes = (*notes, f"left out, as they are empty: {', '.join(empty)}")
+            notes.append(f"left out, as they are empty: {', '.join(empty)}")
         chosen = [mask for mask in chosen if mask.mask.any()]
         if not chosen:
             raise InputError(f"{path}: all segments are empty; expected at least one structure")
-    if grid is None:
-        return merge(chosen, selection, own, path, None, notes)
-    placed = [_placed(mask, own, grid, path) for mask in chosen]
-    return merge(placed, selection, grid, path, on if isinstance(on, Series) else None, notes)
+    if on is None:
+        return merge(chosen, selection, own, path, notes)
+    grid = on.grid if isinstance(on, Series) else on
+    return merge([_place(mask, own, grid, path) for mask in chosen], selection, on, path, notes)
 
 
-def _segments(dataset: Dataset, path: Path) -> tuple[Grid, list[StructureMask]]:
+def _read_segments(dataset: Dataset, path: Path) -> tuple[Grid, list[StructureMask]]:
     """The grid of a file's frames, and each segment on it."""
-    described = value_of(dataset, "SegmentSequence") or ()
-    per_frame = value_of(dataset, "PerFrameFunctionalGroupsSequence")
-    shared = value_of(dataset, "SharedFunctionalGroupsSequence")
-    if not described or per_frame is None:
+    described = items_of(dataset, "SegmentSequence")
+    per_frame = items_of(dataset, "PerFrameFunctionalGroupsSequence")
+    if not described or "PerFrameFunctionalGroupsSequence" not in dataset:
         raise InputError(f"{path}: the DICOM-SEG does not say what its frames are; export it again")
     pixels = decode_pixels(dataset, path)
     if len(pixels) != len(per_frame):
         raise InputError(f"{path}: {len(pixels)} frames for {len(per_frame)} descriptions; export it again")
-    grid, slices = _grid_of_frames(list(per_frame), shared[0] if shared else None, pixels.shape, path)
+    shared = items_of(dataset, "SharedFunctionalGroupsSequence")[:1]
+    frames = [[*shared, frame] for frame in per_frame]
+    grid, slices = _grid_of_frames(frames, (pixels.shape[1], pixels.shape[2]), path)
     kind = text_of(dataset, "SegmentationType")
     if kind == "FRACTIONAL":
         pixels = 2 * pixels.astype(np.int32) >= int(value_of(dataset, "MaximumFractionalValue") or 255)
+    numbers = [None if kind == "LABELMAP" else _segment_of(groups, path) for groups in frames]
     masks = []
-    numbers = [
-        None if kind == "LABELMAP" else _segment_of(frame, shared[0] if shared else None, path) for frame in per_frame
-    ]
     for item in described:
         number = int(item.SegmentNumber)
         if kind == "LABELMAP" and number == 0:
             continue  # the background may be described as well
-        mask = np.zeros((grid.shape[2], grid.shape[1], grid.shape[0]), bool)
+        mask = np.zeros(grid.shape[::-1], bool)
         for frame, of, k in zip(pixels, numbers, slices, strict=True):
             if of is None:
                 mask[k] |= frame == number
             elif of == number:
                 mask[k] |= frame.astype(bool)
         tracking = re.fullmatch(_TRACKING.format(software=SOFTWARE, value=r"(\d+)"), text_of(item, "TrackingID"))
-        value = int(tracking[1]) if tracking else number
         name = text_of(item, "SegmentLabel") or f"segment {number}"
-        masks.append(_cropped(value, name, _color(item), mask.transpose(2, 1, 0)))
+        masks.append(_crop(int(tracking[1]) if tracking else number, name, _color(item), mask.transpose(2, 1, 0)))
     return grid, masks
 
 
-def _segment_of(frame: Dataset, shared: Dataset | None, path: Path) -> int:
-    number = _first(frame, shared, "SegmentIdentificationSequence", "ReferencedSegmentNumber", 1)
+def _segment_of(groups: Sequence[Dataset], path: Path) -> int:
+    number = group_numbers(groups, "SegmentIdentificationSequence", "ReferencedSegmentNumber")
     if number is None:
         raise InputError(f"{path}: a frame belongs to no segment; export the DICOM-SEG again")
     return int(number[0])
 
 
-def _cropped(number: int, name: str, color: tuple[int, int, int] | None, mask: NDArray[np.bool_]) -> StructureMask:
-    hits = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    if not hits[0].size:
-        return StructureMask(number, name, color, (0, 0, 0), np.zeros((0, 0, 0), bool))
-    box = tuple(slice(int(hit[0]), int(hit[-1]) + 1) for hit in hits)
-    return StructureMask(number, name, color, (box[0].start, box[1].start, box[2].start), mask[box].copy())
+def _crop(number: int, name: str, color: Color | None, mask: NDArray[np.bool_]) -> StructureMask:
+    """Keep the box of the marked voxels."""
+    from scipy import ndimage
+
+    for box in ndimage.find_objects(mask.view(np.uint8)):
+        return StructureMask(number, name, color, tuple(axis.start for axis in box), mask[box].copy())
+    return StructureMask(number, name, color, (0, 0, 0), np.zeros((0, 0, 0), bool))
 
 
-def _grid_of_frames(
-    frames: Sequence[Dataset], shared: Dataset | None, shape: tuple[int, ...], path: Path
-) -> tuple[Grid, list[int]]:
-    """The grid the frames lie on, and the slice of each."""
-    positions, orientation, spacing, between = [], None, None, None
-    for frame in frames:
-        position = _first(frame, shared, "PlanePositionSequence", "ImagePositionPatient", 3)
-        turned = _first(frame, shared, "PlaneOrientationSequence", "ImageOrientationPatient", 6)
-        steps = _first(frame, shared, "PixelMeasuresSequence", "PixelSpacing", 2)
-        if position is None or turned is None or steps is None:
-            raise InputError(f"{path}: a frame does not say where it lies in the patient; export the DICOM-SEG again")
-        if orientation is None or spacing is None:
-            orientation, spacing = turned, steps
-            between = _first(frame, shared, "PixelMeasuresSequence", "SpacingBetweenSlices", 1)
-            if between is None:
-                between = _first(frame, shared, "PixelMeasuresSequence", "SliceThickness", 1)
-        elif not (np.allclose(turned, orientation, atol=1e-3) and np.allclose(steps, spacing, rtol=1e-3)):
-            raise InputError(f"{path}: the frames have several orientations or spacings; export them one by one")
-        positions.append(position)
-    if orientation is None or spacing is None:
+def _grid_of_frames(frames: Sequence[Sequence[Dataset]], shape: tuple[int, int], path: Path) -> tuple[Grid, list[int]]:
+    """The grid that frames (their functional groups) lie on, and the slice of each."""
+    if not frames:
         raise InputError(f"{path}: the DICOM-SEG has no frames: all segments are empty")
-    at = np.array(positions)
+    positions, orientations, spacings = (
+        [group_numbers(groups, sequence, keyword, count) for groups in frames]
+        for sequence, keyword, count in (
+            ("PlanePositionSequence", "ImagePositionPatient", 3),
+            ("PlaneOrientationSequence", "ImageOrientationPatient", 6),
+            ("PixelMeasuresSequence", "PixelSpacing", 2),
+        )
+    )
+    if any(numbers is None for numbers in (*positions, *orientations, *spacings)):
+        raise InputError(f"{path}: a frame does not say where it lies in the patient; export the DICOM-SEG again")
+    at, orientation, spacing = np.array(positions), np.array(orientations[0]), np.array(spacings[0])
+    if not (
+        np.allclose(np.array(orientations), orientation, atol=1e-3)
+        and np.allclose(np.array(spacings), spacing, rtol=1e-3)
+    ):
+        raise InputError(f"{path}: the frames have several orientations or spacings; export them one by one")
+    between = group_numbers(frames[0], "PixelMeasuresSequence", "SpacingBetweenSlices")
+    if between is None:
+        between = group_numbers(frames[0], "PixelMeasuresSequence", "SliceThickness")
     along = at @ np.cross(orientation[:3], orientation[3:])
     order = np.argsort(along, kind="stable")
     gaps = np.diff(along[order])
-    distance = float(gaps[gaps > _SAME_SLICE_MM].min()) if (gaps > _SAME_SLICE_MM).any() else 0.0
-    if between is not None and between[0] > 0 and (distance == 0 or between[0] < distance * (1 - _OFF_VOXEL)):
+    distance = float(gaps[gaps > SAME_POSITION_MM].min()) if (gaps > SAME_POSITION_MM).any() else 0.0
+    if between is not None and between[0] > 0 and (distance == 0 or between[0] < distance * (1 - OFF_VOXEL)):
         distance = float(between[0])  # each second slice or fewer is there
     if distance == 0:
         distance = 1.0  # one slice of unknown thickness
@@ -189,68 +196,47 @@ def _grid_of_frames(
     count = int(slices.max()) + 1
     step = (last - first) / (count - 1) if count > 1 else distance * np.cross(orientation[:3], orientation[3:])
     off = np.abs(at - (first + slices[:, None] * step)).max()
-    if off > _OFF_VOXEL * min(distance, float(spacing.min())):
+    if off > OFF_VOXEL * min(distance, float(spacing.min())):
         raise InputError(f"{path}: the frames do not lie on evenly spaced slices; expected those of one scan")
-    affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1] = orientation[:3] * spacing[1], orientation[3:] * spacing[0]
-    affine[:3, 2], affine[:3, 3] = step, first
-    return Grid((shape[2], shape[1], count), LPS_TO_RAS @ affine), slices.tolist()
+    return grid_of_slices(orientation, spacing, step, first, (*shape, count)), slices.tolist()
 
 
-def _first(
-    frame: Dataset, shared: Dataset | None, sequence: str, keyword: str, count: int
-) -> NDArray[np.float64] | None:
-    """Numbers of a functional group of a frame, else of all frames."""
-    for group in (frame, shared):
-        inner = None if group is None else value_of(group, sequence)
-        numbers = numbers_of(inner[0], keyword, count) if inner else None
-        if numbers is not None:
-            return numbers
-    return None
-
-
-def _placed(mask: StructureMask, own: Grid, grid: Grid, path: Path) -> StructureMask:
-    """A mask on the file's grid as one on the scan's, whose voxels they are in any array order."""
+def _place(mask: StructureMask, own: Grid, grid: Grid, path: Path) -> StructureMask:
+    """Move a mask from the file's grid to the scan's, whose voxels they are in any array order."""
     from nibabel.orientations import apply_orientation
 
     if not mask.mask.size:
         return mask
-    turn = (grid.inverse_affine @ own.affine)[:3, :3]
-    if own.shape[2] == 1:
-        # The thickness of a single slice is not known for sure: only its direction counts.
-        turn[:, 2] /= np.abs(turn[:, 2]).max()
-    whole = np.rint(turn)
-    start, stop = np.array(mask.start), np.array(mask.start) + mask.mask.shape
-    ends = grid.world_to_voxel(own.voxel_to_world(np.stack([start, stop - 1])))
-    is_turn = np.array_equal(np.abs(whole).sum(axis=0), [1, 1, 1]) and np.array_equal(
-        np.abs(whole).sum(axis=1), [1, 1, 1]
-    )
-    off = max(np.abs(ends - np.rint(ends)).max(), np.abs((turn - whole) * np.array(own.shape)).max())
-    if not is_turn or off > _OFF_VOXEL:
+    part = own.crop(mask.start, np.add(mask.start, mask.mask.shape))
+    ends = np.rint(grid.world_to_voxel(part.corners_mm)).astype(int)
+    low, high = ends.min(axis=0), ends.max(axis=0)
+    affine = grid.affine.copy()
+    affine[:3, 3] = grid.voxel_to_world(low)
+    i, j, k = (high + 1 - low).tolist()
+    orientation = part.axes_relative_to(Grid((i, j, k), affine))
+    if orientation is None:
         raise InputError(
             f"{path}: its voxels ({own.describe()}) are not those of the scan ({grid.describe()}); expected segments "
             "on the scan's own slices"
         )
-    low, high = np.rint(ends).min(axis=0).astype(int), np.rint(ends).max(axis=0).astype(int)
     if (low < 0).any() or (high >= np.array(grid.shape)).any():
         raise InputError(
             f"{path}: the segment {mask.name!r} reaches out of the scan; give the series it was drawn on, or leave it "
             "out with --structures"
         )
-    axes = np.abs(whole).argmax(axis=0)
-    orientation = np.column_stack([axes, whole[axes, np.arange(3)]])
-    return replace(mask, start=tuple(low.tolist()), mask=apply_orientation(mask.mask, orientation))
+    i, j, k = low.tolist()
+    return replace(mask, start=(i, j, k), mask=apply_orientation(mask.mask, orientation))
 
 
-def _color(item: Dataset) -> tuple[int, int, int] | None:
+def _color(item: Dataset) -> Color | None:
     """Red, green, blue of a segment, 0 to 255."""
-    from skimage.color import lab2rgb
+    from highdicom.color import CIELabColor
 
     stored = numbers_of(item, "RecommendedDisplayCIELabValue", 3)
     if stored is None:
         return None
-    red, green, blue = np.rint(255 * lab2rgb(stored / _LAB_SCALE - _LAB_ZERO)).clip(0, 255).astype(int).tolist()
-    return red, green, blue
+    red, green, blue = CIELabColor.from_dicom_value([int(n) for n in stored]).to_rgb(clip=True)
+    return round(red), round(green), round(blue)
 
 
 def write_segmentation(
@@ -260,16 +246,10 @@ def write_segmentation(
 
     Parameters
     ----------
-    path : Path
-        The file.
-    labels : Volume
-        The voxels of the series, in any array order.
-    structures : sequence of Structure
+    labels
+        The voxels of the series, in any array order; patient, study and frame of reference are copied from it.
+    structures
         Segments 1, 2, 3, ... in this order. One without voxels is described and has no frames.
-    series : Series
-        Patient, study and frame of reference are its own.
-    provenance : Provenance
-        For the descriptions.
 
     Raises
     ------
@@ -298,7 +278,7 @@ def write_segmentation(
     key = fingerprint(series, structures, provenance, data)
     body = Code("123037004", "SCT", "Anatomical Structure")
     algorithm = AlgorithmIdentificationSequence(
-        name=f"{SOFTWARE}, model {provenance.model}"[:_LONGEST_NAME],
+        name=f"{SOFTWARE}, model {provenance.model}"[:LONGEST_NAME],
         family=Code("123110", "DCM", "Artificial Intelligence"),
         version=provenance.version,
         source=SOFTWARE,
@@ -306,7 +286,7 @@ def write_segmentation(
     headers = [read_header(file) for file in dict.fromkeys(frame.path for frame in series.frames)]
     options: dict[str, Any] = {}
     if len(headers) < len(series.frames):
-        # Frames of one file: said where they lie, as there may be others in it.
+        # A multi-frame file may hold other frames: give the positions of these.
         options["plane_positions"] = [
             PlanePositionSequence("PATIENT", frame.position_mm.tolist()) for frame in series.frames
         ]
@@ -316,7 +296,7 @@ def write_segmentation(
         described = [
             SegmentDescription(
                 segment_number=number,
-                segment_label=structure.name.replace("\\", "/")[:_LONGEST_NAME],
+                segment_label=structure.name.replace("\\", "/")[:LONGEST_NAME],
                 segmented_property_category=body,
                 segmented_property_type=body,
                 algorithm_type="AUTOMATIC",
@@ -328,8 +308,7 @@ def write_segmentation(
             for number, structure in enumerate(structures, start=1)
         ]
         for item, structure in zip(described, structures, strict=True):
-            verdict = provenance.descriptions.get(structure.value, "")
-            item.SegmentDescription = f"{verdict}; not approved".removeprefix("; ")[:1024]
+            item.SegmentDescription = provenance.describe(structure.value, "not approved")
         dataset = Segmentation(
             source_images=headers,
             pixel_array=frames,
@@ -343,34 +322,31 @@ def write_segmentation(
             manufacturer_model_name=SOFTWARE,
             software_versions=provenance.version,
             device_serial_number=provenance.version,
-            content_description=provenance.text[:_LONGEST_NAME],
+            content_description=provenance.text[:LONGEST_NAME],
             content_label="SEGMENTATION",
             series_description=f"{SOFTWARE} segments (not approved)",
             **options,
         )
         copy_identity(series, dataset)
-        for keyword in ("ContentDate", "InstanceCreationDate", "SeriesDate"):
+        for keyword in (f"{of}{what}" for of in ("Content", "InstanceCreation", "Series") for what in ("Date", "Time")):
             if keyword in dataset:
-                setattr(dataset, keyword, provenance.date)
-        for keyword in ("ContentTime", "InstanceCreationTime", "SeriesTime"):
-            if keyword in dataset:
-                setattr(dataset, keyword, provenance.time)
-        dataset.walk(lambda inner, element: _settled(inner, element, provenance, key))
+                setattr(dataset, keyword, provenance.date if keyword.endswith("Date") else provenance.time)
+        dataset.walk(lambda inner, element: _make_reproducible(inner, element, provenance, key))
         dataset.save_as(path)
 
 
 @contextmanager
 def _refusals(path: Path) -> Iterator[None]:
-    """Turn what highdicom says of headers it cannot use into a sentence."""
+    """Turn errors of highdicom about headers it cannot use into OutputError."""
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise OutputError(
-            f"{path.name}: the headers of the series do not do for a DICOM-SEG ({error}); write an RTSTRUCT instead"
+            f"{path.name}: the headers of the series are not enough for a SEG ({error}); write an RTSTRUCT instead"
         ) from None
 
 
-def _settled(dataset: Dataset, element: DataElement, provenance: Provenance, key: bytes) -> None:
+def _make_reproducible(dataset: Dataset, element: DataElement, provenance: Provenance, key: bytes) -> None:
     """Replace what highdicom draws at random or takes from the clock."""
     if element.keyword == "DimensionOrganizationUID":
         element.value = new_uid("dimensions", key)

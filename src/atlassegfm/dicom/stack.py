@@ -1,0 +1,354 @@
+"""Slices and the one evenly spaced stack they form.
+
+Order and geometry come from positions and orientations alone, never from file names or image numbers. An even shift
+between slices (a tilted gantry) becomes a sheared affine. A slice filled in or dropped by guess would move everything
+above it: stacks with missing, double or uneven slices are refused.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.errors import InputError
+from ..core.geometry import Grid
+from ..core.labels import listed
+from .files import LPS_TO_RAS, check_one_sample, frame_count, group_numbers, items_of, text_of, value_of
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+#: Slices nearer than this are at one position, mm: below any slice distance of a scanner.
+SAME_POSITION_MM = 0.01
+#: Slices and grids may lie off by this fraction of a voxel: the tolerance of :meth:`.Grid.matches`.
+OFF_VOXEL = 0.1
+#: Direction cosines that differ by less are one orientation: some files store 4 decimals.
+_SAME_DIRECTION = 1e-3
+#: Deviations from even spacing above this fraction of the slice distance are reported; rounding stays below.
+_OFF_REPORTED = 0.01
+#: Distances within this fraction of a whole multiple of the usual one are gaps of missing slices.
+_WHOLE_MULTIPLE = 0.1
+#: Elements that distinguish the volumes of a 4-D series, the most specific first.
+VOLUME_KEYS = (
+    *("TemporalPositionIdentifier", "TemporalPositionIndex", "DiffusionBValue", "EchoNumbers", "EchoTime"),
+    *("TriggerTime", "NominalPercentageOfCardiacPhase", "AcquisitionNumber", "AcquisitionTime", "ImageType"),
+    *("ContentTime", "SeriesTime"),
+)
+_KEY_SEQUENCES = (*("FrameContentSequence", "MREchoSequence", "MRDiffusionSequence", "CardiacSynchronizationSequence"),)
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One slice: a file, or one frame of a multi-frame file."""
+
+    path: Path
+    number: int  # of the frame in the file, from 0
+    uid: str  # SOP instance
+    class_uid: str  # SOP class
+    position_mm: NDArray[np.float64]  # (3,) centre of the first pixel, LPS
+    orientation: NDArray[np.float64]  # (6,) unit vectors along rows and columns, LPS
+    spacing_mm: NDArray[np.float64]  # (2,) between rows, between columns: the order of PixelSpacing
+    shape: tuple[int, int]  # rows, columns
+    slope: float  # with the intercept, stored value to unit (HU, Bq/ml, ...)
+    intercept: float
+    is_localiser: bool  # a scout image
+    keys: Mapping[str, str]  # elements that distinguish the volumes of a 4-D series
+
+    @property
+    def normal(self) -> NDArray[np.float64]:
+        """(3,) unit normal of the slice, LPS."""
+        return np.asarray(np.cross(self.orientation[:3], self.orientation[3:]))
+
+
+def as_number(text: str) -> float:
+    """Convert to a number for sorting; infinity where it is none."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("inf")
+
+
+def has_image_type(header: Dataset, kind: str) -> bool:
+    """Check for a value of ImageType, as "LOCALIZER"."""
+    return any(str(one).upper() == kind for one in np.atleast_1d(value_of(header, "ImageType") or ()))
+
+
+def frames_of(files: Iterable[tuple[Path, Dataset]], folder: Path) -> tuple[list[Frame], list[str]]:
+    """Collect the slices of some files, without copies and localisers, and warnings about these."""
+    frames: list[Frame] = []
+    notes = []
+    positions: dict[str, str] = {}
+    copies = 0
+    for path, header in files:
+        uid, position = text_of(header, "SOPInstanceUID"), text_of(header, "ImagePositionPatient")
+        if uid in positions:
+            if positions[uid] != position:
+                raise InputError(
+                    f"{path}: has the instance UID of an image at another position, so that images cannot be told "
+                    "apart (an anonymiser may have done that); export the original series"
+                )
+            copies += 1
+            continue
+        positions[uid] = position
+        check_one_sample(header, path)
+        if has_image_type(header, "MOSAIC"):
+            raise InputError(
+                f"{path}: a mosaic (all slices of a volume tiled into one image), which is not supported; convert it "
+                "with dcm2niix, or export enhanced multi-frame"
+            )
+        if "ModalityLUTSequence" in header:
+            raise InputError(
+                f"{path}: the values go through a table (Modality LUT), which is not supported; export the series with "
+                "a rescale slope and intercept"
+            )
+        frames += _frames_in(path, header, uid)
+    if copies:
+        notes.append(f"{copies} {'file is a copy' if copies == 1 else 'files are copies'} of others and left out")
+    slices = [frame for frame in frames if not frame.is_localiser]
+    if slices and len(slices) < len(frames):
+        notes.append(f"{len(frames) - len(slices)} localiser images are left out")
+        frames = slices
+    if len(frames) < 2:
+        raise InputError(f"{folder}: the series has one slice only; expected at least two")
+    if any(text_of(header, "PhotometricInterpretation") == "MONOCHROME1" for _, header in files):
+        notes.append("the images are stored for inverted display (MONOCHROME1); the values are used as stored")
+    return frames, notes
+
+
+def _frames_in(path: Path, header: Dataset, uid: str) -> list[Frame]:
+    count = frame_count(header)
+    per_frame = items_of(header, "PerFrameFunctionalGroupsSequence")
+    if count > 1 and len(per_frame) != count:
+        raise InputError(
+            f"{path}: a multi-frame file of {count} images without the position of each; export the scan as one file "
+            "a slice, or as enhanced multi-frame"
+        )
+    common = [header, *items_of(header, "SharedFunctionalGroupsSequence")[:1]]
+    frames = []
+    for number in range(count):
+        groups = [*common, *per_frame[number : number + 1]]
+        position = _needed(groups, "PlanePositionSequence", "ImagePositionPatient", 3, path)
+        orientation = _needed(groups, "PlaneOrientationSequence", "ImageOrientationPatient", 6, path)
+        spacing = _needed(groups, "PixelMeasuresSequence", "PixelSpacing", 2, path)
+        if (spacing <= 0).any():
+            raise InputError(f"{path}: the pixel spacing is {spacing.tolist()} mm; expected two numbers above 0")
+        lengths = np.linalg.norm(orientation.reshape(2, 3), axis=1)
+        if not np.allclose(lengths, 1, atol=1e-2) or abs(orientation[:3] @ orientation[3:]) > 1e-2:
+            raise InputError(
+                f"{path}: the image orientation is not two unit vectors at right angles; export the series again"
+            )
+        slope = group_numbers(groups, "PixelValueTransformationSequence", "RescaleSlope")
+        intercept = group_numbers(groups, "PixelValueTransformationSequence", "RescaleIntercept")
+        frames.append(
+            Frame(
+                path,
+                number,
+                uid,
+                text_of(header, "SOPClassUID"),
+                position,
+                orientation,
+                spacing,
+                (int(header.Rows), int(header.Columns)),
+                1.0 if slope is None else float(slope[0]),
+                0.0 if intercept is None else float(intercept[0]),
+                has_image_type(header, "LOCALIZER"),
+                {"InstanceNumber": text_of(header, "InstanceNumber"), **_volume_keys(groups)},
+            )
+        )
+    return frames
+
+
+def _needed(groups: Sequence[Dataset], sequence: str, keyword: str, count: int, path: Path) -> NDArray[np.float64]:
+    numbers = group_numbers(groups, sequence, keyword, count)
+    if numbers is None:
+        raise InputError(
+            f"{path}: the image has no usable {keyword}, so that its position is not known; export the original "
+            "series, not a copy for viewing"
+        )
+    return numbers
+
+
+def _volume_keys(groups: Sequence[Dataset]) -> dict[str, str]:
+    found = {}
+    for group in groups:
+        for dataset in (group, *(item for sequence in _KEY_SEQUENCES for item in items_of(group, sequence)[:1])):
+            found.update({keyword: text for keyword in VOLUME_KEYS if (text := text_of(dataset, keyword))})
+    return found
+
+
+def _by_position(frames: Sequence[Frame]) -> list[list[Frame]]:
+    """The frames at each position along the slices' normal, in ascending order."""
+    normal = frames[0].normal
+    along = np.array([frame.position_mm @ normal for frame in frames])
+    order = np.argsort(along, kind="stable")
+    found: list[list[Frame]] = [[frames[order[0]]]]
+    for before, here in itertools.pairwise(order):
+        if along[here] - along[before] > SAME_POSITION_MM:
+            found.append([])
+        found[-1].append(frames[here])
+    return found
+
+
+def pick_volume(
+    frames: list[Frame], folder: Path, volume: int | None, series: str
+) -> tuple[list[Frame], tuple[str, ...]]:
+    """Pick the slices of one volume of a 4-D series (from 1), and warn about it; ``series`` names it in messages."""
+    _check_uniform(frames, folder)
+    positions = _by_position(frames)
+    counts = Counter(len(place) for place in positions)
+    if set(counts) == {1}:
+        if volume is not None and volume != 1:
+            raise InputError(f"{folder}: --series asks for volume {volume}, but the series has one volume only")
+        return frames, ()
+    several = counts.most_common(1)[0][0]
+    odd = [place for place in positions if len(place) != several]
+    if odd:
+        where = listed([f"{place[0].position_mm @ place[0].normal:.1f}" for place in odd], 5)
+        raise InputError(
+            f"{folder}: {len(odd)} of {len(positions)} slice positions hold another number of images than the rest "
+            f"({len(odd[0])} instead of {several}, at {where} mm): slices are double or missing; export the series "
+            "again"
+        )
+    key, volumes = _split_volumes(frames, len(positions), several)
+    if not volumes:
+        raise InputError(
+            f"{folder}: each slice position holds {several} images, and nothing tells which of them belong together; "
+            "export one volume of the series alone"
+        )
+    if volume is None:
+        values = [f"#{n} = {group[0].keys.get(key, '')}" for n, group in enumerate(volumes, start=1)]
+        raise InputError(
+            f"{folder}: the series holds {several} volumes at the same place, told apart by {key} "
+            f"({listed(values, 6)}); pick one with --series '{series}#1' to '{series}#{several}'"
+        )
+    if volume > several:
+        raise InputError(f"{folder}: --series asks for volume {volume} of {several}; expected 1 to {several}")
+    return volumes[volume - 1], (f"volume {volume} of {several} of the series is used ({key})",)
+
+
+def _split_volumes(frames: Sequence[Frame], slices: int, several: int) -> tuple[str, list[list[Frame]]]:
+    """The first element that sorts the frames into whole volumes, and these in its order; none where none does."""
+    for key in VOLUME_KEYS:
+        groups: dict[str, list[Frame]] = defaultdict(list)
+        for frame in frames:
+            groups[frame.keys.get(key, "")].append(frame)
+        if len(groups) == several and all(_is_whole(group, slices) for group in groups.values()):
+            return key, [groups[value] for value in sorted(groups, key=lambda text: (as_number(text), text))]
+    ordered = sorted(frames, key=lambda frame: (as_number(frame.keys["InstanceNumber"]), frame.number))
+    blocks = [ordered[first : first + slices] for first in range(0, len(ordered), slices)]
+    return ("InstanceNumber", blocks) if all(_is_whole(block, slices) for block in blocks) else ("", [])
+
+
+def _is_whole(frames: Sequence[Frame], slices: int) -> bool:
+    return len(frames) == slices and len(_by_position(frames)) == slices
+
+
+def _check_uniform(frames: Sequence[Frame], folder: Path) -> None:
+    """Refuse images of several orientations, sizes or spacings."""
+    groups: list[list[Frame]] = []
+    for frame in frames:
+        for group in groups:
+            if np.abs(frame.orientation - group[0].orientation).max() < _SAME_DIRECTION:
+                group.append(frame)
+                break
+        else:
+            groups.append([frame])
+    spacings, shapes = np.array([frame.spacing_mm for frame in frames]), Counter(frame.shape for frame in frames)
+    if len(groups) > 1:
+        planes = [("sagittal", "coronal", "axial")[int(np.argmax(np.abs(group[0].normal)))] for group in groups]
+        kinds = listed([f"{len(group)} {plane}" for group, plane in zip(groups, planes, strict=True)], 6)
+        found = f"have {len(groups)} orientations ({kinds}); expected parallel slices:"
+    elif len(shapes) > 1:
+        kinds = listed([f"{count} of {rows} x {columns}" for (rows, columns), count in shapes.items()], 6)
+        found = f"have several sizes ({kinds});"
+    elif np.ptp(spacings, axis=0).max() * max(frames[0].shape) > OFF_VOXEL * spacings.min():
+        found = f"have several pixel spacings ({spacings.min():g} to {spacings.max():g} mm);"
+    else:
+        return
+    raise InputError(f"{folder}: the images of the series {found} export one stack alone")
+
+
+def stack_frames(frames: Sequence[Frame], folder: Path) -> tuple[list[Frame], Grid, list[str]]:
+    """Sort frames of different positions into a stack.
+
+    Returns
+    -------
+    frames : list of Frame
+        In the order of k.
+    grid : Grid
+        i along rows, j down columns, k along the slices' normal.
+    notes : list of str
+        Warnings.
+
+    Raises
+    ------
+    InputError
+        If slices are missing, unevenly spaced or shifted sideways.
+    """
+    normal = frames[0].normal
+    ordered = sorted(frames, key=lambda frame: float(frame.position_mm @ normal))
+    positions = np.array([frame.position_mm for frame in ordered])
+    along = positions @ normal
+    steps = np.diff(along)
+    usual = float(np.median(steps))
+    wide = steps / usual
+    gaps = wide > 1.5
+    if gaps.any() and (np.abs(wide - np.round(wide)) < _WHOLE_MULTIPLE).all():
+        missing = int((np.round(wide[gaps]) - 1).sum())
+        where = listed([f"{along[n]:.1f} and {along[n + 1]:.1f}" for n in np.flatnonzero(gaps)], 5)
+        slices = "1 slice is" if missing == 1 else f"{missing} slices are"
+        raise InputError(
+            f"{folder}: {slices} missing: slices are {usual:.4g} mm apart, but there is none between {where} mm "
+            "(along the scan); export the whole series again"
+        )
+    count = len(ordered)
+    step = (positions[-1] - positions[0]) / (count - 1)
+    off = positions - (positions[0] + np.arange(count)[:, None] * step)
+    off_along = float(np.abs(off @ normal).max())
+    if off_along > OFF_VOXEL * usual:
+        raise InputError(
+            f"{folder}: the slices are not evenly spaced: {steps.min():.4g} to {steps.max():.4g} mm apart; expected "
+            "one distance: export a series with even slices"
+        )
+    first = ordered[0]
+    sideways = float(np.linalg.norm(off - np.outer(off @ normal, normal), axis=1).max())
+    if sideways > OFF_VOXEL * frames[0].spacing_mm.min():
+        raise InputError(
+            f"{folder}: the slices are shifted sideways against each other by up to {sideways:.3g} mm, and not "
+            "evenly; expected one stack: export the original series"
+        )
+    notes = []
+    if off_along > _OFF_REPORTED * usual:
+        notes.append(
+            f"slice positions are up to {off_along:.2g} mm off an even distance of {np.linalg.norm(step):.4g} mm, and "
+            "used as even"
+        )
+    try:
+        grid = grid_of_slices(first.orientation, first.spacing_mm, step, positions[0], (*first.shape, count))
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from None
+    return ordered, grid, notes
+
+
+def grid_of_slices(
+    orientation: NDArray[np.float64],
+    spacing_mm: NDArray[np.float64],
+    step_mm: NDArray[np.float64],
+    first_mm: NDArray[np.float64],
+    shape: tuple[int, int, int],
+) -> Grid:
+    """Make the grid of (rows, columns, slices) from DICOM's orientation and PixelSpacing; step and first voxel LPS."""
+    affine = np.eye(4)
+    affine[:3, 0] = orientation[:3] * spacing_mm[1]
+    affine[:3, 1] = orientation[3:] * spacing_mm[0]
+    affine[:3, 2] = step_mm
+    affine[:3, 3] = first_mm
+    rows, columns, slices = shape
+    return Grid((columns, rows, slices), LPS_TO_RAS @ affine)

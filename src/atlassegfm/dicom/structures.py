@@ -1,0 +1,244 @@
+"""Structures of DICOM objects as a label map: selection, names and overlaps.
+
+RTSTRUCT and SEG hold one mask per structure, a label map one value per voxel. Structures that share voxels are refused
+unless the user says which one gets them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.errors import InputError
+from ..core.geometry import Grid
+from ..core.image import Volume, smallest_label_type
+from ..core.labels import LabelEntry, Structure, listed, match_rank, palette_color, plain_name
+from .series import DicomSource, Series
+
+Color = tuple[int, int, int]
+Box = tuple[slice, slice, slice]
+#: "refuse": an error that names them. "first", "last": the first or last of the selection (else of the file) wins.
+Overlap = Literal["refuse", "first", "last"]
+OVERLAPS: tuple[Overlap, ...] = ("refuse", "first", "last")
+#: Label values are 1 to this (16 bits).
+_LARGEST_LABEL = (1 << 16) - 1
+
+
+@dataclass(frozen=True, eq=False)
+class StructureMask:
+    """One structure as a mask, (I, J, K), on a box of a grid that begins at voxel ``start``; size 0 if empty.
+
+    Number (ROI or segment number), name and color (0 to 255) are those of the file.
+    """
+
+    number: int
+    name: str
+    color: Color | None
+    start: tuple[int, int, int]
+    mask: NDArray[np.bool_]
+
+    @property
+    def box(self) -> Box:
+        """The box as slices into an array on the grid."""
+        i, j, k = (slice(s, s + n) for s, n in zip(self.start, self.mask.shape, strict=True))
+        return i, j, k
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which structures of a file to read, and their names.
+
+    Parameters
+    ----------
+    wanted
+        Names, shell patterns or numbers; all structures if empty. The first one wins where the overlap is "first".
+    synonyms
+        New name, and the names or patterns in files that it stands for.
+    overlap
+        Which structure gets shared voxels; see :data:`OVERLAPS`.
+    """
+
+    wanted: Sequence[str] = ()
+    synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    overlap: Overlap = "refuse"
+
+    def __post_init__(self) -> None:
+        if self.overlap not in OVERLAPS:
+            raise InputError(f"unknown rule {self.overlap!r} for overlaps; expected one of {', '.join(OVERLAPS)}")
+
+    def renamed(self, name: str) -> str:
+        """Replace a name in a file by the one it is a synonym of, if any."""
+        plain = plain_name(name)
+        for new, others in self.synonyms.items():
+            if plain == plain_name(new) or any(fnmatchcase(plain, plain_name(other)) for other in others):
+                return new
+        return name
+
+    def select(self, found: Sequence[tuple[int, str]], path: Path) -> list[int]:
+        """Find the positions of the wanted structures in ``found`` (numbers and names of a file), in their order.
+
+        Raises
+        ------
+        InputError
+            If one is not there (the nearest names are listed), or two get one name by synonyms.
+        """
+        names = [self.renamed(name) for _, name in found]
+        order: list[int] = []
+        for one in self.wanted:
+            ranks = {}
+            for n, (number, name) in enumerate(found):
+                fits = [rank for known in (names[n], name) if (rank := match_rank(one, number, known)) is not None]
+                if fits:
+                    ranks[n] = min(fits)
+            if not ranks:
+                raise InputError(
+                    f"{path}: no structure {one!r}; {_near(one, [name for _, name in found])}: choose with --structures"
+                )
+            order += [n for n, rank in ranks.items() if rank == min(ranks.values()) and n not in order]
+        order = order if self.wanted else list(range(len(found)))
+        seen: dict[str, int] = {}
+        for n in order:
+            other = seen.setdefault(plain_name(names[n]), n)
+            if other != n and names[n] != found[n][1]:
+                raise InputError(
+                    f"{path}: {found[other][1]!r} and {found[n][1]!r} are both {names[n]!r} by the synonyms; narrow "
+                    "them, or choose one with --structures"
+                )
+        return order
+
+
+#: All structures, by their own names.
+EVERYTHING = Selection()
+
+
+def _near(wanted: str, names: Sequence[str]) -> str:
+    by_plain = {plain_name(name): name for name in names}
+    near = [by_plain[one] for one in difflib.get_close_matches(plain_name(wanted), by_plain, n=3, cutoff=0.4)]
+    return f"the nearest are {listed(near)}" if near else f"there are {listed(sorted(names))}"
+
+
+def read_synonyms(path: Path) -> dict[str, tuple[str, ...]]:
+    """Read a TOML table of names: ``Brainstem = ["brain stem", "BrStem*"]``.
+
+    Raises
+    ------
+    InputError
+        If the file is missing or no such table, or one name stands for two structures.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; expected a TOML file of synonyms") from None
+    except (OSError, UnicodeDecodeError):
+        raise InputError(f"{path}: not readable as text; expected a TOML file of synonyms") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: not valid TOML ({error}); correct it") from None
+    found: dict[str, tuple[str, ...]] = {}
+    owners: dict[str, str] = {}
+    for name, others in content.items():
+        others = [others] if isinstance(others, str) else others
+        if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
+            raise InputError(f'{path}: {name} is {others!r}; expected a list of names, as Brainstem = ["brain stem"]')
+        for other in {plain_name(text) for text in (name, *others)}:
+            if other in owners:
+                raise InputError(f"{path}: {other!r} stands for both {owners[other]} and {name}; expected one of them")
+            owners[other] = name
+        found[name] = tuple(others)
+    return found
+
+
+def merge(
+    masks: Sequence[StructureMask], selection: Selection, on: Series | Grid, path: Path, notes: Sequence[str] = ()
+) -> Volume:
+    """Merge structures, in the order of the selection, into a label map with their numbers as values.
+
+    Names, colours and notes are in its source. Numbers that cannot be label values (0, repeated) are replaced by the
+    next free ones, with a note.
+
+    Raises
+    ------
+    InputError
+        If structures overlap and no rule was given, or one of them has no voxel.
+    """
+    grid, series = (on.grid, on) if isinstance(on, Series) else (on, None)
+    masks, warnings = _renumber(masks)
+    for one in masks:
+        if not one.mask.any():
+            raise InputError(
+                f"{path}: the structure {one.name!r} has no voxel on the scan; leave it out with --structures"
+            )
+    data = np.zeros(grid.shape, smallest_label_type(max((one.number for one in masks), default=0)))
+    names = {one.number: one.name for one in masks}
+    pairs = []
+    for one in masks:
+        part = data[one.box]
+        taken = one.mask & (part != 0)
+        for value, count in zip(*(found.tolist() for found in np.unique(part[taken], return_counts=True)), strict=True):
+            pairs.append(f"{names[value]} and {one.name} ({count} voxels)")
+        part[one.mask & ~taken if selection.overlap == "first" else one.mask] = one.number
+    if pairs and selection.overlap == "refuse":
+        raise InputError(
+            f"{path}: structures overlap, which a label map cannot hold: {listed(pairs, 6)}; choose structures "
+            "with --structures, or say with --overlap first or last which one gets shared voxels"
+        )
+    if pairs:
+        warnings.append(f"overlapping voxels go to the {selection.overlap} structure: {listed(pairs, 6)}")
+    lost = [one.name for one in masks if not (data[one.box] == one.number).any()]
+    if lost:
+        raise InputError(f"{path}: nothing is left of {listed(lost)}, as others lie over it; choose with --structures")
+    table = {one.number: LabelEntry(one.name, one.color or palette_color(n)) for n, one in enumerate(masks)}
+    return Volume(data, grid, DicomSource(path, None, table, (*notes, *warnings), series))
+
+
+def _renumber(masks: Sequence[StructureMask]) -> tuple[list[StructureMask], list[str]]:
+    """Replace numbers that cannot be label values."""
+    kept: list[StructureMask] = []
+    changed = []
+    for one in masks:
+        number, used = one.number, {other.number for other in kept}
+        if not 0 < number <= _LARGEST_LABEL or number in used:
+            taken = used | {other.number for other in masks}
+            number = next(n for n in range(1, _LARGEST_LABEL + 1) if n not in taken)
+            changed.append(f"{one.name} ({one.number} to {number})")
+        kept.append(replace(one, number=number))
+    return kept, [f"numbers that cannot be label values were changed: {listed(changed, 6)}"] if changed else []
+
+
+def label_numbers(labels: NDArray[Any], structures: Sequence[Structure]) -> NDArray[np.uint16]:
+    """(I, J, K) position in ``structures`` from 1, where a voxel has the value of one, else 0."""
+    values = np.array([one.value for one in structures], np.int64)
+    if labels.max() <= _LARGEST_LABEL:
+        table = np.zeros(_LARGEST_LABEL + 1, np.uint16)
+        fits = values <= _LARGEST_LABEL
+        table[values[fits]] = np.flatnonzero(fits) + 1
+        found: NDArray[np.uint16] = table[labels]
+        return found
+    order = np.argsort(values)
+    place = np.searchsorted(values[order], labels).clip(0, len(values) - 1)
+    return np.where(values[order[place]] == labels, order[place] + 1, 0).astype(np.uint16)
+
+
+def label_boxes(labels: NDArray[Any], structures: Sequence[Structure]) -> dict[int, Box]:
+    """Find the box of each label value that has voxels."""
+    from scipy import ndimage
+
+    # find_objects is fast with the axis that lies closest in memory last.
+    found = ndimage.find_objects(label_numbers(labels, structures).transpose(2, 1, 0))
+    return {one.value: box[::-1] for one, box in zip(structures, found, strict=False) if box is not None}
+
+
+def structures_in(volume: Volume) -> tuple[Structure, ...]:
+    """Get the names and colours of a label map that was read from DICOM."""
+    table = {} if volume.source is None else volume.source.label_table
+    return tuple(
+        Structure(value, entry.name, entry.color or palette_color(n))
+        for n, (value, entry) in enumerate(sorted(table.items()))
+    )
