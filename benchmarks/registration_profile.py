@@ -91,7 +91,7 @@ def _compare_correlation() -> None:
         (weight * (1 - correlation(moving))).sum().backward()
 
     def written_out() -> None:
-        correlation.unlikeness(moving, weight).backward()
+        correlation.dissimilarity(moving, weight).backward()
 
     _ratio("local correlation, derivative written out", own, written_out)
 

@@ -19,7 +19,6 @@ from atlassegfm.core.image import Volume
 from atlassegfm.registration import ENGINES, Registration, pyramid, register, sampling
 from atlassegfm.registration.engines import voxelmorph
 from atlassegfm.registration.engines.voxelmorph import Network
-from atlassegfm.registration.pair import Pair, Start
 from atlassegfm.settings import RegistrationSettings, VoxelmorphSettings
 from atlassegfm.transforms.maps import Affine, DisplacementField, Transform
 from atlassegfm.transforms.resample import resample
@@ -86,10 +85,8 @@ def test_defaults_are_the_papers() -> None:
     assert (options.loss, options.smoothness, options.cuda_voxels) == ("mse", 0.01, 128**3)
     # What the paper does not have is off.
     assert not options.diffeomorphic
-    assert not options.use_start
-    assert (options.coarse_iterations, options.patience) == (0, 0)
-    assert ENGINES["voxelmorph"].module == "voxelmorph"
-    assert not ENGINES["voxelmorph"].is_peer
+    assert not ENGINES["voxelmorph"].takes_start
+    assert not ENGINES["voxelmorph"].is_external
 
 
 def test_every_setting_is_read() -> None:
@@ -171,7 +168,7 @@ def test_a_linear_velocity_integrates_to_the_exponential() -> None:
     assert float(halved[0, 0, 0, 0, 0]) == pytest.approx(0.3 * 8)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "polynomial", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_schedules_fall_from_one(schedule: str) -> None:
     rates = [voxelmorph._rate(schedule, n, 100) for n in range(100)]
     assert max(rates) == pytest.approx(1, abs=1e-9)
@@ -199,25 +196,21 @@ def test_a_known_deformation_is_recovered(grid: Grid) -> None:
     result = fitted(fixed, moving)
     assert error_mm(result.fixed_to_moving, truth, fixed) < before / 2
     assert result.folding < 0.01
-    assert result.parameters == {"deformable": counted(3, 4)}
+    assert result.parameter_count == {"deformable": counted(3, 4)}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"loss": "lncc", "smoothness": 0.3},
-        {"loss": "mind", "smoothness": 0.1},
         {"diffeomorphic": True},
         {"half_precision": "on"},
-        {"iterations": 20, "coarse_iterations": 30, "patience": 15},
     ],
     ids=str,
 )
 def test_every_variant_recovers_it(changes: dict[str, object]) -> None:
     fixed, moving, truth = deformed(scenes.straight_grid())
     before = error_mm(Affine.identity(), truth, fixed)
-    if changes.get("loss") == "mind":
-        fixed = Volume(np.where(fixed.data > 0, 300 - fixed.data, 0).astype(np.float32), fixed.grid)
     assert error_mm(fitted(fixed, moving, replace(TINY, **changes)).fixed_to_moving, truth, fixed) < 0.65 * before
 
 
@@ -266,8 +259,8 @@ def test_diffeomorphic_does_not_fold() -> None:
     assert smooth.folding < 0.001
 
 
-@pytest.mark.parametrize("loss", ["mse", "lncc", "mind"])
-def test_beyond_the_atlas_nothing_pulls(loss: Literal["mse", "lncc", "mind"]) -> None:
+@pytest.mark.parametrize("loss", ["mse", "lncc"])
+def test_beyond_the_atlas_nothing_pulls(loss: Literal["mse", "lncc"]) -> None:
     # The atlas ends at the tenth plane. Were its end an edge, the rest of the query would be drawn to it.
     grid = Grid((20, 6, 6), np.eye(4))
     query, atlas = (
@@ -277,7 +270,7 @@ def test_beyond_the_atlas_nothing_pulls(loss: Literal["mse", "lncc", "mind"]) ->
     atlas.inside[:, :, 10:] = 0
     atlas.image[:, :, 10:] = 0
     displacement = torch.zeros(1, 3, *grid.shape, requires_grad=True)
-    voxelmorph._Likeness(query, atlas, VoxelmorphSettings(loss=loss))(displacement).backward()
+    voxelmorph._Dissimilarity(query, atlas, VoxelmorphSettings(loss=loss))(displacement).backward()
     assert displacement.grad is not None
     pull = displacement.grad.abs().amax(dim=(0, 1, 3, 4))
     # The local correlation reads 4 voxels around each that counts; displaced by nothing, all is read where it lies.
@@ -292,23 +285,10 @@ def test_mse_is_a_mean_over_what_counts() -> None:
     inside = ones.clone()
     inside[:, :, 2:] = 0
     query, atlas = pyramid.Level(grid, ones, ones, ones, None), pyramid.Level(grid, 0.5 * inside, inside, inside, None)
-    unlike = voxelmorph._Likeness(query, atlas, VoxelmorphSettings())
-    assert float(unlike(torch.zeros(1, 3, 4, 4, 4))) == pytest.approx(0.25)
+    dissimilarity = voxelmorph._Dissimilarity(query, atlas, VoxelmorphSettings())
+    assert float(dissimilarity(torch.zeros(1, 3, 4, 4, 4))) == pytest.approx(0.25)
     # Nothing in common: no reason for anything.
-    assert float(unlike(torch.full((1, 3, 4, 4, 4), 9.0))) == 0
-
-
-def test_start_is_taken_up_only_if_asked() -> None:
-    fixed, moving, truth = deformed(scenes.straight_grid())
-    scans = [pyramid.prepare(scan, None, 4.0, "scan") for scan in (fixed, moving)]
-    pair = Pair(fixed, moving, scans[0], scans[1], None)
-    few = replace(TINY, iterations=1)
-    for use, most in ((False, np.inf), (True, 1.0)):
-        found = voxelmorph.fit(pair, Affine.identity(), Start(truth), with_options(replace(few, use_start=use)), "cpu")
-        assert found.field is not None
-        error = error_mm(found.field, truth, fixed)
-        assert error < most
-        assert (error > 3) != use
+    assert float(dissimilarity(torch.full((1, 3, 4, 4, 4), 9.0))) == 0
 
 
 def test_thin_scans_register() -> None:
@@ -334,16 +314,3 @@ def test_too_large_a_grid_for_the_gpu_is_an_error(monkeypatch: pytest.MonkeyPatc
     scan = scenes.ATLAS.scan(scenes.straight_grid())
     with pytest.raises(RegistrationError, match=r"lower registration\.voxelmorph\.cuda_voxels \(now 2097152\)"):
         fitted(scan, scan)
-
-
-def test_patience_ends_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates: list[int] = []
-
-    def noted(schedule: str, iteration: int, iterations: int) -> float:
-        rates.append(iteration)
-        return 0.0
-
-    monkeypatch.setattr(voxelmorph, "_rate", noted)
-    scan = scenes.ATLAS.scan(scenes.straight_grid())
-    fitted(scenes.QUERY.scan(scan.grid), scan, replace(TINY, patience=3))
-    assert rates == [0, 1, 2, 3]
