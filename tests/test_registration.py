@@ -24,14 +24,12 @@ from atlassegfm.transforms.maps import Affine, DisplacementField, Transform
 from atlassegfm.transforms.resample import resample
 from conftest import ORIENTATIONS, SHEARED, affine_of, rotation
 
+#: A deformable fit that is quick.
+QUICK_FIT: dict[str, Any] = {"level_voxels": (4_000, 12_000), "local_voxels": 12_000, "ensemble": 1}
 #: Coarser than the defaults, for speed.
 QUICK = RegistrationSettings(
-    coarse_voxels=4_000,
-    fine_voxels=12_000,
-    instance=InstanceSettings(level_voxels=(4_000, 12_000), local_voxels=12_000),
+    coarse_voxels=4_000, fine_voxels=12_000, linear_iterations=20, instance=InstanceSettings(**QUICK_FIT)
 )
-#: Levels and weights of a deformable fit that is quick.
-QUICK_FIT = {"level_voxels": (4_000, 12_000), "local_voxels": 12_000}
 LINEAR = replace(QUICK, deformable=False)
 #: Turned by 8 degrees, stretched by 5 to 8 % and shifted by about 2 cm.
 MOTION = affine_of(rotation(2, -3, 7) @ np.diag([1.05, 1.06, 0.92]), (12.0, -14.0, 9.0))
@@ -244,9 +242,9 @@ def test_prepare_parts_body_from_air() -> None:
 def test_a_scan_of_one_value_is_background(value: float) -> None:
     grid = scenes.straight_grid()
     blank, scan = Volume(np.full(grid.shape, value, np.float32), grid), scenes.ATLAS.scan(grid)
-    with pytest.raises(RegistrationError, match="the query shows nothing but background; check its intensities"):
+    with pytest.raises(RegistrationError, match="query"):
         register(blank, scan, QUICK)
-    with pytest.raises(RegistrationError, match="the atlas shows nothing but background; check its intensities"):
+    with pytest.raises(RegistrationError, match="atlas"):
         register(scan, blank, QUICK)
 
 
@@ -346,7 +344,7 @@ def test_scans_that_share_a_third_are_found() -> None:
 # --- the linear fit ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["RAS", "LPS", "LAS", "oblique"])
+@pytest.mark.parametrize("name", ["RAS", "LPS", "oblique"])
 def test_a_known_motion_is_recovered(name: str) -> None:
     moving = scenes.ATLAS.scan(centred_grid((64, 44, 22), ORIENTATIONS[name][:3, :3]))
     fixed = seen_through(MOTION, scenes.straight_grid())
@@ -357,17 +355,13 @@ def test_a_known_motion_is_recovered(name: str) -> None:
     assert error_mm(result.fixed_to_moving, Affine(MOTION), fixed) < 3
 
 
-def test_an_oblique_query_is_recovered() -> None:
+@pytest.mark.parametrize("inverted", [False, True])
+def test_an_oblique_query_is_recovered_whatever_its_contrast(inverted: bool) -> None:
     moving = scenes.ATLAS.scan(scenes.straight_grid())
     fixed = seen_through(MOTION, centred_grid((64, 44, 22), ORIENTATIONS["oblique-flipped"][:3, :3]))
-    assert error_mm(register(fixed, moving, LINEAR).fixed_to_moving, Affine(MOTION), fixed) < 3
-
-
-def test_inverted_contrast_registers() -> None:
-    moving = scenes.ATLAS.scan(scenes.straight_grid())
-    fixed = seen_through(MOTION, scenes.straight_grid())
-    inverted = Volume(np.where(fixed.data > 0, 300 - fixed.data, 0).astype(np.float32), fixed.grid)
-    assert error_mm(register(inverted, moving, LINEAR).fixed_to_moving, Affine(MOTION), fixed) < 4
+    data = np.where(fixed.data > 0, 300 - fixed.data, 0).astype(np.float32) if inverted else fixed.data
+    found = register(Volume(data, fixed.grid), moving, LINEAR)
+    assert error_mm(found.fixed_to_moving, Affine(MOTION), fixed) < 4
 
 
 def test_rigid_alone_keeps_lengths_and_angles() -> None:
@@ -461,7 +455,7 @@ def test_a_known_deformation_is_recovered(grid: Grid) -> None:
     result = register(
         fixed,
         moving,
-        replace(QUICK, instance=InstanceSettings(level_voxels=(4_000, 12_000), smoothness=(0.2,))),
+        replace(QUICK, instance=InstanceSettings(**QUICK_FIT, smoothness=(0.2,))),
         initial=Affine.identity(),
     )
     organs = Volume((resample(scenes.ATLAS.scan(moving.grid), grid, truth) > 0).astype(np.float32), grid)
@@ -501,7 +495,7 @@ def test_a_diffeomorphic_fit_finds_the_deformation() -> None:
     moving = scenes.ATLAS.scan(centred_grid((80, 70, 70), np.diag([2.0] * 3)))
     truth = wavy(grid)
     fixed = Volume(resample(moving, grid, truth), grid)
-    options = InstanceSettings(level_voxels=(4_000, 12_000), smoothness=(0.2,), diffeomorphic=True)
+    options = InstanceSettings(**QUICK_FIT, smoothness=(0.2,), diffeomorphic=True)
     result = register(fixed, moving, replace(QUICK, instance=options), initial=Affine.identity())
     before = error_mm(Affine.identity(), truth, fixed)
     assert error_mm(result.fixed_to_moving, truth, fixed) < before / 2
@@ -524,7 +518,11 @@ def test_folding_penalty_hand_worked() -> None:
 
 def test_the_fit_in_the_labels_box_ends_in_nothing_at_its_border() -> None:
     grid = scenes.straight_grid()
-    result = run(grid, grid, replace(QUICK, instance=InstanceSettings(**(QUICK_FIT | {"local_voxels": 60_000}))))
+    result = run(
+        grid,
+        grid,
+        replace(QUICK, instance=InstanceSettings(**(QUICK_FIT | {"local_voxels": 60_000, "iterations": (15,)}))),
+    )
     assert result.field is not None
     assert result.local is not None
     assert result.jacobian is not None
@@ -571,24 +569,7 @@ def test_contrast_of_structures_is_compared() -> None:
     assert difference(Volume(3 * scan.data + 50, grid)) < 0.05
 
 
-def test_where_contrast_differs_the_fit_is_contrast_robust() -> None:
-    grid = scenes.straight_grid()
-    moving, labels = scenes.ATLAS.scan(grid), scenes.ATLAS.labels(grid)
-    organs = scenes.QUERY.labels(grid)
-    fixed = scenes.QUERY.scan(grid)
-    dark = Volume(np.where(organs.data == 1, fixed.data / 4, fixed.data).astype(np.float32), grid)
-
-    def fitted(query: Volume, **options: object) -> NDArray[np.float32]:
-        settings = replace(QUICK, instance=InstanceSettings(**QUICK_FIT, **options))
-        field = register(query, moving, settings, moving_labels=labels).field
-        assert field is not None
-        return field.displacement_mm
-
-    np.testing.assert_array_equal(fitted(fixed), fitted(fixed, contrast_robust=False))
-    assert np.abs(fitted(dark) - fitted(dark, contrast_robust=False)).max() > 0.5
-
-
-def test_where_contrast_differs_structures_are_searched_for_without_brightness(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_contrast_differs_the_fit_is_contrast_robust(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = scenes.straight_grid()
     moving, labels = scenes.ATLAS.scan(grid), scenes.ATLAS.labels(grid)
     organs = scenes.QUERY.labels(grid)
@@ -601,10 +582,21 @@ def test_where_contrast_differs_structures_are_searched_for_without_brightness(m
         return fit(*args, brightness=brightness)
 
     monkeypatch.setattr(structure_affine, "fit", noted)
-    for query, expected in ((fixed, [True]), (dark, [True, False])):
+
+    def fitted(query: Volume, *, contrast_robust: bool) -> tuple[NDArray[np.float32], list[bool]]:
         asked.clear()
-        register(query, moving, QUICK, moving_labels=labels)
-        assert asked == expected
+        few = QUICK_FIT | {"iterations": (10,), "local_voxels": 0, "contrast_robust": contrast_robust}
+        settings = replace(QUICK, instance=InstanceSettings(**few))
+        field = register(query, moving, settings, moving_labels=labels, initial=Affine.identity()).field
+        assert field is not None
+        return field.displacement_mm, list(asked)
+
+    same = fitted(fixed, contrast_robust=True), fitted(fixed, contrast_robust=False)
+    np.testing.assert_array_equal(same[0][0], same[1][0])
+    robust, plain = fitted(dark, contrast_robust=True), fitted(dark, contrast_robust=False)
+    assert np.abs(robust[0] - plain[0]).max() > 0.5
+    # Structures are searched for again, without brightness.
+    assert (same[0][1], plain[1], robust[1]) == ([True], [True], [True, False])
 
 
 def test_further_members_differ_and_leave_the_first_as_it_is() -> None:
@@ -614,8 +606,9 @@ def test_further_members_differ_and_leave_the_first_as_it_is() -> None:
     truth = scenes.QUERY.labels(grid).data > 0
 
     def fitted(members: int) -> Registration:
-        settings = replace(QUICK, instance=InstanceSettings(**QUICK_FIT, ensemble=members))
-        return register(fixed, moving, settings, moving_labels=labels)
+        options = QUICK_FIT | {"ensemble": members, "iterations": (20, 15, 10)}
+        settings = replace(QUICK, instance=InstanceSettings(**options))
+        return register(fixed, moving, settings, moving_labels=labels, initial=Affine.identity())
 
     one, several = fitted(1), fitted(4)
     assert (len(one.members), len(several.members)) == (1, 4)
@@ -691,7 +684,7 @@ def test_structure_search_finds_an_organ_that_slid() -> None:
             fine_voxels=60_000,
             structure_search=search,
             instance=InstanceSettings(
-                level_voxels=(20_000, 60_000), local_voxels=0, smoothness=(0.1,), iterations=(40, 25)
+                level_voxels=(20_000, 60_000), local_voxels=0, smoothness=(0.1,), iterations=(30, 20), ensemble=1
             ),
         )
         result = register(fixed, moving, given, moving_labels=labels, initial=Affine.identity())
@@ -731,7 +724,8 @@ def run(fixed_grid: Grid, moving_grid: Grid, settings: RegistrationSettings = QU
 
 def test_two_runs_are_the_same_to_the_last_bit() -> None:
     grid = scenes.straight_grid()
-    first, second = run(grid, grid), run(grid, grid)
+    few = replace(QUICK, linear_iterations=5, instance=InstanceSettings(**QUICK_FIT, iterations=(5,)))
+    first, second = run(grid, grid, few), run(grid, grid, few)
     np.testing.assert_array_equal(first.linear.matrix, second.linear.matrix)
     assert first.field is not None
     assert second.field is not None
@@ -752,7 +746,7 @@ def test_thin_volumes_register(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.slow
 def test_default_settings_find_the_patient() -> None:
-    grid = scenes.straight_grid((96, 80, 72), (1.0, 1.0, 1.0))
+    grid = scenes.straight_grid((64, 54, 48), (1.5, 1.5, 1.5))
     result = run(grid, grid, RegistrationSettings())
     truth = affine_of(np.eye(3) / 1.05, tuple(-np.array(scenes.QUERY.shift_mm) / 1.05))
     assert error_mm(result.fixed_to_moving, Affine(truth), scenes.QUERY.labels(grid)) < 1.5

@@ -17,12 +17,12 @@ from ..core.image import Volume
 from ..settings import RegistrationSettings
 from ..transforms.maps import Affine, Transform
 from .engines import ENGINES, require_engine
-from .result import Fit, Registration
+from .result import Registration
 
 if TYPE_CHECKING:
     from .dissimilarity import Dissimilarity
 
-__all__ = ["ENGINES", "Fit", "Registration", "compare", "register", "require_engine"]
+__all__ = ["ENGINES", "Registration", "compare", "register", "require_engine"]
 
 
 def compare(
@@ -99,11 +99,11 @@ def register(
         atlas = pyramid.prepare(moving, moving_labels, spacings[-1], "atlas")
     wants_linear = initial is None and (settings.rigid or settings.affine)
     by_engine = wants_linear and engine.is_external and settings.peer_linear
-    found = Fit(initial or Affine.identity(), None, {})
+    found = Registration(initial or Affine.identity(), None)
     if wants_linear and not by_engine:
         with stage("linear"):
             linear, _ = affine.fit(query, atlas, spacings, settings, device)
-        found = Fit(linear, None, {"linear": 12 if settings.affine else 6})
+        found = Registration(linear, None, parameter_count={"linear": 12 if settings.affine else 6})
     if settings.deformable or by_engine:
         start = None
         if settings.structure_search and moving_labels is not None and engine.takes_start:
@@ -116,16 +116,8 @@ def register(
             fitted = engine.load()(pair, None if by_engine else found.linear, start, settings, device)
         found = replace(fitted, parameter_count={**found.parameter_count, **fitted.parameter_count})
     with stage("assess"):
-        result = Registration(
-            found.linear,
-            found.field,
-            found.local,
-            seconds,
-            parameter_count=found.parameter_count,
-            further_members=found.further_members,
-        )
-        measured = dissimilarity.measure(query, atlas, result.fixed_to_moving, spacings[-1])
+        measured = dissimilarity.measure(query, atlas, found.fixed_to_moving, spacings[-1])
         folding, jacobian = 0.0, None
-        if result.field is not None:
-            folding, jacobian = pyramid.volume_changes(result.field, result.local, query)
-    return replace(result, dissimilarity=measured, folding=folding, jacobian=jacobian)
+        if found.field is not None:
+            folding, jacobian = pyramid.volume_changes(found.field, found.local, query)
+    return replace(found, seconds=seconds, dissimilarity=measured, folding=folding, jacobian=jacobian)

@@ -232,17 +232,9 @@ def _mean_penalty(points: _Points, volume: Tensor, level: Level, matrix: Tensor,
 def affine_maps(parameters: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     """Build linear maps that rotate, stretch and shift around a centre.
 
-    Parameters
-    ----------
-    parameters : Tensor, (B, 12)
-        Translation, rotation vector in radians, log scales along the axes, log shears.
-    centre : Tensor, (3,)
-        Fixed point of a map without translation.
-
-    Returns
-    -------
-    matrix, offset : Tensor, (B, 3, 3) and (B, 3)
-        The determinant is positive.
+    ``parameters`` are (B, 12): translation, rotation vector in radians, log scales along the axes, log shears; the map
+    without translation leaves ``centre`` in place. Returns matrices, (B, 3, 3) of positive determinant, and offsets,
+    (B, 3).
     """
     shift, turn, scale, shear = parameters.split(3, dim=1)
     zero = torch.zeros_like(turn[:, 0])

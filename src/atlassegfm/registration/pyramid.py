@@ -49,25 +49,16 @@ class Scan:
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """One scan on the grid of one level; tensors are (1, 1, I, J, K).
-
-    Parameters
-    ----------
-    grid : Grid
-    image : Tensor
-        Intensity, 0 to 1.
-    inside : Tensor
-        1 inside the scan's field of view, else 0.
-    weight : Tensor
-        Fraction of foreground, 0 outside the field of view.
-    labelled : Tensor or None
-        Fraction inside labelled structures.
-    """
+    """One scan on the grid of one level; tensors are (1, 1, I, J, K)."""
 
     grid: Grid
+    #: Intensity, 0 to 1.
     image: Tensor
+    #: 1 inside the scan's field of view, else 0.
     inside: Tensor
+    #: Fraction of foreground, 0 outside the field of view.
     weight: Tensor
+    #: Fraction inside labelled structures.
     labelled: Tensor | None
 
 
@@ -139,16 +130,9 @@ def level_grid(grid: Grid, axes: NDArray[np.float64], voxels: int, *, finest_mm:
 
 
 def frame_grid(grid: Grid, axes: NDArray[np.float64], spacing_mm: ArrayLike) -> Grid:
-    """Make a grid over the field of view of ``grid`` along other axes.
+    """Make a grid over the voxel centres of ``grid`` along other axes: (3, 3) unit vectors in columns, made orthogonal.
 
-    Parameters
-    ----------
-    grid : Grid
-        Whose voxel centres are covered.
-    axes : array, (3, 3)
-        Unit vectors in columns, RAS+; made orthogonal.
-    spacing_mm : float or array, (3,)
-        Of the new grid, one for all axes or one for each.
+    ``spacing_mm`` is one for all axes or one for each.
     """
     spacing_mm = np.broadcast_to(np.asarray(spacing_mm, dtype=np.float64), 3)
     orthogonal, upper = np.linalg.qr(axes)

@@ -1,4 +1,4 @@
-"""Results of a registration: of one engine, and of all stages."""
+"""The result of a registration; engines return it without ``seconds`` and what is assessed afterwards."""
 
 from __future__ import annotations
 
@@ -12,17 +12,6 @@ from ..transforms.maps import Affine, Chain, DisplacementField, Transform
 if TYPE_CHECKING:
     from ..transforms.jacobian import JacobianStatistics
     from .dissimilarity import Dissimilarity
-
-
-@dataclass(frozen=True, eq=False)
-class Fit:
-    """The result of one engine; fields as in :class:`Registration`."""
-
-    linear: Affine
-    field: DisplacementField | None
-    parameter_count: Mapping[str, int]
-    local: DisplacementField | None = None
-    further_members: tuple[Transform, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,15 +13,8 @@ def sample_at(channels: Tensor, where: Tensor) -> Tensor:
     PyTorch samples one volume with one thread on a CPU; cut into as many slabs as there are threads, it uses them all,
     with identical results.
 
-    Parameters
-    ----------
-    channels : Tensor, (1, C, I, J, K)
-    where : Tensor, (1, A, B, D, 3)
-        In units of -1 to 1, the last axis first, as in :func:`torch.nn.functional.grid_sample`.
-
-    Returns
-    -------
-    Tensor, (1, C, A, B, D)
+    ``channels`` are (1, C, I, J, K), ``where`` (1, A, B, D, 3) as :func:`torch.nn.functional.grid_sample` takes it: -1
+    to 1, the last axis first. Returns (1, C, A, B, D).
     """
     planes = where.shape[1]
     slabs = min(torch.get_num_threads(), planes) if channels.device.type == "cpu" else 1

@@ -60,17 +60,7 @@ _FEWEST_VOXELS = 8
 
 @dataclass(frozen=True, eq=False)
 class _StructureMap:
-    """The linear map of one structure.
-
-    Parameters
-    ----------
-    to_query : array, (4, 4)
-        From the linearly warped atlas to the query, in voxels of the common grid.
-    mask : array, (I, J, K) float32
-        Fraction of the structure, at its new place.
-    cost : float
-        Of the match there.
-    """
+    """The linear map of one structure, (4, 4) from warped atlas to query in voxels; its mask there, and the cost."""
 
     to_query: NDArray[np.float64]
     mask: NDArray[np.float32]
@@ -89,24 +79,9 @@ def fit(
 ) -> DisplacementField | None:
     """Fit a linear map to each structure and blend them to one smooth field.
 
-    Parameters
-    ----------
-    fixed, moving : Scan
-        Query and atlas.
-    labels : Volume
-        Labels of the atlas.
-    linear : Affine
-        Fixed to moving world.
-    spacing_mm : float
-        Of the grid to work on.
-    brightness : bool
-        Whether brightness is compared, and not MIND-SSC alone: tells organs of similar form apart, but misleads where
-        the contrast of organs differs between the scans.
-
-    Returns
-    -------
-    DisplacementField or None
-        In the fixed world, to be applied before ``linear``; None where no structure is in view.
+    The field is in the fixed world, applied before ``linear`` (fixed to moving world); None where no structure is in
+    view. ``brightness`` compares intensities beside MIND-SSC: that tells organs of similar form apart, but misleads
+    where the contrast of organs differs between the scans.
     """
     grid = frame_grid(fixed.intensity.grid, axes_of(fixed.intensity.grid), spacing_mm)
     query = on_grid(fixed, grid, device)
@@ -130,41 +105,17 @@ def fit(
 
 @dataclass(frozen=True, eq=False)
 class _Sample:
-    """The voxels of a structure and its surroundings that are compared.
+    """The N voxels of a structure and its surroundings that are compared, in the warped atlas."""
 
-    Parameters
-    ----------
-    points : Tensor, (N, 3) float32
-        Voxels of the warped atlas.
-    weight : Tensor, (N,)
-        Of each, 1 in sum.
-    image, mind : Tensor, (N,) and (12, N)
-        The warped atlas there.
-    centre : Tensor, (3,)
-        Of rotation and stretch.
-    """
-
-    points: Tensor
-    weight: Tensor
-    image: Tensor
-    mind: Tensor
-    centre: Tensor
+    points: Tensor  # (N, 3), in voxels
+    weight: Tensor  # (N,), 1 in sum
+    image: Tensor  # (N,)
+    mind: Tensor  # (12, N)
+    centre: Tensor  # (3,), of rotation and stretch
 
 
 class _StructureFit:
-    """Fit linear maps of single structures, from several places at once.
-
-    Parameters
-    ----------
-    query, atlas : Level
-        On the same grid.
-    spacing_mm : float
-        Of that grid.
-    size_mm : float
-        Of the field of view: its volume's cube root.
-    brightness : bool
-        Whether brightness is compared, too.
-    """
+    """Fit linear maps of single structures, from several places at once; arguments as of :class:`TranslationSearch`."""
 
     def __init__(self, query: Level, atlas: Level, spacing_mm: float, size_mm: float, *, brightness: bool) -> None:
         self._brightness = brightness

@@ -40,12 +40,8 @@ _NEIGHBOURHOOD = 2
 class Patch:
     """A structure of the atlas with the tissue around it.
 
-    Parameters
-    ----------
-    start : tuple of int
-        First voxel of the box.
-    weight : Tensor, (A, B, C)
-        1 in the structure, falling to 0 with the distance from it; 0 outside the atlas's field of view.
+    ``start`` is the first voxel of its box; ``weight``, (A, B, C), is 1 in the structure, falling to 0 with the
+    distance from it, and 0 outside the atlas's field of view.
     """
 
     start: tuple[int, int, int]
@@ -61,14 +57,8 @@ class Patch:
 class TranslationSearch:
     """Match patches of the atlas in the query at all translations within reach.
 
-    Parameters
-    ----------
-    query, atlas : Level
-        On the same grid.
-    spacing_mm : float
-        Of that grid.
-    size_mm : float
-        Of the field of view: its volume's cube root.
+    ``query`` and ``atlas`` are on one grid of ``spacing_mm``; ``size_mm`` is the cube root of the field of view's
+    volume.
     """
 
     def __init__(self, query: Level, atlas: Level, spacing_mm: float, size_mm: float) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ...settings import RegistrationSettings
-    from ..result import Fit
+    from ..result import Registration
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Engine:
     Parameters
     ----------
     module : str
-        Of this package; it has ``fit(pair, linear, start, settings, device) -> Fit``. ``linear`` is None if the engine
+        Of this package; has ``fit(pair, linear, start, settings, device) -> Registration``. ``linear`` is None if it
         does the linear stages too, ``start`` a :class:`..pair.Start` or None.
     takes_start : bool
         Whether it can start from the displacements found for the structures.
@@ -47,9 +47,9 @@ class Engine:
         """Whether it is another package's: it can do the linear stages itself."""
         return bool(self.distribution)
 
-    def load(self) -> Callable[..., Fit]:
+    def load(self) -> Callable[..., Registration]:
         """Import the engine's ``fit``."""
-        fit: Callable[..., Fit] = importlib.import_module(f".{self.module}", __name__).fit
+        fit: Callable[..., Registration] = importlib.import_module(f".{self.module}", __name__).fit
         return fit
 
 

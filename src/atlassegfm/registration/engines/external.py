@@ -29,7 +29,7 @@ from ...settings import AntsSettings, ElastixSettings, GreedySettings, Registrat
 from ...transforms.maps import Affine, DisplacementField
 from ...transforms.resample import resample
 from .. import pyramid
-from ..result import Fit
+from ..result import Registration
 from . import ENGINES
 from .external_process import MISSING
 
@@ -56,7 +56,7 @@ def fit(
     start: Start | None,  # noqa: ARG001
     settings: RegistrationSettings,
     device: str,  # noqa: ARG001
-) -> Fit:
+) -> Registration:
     """Register one pair by the engine ``settings.engine``, on the CPU; the field lies on the engine's grid.
 
     ``linear``, fixed to moving world, is kept; None if the engine does those linear stages that are switched on.
@@ -112,7 +112,7 @@ def fit(
         if moved.shape != (3, *fixed.shape) or not np.isfinite(moved).all():
             raise RegistrationError(f"{title} left a displacement field with gaps, of shape {moved.shape}")
         field = DisplacementField(fixed, moved)
-    return Fit(Affine(found), field, parameter_count)
+    return Registration(Affine(found), field, parameter_count=parameter_count)
 
 
 def working_spacing_mm(grid: Grid, voxels: int) -> float:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from dataclasses import field as dataclass_field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +29,7 @@ from ...transforms.maps import Affine, Chain, DisplacementField, Transform, disp
 from ...transforms.resample import resample, warp_labels
 from ..features import LocalCorrelation, mind_ssc
 from ..pyramid import Scan, axes_of, level_grid, on_grid
-from ..result import Fit
+from ..result import Registration
 from ..sampling import integrate_velocity, sample_at
 
 if TYPE_CHECKING:
@@ -96,7 +95,7 @@ class _Weights:
     diffeomorphic: bool
 
 
-def fit(pair: Pair, linear: Affine, start: Start | None, settings: RegistrationSettings, device: str) -> Fit:
+def fit(pair: Pair, linear: Affine, start: Start | None, settings: RegistrationSettings, device: str) -> Registration:
     """Optimise the displacement of one pair.
 
     ``linear``, fixed to moving world, is applied after the field. With a ``start`` the first level is left out: it
@@ -106,78 +105,70 @@ def fit(pair: Pair, linear: Affine, start: Start | None, settings: RegistrationS
     options = settings.instance
     begin, robust = None if start is None else start.field, False
     first = _Member(pair, linear, options, device)
-    found = first.fit_levels(begin)
+    field, count = first.fit_levels(begin)
     if options.contrast_robust and pair.moving_labels is not None:
-        difference = _contrast_difference(pair, pair.moving_labels, found.field, linear)
+        difference = _contrast_difference(pair, pair.moving_labels, field, linear)
         robust = difference > options.contrast_tolerance
         logger.debug("contrast of the structures differs by %.3f of the range: contrast-robust %s", difference, robust)
         if robust:
             if start is not None and start.without_brightness is not None:
                 begin = start.without_brightness()
             first = _Member(pair, linear, options, device, contrast_robust=True)
-            found = first.fit_levels(begin)
-    local = first.fit_labels_box(found.field)
+            field, count = first.fit_levels(begin)
+    local, local_count = first.fit_labels_box(field)
     further: list[Transform] = []
     for factors in _FURTHER_MEMBERS[: options.ensemble - 1]:
         member = _Member(pair, linear, options, device, factors, contrast_robust=robust)
-        other = member.fit_levels(begin).field
-        near = member.fit_labels_box(other)
-        further.append(Chain((other, linear) if near is None else (near.field, other, linear)))
-    count = (found.parameter_count + (0 if local is None else local.parameter_count)) * options.ensemble
-    return Fit(linear, found.field, {"deformable": count}, None if local is None else local.field, tuple(further))
-
-
-@dataclass(frozen=True, eq=False)
-class _LevelFit:
-    """The displacement of one level, and the number of parameters optimised."""
-
-    field: DisplacementField
-    parameter_count: int
+        other, _ = member.fit_levels(begin)
+        near, _ = member.fit_labels_box(other)
+        further.append(Chain((other, linear) if near is None else (near, other, linear)))
+    counts = {"deformable": (count + local_count) * options.ensemble}
+    return Registration(linear, field, local, parameter_count=counts, further_members=tuple(further))
 
 
 @dataclass(frozen=True, eq=False)
 class _Member:
-    """One member of the ensemble: a fit of the pair with its own weights."""
+    """One member of the ensemble: a fit of the pair with its own weights. Fits return their parameter count, too."""
 
     pair: Pair
     linear: Affine
     options: InstanceSettings
     device: str
-    factors: _WeightFactors = dataclass_field(default_factory=_WeightFactors)
+    factors: _WeightFactors = _WeightFactors()
     contrast_robust: bool = False
 
-    def fit_levels(self, begin: DisplacementField | None) -> _LevelFit:
+    def fit_levels(self, begin: DisplacementField | None) -> tuple[DisplacementField, int]:
         """Fit over the whole field of view, coarse to fine."""
         last = len(self.options.level_voxels) - 1
         first = 0 if begin is None else min(1, last)
-        found = self._fit_level(first, begin)
+        field, count = self._fit_level(first, begin)
         for number in range(first + 1, last + 1):
-            found = self._fit_level(number, found.field)
-        return found
+            field, count = self._fit_level(number, field)
+        return field, count
 
-    def _fit_level(self, number: int, begin: DisplacementField | None) -> _LevelFit:
+    def _fit_level(self, number: int, begin: DisplacementField | None) -> tuple[DisplacementField, int]:
         pair, view = self.pair, self.pair.fixed.grid
         grid = level_grid(view, axes_of(view), self.options.level_voxels[number])
         weights = self._weights(number, robust=self.contrast_robust)
         if not self.options.diffeomorphic or begin is None:
             level = _Level(pair.fixed_scan, pair.moving_scan, grid, self.linear, self.device)
-            return _LevelFit(level.fit(begin, weights, fixed_border=False), level.parameter_count)
+            return level.fit(begin, weights, fixed_border=False), level.parameter_count
         # Sums of maps that can be undone may fold; maps one after the other do not.
         level = _Level(pair.fixed_scan, pair.moving_scan, grid, Chain((begin, self.linear)), self.device)
         added = level.fit(None, weights, fixed_border=False)
-        return _LevelFit(displacement_on(Chain((added, begin)), grid), level.parameter_count)
+        return displacement_on(Chain((added, begin)), grid), level.parameter_count
 
-    def fit_labels_box(self, field: DisplacementField) -> _LevelFit | None:
+    def fit_labels_box(self, field: DisplacementField) -> tuple[DisplacementField | None, int]:
         """Fit the last level, in the labels' box; None if there is none."""
         pair, transform = self.pair, Chain((field, self.linear))
         voxels = _local_voxels(self.options, pair.moving_labels)
         box = _labels_box(pair.moving_scan, field, transform, pair.fixed.grid, voxels)
         if box is None:
-            return None
+            return None, 0
         fixed, moving = pair.crop(box, transform)
         level = _Level(fixed, moving, box, transform, self.device)
         weights = self._weights(len(self.options.level_voxels), robust=False)
-        return _LevelFit(level.fit(None, weights, fixed_border=True), level.parameter_count)
+        return level.fit(None, weights, fixed_border=True), level.parameter_count
 
     def _weights(self, level: int, *, robust: bool) -> _Weights:
         """Weights of one level; the last value of a list holds for all levels after it."""

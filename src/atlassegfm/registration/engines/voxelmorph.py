@@ -21,7 +21,7 @@ from ...core.errors import RegistrationError
 from ...transforms.maps import Affine, DisplacementField
 from .. import pyramid
 from ..features import LocalCorrelation
-from ..result import Fit
+from ..result import Registration
 from ..sampling import integrate_velocity, sample_displaced
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def fit(
     start: Start | None,  # noqa: ARG001
     settings: RegistrationSettings,
     device: str,
-) -> Fit:
+) -> Registration:
     """Optimise the network on one pair.
 
     ``linear``, fixed to moving world, is applied after the field, which lies on an isotropic grid over the query's
@@ -77,7 +77,8 @@ def fit(
             f"(now {options.learning_rate:g})"
         )
     world = np.einsum("wv,vijk->wijk", grid.affine[:3, :3], displacement)
-    return Fit(linear, DisplacementField(grid, world.astype(np.float32)), {"deformable": parameter_count})
+    field = DisplacementField(grid, world.astype(np.float32))
+    return Registration(linear, field, parameter_count={"deformable": parameter_count})
 
 
 class Network(nn.Module):
