@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 import scenes
 from atlassegfm.core.errors import InputError, MissingExtraError, RegistrationError
@@ -33,15 +32,12 @@ from atlassegfm.settings import RegistrationSettings
 from atlassegfm.transforms.maps import Affine, Chain, DisplacementField, Transform
 from atlassegfm.transforms.resample import resample
 from conftest import ORIENTATIONS, SHEARED, affine_of, rotation
+from deformations import centred_grid
 
 PEERS = [name for name, engine in ENGINES.items() if engine.is_external]
 #: Turned by 8 degrees, stretched by 5 to 8 % and shifted by about 1 cm.
 MOTION = affine_of(rotation(2, -3, 7) @ np.diag([1.05, 1.06, 0.92]), (6.0, -7.0, 5.0))
 FOUR = ["RAS", "LPS", "SRA", "oblique-flipped"]
-
-
-def centred_grid(shape: tuple[int, int, int], axes: NDArray[np.float64]) -> Grid:
-    return Grid(shape, affine_of(axes, tuple(-axes @ (np.array(shape) - 1) / 2)))
 
 
 def pair_of(fixed: Volume, moving: Volume) -> Pair:

@@ -20,9 +20,10 @@ from atlassegfm.registration import Registration, affine, features, pyramid, reg
 from atlassegfm.registration.engines import instance
 from atlassegfm.registration.pair import Pair, Start
 from atlassegfm.settings import InstanceSettings, RegistrationSettings
-from atlassegfm.transforms.maps import Affine, DisplacementField, Transform
+from atlassegfm.transforms.maps import Affine, DisplacementField
 from atlassegfm.transforms.resample import resample
 from conftest import ORIENTATIONS, SHEARED, affine_of, rotation
+from deformations import centred_grid, deformed, error_mm
 
 #: A deformable fit that is quick.
 QUICK_FIT: dict[str, Any] = {"level_voxels": (4_000, 12_000), "local_voxels": 12_000, "ensemble": 1}
@@ -35,19 +36,9 @@ LINEAR = replace(QUICK, deformable=False)
 MOTION = affine_of(rotation(2, -3, 7) @ np.diag([1.05, 1.06, 0.92]), (12.0, -14.0, 9.0))
 
 
-def centred_grid(shape: tuple[int, int, int], axes: NDArray[np.float64]) -> Grid:
-    return Grid(shape, affine_of(axes, tuple(-axes @ (np.array(shape) - 1) / 2)))
-
-
 def seen_through(matrix: NDArray[np.float64], grid: Grid) -> Volume:
     """A scan of which every world point x shows the atlas patient at ``matrix`` x: the exact answer is ``matrix``."""
     return Volume(scenes.ATLAS.scan(Grid(grid.shape, matrix @ grid.affine)).data, grid)
-
-
-def error_mm(found: Transform, truth: Transform, scan: Volume) -> float:
-    """Mean distance between where the two transforms take the bright voxels of a scan."""
-    points = scan.grid.voxel_to_world(np.argwhere(scan.data > 0.1 * scan.data.max())[::7])
-    return float(np.linalg.norm(found.map(points) - truth.map(points), axis=1).mean())
 
 
 def random_image(shape: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
@@ -432,26 +423,13 @@ def test_confidence_tells_right_from_misplaced() -> None:
 # --- the deformable fit -----------------------------------------------------------------------------------------
 
 
-def wavy(fixed: Grid) -> DisplacementField:
-    """A smooth displacement of up to 7 mm along each axis of the world, on a grid around ``fixed``."""
-    shape = (30, 30, 30)
-    low = fixed.corners_mm.min(axis=0)
-    high = fixed.corners_mm.max(axis=0)
-    grid = Grid(shape, affine_of(np.diag((high - low) / 29), tuple(low)))
-    x, y, z = np.moveaxis(grid.voxel_to_world(np.moveaxis(np.indices(shape), 0, -1)), -1, 0)
-    waves = (7 * np.sin(y / 25 + 1), -6 * np.cos(z / 25), 7 * np.sin(x / 25))
-    return DisplacementField(grid, np.stack(waves).astype(np.float32))
-
-
 @pytest.mark.parametrize(
     "grid",
     [scenes.straight_grid(), centred_grid((64, 44, 22), ORIENTATIONS["oblique-flipped"][:3, :3])],
     ids=["straight", "oblique"],
 )
 def test_a_known_deformation_is_recovered(grid: Grid) -> None:
-    moving = scenes.ATLAS.scan(centred_grid((80, 70, 70), np.diag([2.0] * 3)))
-    truth = wavy(grid)
-    fixed = Volume(resample(moving, grid, truth), grid)
+    fixed, moving, truth = deformed(grid, 7, 25)
     result = register(
         fixed,
         moving,
@@ -492,9 +470,7 @@ def test_diffeomorphic_fits_hardly_fold() -> None:
 
 def test_a_diffeomorphic_fit_finds_the_deformation() -> None:
     grid = scenes.straight_grid()
-    moving = scenes.ATLAS.scan(centred_grid((80, 70, 70), np.diag([2.0] * 3)))
-    truth = wavy(grid)
-    fixed = Volume(resample(moving, grid, truth), grid)
+    fixed, moving, truth = deformed(grid, 7, 25)
     options = InstanceSettings(**QUICK_FIT, smoothness=(0.2,), diffeomorphic=True)
     result = register(fixed, moving, replace(QUICK, instance=options), initial=Affine.identity())
     before = error_mm(Affine.identity(), truth, fixed)

@@ -20,9 +20,9 @@ from atlassegfm.registration import ENGINES, Registration, pyramid, register, sa
 from atlassegfm.registration.engines import voxelmorph
 from atlassegfm.registration.engines.voxelmorph import Network
 from atlassegfm.settings import RegistrationSettings, VoxelmorphSettings
-from atlassegfm.transforms.maps import Affine, DisplacementField, Transform
-from atlassegfm.transforms.resample import resample
-from conftest import ORIENTATIONS, affine_of
+from atlassegfm.transforms.maps import Affine, DisplacementField
+from conftest import ORIENTATIONS
+from deformations import centred_grid, deformed, error_mm
 
 #: A small net on a small grid with a rate that a few steps suffice for.
 TINY = VoxelmorphSettings(cpu_voxels=2_000, levels=3, channels=4, iterations=40, learning_rate=1e-2, schedule="cosine")
@@ -45,33 +45,6 @@ def fitted(fixed: Volume, moving: Volume, options: VoxelmorphSettings = TINY) ->
 def length_mm(field: DisplacementField | None) -> NDArray[np.float32]:
     assert field is not None
     return np.linalg.norm(field.displacement_mm, axis=0)
-
-
-def centred_grid(shape: tuple[int, int, int], axes: NDArray[np.float64]) -> Grid:
-    return Grid(shape, affine_of(axes, tuple(-axes @ (np.array(shape) - 1) / 2)))
-
-
-def error_mm(found: Transform, truth: Transform, scan: Volume) -> float:
-    """Mean distance between where the two transforms take the bright voxels of a scan."""
-    points = scan.grid.voxel_to_world(np.argwhere(scan.data > 0.1 * scan.data.max())[::7])
-    return float(np.linalg.norm(found.map(points) - truth.map(points), axis=1).mean())
-
-
-def wavy(fixed: Grid) -> DisplacementField:
-    """A smooth displacement of up to 5 mm along each axis of the world, on a grid around ``fixed``."""
-    shape = (30, 30, 30)
-    low, high = fixed.corners_mm.min(axis=0), fixed.corners_mm.max(axis=0)
-    grid = Grid(shape, affine_of(np.diag((high - low) / 29), tuple(low)))
-    x, y, z = np.moveaxis(grid.voxel_to_world(np.moveaxis(np.indices(shape), 0, -1)), -1, 0)
-    waves = (5 * np.sin(y / 35 + 1), -4 * np.cos(z / 35), 5 * np.sin(x / 35))
-    return DisplacementField(grid, np.stack(waves).astype(np.float32))
-
-
-def deformed(grid: Grid) -> tuple[Volume, Volume, DisplacementField]:
-    """A query that is the atlas seen through a known deformation, the atlas, and the deformation."""
-    moving = scenes.ATLAS.scan(centred_grid((80, 70, 70), np.diag([2.0] * 3)))
-    truth = wavy(grid)
-    return Volume(resample(moving, grid, truth), grid), moving, truth
 
 
 # --- settings ---------------------------------------------------------------------------------------------------
@@ -191,7 +164,7 @@ def test_schedules_fall_from_one(schedule: str) -> None:
     ids=["straight", "oblique-flipped"],
 )
 def test_a_known_deformation_is_recovered(grid: Grid) -> None:
-    fixed, moving, truth = deformed(grid)
+    fixed, moving, truth = deformed(grid, 5, 35)
     before = error_mm(Affine.identity(), truth, fixed)
     result = fitted(fixed, moving)
     assert error_mm(result.fixed_to_moving, truth, fixed) < before / 2
@@ -209,7 +182,7 @@ def test_a_known_deformation_is_recovered(grid: Grid) -> None:
     ids=str,
 )
 def test_every_variant_recovers_it(changes: dict[str, object]) -> None:
-    fixed, moving, truth = deformed(scenes.straight_grid())
+    fixed, moving, truth = deformed(scenes.straight_grid(), 5, 35)
     before = error_mm(Affine.identity(), truth, fixed)
     assert error_mm(fitted(fixed, moving, replace(TINY, **changes)).fixed_to_moving, truth, fixed) < 0.65 * before
 
@@ -222,7 +195,7 @@ def test_the_same_scan_stays_where_it_is() -> None:
 
 
 def test_same_seed_same_bits() -> None:
-    fixed, moving, _ = deformed(scenes.straight_grid())
+    fixed, moving, _ = deformed(scenes.straight_grid(), 5, 35)
     few = replace(TINY, iterations=5)
     state = torch.get_rng_state()
     first = fitted(fixed, moving, few)
@@ -236,7 +209,7 @@ def test_same_seed_same_bits() -> None:
 
 
 def test_working_grid_is_isotropic_over_the_query() -> None:
-    fixed, moving, _ = deformed(centred_grid((64, 44, 22), ORIENTATIONS["oblique"][:3, :3]))
+    fixed, moving, _ = deformed(centred_grid((64, 44, 22), ORIENTATIONS["oblique"][:3, :3]), 5, 35)
     for wanted in (2_000, 6_000):
         field = fitted(fixed, moving, replace(TINY, cpu_voxels=wanted, iterations=1)).field
         assert field is not None
@@ -300,9 +273,7 @@ def test_thin_scans_register() -> None:
 def test_divergence_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(voxelmorph, "_rate", lambda *_: np.nan)
     scan = scenes.ATLAS.scan(scenes.straight_grid())
-    with pytest.raises(
-        RegistrationError, match=r"diverged; lower registration\.voxelmorph\.learning_rate \(now 0.01\)"
-    ):
+    with pytest.raises(RegistrationError, match=r"registration\.voxelmorph\.learning_rate.*0\.01"):
         fitted(scan, scan, replace(TINY, iterations=2))
 
 
@@ -312,5 +283,5 @@ def test_too_large_a_grid_for_the_gpu_is_an_error(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(voxelmorph, "_optimise", full)
     scan = scenes.ATLAS.scan(scenes.straight_grid())
-    with pytest.raises(RegistrationError, match=r"lower registration\.voxelmorph\.cuda_voxels \(now 2097152\)"):
+    with pytest.raises(RegistrationError, match=r"registration\.voxelmorph\.cuda_voxels.*2097152"):
         fitted(scan, scan)
