@@ -34,33 +34,31 @@ def box_mean(image: Tensor, radius: int) -> Tensor:
     return image
 
 
-def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 1) -> Tensor:
+def mind_ssc(image: Tensor) -> Tensor:
     """Compute the modality-independent self-similarity context of every voxel.
 
-    Invariant to contrast, bias field and scanner. Heinrich et al., "Towards Realtime Multimodal Fusion for Image-Guided
-    Interventions Using Self-similarities", MICCAI 2013.
+    Patches of 3 x 3 x 3 voxels; invariant to contrast, bias field and scanner. Heinrich et al., "Towards Realtime
+    Multimodal Fusion for Image-Guided Interventions Using Self-similarities", MICCAI 2013.
 
     Parameters
     ----------
     image : Tensor, (1, 1, I, J, K) float32
         Intensities, any scale.
-    radius, dilation : int
-        Radius of the patches and distance of the neighbours, in voxels.
 
     Returns
     -------
     Tensor, (1, 12, I, J, K) float32
         Each in (0, 1].
     """
-    padded = F.pad(image, [dilation] * 6, mode="replicate")
+    padded = F.pad(image, [1] * 6, mode="replicate")
     size = image.shape[2:]
 
     def shifted(offset: tuple[int, int, int]) -> Tensor:
-        a, b, c = (dilation + dilation * step for step in offset)
+        a, b, c = (1 + step for step in offset)
         return padded[:, :, a : a + size[0], b : b + size[1], c : c + size[2]]
 
     differences = torch.cat([(shifted(a) - shifted(b)) ** 2 for a, b in _PAIRS], dim=1)
-    distances = box_mean(differences, radius)
+    distances = box_mean(differences, 1)
     distances = distances - distances.amin(dim=1, keepdim=True)
     noise = distances.mean(dim=1, keepdim=True)
     # The local noise estimate is kept within a factor 1000 of its mean, as in the authors' own code.
