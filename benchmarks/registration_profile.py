@@ -48,7 +48,7 @@ def main() -> None:
         print(f"{name:12s} {seconds:8.2f}")
     rows = [row for row in profiler.key_averages() if row.self_cpu_time_total > 0]
     total = sum(row.self_cpu_time_total for row in rows)
-    print("\noperator                                  share  calls")
+    print("\noperator                               fraction  calls")
     for row in sorted(rows, key=lambda row: -row.self_cpu_time_total)[:14]:
         print(f"{row.key:40s} {row.self_cpu_time_total / total:6.1%} {row.count:6d}")
     print("\nratio of medians, alternating")
@@ -92,7 +92,7 @@ def _compare_correlation() -> None:
         (weight * (1 - correlation(moving))).sum().backward()
 
     def written_out() -> None:
-        correlation.unlikeness(moving, weight).backward()
+        correlation.dissimilarity(moving, weight).backward()
 
     _ratio("local correlation, derivative written out", own, written_out)
 

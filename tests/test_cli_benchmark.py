@@ -16,7 +16,7 @@ import pytest
 from atlassegfm import demo
 from atlassegfm.benchmark import pairs, runner, timing
 from atlassegfm.core.errors import RegistrationError
-from atlassegfm.registration.engines import peer as _peer
+from atlassegfm.registration.engines import external
 from conftest import Run
 from scenes import QUICK_GATE, UNREGISTERED, save_demo_pair, straight_grid
 from test_benchmark import write_dataset, write_json
@@ -193,7 +193,7 @@ def test_engines_has_every_engine(folder: Path, run: Run, monkeypatch: pytest.Mo
     assert outcome.code == 0, outcome.err
     assert columns_of(folder / "out") == [("instance", "atlas"), ("instance", "fused")]
     # Without them named: those that are there, and what is left out is said.
-    monkeypatch.setattr(_peer, "_is_installed", lambda engine, _: engine == "greedy")
+    monkeypatch.setattr(external, "_is_installed", lambda engine, _: engine == "greedy")
     shown = [part for part in ONE_PAIR if part != "--quiet"]
     outcome = run("engines", "data", "-o", "all", *shown, *FAST, "--model", "none", "--device", "cpu")
     assert outcome.code == 0, outcome.err
@@ -211,7 +211,7 @@ def test_engines_has_every_engine(folder: Path, run: Run, monkeypatch: pytest.Mo
 def test_an_engine_that_is_not_installed_ends_it_at_once(
     folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch, choice: list[str]
 ) -> None:
-    monkeypatch.setattr(_peer, "_is_installed", lambda *_: False)
+    monkeypatch.setattr(external, "_is_installed", lambda *_: False)
     monkeypatch.setattr(runner, "run", never)
     monkeypatch.delenv("ATLASSEGFM_GREEDY_PYTHON", raising=False)
     outcome = run(*choice, "-o", "out", *ONE_PAIR)

@@ -19,7 +19,7 @@ from atlassegfm.quality.estimate import Regression, Term, regressions
 from atlassegfm.quality.evidence import Case, Evidence, gather
 from atlassegfm.quality.verdict import VERDICTS, explain, judge, overall
 from atlassegfm.registration import Registration
-from atlassegfm.registration.dissimilarity import Difference
+from atlassegfm.registration.dissimilarity import Dissimilarity
 from atlassegfm.segment import segment
 from atlassegfm.settings import Settings
 from atlassegfm.transforms.maps import Affine
@@ -110,8 +110,8 @@ def test_dissimilarity_is_that_around_the_structure() -> None:
     grid = GRID
     values = np.full(SHAPE, 0.2, np.float32)
     values[cuboid()] = 1.0
-    difference = Difference(grid, values, np.ones(SHAPE, np.float32))
-    registration = Registration(Affine.identity(), None, difference=difference)
+    difference = Dissimilarity(grid, values, np.ones(SHAPE, np.float32))
+    registration = Registration(Affine.identity(), None, dissimilarity=difference)
     evidence = gather(case(cuboid(), registration=registration))[1]
     assert evidence.dissimilarity_overall == pytest.approx(difference.mean())
     assert 0.6 < evidence.dissimilarity < 1

@@ -16,42 +16,29 @@ import scenes
 from atlassegfm.core.errors import RegistrationError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
-from atlassegfm.registration import Pair, Registration, features, pyramid, register, sampling
-from atlassegfm.registration import affine as linear
-from atlassegfm.registration import structure_affine as poses
+from atlassegfm.registration import Registration, affine, features, pyramid, register, sampling, structure_affine
 from atlassegfm.registration.engines import instance
-from atlassegfm.registration.pair import Start
+from atlassegfm.registration.pair import Pair, Start
 from atlassegfm.settings import InstanceSettings, RegistrationSettings
-from atlassegfm.transforms.maps import Affine, DisplacementField, Transform
+from atlassegfm.transforms.maps import Affine, DisplacementField
 from atlassegfm.transforms.resample import resample
 from conftest import ORIENTATIONS, SHEARED, affine_of, rotation
+from deformations import centred_grid, deformed, error_mm
 
+#: A deformable fit that is quick.
+QUICK_FIT: dict[str, Any] = {"level_voxels": (4_000, 12_000), "local_voxels": 12_000, "ensemble": 1}
 #: Coarser than the defaults, for speed.
 QUICK = RegistrationSettings(
-    coarse_voxels=4_000,
-    fine_voxels=12_000,
-    instance=InstanceSettings(level_voxels=(4_000, 12_000), local_voxels=12_000),
+    coarse_voxels=4_000, fine_voxels=12_000, linear_iterations=20, instance=InstanceSettings(**QUICK_FIT)
 )
-#: Levels and weights of a deformable fit that is quick.
-QUICK_FIT = {"level_voxels": (4_000, 12_000), "local_voxels": 12_000}
 LINEAR = replace(QUICK, deformable=False)
 #: Turned by 8 degrees, stretched by 5 to 8 % and shifted by about 2 cm.
 MOTION = affine_of(rotation(2, -3, 7) @ np.diag([1.05, 1.06, 0.92]), (12.0, -14.0, 9.0))
 
 
-def centred_grid(shape: tuple[int, int, int], axes: NDArray[np.float64]) -> Grid:
-    return Grid(shape, affine_of(axes, tuple(-axes @ (np.array(shape) - 1) / 2)))
-
-
 def seen_through(matrix: NDArray[np.float64], grid: Grid) -> Volume:
     """A scan of which every world point x shows the atlas patient at ``matrix`` x: the exact answer is ``matrix``."""
     return Volume(scenes.ATLAS.scan(Grid(grid.shape, matrix @ grid.affine)).data, grid)
-
-
-def error_mm(found: Transform, truth: Transform, scan: Volume) -> float:
-    """Mean distance between where the two transforms take the bright voxels of a scan."""
-    points = scan.grid.voxel_to_world(np.argwhere(scan.data > 0.1 * scan.data.max())[::7])
-    return float(np.linalg.norm(found.map(points) - truth.map(points), axis=1).mean())
 
 
 def random_image(shape: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
@@ -61,7 +48,7 @@ def random_image(shape: tuple[int, int, int], seed: int = 0) -> torch.Tensor:
 # --- features ---------------------------------------------------------------------------------------------------
 
 
-def crude_mind(image: NDArray[np.float32], dilation: int) -> NDArray[np.float64]:
+def crude_mind(image: NDArray[np.float32]) -> NDArray[np.float64]:
     """MIND-SSC voxel by voxel, in any order of the channels."""
     size = np.array(image.shape)
     steps = [tuple(sign * row) for row in np.eye(3, dtype=int) for sign in (-1, 1)]
@@ -75,20 +62,19 @@ def crude_mind(image: NDArray[np.float32], dilation: int) -> NDArray[np.float64]
         around = [np.array(ijk) + d for d in itertools.product((-1, 0, 1), repeat=3)]
         patch = [p for p in around if (p >= 0).all() and (p < size).all()]
         for channel, (a, b) in enumerate(pairs):
-            differences = [at(p + dilation * np.array(a)) - at(p + dilation * np.array(b)) for p in patch]
+            differences = [at(p + np.array(a)) - at(p + np.array(b)) for p in patch]
             distance[(channel, *ijk)] = np.mean(np.square(differences))
     distance -= distance.min(axis=0)
     noise = distance.mean(axis=0)
     return np.exp(-distance / np.clip(noise, noise.mean() / 1000, noise.mean() * 1000))
 
 
-@pytest.mark.parametrize("dilation", [1, 2])
-def test_mind_is_that_of_the_paper(dilation: int) -> None:
+def test_mind_is_that_of_the_paper() -> None:
     image = random_image((4, 5, 6))
-    found = features.mind_ssc(image, dilation=dilation)
+    found = features.mind_ssc(image)
     assert found.shape == (1, features.MIND_CHANNELS, 4, 5, 6)
     # The order of the channels is free, but one for all voxels.
-    ours, crude = found[0].flatten(1).double().numpy(), crude_mind(image[0, 0].numpy(), dilation).reshape(12, -1)
+    ours, crude = found[0].flatten(1).double().numpy(), crude_mind(image[0, 0].numpy()).reshape(12, -1)
     distance = np.abs(ours[:, None] - crude[None]).max(axis=2)
     assert sorted(distance.argmin(axis=1)) == list(range(12))
     assert distance.min(axis=1).max() < 1e-4
@@ -145,13 +131,13 @@ def test_local_correlation_ignores_contrast(factor: float, offset: float) -> Non
 
 
 @pytest.mark.parametrize("radius", [0, 1, 2, 3])
-def test_unlikeness_is_the_correlation_and_its_derivative(radius: int) -> None:
+def test_dissimilarity_is_one_minus_the_correlation_with_its_derivative(radius: int) -> None:
     fixed, moving, weight = (random_image((6, 7, 8), seed).double() for seed in (1, 2, 3))
     correlation = features.LocalCorrelation(fixed, radius)
     moving.requires_grad_(True)
     plain = (weight * (1 - correlation(moving))).sum()
     (expected,) = torch.autograd.grad(plain, moving)
-    value = correlation.unlikeness(moving, weight)
+    value = correlation.dissimilarity(moving, weight)
     (found,) = torch.autograd.grad(3 * value, moving)
     torch.testing.assert_close(value, plain)
     torch.testing.assert_close(found, 3 * expected)
@@ -184,8 +170,8 @@ def test_a_part_of_a_scan_is_as_bright_as_in_the_whole(name: str) -> None:
         part.intensity.data, np.clip((scan.data[box] - low) / (high - low), 0, 1), rtol=0, atol=1e-5
     )
     np.testing.assert_array_equal(part.foreground.data, scan.data[box] > threshold)
-    assert part.near is not None
-    np.testing.assert_array_equal(part.near.data, labels.data[box] > 0)
+    assert part.labelled is not None
+    np.testing.assert_array_equal(part.labelled.data, labels.data[box] > 0)
 
 
 def test_spacings_follow_from_the_field_of_view() -> None:
@@ -218,7 +204,7 @@ def test_frame_covers_the_field_of_view(affine: NDArray[np.float64], other: NDAr
 def test_blocks_lie_where_their_voxels_do(affine: NDArray[np.float64]) -> None:
     grid, factors = Grid((6, 8, 3), affine), (2, 4, 1)
     world = grid.voxel_to_world(np.moveaxis(np.indices(grid.shape), 0, -1))
-    reduced = pyramid._reduced_grid(grid, factors)
+    reduced = pyramid._downsampled_grid(grid, factors)
     assert reduced.shape == (3, 2, 3)
     expected = reduced.voxel_to_world(np.moveaxis(np.indices(reduced.shape), 0, -1))
     for axis in range(3):
@@ -229,42 +215,46 @@ def test_blocks_lie_where_their_voxels_do(affine: NDArray[np.float64]) -> None:
 def test_an_incomplete_block_repeats_its_last_plane() -> None:
     data = np.arange(5, dtype=np.float32)[:, None, None]
     np.testing.assert_array_equal(pyramid._block_means(data, (2, 1, 1)).ravel(), [0.5, 2.5, 4])
-    assert pyramid._reduced_grid(Grid((5, 1, 1), np.eye(4)), (2, 1, 1)).shape == (3, 1, 1)
+    assert pyramid._downsampled_grid(Grid((5, 1, 1), np.eye(4)), (2, 1, 1)).shape == (3, 1, 1)
 
 
 def test_prepare_parts_body_from_air() -> None:
     grid = scenes.straight_grid()
     scan = pyramid.prepare(scenes.ATLAS.scan(grid), scenes.ATLAS.labels(grid), 4.0, "query")
     assert scan.intensity.grid.shape == (24, 20, 18)
-    assert scan.near is not None
+    assert scan.labelled is not None
     assert scan.intensity.data.min() == 0
     assert scan.intensity.data.max() == 1
-    np.testing.assert_array_equal(scan.near.data[scan.foreground.data == 0], 0)
+    np.testing.assert_array_equal(scan.labelled.data[scan.foreground.data == 0], 0)
 
 
 @pytest.mark.parametrize("value", [0, 1000])
 def test_a_scan_of_one_value_is_background(value: float) -> None:
     grid = scenes.straight_grid()
     blank, scan = Volume(np.full(grid.shape, value, np.float32), grid), scenes.ATLAS.scan(grid)
-    with pytest.raises(RegistrationError, match="the query shows nothing but background; check its intensities"):
+    with pytest.raises(RegistrationError, match="query"):
         register(blank, scan, QUICK)
-    with pytest.raises(RegistrationError, match="the atlas shows nothing but background; check its intensities"):
+    with pytest.raises(RegistrationError, match="atlas"):
         register(scan, blank, QUICK)
 
 
 # --- the search over translations -------------------------------------------------------------------------------
 
 
-def random_side(shape: tuple[int, int, int], seed: int, affine: NDArray[np.float64], emphasis: float) -> linear._Side:
+def random_side(
+    shape: tuple[int, int, int], seed: int, grid_affine: NDArray[np.float64], emphasis: float
+) -> affine._WeightedScan:
     random = np.random.default_rng(seed)
     inside = torch.ones(1, 1, *shape)
     inside[..., 0] = 0
     weight, near = (torch.from_numpy(random.uniform(0, 1, (1, 1, *shape)).astype(np.float32)) for _ in range(2))
-    level = pyramid.Level(Grid(shape, affine), random_image(shape, seed), inside, weight * inside, near)
-    return linear._Side(level, emphasis)
+    level = pyramid.Level(Grid(shape, grid_affine), random_image(shape, seed), inside, weight * inside, near)
+    return affine._WeightedScan(level, emphasis)
 
 
-def crude_translation_costs(query: linear._Side, atlas: linear._Side) -> dict[tuple[int, int, int], float]:
+def crude_translation_costs(
+    query: affine._WeightedScan, atlas: affine._WeightedScan
+) -> dict[tuple[int, int, int], float]:
     """Cost of every shift in voxels at which the grids overlap, voxel by voxel."""
     q_shape, a_shape = query.level.grid.shape, atlas.level.grid.shape
     q_inside, a_inside = query.level.inside[0, 0].numpy(), atlas.level.inside[0, 0].numpy()
@@ -283,16 +273,16 @@ def crude_translation_costs(query: linear._Side, atlas: linear._Side) -> dict[tu
                 there = tuple(n + s for n, s in zip(ijk, shift, strict=True))
                 if min(there) < 0 or any(n >= m for n, m in zip(there, a_shape, strict=True)):
                     continue
-                share = q_weight[ijk] * a_used[there]
-                both += share
-                difference += share * ((q_features[:, *ijk] - a_features[:, *there]) ** 2).sum()
+                product = q_weight[ijk] * a_used[there]
+                both += product
+                difference += product * ((q_features[:, *ijk] - a_features[:, *there]) ** 2).sum()
                 if payer_inside == "query":
                     inside += q_inside[ijk] * a_used[there]
                 else:
                     inside += q_weight[ijk] * a_inside[there]
             whole = payer.sum()
-            price = linear.MISMATCH_PRICE * (inside - both) + linear._OUTSIDE_PRICE * (whole - inside)
-            total += (difference + price) / whole
+            penalty = affine.MISMATCH_PENALTY * (inside - both) + affine._OUTSIDE_PENALTY * (whole - inside)
+            total += (difference + penalty) / whole
         costs[shift] = total
     return costs
 
@@ -307,7 +297,7 @@ def test_translations_are_the_best_of_all() -> None:
         best = min(costs, key=lambda shift: costs[shift])
         expected.append(atlas.level.grid.voxel_to_world(np.array(best)) - query.level.grid.voxel_to_world(np.zeros(3)))
         costs = {k: v for k, v in costs.items() if np.abs(np.array(k) - best).max() > 1}
-    np.testing.assert_allclose(linear.translations(query, atlas, 4), expected, atol=1e-9)
+    np.testing.assert_allclose(affine.search_translations(query, atlas, 4), expected, atol=1e-9)
 
 
 def tall_body(grid: Grid) -> Volume:
@@ -332,10 +322,10 @@ def test_scans_that_share_a_third_are_found() -> None:
     truth = Affine(query.grid.affine @ np.linalg.inv(moved.grid.affine))
     prepared = (pyramid.prepare(scan, None, 4.0, "scan") for scan in (moved, atlas))
     fixed_side, moving_side = (
-        linear._Side(pyramid.on_grid(s, pyramid.frame_grid(s.intensity.grid, np.eye(3), 6.0), "cpu"), 0.0)
+        affine._WeightedScan(pyramid.on_grid(s, pyramid.frame_grid(s.intensity.grid, np.eye(3), 6.0), "cpu"), 0.0)
         for s in prepared
     )
-    shift = linear.translations(fixed_side, moving_side, 1)[0]
+    shift = affine.search_translations(fixed_side, moving_side, 1)[0]
     assert np.linalg.norm(shift - truth.matrix[:3, 3]) < 6
     found = register(moved, atlas, LINEAR).fixed_to_moving
     assert error_mm(found, truth, moved) < 3
@@ -344,7 +334,7 @@ def test_scans_that_share_a_third_are_found() -> None:
 # --- the linear fit ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["RAS", "LPS", "LAS", "oblique"])
+@pytest.mark.parametrize("name", ["RAS", "LPS", "oblique"])
 def test_a_known_motion_is_recovered(name: str) -> None:
     moving = scenes.ATLAS.scan(centred_grid((64, 44, 22), ORIENTATIONS[name][:3, :3]))
     fixed = seen_through(MOTION, scenes.straight_grid())
@@ -355,17 +345,13 @@ def test_a_known_motion_is_recovered(name: str) -> None:
     assert error_mm(result.fixed_to_moving, Affine(MOTION), fixed) < 3
 
 
-def test_an_oblique_query_is_recovered() -> None:
+@pytest.mark.parametrize("inverted", [False, True])
+def test_an_oblique_query_is_recovered_whatever_its_contrast(inverted: bool) -> None:
     moving = scenes.ATLAS.scan(scenes.straight_grid())
     fixed = seen_through(MOTION, centred_grid((64, 44, 22), ORIENTATIONS["oblique-flipped"][:3, :3]))
-    assert error_mm(register(fixed, moving, LINEAR).fixed_to_moving, Affine(MOTION), fixed) < 3
-
-
-def test_inverted_contrast_registers() -> None:
-    moving = scenes.ATLAS.scan(scenes.straight_grid())
-    fixed = seen_through(MOTION, scenes.straight_grid())
-    inverted = Volume(np.where(fixed.data > 0, 300 - fixed.data, 0).astype(np.float32), fixed.grid)
-    assert error_mm(register(inverted, moving, LINEAR).fixed_to_moving, Affine(MOTION), fixed) < 4
+    data = np.where(fixed.data > 0, 300 - fixed.data, 0).astype(np.float32) if inverted else fixed.data
+    found = register(Volume(data, fixed.grid), moving, LINEAR)
+    assert error_mm(found.fixed_to_moving, Affine(MOTION), fixed) < 4
 
 
 def test_rigid_alone_keeps_lengths_and_angles() -> None:
@@ -436,30 +422,17 @@ def test_confidence_tells_right_from_misplaced() -> None:
 # --- the deformable fit -----------------------------------------------------------------------------------------
 
 
-def wavy(fixed: Grid) -> DisplacementField:
-    """A smooth displacement of up to 7 mm along each axis of the world, on a grid around ``fixed``."""
-    shape = (30, 30, 30)
-    low = fixed.corners_mm.min(axis=0)
-    high = fixed.corners_mm.max(axis=0)
-    grid = Grid(shape, affine_of(np.diag((high - low) / 29), tuple(low)))
-    x, y, z = np.moveaxis(grid.voxel_to_world(np.moveaxis(np.indices(shape), 0, -1)), -1, 0)
-    waves = (7 * np.sin(y / 25 + 1), -6 * np.cos(z / 25), 7 * np.sin(x / 25))
-    return DisplacementField(grid, np.stack(waves).astype(np.float32))
-
-
 @pytest.mark.parametrize(
     "grid",
     [scenes.straight_grid(), centred_grid((64, 44, 22), ORIENTATIONS["oblique-flipped"][:3, :3])],
     ids=["straight", "oblique"],
 )
 def test_a_known_deformation_is_recovered(grid: Grid) -> None:
-    moving = scenes.ATLAS.scan(centred_grid((80, 70, 70), np.diag([2.0] * 3)))
-    truth = wavy(grid)
-    fixed = Volume(resample(moving, grid, truth), grid)
+    fixed, moving, truth = deformed(grid, 7, 25)
     result = register(
         fixed,
         moving,
-        replace(QUICK, instance=InstanceSettings(level_voxels=(4_000, 12_000), smoothness=(0.2,))),
+        replace(QUICK, instance=InstanceSettings(**QUICK_FIT, smoothness=(0.2,))),
         initial=Affine.identity(),
     )
     organs = Volume((resample(scenes.ATLAS.scan(moving.grid), grid, truth) > 0).astype(np.float32), grid)
@@ -474,11 +447,11 @@ def test_exponential_of_a_linear_velocity() -> None:
     x = torch.arange(n, dtype=torch.float32) - n // 2
     velocity = torch.zeros(1, 3, n, 5, 5)
     velocity[0, 0] = rate * x[:, None, None]
-    found = sampling.flow(velocity, 7)
+    found = sampling.integrate_velocity(velocity, 7)
     expected = (np.exp(rate) - 1) * x
     np.testing.assert_allclose(found[0, 0, :, 2, 2], expected, atol=0.02 * n)
     assert not found[0, 1:].any()
-    assert not sampling.flow(torch.zeros(1, 3, 4, 1, 3), 7).any()
+    assert not sampling.integrate_velocity(torch.zeros(1, 3, 4, 1, 3), 7).any()
 
 
 def test_diffeomorphic_fits_hardly_fold() -> None:
@@ -496,31 +469,35 @@ def test_diffeomorphic_fits_hardly_fold() -> None:
 
 def test_a_diffeomorphic_fit_finds_the_deformation() -> None:
     grid = scenes.straight_grid()
-    moving = scenes.ATLAS.scan(centred_grid((80, 70, 70), np.diag([2.0] * 3)))
-    truth = wavy(grid)
-    fixed = Volume(resample(moving, grid, truth), grid)
-    options = InstanceSettings(level_voxels=(4_000, 12_000), smoothness=(0.2,), diffeomorphic=True)
+    fixed, moving, truth = deformed(grid, 7, 25)
+    options = InstanceSettings(**QUICK_FIT, smoothness=(0.2,), diffeomorphic=True)
     result = register(fixed, moving, replace(QUICK, instance=options), initial=Affine.identity())
     before = error_mm(Affine.identity(), truth, fixed)
     assert error_mm(result.fixed_to_moving, truth, fixed) < before / 2
     assert result.folding == 0
 
 
-def test_compression_hand_worked() -> None:
-    assert instance._compression(torch.zeros(1, 3, 4, 4, 4)) == 0
+def test_folding_penalty_hand_worked() -> None:
+    assert instance._folding_penalty(torch.zeros(1, 3, 4, 4, 4)) == 0
     squeezed = torch.zeros(1, 3, 4, 4, 4)
     squeezed[0, 1] = -0.9 * torch.arange(4.0)[None, :, None]
-    assert float(instance._compression(squeezed)) == pytest.approx((0.3 - 0.1) ** 2, rel=1e-4)
+    assert float(instance._folding_penalty(squeezed)) == pytest.approx((0.3 - 0.1) ** 2, rel=1e-4)
     # A quarter turn about one axis keeps the volume: u = (R - 1) x.
     i, j, k = torch.meshgrid(*[torch.arange(4.0)] * 3, indexing="ij")
-    assert float(instance._compression(torch.stack((-j - i, i - j, 0 * k))[None])) == pytest.approx(0, abs=1e-9)
+    assert float(instance._folding_penalty(torch.stack((-j - i, i - j, 0 * k))[None])) == pytest.approx(0, abs=1e-9)
     # A mirrored axis: determinant -1.
-    assert float(instance._compression(torch.stack((0 * i, 0 * j, -2 * k))[None])) == pytest.approx(1.3**2, rel=1e-4)
+    assert float(instance._folding_penalty(torch.stack((0 * i, 0 * j, -2 * k))[None])) == pytest.approx(
+        1.3**2, rel=1e-4
+    )
 
 
 def test_the_fit_in_the_labels_box_ends_in_nothing_at_its_border() -> None:
     grid = scenes.straight_grid()
-    result = run(grid, grid, replace(QUICK, instance=InstanceSettings(**(QUICK_FIT | {"local_voxels": 60_000}))))
+    result = run(
+        grid,
+        grid,
+        replace(QUICK, instance=InstanceSettings(**(QUICK_FIT | {"local_voxels": 60_000, "iterations": (15,)}))),
+    )
     assert result.field is not None
     assert result.local is not None
     assert result.jacobian is not None
@@ -567,56 +544,51 @@ def test_contrast_of_structures_is_compared() -> None:
     assert difference(Volume(3 * scan.data + 50, grid)) < 0.05
 
 
-def test_where_contrast_differs_the_fit_is_cautious() -> None:
+def test_where_contrast_differs_the_fit_is_contrast_robust(monkeypatch: pytest.MonkeyPatch) -> None:
     grid = scenes.straight_grid()
     moving, labels = scenes.ATLAS.scan(grid), scenes.ATLAS.labels(grid)
     organs = scenes.QUERY.labels(grid)
     fixed = scenes.QUERY.scan(grid)
     dark = Volume(np.where(organs.data == 1, fixed.data / 4, fixed.data).astype(np.float32), grid)
-
-    def fitted(query: Volume, **options: object) -> NDArray[np.float32]:
-        settings = replace(QUICK, instance=InstanceSettings(**QUICK_FIT, **options))
-        field = register(query, moving, settings, moving_labels=labels).field
-        assert field is not None
-        return field.displacement_mm
-
-    np.testing.assert_array_equal(fitted(fixed), fitted(fixed, cautious=False))
-    assert np.abs(fitted(dark) - fitted(dark, cautious=False)).max() > 0.5
-
-
-def test_where_contrast_differs_structures_are_searched_for_without_brightness(monkeypatch: pytest.MonkeyPatch) -> None:
-    grid = scenes.straight_grid()
-    moving, labels = scenes.ATLAS.scan(grid), scenes.ATLAS.labels(grid)
-    organs = scenes.QUERY.labels(grid)
-    fixed = scenes.QUERY.scan(grid)
-    dark = Volume(np.where(organs.data == 1, fixed.data / 4, fixed.data).astype(np.float32), grid)
-    search, asked = poses.search, []
+    fit, asked = structure_affine.fit, []
 
     def noted(*args: Any, brightness: bool = True) -> DisplacementField | None:
         asked.append(brightness)
-        return search(*args, brightness=brightness)
+        return fit(*args, brightness=brightness)
 
-    monkeypatch.setattr(poses, "search", noted)
-    for query, expected in ((fixed, [True]), (dark, [True, False])):
+    monkeypatch.setattr(structure_affine, "fit", noted)
+
+    def fitted(query: Volume, *, contrast_robust: bool) -> tuple[NDArray[np.float32], list[bool]]:
         asked.clear()
-        register(query, moving, QUICK, moving_labels=labels)
-        assert asked == expected
+        few = QUICK_FIT | {"iterations": (10,), "local_voxels": 0, "contrast_robust": contrast_robust}
+        settings = replace(QUICK, instance=InstanceSettings(**few))
+        field = register(query, moving, settings, moving_labels=labels, initial=Affine.identity()).field
+        assert field is not None
+        return field.displacement_mm, list(asked)
+
+    same = fitted(fixed, contrast_robust=True), fitted(fixed, contrast_robust=False)
+    np.testing.assert_array_equal(same[0][0], same[1][0])
+    robust, plain = fitted(dark, contrast_robust=True), fitted(dark, contrast_robust=False)
+    assert np.abs(robust[0] - plain[0]).max() > 0.5
+    # Structures are searched for again, without brightness.
+    assert (same[0][1], plain[1], robust[1]) == ([True], [True], [True, False])
 
 
-def test_further_fits_are_others_and_leave_the_first_as_it_is() -> None:
+def test_further_members_differ_and_leave_the_first_as_it_is() -> None:
     grid = scenes.straight_grid()
     fixed, moving = scenes.QUERY.scan(grid), scenes.ATLAS.scan(grid)
     labels = scenes.ATLAS.labels(grid)
     truth = scenes.QUERY.labels(grid).data > 0
 
-    def fitted(fits: int) -> Registration:
-        settings = replace(QUICK, instance=InstanceSettings(**QUICK_FIT, fits=fits))
-        return register(fixed, moving, settings, moving_labels=labels)
+    def fitted(members: int) -> Registration:
+        options = QUICK_FIT | {"ensemble": members, "iterations": (20, 15, 10)}
+        settings = replace(QUICK, instance=InstanceSettings(**options))
+        return register(fixed, moving, settings, moving_labels=labels, initial=Affine.identity())
 
     one, several = fitted(1), fitted(4)
-    assert (len(one.fits), len(several.fits)) == (1, 4)
+    assert (len(one.members), len(several.members)) == (1, 4)
     points = grid.voxel_to_world(np.argwhere(truth)[::50])
-    mapped = [fit.map(points) for fit in several.fits]
+    mapped = [fit.map(points) for fit in several.members]
     np.testing.assert_array_equal(mapped[0], one.fixed_to_moving.map(points))
     for n, other in enumerate(mapped):
         for before in mapped[:n]:
@@ -624,7 +596,7 @@ def test_further_fits_are_others_and_leave_the_first_as_it_is() -> None:
     # Each is a registration of its own, not one spoilt: labels come closer by any of them than by the linear stages.
     organs = Volume((labels.data > 0).astype(np.float32), grid)
     apart = np.abs(resample(organs, grid, several.linear) - truth).sum()
-    assert all(np.abs(resample(organs, grid, fit) - truth).sum() < apart for fit in several.fits)
+    assert all(np.abs(resample(organs, grid, fit) - truth).sum() < apart for fit in several.members)
 
 
 def test_with_a_start_the_first_level_is_left_out() -> None:
@@ -687,7 +659,7 @@ def test_structure_search_finds_an_organ_that_slid() -> None:
             fine_voxels=60_000,
             structure_search=search,
             instance=InstanceSettings(
-                level_voxels=(20_000, 60_000), local_voxels=0, smoothness=(0.1,), iterations=(40, 25)
+                level_voxels=(20_000, 60_000), local_voxels=0, smoothness=(0.1,), iterations=(30, 20), ensemble=1
             ),
         )
         result = register(fixed, moving, given, moving_labels=labels, initial=Affine.identity())
@@ -727,7 +699,8 @@ def run(fixed_grid: Grid, moving_grid: Grid, settings: RegistrationSettings = QU
 
 def test_two_runs_are_the_same_to_the_last_bit() -> None:
     grid = scenes.straight_grid()
-    first, second = run(grid, grid), run(grid, grid)
+    few = replace(QUICK, linear_iterations=5, instance=InstanceSettings(**QUICK_FIT, iterations=(5,)))
+    first, second = run(grid, grid, few), run(grid, grid, few)
     np.testing.assert_array_equal(first.linear.matrix, second.linear.matrix)
     assert first.field is not None
     assert second.field is not None
@@ -748,7 +721,7 @@ def test_thin_volumes_register(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.slow
 def test_default_settings_find_the_patient() -> None:
-    grid = scenes.straight_grid((96, 80, 72), (1.0, 1.0, 1.0))
+    grid = scenes.straight_grid((64, 54, 48), (1.5, 1.5, 1.5))
     result = run(grid, grid, RegistrationSettings())
     truth = affine_of(np.eye(3) / 1.05, tuple(-np.array(scenes.QUERY.shift_mm) / 1.05))
     assert error_mm(result.fixed_to_moving, Affine(truth), scenes.QUERY.labels(grid)) < 1.5

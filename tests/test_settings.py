@@ -177,6 +177,6 @@ def test_to_dict() -> None:
 def test_an_empty_list_of_a_level_is_refused() -> None:
     from atlassegfm.settings import Settings
 
-    for name in ("level_voxels", "iterations", "smoothness", "cautious_mind_weight"):
+    for name in ("level_voxels", "iterations", "smoothness", "contrast_robust_mind_weight"):
         with pytest.raises(InputError, match=rf"registration\.instance\.{name} is \[\]; expected a list, each "):
             with_overrides(Settings(), [f"registration.instance.{name}=[]"])

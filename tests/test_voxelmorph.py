@@ -19,11 +19,10 @@ from atlassegfm.core.image import Volume
 from atlassegfm.registration import ENGINES, Registration, pyramid, register, sampling
 from atlassegfm.registration.engines import voxelmorph
 from atlassegfm.registration.engines.voxelmorph import Network
-from atlassegfm.registration.pair import Pair, Start
 from atlassegfm.settings import RegistrationSettings, VoxelmorphSettings
-from atlassegfm.transforms.maps import Affine, DisplacementField, Transform
-from atlassegfm.transforms.resample import resample
-from conftest import ORIENTATIONS, affine_of
+from atlassegfm.transforms.maps import Affine, DisplacementField
+from conftest import ORIENTATIONS
+from deformations import centred_grid, deformed, error_mm
 
 #: A small net on a small grid with a rate that a few steps suffice for.
 TINY = VoxelmorphSettings(cpu_voxels=2_000, levels=3, channels=4, iterations=40, learning_rate=1e-2, schedule="cosine")
@@ -48,33 +47,6 @@ def length_mm(field: DisplacementField | None) -> NDArray[np.float32]:
     return np.linalg.norm(field.displacement_mm, axis=0)
 
 
-def centred_grid(shape: tuple[int, int, int], axes: NDArray[np.float64]) -> Grid:
-    return Grid(shape, affine_of(axes, tuple(-axes @ (np.array(shape) - 1) / 2)))
-
-
-def error_mm(found: Transform, truth: Transform, scan: Volume) -> float:
-    """Mean distance between where the two transforms take the bright voxels of a scan."""
-    points = scan.grid.voxel_to_world(np.argwhere(scan.data > 0.1 * scan.data.max())[::7])
-    return float(np.linalg.norm(found.map(points) - truth.map(points), axis=1).mean())
-
-
-def wavy(fixed: Grid) -> DisplacementField:
-    """A smooth displacement of up to 5 mm along each axis of the world, on a grid around ``fixed``."""
-    shape = (30, 30, 30)
-    low, high = fixed.corners_mm.min(axis=0), fixed.corners_mm.max(axis=0)
-    grid = Grid(shape, affine_of(np.diag((high - low) / 29), tuple(low)))
-    x, y, z = np.moveaxis(grid.voxel_to_world(np.moveaxis(np.indices(shape), 0, -1)), -1, 0)
-    waves = (5 * np.sin(y / 35 + 1), -4 * np.cos(z / 35), 5 * np.sin(x / 35))
-    return DisplacementField(grid, np.stack(waves).astype(np.float32))
-
-
-def deformed(grid: Grid) -> tuple[Volume, Volume, DisplacementField]:
-    """A query that is the atlas seen through a known deformation, the atlas, and the deformation."""
-    moving = scenes.ATLAS.scan(centred_grid((80, 70, 70), np.diag([2.0] * 3)))
-    truth = wavy(grid)
-    return Volume(resample(moving, grid, truth), grid), moving, truth
-
-
 # --- settings ---------------------------------------------------------------------------------------------------
 
 
@@ -86,10 +58,8 @@ def test_defaults_are_the_papers() -> None:
     assert (options.loss, options.smoothness, options.cuda_voxels) == ("mse", 0.01, 128**3)
     # What the paper does not have is off.
     assert not options.diffeomorphic
-    assert not options.use_start
-    assert (options.coarse_iterations, options.patience) == (0, 0)
-    assert ENGINES["voxelmorph"].module == "voxelmorph"
-    assert not ENGINES["voxelmorph"].is_peer
+    assert not ENGINES["voxelmorph"].takes_start
+    assert not ENGINES["voxelmorph"].is_external
 
 
 def test_every_setting_is_read() -> None:
@@ -171,7 +141,7 @@ def test_a_linear_velocity_integrates_to_the_exponential() -> None:
     assert float(halved[0, 0, 0, 0, 0]) == pytest.approx(0.3 * 8)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "polynomial", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_schedules_fall_from_one(schedule: str) -> None:
     rates = [voxelmorph._rate(schedule, n, 100) for n in range(100)]
     assert max(rates) == pytest.approx(1, abs=1e-9)
@@ -194,30 +164,26 @@ def test_schedules_fall_from_one(schedule: str) -> None:
     ids=["straight", "oblique-flipped"],
 )
 def test_a_known_deformation_is_recovered(grid: Grid) -> None:
-    fixed, moving, truth = deformed(grid)
+    fixed, moving, truth = deformed(grid, 5, 35)
     before = error_mm(Affine.identity(), truth, fixed)
     result = fitted(fixed, moving)
     assert error_mm(result.fixed_to_moving, truth, fixed) < before / 2
     assert result.folding < 0.01
-    assert result.parameters == {"deformable": counted(3, 4)}
+    assert result.parameter_count == {"deformable": counted(3, 4)}
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"loss": "lncc", "smoothness": 0.3},
-        {"loss": "mind", "smoothness": 0.1},
         {"diffeomorphic": True},
         {"half_precision": "on"},
-        {"iterations": 20, "coarse_iterations": 30, "patience": 15},
     ],
     ids=str,
 )
 def test_every_variant_recovers_it(changes: dict[str, object]) -> None:
-    fixed, moving, truth = deformed(scenes.straight_grid())
+    fixed, moving, truth = deformed(scenes.straight_grid(), 5, 35)
     before = error_mm(Affine.identity(), truth, fixed)
-    if changes.get("loss") == "mind":
-        fixed = Volume(np.where(fixed.data > 0, 300 - fixed.data, 0).astype(np.float32), fixed.grid)
     assert error_mm(fitted(fixed, moving, replace(TINY, **changes)).fixed_to_moving, truth, fixed) < 0.65 * before
 
 
@@ -229,7 +195,7 @@ def test_the_same_scan_stays_where_it_is() -> None:
 
 
 def test_same_seed_same_bits() -> None:
-    fixed, moving, _ = deformed(scenes.straight_grid())
+    fixed, moving, _ = deformed(scenes.straight_grid(), 5, 35)
     few = replace(TINY, iterations=5)
     state = torch.get_rng_state()
     first = fitted(fixed, moving, few)
@@ -243,7 +209,7 @@ def test_same_seed_same_bits() -> None:
 
 
 def test_working_grid_is_isotropic_over_the_query() -> None:
-    fixed, moving, _ = deformed(centred_grid((64, 44, 22), ORIENTATIONS["oblique"][:3, :3]))
+    fixed, moving, _ = deformed(centred_grid((64, 44, 22), ORIENTATIONS["oblique"][:3, :3]), 5, 35)
     for wanted in (2_000, 6_000):
         field = fitted(fixed, moving, replace(TINY, cpu_voxels=wanted, iterations=1)).field
         assert field is not None
@@ -266,8 +232,8 @@ def test_diffeomorphic_does_not_fold() -> None:
     assert smooth.folding < 0.001
 
 
-@pytest.mark.parametrize("loss", ["mse", "lncc", "mind"])
-def test_beyond_the_atlas_nothing_pulls(loss: Literal["mse", "lncc", "mind"]) -> None:
+@pytest.mark.parametrize("loss", ["mse", "lncc"])
+def test_beyond_the_atlas_nothing_pulls(loss: Literal["mse", "lncc"]) -> None:
     # The atlas ends at the tenth plane. Were its end an edge, the rest of the query would be drawn to it.
     grid = Grid((20, 6, 6), np.eye(4))
     query, atlas = (
@@ -277,7 +243,7 @@ def test_beyond_the_atlas_nothing_pulls(loss: Literal["mse", "lncc", "mind"]) ->
     atlas.inside[:, :, 10:] = 0
     atlas.image[:, :, 10:] = 0
     displacement = torch.zeros(1, 3, *grid.shape, requires_grad=True)
-    voxelmorph._Likeness(query, atlas, VoxelmorphSettings(loss=loss))(displacement).backward()
+    voxelmorph._Dissimilarity(query, atlas, VoxelmorphSettings(loss=loss))(displacement).backward()
     assert displacement.grad is not None
     pull = displacement.grad.abs().amax(dim=(0, 1, 3, 4))
     # The local correlation reads 4 voxels around each that counts; displaced by nothing, all is read where it lies.
@@ -292,23 +258,10 @@ def test_mse_is_a_mean_over_what_counts() -> None:
     inside = ones.clone()
     inside[:, :, 2:] = 0
     query, atlas = pyramid.Level(grid, ones, ones, ones, None), pyramid.Level(grid, 0.5 * inside, inside, inside, None)
-    unlike = voxelmorph._Likeness(query, atlas, VoxelmorphSettings())
-    assert float(unlike(torch.zeros(1, 3, 4, 4, 4))) == pytest.approx(0.25)
+    dissimilarity = voxelmorph._Dissimilarity(query, atlas, VoxelmorphSettings())
+    assert float(dissimilarity(torch.zeros(1, 3, 4, 4, 4))) == pytest.approx(0.25)
     # Nothing in common: no reason for anything.
-    assert float(unlike(torch.full((1, 3, 4, 4, 4), 9.0))) == 0
-
-
-def test_start_is_taken_up_only_if_asked() -> None:
-    fixed, moving, truth = deformed(scenes.straight_grid())
-    scans = [pyramid.prepare(scan, None, 4.0, "scan") for scan in (fixed, moving)]
-    pair = Pair(fixed, moving, scans[0], scans[1], None)
-    few = replace(TINY, iterations=1)
-    for use, most in ((False, np.inf), (True, 1.0)):
-        found = voxelmorph.fit(pair, Affine.identity(), Start(truth), with_options(replace(few, use_start=use)), "cpu")
-        assert found.field is not None
-        error = error_mm(found.field, truth, fixed)
-        assert error < most
-        assert (error > 3) != use
+    assert float(dissimilarity(torch.full((1, 3, 4, 4, 4), 9.0))) == 0
 
 
 def test_thin_scans_register() -> None:
@@ -320,9 +273,7 @@ def test_thin_scans_register() -> None:
 def test_divergence_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(voxelmorph, "_rate", lambda *_: np.nan)
     scan = scenes.ATLAS.scan(scenes.straight_grid())
-    with pytest.raises(
-        RegistrationError, match=r"diverged; lower registration\.voxelmorph\.learning_rate \(now 0.01\)"
-    ):
+    with pytest.raises(RegistrationError, match=r"registration\.voxelmorph\.learning_rate.*0\.01"):
         fitted(scan, scan, replace(TINY, iterations=2))
 
 
@@ -332,18 +283,5 @@ def test_too_large_a_grid_for_the_gpu_is_an_error(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(voxelmorph, "_optimise", full)
     scan = scenes.ATLAS.scan(scenes.straight_grid())
-    with pytest.raises(RegistrationError, match=r"lower registration\.voxelmorph\.cuda_voxels \(now 2097152\)"):
+    with pytest.raises(RegistrationError, match=r"registration\.voxelmorph\.cuda_voxels.*2097152"):
         fitted(scan, scan)
-
-
-def test_patience_ends_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates: list[int] = []
-
-    def noted(schedule: str, iteration: int, iterations: int) -> float:
-        rates.append(iteration)
-        return 0.0
-
-    monkeypatch.setattr(voxelmorph, "_rate", noted)
-    scan = scenes.ATLAS.scan(scenes.straight_grid())
-    fitted(scenes.QUERY.scan(scan.grid), scan, replace(TINY, patience=3))
-    assert rates == [0, 1, 2, 3]

@@ -143,7 +143,7 @@ def _stages(results: Sequence[Segmentation]) -> list[Stage]:
                 Stage(
                     f"registration: {part}",
                     median(one.registration.seconds[part] for one in results),
-                    last.registration.parameters.get(part),
+                    last.registration.parameter_count.get(part),
                 )
                 for part in last.registration.seconds
             ]

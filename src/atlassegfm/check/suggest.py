@@ -276,7 +276,7 @@ def _scores(similarity: NDArray[np.float64], drawn: NDArray[np.int64]) -> NDArra
 
 def _similarity(fixed: Scan, moving: Scan, spacing_mm: float, settings: RegistrationSettings, device: str) -> float:
     """Squared local correlation of two scans after the coarse linear fit, both ways, in [0, 1]."""
-    there = fit(fixed, moving, (spacing_mm,), settings, device)
+    there, _ = fit(fixed, moving, (spacing_mm,), settings, device)
     back = Affine(np.asarray(np.linalg.inv(there.matrix), dtype=np.float64))
     return (_correlation(fixed, moving, there, spacing_mm) + _correlation(moving, fixed, back, spacing_mm)) / 2
 

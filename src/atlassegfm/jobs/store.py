@@ -230,7 +230,7 @@ def write_result(
             written["probability"] = tuple(result.structure.name for result in segmentation.structures)
             found = segmentation.registration
             write_transform(new / "transform", found.linear, found.field, segmentation.grid, found.local)
-            write_further_fits(new / "transform", found.others, segmentation.grid)
+            write_further_fits(new / "transform", found.further_members, segmentation.grid)
         run = run.model_copy(update=written)
         run.write(new / RUN)
         status.write(new / STATUS)
@@ -262,7 +262,7 @@ def run_record(segmentation: Segmentation, inputs: RunInputs) -> RunRecord:
         registration=RegistrationRecord(
             source="given" if segmentation.transform_given else "fitted",
             confidence=_rounded(found.confidence),
-            members=len(found.fits),
+            members=len(found.members),
             folding=_rounded(found.folding, 6),
             jacobian=jacobian,
             linear_query_to_atlas_mm=tuple(tuple(round(n, 6) for n in row) for row in found.linear.matrix.tolist()),

@@ -149,7 +149,7 @@ def gather(case: Case) -> dict[int, Evidence]:
         return {}
     atlas_boxes = ndimage.find_objects(case.atlas_labels.data)
     query_range, atlas_range = _intensity_range(case.query.data), _intensity_range(case.atlas.data)
-    difference = case.registration.difference
+    difference = case.registration.dissimilarity
     near = {} if difference is None else _neighbourhoods(case, present, difference.grid)
     overall = 0.0 if difference is None else difference.mean()
     to_query = case.registration.linear.inverse()

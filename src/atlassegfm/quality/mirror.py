@@ -87,7 +87,7 @@ def place(
         If it shows nothing but background.
     """
     # PyTorch comes with them, and a scan alone is looked at without.
-    from ..registration.affine import fit_with_cost
+    from ..registration.affine import fit
     from ..registration.pyramid import level_spacings_mm, prepare
     from .coverage import outside_fractions
 
@@ -101,9 +101,7 @@ def place(
     sides = [
         prepare(Volume(one, scan.grid), None, spacings[-1], name) for one in (data, np.ascontiguousarray(data[::-1]))
     ]
-    (as_it_is, cost), (mirrored, mirrored_cost) = (
-        fit_with_cost(side, atlas, spacings, settings, "cpu") for side in sides
-    )
+    (as_it_is, cost), (mirrored, mirrored_cost) = (fit(side, atlas, spacings, settings, "cpu") for side in sides)
     gain = math.log(max(cost, 1e-9) / max(mirrored_cost, 1e-9))
     # The field of view is its own mirror image.
     better, side = (mirrored, sides[1]) if gain > 0 else (as_it_is, sides[0])

@@ -1,15 +1,15 @@
 """The linear stages: an exhaustive search over translations, then a rigid and an affine fit.
 
-Scans overlap only in part, and a similarity that looks at the overlap alone is best where nothing overlaps.
-So every foreground voxel of either scan has a price: its MIND-SSC difference where it meets foreground of
-the other scan, a fixed price where it meets background, and a slightly lower one where it leaves the other
-scan's field of view. Both scans pay, the atlas more near its labelled structures.
+Scans overlap only in part, and a similarity of the overlap alone is best where nothing overlaps. So every foreground
+voxel of either scan pays: its MIND-SSC dissimilarity where it meets foreground of the other scan, a fixed penalty where
+it meets background, and a slightly lower one where it leaves the other scan's field of view. Voxels of the atlas pay
+more near its labelled structures.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -24,80 +24,50 @@ from .pyramid import Level, Scan, axes_of, frame_grid, on_grid
 if TYPE_CHECKING:
     from ..settings import RegistrationSettings
 
-
-#: Sum over the 12 channels of the squared MIND-SSC difference between misplaced abdomens: its median over all
-#: translations of two Abd-CT scans is 2.2, the minimum 1.8. The price of foreground on background.
-MISMATCH_PRICE = 2.2
-
-
-#: Price of foreground that leaves the other field of view. At 1.8 some pairs part altogether, at 2.0 none of 30
-#: Abd-CT, 30 Abd-MR and 30 Cardiac pairs did, and the median error of the start was the same.
-_OUTSIDE_PRICE = 2.0
-
-
-#: Voxels of labelled structures count 1 + this in the atlas. Median error of the start over the 30 Abd-CT pairs:
-#: 24.5 mm at 0, 20.5 mm at 3.
+#: Penalty of foreground on background: the median dissimilarity (sum over 12 channels) of two misplaced abdomens.
+MISMATCH_PENALTY = 2.2
+#: Penalty of foreground out of the other field of view; lower ones pull some pairs of abdomens apart altogether.
+_OUTSIDE_PENALTY = 2.0
+#: Voxels of labelled structures weigh 1 + this in the atlas.
 _STRUCTURE_EMPHASIS = 3.0
-
-
-#: Standard deviations of the priors on rotation (radian), log scale and log shear, and their weight (design.md's
-#: trial).
+#: Standard deviations of the priors on rotation (radians), log scale and log shear, and the weight of the priors.
 _PRIOR_ROTATION, _PRIOR_SCALE, _PRIOR_SHEAR, _PRIOR_WEIGHT = 0.15, 0.15, 0.1, 0.02
-
-
 #: Points drawn from the foreground of each scan on the coarse and the fine level.
 _COARSE_POINTS, _FINE_POINTS = 3_000, 6_000
-
-
-#: Candidate starts closer than this share of the field of view's size are one.
+#: Candidate translations closer than this fraction of the field of view are one.
 _CANDIDATE_DISTANCE = 0.07
-
-
-#: Carried to the fine level.
+#: Candidates carried to the fine level.
 _FINE_CANDIDATES = 2
 
 
 def fit(
     fixed: Scan, moving: Scan, spacings_mm: tuple[float, ...], settings: RegistrationSettings, device: str
-) -> Affine:
-    """Search, fit rigidly, fit affinely; from the coarse to the fine level.
-
-    Without the rigid stage there is no search: the affine fit starts from the scanner's coordinates.
-
-    Returns
-    -------
-    Affine
-        Fixed world to moving world.
-    """
-    return fit_with_cost(fixed, moving, spacings_mm, settings, device)[0]
-
-
-def fit_with_cost(
-    fixed: Scan, moving: Scan, spacings_mm: tuple[float, ...], settings: RegistrationSettings, device: str
 ) -> tuple[Affine, float]:
-    """As :func:`fit`, and what the fit costs: the mean price of both scans and the priors, lower is more alike.
+    """Fit the linear map from fixed to moving world, by search, rigid and affine fit, coarse to fine.
 
-    Costs are compared between fits of the same atlas on the same levels only. Infinite where neither stage is on.
+    Without the rigid stage there is no search, and the affine fit starts from the scanner's coordinates. The cost
+    beside it, mean penalty of both scans plus priors, compares between fits of the same atlas on the same levels only;
+    it is infinite where neither stage is on.
     """
     axes = axes_of(fixed.intensity.grid)
     centre = torch.as_tensor(fixed.intensity.grid.centre_mm, dtype=torch.float32, device=device)
     parameters, costs = torch.zeros(0), torch.full((1,), torch.inf)
     for number, spacing in enumerate(spacings_mm):
-        query = _Side(on_grid(fixed, frame_grid(fixed.intensity.grid, axes, spacing), device), 0.0)
-        atlas = _Side(on_grid(moving, frame_grid(moving.intensity.grid, axes, spacing), device), _STRUCTURE_EMPHASIS)
-        points = _COARSE_POINTS if number == 0 else _FINE_POINTS
-        problem = _Problem(query, atlas, centre, points)
+        query = _WeightedScan(on_grid(fixed, frame_grid(fixed.intensity.grid, axes, spacing), device), 0.0)
+        moving_level = on_grid(moving, frame_grid(moving.intensity.grid, axes, spacing), device)
+        atlas = _WeightedScan(moving_level, _STRUCTURE_EMPHASIS)
+        objective = _Objective(query, atlas, centre, _COARSE_POINTS if number == 0 else _FINE_POINTS)
         if number == 0 and not settings.rigid:
             parameters, costs = torch.zeros((1, 12), device=device), torch.full((1,), torch.inf, device=device)
         elif number == 0:
-            shifts_mm = translations(query, atlas, settings.candidates)
+            shifts_mm = search_translations(query, atlas, settings.candidates)
             parameters = torch.zeros((len(shifts_mm), 12), device=device)
             parameters[:, :3] = torch.as_tensor(shifts_mm, dtype=torch.float32, device=device)
-            parameters, costs = problem.minimise(parameters, settings.linear_iterations, spacing, rigid=True)
+            parameters, costs = objective.minimise(parameters, settings.linear_iterations, spacing, rigid=True)
         if settings.affine:
-            parameters, costs = problem.minimise(parameters, settings.linear_iterations, spacing, rigid=False)
+            parameters, costs = objective.minimise(parameters, settings.linear_iterations, spacing, rigid=False)
         elif number > 0:
-            parameters, costs = problem.minimise(parameters, settings.linear_iterations, spacing, rigid=True)
+            parameters, costs = objective.minimise(parameters, settings.linear_iterations, spacing, rigid=True)
         parameters = parameters[torch.argsort(costs, stable=True)[:_FINE_CANDIDATES]]
     matrix, offset = affine_maps(parameters[:1], centre)
     homogeneous = np.eye(4)
@@ -106,24 +76,16 @@ def fit_with_cost(
     return Affine(homogeneous), float(costs.min())
 
 
-def translations(query: _Side, atlas: _Side, count: int) -> NDArray[np.float64]:
-    """The best starts among all translations by whole voxels, found by FFT.
-
-    Returns
-    -------
-    array, (n, 3)
-        Shifts in mm (RAS+) from query to atlas world, the best first; n is at most ``count``.
-    """
+def search_translations(query: _WeightedScan, atlas: _WeightedScan, count: int) -> NDArray[np.float64]:
+    """Find the best translations by whole voxels by FFT: (n, 3) mm (RAS+) from query to atlas world, best first."""
     query_shape, atlas_shape = np.array(query.level.grid.shape), np.array(atlas.level.grid.shape)
     size = tuple(int(n) for n in query_shape + atlas_shape - 1)
 
     def spectrum(values: Tensor) -> Tensor:
-        transformed: Tensor = torch.fft.rfftn(values, s=size)
-        return transformed
+        return cast("Tensor", torch.fft.rfftn(values, s=size))
 
     def correlation(product: Tensor) -> Tensor:
-        correlated: Tensor = torch.fft.irfftn(product, s=size)
-        return correlated
+        return cast("Tensor", torch.fft.irfftn(product, s=size))
 
     query_inside, atlas_inside = spectrum(query.level.inside[0, 0]), spectrum(atlas.level.inside[0, 0])
 
@@ -144,7 +106,9 @@ def translations(query: _Side, atlas: _Side, count: int) -> NDArray[np.float64]:
         else:
             total = float(query_weight.sum())
             inside = correlation(w_query.conj() * atlas_inside)
-        return (difference + MISMATCH_PRICE * (inside - both) + _OUTSIDE_PRICE * (total - inside)) / max(total, 1e-6)
+        return (difference + MISMATCH_PENALTY * (inside - both) + _OUTSIDE_PENALTY * (total - inside)) / max(
+            total, 1e-6
+        )
 
     plain = atlas.level.weight[0, 0]
     cost = one_sided(query.weight, atlas.weight, atlas_pays=True) + one_sided(query.weight, plain, atlas_pays=False)
@@ -163,15 +127,15 @@ def translations(query: _Side, atlas: _Side, count: int) -> NDArray[np.float64]:
     return np.array(shifts)
 
 
-class _Side:
+class _WeightedScan:
     """One scan on one level with its features and weights."""
 
     def __init__(self, level: Level, emphasis: float) -> None:
         self.level = level
         self.features = mind_ssc(level.image)[0]
         self.weight = level.weight[0, 0]
-        if level.near is not None:
-            self.weight = self.weight * (1 + emphasis * level.near[0, 0])
+        if level.labelled is not None:
+            self.weight = self.weight * (1 + emphasis * level.labelled[0, 0])
 
     def sampling_volume(self) -> Tensor:
         """(1, 14, I, J, K): features times foreground, foreground, field of view."""
@@ -187,8 +151,8 @@ class _Points:
     features: Tensor
 
     @classmethod
-    def draw(cls, side: _Side, count: int) -> _Points:
-        """Draw voxels without repetition, more often where the weight is high; the same ones every time."""
+    def draw(cls, side: _WeightedScan, count: int) -> _Points:
+        """Draw voxels without repetition, in proportion to their weight; deterministic."""
         weight = side.weight.flatten().double().cpu()
         # An evenly spaced comb through the cumulative weight: deterministic, and even over the body.
         cumulative = torch.cumsum(weight, dim=0)
@@ -201,10 +165,10 @@ class _Points:
         return cls(world.to(device), side.features.flatten(1)[:, index.to(device)])
 
 
-class _Problem:
+class _Objective:
     """The cost of linear maps on one level, and its minimisation over several starts at once."""
 
-    def __init__(self, query: _Side, atlas: _Side, centre_mm: Tensor, points: int) -> None:
+    def __init__(self, query: _WeightedScan, atlas: _WeightedScan, centre_mm: Tensor, points: int) -> None:
         self.query, self.atlas, self.centre_mm = query, atlas, centre_mm
         self.query_points, self.atlas_points = _Points.draw(query, points), _Points.draw(atlas, points)
         self.query_volume, self.atlas_volume = query.sampling_volume(), atlas.sampling_volume()
@@ -214,9 +178,9 @@ class _Problem:
         matrix, offset = affine_maps(parameters, self.centre_mm)
         inverse = torch.linalg.inv(matrix)
         inverse_offset = -(inverse @ offset[..., None])[..., 0]
-        agreement = _price(self.query_points, self.atlas_volume, self.atlas.level, matrix, offset) + _price(
-            self.atlas_points, self.query_volume, self.query.level, inverse, inverse_offset
-        )
+        agreement = _mean_penalty(
+            self.query_points, self.atlas_volume, self.atlas.level, matrix, offset
+        ) + _mean_penalty(self.atlas_points, self.query_volume, self.query.level, inverse, inverse_offset)
         prior = (
             (parameters[:, 3:6] / _PRIOR_ROTATION).pow(2).sum(dim=1)
             + (parameters[:, 6:9] / _PRIOR_SCALE).pow(2).sum(dim=1)
@@ -226,7 +190,7 @@ class _Problem:
 
     def minimise(self, start: Tensor, iterations: int, spacing_mm: float, *, rigid: bool) -> tuple[Tensor, Tensor]:
         """Adam from several starts at once; the best parameters seen, (B, 12), and their costs, (B,)."""
-        # Steps in natural units: half a voxel, and the angle or stretch that moves the rim of the body as far.
+        # Steps in natural units: half a voxel, and the angle or stretch that moves the border of the body as far.
         steps = torch.tensor([0.5 * spacing_mm] * 3 + [0.02] * 3 + [0.015] * 6, device=start.device)
         if rigid:
             steps[6:] = 0
@@ -249,8 +213,8 @@ class _Problem:
         return best.detach(), best_cost.detach()
 
 
-def _price(points: _Points, volume: Tensor, level: Level, matrix: Tensor, offset: Tensor) -> Tensor:
-    """(B,) mean price of one scan's points in the other scan."""
+def _mean_penalty(points: _Points, volume: Tensor, level: Level, matrix: Tensor, offset: Tensor) -> Tensor:
+    """(B,) mean penalty of one scan's points in the other scan."""
     mapped = points.world_mm @ matrix.transpose(1, 2) + offset[:, None]
     inverse = torch.as_tensor(level.grid.inverse_affine, dtype=torch.float32, device=mapped.device)
     ijk = mapped @ inverse[:3, :3].T + inverse[:3, 3]
@@ -259,27 +223,18 @@ def _price(points: _Points, volume: Tensor, level: Level, matrix: Tensor, offset
     volumes = volume.expand(len(matrix), -1, -1, -1, -1)
     sampled = F.grid_sample(volumes, where, mode="bilinear", padding_mode="zeros", align_corners=True)[:, :, 0, 0]
     features, foreground, inside = sampled[:, :MIND_CHANNELS], sampled[:, MIND_CHANNELS], sampled[:, MIND_CHANNELS + 1]
-    # Sampled features carry the foreground share as a factor; divided out once, the difference counts by that share.
+    # Sampled features carry the foreground fraction as a factor; divided out once, the difference is weighted by it.
     difference = (foreground[:, None] * points.features - features).pow(2).sum(dim=1) / foreground.clamp_min(0.05)
-    price = difference + MISMATCH_PRICE * (inside - foreground).clamp_min(0) + _OUTSIDE_PRICE * (1 - inside)
-    return price.mean(dim=1)
+    penalty = difference + MISMATCH_PENALTY * (inside - foreground).clamp_min(0) + _OUTSIDE_PENALTY * (1 - inside)
+    return penalty.mean(dim=1)
 
 
 def affine_maps(parameters: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Matrices and offsets of linear maps that turn, stretch and shift around a centre.
+    """Build linear maps that rotate, stretch and shift around a centre.
 
-    Parameters
-    ----------
-    parameters : Tensor, (B, 12)
-        Translation, rotation vector in radians, log scales along the axes, log shears.
-    centre : Tensor, (3,)
-        What a map without translation leaves in place.
-
-    Returns
-    -------
-    matrix : Tensor, (B, 3, 3)
-        Of positive determinant.
-    offset : Tensor, (B, 3)
+    ``parameters`` are (B, 12): translation, rotation vector in radians, log scales along the axes, log shears; the map
+    without translation leaves ``centre`` in place. Returns matrices, (B, 3, 3) of positive determinant, and offsets,
+    (B, 3).
     """
     shift, turn, scale, shear = parameters.split(3, dim=1)
     zero = torch.zeros_like(turn[:, 0])

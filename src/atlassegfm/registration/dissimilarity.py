@@ -1,4 +1,4 @@
-"""How unlike the scans are after registration, voxel by voxel: for the confidence, and for quality without labels."""
+"""Dissimilarity of query and warped atlas, voxel by voxel: for the confidence, and for quality without labels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from ..core.geometry import Grid
 from ..core.mask import LocalMap
 from ..transforms.maps import Transform
-from .affine import MISMATCH_PRICE
+from .affine import MISMATCH_PENALTY
 from .features import mind_ssc
 from .pyramid import Scan, axes_of, frame_grid, on_grid
 
 
 @dataclass(frozen=True, eq=False)
-class Difference:
-    """MIND-SSC difference of query and warped atlas.
+class Dissimilarity:
+    """MIND-SSC dissimilarity of query and warped atlas.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ class Difference:
     values : array, (I, J, K) float32
         Sum of squared differences over the channels: 0 where the scans are the same.
     weight : array, (I, J, K) float32
-        Share of each voxel that is foreground in both scans, in [0, 1].
+        Fraction of each voxel that is foreground in both scans, in [0, 1].
     """
 
     grid: Grid
@@ -34,7 +34,7 @@ class Difference:
     weight: NDArray[np.float32]
 
     def mean(self, around: LocalMap | None = None) -> float:
-        """Mean over the foreground the scans share, or over a soft mask on the grid; 0 where there is none."""
+        """Mean over the common foreground, or over a soft mask on the grid; 0 where there is none."""
         if around is None:
             values, weight = self.values, self.weight
         else:
@@ -44,15 +44,15 @@ class Difference:
 
     @property
     def confidence(self) -> float:
-        """How much better the scans agree than misplaced ones, in [0, 1]; 0 if they share no voxel of foreground."""
+        """How much better the scans match than misplaced ones, in [0, 1]; 0 without common foreground."""
         if float(self.weight.sum()) < 1:
             return 0.0
-        return float(np.clip(1 - self.mean() / MISMATCH_PRICE, 0, 1))
+        return float(np.clip(1 - self.mean() / MISMATCH_PENALTY, 0, 1))
 
 
-def difference_of(fixed: Scan, moving: Scan, fixed_to_moving: Transform, spacing_mm: float) -> Difference:
+def measure(fixed: Scan, moving: Scan, fixed_to_moving: Transform, spacing_mm: float) -> Dissimilarity:
     """Compare two prepared scans through a transform, on a grid of about ``spacing_mm``."""
     grid = frame_grid(fixed.intensity.grid, axes_of(fixed.intensity.grid), spacing_mm)
     query, atlas = on_grid(fixed, grid, "cpu"), on_grid(moving, grid, "cpu", fixed_to_moving)
     values = (mind_ssc(query.image) - mind_ssc(atlas.image)).pow(2).sum(dim=1)[0]
-    return Difference(grid, values.numpy(), (query.weight * atlas.weight)[0, 0].numpy())
+    return Dissimilarity(grid, values.numpy(), (query.weight * atlas.weight)[0, 0].numpy())

@@ -1,9 +1,4 @@
-"""What registration compares instead of intensities.
-
-MIND-SSC (Heinrich et al., "Towards Realtime Multimodal Fusion for Image-Guided Interventions Using
-Self-similarities", MICCAI 2013) describes a voxel by how alike the patches around it are. It does not
-change with contrast, bias field or scanner, and 12 numbers a voxel are cheap to compare.
-"""
+"""Image features that registration compares: MIND-SSC and local correlation."""
 
 from __future__ import annotations
 
@@ -26,18 +21,7 @@ MIND_CHANNELS = len(_PAIRS)
 
 
 def box_mean(image: Tensor, radius: int) -> Tensor:
-    """Mean over cubes of 2 * radius + 1 voxels; at the border over the part inside.
-
-    Parameters
-    ----------
-    image : Tensor, (N, C, I, J, K)
-    radius : int
-        Of the cube, in voxels.
-
-    Returns
-    -------
-    Tensor, (N, C, I, J, K)
-    """
+    """Average (N, C, I, J, K) over cubes of 2 * radius + 1 voxels; at the border over the part inside."""
     size = 2 * radius + 1
     if min(image.shape[2:]) < size:
         # Pooling refuses a kernel longer than the image, as in a scan of one or two slices.
@@ -50,33 +34,31 @@ def box_mean(image: Tensor, radius: int) -> Tensor:
     return image
 
 
-def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 1) -> Tensor:
-    """Self-similarity context of every voxel.
+def mind_ssc(image: Tensor) -> Tensor:
+    """Compute the modality-independent self-similarity context of every voxel.
+
+    Patches of 3 x 3 x 3 voxels; invariant to contrast, bias field and scanner. Heinrich et al., "Towards Realtime
+    Multimodal Fusion for Image-Guided Interventions Using Self-similarities", MICCAI 2013.
 
     Parameters
     ----------
     image : Tensor, (1, 1, I, J, K) float32
         Intensities, any scale.
-    radius : int
-        Of the compared patches, in voxels.
-    dilation : int
-        Distance of the neighbours, in voxels.
 
     Returns
     -------
     Tensor, (1, 12, I, J, K) float32
         Each in (0, 1].
     """
-    reach = dilation
-    padded = F.pad(image, [reach] * 6, mode="replicate")
+    padded = F.pad(image, [1] * 6, mode="replicate")
     size = image.shape[2:]
 
     def shifted(offset: tuple[int, int, int]) -> Tensor:
-        a, b, c = (reach + dilation * step for step in offset)
+        a, b, c = (1 + step for step in offset)
         return padded[:, :, a : a + size[0], b : b + size[1], c : c + size[2]]
 
     differences = torch.cat([(shifted(a) - shifted(b)) ** 2 for a, b in _PAIRS], dim=1)
-    distances = box_mean(differences, radius)
+    distances = box_mean(differences, 1)
     distances = distances - distances.amin(dim=1, keepdim=True)
     noise = distances.mean(dim=1, keepdim=True)
     # The local noise estimate is kept within a factor 1000 of its mean, as in the authors' own code.
@@ -86,16 +68,9 @@ def mind_ssc(image: Tensor, *, radius: int = 1, dilation: int = 1) -> Tensor:
 
 
 def box_sum(image: Tensor, radius: int) -> Tensor:
-    """Sum over cubes of 2 * radius + 1 voxels; zero beyond the border.
+    """Sum (N, C, I, J, K) over cubes of 2 * radius + 1 voxels; zero beyond the border.
 
-    Adding shifted copies is four times as fast as average pooling on a CPU, where pooling re-reads the cube for
-    every voxel; sums of 2 and 4 neighbours serve several times.
-
-    Parameters
-    ----------
-    image : Tensor, (N, C, I, J, K)
-    radius : int
-        In voxels.
+    Adding shifted copies is four times as fast on a CPU as average pooling, which re-reads the cube for every voxel.
     """
     for axis in (2, 3, 4):
         padding = [0] * 6
@@ -119,16 +94,9 @@ def box_sum(image: Tensor, radius: int) -> Tensor:
 
 
 class LocalCorrelation:
-    """Squared correlation of intensities in a cube around every voxel, against one fixed image.
+    """Squared local correlation (LNCC) with one fixed image, (1, 1, I, J, K) in [0, 1], in cubes of a radius in voxels.
 
-    Indifferent to contrast that changes slowly over the scan (coils, bias field); blind to nothing else.
-
-    Parameters
-    ----------
-    fixed : Tensor, (1, 1, I, J, K)
-        Intensities in [0, 1].
-    radius : int
-        Of the cube, in voxels.
+    Invariant to contrast that changes slowly over the scan (coils, bias field).
     """
 
     #: Added to both variances: contrast below 2 % of the range is noise.
@@ -136,39 +104,37 @@ class LocalCorrelation:
 
     def __init__(self, fixed: Tensor, radius: int) -> None:
         self.fixed, self.radius = fixed, radius
-        self.share = 1 / box_sum(torch.ones_like(fixed), radius)
-        self.mean = box_sum(fixed, radius) * self.share
-        self.variance = (box_sum(fixed * fixed, radius) * self.share - self.mean**2).clamp_min(0) + self._NOISE_VARIANCE
+        self.inverse_count = 1 / box_sum(torch.ones_like(fixed), radius)
+        self.mean = box_sum(fixed, radius) * self.inverse_count
+        self.variance = (box_sum(fixed * fixed, radius) * self.inverse_count - self.mean**2).clamp_min(
+            0
+        ) + self._NOISE_VARIANCE
 
     def __call__(self, moving: Tensor) -> Tensor:
         """(1, 1, I, J, K) intensities in [0, 1] to (1, 1, I, J, K) squared correlations in [0, 1]."""
         covariance, variance, _ = self._moments(moving)
         return covariance**2 / (self.variance * variance)
 
-    def unlikeness(self, moving: Tensor, weight: Tensor) -> Tensor:
-        """Weighted sum of 1 minus the squared correlation: a scalar, differentiable in ``moving`` alone.
+    def dissimilarity(self, moving: Tensor, weight: Tensor) -> Tensor:
+        """Sum 1 minus the squared correlation, weighted; differentiable in ``moving`` alone.
 
-        Its derivative is written out, in four more box sums; PyTorch's own, through each of the shifted copies,
-        costs two thirds more.
-
-        Parameters
-        ----------
-        moving, weight : Tensor, (1, 1, I, J, K)
-            Intensities in [0, 1]; weights, through which no gradient flows.
+        Its derivative is written out in four more box sums; PyTorch's own, through the shifted copies, costs two
+        thirds more.
         """
-        value: Tensor = _Unlikeness.apply(moving, weight, self)  # type: ignore[no-untyped-call]
+        value: Tensor = _CorrelationLoss.apply(moving, weight, self)  # type: ignore[no-untyped-call]
         return value
 
     def _moments(self, moving: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Covariance with the fixed image, variance and mean of the moving one, in every cube."""
-        sums = box_sum(torch.cat((moving, moving * moving, moving * self.fixed), dim=1), self.radius) * self.share
-        mean = sums[:, :1]
-        variance = (sums[:, 1:2] - mean**2).clamp_min(0) + self._NOISE_VARIANCE
-        return sums[:, 2:] - mean * self.mean, variance, mean
+        stacked = torch.cat((moving, moving * moving, moving * self.fixed), dim=1)
+        means = box_sum(stacked, self.radius) * self.inverse_count
+        mean = means[:, :1]
+        variance = (means[:, 1:2] - mean**2).clamp_min(0) + self._NOISE_VARIANCE
+        return means[:, 2:] - mean * self.mean, variance, mean
 
 
-class _Unlikeness(torch.autograd.Function):
-    """See :meth:`LocalCorrelation.unlikeness`."""
+class _CorrelationLoss(torch.autograd.Function):
+    """See :meth:`LocalCorrelation.dissimilarity`."""
 
     @staticmethod
     def forward(ctx: Any, moving: Tensor, weight: Tensor, correlation: LocalCorrelation) -> Tensor:
@@ -176,10 +142,10 @@ class _Unlikeness(torch.autograd.Function):
         ratio = covariance / (correlation.variance * variance)
         squared = ratio * covariance
         # For cube x: d squared = 2 ratio d covariance - squared / variance d variance, where a voxel y of the cube has
-        # d covariance = share (fixed(y) - mean of fixed), d variance = 2 share (moving(y) - mean). Sums over all cubes
-        # that hold y are box sums again.
-        pull = weight * ratio * correlation.share
-        push = weight * squared / variance * correlation.share
+        # d covariance = (fixed(y) - mean of fixed) / count, d variance = 2 (moving(y) - mean) / count. Sums over all
+        # cubes that hold y are box sums again.
+        pull = weight * ratio * correlation.inverse_count
+        push = weight * squared / variance * correlation.inverse_count
         sums = box_sum(torch.cat((pull, pull * correlation.mean, push, push * mean), dim=1), correlation.radius)
         gradient = 2 * (sums[:, 1:2] - sums[:, :1] * correlation.fixed + sums[:, 2:3] * moving - sums[:, 3:])
         ctx.save_for_backward(gradient)

@@ -57,8 +57,8 @@ def registration_from(
         linear,
         field,
         local,
-        difference=compare(fixed, moving, transform, settings),
+        dissimilarity=compare(fixed, moving, transform, settings),
         folding=folding,
         jacobian=jacobian,
-        others=tuple(transforms[1:]),
+        further_members=tuple(transforms[1:]),
     )

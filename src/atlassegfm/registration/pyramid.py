@@ -1,4 +1,4 @@
-"""Scans as registration sees them: normalised, smoothed, on coarse grids of one common frame."""
+"""Scans prepared for registration: normalised, smoothed, resampled to coarse grids of one common frame."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..transforms.jacobian import JacobianStatistics, deformation_statistics
 from ..transforms.maps import DisplacementField, Transform
 from ..transforms.resample import resample
 
-#: Foreground is what is brighter than this share of the range between the 1st and the 99th percentile. It parts
-#: tissue from air in CT and MR, skull-stripped ones too, and takes in small crops whole.
-_FOREGROUND_SHARE = 0.1
-#: A node counts as in the body where this share of it is foreground.
-_BODY_SHARE = 0.5
+#: Foreground is brighter than this fraction of the range from the 1st to the 99th percentile: tissue in CT and MR,
+#: skull-stripped ones too, and small crops whole.
+_FOREGROUND_FRACTION = 0.1
+#: A node is in the body where this fraction of it is foreground.
+_BODY_FRACTION = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,56 +34,40 @@ class Scan:
     intensity : Volume
         float32, 0 to 1 between the 1st and 99th percentile of the foreground, clipped.
     foreground : Volume
-        float32, share of each voxel that is foreground, on the same grid.
-    near : Volume or None
-        float32, share of each voxel inside any labelled structure, where labels were given.
+        float32, fraction of each voxel that is foreground, on the same grid.
+    labelled : Volume or None
+        float32, fraction of each voxel inside any labelled structure, where labels were given.
     window : tuple of float
-        Intensities of the scan that became 0 and 1, and the one above which it is foreground.
+        Intensities of the scan that became 0 and 1, and the threshold of the foreground.
     """
 
     intensity: Volume
     foreground: Volume
-    near: Volume | None
+    labelled: Volume | None
     window: tuple[float, float, float] = (0.0, 1.0, 0.0)
 
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """One scan on one grid.
-
-    Parameters
-    ----------
-    grid : Grid
-    image : Tensor, (1, 1, I, J, K)
-        Intensity, 0 to 1.
-    inside : Tensor, (1, 1, I, J, K)
-        1 inside the scan's field of view, else 0.
-    weight : Tensor, (1, 1, I, J, K)
-        Share of foreground, 0 outside the field of view.
-    near : Tensor, (1, 1, I, J, K) or None
-        Share inside labelled structures.
-    """
+    """One scan on the grid of one level; tensors are (1, 1, I, J, K)."""
 
     grid: Grid
+    #: Intensity, 0 to 1.
     image: Tensor
+    #: 1 inside the scan's field of view, else 0.
     inside: Tensor
+    #: Fraction of foreground, 0 outside the field of view.
     weight: Tensor
-    near: Tensor | None
+    #: Fraction inside labelled structures.
+    labelled: Tensor | None
 
 
 def level_spacings_mm(grid: Grid, voxels: Sequence[int]) -> tuple[float, ...]:
-    """Isotropic spacing in mm of each level, coarse to fine.
+    """Compute the isotropic spacing in mm of each level, coarse to fine.
 
-    The finest level holds the largest of the wanted numbers of voxels over the field of view, unless that is finer
-    than the scan itself. The ratios between levels follow from the numbers, so that a small crop at its own
-    resolution still gets coarser levels to start from.
-
-    Parameters
-    ----------
-    grid : Grid
-        Of the fixed scan.
-    voxels : sequence of int
-        Of each level, in any order.
+    The finest level has the largest of the wanted numbers of voxels over the field of view of the fixed ``grid``, but
+    is never finer than the scan. The ratios between levels follow from the numbers, so that a small crop at its own
+    resolution still gets coarser levels.
     """
     volume_mm3 = float(np.prod(np.array(grid.shape) * grid.spacing_mm))
     most = max(voxels)
@@ -92,77 +76,53 @@ def level_spacings_mm(grid: Grid, voxels: Sequence[int]) -> tuple[float, ...]:
 
 
 def prepare(scan: Volume, labels: Volume | None, finest_mm: float, name: str) -> Scan:
-    """Normalise a scan and reduce it by whole factors as far as ``finest_mm`` allows.
+    """Normalise a scan and downsample it by whole factors as far as ``finest_mm`` allows.
 
     Raises
     ------
     RegistrationError
         If there is no foreground; ``name`` says of which scan.
     """
-    reduced = _reduced(scan, finest_mm)
+    reduced = _downsample(scan, finest_mm)
     low, high = np.percentile(reduced.data, (1, 99))
-    threshold = low + _FOREGROUND_SHARE * (high - low)
+    threshold = low + _FOREGROUND_FRACTION * (high - low)
     foreground = reduced.data > threshold
     if not foreground.any():
         raise RegistrationError(f"the {name} shows nothing but background; check its intensities")
     low, high = np.percentile(reduced.data[foreground], (1, 99))
-    return _normalised(reduced, labels, finest_mm, (float(low), float(high), float(threshold)))
+    return _normalise(reduced, labels, finest_mm, (float(low), float(high), float(threshold)))
 
 
 def prepare_part(
     scan: Volume, labels: Volume | None, points_mm: NDArray[np.float64], finest_mm: float, whole: Scan
 ) -> Scan:
-    """A part of a scan, less reduced and with the intensities of the whole.
-
-    Parameters
-    ----------
-    scan : Volume
-        As it came.
-    labels : Volume or None
-        On its grid.
-    points_mm : array, (N, 3)
-        RAS+ mm; the part is the box around those of them that are in view.
-    finest_mm : float
-        As for :func:`prepare`.
-    whole : Scan
-        What :func:`prepare` made of ``scan``.
-    """
+    """Prepare the part of a scan around points, (N, 3) RAS+ mm, with the intensity window of the whole."""
     ijk = scan.grid.world_to_voxel(points_mm)
     last = np.array(scan.grid.shape) - 1
     start = np.clip(np.floor(ijk.min(axis=0)) - 1, 0, last).astype(int)
     stop = np.clip(np.ceil(ijk.max(axis=0)) + 1, start, last).astype(int) + 1
     box = tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
     grid = scan.grid.crop(start, stop)
-    part = _reduced(Volume(scan.data[box], grid), finest_mm)
-    return _normalised(part, None if labels is None else Volume(labels.data[box], grid), finest_mm, whole.window)
+    part = _downsample(Volume(scan.data[box], grid), finest_mm)
+    return _normalise(part, None if labels is None else Volume(labels.data[box], grid), finest_mm, whole.window)
 
 
-def _normalised(reduced: Volume, labels: Volume | None, finest_mm: float, window: tuple[float, float, float]) -> Scan:
-    """A scan whose voxels are already as large as wanted, and labels whose are not."""
+def _normalise(reduced: Volume, labels: Volume | None, finest_mm: float, window: tuple[float, float, float]) -> Scan:
+    """A downsampled scan, and labels that are not downsampled yet."""
     low, high, threshold = window
     intensity = np.clip((reduced.data - low) / max(high - low, 1e-12), 0, 1).astype(np.float32)
     foreground = Volume((reduced.data > threshold).astype(np.float32), reduced.grid)
-    near = None
+    labelled = None
     if labels is not None:
-        near = _reduced(Volume((labels.data > 0).astype(np.float32), labels.grid), finest_mm)
-    return Scan(Volume(intensity, reduced.grid), foreground, near, window)
+        labelled = _downsample(Volume((labels.data > 0).astype(np.float32), labels.grid), finest_mm)
+    return Scan(Volume(intensity, reduced.grid), foreground, labelled, window)
 
 
 def level_grid(grid: Grid, axes: NDArray[np.float64], voxels: int, *, finest_mm: float | None = None) -> Grid:
-    """An isotropic grid of about so many voxels over the field of view of ``grid``, but no finer than the scan.
+    """Make an isotropic grid of at most about ``voxels`` voxels over the field of view of ``grid``.
 
-    Isotropic where slices are thick, too: levels with slices as thick as the scan's were clearly worse on Cardiac.
-
-    Parameters
-    ----------
-    grid : Grid
-        To be covered.
-    axes : array, (3, 3)
-        As for :func:`frame_grid`.
-    voxels : int
-        Wanted at most, but for rounding.
-    finest_mm : float, optional
-        Smallest spacing of the scan; that of ``grid`` if left out.
+    Isotropic for thick slices too. Never finer than ``finest_mm``, the finest spacing of ``grid`` if left out;
+    ``axes`` as for :func:`frame_grid`.
     """
     smallest = float(grid.spacing_mm.min()) if finest_mm is None else finest_mm
     extent = np.ptp(grid.corners_mm @ axes, axis=0) + smallest
@@ -170,16 +130,9 @@ def level_grid(grid: Grid, axes: NDArray[np.float64], voxels: int, *, finest_mm:
 
 
 def frame_grid(grid: Grid, axes: NDArray[np.float64], spacing_mm: ArrayLike) -> Grid:
-    """A grid over the field of view of ``grid``, along other axes.
+    """Make a grid over the voxel centres of ``grid`` along other axes: (3, 3) unit vectors in columns, made orthogonal.
 
-    Parameters
-    ----------
-    grid : Grid
-        Whose voxel centres are to be covered.
-    axes : array, (3, 3)
-        Unit vectors in columns, RAS+; need not be orthogonal (they are made so).
-    spacing_mm : float or array, (3,)
-        Of the new grid, one for all axes or one for each.
+    ``spacing_mm`` is one for all axes or one for each.
     """
     spacing_mm = np.broadcast_to(np.asarray(spacing_mm, dtype=np.float64), 3)
     orthogonal, upper = np.linalg.qr(axes)
@@ -201,11 +154,11 @@ def axes_of(grid: Grid) -> NDArray[np.float64]:
 
 
 def on_grid(scan: Scan, grid: Grid, device: str, fixed_to_moving: Transform | None = None) -> Level:
-    """Smooth a scan as the grid's spacing asks for and sample it, through a transform where given."""
-    image = resample(_smoothed(scan.intensity, grid), grid, fixed_to_moving, outside=-1)
+    """Smooth a scan against aliasing and sample it on a grid, through a transform where given."""
+    image = resample(_smooth(scan.intensity, grid), grid, fixed_to_moving, outside=-1)
     inside = (image >= 0).astype(np.float32)
-    weight = resample(_smoothed(scan.foreground, grid), grid, fixed_to_moving)
-    near = None if scan.near is None else resample(_smoothed(scan.near, grid), grid, fixed_to_moving)
+    weight = resample(_smooth(scan.foreground, grid), grid, fixed_to_moving)
+    labelled = None if scan.labelled is None else resample(_smooth(scan.labelled, grid), grid, fixed_to_moving)
 
     def tensor(values: NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(values).to(device)[None, None]
@@ -215,37 +168,25 @@ def on_grid(scan: Scan, grid: Grid, device: str, fixed_to_moving: Transform | No
         tensor(np.maximum(image, 0)),
         tensor(inside),
         tensor(np.clip(weight, 0, 1) * inside),
-        None if near is None else tensor(near),
+        None if labelled is None else tensor(labelled),
     )
 
 
 def volume_changes(
     field: DisplacementField, local: DisplacementField | None, fixed: Scan
 ) -> tuple[float, JacobianStatistics]:
-    """Folding share and Jacobian statistics of a deformation in the foreground of the fixed scan.
+    """Measure folding and Jacobian statistics of a deformation in the foreground of the fixed scan.
 
-    Parameters
-    ----------
-    field, local : DisplacementField
-        ``local``, where there is one, is applied first.
-    fixed : Scan
-        Whose foreground counts.
-
-    Returns
-    -------
-    folding : float
-        Share of the foreground, in [0, 1], by volume.
-    statistics : JacobianStatistics
-        In the local field's box where there is one, else everywhere.
+    ``local``, where there is one, is applied first. Returns the fraction of the foreground that folds, in [0, 1], and
+    the statistics: in the local field's box where there is one, else everywhere.
     """
-    return deformation_statistics(field, local, lambda grid: resample(fixed.foreground, grid) > _BODY_SHARE)
+    return deformation_statistics(field, local, lambda grid: resample(fixed.foreground, grid) > _BODY_FRACTION)
 
 
-def _smoothed(volume: Volume, onto: Grid) -> Volume:
-    """Gaussian-filtered against aliasing on the grid ``onto``, whose axes are at right angles.
+def _smooth(volume: Volume, onto: Grid) -> Volume:
+    """Smooth against aliasing on the grid ``onto``, whose axes are at right angles.
 
-    The standard deviation is half the ratio of spacings, less the half voxel that sampling itself blurs by
-    (as for pyramids in ITK and elastix).
+    Sigma is half the ratio of spacings, less the half voxel that sampling itself blurs by (as in ITK and elastix).
     """
     axes = volume.grid.affine[:3, :3] / volume.grid.spacing_mm
     # The length in which a scan's axis crosses one voxel of the grid.
@@ -258,7 +199,7 @@ def _smoothed(volume: Volume, onto: Grid) -> Volume:
 
 
 def _block_means(data: NDArray[np.float32], factors: Sequence[int]) -> NDArray[np.float32]:
-    """Means over blocks of voxels; an incomplete last block is filled up with its last plane."""
+    """Means over blocks of voxels; an incomplete last block is padded with its last plane."""
     for axis, factor in enumerate(factors):
         if factor == 1:
             continue
@@ -270,13 +211,13 @@ def _block_means(data: NDArray[np.float32], factors: Sequence[int]) -> NDArray[n
     return np.ascontiguousarray(data, dtype=np.float32)
 
 
-def _reduced(scan: Volume, finest_mm: float) -> Volume:
-    """Means over blocks of voxels that are no longer than ``finest_mm``."""
+def _downsample(scan: Volume, finest_mm: float) -> Volume:
+    """Block means, by whole factors, of voxels no longer than ``finest_mm``."""
     factors = tuple(max(1, int(finest_mm / spacing)) for spacing in scan.grid.spacing_mm)
-    return Volume(_block_means(scan.data, factors), _reduced_grid(scan.grid, factors))
+    return Volume(_block_means(scan.data, factors), _downsampled_grid(scan.grid, factors))
 
 
-def _reduced_grid(grid: Grid, factors: Sequence[int]) -> Grid:
+def _downsampled_grid(grid: Grid, factors: Sequence[int]) -> Grid:
     scale = np.array(factors, dtype=np.float64)
     affine = grid.affine.copy()
     affine[:3, :3] = grid.affine[:3, :3] * scale

@@ -1,4 +1,4 @@
-"""Reading tensors at points, and following a velocity."""
+"""Differentiable sampling of volumes, and integration of velocity fields."""
 
 from __future__ import annotations
 
@@ -8,20 +8,13 @@ from torch import Tensor
 
 
 def sample_at(channels: Tensor, where: Tensor) -> Tensor:
-    """Read a volume at points, the border's values beyond it.
+    """Sample a volume at points by linear interpolation; border values beyond the border.
 
-    PyTorch samples one volume with one thread on a CPU. Cut into as many slabs as there are threads, each beside
-    the same volume, it uses them all, to the same bits.
+    PyTorch samples one volume with one thread on a CPU; cut into as many slabs as there are threads, it uses them all,
+    with identical results.
 
-    Parameters
-    ----------
-    channels : Tensor, (1, C, I, J, K)
-    where : Tensor, (1, A, B, D, 3)
-        In units of -1 to 1, the last axis first, as :func:`torch.nn.functional.grid_sample` takes it.
-
-    Returns
-    -------
-    Tensor, (1, C, A, B, D)
+    ``channels`` are (1, C, I, J, K), ``where`` (1, A, B, D, 3) as :func:`torch.nn.functional.grid_sample` takes it: -1
+    to 1, the last axis first. Returns (1, C, A, B, D).
     """
     planes = where.shape[1]
     slabs = min(torch.get_num_threads(), planes) if channels.device.type == "cpu" else 1
@@ -37,18 +30,7 @@ def sample_at(channels: Tensor, where: Tensor) -> Tensor:
 
 
 def sample_displaced(channels: Tensor, displacement: Tensor) -> Tensor:
-    """Read a volume at displaced voxels, the border's values beyond it.
-
-    Parameters
-    ----------
-    channels : Tensor, (1, C, I, J, K)
-    displacement : Tensor, (1, 3, I, J, K)
-        In voxels of the same grid.
-
-    Returns
-    -------
-    Tensor, (1, C, I, J, K)
-    """
+    """Warp (1, C, I, J, K) by a displacement, (1, 3, I, J, K), in voxels of the same grid."""
     shape = displacement.shape[2:]
     axes = [torch.linspace(-1, 1, n, device=displacement.device) for n in shape]
     nodes = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)[None]
@@ -56,22 +38,11 @@ def sample_displaced(channels: Tensor, displacement: Tensor) -> Tensor:
     return sample_at(channels, (nodes + displacement.movedim(1, -1) * to_unit).flip(-1))
 
 
-def flow(velocity: Tensor, squarings: int) -> Tensor:
-    """The displacement after unit time along a velocity that does not change, by scaling and squaring.
+def integrate_velocity(velocity: Tensor, squarings: int) -> Tensor:
+    """Integrate a stationary velocity, (1, 3, I, J, K) in voxels, to a displacement by scaling and squaring.
 
-    Arsigny et al., "A Log-Euclidean Framework for Statistics on Diffeomorphisms", MICCAI 2006. It can be undone as far
-    as a step, ``velocity / 2**squarings``, is small.
-
-    Parameters
-    ----------
-    velocity : Tensor, (1, 3, I, J, K)
-        In units of its own grid's spacing.
-    squarings : int
-
-    Returns
-    -------
-    Tensor, (1, 3, I, J, K)
-        In units of the grid's spacing.
+    Arsigny et al., "A Log-Euclidean Framework for Statistics on Diffeomorphisms", MICCAI 2006. Invertible as far as a
+    step, ``velocity / 2**squarings``, is small.
     """
     displacement: Tensor = velocity / 2**squarings
     for _ in range(squarings):

@@ -1,13 +1,14 @@
-"""Where a structure of the atlas may lie in the query: all translations within reach at once, by FFT.
+"""Candidate places of one structure of the atlas in the query: all translations within reach at once, by FFT.
 
-The structure is taken with the tissue right around it. What comes back is several shifts, the best first: at the
-resolution this can be done at, an organ of another size, turned a little, often matches something else as well, and
-:mod:`.poses` decides between them.
+The structure is matched together with the tissue right around it. Several translations are returned: at this
+resolution an organ of another size, turned a little, often matches something else as well, and
+:mod:`.structure_affine` decides between them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,33 +20,19 @@ from ..core.mask import LocalMap
 from .features import mind_ssc
 from .pyramid import Level
 
-#: Standard deviation of the prior on a shift, as a share of the field of view's size (its volume's cube root):
-#: 3 to 4 cm for an abdomen, 5 mm for a hippocampus crop. Shifts of twice that are searched.
-PRIOR_SHARE = 0.1
-
-
+#: Standard deviation of the prior on a translation, as a fraction of the field of view's size (its volume's cube root).
+PRIOR_FRACTION = 0.1
+#: Standard deviations of the prior within which translations are searched.
 _REACH = 2.0
-
-
-#: Tissue around a structure that is matched with it, mm of an abdomen (field of view 350 mm), as a share again.
-_SURROUNDINGS_SHARE = 0.03
-
-
-#: Weights of the terms: MIND-SSC difference (1), correlation, squared intensity difference and prior. Over 48
-#: organs of Abd-MR and Abd-CT the median error of position falls from 20 to 11 mm; leaving the correlation or the
-#: MIND term out, or a prior three times as strong, loses a tenth of the organs more.
+#: Tissue around a structure that is matched with it, as a fraction of the field of view's size.
+_SURROUNDINGS_FRACTION = 0.03
+#: Weights of correlation, squared intensity difference and prior beside the MIND-SSC difference (1).
 CORRELATION_WEIGHT, INTENSITY_WEIGHT, PRIOR_WEIGHT = 2.0, 5.0, 0.2
-
-
-#: Price of the part of a structure that a shift takes out of the field of view.
-OUTSIDE_PRICE = 1.0
-
-
+#: Penalty of the part of a structure that a translation takes out of the field of view.
+OUTSIDE_PENALTY = 1.0
 #: Added to products of variances, against division by zero where all is of one brightness.
 VARIANCE_FLOOR = 1e-5
-
-
-#: Voxels on each side within which a shift is compared with its neighbours.
+#: Voxels on each side within which a minimum must be the lowest.
 _NEIGHBOURHOOD = 2
 
 
@@ -53,12 +40,8 @@ _NEIGHBOURHOOD = 2
 class Patch:
     """A structure of the atlas with the tissue around it.
 
-    Parameters
-    ----------
-    start : tuple of int
-        First voxel of the box.
-    weight : Tensor, (A, B, C)
-        1 in the structure, falling to 0 with the distance from it; 0 where the atlas has not been imaged.
+    ``start`` is the first voxel of its box; ``weight``, (A, B, C), is 1 in the structure, falling to 0 with the
+    distance from it, and 0 outside the atlas's field of view.
     """
 
     start: tuple[int, int, int]
@@ -66,28 +49,22 @@ class Patch:
 
     @property
     def box(self) -> tuple[slice, slice, slice]:
-        """Its voxels on the grid."""
+        """Slices of the box on the grid."""
         i, j, k = (slice(first, first + n) for first, n in zip(self.start, self.weight.shape, strict=True))
         return i, j, k
 
 
-class ShiftSearch:
-    """Matches patches of the atlas in the query at all translations within reach.
+class TranslationSearch:
+    """Match patches of the atlas in the query at all translations within reach.
 
-    Parameters
-    ----------
-    query, atlas : Level
-        On the same grid.
-    spacing_mm : float
-        Of that grid.
-    size_mm : float
-        Of the field of view: its volume's cube root.
+    ``query`` and ``atlas`` are on one grid of ``spacing_mm``; ``size_mm`` is the cube root of the field of view's
+    volume.
     """
 
     def __init__(self, query: Level, atlas: Level, spacing_mm: float, size_mm: float) -> None:
         self._spacing_mm = spacing_mm
-        self._surroundings_mm = max(_SURROUNDINGS_SHARE * size_mm, spacing_mm)
-        sigma = PRIOR_SHARE * size_mm / spacing_mm
+        self._surroundings_mm = max(_SURROUNDINGS_FRACTION * size_mm, spacing_mm)
+        sigma = PRIOR_FRACTION * size_mm / spacing_mm
         self._reach = max(1, int(np.ceil(_REACH * sigma)))
         steps = (torch.arange(-self._reach, self._reach + 1, device=query.image.device) / sigma) ** 2
         self._prior = 0.5 * (steps[:, None, None] + steps[None, :, None] + steps[None, None, :])
@@ -100,7 +77,7 @@ class ShiftSearch:
         self._atlas_mind = mind_ssc(atlas.image)[0]
 
     def patch(self, mask: LocalMap) -> Patch | None:
-        """The patch of a structure; None if the atlas has not been imaged there."""
+        """Cut out the patch of a structure; None if it is outside the atlas's field of view."""
         margin = int(np.ceil(self._surroundings_mm / self._spacing_mm))
         start = [max(0, first - margin) for first in mask.start]
         stop = [min(n, last + margin) for last, n in zip(mask.stop, self._atlas_image.shape, strict=True)]
@@ -111,20 +88,9 @@ class ShiftSearch:
         return Patch(found.start, weight) if float(weight.sum()) > 0 else None
 
     def candidates(self, patch: Patch, count: int, *, brightness: bool = True) -> Tensor:
-        """Where the patch may lie, the best place first.
+        """Find at most ``count`` translations from warped atlas to query, (n, 3) voxels: the lowest minima, best first.
 
-        Parameters
-        ----------
-        patch : Patch
-        count : int
-            The most places asked for.
-        brightness : bool
-            Whether brightness is compared, and not MIND-SSC alone.
-
-        Returns
-        -------
-        Tensor, (n, 3)
-            Shifts in voxels from the warped atlas to the query: the lowest minima of the cost.
+        Without ``brightness``, by MIND-SSC alone.
         """
         cost = self._costs(patch, brightness=brightness)
         width = 2 * _NEIGHBOURHOOD + 1
@@ -134,7 +100,7 @@ class ShiftSearch:
         return (places[order] - self._reach).float()
 
     def _costs(self, patch: Patch, *, brightness: bool) -> Tensor:
-        """Cost of every shift within reach, (2 reach + 1) cubed."""
+        """Cost of every translation within reach, (2 reach + 1) cubed."""
         weight = patch.weight / patch.weight.sum()
         image, mind = self._atlas_image[patch.box], self._atlas_mind[:, *patch.box]
         window = tuple(slice(part.start, part.stop + 2 * self._reach) for part in patch.box)
@@ -143,12 +109,10 @@ class ShiftSearch:
         around = 2 * self._reach + 1
 
         def spectrum(values: Tensor) -> Tensor:
-            transformed: Tensor = torch.fft.rfftn(values, s=size)
-            return transformed
+            return cast("Tensor", torch.fft.rfftn(values, s=size))
 
         def at_shifts(product: Tensor) -> Tensor:
-            shifted: Tensor = torch.fft.irfftn(product, s=size)[:around, :around, :around]
-            return shifted
+            return cast("Tensor", torch.fft.irfftn(product, s=size)[:around, :around, :around])
 
         kernel, scene = spectrum(weight).conj(), torch.fft.rfftn(query, s=size, dim=(1, 2, 3))
         mean, square, seen = (at_shifts(kernel * scene[channel]) for channel in range(3))
@@ -156,7 +120,7 @@ class ShiftSearch:
         for channel in range(len(mind)):
             cross = cross - 2 * spectrum(weight * mind[channel]).conj() * scene[3 + channel]
         cost = at_shifts(cross) + (weight * mind.pow(2).sum(dim=0)).sum()
-        cost = cost + OUTSIDE_PRICE * (1 - seen) + PRIOR_WEIGHT * self._prior
+        cost = cost + OUTSIDE_PENALTY * (1 - seen) + PRIOR_WEIGHT * self._prior
         if not brightness:
             return cost
         product = at_shifts(spectrum(weight * image).conj() * scene[0])

@@ -1,14 +1,13 @@
 """The deformable engine ``instance``: the displacement field itself is optimised on the pair, coarse to fine.
 
-Each level adds to what the levels before it found. The addition lives on a control grid of every second
-voxel, is smoothed by two passes of a 3-voxel cube and interpolated to the voxels (in effect a B-spline).
-Adam lowers the MIND-SSC difference, one minus the local correlation, and the squared gradient of the
-addition (cf. Siebert, Hansen & Heinrich, "Fast 3D Registration with Accurate Optimisation and Little
-Learning for Learn2Reg 2021", whose second stage is alike). The last level covers only the box of the labels,
-as finely as the query's own voxels allow: the structures are what the field is for.
+Each level adds to the displacement of the levels before it. The addition lives on a control grid of every second
+voxel, is smoothed by two passes of a 3-voxel cube and interpolated to the voxels (in effect a B-spline). Adam lowers
+the MIND-SSC difference, one minus the local correlation, the squared gradient of the addition and a Jacobian penalty
+(cf. Siebert, Hansen & Heinrich, "Fast 3D Registration with Accurate Optimisation and Little Learning for Learn2Reg
+2021"). The last level covers only the box of the labels, at up to the query's own resolution.
 
-Several such fits are made, with other weights. Where the scans leave open how they go together, the fits differ, and
-labels warped by all of them and averaged are as near to the truth as those of the best, or nearer, on most data.
+An ensemble of such fits has other weights in each member. Where the scans leave the correspondence open the members
+differ, and the mean of the labels warped by all of them is as near to the truth as the best member's, or nearer.
 """
 
 from __future__ import annotations
@@ -29,20 +28,45 @@ from ...core.image import Volume
 from ...transforms.maps import Affine, Chain, DisplacementField, Transform, displacement_on
 from ...transforms.resample import resample, warp_labels
 from ..features import LocalCorrelation, mind_ssc
-from ..pair import Fitted, Pair, Start
 from ..pyramid import Scan, axes_of, level_grid, on_grid
-from ..sampling import flow, sample_at
+from ..result import Registration
+from ..sampling import integrate_velocity, sample_at
 
 if TYPE_CHECKING:
     from ...settings import InstanceSettings, RegistrationSettings
-
+    from ..pair import Pair, Start
 
 logger = logging.getLogger(__name__)
 
+#: Voxels between control points.
+_STRIDE = 2
+#: Half width of the cube of the local correlation, in voxels: 7 across.
+_CORRELATION_RADIUS = 3
+#: Tissue compressed to less than this fraction of its volume is penalised.
+_LEAST_VOLUME = 0.3
+#: Adam's step in voxels of the level.
+_STEP_VOXELS = 0.5
+#: MIND-SSC is compared at one voxel in eight, another one of each cube of eight in every step: its patches overlap.
+_PARITIES = ((0, 0, 0), (1, 1, 1), (0, 1, 1), (1, 0, 0), (1, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0))
+#: Control points at the border of the labels' box that stay: two passes of smoothing reach two of them.
+_FIXED_BORDER = 3
+#: Around the warped labels, voxels of the last level: room for the labels to move and for the cubes compared.
+_MARGIN_VOXELS = 12
+#: A voxel of the atlas counts as labelled from this fraction on.
+_LABELLED_FRACTION = 0.05
+#: Squarings in the integration of a velocity; 7 in VoxelMorph's diffeomorphic layers, too.
+_SQUARINGS = 7
+#: Contrast is compared in the largest structures, and in those with at least so many voxels on the coarse level.
+_MOST_STRUCTURES, _FEWEST_VOXELS = 32, 8
+#: A voxel is in a structure from this fraction on.
+_INSIDE_FRACTION = 0.5
+#: Reach of the emphasis beyond a structure's border, as a fraction of the grid's size (its volume's cube root).
+_EMPHASIS_REACH = 0.03
+
 
 @dataclass(frozen=True)
-class _Variation:
-    """By what the weights of a further fit are multiplied; see the settings of the same names."""
+class _WeightFactors:
+    """Factors of one member's weights; see the settings of the same names."""
 
     mind: float = 1.0
     correlation: float = 1.0
@@ -50,69 +74,17 @@ class _Variation:
     emphasis: float = 1.0
 
 
-#: Voxels between control points.
-_STRIDE = 2
-
-
-#: Half width of the cube of the local correlation, in voxels: 7 across.
-_CORRELATION_RADIUS = 3
-
-
-#: Tissue squeezed to less than this share of its volume is penalised.
-_LEAST_VOLUME = 0.3
-
-
-#: Adam's step in voxels of the level.
-_STEP_VOXELS = 0.5
-
-
-#: MIND-SSC is compared at one voxel in eight, another one of each cube of eight in every step: its patches overlap,
-#: and reading all of them takes six times as long (benchmarks/registration_profile.py).
-_PARITIES = ((0, 0, 0), (1, 1, 1), (0, 1, 1), (1, 0, 0), (1, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0))
-
-
-#: Control points from the border of the labels' box that stay: two passes of smoothing reach two of them.
-_FIXED_RIM = 3
-
-
-#: Around the warped labels, voxels of the last level: room for the labels to move and for the cubes compared.
-_MARGIN_VOXELS = 12
-
-
-#: A voxel of the atlas counts as labelled where this share of it is.
-_LABELLED_SHARE = 0.05
-
-
-#: Halvings of a velocity before it is taken for a displacement; 7 in VoxelMorph's diffeomorphic layers, too.
-_SQUARINGS = 7
-
-
-#: Contrast is compared in the largest structures, and in those with at least so many voxels on the coarse level.
-_MOST_STRUCTURES, _FEWEST_VOXELS = 32, 8
-
-
-#: A voxel is in a structure from this share on.
-_INSIDE_SHARE = 0.5
-
-
-#: The further fits, in this order: other answers to what the scans leave open. Dice of the warped atlas by the fit of
-#: the settings alone / a smoother one / mostly MIND-SSC / mostly correlation: 0.798 / 0.807 / 0.785 / 0.794 (Cardiac,
-#: 10 pairs), 0.816 / 0.811 / 0.796 / 0.816 (Hippocampus, 12), 0.838 / 0.829 / 0.814 / 0.813 (Abd-MR, 10; the last three
-#: without the rule of caution).
-_VARIATIONS = (
-    _Variation(smoothness=3.0, emphasis=0.25),
-    _Variation(mind=2.0, correlation=0.3),
-    _Variation(mind=0.4, correlation=2.0),
+#: Members of the ensemble after the first: smoother, mostly MIND-SSC, mostly correlation.
+_FURTHER_MEMBERS = (
+    _WeightFactors(smoothness=3.0, emphasis=0.25),
+    _WeightFactors(mind=2.0, correlation=0.3),
+    _WeightFactors(mind=0.4, correlation=2.0),
 )
-
-
-#: Reach of the emphasis beyond a structure's border, as a share of the grid's size (its volume's cube root).
-_EMPHASIS_REACH = 0.03
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """What counts how much on one level; see the settings of the same names."""
+    """Iterations and weights of one level; see the settings of the same names."""
 
     iterations: int
     mind: float
@@ -123,117 +95,98 @@ class _Weights:
     diffeomorphic: bool
 
 
-def fit(pair: Pair, linear: Affine, start: Start | None, settings: RegistrationSettings, device: str) -> Fitted:
+def fit(pair: Pair, linear: Affine, start: Start | None, settings: RegistrationSettings, device: str) -> Registration:
     """Optimise the displacement of one pair.
 
-    Parameters
-    ----------
-    pair : Pair
-        Query and atlas.
-    linear : Affine
-        Fixed to moving world, applied after the field.
-    start : Start or None
-        To begin with; then the first level is left out. It would undo much of what the start knows: with it, Dice of
-        the warped atlas is lower by 1.2 points on Abd-CT (15 pairs), 0.4 on Abd-MR (10), 1.9 on Cardiac (15) and 0.4 on
-        Hippocampus (17).
-
-    Returns
-    -------
-    Fitted
-        Its field lies on the grid of the finest level that covers the whole field of view, its local field on that of
-        the level in the box of the labels. The further fits are its ``others``.
+    ``linear``, fixed to moving world, is applied after the field. With a ``start`` the first level is left out: it
+    would undo much of it. The field lies on the grid of the finest level over the whole field of view, the local field
+    on that of the level in the labels' box.
     """
     options = settings.instance
-    fitting = _Fitting(pair, linear, options, device)
-    begin, cautious = None if start is None else start.field, False
-    field, parameters = fitting.on_all_levels(begin, _Variation(), cautious=cautious)
-    if options.cautious and pair.moving_labels is not None:
+    begin, robust = None if start is None else start.field, False
+    first = _Member(pair, linear, options, device)
+    field, count = first.fit_levels(begin)
+    if options.contrast_robust and pair.moving_labels is not None:
         difference = _contrast_difference(pair, pair.moving_labels, field, linear)
-        cautious = difference > options.contrast_tolerance
-        logger.debug("contrast of the structures differs by %.3f of the range: cautious %s", difference, cautious)
-        if cautious:
+        robust = difference > options.contrast_tolerance
+        logger.debug("contrast of the structures differs by %.3f of the range: contrast-robust %s", difference, robust)
+        if robust:
             if start is not None and start.without_brightness is not None:
                 begin = start.without_brightness()
-            field, parameters = fitting.on_all_levels(begin, _Variation(), cautious=cautious)
-    local, of_local = fitting.in_labels_box(field, _Variation())
-    others = []
-    for variation in _VARIATIONS[: options.fits - 1]:
-        other, _ = fitting.on_all_levels(begin, variation, cautious=cautious)
-        near, _ = fitting.in_labels_box(other, variation)
-        others.append(Chain((other, linear) if near is None else (near, other, linear)))
-    return Fitted(linear, field, {"deformable": (parameters + of_local) * options.fits}, local, tuple(others))
+            first = _Member(pair, linear, options, device, contrast_robust=True)
+            field, count = first.fit_levels(begin)
+    local, local_count = first.fit_labels_box(field)
+    further: list[Transform] = []
+    for factors in _FURTHER_MEMBERS[: options.ensemble - 1]:
+        member = _Member(pair, linear, options, device, factors, contrast_robust=robust)
+        other, _ = member.fit_levels(begin)
+        near, _ = member.fit_labels_box(other)
+        further.append(Chain((other, linear) if near is None else (near, other, linear)))
+    counts = {"deformable": (count + local_count) * options.ensemble}
+    return Registration(linear, field, local, parameter_count=counts, further_members=tuple(further))
 
 
 @dataclass(frozen=True, eq=False)
-class _Fitting:
-    """Fits of one pair that differ in their weights.
-
-    Parameters
-    ----------
-    pair, linear, device
-        As :func:`fit` has them.
-    options : InstanceSettings
-    """
+class _Member:
+    """One member of the ensemble: a fit of the pair with its own weights. Fits return their parameter count, too."""
 
     pair: Pair
     linear: Affine
     options: InstanceSettings
     device: str
+    factors: _WeightFactors = _WeightFactors()
+    contrast_robust: bool = False
 
-    def on_all_levels(
-        self, begin: DisplacementField | None, variation: _Variation, *, cautious: bool
-    ) -> tuple[DisplacementField, int]:
-        """Over the whole field of view, coarse to fine; the field, and how many numbers its last level fitted."""
+    def fit_levels(self, begin: DisplacementField | None) -> tuple[DisplacementField, int]:
+        """Fit over the whole field of view, coarse to fine."""
         last = len(self.options.level_voxels) - 1
         first = 0 if begin is None else min(1, last)
-        field, parameters = self._on_level(first, begin, variation, cautious=cautious)
+        field, count = self._fit_level(first, begin)
         for number in range(first + 1, last + 1):
-            field, parameters = self._on_level(number, field, variation, cautious=cautious)
-        return field, parameters
+            field, count = self._fit_level(number, field)
+        return field, count
 
-    def _on_level(
-        self, number: int, begin: DisplacementField | None, variation: _Variation, *, cautious: bool
-    ) -> tuple[DisplacementField, int]:
-        """One level over the whole field of view; the field, and how many numbers were fitted."""
+    def _fit_level(self, number: int, begin: DisplacementField | None) -> tuple[DisplacementField, int]:
         pair, view = self.pair, self.pair.fixed.grid
         grid = level_grid(view, axes_of(view), self.options.level_voxels[number])
-        weights = _weights(self.options, number, variation, cautious=cautious)
+        weights = self._weights(number, robust=self.contrast_robust)
         if not self.options.diffeomorphic or begin is None:
             level = _Level(pair.fixed_scan, pair.moving_scan, grid, self.linear, self.device)
-            return level.fit(begin, weights, fixed_rim=False), level.parameters
+            return level.fit(begin, weights, fixed_border=False), level.parameter_count
         # Sums of maps that can be undone may fold; maps one after the other do not.
         level = _Level(pair.fixed_scan, pair.moving_scan, grid, Chain((begin, self.linear)), self.device)
-        added = level.fit(None, weights, fixed_rim=False)
-        return displacement_on(Chain((added, begin)), grid), level.parameters
+        added = level.fit(None, weights, fixed_border=False)
+        return displacement_on(Chain((added, begin)), grid), level.parameter_count
 
-    def in_labels_box(self, field: DisplacementField, variation: _Variation) -> tuple[DisplacementField | None, int]:
-        """The last level; None if there is none, and how many numbers were fitted."""
-        pair, options, transform = self.pair, self.options, Chain((field, self.linear))
-        voxels = _local_voxels(options, pair.moving_labels)
+    def fit_labels_box(self, field: DisplacementField) -> tuple[DisplacementField | None, int]:
+        """Fit the last level, in the labels' box; None if there is none."""
+        pair, transform = self.pair, Chain((field, self.linear))
+        voxels = _local_voxels(self.options, pair.moving_labels)
         box = _labels_box(pair.moving_scan, field, transform, pair.fixed.grid, voxels)
         if box is None:
             return None, 0
-        fixed, moving = pair.near(box, transform)
+        fixed, moving = pair.crop(box, transform)
         level = _Level(fixed, moving, box, transform, self.device)
-        weights = _weights(options, len(options.level_voxels), variation, cautious=False)
-        return level.fit(None, weights, fixed_rim=True), level.parameters
+        weights = self._weights(len(self.options.level_voxels), robust=False)
+        return level.fit(None, weights, fixed_border=True), level.parameter_count
 
+    def _weights(self, level: int, *, robust: bool) -> _Weights:
+        """Weights of one level; the last value of a list holds for all levels after it."""
 
-def _weights(options: InstanceSettings, level: int, variation: _Variation, *, cautious: bool) -> _Weights:
-    """Of one level; the last value of a list holds for all levels after it."""
+        def of(values: Sequence[float]) -> float:
+            return values[min(level, len(values) - 1)]
 
-    def of(values: Sequence[float]) -> float:
-        return values[min(level, len(values) - 1)]
-
-    return _Weights(
-        int(of(options.iterations)),
-        of(options.cautious_mind_weight if cautious else options.mind_weight) * variation.mind,
-        of(options.cautious_correlation_weight if cautious else options.correlation_weight) * variation.correlation,
-        of(options.cautious_smoothness if cautious else options.smoothness) * variation.smoothness,
-        options.folding_penalty,
-        options.structure_emphasis * variation.emphasis,
-        options.diffeomorphic,
-    )
+        options, factors = self.options, self.factors
+        correlation = options.contrast_robust_correlation_weight if robust else options.correlation_weight
+        return _Weights(
+            int(of(options.iterations)),
+            of(options.contrast_robust_mind_weight if robust else options.mind_weight) * factors.mind,
+            of(correlation) * factors.correlation,
+            of(options.contrast_robust_smoothness if robust else options.smoothness) * factors.smoothness,
+            options.folding_penalty,
+            options.structure_emphasis * factors.emphasis,
+            options.diffeomorphic,
+        )
 
 
 def _local_voxels(options: InstanceSettings, labels: Volume | None) -> int:
@@ -244,18 +197,13 @@ def _local_voxels(options: InstanceSettings, labels: Volume | None) -> int:
 
 
 def _sizes(labels: Volume) -> dict[int, int]:
-    """Voxels of each structure. Label values may be as large as 32 bits: no table over them."""
+    """Voxels of each structure; no table over label values, which may have 32 bits."""
     values, counts = np.unique(labels.data[labels.data > 0], return_counts=True)
     return dict(zip(values.tolist(), counts.tolist(), strict=True))
 
 
 def _contrast_difference(pair: Pair, labels: Volume, field: DisplacementField, linear: Affine) -> float:
-    """How differently bright the structures are in the two scans, in [0, 1].
-
-    The mean over the largest structures, each counted by its volume, of the difference of medians as a share of the
-    range of each scan. Structures need not be found exactly for that: where a spleen is dark that is bright elsewhere,
-    the liver too stands out, and is found.
-    """
+    """Mean over the largest structures, weighted by volume, of the difference of median intensities, in [0, 1]."""
     transform = Chain((field, linear))
     fixed = on_grid(pair.fixed_scan, field.grid, "cpu").image[0, 0].numpy()
     moving = on_grid(pair.moving_scan, field.grid, "cpu", transform).image[0, 0].numpy()
@@ -263,7 +211,7 @@ def _contrast_difference(pair: Pair, labels: Volume, field: DisplacementField, l
     values = sorted(sizes, key=lambda value: -sizes[value])[:_MOST_STRUCTURES]
     differences, volumes = [], []
     for mask in warp_labels(labels, values, field.grid, transform).values():
-        inside = mask.values >= _INSIDE_SHARE
+        inside = mask.values >= _INSIDE_FRACTION
         if inside.sum() >= _FEWEST_VOXELS:
             volumes.append(int(inside.sum()))
             differences.append(abs(float(np.median(fixed[mask.box][inside]) - np.median(moving[mask.box][inside]))))
@@ -271,10 +219,10 @@ def _contrast_difference(pair: Pair, labels: Volume, field: DisplacementField, l
 
 
 def _labels_box(moving: Scan, field: DisplacementField, transform: Transform, view: Grid, voxels: int) -> Grid | None:
-    """The grid of the last level: around the warped labels, no finer than the query; None if they are out of view."""
-    if moving.near is None or not voxels:
+    """Grid of the last level: around the warped labels, no finer than the query; None if they are out of view."""
+    if moving.labelled is None or not voxels:
         return None
-    nodes = np.argwhere(resample(moving.near, field.grid, transform) >= _LABELLED_SHARE)
+    nodes = np.argwhere(resample(moving.labelled, field.grid, transform) >= _LABELLED_FRACTION)
     if not len(nodes):
         return None
     first, last, axes = nodes.min(axis=0), nodes.max(axis=0), axes_of(view)
@@ -284,28 +232,16 @@ def _labels_box(moving: Scan, field: DisplacementField, transform: Transform, vi
         margin = np.ceil(_MARGIN_VOXELS * grid.spacing_mm / field.grid.spacing_mm).astype(int)
         outer = field.grid.crop(np.maximum(first - margin, 0), np.minimum(last + margin + 1, field.grid.shape))
         grid = level_grid(outer, axes, voxels, finest_mm=float(view.spacing_mm.min()))
-    # Nothing is free to move in a box that is all rim.
-    return grid if min(grid.shape) > 2 * _STRIDE * _FIXED_RIM else None
+    # Nothing is free to move in a box that is all border.
+    return grid if min(grid.shape) > 2 * _STRIDE * _FIXED_BORDER else None
 
 
 class _Level:
-    """One pair on one grid.
-
-    Parameters
-    ----------
-    fixed, moving : Scan
-        Query and atlas.
-    grid : Grid
-        In the fixed world.
-    transform : Transform
-        Fixed to moving world, found before this level.
-    device : str
-        Where to compute.
-    """
+    """One pair on one grid in the fixed world, through the transform found before this level."""
 
     def __init__(self, fixed: Scan, moving: Scan, grid: Grid, transform: Transform, device: str) -> None:
         self.grid, self.device = grid, device
-        self.near, self.transform = moving.near, transform
+        self.labelled, self.transform = moving.labelled, transform
         query, atlas = on_grid(fixed, grid, device), on_grid(moving, grid, device, transform)
         self.query_mind, self.atlas_mind = mind_ssc(query.image), mind_ssc(atlas.image)
         self.correlation = LocalCorrelation(query.image, _CORRELATION_RADIUS)
@@ -318,25 +254,14 @@ class _Level:
         self.nodes = torch.stack(torch.meshgrid(*nodes, indexing="ij"))[None]
 
     @property
-    def parameters(self) -> int:
-        """Numbers fitted."""
+    def parameter_count(self) -> int:
+        """Number of parameters optimised."""
         return 3 * int(np.prod(self.control_shape))
 
-    def fit(self, start: DisplacementField | None, weights: _Weights, *, fixed_rim: bool) -> DisplacementField:
-        """Add to a displacement what makes the scans more alike.
+    def fit(self, start: DisplacementField | None, weights: _Weights, *, fixed_border: bool) -> DisplacementField:
+        """Optimise an addition to ``start``; their sum on the level's grid.
 
-        Parameters
-        ----------
-        start : DisplacementField or None
-            On any grid.
-        weights : _Weights
-        fixed_rim : bool
-            Whether the displacement stays as it is at the border of the grid.
-
-        Returns
-        -------
-        DisplacementField
-            On the level's grid, ``start`` and what was added.
+        With ``fixed_border`` the addition is 0 at the border of the grid.
         """
         shape = list(self.grid.shape)
         base = self._in_voxels(start)
@@ -345,64 +270,53 @@ class _Level:
         control = torch.zeros_like(coarse_base, requires_grad=True)
         weight = self._weight(start, weights.emphasis)
         free = torch.ones_like(coarse_base[:, :1])
-        if fixed_rim:
-            free = _without_rim(free, _FIXED_RIM)
+        if fixed_border:
+            free = _zero_border(free, _FIXED_BORDER)
         optimizer = torch.optim.Adam([control], lr=_STEP_VOXELS)
         for step in range(weights.iterations):
             addition = self._addition(control * free, weights)
             displaced = places + F.interpolate(addition, shape, mode="trilinear", align_corners=True)
             total = coarse_base + addition
-            rough = _roughness(addition / _STRIDE)
-            loss = self._unlikeness(displaced, weight, weights, step) + weights.smoothness * rough
+            gradient = _gradient_penalty(addition / _STRIDE)
+            loss = self._dissimilarity(displaced, weight, weights, step) + weights.smoothness * gradient
             if weights.folding:
-                loss = loss + weights.folding * _compression(total / _STRIDE)
+                loss = loss + weights.folding * _folding_penalty(total / _STRIDE)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         with torch.no_grad():
             addition = self._addition(control * free, weights)
             voxels = base + F.interpolate(addition, shape, mode="trilinear", align_corners=True)
-        if fixed_rim:
-            voxels = _without_rim(voxels, 1)
+        if fixed_border:
+            voxels = _zero_border(voxels, 1)
         world = np.einsum("wv,vijk->wijk", self.grid.affine[:3, :3], voxels[0].cpu().numpy())
         return DisplacementField(self.grid, world.astype(np.float32))
 
     def _addition(self, control: Tensor, weights: _Weights) -> Tensor:
         """(1, 3, I, J, K) displacements of the control points, in voxels of the grid."""
         smooth = _smooth(control)
-        return flow(smooth / _STRIDE, _SQUARINGS) * _STRIDE if weights.diffeomorphic else smooth
+        return integrate_velocity(smooth / _STRIDE, _SQUARINGS) * _STRIDE if weights.diffeomorphic else smooth
 
     def _weight(self, start: DisplacementField | None, emphasis: float) -> Tensor:
-        """(1, 1, I, J, K) weights of the voxels, 1 in sum: the query's foreground, more near the atlas's structures."""
+        """(1, 1, I, J, K) voxel weights, 1 in sum: the query's foreground, more near the atlas's structures."""
         weight = self.weight
-        if emphasis and self.near is not None:
+        if emphasis and self.labelled is not None:
             placed = self.transform if start is None else Chain((start, self.transform))
-            near = resample(self.near, self.grid, placed)
+            near = resample(self.labelled, self.grid, placed)
             size_mm = float(np.prod(np.array(self.grid.shape) * self.grid.spacing_mm)) ** (1 / 3)
             near = ndimage.gaussian_filter(near, _EMPHASIS_REACH * size_mm / self.grid.spacing_mm)
             weight = weight * (1 + emphasis * torch.from_numpy(near).to(self.device)[None, None])
         return weight / weight.sum().clamp_min(1e-6)
 
-    def _unlikeness(self, displaced: Tensor, weight: Tensor, weights: _Weights, step: int) -> Tensor:
-        """How unlike query and warped atlas are.
-
-        Parameters
-        ----------
-        displaced : Tensor, (1, 3, I, J, K)
-            Where each voxel is read in the atlas, in voxels of the grid.
-        weight : Tensor, (1, 1, I, J, K)
-            Of each voxel.
-        weights : _Weights
-        step : int
-            Of the optimisation: which voxels are compared by MIND-SSC depends on it.
-        """
+    def _dissimilarity(self, displaced: Tensor, weight: Tensor, weights: _Weights, step: int) -> Tensor:
+        """Dissimilarity of query and atlas read at displaced voxels, (1, 3, I, J, K); MIND-SSC at the step's voxels."""
         where = (displaced.movedim(1, -1) * self.to_unit - 1).flip(-1)
         warped = sample_at(self.atlas, where)
-        # What is outside the atlas says nothing; it must not pay to leave it either, so no gradient through this.
+        # Outside the atlas nothing is compared; no gradient here, lest leaving it lowers the loss.
         counted = weight * warped[:, 1:].detach()
         loss = torch.zeros((), device=displaced.device)
         if weights.correlation:
-            loss = loss + weights.correlation * self.correlation.unlikeness(warped[:, :1], counted)
+            loss = loss + weights.correlation * self.correlation.dissimilarity(warped[:, :1], counted)
         if weights.mind:
             i, j, k = (slice(first, None, 2) for first in _PARITIES[step % len(_PARITIES)])
             difference = (sample_at(self.atlas_mind, where[:, i, j, k]) - self.query_mind[:, :, i, j, k]).pow(2)
@@ -419,30 +333,24 @@ class _Level:
         return torch.from_numpy(voxels).to(self.device)[None]
 
 
-def _without_rim(values: Tensor, rim: int) -> Tensor:
-    """(1, C, I, J, K) with zeros in the outermost planes."""
+def _zero_border(values: Tensor, width: int) -> Tensor:
+    """(1, C, I, J, K) with zeros in the outermost planes, ``width`` on each side."""
     kept = torch.zeros_like(values)
-    inner = (slice(None), slice(None), *(slice(rim, n - rim) for n in values.shape[2:]))
+    inner = (slice(None), slice(None), *(slice(width, n - width) for n in values.shape[2:]))
     kept[inner] = values[inner]
     return kept
 
 
-def _roughness(displacement: Tensor) -> Tensor:
-    """Mean squared gradient of (1, 3, I, J, K) displacements in units of their own grid's spacing."""
+def _gradient_penalty(displacement: Tensor) -> Tensor:
+    """Mean squared gradient (diffusion regularisation) of (1, 3, I, J, K) in units of its own grid's spacing."""
     total = torch.zeros((), device=displacement.device)
     for axis in (2, 3, 4):
         total = total + displacement.diff(dim=axis).pow(2).mean()
     return total
 
 
-def _compression(displacement: Tensor) -> Tensor:
-    """Mean squared shortfall of the Jacobian determinant below :data:`_LEAST_VOLUME`.
-
-    Parameters
-    ----------
-    displacement : Tensor, (1, 3, I, J, K)
-        In units of its own grid's spacing.
-    """
+def _folding_penalty(displacement: Tensor) -> Tensor:
+    """Mean squared shortfall of the Jacobian determinant below :data:`_LEAST_VOLUME`, of (1, 3, I, J, K) as above."""
     rows = []
     for axis in (2, 3, 4):
         row = displacement.diff(dim=axis)

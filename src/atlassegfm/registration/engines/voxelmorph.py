@@ -1,10 +1,9 @@
 """The deformable engine ``voxelmorph``: the paper's, a VoxelMorph U-Net optimised on the one pair.
 
-The network sees both scans and gives the displacement; nothing is trained beforehand, its weights are merely
-another way to write down one smooth field. Architecture: Balakrishnan et al., "VoxelMorph: A Learning Framework
-for Deformable Medical Image Registration", IEEE TMI 2019, as in the authors' PyTorch code (``VxmDense``); its
-diffeomorphic variant: Dalca et al., "Unsupervised Learning of Probabilistic Diffeomorphic Registration for
-Images and Surfaces", MedIA 2019. Optimisation on the pair: AtlasSegFM (arXiv 2512.18176), "the paper".
+The network sees both scans and gives the displacement; it is not trained beforehand. Architecture: Balakrishnan et al.,
+"VoxelMorph: A Learning Framework for Deformable Medical Image Registration", IEEE TMI 2019, as in the authors' PyTorch
+code (``VxmDense``); its diffeomorphic variant: Dalca et al., "Unsupervised Learning of Probabilistic Diffeomorphic
+Registration for Images and Surfaces", MedIA 2019. Optimisation on the pair: AtlasSegFM (arXiv 2512.18176), "the paper".
 """
 
 from __future__ import annotations
@@ -19,57 +18,38 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...core.errors import RegistrationError
-from ...transforms.maps import Affine, Chain, DisplacementField, displacement_on
+from ...transforms.maps import Affine, DisplacementField
 from .. import pyramid
-from ..features import LocalCorrelation, mind_ssc
-from ..pair import Fitted, Pair, Start
-from ..sampling import flow, sample_displaced
+from ..features import LocalCorrelation
+from ..result import Registration
+from ..sampling import integrate_velocity, sample_displaced
 
 if TYPE_CHECKING:
     from ...settings import RegistrationSettings, VoxelmorphSettings
+    from ..pair import Pair, Start
 
-
-#: Of the generator that draws the weights; any will do, but the same one every time.
+#: Of the generator that draws the weights; any will do.
 _SEED = 0
-
-
-#: Slope of the LeakyReLU, and standard deviation of the last layer's weights, so that the first displacement is
-#: next to nothing [VxmDense].
+#: Slope of the LeakyReLU, and standard deviation of the last layer's weights, so that the first displacement is small
+#: [VxmDense].
 _SLOPE, _FLOW_DEVIATION = 0.2, 1e-5
-
-
-#: Cube of the local correlation, voxels: 9 wide [Balakrishnan et al., section IV-C].
+#: Half width of the cube of the local correlation, in voxels: 9 across [Balakrishnan et al., section IV-C].
 _CORRELATION_RADIUS = 4
-
-
-#: Power of the polynomial decay of the learning rate [published code].
-_DECAY_POWER = 0.9
-
-
-#: Share of the iterations in which the learning rate rises before the cosine.
+#: Fraction of the iterations in which the learning rate rises before the cosine.
 _WARM_UP = 0.05
 
 
-#: A loss that falls by less than this share has not fallen.
-_LEAST_GAIN = 1e-3
-
-
-def fit(pair: Pair, linear: Affine, start: Start | None, settings: RegistrationSettings, device: str) -> Fitted:
+def fit(
+    pair: Pair,
+    linear: Affine,
+    start: Start | None,  # noqa: ARG001
+    settings: RegistrationSettings,
+    device: str,
+) -> Registration:
     """Optimise the network on one pair.
 
-    Parameters
-    ----------
-    pair : Pair
-        Query and atlas.
-    linear : Affine
-        Fixed to moving world, applied after the field.
-    start : Start or None
-        To begin with, if the settings ask for it.
-
-    Returns
-    -------
-    Fitted
-        Its field lies on an isotropic grid over the query's field of view.
+    ``linear``, fixed to moving world, is applied after the field, which lies on an isotropic grid over the query's
+    field of view. No ``start`` is taken: the paper has no search for structures.
 
     Raises
     ------
@@ -78,56 +58,36 @@ def fit(pair: Pair, linear: Affine, start: Start | None, settings: RegistrationS
     """
     options = settings.voxelmorph
     voxels = options.cpu_voxels if device == "cpu" else options.cuda_voxels
-    stages = [(voxels // 8, options.coarse_iterations)] if options.coarse_iterations else []
-    stages.append((voxels, options.iterations))
-    field = start.field if options.use_start and start is not None else None
-    axes = pyramid.axes_of(pair.fixed.grid)
-    parameters = 0
-    for wanted, iterations in stages:
-        spacing_mm = pyramid.level_spacings_mm(pair.fixed.grid, (wanted,))[-1]
-        grid = pyramid.frame_grid(pair.fixed.grid, axes, spacing_mm)
-        # Afresh from the scans as they came: the other stages' levels may be coarser.
-        fixed = pyramid.prepare(pair.fixed, None, spacing_mm, "query")
-        moving = pyramid.prepare(pair.moving, None, spacing_mm, "atlas")
-        before = linear if field is None else Chain((field, linear))
-        query, atlas = pyramid.on_grid(fixed, grid, device), pyramid.on_grid(moving, grid, device, before)
-        try:
-            displacement, parameters = _optimise(query, atlas, iterations, options)
-        except torch.cuda.OutOfMemoryError as error:
-            raise RegistrationError(
-                f"a working grid of {' x '.join(map(str, grid.shape))} voxels does not fit into the GPU's memory; "
-                f"lower registration.voxelmorph.cuda_voxels (now {options.cuda_voxels})"
-            ) from error
-        if not np.isfinite(displacement).all():
-            raise RegistrationError(
-                "the optimisation of the network diverged; lower registration.voxelmorph.learning_rate "
-                f"(now {options.learning_rate:g})"
-            )
-        world = np.einsum("wv,vijk->wijk", grid.affine[:3, :3], displacement)
-        found = DisplacementField(grid, world.astype(np.float32))
-        if field is not None:
-            found = displacement_on(Chain((found, field)), grid)
-        field = found
-    return Fitted(linear, field, {"deformable": parameters})
+    spacing_mm = pyramid.level_spacings_mm(pair.fixed.grid, (voxels,))[-1]
+    grid = pyramid.frame_grid(pair.fixed.grid, pyramid.axes_of(pair.fixed.grid), spacing_mm)
+    # Afresh from the scans as they came: the other stages' levels may be coarser.
+    fixed = pyramid.prepare(pair.fixed, None, spacing_mm, "query")
+    moving = pyramid.prepare(pair.moving, None, spacing_mm, "atlas")
+    query, atlas = pyramid.on_grid(fixed, grid, device), pyramid.on_grid(moving, grid, device, linear)
+    try:
+        displacement, parameter_count = _optimise(query, atlas, options)
+    except torch.cuda.OutOfMemoryError as error:
+        raise RegistrationError(
+            f"a working grid of {' x '.join(map(str, grid.shape))} voxels does not fit into the GPU's memory; "
+            f"lower registration.voxelmorph.cuda_voxels (now {options.cuda_voxels})"
+        ) from error
+    if not np.isfinite(displacement).all():
+        raise RegistrationError(
+            "the optimisation of the network diverged; lower registration.voxelmorph.learning_rate "
+            f"(now {options.learning_rate:g})"
+        )
+    world = np.einsum("wv,vijk->wijk", grid.affine[:3, :3], displacement)
+    field = DisplacementField(grid, world.astype(np.float32))
+    return Registration(linear, field, parameter_count={"deformable": parameter_count})
 
 
 class Network(nn.Module):
     """VoxelMorph's U-Net with its displacement layer.
 
-    VoxelMorph's own layout at any width: ``channels`` at full resolution, twice as many on the levels below. One
-    convolution of 3 x 3 x 3 a level and LeakyReLU; down by max-pooling, up by nearest neighbour with the skip
-    joined on; then three convolutions at full resolution (2 c, c, c) and one to the displacement. For
-    ``channels`` 16 these are VoxelMorph's default features (327 331 parameters); for 32 on 5 levels, four of them
-    halved, 1 304 387: the paper's 1.3 M. (32 channels on each of the levels would make 0.34 M.)
-
-    Parameters
-    ----------
-    levels : int
-        Resolutions, the full one included.
-    channels : int
-        At full resolution.
-    generator : Generator
-        Draws the weights, so that the global one stays as it is.
+    ``channels`` at full resolution, twice as many on the levels below; one 3 x 3 x 3 convolution a level and LeakyReLU;
+    down by max-pooling, up by nearest neighbour with skip connections; then three convolutions at full resolution (2 c,
+    c, c) and one to the displacement. 16 channels on 5 levels are VoxelMorph's default (327 331 parameters), 32 the
+    paper's (1 304 387). The generator draws the weights, so that the global one stays as it is.
     """
 
     def __init__(self, levels: int, channels: int, generator: torch.Generator) -> None:
@@ -150,14 +110,9 @@ class Network(nn.Module):
         self.flow.bias = nn.Parameter(torch.zeros(3))
 
     def forward(self, scans: Tensor, *, half: bool = False) -> Tensor:
-        """(1, 2, I, J, K) moving and fixed scan to (1, 3, I, J, K) displacement in voxels; any I, J, K.
+        """(1, 2, I, J, K) moving and fixed scan in [0, 1] to (1, 3, I, J, K) displacement in voxels; any I, J, K.
 
-        Parameters
-        ----------
-        scans : Tensor, (1, 2, I, J, K)
-            Intensities in [0, 1].
-        half : bool
-            Whether to convolve in bfloat16; the displacement is float32 either way.
+        With ``half``, convolutions are in bfloat16; the displacement is float32 either way.
         """
         values = scans
         if half:
@@ -168,8 +123,7 @@ class Network(nn.Module):
             for layer in self.encoder:
                 values = F.leaky_relu(layer(values), _SLOPE)
                 skips.append(values)
-                # Odd sides are rounded up on the way down and cut on the way up. Filling up the scans to multiples of
-                # 16 would be as good, but adds two thirds to the voxels of an abdomen on the CPU's grid.
+                # Odd sides are rounded up on the way down and cropped on the way up.
                 values = F.max_pool3d(values, 2, ceil_mode=True)
             for layer in self.decoder:
                 values = F.interpolate(F.leaky_relu(layer(values), _SLOPE), scale_factor=2, mode="nearest")
@@ -193,22 +147,14 @@ def _convolution(before: int, after: int, generator: torch.Generator) -> nn.Conv
 
 
 def _optimise(
-    query: pyramid.Level, atlas: pyramid.Level, iterations: int, options: VoxelmorphSettings
+    query: pyramid.Level, atlas: pyramid.Level, options: VoxelmorphSettings
 ) -> tuple[NDArray[np.float32], int]:
-    """Fit a new network to two scans on one grid.
-
-    Returns
-    -------
-    displacement : array, (3, I, J, K)
-        In voxels.
-    parameters : int
-        Of the network.
-    """
+    """Displacement, (3, I, J, K) in voxels, of a new network optimised on one pair, and its parameter count."""
     device = query.image.device
     half = _uses_half(options, device)
     network = Network(options.levels, options.channels, torch.Generator().manual_seed(_SEED)).to(device)
     scans = torch.cat((atlas.image, query.image), dim=1)
-    likeness = _Likeness(query, atlas, options)
+    dissimilarity = _Dissimilarity(query, atlas, options)
     optimizer = torch.optim.Adam(network.parameters(), lr=options.learning_rate)
 
     def predicted() -> tuple[Tensor, Tensor]:
@@ -216,91 +162,66 @@ def _optimise(
         raw = network(scans, half=half)
         return integrate(raw, options.integration_steps) if options.diffeomorphic else (raw, raw)
 
-    best, best_at = math.inf, 0
-    for iteration in range(iterations):
+    for iteration in range(options.iterations):
         for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * _rate(options.schedule, iteration, iterations)
-        displacement, rough = predicted()
+            group["lr"] = options.learning_rate * _rate(options.schedule, iteration, options.iterations)
+        displacement, regularised = predicted()
         # The published code's penalty: mean over the axes of the squared forward differences, in voxels.
-        roughness = sum((rough.diff(dim=axis).pow(2).mean() for axis in (2, 3, 4)), torch.zeros((), device=device)) / 3
-        loss = likeness(displacement) + options.smoothness * roughness
+        squares = (regularised.diff(dim=axis).pow(2).mean() for axis in (2, 3, 4))
+        gradient_penalty = sum(squares, torch.zeros((), device=device)) / 3
+        loss = dissimilarity(displacement) + options.smoothness * gradient_penalty
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if options.patience:
-            value = float(loss.detach())
-            if value < best * (1 - _LEAST_GAIN):
-                best, best_at = value, iteration
-            elif iteration - best_at >= options.patience:
-                break
     with torch.no_grad():
         displacement, _ = predicted()
     found: NDArray[np.float32] = displacement[0].cpu().numpy()
     return found, sum(parameter.numel() for parameter in network.parameters())
 
 
-class _Likeness:
-    """How unlike the query is the atlas once it is displaced; 0 where they are the same.
+class _Dissimilarity:
+    """Dissimilarity of query and displaced atlas, inside the atlas's field of view alone; 0 where they are the same.
 
-    Counted only where the atlas has been imaged: beyond its field of view there is no intensity to compare, and a
-    made-up 0 would draw the atlas's border over organs it does not show. No gradient goes through the mask, lest it
-    pay to push what does not match out of the picture.
+    No gradient goes through the field of view, lest pushing what does not match out of it lowers the loss.
     """
 
     def __init__(self, query: pyramid.Level, atlas: pyramid.Level, options: VoxelmorphSettings) -> None:
         self.loss = options.loss
         self.query = query.image
-        channels = atlas.image
-        # The paper's MSE is over all voxels. The other two compare the noise of air with itself: body only.
+        # The paper's MSE is over all voxels. Local correlation compares the noise of air with itself: body only.
         self.weight = query.inside if self.loss == "mse" else query.weight
-        if self.loss == "mind":
-            self.query, channels = mind_ssc(query.image), mind_ssc(atlas.image)
-        elif self.loss == "lncc":
+        if self.loss == "lncc":
             self.correlation = LocalCorrelation(query.image, _CORRELATION_RADIUS)
-        self.atlas = torch.cat((channels, atlas.inside), dim=1)
+        self.atlas = torch.cat((atlas.image, atlas.inside), dim=1)
 
     def __call__(self, displacement: Tensor) -> Tensor:
         """(1, 3, I, J, K) voxels to one number."""
         warped = sample_displaced(self.atlas, displacement)
         counted = self.weight * warped[:, -1:].detach()
         if self.loss == "lncc":
-            unlike = 1 - self.correlation(warped[:, :-1])
+            difference = 1 - self.correlation(warped[:, :-1])
         else:
-            unlike = (warped[:, :-1] - self.query).pow(2).mean(dim=1, keepdim=True)
-        return (unlike * counted).sum() / counted.sum().clamp_min(1)
+            difference = (warped[:, :-1] - self.query).pow(2).mean(dim=1, keepdim=True)
+        return (difference * counted).sum() / counted.sum().clamp_min(1)
 
 
 def integrate(velocity: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Follow a stationary velocity for unit time by scaling and squaring, at half resolution [VxmDense].
+    """Integrate a stationary velocity, (1, 3, I, J, K) in voxels, at half resolution in 2**steps steps [VxmDense].
 
-    Parameters
-    ----------
-    velocity : Tensor, (1, 3, I, J, K)
-        In voxels.
-    steps : int
-        Squarings.
-
-    Returns
-    -------
-    displacement : Tensor, (1, 3, I, J, K)
-        In voxels; invertible as far as the steps are small.
-    halved : Tensor, (1, 3, A, B, C)
-        The velocity that was integrated, in voxels of its own grid.
+    Returns the displacement, in voxels, and the velocity that was integrated, in voxels of its own coarser grid.
     """
     shape = velocity.shape[2:]
     small = [max(2, -(-n // 2)) for n in shape]
     ratio = torch.tensor([(m - 1) / (n - 1) for m, n in zip(small, shape, strict=True)], device=velocity.device)
     ratio = ratio.to(velocity.dtype)[:, None, None, None]
     halved = F.interpolate(velocity, small, mode="trilinear", align_corners=True) * ratio
-    return F.interpolate(flow(halved, steps) / ratio, shape, mode="trilinear", align_corners=True), halved
+    return F.interpolate(integrate_velocity(halved, steps) / ratio, shape, mode="trilinear", align_corners=True), halved
 
 
 def _rate(schedule: str, iteration: int, iterations: int) -> float:
-    """Share of the learning rate at an iteration."""
+    """Factor of the learning rate at an iteration."""
     if schedule == "constant":
         return 1.0
-    if schedule == "polynomial":
-        return float((1 - iteration / iterations) ** _DECAY_POWER)
     rise = max(1, round(_WARM_UP * iterations))
     if iteration < rise:
         return (iteration + 1) / rise

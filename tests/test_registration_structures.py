@@ -1,4 +1,4 @@
-"""The search for each structure: shifts against a cruder second implementation, then planted poses."""
+"""The structures: translations against a cruder second implementation, then planted organs."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from scipy.spatial.transform import Rotation
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap
-from atlassegfm.registration import pyramid
-from atlassegfm.registration import structure_affine as poses
-from atlassegfm.registration import structure_search as shifts
+from atlassegfm.registration import pyramid, structure_affine, structure_search
 from atlassegfm.registration.affine import affine_maps
 from atlassegfm.registration.features import mind_ssc
 from atlassegfm.transforms.maps import Affine
@@ -51,7 +49,7 @@ def test_linear_maps_turn_stretch_and_never_mirror(numbers: list[float]) -> None
     )
 
 
-# --- shifts -----------------------------------------------------------------------------------------------------
+# --- translations -----------------------------------------------------------------------------------------------------
 
 
 def level_of(image: NDArray[np.float32], inside: NDArray[np.float32] | None = None) -> pyramid.Level:
@@ -64,7 +62,7 @@ def level_of(image: NDArray[np.float32], inside: NDArray[np.float32] | None = No
 def crude_cost(
     query: pyramid.Level,
     atlas: pyramid.Level,
-    patch: shifts.Patch,
+    patch: structure_search.Patch,
     shift: tuple[int, int, int],
     sigma: float,
     *,
@@ -89,12 +87,17 @@ def crude_cost(
     a, q, w = (np.array(values) for values in (here, there, weights))
     centred_a, centred_q = a - (a * w).sum(), q - (q * w).sum()
     variance = (centred_a**2 * w).sum() * (centred_q**2 * w).sum()
-    correlation = (centred_a * centred_q * w).sum() / np.sqrt(variance + shifts.VARIANCE_FLOOR)
+    correlation = (centred_a * centred_q * w).sum() / np.sqrt(variance + structure_search.VARIANCE_FLOOR)
     cost = (
-        mind + shifts.OUTSIDE_PRICE * (1 - seen) + shifts.PRIOR_WEIGHT * 0.5 * (np.array(shift) ** 2).sum() / sigma**2
+        mind
+        + structure_search.OUTSIDE_PENALTY * (1 - seen)
+        + structure_search.PRIOR_WEIGHT * 0.5 * (np.array(shift) ** 2).sum() / sigma**2
     )
     if brightness:
-        cost += shifts.CORRELATION_WEIGHT * (1 - correlation) + shifts.INTENSITY_WEIGHT * ((a - q) ** 2 * w).sum()
+        cost += (
+            structure_search.CORRELATION_WEIGHT * (1 - correlation)
+            + structure_search.INTENSITY_WEIGHT * ((a - q) ** 2 * w).sum()
+        )
     return float(cost)
 
 
@@ -113,10 +116,10 @@ def small_pair(
 @pytest.mark.parametrize("brightness", [True, False])
 def test_costs_of_shifts_are_those_of_a_cruder_search(brightness: bool) -> None:
     query, atlas, mask = small_pair()
-    found = shifts.ShiftSearch(query, atlas, 1.0, 12.0)
+    found = structure_search.TranslationSearch(query, atlas, 1.0, 12.0)
     patch = found.patch(mask)
     assert patch is not None
-    sigma = shifts.PRIOR_SHARE * 12.0
+    sigma = structure_search.PRIOR_FRACTION * 12.0
     costs = found._costs(patch, brightness=brightness).numpy()
     reach = (costs.shape[0] - 1) // 2
     assert reach == 3
@@ -127,7 +130,7 @@ def test_costs_of_shifts_are_those_of_a_cruder_search(brightness: bool) -> None:
 
 def test_candidates_are_the_lowest_minima_in_order() -> None:
     query, atlas, mask = small_pair((30, 30, 30))
-    found = shifts.ShiftSearch(query, atlas, 1.0, 50.0)
+    found = structure_search.TranslationSearch(query, atlas, 1.0, 50.0)
     patch = found.patch(mask)
     assert patch is not None
     costs = found._costs(patch, brightness=True).numpy()
@@ -141,7 +144,7 @@ def test_candidates_are_the_lowest_minima_in_order() -> None:
 
 def test_what_the_atlas_has_not_imaged_has_no_patch() -> None:
     query, atlas, _ = small_pair()
-    found = shifts.ShiftSearch(query, atlas, 1.0, 12.0)
+    found = structure_search.TranslationSearch(query, atlas, 1.0, 12.0)
     assert found.patch(LocalMap((4, 4, 9), np.ones((2, 2, 1), np.float32))) is None
     partly = found.patch(LocalMap((4, 4, 5), np.ones((2, 2, 4), np.float32)))
     assert partly is not None
@@ -151,7 +154,7 @@ def test_what_the_atlas_has_not_imaged_has_no_patch() -> None:
     assert not whole[:, :, 7:].any()
 
 
-# --- poses ------------------------------------------------------------------------------------------------------
+# --- maps of structures ----------------------------------------------------------------------------------------
 
 
 def organ(to_here: NDArray[np.float64], *, stripes: bool = True) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -180,23 +183,23 @@ def dice(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
     return float(2 * np.minimum(first, second).sum() / (first.sum() + second.sum()))
 
 
-def best_pose(
+def best_map(
     query: NDArray[np.float32], atlas: NDArray[np.float32], mask: NDArray[np.float32], *, brightness: bool = True
-) -> poses._Pose | None:
-    fit = poses._PoseFit(level_of(query), level_of(atlas), 1.0, float(SIZE), brightness=brightness)
-    return fit.pose(LocalMap((0, 0, 0), mask))
+) -> structure_affine._StructureMap | None:
+    fit = structure_affine._StructureFit(level_of(query), level_of(atlas), 1.0, float(SIZE), brightness=brightness)
+    return fit.fit(LocalMap((0, 0, 0), mask))
 
 
 @pytest.mark.parametrize(("brightness", "voxels"), [(True, 1.5), (False, 2.0)])
-def test_pose_of_an_organ_that_moved_turned_and_grew(brightness: bool, voxels: float) -> None:
+def test_map_of_an_organ_that_moved_turned_and_grew(brightness: bool, voxels: float) -> None:
     atlas, mask = organ(AT_REST)
     query, truth = organ(TURNED)
-    found = best_pose(query, atlas, mask, brightness=brightness)
+    found = best_map(query, atlas, mask, brightness=brightness)
     assert found is not None
     assert dice(mask, truth) < 0.45
     assert dice(found.mask, truth) > 0.9
-    rim = np.array([[AXES[0], 0, 0], [0, AXES[1], 0], [0, 0, AXES[2]]]) + SIZE / 2
-    missed = (rim @ found.to_query[:3, :3].T + found.to_query[:3, 3]) - (rim @ TURNED[:3, :3].T + TURNED[:3, 3])
+    border = np.array([[AXES[0], 0, 0], [0, AXES[1], 0], [0, 0, AXES[2]]]) + SIZE / 2
+    missed = (border @ found.to_query[:3, :3].T + found.to_query[:3, 3]) - (border @ TURNED[:3, :3].T + TURNED[:3, 3])
     assert np.linalg.norm(missed, axis=1).mean() < voxels
     # The mask lies where the map says.
     back = np.linalg.inv(found.to_query)
@@ -213,11 +216,11 @@ def test_of_two_places_the_one_that_fits_in_the_end_is_kept() -> None:
     decoy, decoy_mask = organ(about_the_middle(np.eye(3), (0.0, 0.0, -6.0)), stripes=False)
     query = np.where(decoy_mask > 0, decoy, query)
     levels = level_of(query), level_of(atlas)
-    places = shifts.ShiftSearch(*levels, 1.0, float(SIZE))
+    places = structure_search.TranslationSearch(*levels, 1.0, float(SIZE))
     patch = places.patch(LocalMap((0, 0, 0), mask))
     assert patch is not None
     assert places.candidates(patch, 8)[0, 2] < 0
-    found = best_pose(query, atlas, mask)
+    found = best_map(query, atlas, mask)
     assert found is not None
     assert dice(found.mask, truth) > 0.7
 
@@ -229,9 +232,9 @@ def test_structure_that_looks_less_like_itself_elsewhere_is_left_out() -> None:
     query = np.where(mask > 0, 0.6 - 0.5 * query, query).astype(np.float32)
     other, other_mask = organ(about_the_middle(np.eye(3), (0.0, 0.0, 7.0)), stripes=False)
     query = np.where((other_mask > 0) & (mask == 0), other, query).astype(np.float32)
-    assert best_pose(query, atlas, mask) is None
+    assert best_map(query, atlas, mask) is None
     # By what does not change with contrast it is found where it is.
-    found = best_pose(query, atlas, mask, brightness=False)
+    found = best_map(query, atlas, mask, brightness=False)
     assert found is not None
     assert dice(found.mask, mask) > 0.85
 
@@ -240,16 +243,16 @@ def test_dark_organ_that_moved_is_found_without_brightness() -> None:
     atlas, mask = organ(AT_REST)
     query, truth = organ(TURNED)
     query = np.where(truth > 0, 0.6 - 0.5 * query, query).astype(np.float32)
-    found = best_pose(query, atlas, mask, brightness=False)
+    found = best_map(query, atlas, mask, brightness=False)
     assert found is not None
     assert dice(mask, truth) < 0.45
     assert dice(found.mask, truth) > 0.85
 
 
-def test_what_the_atlas_has_not_imaged_has_no_pose() -> None:
+def test_what_the_atlas_has_not_imaged_has_no_map() -> None:
     query, atlas, _ = small_pair()
-    fit = poses._PoseFit(query, atlas, 1.0, 12.0, brightness=True)
-    assert fit.pose(LocalMap((4, 4, 9), np.ones((2, 2, 1), np.float32))) is None
+    fit = structure_affine._StructureFit(query, atlas, 1.0, 12.0, brightness=True)
+    assert fit.fit(LocalMap((4, 4, 9), np.ones((2, 2, 1), np.float32))) is None
 
 
 def ball(centre: tuple[float, float, float], radius: float = 6.0) -> NDArray[np.float32]:
@@ -258,16 +261,18 @@ def ball(centre: tuple[float, float, float], radius: float = 6.0) -> NDArray[np.
     return (square < radius**2).astype(np.float32)
 
 
-def moved_ball(centre: tuple[float, float, float], shift: tuple[float, float, float], cost: float = 0.5) -> poses._Pose:
-    return poses._Pose(affine_of(np.eye(3), shift), ball(centre), cost)
+def moved_ball(
+    centre: tuple[float, float, float], shift: tuple[float, float, float], cost: float = 0.5
+) -> structure_affine._StructureMap:
+    return structure_affine._StructureMap(affine_of(np.eye(3), shift), ball(centre), cost)
 
 
 def test_blending_gives_each_structure_its_own_shift() -> None:
     first, second = (4.0, 0.0, -2.0), (-3.0, 2.0, 1.0)
     pair = [moved_ball((12, 20, 20), first), moved_ball((28, 20, 20), second)]
-    field = poses._blended(pair, float(SIZE))
-    for pose, shift in zip(pair, (first, second), strict=True):
-        inside = field[:, pose.mask > 0]
+    field = structure_affine._blend(pair, float(SIZE))
+    for one, shift in zip(pair, (first, second), strict=True):
+        inside = field[:, one.mask > 0]
         # From the query back to the atlas; two voxels apart they cannot both be met to the border.
         np.testing.assert_allclose(inside.mean(axis=1), -np.array(shift), atol=0.3)
     # What is halfway belongs to neither; nothing overshoots.
@@ -276,7 +281,7 @@ def test_blending_gives_each_structure_its_own_shift() -> None:
 
 
 def test_far_from_all_structures_nothing_moves() -> None:
-    field = poses._blended([moved_ball((8, 8, 8), (3.0, 3.0, 3.0))], 20.0)
+    field = structure_affine._blend([moved_ball((8, 8, 8), (3.0, 3.0, 3.0))], 20.0)
     assert np.abs(field[:, 8, 8, 8] + 3).max() < 0.2
     assert np.abs(field[:, 34:, 34:, 34:]).max() < 0.05
 
@@ -284,7 +289,7 @@ def test_far_from_all_structures_nothing_moves() -> None:
 def test_a_structure_that_matches_badly_counts_less() -> None:
     def shift_between(cost: float) -> float:
         pair = [moved_ball((20, 20, 12), (0, 0, 4.0)), moved_ball((20, 20, 28), (0, 0, -4.0), cost)]
-        return float(poses._blended(pair, float(SIZE))[2, 20, 20, 20])
+        return float(structure_affine._blend(pair, float(SIZE))[2, 20, 20, 20])
 
     assert abs(shift_between(0.5)) < 0.1
     assert shift_between(2.5) < -0.5
@@ -324,7 +329,7 @@ def test_search_moves_each_structure_in_world_mm(name: str) -> None:
     there = [here[0] + (4.0, 10.0, 18.0), here[1] + (-6.0, -12.0, -14.0)]
     moving, labels = scan(grid_along(np.eye(3)), here)
     fixed, _ = scan(grid_along(axes), there)
-    field = poses.search(
+    field = structure_affine.fit(
         pyramid.prepare(fixed, None, 5.0, "query"),
         pyramid.prepare(moving, labels, 5.0, "atlas"),
         labels,
@@ -343,4 +348,4 @@ def test_no_structure_in_view_gives_no_field() -> None:
     scan, labels = Volume(atlas, grid), Volume(mask.astype(np.uint8), grid)
     prepared = pyramid.prepare(scan, None, 1.0, "query"), pyramid.prepare(scan, labels, 1.0, "atlas")
     away = Affine(affine_of(np.eye(3), (200.0, 0.0, 0.0)))
-    assert poses.search(*prepared, labels, away, 1.0, "cpu") is None
+    assert structure_affine.fit(*prepared, labels, away, 1.0, "cpu") is None

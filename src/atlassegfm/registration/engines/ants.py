@@ -1,0 +1,78 @@
+"""Run ANTs (antspyx).
+
+Its matrices are LPS about a centre, fixed to moving; its warp LPS, on the fixed grid, applied before the matrices.
+Runs inside the process of :mod:`.external_process`, which describes the arguments of ``register``: nothing of this
+package is imported, and nothing newer than Python 3.9 is used.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+#: Modules that must be installed.
+MODULES = ("ants",)
+
+
+def register(fixed: Any, moving: Any, given: Any, request: dict[str, Any]) -> tuple[Any, Any, int]:
+    """Register one pair by ANTs."""
+    import ants
+
+    def image(one: Any) -> Any:
+        return ants.from_numpy(
+            np.asarray(one.data, dtype=np.float32),
+            origin=one.origin.tolist(),
+            spacing=one.spacing.tolist(),
+            direction=one.direction,
+        )
+
+    options = request["options"]
+    query, atlas = image(fixed), image(moving)
+
+    def register(kind: str, prefix: str, initial: Any) -> list[str]:
+        result = ants.registration(
+            query,
+            atlas,
+            type_of_transform=kind,
+            initial_transform=initial,
+            outprefix=prefix,
+            reg_iterations=tuple(int(n) for n in options["iterations"].split("x")),
+            syn_metric=options["metric"],
+            # With "CC" this is the radius of the window, with "mattes" the number of bins; both antspyx' own.
+            syn_sampling=4 if options["metric"] == "CC" else 32,
+            grad_step=options["gradient_step"],
+            flow_sigma=options["flow_sigma"],
+            total_sigma=options["total_sigma"],
+        )
+        return list(result["fwdtransforms"])
+
+    if given is None:
+        stages = [name for name in ("rigid", "affine") if request[name]]
+        if request["deformable"] and request["affine"]:
+            transforms = register("SyNRA" if request["rigid"] else "SyN", "all_", None)
+        else:
+            transforms = []
+            for name in stages:
+                transforms = register(name.capitalize(), f"{name}_", transforms or None)
+            if request["deformable"]:
+                transforms = register("SyNOnly", "syn_", transforms)
+    else:
+        lps = fixed.flip(given)
+        start = ants.create_ants_transform(
+            transform_type="AffineTransform", dimension=3, matrix=lps[:3, :3], offset=lps[:3, 3]
+        )
+        ants.write_transform(start, "given.mat")
+        transforms = register("SyNOnly", "syn_", ["given.mat"])
+    linear, displacement = np.eye(4), None
+    for name in transforms:
+        if name.endswith(".mat"):
+            found = ants.read_transform(name)
+            lps, centre = np.eye(4), np.array(found.fixed_parameters)
+            lps[:3, :3] = np.array(found.parameters)[:9].reshape(3, 3)
+            lps[:3, 3] = np.array(found.parameters)[9:12] + centre - lps[:3, :3] @ centre
+            # Points go through the list from first to last.
+            linear = fixed.flip(lps) @ linear
+        else:
+            displacement = fixed.to_ras(ants.image_read(name).numpy())
+    return linear, displacement, 3 * fixed.data.size
