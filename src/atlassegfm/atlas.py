@@ -22,11 +22,8 @@ from .dicom import EVERYTHING, Selection, open_image, open_labels
 
 logger = logging.getLogger(__name__)
 
-
 #: Label values up to this are counted in a table, larger ones sorted out.
 _LARGEST_COUNTED = 1 << 20
-
-
 #: Decimals of an origin for voxels of 1 mm. Header fields have 32 bits: 1e-5 mm at 200 mm.
 _ORIGIN_DIGITS = 3
 

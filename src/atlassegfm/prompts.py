@@ -20,7 +20,6 @@ from .core.mask import LocalMap
 
 #: "region" is for models that take no prompt.
 PromptKind = Literal["click", "box", "mask", "region"]
-
 #: A voxel belongs to the structure from this probability on.
 INSIDE = 0.5
 

@@ -13,9 +13,7 @@ from .result import Status
 
 #: Raised by hand when results or these files change: results with another number are computed again.
 RESULTS_FORMAT = 2
-
 State = Literal["done", "failed", "left"]
-
 SEGMENTATION, RUN, STATUS = "segmentation.nii.gz", "run.json", "status.json"
 #: Files of a result folder: a folder with any other is never replaced.
 RESULT_NAMES = frozenset(

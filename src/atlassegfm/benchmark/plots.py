@@ -34,7 +34,6 @@ _LETTERS_ACROSS = 170
 _LINEAR_RANGE = 4.0
 #: Successive dots are spread over their lane in steps of the golden ratio: evenly, and always in the same way.
 _GOLDEN = (math.sqrt(5) - 1) / 2
-
 #: Colour (Okabe and Ito, without yellow) and marker of each method where there is one variant.
 _METHOD_LOOKS = {
     "fused": ("#0072b2", "o"),
@@ -47,7 +46,6 @@ _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#0
 _MARKERS = ("o", "s", "D", "^", "v")
 #: Of each variant the first of these that it has is drawn against time.
 _FINAL = ("fused", "paper", "model", "atlas", "oracle")
-
 _STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
     "font.size": 12,

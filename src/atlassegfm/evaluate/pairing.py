@@ -14,7 +14,6 @@ logger = logging.getLogger(__name__)
 
 #: File of a result in the folder that ``segment`` writes for each query.
 RESULT_FILE = "segmentation.nii.gz"
-
 _DICOM_SUFFIX = ".dcm"
 #: nnU-Net's mark of the first channel: a result of CASE_0000 belongs to the reference CASE.
 _FIRST_CHANNEL = "_0000"

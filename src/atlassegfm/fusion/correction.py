@@ -22,10 +22,8 @@ from .correction_features import Array, border_features, downsample, log_odds, u
 
 #: Width of both hidden layers, and of the embedding of a structure.
 HIDDEN_WIDTH, EMBEDDING_WIDTH = 32, 8
-
 #: Voxels kept of a training sample; of more, as many are drawn at random.
 _SAMPLE_VOXELS = 5000
-
 #: Voxels corrected at a time, which bounds memory.
 _CHUNK = 1 << 16
 

@@ -21,25 +21,18 @@ from ..prompts import INSIDE
 
 #: float32; the stubs of numpy do not keep the type.
 Array = NDArray[Any]
-
 #: Expected error of a border: this fraction of the radius of a ball of the structure's volume, within these limits.
 _ERROR_PER_RADIUS, _MIN_ERROR_MM, _MAX_ERROR_MM = 0.2, 1.0, 6.0
-
 #: Half widths of the corrected band around the border of the warped atlas and of the mask, in expected errors.
 _ATLAS_BAND, _MASK_BAND = 3.0, 2.0
-
 #: Margin around both masks in which features are computed, mm.
 _MARGIN_MM = 6.0
-
 #: Boxes of more voxels are downsampled.
 _MAX_VOXELS = 1_000_000
-
 #: Sigmas of the Gaussian smoothing of the image, mm, and the one at which its gradient is taken.
 _IMAGE_SIGMAS_MM, _GRADIENT_SIGMA_MM = (0.0, 1.5, 4.0), 1.5
-
 #: Probabilities are clipped to this and its complement before their log-odds are taken.
 _MIN_PROBABILITY = 0.01
-
 #: Lower limit of the contrast between inside and outside, as a fraction of the intensity range.
 _MIN_CONTRAST = 0.05
 

@@ -33,16 +33,12 @@ if TYPE_CHECKING:
 
 #: Constant gates tried as the start.
 _STARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
-
 #: K of a constant gate stays this far from 0 and 1, where its logit is infinite.
 _MIN_WEIGHT = 0.01
-
 #: Voxels of training at a time: about what fits a core's cache.
 _CHUNK = 1 << 15
-
 #: Voxels of a sample that the default gate is trained on, drawn at random of more; the paper's takes all.
 _MAX_VOXELS = 200_000
-
 #: Scores of two starts that agree to this many digits count as equal.
 _TIE_DIGITS = 6
 

@@ -20,13 +20,10 @@ from ..transforms.resample import warp_labels
 
 #: Nodes of the random field in one sigma; it is linear between them.
 _NODES_PER_SIGMA = 2
-
 #: The Gaussian is cut off at this many sigmas.
 _TRUNCATE = 3
-
 #: Margin around a structure in standard deviations of the displacement: 1 component in 16 000 is larger.
 _MARGIN = 4.0
-
 #: Upper limit of nodes. A sigma too small for it, as of lesions scattered over a body, is enlarged.
 _MAX_NODES = 2_000_000
 

@@ -19,16 +19,12 @@ from ..prompts import INSIDE
 from .correction_features import block_strides
 
 Array = NDArray[np.float32]
-
 #: Sigmas tried on simulated masks, as fractions of the radius of a ball of the structure's volume.
 _TRIED_SIGMAS = (0.0, 0.03, 0.06)
-
 #: Sigma used where one of these was best: larger, as real errors are larger than simulated ones.
 _USED_SIGMAS = (0.0, 0.04, 0.08)
-
 #: Upper limit of sigma, mm: structures of more than 100 mm radius were not measured.
 _MAX_SIGMA_MM = 8.0
-
 #: The Gaussian is cut off at this many sigmas.
 _TRUNCATE = 3.0
 

@@ -22,38 +22,23 @@ from .work import Ended, Watcher, Work
 
 logger = logging.getLogger(__name__)
 
-
 EXTRA = "cluster"
-
-
 #: What a Slurm job asks for, where the user says nothing else: one case of an abdomen takes up to 1.3 GB.
 _SLURM_DEFAULTS: Mapping[str, Any] = {"memory": "4GB", "walltime": "04:00:00", "job_name": "atlassegfm"}
-
-
 #: Options of ``dask_jobqueue.SLURMCluster`` that a user may set; the others follow from one case at a time.
 SLURM_OPTIONS = (
     *("account", "death_timeout", "interface", "job_directives_skip", "job_extra_directives", "job_name"),
     *("job_script_prologue", "local_directory", "log_directory", "memory", "python", "queue", "scheduler_options"),
     *("shebang", "walltime", "worker_extra_args"),
 )
-
-
 #: Of these there may be several.
 _LISTS = ("job_directives_skip", "job_extra_directives", "job_script_prologue", "worker_extra_args")
-
-
 #: Seconds in which a scheduler has to answer.
 _CONNECT_SECONDS = 10
-
-
 #: Seconds between looks at how many workers there are.
 _LOOK_SECONDS = 1.0
-
-
 #: Any free port: two runs on one machine must not get into each other's way.
 _DASHBOARD = ":0"
-
-
 #: Dask's own settings for clusters begun here: a case whose worker dies comes back at once, to be begun again as
 #: elsewhere; and no case waits at a worker that is at another.
 _DASK_SETTINGS = {"distributed.scheduler.allowed-failures": 0, "distributed.scheduler.worker-saturation": 1.0}
@@ -278,8 +263,6 @@ def _feed(client: Any, work: Work, cases: Sequence[Case], watcher: Watcher) -> I
 
 
 _opened: dict[str, Callable[[Case, int, Callable[[str], None]], Ended]] = {}
-
-
 #: PyTorch's random numbers and switches belong to the process: one case at a time in each.
 _one_at_a_time = Lock()
 

@@ -15,7 +15,6 @@ from .evidence import Evidence
 
 #: Written by ``benchmarks/quality.py --write``.
 CALIBRATION = "calibration.json"
-
 #: Evidence is clipped to this many standard deviations from its mean: the regression does not extrapolate.
 _MAX_DEVIATIONS = 3.0
 

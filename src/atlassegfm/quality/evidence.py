@@ -20,22 +20,16 @@ from ..transforms.resample import warp_labels
 
 #: Percentiles of a scan's intensities that become brightness 0 and 1, taken over about so many voxels.
 _RANGE_PERCENT, _RANGE_VOXELS = (1.0, 99.0), 1_000_000
-
 #: Thickness of the shells inside and outside a border whose brightness is compared, mm.
 _SHELL_MM = 5.0
-
 #: Brightness is sampled on at most about so many voxels of a structure's box.
 _BOX_VOXELS = 300_000
-
 #: Quantiles of each shell that are compared in pairs.
 _QUANTILES = 500
-
 #: Sigma of the neighbourhood of a structure in which dissimilarity is averaged, in voxels of its grid.
 _AROUND_VOXELS = 1.5
-
 #: Probabilities above this count for the model's certainty.
 _ANSWER = 0.05
-
 #: Ranges and dissimilarities stay this far from 0.
 _TINY = 1e-6
 

@@ -20,17 +20,11 @@ from numpy.typing import NDArray
 
 #: Largest ratio of voxel edges that is thinned without resampling: thinning takes neighbours as equally far.
 _MOST_ANISOTROPY = 1.05
-
-
 #: Most cells of the mask's box: seconds of thinning, and a few hundred MB.
 _MOST_CELLS = 1 << 26
-
-
 #: A cell belongs to the nearest skeleton point up to this many times the point's distance to the outside, plus this
 #: many cells: corners of a cube are at sqrt(3) times, and thinning shortens an end by half the width.
 _REACH, _REACH_CELLS = 2.0, 2.0
-
-
 #: Cells looked up at once, to bound the memory of 64-bit coordinates.
 _CHUNK = 1 << 20
 

@@ -21,20 +21,12 @@ from numpy.typing import NDArray
 
 #: Percentage of the surface within the robust Hausdorff distance.
 PERCENT = 95
-
-
 #: Relative rounding of 32-bit spacings in headers: three voxels of 0.8 mm are 2.4000000358 mm, yet within 2.4 mm.
 _SINGLE_PRECISION = 1e-6
-
-
 #: Points searched for first, to time the tree.
 _SAMPLE = 256
-
-
 #: s. Searches expected to end within this time are left to the tree.
 _PATIENCE_S = 2.0
-
-
 #: Distance transform: seconds for each point of its box, and the most points (13 bytes each).
 _TRANSFORM_S, _LARGEST_TRANSFORM = 1.6e-7, 1 << 27
 

@@ -30,8 +30,6 @@ from ...core.labels import match_rank, plain_name
 
 #: File of each preset; it names its source.
 PRESETS: Mapping[str, str] = {"flare22": "flare22.toml", "kits21": "kits21.toml", "nikolov": "nikolov.toml"}
-
-
 _KEYS = ("default_mm", "tolerance_mm", "source")
 
 
