@@ -231,8 +231,8 @@ def page(found: Mapping[str, Found]) -> Iterator[str]:
     yield "## Tried and left out"
     yield ""
     yield (
-        "With their figures: for the registration [there](registration.md#tried-and-left-out), for model and gate "
-        "[there](contexts.md#tried-and-left-out)."
+        "With their figures: for the registration [there](development/experiments.md#registration), for model and gate "
+        "[there](development/experiments.md#gate)."
     )
 
 
