@@ -325,7 +325,7 @@ def test_left_out_structures_reach_neither_the_pipeline_nor_the_scores(
     dataset: Dataset, tmp_path: Path, spy: Spy
 ) -> None:
     records = run(plan_of(dataset, values=(KIDNEY, NODE)), tmp_path / "out")
-    assert [call[0].values for call in spy.calls] == 3 * [(KIDNEY, NODE)]
+    assert [call[0].atlas.values for call in spy.calls] == 3 * [(KIDNEY, NODE)]
     assert {row.structure for record in records for row in record.rows} == {"kidney", "node"}
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import atlassegfm
-from atlassegfm.benchmark import runner
+from atlassegfm.benchmark import pairs
 from atlassegfm.core.errors import InputError
 from atlassegfm.core.image import Volume, save_volume
 from atlassegfm.core.mask import LocalMap
@@ -463,7 +463,7 @@ def test_segment_with_weights_by_path(run: Run, add_model: Callable[..., list[To
     text = (folder / "out/query/run.json").read_text()
     content = json.loads(text)
     assert content["model"]["prompt"] == "region"
-    assert content["model"]["file"] == "other-name.bin"
+    assert content["model"]["provenance"]["file"] == "other-name.bin"
     assert content["model"]["weights_licence"] == "CC0-1.0"
     assert content["model"]["licence_accepted"] is None
     # Paths name people: none is kept.
@@ -504,7 +504,7 @@ def test_segment_asks_for_the_licence_once(
     assert outcome.err == "licence of the weights of toy accepted: CC-BY-NC-4.0, https://example.org/licence\n"
     note = models / "toy" / ACCEPTANCE
     note.write_text(json.dumps(json.loads(note.read_text()) | {"date": "2024-05-06"}))
-    outcome = run(*arguments)
+    outcome = run(*arguments, "--force")
     assert (outcome.code, outcome.err) == (0, "")
     assert json.loads((folder / "out/query/run.json").read_text())["model"]["licence_accepted"] == "2024-05-06"
 
@@ -598,7 +598,7 @@ def test_one_path_for_two_models_is_refused(
 ) -> None:
     add_model("toy", weights())
     add_model("other", weights())
-    monkeypatch.setattr(runner, "segment", None)
+    monkeypatch.setattr(pairs, "segment", None)
     for command in ([], ["prompts"]):
         outcome = run(
             *("benchmark", *command, "data", "-o", "out", *ONE_PAIR, "--models", "toy,other", "--model-path", "x.pt")

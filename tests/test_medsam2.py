@@ -20,11 +20,13 @@ from scipy import special
 
 import tiny_medsam2
 from atlassegfm.atlas import Atlas
+from atlassegfm.context import Context
 from atlassegfm.core.config import with_overrides
 from atlassegfm.core.errors import InputError, MissingExtraError, ModelError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap
+from atlassegfm.jobs.store import RunInputs, run_record
 from atlassegfm.models import describe_model, load_model, medsam2
 from atlassegfm.models import medsam2_network as _medsam2_network
 from atlassegfm.models.medsam2 import VIEWS, MedSam2Encoding, MedSam2Segmenter, choose_view, to_8_bits, to_frame
@@ -33,7 +35,7 @@ from atlassegfm.prompts import BoxPrompt, ClickPrompt, MaskPrompt, Prompt, Regio
 from atlassegfm.segment import segment
 from atlassegfm.settings import MedSam2Settings, ModelSettings, Settings
 from conftest import ORIENTATIONS
-from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
+from scenes import ATLAS, PAPER_GATE, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 
 pytest.importorskip("transformers")
 pytest.importorskip("PIL")
@@ -680,16 +682,16 @@ def test_prompts_that_it_cannot_take(tiny: MedSam2Segmenter) -> None:
 
 
 def test_whole_job(tiny: MedSam2Segmenter, checkpoint: Path) -> None:
-    context = Atlas.from_volumes(ATLAS.scan(straight_grid()), ATLAS.labels(straight_grid()), STRUCTURES)
-    settings = with_overrides(Settings(), [*UNREGISTERED, "model=medsam2", f"model_path={checkpoint}"])
+    atlas = Atlas.from_volumes(ATLAS.scan(straight_grid()), ATLAS.labels(straight_grid()), STRUCTURES)
+    settings = with_overrides(Settings(), [*UNREGISTERED, *PAPER_GATE, "model=medsam2", f"model_path={checkpoint}"])
     query = QUERY.scan(straight_grid())
-    result = segment(context, query, settings, device="cpu")
+    result = segment(Context(atlas, settings), query, device="cpu")
     assert result.labels.grid.matches(query.grid)
     assert result.prompt == "click"
     assert result.model_labels is not None
     assert result.model_labels.data.any()
-    summary = result.summary()["model"]
-    assert summary["weights"]["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
+    summary = run_record(result, RunInputs(Context(atlas), query)).model.model_dump()
+    assert summary["provenance"]["weights"]["sha256"] == hashlib.sha256(checkpoint.read_bytes()).hexdigest()
     assert summary["weights_licence"].startswith("CC-BY-SA-4.0")
 
 

@@ -17,6 +17,7 @@ from atlassegfm.core.errors import InputError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.transforms import maps as transforms
+from atlassegfm.transforms import resample as resample_module
 from atlassegfm.transforms.inverse import invert, invert_field
 from atlassegfm.transforms.jacobian import deformation_statistics, folding_share, jacobian_statistics, nodes_in
 from atlassegfm.transforms.maps import Affine, Chain, DisplacementField, displacement_on, stages_of
@@ -546,7 +547,9 @@ def test_what_is_left_out_of_a_warp_holds_no_label(
     with pytest.MonkeyPatch.context() as patch:
         some = warp_labels(labels, [1, 2], onto, transform)
         patch.setattr(
-            transforms, "_near_labels", lambda *_: lambda planes: np.ones((planes.stop - planes.start) * 33 * 25, bool)
+            resample_module,
+            "_near_labels",
+            lambda *_: lambda planes: np.ones((planes.stop - planes.start) * 33 * 25, bool),
         )
         everything = warp_labels(labels, [1, 2], onto, transform)
     for value in (1, 2):

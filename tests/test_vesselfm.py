@@ -17,12 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from atlassegfm.atlas import Atlas
+from atlassegfm.context import Context
 from atlassegfm.core.config import with_overrides
 from atlassegfm.core.errors import InputError, MissingExtraError, ModelError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Source, Volume
 from atlassegfm.core.mask import LocalMap
 from atlassegfm.evaluate.metrics import score_labels
+from atlassegfm.jobs.store import RunInputs, run_record
 from atlassegfm.models import load_model
 from atlassegfm.models.choice import prompt_kind
 from atlassegfm.models.vesselfm import PUBLISHED_FILTERS, VesselSegmenter, build_network, load_network
@@ -30,7 +32,7 @@ from atlassegfm.prompts import ClickPrompt, RegionPrompt
 from atlassegfm.result import Segmentation
 from atlassegfm.segment import segment
 from atlassegfm.settings import ModelSettings, Settings, VesselFmSettings
-from scenes import UNREGISTERED
+from scenes import PAPER_GATE, UNREGISTERED
 from tiny_vesselfm import FILTERS, make_checkpoint
 
 Mask = NDArray[np.bool_]
@@ -460,24 +462,21 @@ def stored_as(volume: Volume, codes: str) -> Volume:
 
 
 @pytest.fixture(scope="module")
-def tree_context() -> Atlas:
+def tree_atlas() -> Atlas:
     image, labels = tree(TREE_GRID)
     return Atlas.from_volumes(image, Volume(np.where(labels.data == 3, 0, labels.data), TREE_GRID))
 
 
 @pytest.fixture(scope="module")
-def tree_result(tree_context: Atlas) -> Segmentation:
-    return segment_tree(tree_context, tree(TREE_GRID, SHIFT_MM)[0])
+def tree_result(tree_atlas: Atlas) -> Segmentation:
+    return segment_tree(tree_atlas, tree(TREE_GRID, SHIFT_MM)[0])
 
 
-def segment_tree(context: Atlas, query: Volume) -> Segmentation:
-    """Without registration: the warped atlas is 3.5 mm off, more than the vessels' radius.
-
-    The round trip comes back as it went, so that the gate would trust the atlas; it is told to trust the model.
-    """
-    overrides = ["model=vesselfm", "models.vesselfm.window=64", "fusion.start=0"]
+def segment_tree(atlas: Atlas, query: Volume) -> Segmentation:
+    """Without registration: the warped atlas is 3.5 mm off, more than the vessels' radius; the model is trusted."""
+    overrides = [*PAPER_GATE, "model=vesselfm", "models.vesselfm.window=64", "fusion.start=0"]
     settings = with_overrides(Settings(), [*UNREGISTERED, *overrides])
-    return segment(context, query, settings, device="cpu", model=segmenter())
+    return segment(Context(atlas, settings), query, device="cpu", model=segmenter())
 
 
 def test_branches_of_a_tree_stay_apart(tree_result: Segmentation) -> None:
@@ -510,22 +509,24 @@ def test_branches_of_a_tree_stay_apart(tree_result: Segmentation) -> None:
 
 
 @pytest.mark.parametrize("codes", ["LPS", "SAR", "PIR"])
-def test_array_order_changes_nothing(tree_context: Atlas, tree_result: Segmentation, codes: str) -> None:
-    turned = segment_tree(tree_context, stored_as(tree(TREE_GRID, SHIFT_MM)[0], codes))
+def test_array_order_changes_nothing(tree_atlas: Atlas, tree_result: Segmentation, codes: str) -> None:
+    turned = segment_tree(tree_atlas, stored_as(tree(TREE_GRID, SHIFT_MM)[0], codes))
     assert turned.labels.grid.axis_codes == codes
     np.testing.assert_array_equal(turned.labels.turned_to(TREE_GRID).data, tree_result.labels.data)
 
 
-def test_tells_what_it_used(tree_context: Atlas, checkpoint: Path) -> None:
+def test_tells_what_it_used(tree_atlas: Atlas, checkpoint: Path) -> None:
     """With the network itself, through the front door."""
     settings = with_overrides(
-        Settings(), [*UNREGISTERED, "model=vesselfm", "models.vesselfm.window=64", f"model_path={checkpoint}"]
+        Settings(),
+        [*UNREGISTERED, *PAPER_GATE, "model=vesselfm", "models.vesselfm.window=64", f"model_path={checkpoint}"],
     )
-    summary = segment(tree_context, tree(TREE_GRID, SHIFT_MM)[0], settings, device="cpu").summary()["model"]
+    context, query = Context(tree_atlas, settings), tree(TREE_GRID, SHIFT_MM)[0]
+    summary = run_record(segment(context, query, device="cpu"), RunInputs(context, query)).model.model_dump()
     assert summary["name"] == "vesselfm"
     assert summary["prompt"] == "region"
-    assert summary["weights"]["file"] == "vesselFM_base.pt"
-    assert len(summary["weights"]["sha256"]) == 64
+    assert summary["provenance"]["weights"]["file"] == "vesselFM_base.pt"
+    assert len(summary["provenance"]["weights"]["sha256"]) == 64
     assert "non-commercial" in summary["weights_licence"]
 
 

@@ -27,7 +27,6 @@ from ..core.files import atomic_path
 from ..core.image import IMAGE_SUFFIXES, Volume, image_stem, image_suffix, load_image
 from ..registration.affine import fit
 from ..registration.pyramid import Scan, axes_of, frame_grid, level_spacings_mm, on_grid, prepare
-from ..report import require_report_extra
 from ..settings import RegistrationSettings
 from ..transforms.maps import Affine, Transform
 
@@ -341,7 +340,6 @@ def draw_suggestion(suggestion: Suggestion, path: Path) -> None:
     MissingExtraError
         If matplotlib is not installed.
     """
-    require_report_extra()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -20,7 +20,7 @@ from .errors import InputError
 _SMALLEST_UNIT_AXES_VOLUME = 1e-3
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Grid:
     """A regular lattice of voxel centres in the world.
 
@@ -39,6 +39,16 @@ class Grid:
 
     shape: tuple[int, int, int]
     affine: NDArray[np.float64]
+
+    @property
+    def summary(self) -> str:
+        """Shape, spacing in mm and orientation, on one line."""
+        shape, spacing = "x".join(map(str, self.shape)), "x".join(f"{mm:.2f}" for mm in self.spacing_mm)
+        return f"{shape}, {spacing} mm, {self.axis_codes}"
+
+    def __repr__(self) -> str:
+        """Shape, spacing and orientation."""
+        return f"Grid({self.summary})"
 
     def __post_init__(self) -> None:
         shape = tuple(int(n) for n in self.shape)

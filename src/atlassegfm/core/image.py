@@ -89,7 +89,7 @@ class Source:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Volume:
     """A 3-D array of voxels and where they are.
 
@@ -110,6 +110,10 @@ class Volume:
     def __post_init__(self) -> None:
         if self.data.shape != self.grid.shape:
             raise ValueError(f"data of shape {self.data.shape} on a grid of shape {self.grid.shape}")
+
+    def __repr__(self) -> str:
+        """Shape, spacing, orientation and type, such as ``Volume(256x256x34, 1.25x1.25x7.70 mm, RAS, float32)``."""
+        return f"Volume({self.grid.summary}, {self.data.dtype})"
 
     def canonical(self) -> Volume:
         """The same voxels, axes permuted and flipped to point closest to R, A, S (a view, no resampling)."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LocalMap:
     """A scalar field on a box of a larger grid, zero everywhere else.
 
@@ -29,6 +29,11 @@ class LocalMap:
 
     start: tuple[int, int, int]
     values: NDArray[np.float32]
+
+    def __repr__(self) -> str:
+        """Box and range of values."""
+        highest = float(self.values.max()) if self.values.size else 0.0
+        return f"LocalMap({self.start} to {self.stop}, highest {highest:.2f})"
 
     @property
     def stop(self) -> tuple[int, int, int]:
