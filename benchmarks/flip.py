@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from atlassegfm.atlas import Atlas
-from atlassegfm.check.files import LEAST_CORRELATION, MIRRORED_GAIN
+from atlassegfm.check.against_atlas import LEAST_CORRELATION, MIRRORED_GAIN
 from atlassegfm.core.dataset import load_dataset
 from atlassegfm.core.image import Volume
 from atlassegfm.quality.mirror import is_inverted, place

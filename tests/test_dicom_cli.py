@@ -230,7 +230,7 @@ def test_folder_of_series_and_choice_of_one(here: Path, run: Run) -> None:
     assert sorted(path.name for path in (here / "out").iterdir()) == ["cohort.json", "first.patient", "second"]
 
 
-def test_refusals_write_nothing(here: Path, run: Run) -> None:
+def test_refusals_write_no_result(here: Path, run: Run) -> None:
     base = ["segment", "--atlas", "atlas", "--labels", "rs.dcm", "-o", "out", *FAST]
     save_volume(QUERY.scan(straight_grid()), here / "query.nii.gz")
     cases = {
@@ -253,13 +253,14 @@ def test_refusals_write_nothing(here: Path, run: Run) -> None:
         assert refused.code == 2, arguments
         assert message in " ".join(refused.err.split()), refused.err
         assert refused.err.count("error:") == 1
-        assert not (here / "out").exists()
+        written = {path.name for path in here.glob("out/**/*") if path.is_file()}
+        assert written <= {"status.json", "cohort.json"}
     save_volume(QUERY.scan(straight_grid()), here / "atlas" / "image.nii.gz")
     refused = run(*base, "atlas")
     assert "holds image files (image.nii.gz) and DICOM files; name the image files one by one" in refused.err
 
 
-def test_file_that_does_not_come_back_leaves_nothing(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_that_does_not_come_back_leaves_no_result(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from atlassegfm import dicom
 
     def shifted(path: Path, labels: Volume, *others: Any) -> None:
@@ -270,7 +271,7 @@ def test_file_that_does_not_come_back_leaves_nothing(here: Path, run: Run, monke
     failed = run(*arguments, "--format", "nifti,rtstruct")
     assert failed.code == 1
     assert "rtstruct.dcm: read back, structures differ from the label map (Dice below 0.99: liver (0." in failed.err
-    assert not (here / "out").exists()
+    assert {path.name for path in here.glob("out/query/*")} == {"status.json"}
 
 
 def test_empty_result_has_no_segments(here: Path, run: Run) -> None:

@@ -8,7 +8,7 @@ A context folder holds
 - ``correction.npz``: network of the default gate;
 - ``SHA256SUMS``: checksums of the others, as ``sha256sum -c`` reads them.
 
-The same input gives the same files: no date is written. Nor are folders of source files: paths in clinics name patients.
+The same input gives the same files: no date is written, and no folder of a source file: it may name a patient.
 """
 
 from __future__ import annotations

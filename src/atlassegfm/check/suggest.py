@@ -32,24 +32,14 @@ from ..transforms.maps import Affine, Transform
 
 #: Up to so many scans all pairs are registered: 66 pairs of a few seconds.
 ALL_PAIRS = 12
-
-
 #: In larger folders each scan is registered to so many others, and the best ones to all.
 LANDMARKS, FINALISTS = 8, 3
-
-
 #: Half width in voxels of the window of the local correlation: 5 voxels of the coarse level, about 45 mm of an abdomen.
 _RADIUS = 2
-
-
 #: Variance below which a window has no contrast to compare; intensities are 0 to 1.
 _FLAT = 1e-5
-
-
 #: Scores closer than this share say nothing: made-up patients that are equally good atlases differ by 1 %.
 _CLEAR = 0.03
-
-
 #: A correlation over a window counts where at least this share of it is in both fields of view.
 _LEAST_SHARE = 0.01
 
@@ -323,11 +313,7 @@ def _positions(similarity: NDArray[np.float64], drawn: NDArray[np.int64]) -> NDA
 
 
 _INK, _SOFT, _PAGE, _LINE = "#1b2330", "#5c6878", "#ffffff", "#dfe4ea"
-
-
 _BEST, _WORST = "#14804a", "#b42318"
-
-
 #: Scans whose names fit beside the matrix and onto the map; bars and small pictures that are shown.
 _MOST_NAMES, _MOST_BARS, _BEST_SHOWN, _WORST_SHOWN = 30, 15, 3, 2
 

@@ -14,15 +14,7 @@ from typer.core import TyperGroup
 
 from ..core.errors import InputError, MissingExtraError
 from .evaluate import DEFAULT_TOLERANCE_MM, CentrelineOption, LabelsOption, ToleranceOption, read_tolerance
-from .options import (
-    DeviceOptions,
-    ModelOptions,
-    ScreenOptions,
-    SettingsOptions,
-    command,
-    options,
-    split_list,
-)
+from .options import DeviceOptions, ModelOptions, ScreenOptions, SettingsOptions, command, options, split_list
 from .session import EXIT_FAILURES, accept_licences, open_session, print_json, print_table
 
 if TYPE_CHECKING:

@@ -36,22 +36,24 @@ def check(options: CheckOptions) -> None:
     swapped, is the contrast inverted, does it show the structures? The exit code is 2 if a file could not be used.
     """
     with open_session(quiet=True, warnings=False):
-        from ..check import files
+        from ..check import check_files
 
         atlas = None
         if any(one is not None for one in (options.context, options.atlas, options.labels, options.names)):
             options.check_atlas()
             atlas = options.load_atlas()
-        found = files.check((file for path in options.files for file in find_scans(path)), options.series, atlas)
+        found = check_files((file for path in options.files for file in find_scans(path)), options.series, atlas)
     if options.as_json:
         print_json(found.to_dict())
     else:
         from rich.console import Console
 
+        from .check_table import as_table
+
         console = Console()
         if not console.is_terminal:
             console.width = _PIPED_WIDTH
-        console.print(files.as_table(found))
+        console.print(as_table(found))
     if found.worst == "error":
         raise typer.Exit(EXIT_USAGE)
     if options.strict and found.worst == "warning":

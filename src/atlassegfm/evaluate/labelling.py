@@ -11,15 +11,7 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.image import Volume, load_labels, load_volume, smallest_label_type
-from ..core.labels import (
-    LabelTable,
-    dataset_json_of,
-    listed,
-    match_rank,
-    plain_name,
-    read_names_file,
-    structures_of,
-)
+from ..core.labels import LabelTable, dataset_json_of, listed, match_rank, plain_name, read_names_file, structures_of
 from ..dicom import (
     EVERYTHING,
     DicomSource,

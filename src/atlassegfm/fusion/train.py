@@ -79,7 +79,7 @@ def train_gate_on_atlas(
         one, seed = samples[draw][n], (settings.seed, draw, n)
         return make_training_sample(image, n, one.atlas, fused[draw], one.truth, seed=seed)
 
-    from .correction_training import train_correction  # loads PyTorch
+    from .correction_training import train_correction
 
     drawn_structures = [(draw, n) for draw, drawn in enumerate(samples) for n in drawn]
     training = [one for one in side_by_side(training_sample, drawn_structures) if one is not None]

@@ -11,8 +11,8 @@ on request also
 - ``rtstruct.dcm`` and ``seg.dcm``: the same as RTSTRUCT and DICOM-SEG on the query's own DICOM series, read back and
   compared before the folder is kept;
 - ``atlas.nii.gz`` and ``model.nii.gz``: label maps of the warped atlas and of the model alone;
-- ``probability.nii.gz``: fused probabilities, one volume for each structure in the order of ``run.json``, as bytes with a
-  scale of 1/255;
+- ``probability.nii.gz``: fused probabilities, one volume for each structure in the order of ``run.json``, as bytes with
+  a scale of 1/255;
 - ``transform/``: query to atlas, as ITK, ANTs, 3D Slicer and ``segment --transform`` read it;
 - ``report.html`` and ``overview.png``: written by :mod:`atlassegfm.report`, removed when the result is made again.
 """

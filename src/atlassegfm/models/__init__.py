@@ -220,7 +220,7 @@ def load_model(name: str, device: str, settings: ModelSettings | None = None, pa
     settings : ModelSettings, optional
         Defaults if left out.
     path : Path, optional
-        File or folder of its weights. Looked for in the folder of all weights if left out (:mod:`atlassegfm.models.weights`).
+        File or folder of its weights; by default in the folder of all weights (:mod:`atlassegfm.models.weights`).
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Every finding of the geometry doctor, on a file that has it, and silence on files that are well."""
+"""Every finding of a check, on a file that has it, and none on files that are sound."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import pytest
 import SimpleITK as sitk
 
 from atlassegfm.atlas import Atlas
-from atlassegfm.check.files import Check, FileReport, Finding, as_table, check
+from atlassegfm.check import check_files as check
+from atlassegfm.check.findings import Check, FileReport, Finding
+from atlassegfm.cli.check_table import as_table
 from atlassegfm.core.errors import RegistrationError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume, save_volume
