@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.models import MODELS, accept_licence
+from atlassegfm.settings import RegistrationSettings
 
 # Examples are the same on every machine, and a busy one is not a failure.
 settings.register_profile(
@@ -100,6 +101,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Outcome(ended.value.code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture
+def quick_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fit scans to an atlas in no time: on small scans, sides and contrast still show."""
+    quick = RegistrationSettings(coarse_voxels=6000, fine_voxels=12_000, linear_iterations=8, candidates=1)
+    monkeypatch.setattr("atlassegfm.quality.mirror.RegistrationSettings", lambda: quick)
 
 
 @pytest.fixture

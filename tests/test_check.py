@@ -459,6 +459,7 @@ def against(path: Path, atlas: Atlas) -> FileReport:
     return report
 
 
+@pytest.mark.usefixtures("quick_fits")
 class TestAgainstAnAtlas:
     @pytest.mark.parametrize("codes", ["RAS", "LPS", "SAR", "oblique"])
     def test_left_and_right_swapped(self, codes: str, atlas: Atlas, tmp_path: Path) -> None:

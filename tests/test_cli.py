@@ -677,6 +677,7 @@ def test_check_reports(folder: Path, run: Run) -> None:
     assert len(run("check", ".", "--json").json["files"]) == 4
 
 
+@pytest.mark.usefixtures("quick_fits")
 def test_check_against_an_atlas(folder: Path, run: Run) -> None:
     annotated = ("--atlas", "atlas.nii.gz", "--labels", "labels.nii.gz")
     outcome = run("check", "query.nii.gz", *annotated, "--json")
@@ -699,6 +700,7 @@ def test_check_against_an_atlas(folder: Path, run: Run) -> None:
     assert "no such folder; expected a context" in run("check", "query.nii.gz", "--context", "gone").err
 
 
+@pytest.mark.usefixtures("quick_fits")
 def test_check_against_a_context(folder: Path, run: Run) -> None:
     made = run("customize", "--atlas", "atlas.nii.gz", "--labels", "labels.nii.gz", "-o", "ctx", "--model", "none")
     assert made.code == 0, made.err

@@ -321,6 +321,7 @@ def test_check_finds_what_is_wrong_with_series(here: Path, run: Run) -> None:
     assert "holds contours, no voxels" in alone.out
 
 
+@pytest.mark.usefixtures("quick_fits")
 def test_check_of_a_series_against_an_atlas_series(here: Path, run: Run) -> None:
     annotated = ("--atlas", "atlas", "--labels", "rs.dcm", "--json")
     (well,) = run("check", "query", *annotated).json["files"]
