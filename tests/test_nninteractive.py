@@ -393,6 +393,7 @@ def test_pipeline_is_better_than_the_atlas_alone(toy_folder: Path, kind: str) ->
     assert told["weights_licence"] == "CC-BY-NC-SA-4.0"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_demo_pair_through_the_official_session(tmp_path: Path) -> None:
     """With the registration, the gate and all else as a user has it."""
