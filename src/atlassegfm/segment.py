@@ -142,23 +142,12 @@ def segment(
 
 @dataclass(frozen=True, eq=False)
 class _Warped:
-    """The atlas on the query; structures go by their number, from 1 on.
-
-    Parameters
-    ----------
-    registration : Registration
-    masks : mapping of int to LocalMap
-        Without those that are missing.
-    labels : array, (I, J, K)
-        Label map of ``masks``.
-    outside : tuple of float
-        Fraction of each structure out of view.
-    missing : mapping of int to (status, reason)
-    """
+    """The atlas on the query, by number of the structure: masks of those not missing, and their label map."""
 
     registration: Registration
     masks: Mapping[int, LocalMap]
     labels: NDArray[Any]
+    #: Fraction of each structure out of view.
     outside: tuple[float, ...]
     missing: Mapping[int, tuple[Status, str]]
 

@@ -39,7 +39,7 @@ def run(
     out : Path
         Folder of the benchmark, made if it is not there.
     force : bool
-        Whether to begin anew where the folder holds another benchmark, or the same one.
+        Whether to begin again where the folder holds another benchmark, or the same one.
     on_pair : callable, optional
         Told number (from 1), count and name of each pair as it begins.
     on_stage : callable, optional
@@ -63,7 +63,7 @@ def run(
         for pair in plan.pairs
     }
     runner = PairRunner(plan)
-    # Weights that are missing are told of now, and not after the variants before.
+    # Missing weights are an error now, not after hours of other variants.
     for variant in plan.variants:
         if force or not all(store[variant.name, pair].exists() for pair in plan.pairs):
             runner.load(variant)

@@ -59,16 +59,16 @@ def as_table(result: Check) -> RenderableType:
         parts.append(pairs)
     styles = {"error": "bold red", "warning": "yellow", "note": "cyan"}
     # What is true of many files is said once.
-    told: dict[Finding, list[str]] = {}
+    by_finding: dict[Finding, list[str]] = {}
     for report in result.files:
         for finding in report.findings:
-            told.setdefault(finding, []).append(report.name)
+            by_finding.setdefault(finding, []).append(report.name)
     for pair in result.pairs:
         for finding in pair.findings:
-            told.setdefault(finding, []).append(f"{pair.first} with {pair.second}")
-    for finding in sorted(told, key=lambda one: _SEVERITIES.index(one.severity)):
+            by_finding.setdefault(finding, []).append(f"{pair.first} with {pair.second}")
+    for finding in sorted(by_finding, key=lambda one: _SEVERITIES.index(one.severity)):
         line = Text.assemble(
-            (finding.severity, styles[finding.severity]), f"  {list_items(told[finding])}: {finding.text}"
+            (finding.severity, styles[finding.severity]), f"  {list_items(by_finding[finding])}: {finding.text}"
         )
         if finding.remedy:
             line.append(f"; {finding.remedy}")

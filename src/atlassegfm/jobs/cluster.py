@@ -1,7 +1,7 @@
-"""Doing the cases on several machines, by Dask: ``dask.distributed``, and ``dask-jobqueue`` for Slurm.
+"""Cases on several machines, by Dask: ``dask.distributed``, and ``dask-jobqueue`` for Slurm.
 
-Both come with the extra "cluster" and are imported late. A worker does one case at a time, as elsewhere: the annotated
-scan and the model are loaded once for each worker process.
+Both come with the extra "cluster" and are imported late. A worker runs one case at a time; context and model are
+loaded once for each worker process.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def _client(
                 threads_per_worker=1,
                 memory_limit=None,
                 dashboard_address=_DASHBOARD,
-                silence_logs=logging.CRITICAL,  # what matters of them is told here
+                silence_logs=logging.CRITICAL,  # what matters of them is reported here
                 env=dict(work.environment),
             )
     with cluster, Client(cluster) as client:

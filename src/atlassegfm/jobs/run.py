@@ -73,7 +73,7 @@ class Row:
 
 @dataclass
 class Outcome:
-    """Outcome of all cases; filled while a run goes on.
+    """Outcome of all cases; filled during a run.
 
     Parameters
     ----------
