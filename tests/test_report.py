@@ -15,7 +15,7 @@ from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.core.labels import Structure, palette_color
 from atlassegfm.report import draw_overview, require_report_extra
-from atlassegfm.report.planes import best_slice, letters
+from atlassegfm.report.slices import best_slice, letters
 
 pytest.importorskip("matplotlib")
 

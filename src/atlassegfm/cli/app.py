@@ -22,7 +22,7 @@ from .demo import DemoOptions, demo
 from .evaluate import EvaluateOptions, evaluate
 from .models import app as models_app
 from .options import SettingsOptions, command
-from .report import report
+from .report import ReportCommandOptions, report
 from .segment import SegmentOptions, segment
 from .session import EXIT_INTERRUPTED, open_session, sentence
 from .suggest import suggest
@@ -71,7 +71,7 @@ command(app, DemoOptions, "demo")(demo)
 command(app, CheckOptions, "check")(check)
 command(app, CustomizeOptions, "customize")(customize)
 command(app, EvaluateOptions, "evaluate")(evaluate)
-app.command()(report)
+command(app, ReportCommandOptions, "report")(report)
 app.command()(suggest)
 app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(models_app, name="models")

@@ -1,4 +1,4 @@
-"""The command ``report``, and what ``segment --report`` does when all is done."""
+"""``atlassegfm report`` and ``segment --report``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..core.errors import InputError, MissingExtraError
-from .session import JsonOption, QuietOption, Session, open_session, print_json
+from .options import ScreenOptions, options
+from .session import Session, open_session, print_json
 
 if TYPE_CHECKING:
-    from ..report import Written
+    from ..report import ReportOptions, Written
 
 
 def require_pictures() -> None:
-    """Check that ``overview.png`` can be drawn, in the words of the command line."""
+    """Check that ``overview.png`` can be drawn."""
     from ..report import require_report_extra
 
     try:
@@ -26,76 +27,79 @@ def require_pictures() -> None:
 
 
 def report_on(folder: Path, images: Sequence[Path], session: Session) -> Written:
-    """Write the report of a folder of results with its usual parts; what ``segment --report`` ends in."""
+    """Write the report of a folder of results with its default content, for ``segment --report``."""
+    return _write(folder, images, session)
+
+
+def _write(
+    folder: Path,
+    images: Sequence[Path],
+    session: Session,
+    out: Path | None = None,
+    content: ReportOptions | None = None,
+) -> Written:
     from ..report import write_report
 
-    def tell(number: int, count: int, name: str) -> None:
+    def show(number: int, count: int, name: str) -> None:
         session.begin(number, count, name)
         session.progress("page")
 
-    written = write_report(folder, images=images, on_case=tell)
+    written = write_report(folder, out, images=images, options=content, on_case=show)
     for problem in written.problems:
         session.error(problem)
     return written
 
 
-def report(
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of results, as `segment -o` writes it.")],
+@options
+class ReportCommandOptions(ScreenOptions):
+    """Options of ``report``."""
+
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of results, as `segment -o` writes it.")]
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="The page of the cohort [default: OUT/report.html]."),
-    ] = None,
+    ] = None
     images: Annotated[
         list[Path] | None,
         typer.Option(
             "--images",
             metavar="PATH",
-            help="The queries: files, DICOM series folders, or folders that they lie in; may be repeated. Results do "
-            "not say where these are; without them only labels are shown.",
+            help="The queries: files, DICOM series folders, or folders that hold them; may be repeated. Without them "
+            "only labels are shown, as results do not say where the scans are.",
         ),
-    ] = None,
-    cases: Annotated[bool, typer.Option("--cases/--no-cases", help="Write a page for each case too.")] = True,
+    ] = None
+    cases: Annotated[bool, typer.Option("--cases/--no-cases", help="Write a page for each case too.")] = True
     picture: Annotated[
         bool, typer.Option("--picture/--no-picture", help="Draw CASE/overview.png too (extra 'report').")
-    ] = True,
+    ] = True
     viewer_voxels: Annotated[
         int,
         typer.Option(
             "--viewer-voxels",
             metavar="N",
             min=0,
-            help="Reduce scans to so many voxels for the interactive view; 0 leaves the view out.",
+            help="Largest number of voxels of the interactive view; 0 leaves the view out.",
         ),
-    ] = 8_000_000,
-    title: Annotated[str, typer.Option("--title", help="Head of the page [default: the name of OUT].")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Make pages again that are up to date.")] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Write pages that show results: one for all, one for each case.
+    ] = 8_000_000
+    title: Annotated[str, typer.Option("--title", help="Title of the page [default: the name of OUT].")] = ""
+    force: Annotated[bool, typer.Option("--force", help="Make pages again that are up to date.")] = False
 
-    OUT/report.html has all cases and structures in a table, and what to look at first; OUT/CASE/report.html has slices
-    through every structure and an interactive view. Each page holds all it needs and loads nothing.
+
+def report(options: ReportCommandOptions) -> None:
+    """Write HTML pages of results: one for the cohort, one for each case.
+
+    OUT/report.html lists what to review first, and all cases and structures; OUT/CASE/report.html shows slices through
+    every structure and an interactive view. Each page holds all it needs and loads nothing.
     """
-    with open_session(quiet) as session:
-        if picture and cases:
+    with open_session(options.quiet) as session:
+        if options.picture and options.cases:
             require_pictures()
-        from ..report import CaseOptions, ReportOptions, write_report
+        from ..report import CaseOptions, ReportOptions
 
-        def tell(number: int, count: int, name: str) -> None:
-            session.begin(number, count, name)
-            session.progress("page")
-
-        written = write_report(
-            folder,
-            out,
-            images=images or (),
-            options=ReportOptions(cases, force, CaseOptions(viewer_voxels, picture), title),
-            on_case=tell,
-        )
-        for problem in written.problems:
-            session.error(problem)
-    if as_json:
+        case = CaseOptions(options.viewer_voxels, options.picture)
+        content = ReportOptions(options.cases, options.force, case, options.title)
+        written = _write(options.folder, options.images or (), session, options.out, content)
+    if options.as_json:
         print_json(
             {
                 "report": str(written.path),
@@ -108,9 +112,7 @@ def report(
         return
     typer.echo(f"report    {written.path}  ({written.cases} cases{_failed(written)})")
     if written.without_image:
-        typer.echo(
-            f"{written.without_image} without their scan: only labels are shown; --images says where the scans are"
-        )
+        typer.echo(f"{written.without_image} without their scan: only labels are shown; give the scans with --images")
 
 
 def _failed(written: Written) -> str:

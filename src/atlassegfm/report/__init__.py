@@ -1,6 +1,6 @@
-"""What people look at: a page for a cohort, a page for each case, and pictures.
+"""Reports: a page of the cohort, a page of each case, and overview pictures.
 
-Everything a page needs is in the page: it opens from a folder, without a server and without a network.
+Pages hold all they need: they open without a server or a network.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The page of one case: every structure in three planes, an interactive view, and how it was made."""
+"""Page of one case: structures in three planes, an interactive view, and its provenance."""
 
 from __future__ import annotations
 
@@ -11,58 +11,55 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import ndimage
 
 from ..core.errors import InputError, MissingExtraError
-from ..core.files import atomic_path
 from ..core.image import Volume, load_labels
 from ..core.labels import Structure, structures_of
 from ..core.overlap import dice_per_structure
 from ..dicom import is_dicom_input, open_image
-from .folder import ATLAS, CASE_PAGE, CASE_PICTURE, MODEL, RUN, SEGMENTATION, STATUS, CaseRow
+from ..quality.verdict import VERDICTS
+from ..records import RUN, SEGMENTATION, STATUS, StructureRecord
+from .folder import ATLAS, CASE_PAGE, CASE_PICTURE, MODEL, Case, finite
 from .overview import draw_overview
-from .page import (
-    asset,
-    badge,
-    data_block,
-    duration,
-    flattened,
-    footer,
-    millilitres,
-    model_table,
-    packed_asset,
-    page,
-    pairs_table,
-    score,
-    swatch,
-    text,
-    tile,
-)
-from .planes import Panel, cut
+from .page import asset, duration, flatten, write_page
 from .slices import (
-    Window,
-    figure,
+    SliceFigure,
+    acquisition_view,
+    cut,
     is_hounsfield,
-    outline,
-    panels_of,
-    picture,
+    slice_figure,
+    structure_panels,
     structure_window,
     thumbnail,
-    view_of_acquisition,
 )
-from .viewer import labels_payload, scan_payload, thinning
+from .viewer import Reduction, labels_payload, reduction, scan_payload
 
-#: Changes whenever pages made earlier are to be made again.
-_EDITION = "2"
-#: What a page knows of its case comes within so many characters from its beginning.
+#: Raised by hand when pages made earlier are to be made again.
+_EDITION = "3"
+#: The facts of a page end within this many characters from its beginning.
 _FACTS_REACH = 400_000
 _FACTS = re.compile(r'<script type="application/json" id="facts">(.*?)</script>', re.DOTALL)
+_NO_SCAN = "The scan was not given: only labels are shown. --images FOLDER adds it."
+_NO_MAPS = "The label maps of atlas and model were not kept: only the result is outlined. segment --keep keeps them."
+
+Box = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class CaseOptions:
+    """Content of the page of a case."""
+
+    viewer_voxels: int = 8_000_000
+    """Largest number of voxels of the interactive view; 0 leaves the view out."""
+
+    overview: bool = True
+    """Whether to draw ``overview.png`` (extra "report")."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Dice of two of the label maps of one structure, in [0, 1]; None where one is not there or both are empty."""
+    """Dice of two label maps of one structure, in [0, 1]; None where one is missing or both are empty."""
 
     atlas_model: float | None = None
     result_atlas: float | None = None
@@ -71,87 +68,128 @@ class Agreement:
 
 @dataclass(frozen=True, eq=False)
 class CaseFacts:
-    """What the page of a cohort takes from the page of a case.
-
-    Parameters
-    ----------
-    colors : mapping of int to tuple of int
-        Of each label value, 0 to 255.
-    agreement : mapping of int to Agreement
-        Of each label value; empty where the maps were not kept.
-    thumbnail : str
-        A small picture, as HTML.
-    has_image : bool
-        Whether the scan was there.
-    """
+    """What the page of the cohort takes from the page of a case. ``thumbnail`` is empty for an empty result."""
 
     colors: Mapping[int, tuple[int, int, int]]
     agreement: Mapping[int, Agreement]
-    thumbnail: str
+    thumbnail: Mapping[str, Any]
     has_image: bool
 
 
 @dataclass(frozen=True)
-class CaseOptions:
-    """What goes into the page of a case.
+class _Row:
+    """One structure in the table."""
 
-    Parameters
-    ----------
-    viewer_voxels : int
-        The scan of the interactive view is reduced to so many voxels; 0 leaves the view out.
-    overview : bool
-        Whether to draw ``overview.png`` (extra "report").
-    """
+    value: int
+    name: str
+    color: tuple[int, int, int]
+    section: bool
+    verdict: str | None
+    estimate: float | None
+    volume_ml: float
+    agreement: tuple[float | None, float | None, float | None]
+    remarks: str
 
-    viewer_voxels: int = 8_000_000
-    overview: bool = True
+
+@dataclass(frozen=True)
+class _Section:
+    """Slices of one structure, and the point in RAS+ mm where they meet."""
+
+    value: int
+    name: str
+    color: tuple[int, int, int]
+    missing: bool
+    window: str
+    slices: tuple[SliceFigure, ...]
+    centre_mm: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class _Maps:
-    """The volumes of a case in RAS-canonical order."""
+    """Volumes of a case in RAS-canonical order."""
 
     image: Volume | None
     image_note: str
-    result: Volume
-    atlas: Volume | None
-    model: Volume | None
+    labels: Mapping[str, Volume]
+    """Label maps that are there: "result", "atlas", "model"."""
+
     structures: tuple[Structure, ...]
 
+    @property
+    def result(self) -> Volume:
+        return self.labels["result"]
 
-def write_case(case: CaseRow, image: Path | None, options: CaseOptions, *, back: str, force: bool = False) -> CaseFacts:
-    """Write the page of a case into its folder, unless it is there and up to date.
+
+def write_case(case: Case, image: Path | None, options: CaseOptions, *, back: str, force: bool = False) -> CaseFacts:
+    """Write the page of a case into its folder, unless it is up to date.
 
     Parameters
     ----------
-    case : CaseRow
-        The result.
+    case : Case
     image : Path or None
-        The query's file, or the folder of its DICOM series, where it is known.
+        The query's file or DICOM folder, where it is known.
     options : CaseOptions
-        What goes into it.
     back : str
-        Address of the cohort's page, as seen from the folder; empty for none.
+        Address of the cohort's page relative to the folder; empty for none.
     force : bool
-        Write it in any case.
+        Write it even if it is up to date.
 
     Raises
     ------
     InputError
         If a label map cannot be read, or the folder cannot be written.
     MissingExtraError
-        If the picture cannot be drawn.
+        If matplotlib is not installed and the overview is wanted.
     """
     path = case.folder / CASE_PAGE
-    mark = _fingerprint(case.folder, image, options, back)
+    fingerprint = _fingerprint(case.folder, image, options, back)
     if not force:
-        known = _known_facts(path, mark)
+        known = _known_facts(path, fingerprint)
         if known is not None and (not options.overview or (case.folder / CASE_PICTURE).is_file()):
             return known
     maps = _load(case, image)
-    html, facts = _page(case, maps, options, mark, back)
-    with atomic_path(path) as temporary:
-        temporary.write_text(html, encoding="utf-8")
+    boxes = _boxes(maps)
+    hounsfield = maps.image is not None and is_hounsfield(maps.image)
+    facts = CaseFacts(
+        {one.value: one.color for one in maps.structures},
+        _agreement(maps),
+        _thumbnail(maps, boxes, hounsfield=hounsfield),
+        maps.image is not None,
+    )
+    sections = [
+        _section(maps, one, boxes[one.value], hounsfield=hounsfield) for one in maps.structures if one.value in boxes
+    ]
+    size = reduction(maps.result.grid, options.viewer_voxels) if options.viewer_voxels else None
+    estimates = [n for row in case.run.structures if (n := _estimate(row)) is not None]
+    registration = case.run.registration
+    write_page(
+        path,
+        "case.html.j2",
+        title=case.name,
+        back=back,
+        run=case.run,
+        version=case.run.versions.get("atlassegfm", ""),
+        present=sum(row.status == "present" for row in case.run.structures),
+        confidence=finite(registration.confidence),
+        folding=finite(registration.folding),
+        lowest_estimate=min(estimates, default=None),
+        total_seconds=case.total_seconds,
+        stages=[(name, duration(seconds)) for name, seconds in case.seconds.items()],
+        settings=[(name, [(value, 0)]) for name, value in flatten(case.run.settings).items()],
+        notes=_notes(case, maps),
+        rows=_rows(case, maps, facts.agreement, {one.value for one in sections}),
+        sections=sections,
+        kinds=list(maps.labels),
+        viewer=None if size is None else _viewer(maps, size, sections),
+        viewer_note="" if size is None else _viewer_note(maps, size),
+        facts={
+            "fingerprint": fingerprint,
+            "colors": facts.colors,
+            "agreement": {v: [a.atlas_model, a.result_atlas, a.result_model] for v, a in facts.agreement.items()},
+            "thumbnail": facts.thumbnail,
+            "has_image": facts.has_image,
+        },
+    )
     if options.overview:
         shown = maps.image or Volume(np.zeros(maps.result.grid.shape, np.float32), maps.result.grid)
         draw_overview(
@@ -165,18 +203,18 @@ def write_case(case: CaseRow, image: Path | None, options: CaseOptions, *, back:
     return facts
 
 
-def _subtitle(case: CaseRow, maps: _Maps) -> str:
-    parts = [f"Model: {case.model.get('name', '-')}"]
-    if case.verdict is not None:
-        counts = {v: sum(row.verdict == v for row in case.structures) for v in ("good", "review", "failed")}
-        parts.append("verdicts: " + ", ".join(f"{n} {v}" for v, n in counts.items() if n))
+def _subtitle(case: Case, maps: _Maps) -> str:
+    judged = [row.quality.verdict for row in case.run.structures if row.quality is not None]
+    parts = [f"Model: {case.run.model.name}"]
+    if judged:
+        parts.append("verdicts: " + ", ".join(f"{n} {v}" for v in VERDICTS if (n := judged.count(v))))
     if maps.image is None:
-        parts.append("the scan was not there: labels only")
+        parts.append("the scan is missing: labels only")
     return ". ".join(parts) + "."
 
 
 def _fingerprint(folder: Path, image: Path | None, options: CaseOptions, back: str) -> str:
-    """Changes with anything the page shows."""
+    """Digest of everything that the page shows."""
     found = hashlib.sha256(f"{_EDITION} {options} {back}".encode())
     for name in ("report.css", "case.js"):
         found.update(asset(name).encode())
@@ -186,22 +224,22 @@ def _fingerprint(folder: Path, image: Path | None, options: CaseOptions, back: s
     for path in (folder / SEGMENTATION, folder / ATLAS, folder / MODEL, image):
         if path is None or not path.exists():
             continue
-        # The folder of a DICOM series does not change with its files.
+        # A DICOM folder's own time does not change with its files.
         for file in sorted(path.iterdir()) if path.is_dir() else [path]:
             status = file.stat()
             found.update(f"{file.name} {status.st_size} {status.st_mtime_ns}".encode())
     return found.hexdigest()
 
 
-def _known_facts(path: Path, mark: str) -> CaseFacts | None:
-    """What an earlier page knows, if it is of the same things."""
+def _known_facts(path: Path, fingerprint: str) -> CaseFacts | None:
+    """Read the facts of an earlier page; None if it is out of date."""
     try:
         with path.open(encoding="utf-8") as file:
             match = _FACTS.search(file.read(_FACTS_REACH))
         content = json.loads(match[1]) if match else {}
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         return None
-    if content.get("fingerprint") != mark:
+    if content.get("fingerprint") != fingerprint:
         return None
     return CaseFacts(
         {int(value): (color[0], color[1], color[2]) for value, color in content["colors"].items()},
@@ -211,352 +249,170 @@ def _known_facts(path: Path, mark: str) -> CaseFacts | None:
     )
 
 
-def _load(case: CaseRow, image: Path | None) -> _Maps:
+def _load(case: Case, image: Path | None) -> _Maps:
     result = load_labels(case.folder / SEGMENTATION, allow_empty=True)
     table = {} if result.source is None else result.source.label_table
-    found = {one.value: one for one in structures_of([row.value for row in case.structures], [table])}
-    structures = tuple(Structure(row.value, row.name, found[row.value].color) for row in case.structures)
-    result = result.canonical()
-
-    def other(name: str) -> Volume | None:
+    found = {one.value: one for one in structures_of([row.value for row in case.run.structures], [table])}
+    structures = tuple(Structure(row.value, row.name, found[row.value].color) for row in case.run.structures)
+    labels = {"result": result.canonical()}
+    grid = labels["result"].grid
+    for kind, name in (("atlas", ATLAS), ("model", MODEL)):
         path = case.folder / name
-        if not path.is_file():
-            return None
-        labels = load_labels(path, allow_empty=True)
-        if labels.grid.axes_relative_to(result.grid) is None:
-            raise InputError(f"{path}: not on the voxels of {SEGMENTATION}; make the result again")
-        return labels.turned_to(result.grid)
-
-    scan, note = None, "The scan itself was not given: only labels are shown. <code>--images FOLDER</code> adds it."
-    if image is not None:
-        try:
-            series = case.series if image.is_dir() and is_dicom_input(image) else None
-            read = open_image(image, series)
-        except MissingExtraError as error:
-            note = f"The scan could not be read ({text(error)}): only labels are shown."
-        except InputError:
-            note = "The scan could not be read: only labels are shown."
-        else:
-            if read.grid.axes_relative_to(result.grid) is None:
-                note = "The scan of that name has other voxels than the result: only labels are shown."
-            else:
-                scan, note = read.turned_to(result.grid), ""
-    return _Maps(scan, note, result, other(ATLAS), other(MODEL), structures)
+        if path.is_file():
+            other = load_labels(path, allow_empty=True)
+            if other.grid.axes_relative_to(grid) is None:
+                raise InputError(f"{path}: not on the voxels of {SEGMENTATION}; make the result again")
+            labels[kind] = other.turned_to(grid)
+    if image is None:
+        return _Maps(None, _NO_SCAN, labels, structures)
+    try:
+        scan = open_image(image, case.series if image.is_dir() and is_dicom_input(image) else None)
+    except MissingExtraError as error:
+        return _Maps(None, f"The scan could not be read ({error}): only labels are shown.", labels, structures)
+    except InputError:
+        return _Maps(None, "The scan could not be read: only labels are shown.", labels, structures)
+    if scan.grid.axes_relative_to(grid) is None:
+        note = "The scan of that name is not on the voxels of the result: only labels are shown."
+        return _Maps(None, note, labels, structures)
+    return _Maps(scan.turned_to(grid), "", labels, structures)
 
 
-# The page
-
-
-def _page(case: CaseRow, maps: _Maps, options: CaseOptions, mark: str, back: str) -> tuple[str, CaseFacts]:
+def _boxes(maps: _Maps) -> dict[int, Box]:
+    """Find the bounding box of each structure over all label maps."""
+    found: dict[int, Box] = {}
     values = [one.value for one in maps.structures]
-    boxes = _boxes(maps, values)
-    hounsfield = maps.image is not None and is_hounsfield(maps.image)
-    agreement = _agreement(maps, values)
-    colors = {one.value: one.color for one in maps.structures}
-    thumb = _thumbnail(maps, boxes, colors, hounsfield=hounsfield)
-    facts = CaseFacts(colors, agreement, thumb, maps.image is not None)
-    known = {
-        "fingerprint": mark,
-        "colors": colors,
-        "agreement": {v: [a.atlas_model, a.result_atlas, a.result_model] for v, a in agreement.items()},
-        "thumbnail": thumb,
-        "has_image": facts.has_image,
-    }
-    sections, centres = [], {}
-    for row, structure in zip(case.structures, maps.structures, strict=True):
-        box = boxes.get(row.value)
-        if box is None:
-            continue
-        html, centre = _structure_section(maps, row.value, structure, box, hounsfield=hounsfield)
-        sections.append(html)
-        centres[row.value] = centre
-    viewer, data = _viewer(maps, options, centres) if options.viewer_voxels else ("", "")
-    body = "\n".join(
-        (
-            _head(case, maps, back),
-            _structures_table(case, maps, agreement, centres),
-            viewer,
-            _slices(sections, maps),
-            _making(case),
-            footer(case.versions),
-        )
-    )
-    head = data_block("facts", known)
-    return page(case.name, "case", body, head=head, data=data, scripts=("case.js",)), facts
-
-
-def _boxes(maps: _Maps, values: Sequence[int]) -> dict[int, tuple[slice, ...]]:
-    """Around each structure, wherever one of the three maps has it."""
-    found: dict[int, tuple[slice, ...]] = {}
-    for volume in (maps.result, maps.atlas, maps.model):
-        if volume is None:
-            continue
-        largest = int(volume.data.max(initial=0))
-        if largest > 10 * len(values) + 255:
-            # Boxes are listed for all numbers up to the largest.
-            boxes = {v: ndimage.find_objects((volume.data == v).astype(np.uint8)) for v in values}
-            listed = {v: box[0] for v, box in boxes.items() if box}
+    for volume in maps.labels.values():
+        # find_objects lists boxes up to the largest value: large values are looked for one by one.
+        if int(volume.data.max(initial=0)) > 10 * len(values) + 255:
+            listed = {v: ndimage.find_objects((volume.data == v).astype(np.uint8)) for v in values}
+            boxes = {v: box[0] for v, box in listed.items() if box}
         else:
             every = ndimage.find_objects(volume.data)
-            listed = {v: every[v - 1] for v in values if v <= len(every) and every[v - 1] is not None}
-        for value, box in listed.items():
-            known = found.get(value, box)
-            found[value] = tuple(
-                slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in zip(known, box, strict=True)
-            )
+            boxes = {v: every[v - 1] for v in values if v <= len(every) and every[v - 1] is not None}
+        for value, box in boxes.items():
+            sides = zip(found.get(value, box), box, strict=True)
+            found[value] = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in sides)
     return found
 
 
-def _agreement(maps: _Maps, values: Sequence[int]) -> dict[int, Agreement]:
-    if maps.atlas is None:
+def _agreement(maps: _Maps) -> dict[int, Agreement]:
+    values = [one.value for one in maps.structures]
+    if "atlas" not in maps.labels:
         return {}
 
-    def dice(one: Volume | None, other: Volume | None) -> dict[int, float | None]:
-        if one is None or other is None:
+    def dice(one: str, other: str) -> dict[int, float | None]:
+        if one not in maps.labels or other not in maps.labels:
             return dict.fromkeys(values)
-        found = dice_per_structure(one.data, other.data, values)
+        found = dice_per_structure(maps.labels[one].data, maps.labels[other].data, values)
         return {value: None if np.isnan(found[value]) else round(found[value], 4) for value in values}
 
-    pairs = dice(maps.atlas, maps.model), dice(maps.result, maps.atlas), dice(maps.result, maps.model)
+    pairs = dice("atlas", "model"), dice("result", "atlas"), dice("result", "model")
     return {value: Agreement(*(pair[value] for pair in pairs)) for value in values}
 
 
-def _thumbnail(
-    maps: _Maps, boxes: Mapping[int, tuple[slice, ...]], colors: Mapping[int, Sequence[int]], *, hounsfield: bool
-) -> str:
-    """The plane of acquisition where most of the structures show, all of them in view."""
+def _thumbnail(maps: _Maps, boxes: Mapping[int, Box], *, hounsfield: bool) -> dict[str, Any]:
+    """Draw all structures on the plane of acquisition, where most of them show."""
     if not boxes:
-        return ""
+        return {}
     low = [min(box[axis].start for box in boxes.values()) for axis in range(3)]
     high = [max(box[axis].stop for box in boxes.values()) for axis in range(3)]
     whole = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
     inside = maps.result.data[whole] > 0
     if not inside.any():
         inside = np.ones_like(inside)
-    spacing = maps.result.grid.spacing_mm
-    view = view_of_acquisition(spacing)
-    panels = panels_of(inside, low, maps.result.grid.shape, spacing)
-    panel = next(one for one in panels if one.view is view)
-    window = None
-    if maps.image is not None:
-        window = structure_window(maps.image, inside, whole, hounsfield=hounsfield)
-    return thumbnail(maps.image, maps.result.data, colors, panel, window)
+    grid = maps.result.grid
+    panels = structure_panels(inside, low, grid.shape, grid.spacing_mm)
+    panel = next(one for one in panels if one.view is acquisition_view(grid.spacing_mm))
+    window = None if maps.image is None else structure_window(maps.image, inside, whole, hounsfield=hounsfield)
+    return thumbnail(maps.image, maps.result.data, {one.value: one.color for one in maps.structures}, panel, window)
 
 
-def _structure_section(
-    maps: _Maps, value: int, structure: Structure, box: tuple[slice, ...], *, hounsfield: bool
-) -> tuple[str, list[float]]:
-    """Three slices through a structure, and the point in mm (RAS+) in which they meet."""
-    masks = {
-        kind: volume.data[box] == value
-        for kind, volume in (("result", maps.result), ("atlas", maps.atlas), ("model", maps.model))
-        if volume is not None
-    }
+def _section(maps: _Maps, structure: Structure, box: Box, *, hounsfield: bool) -> _Section:
+    value, grid = structure.value, maps.result.grid
+    masks = {kind: volume.data[box] == value for kind, volume in maps.labels.items()}
     leading = next(mask for mask in masks.values() if mask.any())
-    spacing = maps.result.grid.spacing_mm
-    offset = [side.start for side in box]
-    panels = panels_of(leading, offset, maps.result.grid.shape, spacing)
-    shown = tuple(slice(a, b) for a, b in zip(panels[0].start, panels[0].stop, strict=True))
+    panels = structure_panels(leading, [side.start for side in box], grid.shape, grid.spacing_mm)
     window = None
     if maps.image is not None:
-        inside = maps.result.data[shown] == value
-        window = structure_window(maps.image, inside, shown, hounsfield=hounsfield)
-    figures = "".join(_figure(maps, value, panel, window, masks) for panel in panels)
+        shown = tuple(slice(a, b) for a, b in zip(panels[0].start, panels[0].stop, strict=True))
+        window = structure_window(maps.image, maps.result.data[shown] == value, shown, hounsfield=hounsfield)
+    # The result is drawn on top.
+    drawn = [kind for kind in ("atlas", "model", "result") if kind in masks and masks[kind].any()]
+    figures = [
+        slice_figure(
+            maps.image,
+            panel,
+            window,
+            {kind: cut(maps.labels[kind].data, panel) == value for kind in drawn},
+            grid.affine,
+        )
+        for panel in panels
+    ]
     ijk = np.zeros(3)
     for panel in panels:
         ijk[panel.view.normal] = panel.index
-    centre = [round(float(n), 2) for n in maps.result.grid.voxel_to_world(ijk)]
-    missing = "" if masks["result"].any() else ' <span class="note">not in the result</span>'
-    note = f'<span class="note">window {text(window.name)}</span>' if window is not None else ""
-    return (
-        f'<section class="structure" id="s{value}"><h3>{swatch(structure.color)}{text(structure.name)}{missing} {note}'
-        f'</h3><div class="slices">{figures}</div></section>'
-    ), centre
-
-
-def _figure(
-    maps: _Maps, value: int, panel: Panel, window: Window | None, masks: Mapping[str, NDArray[np.bool_]]
-) -> str:
-    lines = []
-    # The result on top of what it was made of.
-    for kind, volume in (("atlas", maps.atlas), ("model", maps.model), ("result", maps.result)):
-        if volume is not None and masks[kind].any():
-            lines.append((kind, "", outline(cut(volume.data, panel) == value, panel)))
-    return figure(picture(maps.image, panel, window), panel, lines, maps.result.grid.affine)
-
-
-def _head(case: CaseRow, maps: _Maps, back: str) -> str:
-    link = f'<a class="back" href="{text(back)}">‹ all cases</a>' if back else ""
-    present = sum(row.status == "present" for row in case.structures)
-    trips = [row.round_trip for row in case.structures if row.round_trip is not None]
-    estimates = [row.score for row in case.structures if row.score is not None]
-    tiles = [
-        tile("structures", f"{present} of {len(case.structures)}", "present in the result"),
-        tile("registration", score(case.confidence), "confidence, 0 to 1"),
-        *([tile("lowest round trip", score(min(trips)), "Dice, atlas to query and back")] if trips else []),
-        *([tile("lowest estimate", score(min(estimates)), "Dice, without labels")] if estimates else []),
-        tile("model", text(case.model.get("name", "-")), f"prompt: {text(case.model.get('prompt') or '-')}"),
-        tile("time", duration(case.total_seconds), text(case.run.get("device", ""))),
-    ]
-    notes = [text(doubt) for doubt in case.doubts] + ([maps.image_note] if maps.image_note else [])
-    if maps.atlas is None:
-        notes.append(
-            "The atlas's and the model's own label maps were not kept: only the result is outlined. "
-            "<code>segment --keep</code> keeps them."
-        )
-    elif maps.model is None and case.model.get("name") not in (None, "none"):
-        notes.append("The model's own label map is not in the folder.")
-    shown = "".join(f'<p class="notice">{note}</p>' for note in notes)
-    return (
-        f"<header>{link}<h1>{text(case.name)} {badge(case.verdict) if case.verdict else ''}</h1>"
-        f'<div class="tiles">{"".join(tiles)}</div>{shown}</header>'
+    return _Section(
+        value,
+        structure.name,
+        structure.color,
+        not masks["result"].any(),
+        "" if window is None else window.name,
+        tuple(figures),
+        tuple(round(float(n), 2) for n in grid.voxel_to_world(ijk)),
     )
 
 
-def _structures_table(
-    case: CaseRow, maps: _Maps, agreement: Mapping[int, Agreement], centres: Mapping[int, Sequence[float]]
-) -> str:
-    judged = any(row.verdict for row in case.structures)
-    # Made only to train the gate (fusion.examples).
-    went = any(row.round_trip is not None for row in case.structures)
+def _notes(case: Case, maps: _Maps) -> list[str]:
+    notes = [*case.warnings, maps.image_note]
+    if "atlas" not in maps.labels:
+        notes.append(_NO_MAPS)
+    elif "model" not in maps.labels and case.run.model.name != "none":
+        notes.append("The model's label map is not in the folder.")
+    return [note for note in notes if note]
+
+
+def _estimate(row: StructureRecord) -> float | None:
+    return None if row.quality is None else finite(row.quality.estimated_dice)
+
+
+def _rows(case: Case, maps: _Maps, agreement: Mapping[int, Agreement], shown: set[int]) -> list[_Row]:
     rows = []
-    for row, structure in zip(case.structures, maps.structures, strict=True):
+    for row, structure in zip(case.run.structures, maps.structures, strict=True):
         one = agreement.get(row.value, Agreement())
-        name = f"{swatch(structure.color)}{text(row.name)}"
-        if row.value in centres:
-            name = f'<a href="#s{row.value}" data-value="{row.value}">{name}</a>'
-        remarks = "; ".join(
-            part for part in (row.verdict_reason, row.reason or ("" if row.status == "present" else row.status)) if part
+        reasons = ("" if row.quality is None else row.quality.reason, row.reason)
+        status = "" if row.status == "present" or row.reason else row.status
+        rows.append(
+            _Row(
+                row.value,
+                row.name,
+                structure.color,
+                row.value in shown,
+                None if row.quality is None else row.quality.verdict,
+                _estimate(row),
+                row.volume_ml,
+                (one.atlas_model, one.result_atlas, one.result_model),
+                "; ".join(dict.fromkeys(filter(None, (*reasons, status)))),
+            )
         )
-        cells = [
-            f"<th scope='row'>{name}</th>",
-            *([f"<td>{badge(row.verdict)}</td><td class='n'>{score(row.score)}</td>"] if judged else []),
-            f"<td class='n'>{millilitres(row.volume_ml)}</td>",
-            *([f"<td class='n'>{score(row.round_trip)}</td>"] if went else []),
-            *(f"<td class='n'>{score(value)}</td>" for value in (one.atlas_model, one.result_atlas, one.result_model)),
-            f"<td class='why'>{text(remarks)}</td>",
-        ]
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    heads = [
-        "<th>structure</th>",
-        *(["<th>verdict</th><th class='n'>est. Dice</th>"] if judged else []),
-        "<th class='n'>volume<br>ml</th>",
-        *(
-            ["<th class='n' title='Dice of the atlas label with itself, to the query and back'>round<br>trip</th>"]
-            if went
-            else []
-        ),
-        "<th class='n' title='Dice of warped atlas and model'>atlas ·<br>model</th>",
-        "<th class='n' title='Dice of result and warped atlas'>result ·<br>atlas</th>",
-        "<th class='n' title='Dice of result and model'>result ·<br>model</th>",
-        "<th>remarks</th>",
-    ]
-    return (
-        "<section><h2>Structures</h2><div class='scroll'><table class='grid'><thead><tr>"
-        f"{''.join(heads)}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        "<p class='hint'>Agreements are Dice coefficients, 0 to 1; none of them needs the true labels. "
-        "Choose a structure to see it in the view and in the slices.</p></section>"
-    )
+    return rows
 
 
-def _viewer(maps: _Maps, options: CaseOptions, centres: Mapping[int, Sequence[float]]) -> tuple[str, str]:
+def _viewer(maps: _Maps, size: Reduction, sections: Sequence[_Section]) -> dict[str, Any]:
     values = [one.value for one in maps.structures]
-    thin = thinning(maps.result.grid, options.viewer_voxels)
-    volumes: dict[str, str] = {}
-    if maps.image is not None:
-        volumes["scan"] = scan_payload(maps.image, thin)
-    for kind, volume in (("result", maps.result), ("atlas", maps.atlas), ("model", maps.model)):
-        if volume is not None:
-            volumes[kind] = labels_payload(volume, values, thin)
-    note = "Scan with 8 bits."
-    if not thin.is_none:
-        factors = " × ".join(map(str, thin.factors))
-        whole = " × ".join(map(str, maps.result.grid.shape))
-        kept = " × ".join(map(str, thin.shape))
-        note = (
-            f"Reduced for this view: {factors} voxels became one ({whole} to {kept}); small structures may look coarse "
-            "or vanish here. The slices below have all voxels."
-        )
-    content = {
+    volumes = {} if maps.image is None else {"scan": scan_payload(maps.image, size)}
+    volumes |= {kind: labels_payload(volume, values, size) for kind, volume in maps.labels.items()}
+    return {
         "structures": [{"value": s.value, "name": s.name, "color": list(s.color)} for s in maps.structures],
-        "centres": centres,
+        "centres": {one.value: one.centre_mm for one in sections},
         "volumes": volumes,
     }
-    controls = []
-    for kind, label, opacity, on in (
-        ("scan", "scan", 100, True),
-        ("result", "result", 60, True),
-        ("atlas", "atlas mask", 50, False),
-        ("model", "model mask", 50, False),
-    ):
-        if kind in volumes:
-            controls.append(
-                f'<div class="layer {kind}"><label><input type="checkbox" data-layer="{kind}"'
-                f"{' checked' if on else ''}> <i></i>{label}</label>"
-                f'<input type="range" min="0" max="100" value="{opacity}" data-opacity="{kind}" '
-                f'aria-label="opacity of {label}"></div>'
-            )
-    layouts = "".join(
-        f'<button type="button" data-layout="{kind}"{" aria-pressed=true" if kind == "multi" else ""}>{label}</button>'
-        for kind, label in (
-            ("multi", "planes + 3-D"),
-            ("axial", "axial"),
-            ("coronal", "coronal"),
-            ("sagittal", "sagittal"),
-            ("render", "3-D"),
-        )
-    )
-    html = (
-        '<section id="view"><h2>Interactive view</h2><div class="viewer"><div class="bar-top">'
-        f'<div class="layouts" role="group" aria-label="layout">{layouts}</div>'
-        '<label class="switch"><input type="checkbox" id="outline"> outlines only</label>'
-        '<output id="where" aria-live="off"></output></div>'
-        f'<div class="canvas"><canvas id="canvas" aria-label="interactive view"></canvas>'
-        f'<p id="viewer-state">loading …</p></div><div class="layers">{"".join(controls)}</div></div>'
-        f'<p class="hint">{text(note)} Drag to move the crosshair or turn the 3-D view, scroll to '
-        "change slice, drag with the right button to set the window.</p></section>"
-    )
-    data = data_block("viewer-data", content) + (
-        f"<!--\n{asset('NIIVUE-LICENSE.txt')}-->\n"
-        f'<script type="text/plain" id="niivue">{packed_asset("niivue.umd.js")}</script>\n'
-    )
-    return html, data
 
 
-def _slices(sections: Sequence[str], maps: _Maps) -> str:
-    kinds = [("result", "result"), ("atlas", "atlas mask"), ("model", "model mask")]
-    present = [pair for pair, volume in zip(kinds, (maps.result, maps.atlas, maps.model), strict=True) if volume]
-    keys = "".join(
-        f'<label class="key {kind}"><input type="checkbox" data-lines="{kind}" checked>'
-        f'<svg viewBox="0 0 30 6"><path class="{kind}" d="M0 3L30 3"/></svg>{label}</label>'
-        for kind, label in present
-    )
-    empty = "<p>No structure is in this result.</p>" if not sections else ""
+def _viewer_note(maps: _Maps, size: Reduction) -> str:
+    if size.is_none:
+        return "Scan with 8 bits."
+    factors, whole, kept = (" × ".join(map(str, n)) for n in (size.factors, maps.result.grid.shape, size.shape))
     return (
-        f'<section id="slices"><div class="keys"><h2>Slices</h2>{keys}</div>{empty}{"".join(sections)}'
-        '<p class="hint">Radiological display: the patient\'s right is at the left of axial and coronal slices. '
-        "Each plane is where the structure shows most of itself.</p></section>"
-    )
-
-
-def _making(case: CaseRow) -> str:
-    registration: dict[str, Any] = dict(case.run.get("registration") or {})
-    folding = case.folding
-    rows = [
-        ("registration", text(registration.get("source", "-"))),
-        ("confidence", score(case.confidence)),
-        ("folding", "-" if folding is None else f"{100 * folding:.3g} % of the body"),
-        ("device", text(case.run.get("device", "-"))),
-        ("seed", text(case.run.get("seed", "-"))),
-    ]
-    stages = [(name, text(duration(seconds))) for name, seconds in case.seconds.items()]
-    settings = [(name, f"<code>{text(value)}</code>") for name, value in flattened(case.settings).items()]
-    versions = [(name, text(value)) for name, value in case.versions.items()]
-    return (
-        '<section><h2>How it was made</h2><div class="columns">'
-        f"<div><h3>Model</h3>{model_table(case.model)}</div><div><h3>Registration</h3>{pairs_table(rows)}</div>"
-        f"<div><h3>Time</h3>{pairs_table(stages)}</div><div><h3>Versions</h3>{pairs_table(versions)}</div></div>"
-        f"<details><summary>All settings</summary>{pairs_table(settings)}</details>"
-        f"<details><summary>Licence of the interactive view</summary><pre>{text(asset('NIIVUE-LICENSE.txt'))}</pre>"
-        "</details></section>"
+        f"Reduced for this view: blocks of {factors} voxels became one ({whole} to {kept}); small structures may look "
+        "coarse or vanish. The slices below have all voxels."
     )

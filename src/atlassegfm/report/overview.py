@@ -1,39 +1,30 @@
-"""Pictures of a result: one page a person can judge it by.
-
-Slices are drawn along the voxel axes of the scan, as it was acquired, not resampled to the world's axes:
-nothing is invented between thick slices, and an oblique scan fills its panel. The letters at the edges then
-say where an edge really points (two letters where it points between two directions, as in DICOM).
-"""
+"""Overview picture of a result: three slices, legend, volumes and scores as PNG."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from ..core.errors import MissingExtraError
 from ..core.files import atomic_path
 from ..core.image import Volume
 from ..core.labels import Structure
-from .planes import (
-    BARS_MM,
-    MARGIN_SHARE,
-    SMALLEST_VIEW_MM,
-    VIEWS,
+from .slices import (
     Panel,
-    areas_across,
-    best_slice,
+    Window,
+    bar_length_mm,
     cut,
-    display_window,
-    letters,
+    edge_letters,
+    overview_panels,
+    overview_window,
     smooth_mask,
-    tilt_degrees,
+    tilt_remark,
 )
 
 if TYPE_CHECKING:
@@ -41,41 +32,25 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-_FEATURE = "drawing the picture"
-_EXTRA = "report"
-
-#: Width of the picture and its parts, in pixels.
-_WIDTH_PX = 1600
-_MARGIN_PX = 40
-_GAP_PX = 14
+#: Size of the picture and its parts, px; panels are limited in height so that the page fits one screen.
+_WIDTH_PX, _MARGIN_PX, _GAP_PX, _HIGHEST_PX = 1600, 40, 14, 840
 _DPI = 100
-#: No panel grows beyond this height, so that a tall narrow scan keeps the page on one screen.
-_HIGHEST_PX = 840
-#: Rows and columns of the legend: 5 x 4 names are read at a glance.
-_LEGEND_ROWS = 5
-_LEGEND_COLUMNS = 4
-_LEGEND_LINE_PX = 29
-#: Right edges of the legend's numbers, from the left edge of their column.
-_LEGEND_VOLUME_PX = 268
-_LEGEND_SCORE_PX = 326
-
-_PAGE = "#0d1015"
-_PANEL = "#000000"
-_FRAME = "#262c36"
-_TEXT = "#eef1f5"
-_FAINT = "#8b95a5"
-_FONT = "DejaVu Sans"  # comes with matplotlib: the same letters on every machine
-
-#: Dashes of the reference's outline: 4 points of line, 3 of gap.
+#: Rows, columns and line height (px) of the legend.
+_LEGEND_ROWS, _LEGEND_COLUMNS, _LEGEND_LINE_PX = 5, 4, 29
+#: Right edges of volume and score, px from the left edge of their column.
+_LEGEND_VOLUME_PX, _LEGEND_SCORE_PX = 268, 326
+_PAGE, _PANEL, _FRAME, _TEXT, _FAINT = "#0d1015", "#000000", "#262c36", "#eef1f5", "#8b95a5"
+#: Comes with matplotlib: the same letters on every machine.
+_FONT = "DejaVu Sans"
+#: Dashes of the reference's outline, points of line and gap.
 _DASHES = (0, (4, 3))
-
-#: The brightest voxels are drawn a little below white, so that a fill still tints them.
+#: Upper limit of the grey scale: above 1, so that fills still tint the brightest voxels.
 _WHITE = 1.1
 
 
 @dataclass(frozen=True)
 class _Rectangle:
-    """Part of the picture, in pixels from its top left corner."""
+    """Part of the picture, px from the upper left corner."""
 
     left: float
     top: float
@@ -84,7 +59,7 @@ class _Rectangle:
 
 
 def require_report_extra() -> None:
-    """Check that pictures can be drawn, before hours of work that end in one.
+    """Check that pictures can be drawn.
 
     Raises
     ------
@@ -94,7 +69,7 @@ def require_report_extra() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise MissingExtraError(_FEATURE, _EXTRA) from None
+        raise MissingExtraError("drawing the picture", "report") from None
 
 
 def draw_overview(
@@ -110,32 +85,30 @@ def draw_overview(
 ) -> None:
     """Draw a scan with its segmentation in three planes and write it as PNG.
 
-    Each slice is the one on which most structures show most of themselves. The same voxels give the same
-    file, in whatever order they are stored.
+    The same voxels give the same file, whatever their order in memory.
 
     Parameters
     ----------
     image : Volume
-        Intensities.
     result : Volume
-        Integer labels on the voxels of ``image`` (the array order may differ); drawn as solid outlines.
+        Labels on the voxels of ``image`` (the array order may differ): solid outlines.
     structures : sequence of Structure
-        Which labels to draw, with names and colours.
+        Labels to draw, with names and colours.
     path : Path
-        Ends in ``.png``; written under a temporary name first.
+        PNG file.
     title, subtitle : str
-        Head of the page. Nothing else is written on it that could name a patient.
+        The only text that could identify a patient.
     reference : Volume, optional
-        True labels, on the voxels of ``image``; drawn as thin dashed white outlines.
+        Reference labels on the voxels of ``image``: dashed white outlines.
     scores : mapping of int to float, optional
-        Dice coefficient of each label value, 0 to 1 or NaN, for the legend.
+        Dice coefficient of each label value for the legend, in [0, 1] or NaN.
 
     Raises
     ------
     MissingExtraError
         If matplotlib is not installed.
     ValueError
-        If the label maps do not have the voxels of the image.
+        If the label maps are not on the voxels of the image.
     """
     require_report_extra()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -145,11 +118,9 @@ def draw_overview(
     labels = _indices(result.turned_to(scan.grid).data, structures)
     truth = None if reference is None else _indices(reference.turned_to(scan.grid).data, structures)
     drawn = labels if truth is None else np.where(labels > 0, labels, truth)
-    spacing_mm = scan.grid.spacing_mm
-    panels = _panels(drawn, len(structures), spacing_mm)
-    window = display_window(scan.data, drawn, panels)
-    narrowest_mm = min(panel.width_mm for panel in panels)
-    bar_mm = max(length for length in BARS_MM if length <= max(0.3 * narrowest_mm, BARS_MM[0]))
+    panels = overview_panels(drawn, len(structures), scan.grid.spacing_mm)
+    window = overview_window(scan.data, drawn, panels[0])
+    bar_mm = bar_length_mm(min(panel.width_mm for panel in panels))
 
     header_px = 76 + (26 * len(_wrapped(subtitle)) if subtitle else 0)
     places, panels_bottom = _layout(panels, header_px)
@@ -173,15 +144,12 @@ def draw_overview(
         _draw_panel(axes, panel, place, scan, labels, truth, structures, window, bar_mm)
     _draw_legend(figure, entries, legend_top, height)
     with atomic_path(path) as temporary:
-        # The default metadata name the version of matplotlib; without it the file depends on the voxels alone.
+        # Without matplotlib's version the file depends on the voxels alone.
         figure.savefig(temporary, format="png", dpi=_DPI, facecolor=_PAGE, metadata={"Software": None})
 
 
-# What to show
-
-
 def _indices(labels: NDArray[Any], structures: Sequence[Structure]) -> NDArray[Any]:
-    """Label values replaced by 1 + position in ``structures``; 0 for all others."""
+    """Replace label values by 1 + their position in ``structures``, others by 0."""
     largest = max([int(labels.max(initial=0)), *(s.value for s in structures)], default=0)
     table = np.zeros(largest + 1, np.min_scalar_type(len(structures)))
     for position, structure in enumerate(structures):
@@ -190,41 +158,8 @@ def _indices(labels: NDArray[Any], structures: Sequence[Structure]) -> NDArray[A
     return indices
 
 
-def _panels(labels: NDArray[Any], count: int, spacing_mm: NDArray[np.float64]) -> list[Panel]:
-    """The three slices, the plane of acquisition (finest voxels in it) first."""
-    shape = np.array(labels.shape)
-    boxes = ndimage.find_objects((labels > 0).astype(np.uint8))
-    start, stop = np.zeros(3, int), shape.copy()
-    if boxes:
-        box = boxes[0]
-        low = np.array([side.start for side in box]) * spacing_mm
-        high = np.array([side.stop for side in box]) * spacing_mm
-        margin = np.maximum(MARGIN_SHARE * float((high - low).max()), (SMALLEST_VIEW_MM - (high - low)) / 2)
-        start = np.maximum(np.floor((low - margin) / spacing_mm).astype(int), 0)
-        stop = np.minimum(np.ceil((high + margin) / spacing_mm).astype(int), shape)
-    size_mm = (stop - start) * spacing_mm
-    panels = [
-        Panel(
-            view,
-            best_slice(areas_across(labels, count, view.normal)),
-            (int(start[0]), int(start[1]), int(start[2])),
-            (int(stop[0]), int(stop[1]), int(stop[2])),
-            float(size_mm[view.right]),
-            float(size_mm[view.down]),
-        )
-        for view in VIEWS
-    ]
-    coarsest = float(spacing_mm.max())
-    # Isotropic scans: axial, which comes first.
-    first = next(panel for panel in panels if spacing_mm[panel.view.normal] >= 0.99 * coarsest)
-    return [first, *(panel for panel in panels if panel is not first)]
-
-
 def _layout(panels: Sequence[Panel], top_px: float) -> tuple[list[_Rectangle], float]:
-    """Where the panels go, and where they end: whichever of two patterns shows them larger.
-
-    Either the first panel large at the left and the other two stacked beside it, or all three in a row.
-    """
+    """Place the panels (one large, two stacked beside it, or a row; whichever is larger) and give their lower edge."""
     width = _WIDTH_PX - 2 * _MARGIN_PX
     first, second, third = (panel.aspect for panel in panels)
 
@@ -239,7 +174,6 @@ def _layout(panels: Sequence[Panel], top_px: float) -> tuple[list[_Rectangle], f
     row_area = row_height**2 * (first + second + third)
 
     if beside_area >= row_area and stacked > 0:
-        # What shrinking frees becomes black around the slices, so that the page keeps its edges.
         right = stacked * shrink + (1 - shrink) * width * 0.35
         left = width - _GAP_PX - right
         total = tall * shrink
@@ -258,9 +192,6 @@ def _layout(panels: Sequence[Panel], top_px: float) -> tuple[list[_Rectangle], f
     )
 
 
-# Drawing
-
-
 def _draw_panel(
     axes: Axes,
     panel: Panel,
@@ -269,7 +200,7 @@ def _draw_panel(
     labels: NDArray[Any],
     truth: NDArray[Any] | None,
     structures: Sequence[Structure],
-    window: tuple[float, float],
+    window: Window,
     bar_mm: int,
 ) -> None:
     from matplotlib.patheffects import withStroke
@@ -286,9 +217,9 @@ def _draw_panel(
     for spine in axes.spines.values():
         spine.set_color(_FRAME)
 
-    picture = np.asarray(cut(scan.data, panel), dtype=np.float32)
+    picture = window.grey(cut(scan.data, panel))
     axes.imshow(
-        np.clip((picture - window[0]) / (window[1] - window[0]), 0, 1),
+        picture,
         cmap="gray",
         vmin=0,
         vmax=_WHITE,
@@ -301,37 +232,34 @@ def _draw_panel(
     axes.set_ylim(view_height, 0)
 
     pixel_mm = (width / picture.shape[1], height / picture.shape[0])
-    shown = cut(labels, panel)
-    many = len(np.unique(shown)) > 25
-    for position in np.unique(shown[shown > 0]):
-        color = _rgb(structures[int(position) - 1])
-        xs, ys, level = smooth_mask(shown == position, pixel_mm, px_per_mm)
-        lattice = (xs + left, ys + top, level)
-        axes.contourf(*lattice, levels=[0.5, 10], colors=[color], alpha=0.24 if many else 0.20, zorder=1)
-        axes.contour(*lattice, levels=[0.5], colors=[color], linewidths=1.1 if many else 1.9, zorder=2)
-    if truth is not None:
-        shown = cut(truth, panel)
+
+    def lattices(indices: NDArray[Any]) -> Iterator[tuple[int, tuple[NDArray[Any], ...]]]:
+        shown = cut(indices, panel)
         for position in np.unique(shown[shown > 0]):
             xs, ys, level = smooth_mask(shown == position, pixel_mm, px_per_mm)
-            lattice = (xs + left, ys + top, level)
-            axes.contour(*lattice, levels=[0.5], colors=["white"], linewidths=0.9, linestyles=[_DASHES], zorder=3)
+            yield int(position), (xs + left, ys + top, level)
+
+    many = len(np.unique(cut(labels, panel))) > 25
+    for position, lattice in lattices(labels):
+        color = _rgb(structures[position - 1])
+        axes.contourf(*lattice, levels=[0.5, 10], colors=[color], alpha=0.24 if many else 0.20, zorder=1)
+        axes.contour(*lattice, levels=[0.5], colors=[color], linewidths=1.1 if many else 1.9, zorder=2)
+    for _, lattice in () if truth is None else lattices(truth):
+        axes.contour(*lattice, levels=[0.5], colors=["white"], linewidths=0.9, linestyles=[_DASHES], zorder=3)
 
     outline = [withStroke(linewidth=3, foreground="#000000b0")]
     style: dict[str, Any] = {"family": _FONT, "color": _TEXT, "path_effects": outline, "zorder": 5}
     inset = 14 / px_per_mm
-    direction = scan.grid.affine[:3, :3] / scan.grid.spacing_mm
-    rightwards, downwards = -direction[:, panel.view.right], -direction[:, panel.view.down]
-    middle_x, middle_y = view_width / 2, view_height / 2
-    for x, y, towards, across, upright in (
-        (inset, middle_y, -rightwards, "left", "center"),
-        (view_width - inset, middle_y, rightwards, "right", "center"),
-        (middle_x, inset, -downwards, "center", "top"),
-        (middle_x, view_height - inset, downwards, "center", "bottom"),
+    at_left, at_right, at_top, at_bottom = edge_letters(scan.grid.affine, panel.view)
+    for x, y, letters, across, upright in (
+        (inset, view_height / 2, at_left, "left", "center"),
+        (view_width - inset, view_height / 2, at_right, "right", "center"),
+        (view_width / 2, inset, at_top, "center", "top"),
+        (view_width / 2, view_height - inset, at_bottom, "center", "bottom"),
     ):
-        axes.text(x, y, letters(towards), ha=across, va=upright, fontsize=12.5, fontweight="bold", **style)
-
-    tilt = tilt_degrees(direction, panel.view)
-    name = panel.view.name + (f"  (tilted {tilt:.0f}°)" if tilt >= 3 else "")
+        axes.text(x, y, letters, ha=across, va=upright, fontsize=12.5, fontweight="bold", **style)
+    tilt = tilt_remark(scan.grid.affine, panel.view)
+    name = panel.view.name + (f"  ({tilt})" if tilt else "")
     axes.text(inset, inset, name, ha="left", va="top", fontsize=11.5, **{**style, "color": "#c9d1dc"})
 
     x, y = inset, view_height - inset
@@ -362,7 +290,7 @@ def _draw_header(
 
     left = _MARGIN_PX / _WIDTH_PX
     head = textwrap.shorten(title, 90, placeholder=" …")
-    # A name may hold a dollar sign; it is not mathematics.
+    # A dollar sign in a name is no mathematics.
     plain: dict[str, Any] = {"family": _FONT, "parse_math": False, "va": "baseline"}
     figure.text(left, 1 - 46 / height, head, color=_TEXT, fontsize=21, fontweight="bold", ha="left", **plain)
     for number, line in enumerate(_wrapped(subtitle)):
@@ -388,7 +316,7 @@ def _draw_header(
 
 @dataclass(frozen=True)
 class _Entry:
-    """A line of the legend; without a colour it is a remark."""
+    """Line of the legend; a remark if it has no colour."""
 
     name: str
     color: tuple[float, float, float] | None = None
@@ -402,7 +330,7 @@ def _legend_entries(
     voxel_volume_mm3: float,
     scores: Mapping[int, float] | None,
 ) -> list[_Entry]:
-    """The structures in their order, or the largest ones and how many more there are."""
+    """List the structures in their order, or the largest and the number of others."""
     voxels = np.bincount(labels.ravel(order="K"), minlength=len(structures) + 1)[1:]
     room = _LEGEND_ROWS * _LEGEND_COLUMNS
     kept = list(range(len(structures)))
@@ -459,7 +387,7 @@ def _draw_legend(figure: Figure, entries: Sequence[_Entry], top_px: float, heigh
 
 
 def _shorten(text: Text, right_px: float) -> None:
-    """Take letters out of the middle until a text ends before ``right_px``; names often differ at both ends."""
+    """Remove letters from the middle until a text ends before ``right_px``: names differ at both ends."""
     full = text.get_text()
     for kept in range(len(full) - 1, 3, -1):
         if text.get_window_extent().x1 <= right_px:

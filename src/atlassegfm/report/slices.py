@@ -1,6 +1,7 @@
-"""Slices with outlines for a page: the scan as a PNG in the page, the outlines as lines over it.
+"""Slices through a scan in radiological display: planes, intensity windows, outlines, edge letters.
 
-Lines stay sharp however large the page shows them, and each kind can be switched off.
+Slices follow the voxel axes of the scan as acquired: nothing is interpolated between thick slices. The letters at the
+edges give the anatomical direction, two where it lies between two axes, as in DICOM.
 """
 
 from __future__ import annotations
@@ -9,59 +10,261 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from ..core.image import Volume
-from .page import text
-from .planes import BARS_MM, VIEWS, Panel, View, cut, letters, smooth_mask, thinned, tilt_degrees
 
-#: Around a single structure, on each side: this share of its extent, but so many mm at least.
-_MARGIN_SHARE, _MARGIN_MM = 0.35, 20.0
-#: A structure is shown with at least this much around it, mm.
-_SMALLEST_VIEW_MM = 70.0
-#: Outlines are computed as for a panel of this width.
-_PANEL_PX = 420.0
-#: Width of a small picture in the page of a cohort.
-_THUMB_PX = 200
-#: Points closer to a line than this share of a mm are left out of an outline.
-_TOLERANCE_MM = 0.08
-#: On CT in Hounsfield units air is below this, and the range is above that.
+#: Cosine above which a direction gets a letter: an edge within 17 degrees of an axis has one letter.
+_LETTER_COSINE = 0.3
+#: Tilts from here on are written, in degrees.
+_TILT = 3.0
+#: Lengths of scale bars, mm.
+_BARS_MM = (1, 2, 5, 10, 20, 50, 100, 200)
+#: Smallest view (mm) and margin as a fraction of the extent, around one structure and around all of them.
+_STRUCTURE_VIEW_MM, _STRUCTURE_MARGIN = 70.0, 0.35
+_OVERVIEW_MM, _OVERVIEW_MARGIN = 100.0, 0.22
+#: Smallest margin around one structure, mm.
+_MARGIN_MM = 20.0
+#: Width for which the outlines of a page are computed, px; tolerance of their simplification, mm.
+_PANEL_PX, _TOLERANCE_MM = 420.0, 0.08
+#: Width of a thumbnail, px.
+_THUMBNAIL_PX = 200
+#: Air on CT is below the first; the intensity range of CT is above the second, HU.
 _AIR_HU, _CT_RANGE_HU = -900.0, 1000.0
-#: The usual CT windows, level and width in HU, and the median inside a structure up to which each is taken.
+#: CT windows: largest median inside the structure, name, level and width, HU.
 _CT_WINDOWS = ((-400.0, "lung", -600.0, 1500.0), (200.0, "soft tissue", 40.0, 400.0), (np.inf, "bone", 400.0, 1800.0))
+#: Grey of a slice whose scan is missing.
+_NO_SCAN_GREY = 24
+
+
+@dataclass(frozen=True)
+class View:
+    """One of the three planes of a canonical (RAS) volume.
+
+    The picture shows the negative direction of axis ``right`` along its rows and of axis ``down`` along its columns.
+    """
+
+    name: str
+    normal: int
+    right: int
+    down: int
+
+
+#: Radiological display: the patient's right at the left, front at the top or left, head at the top.
+VIEWS = (View("axial", 2, 0, 1), View("coronal", 1, 0, 2), View("sagittal", 0, 1, 2))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One slice: voxels start <= ijk < stop, on slice ``index`` along the normal."""
+
+    view: View
+    index: int
+    start: tuple[int, int, int]
+    stop: tuple[int, int, int]
+    width_mm: float
+    height_mm: float
+
+    @property
+    def aspect(self) -> float:
+        """Width over height."""
+        return self.width_mm / self.height_mm
 
 
 @dataclass(frozen=True)
 class Window:
-    """Intensities shown black and white, and what the window is called."""
+    """Intensities shown black and white, and the name of the window."""
 
     low: float
     high: float
+    name: str = ""
+
+    def grey(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        """Scale intensities to [0, 1]."""
+        fraction = (np.asarray(values, np.float32) - self.low) / (self.high - self.low)
+        return np.asarray(np.clip(fraction, 0, 1), np.float32)
+
+
+@dataclass(frozen=True)
+class SliceFigure:
+    """One slice with outlines, as a page draws it. Outlines are SVG paths in mm, the lowest first."""
+
+    uri: str
+    width_mm: float
+    height_mm: float
     name: str
+    letters: tuple[str, str, str, str]
+    """At the left, right, top and bottom edge."""
+
+    bar_mm: int
+    outlines: tuple[tuple[str, str], ...]
+    """Kind ("result", "atlas" or "model") and path."""
+
+
+# Planes
+
+
+def structure_panels(
+    mask: NDArray[np.bool_], offset: Sequence[int], shape: Sequence[int], spacing_mm: NDArray[np.float64]
+) -> list[Panel]:
+    """Choose three slices through a structure, each where its area is largest.
+
+    Parameters
+    ----------
+    mask : array of bool
+        The structure in its bounding box; not empty.
+    offset : sequence of int, (3,)
+        First voxel of that box in the scan.
+    shape : sequence of int, (3,)
+        Of the scan.
+    spacing_mm : array, (3,)
+    """
+    first = np.array(offset)
+    size_mm = np.array(mask.shape) * spacing_mm
+    margin = np.maximum(np.maximum(_STRUCTURE_MARGIN * size_mm.max(), _MARGIN_MM), (_STRUCTURE_VIEW_MM - size_mm) / 2)
+    start = np.maximum(np.floor(first - margin / spacing_mm).astype(int), 0)
+    stop = np.minimum(np.ceil(first + mask.shape + margin / spacing_mm).astype(int), shape)
+    indices = []
+    for view in VIEWS:
+        areas = mask.sum(axis=(view.right, view.down))
+        best = np.flatnonzero(areas == areas.max())
+        indices.append(int(first[view.normal] + best[len(best) // 2]))
+    return _panels(indices, start, stop, spacing_mm)
+
+
+def overview_panels(labels: NDArray[Any], count: int, spacing_mm: NDArray[np.float64]) -> list[Panel]:
+    """Choose three slices through all structures, the plane of acquisition first.
+
+    Parameters
+    ----------
+    labels : array of int
+        Positions of structures from 1 to ``count``; 0 is background.
+    count : int
+    spacing_mm : array, (3,)
+    """
+    shape = np.array(labels.shape)
+    start, stop = np.zeros(3, int), shape
+    boxes = ndimage.find_objects((labels > 0).astype(np.uint8))
+    if boxes:
+        low, high = (np.array([getattr(side, end) for side in boxes[0]]) * spacing_mm for end in ("start", "stop"))
+        margin = np.maximum(_OVERVIEW_MARGIN * float((high - low).max()), (_OVERVIEW_MM - (high - low)) / 2)
+        start = np.maximum(np.floor((low - margin) / spacing_mm).astype(int), 0)
+        stop = np.minimum(np.ceil((high + margin) / spacing_mm).astype(int), shape)
+    indices = [best_slice(_areas(labels, count, view.normal)) for view in VIEWS]
+    acquired = acquisition_view(spacing_mm)
+    return sorted(_panels(indices, start, stop, spacing_mm), key=lambda panel: panel.view is not acquired)
+
+
+def acquisition_view(spacing_mm: NDArray[np.float64]) -> View:
+    """Find the plane of the finest voxels; axial for isotropic voxels."""
+    return next(view for view in VIEWS if spacing_mm[view.normal] >= 0.99 * float(spacing_mm.max()))
+
+
+def best_slice(areas: NDArray[np.int64]) -> int:
+    """Find the slice that shows most of most structures; the middle one if there are none.
+
+    Each structure votes with the root of its area relative to its largest section, whatever its size.
+
+    Parameters
+    ----------
+    areas : array, (slices, structures)
+    """
+    largest = areas.max(axis=0, initial=0)
+    present = largest > 0
+    if not present.any():
+        return len(areas) // 2
+    votes = np.sqrt(areas[:, present] / largest[present]).sum(axis=1)
+    best = np.flatnonzero(votes >= votes.max() - 1e-9)
+    return int(best[len(best) // 2])
+
+
+def _areas(labels: NDArray[Any], count: int, axis: int) -> NDArray[np.int64]:
+    """Count the voxels (slices, structures) on each slice; slice by slice, to save memory."""
+    slices = np.ascontiguousarray(np.moveaxis(labels, axis, 0))
+    return np.array([np.bincount(one.ravel(), minlength=count + 1) for one in slices], np.int64)[:, 1:]
+
+
+def _panels(
+    indices: Sequence[int], start: NDArray[np.int_], stop: NDArray[np.int_], spacing_mm: NDArray[np.float64]
+) -> list[Panel]:
+    size_mm = (stop - start) * spacing_mm
+    first, last = (tuple(int(n) for n in corner) for corner in (start, stop))
+    return [
+        Panel(
+            view,
+            index,
+            (first[0], first[1], first[2]),
+            (last[0], last[1], last[2]),
+            float(size_mm[view.right]),
+            float(size_mm[view.down]),
+        )
+        for view, index in zip(VIEWS, indices, strict=True)
+    ]
+
+
+def cut(array: NDArray[Any], panel: Panel) -> NDArray[Any]:
+    """Cut a slice as a picture: rows downwards, columns to the right."""
+    part = [slice(a, b) for a, b in zip(panel.start, panel.stop, strict=True)]
+    part[panel.view.normal] = slice(panel.index, panel.index + 1)
+    return np.squeeze(array[tuple(part)], axis=panel.view.normal)[::-1, ::-1].T
+
+
+# Directions and lengths
+
+
+def letters(direction: NDArray[np.float64]) -> str:
+    """Name the direction of a (3,) unit vector in RAS+: "R", or "RA" between two axes, the strongest first."""
+    order = np.argsort(-np.abs(direction), kind="stable")
+    kept = [axis for axis in order if abs(direction[axis]) > _LETTER_COSINE]
+    return "".join("RAS"[a] if direction[a] > 0 else "LPI"[a] for a in kept)
+
+
+def edge_letters(affine: NDArray[np.float64], view: View) -> tuple[str, str, str, str]:
+    """Name the directions of the left, right, top and bottom edge of a slice of a canonical scan."""
+    direction = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    right, down = -direction[:, view.right], -direction[:, view.down]
+    return letters(-right), letters(right), letters(-down), letters(down)
+
+
+def tilt_remark(affine: NDArray[np.float64], view: View) -> str:
+    """Say how far a slice is tilted from the world plane it is named after; empty below 3 degrees."""
+    direction = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    normal = np.cross(direction[:, view.right], direction[:, view.down])
+    cosine = abs(float(normal[view.normal])) / float(np.linalg.norm(normal))
+    tilt = float(np.degrees(np.arccos(min(cosine, 1.0))))
+    return f"tilted {tilt:.0f}°" if tilt >= _TILT else ""
+
+
+def bar_length_mm(width_mm: float) -> int:
+    """Choose the scale bar: at most 30 % of the width."""
+    return max(length for length in _BARS_MM if length <= max(0.3 * width_mm, _BARS_MM[0]))
+
+
+# Intensities
 
 
 def is_hounsfield(image: Volume) -> bool:
-    """Whether intensities are those of CT in HU: air is there, and bone above it."""
-    shown = thinned(image.data)
-    low, high = (float(v) for v in np.percentile(shown, (1, 99.9)))
+    """Check whether intensities look like CT in HU: air, and bone above it."""
+    low, high = (float(v) for v in np.percentile(_subsample(image.data), (1, 99.9)))
     return low < _AIR_HU and high - low > _CT_RANGE_HU
 
 
 def structure_window(image: Volume, inside: NDArray[np.bool_], box: tuple[slice, ...], *, hounsfield: bool) -> Window:
-    """A window for one structure and what is around it.
+    """Choose the window for one structure and its surroundings.
 
     Parameters
     ----------
     image : Volume
-        The scan.
     inside : array of bool
         The structure, on the voxels of ``box``.
     box : tuple of slice, (3,)
-        The part that is shown.
+        Voxels that are shown.
     hounsfield : bool
-        Whether the usual windows of CT apply.
+        Whether to use the CT windows.
     """
     part = np.asarray(image.data[box], dtype=np.float32)
     values = part[inside] if inside.any() else part.ravel()
@@ -69,9 +272,9 @@ def structure_window(image: Volume, inside: NDArray[np.bool_], box: tuple[slice,
         middle = float(np.median(values))
         _, name, level, width = next(row for row in _CT_WINDOWS if middle <= row[0])
         return Window(level - width / 2, level + width / 2, f"{name}, L {level:.0f} W {width:.0f} HU")
-    low, dark, bright, high = (float(v) for v in np.percentile(thinned(part), (0.5, 20, 85, 99.7)))
+    low, dark, bright, high = (float(v) for v in np.percentile(_subsample(part), (0.5, 20, 85, 99.7)))
     first, last = (float(v) for v in np.percentile(values, (3, 97)))
-    # The structure's own range and as much again on both sides, but most of what is around it too.
+    # The structure's range and as much on both sides, but most of its surroundings too.
     span = max(last - first, 0.15 * (high - low))
     low, high = max(low, min(dark, first - 1.2 * span)), min(high, max(bright, last + 0.8 * span))
     if not high > low:
@@ -80,62 +283,66 @@ def structure_window(image: Volume, inside: NDArray[np.bool_], box: tuple[slice,
     return Window(low, high, f"{low:.4g} to {high:.4g}")
 
 
-def panels_of(
-    mask: NDArray[np.bool_], offset: Sequence[int], shape: Sequence[int], spacing_mm: NDArray[np.float64]
-) -> list[Panel]:
-    """Three planes through a structure, where each shows most of it.
+def overview_window(data: NDArray[Any], labels: NDArray[Any], panel: Panel) -> Window:
+    """Choose the window for all structures: percentiles of the view, narrowed to the range of the structures."""
+    shown = _subsample(data[tuple(slice(a, b) for a, b in zip(panel.start, panel.stop, strict=True))])
+    low, high = (float(v) for v in np.percentile(shown, (1.0, 99.9)))
+    inside = _subsample(data[labels > 0])
+    if inside.size:
+        first, last = (float(v) for v in np.percentile(inside, (3, 97)))
+        span = max(last - first, 0.08 * (high - low))
+        low, high = max(low, first - 1.6 * span), min(high, last + 0.8 * span)
+    if not high > low:
+        low, high = float(shown.min()), float(shown.max())
+    return Window(low, high) if high > low else Window(low - 1, low + 1)
+
+
+def _subsample(values: NDArray[Any]) -> NDArray[Any]:
+    """Take every nth value so that about a million remain, for percentiles."""
+    step = int(np.ceil((values.size / 1e6) ** (1 / values.ndim))) if values.size else 1
+    return np.asarray(values[(slice(None, None, step),) * values.ndim], dtype=np.float32)
+
+
+# Outlines
+
+
+def smooth_mask(
+    mask: NDArray[np.bool_], pixel_mm: tuple[float, float], px_per_mm: float
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float32]]:
+    """Upsample a mask for outlines without staircase; the value at every voxel centre stays.
 
     Parameters
     ----------
-    mask : array of bool
-        The structure in its own box; not empty.
-    offset : sequence of int, (3,)
-        First voxel of that box in the scan.
-    shape : sequence of int, (3,)
-        Of the scan.
-    spacing_mm : array, (3,)
-        Of the scan.
+    mask : array of bool, (rows, columns)
+        Not empty.
+    pixel_mm : tuple of float
+        Width and height of a voxel.
+    px_per_mm : float
+        Scale at which it is drawn.
+
+    Returns
+    -------
+    x, y : array, (W,) and (H,)
+        mm from the left and upper edge of the slice.
+    level : array, (H, W)
+        0.5 on the border.
     """
-    start = np.array(offset)
-    stop = start + mask.shape
-    size = (stop - start) * spacing_mm
-    margin = np.maximum(np.maximum(_MARGIN_SHARE * size.max(), _MARGIN_MM), (_SMALLEST_VIEW_MM - size) / 2)
-    first = np.maximum(np.floor(start - margin / spacing_mm).astype(int), 0)
-    last = np.minimum(np.ceil(stop + margin / spacing_mm).astype(int), shape)
-    extent = (last - first) * spacing_mm
-    panels = []
-    for view in VIEWS:
-        areas = mask.sum(axis=tuple(axis for axis in range(3) if axis != view.normal))
-        best = np.flatnonzero(areas == areas.max())
-        panels.append(
-            Panel(
-                view,
-                int(start[view.normal] + best[len(best) // 2]),
-                (int(first[0]), int(first[1]), int(first[2])),
-                (int(last[0]), int(last[1]), int(last[2])),
-                float(extent[view.right]),
-                float(extent[view.down]),
-            )
-        )
-    return panels
-
-
-def picture(image: Volume | None, panel: Panel, window: Window | None) -> str:
-    """The slice as a data URI; an even grey without a scan."""
-    from PIL import Image
-
-    if image is None or window is None:
-        grey = np.full((1, 1), 24, np.uint8)
-    else:
-        values = np.asarray(cut(image.data, panel), dtype=np.float32)
-        grey = np.rint(255 * np.clip((values - window.low) / (window.high - window.low), 0, 1)).astype(np.uint8)
-    stream = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(grey)).save(stream, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    margin = 3
+    # Background around it closes the outline at the edge of the slice.
+    padded = np.pad(mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], margin).astype(np.float32)
+    first = np.array([rows[0] - margin, columns[0] - margin])
+    steps = [int(np.clip(np.ceil(size_mm * px_per_mm / 2.5), 1, 12)) for size_mm in (pixel_mm[1], pixel_mm[0])]
+    at = [np.linspace(0, n - 1, (n - 1) * step + 1) for n, step in zip(padded.shape, steps, strict=True)]
+    grid = np.meshgrid(at[0], at[1], indexing="ij")
+    level = ndimage.map_coordinates(padded, grid, order=3, mode="constant").astype(np.float32)
+    y = (at[0] + first[0] + 0.5) * pixel_mm[1]
+    x = (at[1] + first[1] + 0.5) * pixel_mm[0]
+    return x, y, level
 
 
 def outline(mask: NDArray[np.bool_], panel: Panel) -> str:
-    """Outlines of a mask on a slice as the data of an SVG path, mm from the panel's top left corner."""
+    """Trace a mask on a slice as an SVG path, mm from the upper left corner; empty for an empty mask."""
     from skimage.measure import approximate_polygon, find_contours
 
     if not mask.any():
@@ -152,41 +359,40 @@ def outline(mask: NDArray[np.bool_], panel: Panel) -> str:
     return "".join(pieces)
 
 
-def figure(image_uri: str, panel: Panel, lines: Sequence[tuple[str, str, str]], affine: NDArray[np.float64]) -> str:
-    """A slice with outlines, letters at its edges and a scale bar, as HTML.
+# Pictures for pages
+
+
+def slice_figure(
+    image: Volume | None,
+    panel: Panel,
+    window: Window | None,
+    masks: Mapping[str, NDArray[np.bool_]],
+    affine: NDArray[np.float64],
+) -> SliceFigure:
+    """Build a slice for a page.
 
     Parameters
     ----------
-    image_uri : str
-        From :func:`picture`.
+    image : Volume or None
+        Canonical scan; grey without one.
     panel : Panel
-        Which slice.
-    lines : sequence of (str, str, str)
-        Class, style and path of each outline, the lowest first.
+    window : Window or None
+        None without a scan.
+    masks : mapping of str to array of bool
+        Slices from :func:`cut` by kind, the lowest first.
     affine : array, (4, 4)
         Of the canonical scan.
     """
-    direction = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    rightwards, downwards = -direction[:, panel.view.right], -direction[:, panel.view.down]
-    width, height = panel.width_mm, panel.height_mm
-    bar = max(length for length in BARS_MM if length <= max(0.3 * width, BARS_MM[0]))
-    paths = "".join(f'<path class="{kind}"{style} d="{path}"/>' for kind, style, path in lines if path)
-    return (
-        f'<figure class="slice" style="--aspect:{panel.aspect:.4f}">'
-        f'<svg viewBox="0 0 {width:.2f} {height:.2f}" role="img" '
-        f'aria-label="{text(plane_name(panel, direction))}">'
-        f'<image href="{image_uri}" width="{width:.2f}" height="{height:.2f}" preserveAspectRatio="none"/>{paths}</svg>'
-        f'<span class="l">{letters(-rightwards)}</span><span class="r">{letters(rightwards)}</span>'
-        f'<span class="t">{letters(-downwards)}</span><span class="b">{letters(downwards)}</span>'
-        f'<span class="bar" style="width:{100 * bar / width:.2f}%"><em>{bar} mm</em></span>'
-        f"<figcaption>{text(plane_name(panel, direction))}</figcaption></figure>"
+    tilt = tilt_remark(affine, panel.view)
+    return SliceFigure(
+        uri=_picture(image, panel, window),
+        width_mm=panel.width_mm,
+        height_mm=panel.height_mm,
+        name=f"{panel.view.name} {panel.index + 1}" + (f", {tilt}" if tilt else ""),
+        letters=edge_letters(affine, panel.view),
+        bar_mm=bar_length_mm(panel.width_mm),
+        outlines=tuple((kind, path) for kind, mask in masks.items() if (path := outline(mask, panel))),
     )
-
-
-def plane_name(panel: Panel, direction: NDArray[np.float64]) -> str:
-    """The plane and which slice of it, counted from 1."""
-    tilt = tilt_degrees(direction, panel.view)
-    return f"{panel.view.name} {panel.index + 1}" + (f", tilted {tilt:.0f}°" if tilt >= 3 else "")
 
 
 def thumbnail(
@@ -195,34 +401,34 @@ def thumbnail(
     colors: Mapping[int, Sequence[int]],
     panel: Panel,
     window: Window | None,
-) -> str:
-    """One slice with all structures in their colours, small, as HTML."""
+) -> dict[str, Any]:
+    """Build a small slice with all structures in their colours: uri, width, height, and (colour, path) of outlines."""
+    shown = cut(labels, panel)
+    return {
+        "uri": _picture(image, panel, window, small=True),
+        "width": round(panel.width_mm, 1),
+        "height": round(panel.height_mm, 1),
+        "outlines": [
+            (list(colors[int(value)]), path)
+            for value in np.unique(shown[shown > 0])
+            if (path := outline(shown == value, panel))
+        ],
+    }
+
+
+def _picture(image: Volume | None, panel: Panel, window: Window | None, *, small: bool = False) -> str:
+    """Encode a slice as a data URI: PNG, or a small JPEG."""
     from PIL import Image
 
-    if image is None or window is None:
-        uri = picture(None, panel, None)
+    values = np.full((1, 1), _NO_SCAN_GREY, np.uint8)
+    if image is not None and window is not None:
+        values = np.rint(255 * window.grey(cut(image.data, panel))).astype(np.uint8)
+    picture, stream = Image.fromarray(np.ascontiguousarray(values)), io.BytesIO()
+    if small and image is not None:
+        picture = picture.resize((_THUMBNAIL_PX, max(1, round(_THUMBNAIL_PX / panel.aspect))))
+        picture.save(stream, format="JPEG", quality=72)
+        kind = "jpeg"
     else:
-        values = np.asarray(cut(image.data, panel), dtype=np.float32)
-        grey = np.rint(255 * np.clip((values - window.low) / (window.high - window.low), 0, 1)).astype(np.uint8)
-        size = (_THUMB_PX, max(1, round(_THUMB_PX / panel.aspect)))
-        stream = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(grey)).resize(size).save(stream, format="JPEG", quality=72)
-        uri = "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
-    shown = cut(labels, panel)
-    paths = "".join(
-        f'<path d="{path}" style="stroke:rgb({",".join(map(str, colors[int(value)]))});'
-        f'fill:rgb({",".join(map(str, colors[int(value)]))})"/>'
-        for value in np.unique(shown[shown > 0])
-        if (path := outline(shown == value, panel))
-    )
-    return (
-        f'<svg class="thumb" viewBox="0 0 {panel.width_mm:.1f} {panel.height_mm:.1f}">'
-        f'<image href="{uri}" width="{panel.width_mm:.1f}" height="{panel.height_mm:.1f}" preserveAspectRatio="none"/>'
-        f"{paths}</svg>"
-    )
-
-
-def view_of_acquisition(spacing_mm: NDArray[np.float64]) -> View:
-    """The plane of the finest voxels; axial where all are alike."""
-    coarsest = float(spacing_mm.max())
-    return next(view for view in VIEWS if spacing_mm[view.normal] >= 0.99 * coarsest)
+        picture.save(stream, format="PNG", optimize=True)
+        kind = "png"
+    return f"data:image/{kind};base64," + base64.b64encode(stream.getvalue()).decode("ascii")

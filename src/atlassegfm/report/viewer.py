@@ -1,4 +1,4 @@
-"""Volumes for the interactive view: small enough for a page, without anything but voxels and where they are."""
+"""Volumes for the interactive view, reduced to fit into a page: voxels and affine only."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from ..core.geometry import Grid
 from ..core.image import Volume, smallest_label_type
 
-#: Percentiles of the scan that the 8 bits of the view span.
+#: Percentiles of the scan that the 8 bits of the view cover.
 _LOWEST, _HIGHEST = 0.2, 99.9
-#: Spacings up to this factor apart count as one: voxels stay square in a slice.
-_ALIKE = 1.05
+#: Spacings within this factor are reduced together: voxels stay square in a slice.
+_SAME_SPACING = 1.05
 
 
 @dataclass(frozen=True)
-class Thinning:
-    """How many voxels along each axis became one, and what is left."""
+class Reduction:
+    """Size of the blocks of voxels that become one, and the reduced shape."""
 
     factors: tuple[int, int, int]
     shape: tuple[int, int, int]
@@ -33,21 +33,21 @@ class Thinning:
         return self.factors == (1, 1, 1)
 
 
-def thinning(grid: Grid, most_voxels: int) -> Thinning:
-    """Whole factors that bring a grid below a number of voxels, the finest axes first, those alike together."""
+def reduction(grid: Grid, most_voxels: int) -> Reduction:
+    """Choose block sizes that bring a grid below a number of voxels, the finest axes first."""
     factors = np.ones(3, int)
     while np.prod(np.ceil(np.array(grid.shape) / factors)) > most_voxels:
         spacing = np.where(factors < grid.shape, grid.spacing_mm * factors, np.inf)
-        factors[spacing <= _ALIKE * spacing.min()] += 1
+        factors[spacing <= _SAME_SPACING * spacing.min()] += 1
     i, j, k = (int(n) for n in factors)
     shape = tuple(-(-n // f) for n, f in zip(grid.shape, (i, j, k), strict=True))
-    return Thinning((i, j, k), (shape[0], shape[1], shape[2]))
+    return Reduction((i, j, k), (shape[0], shape[1], shape[2]))
 
 
-def scan_payload(image: Volume, thin: Thinning) -> str:
-    """The scan with 8 bits, means over blocks, as .nii.gz in base64."""
+def scan_payload(image: Volume, size: Reduction) -> str:
+    """Encode block means of the scan with 8 bits as .nii.gz in base64."""
     data = np.asarray(image.data, dtype=np.float32)
-    for axis, factor in enumerate(thin.factors):
+    for axis, factor in enumerate(size.factors):
         if factor > 1:
             rest = -data.shape[axis] % factor
             data = np.pad(data, [(0, rest if n == axis else 0) for n in range(3)], mode="edge")
@@ -57,36 +57,36 @@ def scan_payload(image: Volume, thin: Thinning) -> str:
     low, high = (float(v) for v in np.percentile(data[::step, ::step, ::step], (_LOWEST, _HIGHEST)))
     slope = (high - low) / 255 if high > low else 1.0
     stored = np.rint(np.clip((data - low) / slope, 0, 255)).astype(np.uint8)
-    return _packed(stored, _thin_grid(image.grid, thin), slope, low)
+    return _packed(stored, _reduced_grid(image.grid, size), slope, low)
 
 
-def labels_payload(labels: Volume, values: Sequence[int], thin: Thinning) -> str:
-    """Label map with each value replaced by its position in ``values`` from 1, as .nii.gz in base64."""
+def labels_payload(labels: Volume, values: Sequence[int], size: Reduction) -> str:
+    """Encode a label map as .nii.gz in base64, each value replaced by its position in ``values`` from 1."""
     largest = max([int(labels.data.max(initial=0)), *values], default=0)
     table = np.zeros(largest + 1, smallest_label_type(len(values)))
     for position, value in enumerate(values):
         table[value] = position + 1
-    i, j, k = (factor // 2 for factor in thin.factors)
-    # The voxel at the middle of each block: names are not averaged.
+    i, j, k = (factor // 2 for factor in size.factors)
+    # The middle voxel of each block.
     padded = labels.data
-    for axis, (factor, first) in enumerate(zip(thin.factors, (i, j, k), strict=True)):
-        index = np.minimum(np.arange(thin.shape[axis]) * factor + first, labels.data.shape[axis] - 1)
+    for axis, (factor, first) in enumerate(zip(size.factors, (i, j, k), strict=True)):
+        index = np.minimum(np.arange(size.shape[axis]) * factor + first, labels.data.shape[axis] - 1)
         padded = np.take(padded, index, axis=axis)
-    return _packed(table[padded], _thin_grid(labels.grid, thin), 1.0, 0.0)
+    return _packed(table[padded], _reduced_grid(labels.grid, size), 1.0, 0.0)
 
 
-def _thin_grid(grid: Grid, thin: Thinning) -> Grid:
-    scale = np.array(thin.factors, dtype=np.float64)
+def _reduced_grid(grid: Grid, size: Reduction) -> Grid:
+    scale = np.array(size.factors, dtype=np.float64)
     affine = grid.affine.copy()
     affine[:3, :3] = grid.affine[:3, :3] * scale
     affine[:3, 3] = grid.voxel_to_world((scale - 1) / 2)
-    return Grid(thin.shape, affine)
+    return Grid(size.shape, affine)
 
 
 def _packed(data: NDArray[Any], grid: Grid, slope: float, intercept: float) -> str:
     import nibabel as nib
 
-    # A header of its own: that of the scan may say who was scanned.
+    # A new header: the scan's may identify the patient.
     image = nib.Nifti1Image(np.ascontiguousarray(data), grid.affine)
     image.header.set_xyzt_units("mm")
     image.header.set_slope_inter(slope, intercept)

@@ -1,6 +1,11 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("table-data").textContent);
+  // Columns of the page's data to rows.
+  const rowsOf = (table) => (table.state || table.case || []).map((_, index) =>
+    Object.fromEntries(Object.entries(table).map(([key, values]) => [key, values[index]])));
+  const cases = rowsOf(data.cases);
+  const tables = { cases, structures: rowsOf(data.structures) };
   const one = (selector) => document.querySelector(selector);
   const all = (selector) => [...document.querySelectorAll(selector)];
   const PAGE = 100; // rows in the page at a time: a table of thousands stays quick
@@ -31,72 +36,69 @@
   // Head, class, value to sort by, cell; the first order is ascending.
   const columns = {
     cases: [
-      ["case", "", (row) => row[0], (row) => link(row[0], row[1])],
-      ...(data.judged ? [
-        ["verdict", "", (row) => rank(row[2]), (row) => badge(row[2])],
-        ["good", "n", (row) => row[3], (row) => cell(row[3], "n")],
-        ["review", "n", (row) => row[4], (row) => cell(row[4], "n")],
-        ["failed", "n", (row) => row[5], (row) => cell(row[5], "n")],
-      ] : [["verdict", "", () => 9, () => badge(null)]]),
-      ["present", "n", (row) => row[6] - row[7], (row) => cell(row[7] ? `${row[6]} of ${row[7]}` : "-", "n")],
-      ...(data.went ? [["lowest round trip", "n", (row) => row[8], (row) => number(row[8], 2)]] : []),
-      ...(data.agreed ? [["lowest agreement", "n", (row) => row[9], (row) => number(row[9], 2)]] : []),
-      ["registration confidence", "n", (row) => row[10], (row) => number(row[10], 2)],
-      ["seconds", "n", (row) => row[11], (row) => number(row[11], 1)],
-      ["unusual volumes", "n", (row) => row[12], (row) => cell(row[12] || "", "n")],
-      ["result", "why", (row) => (row[13] === "done" ? 1 : 0), (row) => {
-        const made = cell(row[13] === "done" ? "done" : null, "why");
-        if (row[13] !== "done") made.append(element("span", row[13], "badge failed"), " " + row[14]);
+      ["case", "", (row) => row.name, (row) => link(row.name, row.link)],
+      ["verdict", "", (row) => rank(row.verdict), (row) => badge(row.verdict)],
+      ["good", "n", (row) => row.good, (row) => cell(row.good, "n")],
+      ["review", "n", (row) => row.review, (row) => cell(row.review, "n")],
+      ["failed", "n", (row) => row.failed, (row) => cell(row.failed, "n")],
+      ["present", "n", (row) => row.present - row.structures,
+        (row) => cell(row.structures ? `${row.present} of ${row.structures}` : "-", "n")],
+      ...(data.agreed ? [["lowest agreement", "n", (row) => row.agreement, (row) => number(row.agreement, 2)]] : []),
+      ["registration confidence", "n", (row) => row.confidence, (row) => number(row.confidence, 2)],
+      ["seconds", "n", (row) => row.seconds, (row) => number(row.seconds, 1)],
+      ["unusual volumes", "n", (row) => row.outliers, (row) => cell(row.outliers || "", "n")],
+      ["result", "why", (row) => (row.state === "done" ? 1 : 0), (row) => {
+        const made = cell(row.state === "done" ? "done" : null, "why");
+        if (row.state !== "done") made.append(element("span", row.state, "badge failed"), " " + row.reason);
         return made;
       }],
     ],
     structures: [
-      ["case", "", (row) => data.cases[row[0]][0], (row) => {
-        const [name, address] = data.cases[row[0]];
-        return link(name, address && `${address}#s${row[1]}`);
+      ["case", "", (row) => cases[row.case].name, (row) => {
+        const { name, link: address } = cases[row.case];
+        return link(name, address && `${address}#s${row.value}`);
       }],
-      ["structure", "", (row) => data.names[row[1]], (row) => {
+      ["structure", "", (row) => data.names[row.value], (row) => {
         const made = cell();
         const square = element("i", null, "swatch");
-        square.style.background = `rgb(${data.colors[row[1]].join(",")})`;
-        made.append(square, data.names[row[1]]);
+        square.style.background = `rgb(${data.colors[row.value].join(",")})`;
+        made.append(square, data.names[row.value]);
         return made;
       }],
-      ["verdict", "", (row) => rank(row[2]), (row) => badge(row[2])],
-      ...(data.judged ? [["est. Dice", "n", (row) => row[3], (row) => number(row[3], 2)]] : []),
-      ["status", "", (row) => row[4], (row) => cell(row[4])],
-      ["volume ml", "n", (row) => row[5], (row) => volume(row[5])],
-      ["× median", "n", (row) => row[6], (row) => {
-        const made = number(row[6], 2);
-        if (row[11]) { made.textContent = ""; made.append(element("span", row[6].toFixed(2), "badge failed")); }
+      ["verdict", "", (row) => rank(row.verdict), (row) => badge(row.verdict)],
+      ["est. Dice", "n", (row) => row.estimate, (row) => number(row.estimate, 2)],
+      ["status", "", (row) => row.status, (row) => cell(row.status)],
+      ["volume ml", "n", (row) => row.volume, (row) => volume(row.volume)],
+      ["× median", "n", (row) => row.factor, (row) => {
+        const made = number(row.factor, 2);
+        if (row.outlier) { made.textContent = ""; made.append(element("span", row.factor.toFixed(2), "badge failed")); }
         return made;
       }],
-      ...(data.went ? [["round trip", "n", (row) => row[7], (row) => number(row[7], 2)]] : []),
       ...(data.agreed ? [
-        ["atlas · model", "n", (row) => row[8], (row) => number(row[8], 2)],
-        ["result · atlas", "n", (row) => row[9], (row) => number(row[9], 2)],
+        ["atlas · model", "n", (row) => row.atlasModel, (row) => number(row.atlasModel, 2)],
+        ["result · atlas", "n", (row) => row.resultAtlas, (row) => number(row.resultAtlas, 2)],
       ] : []),
-      ["remarks", "why", (row) => row[10], (row) => cell(row[10], "why")],
+      ["remarks", "why", (row) => row.remarks, (row) => cell(row.remarks, "why")],
     ],
   };
 
   const state = { tab: "cases", column: 0, descending: false, from: 0 };
   const search = one("#search"), structure = one("#structure"), verdict = one("#verdict");
   const byCase = new Map();
-  data.cases.forEach((row) => byCase.set(row, []));
-  data.structures.forEach((row) => byCase.get(data.cases[row[0]]).push(row));
+  cases.forEach((row) => byCase.set(row, []));
+  tables.structures.forEach((row) => byCase.get(cases[row.case]).push(row));
 
   function matches(row) {
     const words = search.value.trim().toLowerCase();
-    const wanted = structure.value, judged = verdict ? verdict.value : "";
-    const fits = (one) => (!wanted || String(one[1]) === wanted) && (!judged || one[2] === judged);
-    const text = (one) => `${data.names[one[1]]} ${one[4]} ${one[10]}`.toLowerCase();
+    const wanted = structure.value, judged = verdict.value;
+    const fits = (one) => (!wanted || String(one.value) === wanted) && (!judged || one.verdict === judged);
+    const text = (one) => `${data.names[one.value]} ${one.status} ${one.remarks}`.toLowerCase();
     if (state.tab === "structures") {
-      return fits(row) && (!words || data.cases[row[0]][0].toLowerCase().includes(words) || text(row).includes(words));
+      return fits(row) && (!words || cases[row.case].name.toLowerCase().includes(words) || text(row).includes(words));
     }
     const own = byCase.get(row);
     if (wanted || judged) { if (!own.some(fits)) return false; }
-    return !words || `${row[0]} ${row[14]}`.toLowerCase().includes(words) || own.some((one) => fits(one) && text(one).includes(words));
+    return !words || `${row.name} ${row.reason}`.toLowerCase().includes(words) || own.some((one) => fits(one) && text(one).includes(words));
   }
 
   function compare(first, second) {
@@ -127,14 +129,14 @@
     });
     one("#table thead").replaceChildren(head);
     const key = shown[state.column][2];
-    const rows = data[state.tab].filter(matches).sort((a, b) => compare(key(a), key(b)));
+    const rows = tables[state.tab].filter(matches).sort((a, b) => compare(key(a), key(b)));
     state.from = Math.min(state.from, Math.max(0, Math.floor((rows.length - 1) / PAGE) * PAGE));
     one("#table tbody").replaceChildren(...rows.slice(state.from, state.from + PAGE).map((row) => {
       const made = element("tr");
       made.append(...shown.map(([, , , build]) => build(row)));
       return made;
     }));
-    one("#count").textContent = `${rows.length} of ${data[state.tab].length} ${state.tab}`;
+    one("#count").textContent = `${rows.length} of ${tables[state.tab].length} ${state.tab}`;
     const pager = one("#pager");
     pager.replaceChildren();
     if (rows.length > PAGE) {
@@ -151,7 +153,7 @@
   }
 
   for (const control of [search, structure, verdict]) {
-    if (control) control.addEventListener("input", () => { state.from = 0; draw(); });
+    control.addEventListener("input", () => { state.from = 0; draw(); });
   }
   for (const tab of all("[data-tab]")) {
     tab.addEventListener("click", () => {

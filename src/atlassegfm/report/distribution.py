@@ -1,0 +1,144 @@
+"""Distributions of one quantity over a cohort: outliers, and small plots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: A volume is an outlier if the modified z-score of its logarithm is larger (Iglewicz and Hoaglin 1993): 0.6745 times
+#: the distance from the median over the median absolute deviation.
+OUTLIER_Z, _Z_FACTOR = 3.5, 0.6745
+#: Fewest cases to look for outliers in.
+FEWEST_CASES = 5
+#: Smallest deviation of log volumes: an outlier is at least 1.7 times the median, or at most 0.6 times.
+_SMALLEST_DEVIATION = 0.1
+#: Up to this number each case is a dot; more are a histogram.
+_MOST_DOTS = 80
+_BINS = 40
+#: Width (free and fixed range) and height of a plot, px, and its inner margin.
+_WIDTH, _FIXED_WIDTH, _HEIGHT, _INSET = 260, 150, 34, 5
+
+
+@dataclass(frozen=True, eq=False)
+class Distribution:
+    """Values over the cases: name of the case, value, and whether it is an outlier."""
+
+    names: list[str]
+    values: NDArray[np.float64]
+    is_outlier: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[str, float]], *, find_outliers: bool = False) -> Distribution:
+        """Build it from names and values."""
+        listed = list(pairs)
+        values = np.array([value for _, value in listed], np.float64)
+        is_outlier = outliers(values) if find_outliers else np.zeros(len(values), bool)
+        return cls([name for name, _ in listed], values, is_outlier)
+
+    @property
+    def median(self) -> float | None:
+        """None without values."""
+        return float(np.median(self.values)) if len(self.values) else None
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """25th and 75th percentile."""
+        low, high = np.percentile(self.values, (25, 75))
+        return float(low), float(high)
+
+    @property
+    def outlier_names(self) -> list[str]:
+        """Names of the cases whose values are outliers."""
+        return [name for name, is_outlier in zip(self.names, self.is_outlier, strict=True) if is_outlier]
+
+
+def outliers(volumes: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Find volumes that differ from the others by a large factor; none among fewer than five.
+
+    Parameters
+    ----------
+    volumes : array, (N,)
+        Above 0, any unit.
+    """
+    if len(volumes) < FEWEST_CASES:
+        return np.zeros(len(volumes), bool)
+    logs = np.log(volumes)
+    distance = np.abs(logs - np.median(logs))
+    deviation = max(float(np.median(distance)), _SMALLEST_DEVIATION)
+    return np.asarray(_Z_FACTOR * distance / deviation > OUTLIER_Z)
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One case in a plot, px."""
+
+    x: float
+    y: float
+    is_outlier: bool
+    title: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Dots or columns over a box of the quartiles, px."""
+
+    width: int
+    height: int
+    base: int
+    quartiles: tuple[float, float, float]
+    dots: tuple[Dot, ...]
+    columns: tuple[tuple[float, float, float], ...]
+    """Left edge, height and width of each."""
+
+    first: str
+    last: str
+
+
+def plot(found: Distribution, limits: tuple[float, float] | None = None) -> Plot | None:
+    """Lay out the plot of a distribution; None without values.
+
+    Parameters
+    ----------
+    found : Distribution
+    limits : tuple of float, optional
+        Range of the axis; that of the values if left out.
+    """
+    values = found.values
+    if not len(values):
+        return None
+    first, last = limits or (float(values.min()), float(values.max()))
+    if last <= first:
+        first, last = first * 0.9 - 1e-3, last * 1.1 + 1e-3
+    width = _WIDTH if limits is None else _FIXED_WIDTH
+    base, inner = _HEIGHT - 12, width - 2 * _INSET
+
+    def x(value: float) -> float:
+        return _INSET + inner * (value - first) / (last - first)
+
+    low, middle, high = (x(float(v)) for v in np.percentile(values, (25, 50, 75)))
+    as_dots = len(values) <= _MOST_DOTS
+    # The row of a dot sets nearly equal values apart.
+    dots = tuple(
+        Dot(
+            x(float(value)),
+            7 + (number * 5) % max(base - 13, 1) if as_dots else base - 4,
+            bool(far),
+            f"{name}: {value:.4g}",
+        )
+        for number, (name, value, far) in enumerate(zip(found.names, values, found.is_outlier, strict=True))
+        if as_dots or far
+    )
+    columns: list[tuple[float, float, float]] = []
+    if not as_dots:
+        counts, edges = np.histogram(values, _BINS, (first, last))
+        for count, edge in zip(counts, edges[:-1], strict=True):
+            if count:
+                columns.append((x(float(edge)), max(1.0, (base - 4) * count / counts.max()), inner / _BINS - 0.6))
+    return Plot(width, _HEIGHT, base, (low, middle, high), dots, tuple(columns), _tick(first), _tick(last))
+
+
+def _tick(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 99.5 else f"{value:.3g}"
