@@ -1,4 +1,4 @@
-"""The pages of a report: what is in them, what must not be, and that a real browser shows them without a network."""
+"""Report pages: content, what they must not hold, and how a browser shows them without a network."""
 
 from __future__ import annotations
 
@@ -44,10 +44,8 @@ from atlassegfm.report.viewer import labels_payload, reduction, scan_payload
 from conftest import Run
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, Patient, straight_grid
 
-PLAIN = ReportOptions(case=CaseOptions(overview=False))
+WITHOUT_PICTURES = ReportOptions(case=CaseOptions(overview=False))
 SECRET = "Doe_John_19500101"
-#: Kinds of lines on a browser's console that a page must not cause.
-LOUD = ("error", "warning")
 
 
 def run_record(
@@ -145,7 +143,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     broken.mkdir()
     reason = f"{root}/scans/d_case.nii.gz: the file is damaged; copy it again"
     StatusRecord(state="failed", reason=reason).write(broken / "status.json")
-    write_report(out, images=[scans], options=PLAIN)
+    write_report(out, images=[scans], options=WITHOUT_PICTURES)
     return out, scans
 
 
@@ -256,12 +254,12 @@ def test_pages_up_to_date_are_kept(cohort: tuple[Path, Path], tmp_path: Path) ->
     first = (out / "report.html").read_bytes()
     run = RunRecord.read(out / "b_case" / "run.json")
     run.model_copy(update={"seed": 1}).write(out / "b_case" / "run.json")
-    write_report(out, images=[cohort[1]], options=PLAIN)
+    write_report(out, images=[cohort[1]], options=WITHOUT_PICTURES)
     after = [page.stat().st_mtime_ns for page in pages]
     assert after[0] == before[0]
     assert after[1] > before[1]
     assert (out / "report.html").read_bytes() == first
-    write_report(out, images=[cohort[1]], options=replace(PLAIN, force=True))
+    write_report(out, images=[cohort[1]], options=replace(WITHOUT_PICTURES, force=True))
     assert pages[0].stat().st_mtime_ns > before[0]
 
 
@@ -270,7 +268,7 @@ def test_a_damaged_result_costs_only_its_own_page(cohort: tuple[Path, Path], tmp
     (out / "b_case" / "atlas.nii.gz").write_bytes(b"nothing")
     (out / "e_case").mkdir()
     (out / "e_case" / "run.json").write_text("[]")
-    written = write_report(out, images=[cohort[1]], options=PLAIN)
+    written = write_report(out, images=[cohort[1]], options=WITHOUT_PICTURES)
     assert len(written.problems) == 1
     assert written.problems[0].startswith("b_case: ")
     cases = data_of(out / "report.html", "table-data")["cases"]
@@ -468,14 +466,14 @@ def test_segment_ends_in_a_report(tmp_path: Path, run: Run) -> None:
     save_volume(ATLAS.labels(grid), tmp_path / "labels.nii.gz", structures=STRUCTURES)
     save_volume(QUERY.scan(grid), tmp_path / "query.nii.gz")
     command = ["segment", "--atlas", tmp_path / "atlas.nii.gz", "--labels", tmp_path / "labels.nii.gz"]
-    command += [tmp_path / "query.nii.gz", "-o", tmp_path / "out", "--report", "-q"]
+    command += [tmp_path / "query.nii.gz", "-o", tmp_path / "out", "--report", "-q", "--model", "none"]
     for setting in UNREGISTERED:
         command += ["--set", setting]
     for _ in range(2):  # the report does not prevent a second run
         done = run(*command)
         assert done.code == 0, done.err
         volumes = data_of(tmp_path / "out" / "query" / "report.html", "viewer-data")["volumes"]
-        assert set(volumes) == {"scan", "result", "atlas", "model"}
+        assert set(volumes) == {"scan", "result", "atlas"}
         assert (tmp_path / "out" / "report.html").is_file()
 
 
@@ -549,7 +547,8 @@ def canvas_picture(page: Any) -> Any:
     return np.asarray(Image.open(io.BytesIO(page.locator("#canvas").screenshot())).convert("RGB")).astype(int)
 
 
-def test_interactive_view_draws(cohort: tuple[Path, Path], page: Any) -> None:
+@pytest.mark.slow
+def test_case_page_shows_volumes_and_hides_outlines(cohort: tuple[Path, Path], page: Any) -> None:
     page.goto((cohort[0] / "a_case" / "report.html").as_uri())
     page.wait_for_selector("body[data-viewer]")
     assert page.get_attribute("body", "data-viewer") == "ready"
@@ -575,16 +574,11 @@ def test_interactive_view_draws(cohort: tuple[Path, Path], page: Any) -> None:
     assert np.abs(solid - planes).mean() > 5
     page.click("a[data-value='12']")
     assert page.inner_text("#where").startswith("node")
-
-
-def test_outlines_can_be_hidden(cohort: tuple[Path, Path], page: Any) -> None:
-    page.goto((cohort[0] / "b_case" / "report.html").as_uri())
     line = page.locator(".slices path.atlas").first
     assert line.is_visible()
     page.uncheck("[data-lines=atlas]")
     assert not line.is_visible()
     assert page.locator(".slices path.result").first.is_visible()
-    page.wait_for_selector("body[data-viewer]")
 
 
 def test_page_is_readable_in_the_dark(cohort: tuple[Path, Path], page: Any) -> None:
