@@ -19,7 +19,7 @@ from ..core.labels import Structure, structures_of
 from ..core.overlap import dice_per_structure
 from ..dicom import is_dicom_input, open_image
 from ..quality.verdict import VERDICTS
-from ..records import RUN, SEGMENTATION, STATUS, StructureRecord
+from ..records import RUN, SEGMENTATION, STATUS
 from .folder import ATLAS, CASE_PAGE, CASE_PICTURE, MODEL, Case, finite
 from .overview import draw_overview
 from .page import asset, duration, flatten, write_page
@@ -74,21 +74,6 @@ class CaseFacts:
     agreement: Mapping[int, Agreement]
     thumbnail: Mapping[str, Any]
     has_image: bool
-
-
-@dataclass(frozen=True)
-class _Row:
-    """One structure in the table."""
-
-    value: int
-    name: str
-    color: tuple[int, int, int]
-    section: bool
-    verdict: str | None
-    estimate: float | None
-    volume_ml: float
-    agreement: tuple[float | None, float | None, float | None]
-    remarks: str
 
 
 @dataclass(frozen=True)
@@ -160,7 +145,7 @@ def write_case(case: Case, image: Path | None, options: CaseOptions, *, back: st
         _section(maps, one, boxes[one.value], hounsfield=hounsfield) for one in maps.structures if one.value in boxes
     ]
     size = reduction(maps.result.grid, options.viewer_voxels) if options.viewer_voxels else None
-    estimates = [n for row in case.run.structures if (n := _estimate(row)) is not None]
+    estimates = [one.quality.estimated_dice for one in case.run.structures if one.quality is not None]
     registration = case.run.registration
     write_page(
         path,
@@ -172,13 +157,12 @@ def write_case(case: Case, image: Path | None, options: CaseOptions, *, back: st
         present=sum(row.status == "present" for row in case.run.structures),
         confidence=finite(registration.confidence),
         folding=finite(registration.folding),
-        lowest_estimate=min(estimates, default=None),
+        lowest_estimate=min((n for n in map(finite, estimates) if n is not None), default=None),
         total_seconds=case.total_seconds,
         stages=[(name, duration(seconds)) for name, seconds in case.seconds.items()],
         settings=[(name, [(value, 0)]) for name, value in flatten(case.run.settings).items()],
         notes=_notes(case, maps),
-        rows=_rows(case, maps, facts.agreement, {one.value for one in sections}),
-        sections=sections,
+        sections={one.value: one for one in sections},
         kinds=list(maps.labels),
         viewer=None if size is None else _viewer(maps, size, sections),
         viewer_note="" if size is None else _viewer_note(maps, size),
@@ -334,7 +318,7 @@ def _section(maps: _Maps, structure: Structure, box: Box, *, hounsfield: bool) -
     panels = structure_panels(leading, [side.start for side in box], grid.shape, grid.spacing_mm)
     window = None
     if maps.image is not None:
-        shown = tuple(slice(a, b) for a, b in zip(panels[0].start, panels[0].stop, strict=True))
+        shown = panels[0].box
         window = structure_window(maps.image, maps.result.data[shown] == value, shown, hounsfield=hounsfield)
     # The result is drawn on top.
     drawn = [kind for kind in ("atlas", "model", "result") if kind in masks and masks[kind].any()]
@@ -369,32 +353,6 @@ def _notes(case: Case, maps: _Maps) -> list[str]:
     elif "model" not in maps.labels and case.run.model.name != "none":
         notes.append("The model's label map is not in the folder.")
     return [note for note in notes if note]
-
-
-def _estimate(row: StructureRecord) -> float | None:
-    return None if row.quality is None else finite(row.quality.estimated_dice)
-
-
-def _rows(case: Case, maps: _Maps, agreement: Mapping[int, Agreement], shown: set[int]) -> list[_Row]:
-    rows = []
-    for row, structure in zip(case.run.structures, maps.structures, strict=True):
-        one = agreement.get(row.value, Agreement())
-        reasons = ("" if row.quality is None else row.quality.reason, row.reason)
-        status = "" if row.status == "present" or row.reason else row.status
-        rows.append(
-            _Row(
-                row.value,
-                row.name,
-                structure.color,
-                row.value in shown,
-                None if row.quality is None else row.quality.verdict,
-                _estimate(row),
-                row.volume_ml,
-                (one.atlas_model, one.result_atlas, one.result_model),
-                "; ".join(dict.fromkeys(filter(None, (*reasons, status)))),
-            )
-        )
-    return rows
 
 
 def _viewer(maps: _Maps, size: Reduction, sections: Sequence[_Section]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from .slices import (
     edge_letters,
     overview_panels,
     overview_window,
+    positions,
     smooth_mask,
     tilt_remark,
 )
@@ -115,8 +116,9 @@ def draw_overview(
     from matplotlib.figure import Figure
 
     scan = image.canonical()
-    labels = _indices(result.turned_to(scan.grid).data, structures)
-    truth = None if reference is None else _indices(reference.turned_to(scan.grid).data, structures)
+    values = [one.value for one in structures]
+    labels = positions(result.turned_to(scan.grid).data, values)
+    truth = None if reference is None else positions(reference.turned_to(scan.grid).data, values)
     drawn = labels if truth is None else np.where(labels > 0, labels, truth)
     panels = overview_panels(drawn, len(structures), scan.grid.spacing_mm)
     window = overview_window(scan.data, drawn, panels[0])
@@ -146,16 +148,6 @@ def draw_overview(
     with atomic_path(path) as temporary:
         # Without matplotlib's version the file depends on the voxels alone.
         figure.savefig(temporary, format="png", dpi=_DPI, facecolor=_PAGE, metadata={"Software": None})
-
-
-def _indices(labels: NDArray[Any], structures: Sequence[Structure]) -> NDArray[Any]:
-    """Replace label values by 1 + their position in ``structures``, others by 0."""
-    largest = max([int(labels.max(initial=0)), *(s.value for s in structures)], default=0)
-    table = np.zeros(largest + 1, np.min_scalar_type(len(structures)))
-    for position, structure in enumerate(structures):
-        table[structure.value] = position + 1
-    indices: NDArray[Any] = table[labels]
-    return indices
 
 
 def _layout(panels: Sequence[Panel], top_px: float) -> tuple[list[_Rectangle], float]:

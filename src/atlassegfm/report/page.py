@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from ..core.files import atomic_path
 from ..records import ModelRecord
+from .folder import finite
 
 
 @cache
@@ -89,7 +90,7 @@ def _environment() -> Environment:
         "allow_nan": False,
         "sort_keys": False,
     }
-    environment.filters |= {"score": score, "millilitres": millilitres, "duration": duration, "flatten": flatten}
+    environment.filters |= {"score": score, "millilitres": millilitres, "duration": duration, "finite": finite}
     environment.globals |= {
         "asset": lambda name: Markup(asset(name)),
         "packed_asset": packed_asset,

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ..core.image import Volume
+from ..core.image import Volume, smallest_label_type
 
 #: Cosine above which a direction gets a letter: an edge within 17 degrees of an axis has one letter.
 _LETTER_COSINE = 0.3
@@ -60,12 +60,11 @@ VIEWS = (View("axial", 2, 0, 1), View("coronal", 1, 0, 2), View("sagittal", 0, 1
 
 @dataclass(frozen=True)
 class Panel:
-    """One slice: voxels start <= ijk < stop, on slice ``index`` along the normal."""
+    """One slice: the voxels of ``box``, on slice ``index`` along the normal."""
 
     view: View
     index: int
-    start: tuple[int, int, int]
-    stop: tuple[int, int, int]
+    box: tuple[slice, ...]
     width_mm: float
     height_mm: float
 
@@ -192,25 +191,25 @@ def _panels(
     indices: Sequence[int], start: NDArray[np.int_], stop: NDArray[np.int_], spacing_mm: NDArray[np.float64]
 ) -> list[Panel]:
     size_mm = (stop - start) * spacing_mm
-    first, last = (tuple(int(n) for n in corner) for corner in (start, stop))
+    box = tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
     return [
-        Panel(
-            view,
-            index,
-            (first[0], first[1], first[2]),
-            (last[0], last[1], last[2]),
-            float(size_mm[view.right]),
-            float(size_mm[view.down]),
-        )
+        Panel(view, index, box, float(size_mm[view.right]), float(size_mm[view.down]))
         for view, index in zip(VIEWS, indices, strict=True)
     ]
 
 
 def cut(array: NDArray[Any], panel: Panel) -> NDArray[Any]:
     """Cut a slice as a picture: rows downwards, columns to the right."""
-    part = [slice(a, b) for a, b in zip(panel.start, panel.stop, strict=True)]
+    part = list(panel.box)
     part[panel.view.normal] = slice(panel.index, panel.index + 1)
     return np.squeeze(array[tuple(part)], axis=panel.view.normal)[::-1, ::-1].T
+
+
+def positions(labels: NDArray[Any], values: Sequence[int]) -> NDArray[Any]:
+    """Replace label values by their position in ``values`` from 1, all others by 0."""
+    table = np.zeros(max([int(labels.max(initial=0)), *values], default=0) + 1, smallest_label_type(len(values)))
+    table[list(values)] = np.arange(1, len(values) + 1)
+    return np.asarray(table[labels])
 
 
 # Directions and lengths
@@ -285,7 +284,7 @@ def structure_window(image: Volume, inside: NDArray[np.bool_], box: tuple[slice,
 
 def overview_window(data: NDArray[Any], labels: NDArray[Any], panel: Panel) -> Window:
     """Choose the window for all structures: percentiles of the view, narrowed to the range of the structures."""
-    shown = _subsample(data[tuple(slice(a, b) for a, b in zip(panel.start, panel.stop, strict=True))])
+    shown = _subsample(data[panel.box])
     low, high = (float(v) for v in np.percentile(shown, (1.0, 99.9)))
     inside = _subsample(data[labels > 0])
     if inside.size:

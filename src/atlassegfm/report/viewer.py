@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.geometry import Grid
-from ..core.image import Volume, smallest_label_type
+from ..core.image import Volume
+from .slices import positions
 
 #: Percentiles of the scan that the 8 bits of the view cover.
 _LOWEST, _HIGHEST = 0.2, 99.9
@@ -62,17 +63,13 @@ def scan_payload(image: Volume, size: Reduction) -> str:
 
 def labels_payload(labels: Volume, values: Sequence[int], size: Reduction) -> str:
     """Encode a label map as .nii.gz in base64, each value replaced by its position in ``values`` from 1."""
-    largest = max([int(labels.data.max(initial=0)), *values], default=0)
-    table = np.zeros(largest + 1, smallest_label_type(len(values)))
-    for position, value in enumerate(values):
-        table[value] = position + 1
     i, j, k = (factor // 2 for factor in size.factors)
     # The middle voxel of each block.
     padded = labels.data
     for axis, (factor, first) in enumerate(zip(size.factors, (i, j, k), strict=True)):
         index = np.minimum(np.arange(size.shape[axis]) * factor + first, labels.data.shape[axis] - 1)
         padded = np.take(padded, index, axis=axis)
-    return _packed(table[padded], _reduced_grid(labels.grid, size), 1.0, 0.0)
+    return _packed(positions(padded, values), _reduced_grid(labels.grid, size), 1.0, 0.0)
 
 
 def _reduced_grid(grid: Grid, size: Reduction) -> Grid:
