@@ -368,7 +368,7 @@ def _viewer(maps: _Maps, size: Reduction, sections: Sequence[_Section]) -> dict[
 
 def _viewer_note(maps: _Maps, size: Reduction) -> str:
     if size.is_none:
-        return "Scan with 8 bits."
+        return "" if maps.image is None else "Scan with 8 bits."
     factors, whole, kept = (" × ".join(map(str, n)) for n in (size.factors, maps.result.grid.shape, size.shape))
     return (
         f"Reduced for this view: blocks of {factors} voxels became one ({whole} to {kept}); small structures may look "

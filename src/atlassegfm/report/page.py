@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from ..core.files import atomic_path
 from ..records import ModelRecord
@@ -92,7 +91,7 @@ def _environment() -> Environment:
     }
     environment.filters |= {"score": score, "millilitres": millilitres, "duration": duration, "finite": finite}
     environment.globals |= {
-        "asset": lambda name: Markup(asset(name)),
+        "asset": asset,
         "packed_asset": packed_asset,
         "is_non_commercial": is_non_commercial,
     }
