@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from atlassegfm.check import suggest as module
-from atlassegfm.check.suggest import draw_suggestion, scans_in, suggest
+from atlassegfm.check.suggest import scans_in, suggest
+from atlassegfm.check.suggest_figure import draw_suggestion
 from atlassegfm.core.errors import InputError
 from atlassegfm.core.image import Volume, save_volume
 from atlassegfm.settings import RegistrationSettings

@@ -25,7 +25,7 @@ from .options import SettingsOptions, command
 from .report import ReportCommandOptions, report
 from .segment import SegmentOptions, segment
 from .session import EXIT_INTERRUPTED, open_session, sentence
-from .suggest import suggest
+from .suggest import SuggestOptions, suggest
 
 #: Shells report a process that a signal ended as 128 + the signal's number.
 _SIGNALLED = 128
@@ -72,7 +72,7 @@ command(app, CheckOptions, "check")(check)
 command(app, CustomizeOptions, "customize")(customize)
 command(app, EvaluateOptions, "evaluate")(evaluate)
 command(app, ReportCommandOptions, "report")(report)
-app.command()(suggest)
+command(app, SuggestOptions, "suggest")(suggest)
 app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(models_app, name="models")
 command(app, SettingsOptions, "settings")(settings)

@@ -1,4 +1,4 @@
-"""The command ``suggest``."""
+"""``atlassegfm suggest``."""
 
 from __future__ import annotations
 
@@ -9,48 +9,38 @@ from typing import Annotated
 import typer
 
 from ..core.errors import InputError, MissingExtraError
-from .session import (
-    ConfigOption,
-    DeviceOption,
-    JsonOption,
-    QuietOption,
-    SeedOption,
-    SetOption,
-    build_settings,
-    open_session,
-    print_json,
-    print_table,
-)
+from .options import DeviceOptions, ScreenOptions, SettingsOptions, options
+from .session import open_session, print_json, print_table
 
 
-def suggest(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Scans of one kind, without labels.")],
+@options
+class SuggestOptions(ScreenOptions, DeviceOptions, SettingsOptions):
+    """Options of ``suggest``."""
+
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Scans of one kind, without labels.")]
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="OUT", help="Folder that gets suggest.png (why) and suggest.json."),
-    ] = None,
+    ] = None
     landmarks: Annotated[
         int, typer.Option("--landmarks", metavar="N", min=3, help="Of more than 12 scans, compare each with N others.")
-    ] = 8,
+    ] = 8
     finalists: Annotated[
         int, typer.Option("--finalists", metavar="N", min=1, help="Then compare the best N with all.")
-    ] = 3,
-    picture: Annotated[
-        bool, typer.Option("--picture/--no-picture", help="Draw OUT/suggest.png (extra 'report').")
-    ] = True,
-    device: DeviceOption = "auto",
-    config: ConfigOption = None,
-    overrides: SetOption = None,
-    seed: SeedOption = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
+    ] = 3
+    picture: Annotated[bool, typer.Option("--picture/--no-picture", help="Draw OUT/suggest.png (extra 'report').")] = (
+        True
+    )
+
+
+def suggest(options: SuggestOptions) -> None:
     """Say which scan to contour: the one that would reach all others best as the atlas.
 
     Scans are registered coarsely to each other, and compared. No labels are needed.
     """
-    with open_session(quiet) as session:
-        picture = picture and out is not None
+    with open_session(options.quiet) as session:
+        out = options.out
+        picture = options.picture and out is not None
         if picture:
             from ..report import require_report_extra
 
@@ -58,14 +48,15 @@ def suggest(
                 require_report_extra()
             except MissingExtraError as error:
                 raise InputError(f"{error}, or use --no-picture") from None
-        from ..check.suggest import draw_suggestion, scans_in
+        from ..check.suggest import scans_in
         from ..check.suggest import suggest as rank
+        from ..check.suggest_figure import draw_suggestion
         from ..core.device import resolve_device
         from ..core.files import atomic_path, output_folder
 
-        settings = build_settings(config, overrides, seed=seed)
-        files = scans_in(folder)
-        resolved = resolve_device(device)
+        settings = options.settings()
+        files = scans_in(options.folder)
+        resolved = resolve_device(options.device)
 
         def tell(number: int, count: int) -> None:
             session.begin_pair(number, count, "pair")
@@ -74,8 +65,8 @@ def suggest(
         found = rank(
             files,
             settings.registration,
-            landmarks=landmarks,
-            finalists=finalists,
+            landmarks=options.landmarks,
+            finalists=options.finalists,
             seed=settings.seed,
             device=resolved,
             on_pair=tell,
@@ -89,7 +80,7 @@ def suggest(
                     temporary.write_text(text + "\n", encoding="utf-8")
                 if picture:
                     draw_suggestion(found, out / "suggest.png")
-    if as_json:
+    if options.as_json:
         print_json(found.summary())
         return
     typer.echo(f"contour {found.candidates[0].name} first  ({found.pairs} pairs in {found.seconds:.0f} s)")
