@@ -19,11 +19,11 @@ from atlassegfm.atlas import Atlas
 from atlassegfm.check.against_atlas import LEAST_CORRELATION, MIRRORED_GAIN
 from atlassegfm.core.dataset import load_dataset
 from atlassegfm.core.image import Volume
-from atlassegfm.quality.mirror import is_inverted, place
+from atlassegfm.quality.mirror import fit_to_atlas, is_inverted
 
 
 def main() -> None:
-    """Place all pairs of each dataset, and print the table."""
+    """Fit all pairs of each dataset, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--datasets", default="", help="parts of the datasets' names, with commas between")
@@ -38,14 +38,14 @@ def main() -> None:
         if not any(part in folder.name for part in arguments.datasets.split(",")):
             continue
         cases = load_dataset(folder).cases[: arguments.most]
-        contexts = [Atlas.from_files(case.image, case.labels) for case in cases]
-        scans = [context.image for context in contexts]
+        atlases = [Atlas.from_files(case.image, case.labels) for case in cases]
+        scans = [atlas.image for atlas in atlases]
         gains, correlations, seconds = [], [], []
-        for context in contexts:
+        for atlas in atlases:
             for scan in scans:
-                if scan is not context.image:
+                if scan is not atlas.image:
                     start = time.perf_counter()
-                    found = place(scan, context)
+                    found = fit_to_atlas(scan, atlas)
                     seconds.append(time.perf_counter() - start)
                     gains.append(found.mirrored_gain)
                     correlations.append(found.correlation)

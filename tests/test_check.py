@@ -21,7 +21,7 @@ from atlassegfm.core.errors import RegistrationError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume, save_volume
 from atlassegfm.core.labels import Structure
-from atlassegfm.quality.mirror import is_inverted, place
+from atlassegfm.quality.mirror import fit_to_atlas, is_inverted
 from conftest import SHEARED, affine_of, rotation
 from scenes import ATLAS, BODY_RADII, STRUCTURES, Patient, straight_grid
 
@@ -541,7 +541,7 @@ class TestAgainstAnAtlas:
         def refuse(*_: object, **__: object) -> None:
             raise RegistrationError("the scan shows nothing but background; check its intensities")
 
-        monkeypatch.setattr("atlassegfm.quality.mirror.place", refuse)
+        monkeypatch.setattr("atlassegfm.quality.mirror.fit_to_atlas", refuse)
         report = against(saved(ATLAS.scan(ROOM), tmp_path), atlas)
         assert "could not be fitted to the atlas: the scan shows nothing" in finding(report, "fitted").text
         assert report.atlas is None
@@ -569,7 +569,7 @@ def test_crops_without_air_are_not_called_inverted() -> None:
 def test_the_scan_fitted_is_left_as_it_was(atlas: Atlas) -> None:
     scan = OTHER.scan(ROOM)
     before = scan.data.copy()
-    place(scan, atlas)
+    fit_to_atlas(scan, atlas)
     assert np.array_equal(scan.data, before)
 
 

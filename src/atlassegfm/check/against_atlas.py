@@ -27,12 +27,12 @@ LEAST_CORRELATION = -0.3
 
 def compare_with_atlas(volume: Volume, atlas: Atlas, name: str) -> tuple[AtlasReport | None, list[Finding]]:
     """A scan against the annotated one."""
-    from ..quality.mirror import place
+    from ..quality.mirror import fit_to_atlas
 
     findings = inversion_findings(volume)
     inverted = bool(findings)
     try:
-        found = place(volume, atlas, name=name)
+        found = fit_to_atlas(volume, atlas, name=name)
     except AtlasSegError as error:
         return None, [*findings, Finding("warning", f"the scan could not be fitted to the atlas: {error}")]
     if found.mirrored_gain > MIRRORED_GAIN:

@@ -22,30 +22,21 @@ from ..transforms.maps import Affine
 if TYPE_CHECKING:
     from ..registration.pyramid import Scan
 
-
 #: A voxel counts as in both bodies from this product of the shares of foreground on.
 _SHARED = 0.25
-
-
 #: Percentiles that are taken for the ends of a scan's intensities; noise is beyond.
 _ENDS = (1.0, 99.0)
-
-
 #: Background is what is within this share of the range from its end: noise of air is below it.
 _NEAR_END = 0.1
-
-
 #: So much of a face of the field of view is air where it is beside the body, and so many faces are, of six.
 _FACE_SHARE, _FACES = 0.6, 2
-
-
 #: Less than this share of the scan's middle is like the air outside.
 _MIDDLE_SHARE = 0.5
 
 
 @dataclass(frozen=True, eq=False)
-class Placement:
-    """A scan against an atlas.
+class AtlasFit:
+    """Linear fit of a scan to an atlas.
 
     Parameters
     ----------
@@ -55,7 +46,7 @@ class Placement:
     correlation : float
         Of the intensities where both show body, in [-1, 1]; NaN where they share no body.
     outside : mapping of int to float
-        Share of each structure of the atlas outside the scan's field of view, in [0, 1], by label value.
+        Fraction of each structure of the atlas outside the scan's field of view, in [0, 1], by label value.
     """
 
     mirrored_gain: float
@@ -63,17 +54,16 @@ class Placement:
     outside: Mapping[int, float]
 
 
-def place(
-    scan: Volume, context: Atlas, settings: RegistrationSettings | None = None, *, name: str = "the scan"
-) -> Placement:
+def fit_to_atlas(
+    scan: Volume, atlas: Atlas, settings: RegistrationSettings | None = None, *, name: str = "the scan"
+) -> AtlasFit:
     """Fit a scan to an atlas, as it is and mirrored.
 
     Parameters
     ----------
     scan : Volume
         Intensities in any array order. Where :func:`is_inverted` says so, they are fitted turned round.
-    context : Atlas
-        The atlas.
+    atlas : Atlas
     settings : RegistrationSettings, optional
         Of the linear stages; defaults if left out.
     name : str
@@ -96,20 +86,20 @@ def place(
     inverted = is_inverted(scan)
     data = scan.data.max() - scan.data if inverted else scan.data
     spacings = level_spacings_mm(scan.grid, (settings.coarse_voxels, settings.fine_voxels))
-    atlas = prepare(context.image, context.labels, spacings[-1], "atlas")
+    annotated = prepare(atlas.image, atlas.labels, spacings[-1], "atlas")
     # The same grid: what is at the patient's right comes to the left, as if the header said the opposite.
     sides = [
         prepare(Volume(one, scan.grid), None, spacings[-1], name) for one in (data, np.ascontiguousarray(data[::-1]))
     ]
-    (as_it_is, cost), (mirrored, mirrored_cost) = (fit(side, atlas, spacings, settings, "cpu") for side in sides)
+    (as_it_is, cost), (mirrored, mirrored_cost) = (fit(side, annotated, spacings, settings, "cpu") for side in sides)
     gain = math.log(max(cost, 1e-9) / max(mirrored_cost, 1e-9))
     # The field of view is its own mirror image.
     better, side = (mirrored, sides[1]) if gain > 0 else (as_it_is, sides[0])
-    correlation = _correlation(side, atlas, better, spacings[-1])
-    return Placement(
+    correlation = _correlation(side, annotated, better, spacings[-1])
+    return AtlasFit(
         gain,
         -correlation if inverted else correlation,
-        dict(zip(context.values, outside_fractions(context, better, scan.grid), strict=True)),
+        dict(zip(atlas.values, outside_fractions(atlas, better, scan.grid), strict=True)),
     )
 
 
