@@ -179,7 +179,7 @@ class Check:
         """The gravest severity found, None where there is nothing to say."""
         findings = [report.findings for report in self.files] + [pair.findings for pair in self.pairs]
         found = {finding.severity for finding in itertools.chain.from_iterable(findings)}
-        return next((severity for severity in _SEVERITIES if severity in found), None)
+        return next((severity for severity in SEVERITIES if severity in found), None)
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report in plain lists, numbers and texts, for JSON."""
@@ -187,11 +187,12 @@ class Check:
         return plain
 
 
-_SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
 def sort_findings(findings: Sequence[Finding]) -> tuple[Finding, ...]:
-    return tuple(sorted(findings, key=lambda finding: _SEVERITIES.index(finding.severity)))
+    """Sort findings by severity, errors first."""
+    return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
 def list_items(items: Sequence[object], most: int = 8) -> str:

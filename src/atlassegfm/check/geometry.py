@@ -52,6 +52,7 @@ def header_findings(volume: Volume) -> list[Finding]:
 
 
 def grid_findings(grid: Grid) -> list[Finding]:
+    """Find what is unusual in shape, spacing (mm) and axes of a grid."""
     findings = []
     spacing = np.sort(grid.spacing_mm)
     extent_mm = np.array(grid.shape) * grid.spacing_mm

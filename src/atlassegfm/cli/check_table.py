@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..check.findings import _SEVERITIES, Check, Finding, list_items
+from ..check.findings import SEVERITIES, Check, Finding, list_items
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -66,7 +66,7 @@ def as_table(result: Check) -> RenderableType:
     for pair in result.pairs:
         for finding in pair.findings:
             by_finding.setdefault(finding, []).append(f"{pair.first} with {pair.second}")
-    for finding in sorted(by_finding, key=lambda one: _SEVERITIES.index(one.severity)):
+    for finding in sorted(by_finding, key=lambda one: SEVERITIES.index(one.severity)):
         line = Text.assemble(
             (finding.severity, styles[finding.severity]), f"  {list_items(by_finding[finding])}: {finding.text}"
         )
