@@ -18,7 +18,7 @@ from atlassegfm.settings import RegistrationSettings
 from conftest import Run
 from scenes import Patient, straight_grid
 
-QUICK = RegistrationSettings(coarse_voxels=6000, linear_iterations=8, candidates=2)
+QUICK = RegistrationSettings(coarse_voxels=3000, linear_iterations=4, candidates=1)
 
 
 @pytest.fixture(scope="module")
