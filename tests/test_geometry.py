@@ -137,17 +137,6 @@ def test_crop_outside_is_refused(start: tuple[int, ...], stop: tuple[int, ...]) 
         Grid((4, 4, 4), np.eye(4)).crop(start, stop)
 
 
-@given(grids(), spacings)
-def test_resampled_keeps_centre_axes_and_field_of_view(grid: Grid, spacing_mm: float) -> None:
-    coarse = grid.resampled(spacing_mm)
-    assert np.allclose(coarse.centre_mm, grid.centre_mm, atol=1e-6)
-    assert np.allclose(coarse.spacing_mm, spacing_mm)
-    assert np.allclose(coarse.affine[:3, :3] / coarse.spacing_mm, grid.affine[:3, :3] / grid.spacing_mm)
-    gap_mm = np.abs(np.array(coarse.shape) * spacing_mm - np.array(grid.shape) * grid.spacing_mm)
-    single = np.array(coarse.shape) == 1
-    assert (gap_mm[~single] <= spacing_mm / 2 + 1e-6).all()
-
-
 def test_contains_half_a_voxel_of_border() -> None:
     grid = Grid((3, 3, 3), np.diag([2.0, 2, 2, 1]))
     inside = grid.contains([[0, 0, 0], [-0.99, 0, 0], [-1.01, 0, 0], [4.99, 4.99, 4.99], [0, 5.01, 0]])

@@ -11,7 +11,7 @@ import pytest
 import SimpleITK
 import torch
 
-from atlassegfm.core.parallel import changed_environment, limited_threads, side_by_side, thread_variables, usable_cores
+from atlassegfm.core.parallel import changed_environment, limited_threads, parallel_map, thread_variables, usable_cores
 
 
 def state() -> tuple[int, int, str | None]:
@@ -50,22 +50,22 @@ def test_small_matrices_take_one_thread_always() -> None:
 
 
 @pytest.mark.parametrize("threads", ["1", "2", "4", "64", ""])
-def test_side_by_side_keeps_the_order(threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parallel_map_keeps_the_order(threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
 
     def late(n: int) -> int:
         time.sleep(0.01 * (n % 3))
         return n * n
 
-    assert list(side_by_side(late, range(12))) == [n * n for n in range(12)]
-    assert list(side_by_side(late, [])) == []
+    assert list(parallel_map(late, range(12))) == [n * n for n in range(12)]
+    assert list(parallel_map(late, [])) == []
 
 
-def test_side_by_side_is_that(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parallel_map_is_that(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three parts wait for each other, which they could not one after the other; a fourth thread is not started."""
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     meeting = threading.Barrier(3, timeout=20)
-    names = list(side_by_side(lambda _: (meeting.wait(), threading.current_thread().name)[1], range(3)))
+    names = list(parallel_map(lambda _: (meeting.wait(), threading.current_thread().name)[1], range(3)))
     assert len(set(names)) == 3
     monkeypatch.setenv("OMP_NUM_THREADS", "64")
     running: list[int] = []
@@ -77,22 +77,22 @@ def test_side_by_side_is_that(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.02)
         running.remove(n)
 
-    list(side_by_side(work, range(20)))
+    list(parallel_map(work, range(20)))
     assert 1 < max(most) <= 4
 
 
 def test_one_thread_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     with limited_threads(1):
-        assert set(side_by_side(lambda _: threading.current_thread(), range(3))) == {threading.current_thread()}
+        assert set(parallel_map(lambda _: threading.current_thread(), range(3))) == {threading.current_thread()}
     # And within a part, its own.
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
 
     def part(_: int) -> set[bool]:
         me = threading.current_thread()
-        return set(side_by_side(lambda _: threading.current_thread() is me, range(5)))
+        return set(parallel_map(lambda _: threading.current_thread() is me, range(5)))
 
-    assert list(side_by_side(part, range(3))) == [{True}] * 3
-    assert threading.current_thread() not in set(side_by_side(lambda _: threading.current_thread(), range(3)))
+    assert list(parallel_map(part, range(3))) == [{True}] * 3
+    assert threading.current_thread() not in set(parallel_map(lambda _: threading.current_thread(), range(3)))
 
 
 def test_parts_are_taken_a_few_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_parts_are_taken_a_few_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
             taken.append(n)
             yield n
 
-    done = side_by_side(lambda n: n, parts())
+    done = parallel_map(lambda n: n, parts())
     assert next(done) == 0
     assert len(taken) <= 4
 
@@ -113,7 +113,7 @@ def test_parts_are_taken_a_few_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("threads", ["1", "3"])
 def test_an_error_in_a_part_comes_out(threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    done = side_by_side(lambda n: 6 // n, [1, 2, 0, 3])
+    done = parallel_map(lambda n: 6 // n, [1, 2, 0, 3])
     assert [next(done), next(done)] == [6, 3]
     with pytest.raises(ZeroDivisionError):
         next(done)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -17,11 +18,10 @@ from atlassegfm.core.errors import InputError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.transforms import maps as transforms
-from atlassegfm.transforms import resample as resample_module
 from atlassegfm.transforms.inverse import invert, invert_field
-from atlassegfm.transforms.jacobian import deformation_statistics, folding_share, jacobian_statistics, nodes_in
+from atlassegfm.transforms.jacobian import deformation_statistics, jacobian_statistics, nodes_in
 from atlassegfm.transforms.maps import Affine, Chain, DisplacementField, displacement_on, stages_of
-from atlassegfm.transforms.resample import points_of, resample, warp_labels, warp_labels_by_each
+from atlassegfm.transforms.resample import resample, warp_labels
 from conftest import ORIENTATIONS, SHEARED, affine_of, rotation
 
 Factory = Callable[..., Volume]
@@ -107,18 +107,6 @@ def test_jacobian_of_a_linear_field_is_its_determinant(affine: np.ndarray) -> No
     linear = np.random.default_rng(0).normal(0, 0.2, (3, 3))
     field = DisplacementField(grid, np.moveaxis(nodes @ linear.T, -1, 0).astype(np.float32))
     assert np.allclose(field.jacobian_determinant(), np.linalg.det(np.eye(3) + linear), atol=1e-3)
-    assert folding_share(Affine(affine_of(np.eye(3) + linear, (0, 0, 0))), grid) == 0
-
-
-def test_folding() -> None:
-    grid = Grid((6, 6, 6), ORIENTATIONS["oblique"])
-    assert folding_share(Affine.identity(), grid) == 0
-    assert folding_share(Affine(np.diag([-1.0, 1, 1, 1])), grid) == 1
-    # One node pushed 3 mm past its neighbours at 1 mm: the differences on both sides of it are over.
-    values = np.zeros((3, 7, 1, 1), np.float32)
-    values[0, 3] = 3
-    share = folding_share(DisplacementField(Grid((7, 1, 1), np.eye(4)), values), Grid((7, 1, 1), np.eye(4)))
-    assert share == pytest.approx(1 / 7)  # 1 + (0 - 3) / 2 < 0 at the node after it only
 
 
 def test_jacobian_in_slabs_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -547,7 +535,7 @@ def test_what_is_left_out_of_a_warp_holds_no_label(
     with pytest.MonkeyPatch.context() as patch:
         some = warp_labels(labels, [1, 2], onto, transform)
         patch.setattr(
-            resample_module,
+            sys.modules[resample.__module__],
             "_near_labels",
             lambda *_: lambda planes: np.ones((planes.stop - planes.start) * 33 * 25, bool),
         )
@@ -595,25 +583,18 @@ def test_warp_of_one_voxel_and_of_nothing() -> None:
     assert warp_labels(Volume(np.zeros_like(data), grid), [1], grid, shift)[1].is_empty
 
 
-def test_points_of() -> None:
-    mask = np.zeros((2, 3, 4), bool)
-    mask[1, 2, 3] = True
-    assert points_of(mask, Grid((2, 3, 4), ORIENTATIONS["RAS"])).tolist() == [[-18.5, 34.0, 19.0]]
-    assert points_of(np.zeros((2, 3, 4)), Grid((2, 3, 4), np.eye(4))).shape == (0, 3)
-
-
 @pytest.mark.parametrize("affine", ALL.values(), ids=ALL)
 def test_labels_warped_by_several_transforms_are_the_mean(synthetic_labels: Factory, affine: np.ndarray) -> None:
     labels = synthetic_labels((14, 12, 10), affine, values=(2, 7))
     fits = [Affine.identity(), Affine(affine_of(np.eye(3), (0.5, 0, 0))), Affine(affine_of(np.eye(3), (-3, 2, 1)))]
     alone = [warp_labels(labels, [2, 7, 9], labels.grid, fit) for fit in fits]
-    together = warp_labels_by_each(labels, [2, 7, 9], labels.grid, fits)
+    together = warp_labels(labels, [2, 7, 9], labels.grid, fits)
     assert set(together) == {2, 7, 9}
     for value in (2, 7):
         mean = np.mean([one[value].to_full(labels.grid.shape) for one in alone], axis=0)
         np.testing.assert_allclose(together[value].to_full(labels.grid.shape), mean, atol=1e-6)
     assert together[9].is_empty
-    single = warp_labels_by_each(labels, [2], labels.grid, fits[:1])[2]
+    single = warp_labels(labels, [2], labels.grid, fits[:1])[2]
     np.testing.assert_array_equal(single.values, alone[0][2].values)
 
 
@@ -622,5 +603,5 @@ def test_a_label_that_one_of_two_transforms_takes_out_of_view_is_half_there() ->
     data = np.zeros(grid.shape, np.uint8)
     data[3:5, 2:4, 2:4] = 1
     far = Affine(affine_of(np.eye(3), (500, 0, 0)))
-    warped = warp_labels_by_each(Volume(data, grid), [1], grid, [Affine.identity(), far])[1]
+    warped = warp_labels(Volume(data, grid), [1], grid, [Affine.identity(), far])[1]
     np.testing.assert_array_equal(warped.to_full(grid.shape), data / 2)

@@ -34,7 +34,7 @@ from .registration.given import registration_from
 from .result import Segmentation, Status, StructureMaps, StructureResult
 from .settings import Settings
 from .transforms.maps import Transform
-from .transforms.resample import warp_labels_by_each
+from .transforms.resample import warp_labels
 
 #: A structure counts as outside from this fraction out of view on: with less than a tenth of it in view, registration
 #: errors of a few mm decide whether any of it is.
@@ -156,7 +156,7 @@ def _warp(atlas: Atlas, scan: Volume, registration: Registration) -> _Warped:
     """Warp the atlas's labels to the query, and drop structures that it does not show."""
     numbers = range(1, len(atlas.structures) + 1)
     outside = outside_fractions(atlas, registration.linear, scan.grid)
-    masks = warp_labels_by_each(atlas.numbered, numbers, scan.grid, registration.members)
+    masks = warp_labels(atlas.numbered, numbers, scan.grid, registration.members)
     missing = {n: why for n in numbers if (why := _why_missing(masks[n], outside[n - 1])) is not None}
     masks = {n: mask for n, mask in masks.items() if n not in missing}
     return _Warped(registration, masks, label_map(masks, scan.grid.shape), outside, missing)

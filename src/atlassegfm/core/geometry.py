@@ -146,23 +146,6 @@ class Grid:
         affine[:3, 3] = self.voxel_to_world(first)
         return Grid(tuple(last - first), affine)
 
-    def resampled(self, spacing_mm: ArrayLike) -> Grid:
-        """A grid over the same field of view, along the same axes, with about the given spacing.
-
-        Parameters
-        ----------
-        spacing_mm : float or array, (3,)
-            Wanted spacing. The field of view (outer faces of the border voxels) is kept, its centre
-            exactly, its size to within half a new voxel.
-        """
-        wanted = np.broadcast_to(np.asarray(spacing_mm, dtype=np.float64), (3,))
-        extent_mm = np.array(self.shape) * self.spacing_mm
-        shape = np.maximum(np.round(extent_mm / wanted).astype(int), 1)
-        affine = np.eye(4)
-        affine[:3, :3] = self.affine[:3, :3] / self.spacing_mm * wanted
-        affine[:3, 3] = self.centre_mm - affine[:3, :3] @ ((shape - 1) / 2)
-        return Grid(tuple(shape), affine)
-
     def canonical(self) -> Grid:
         """The same voxels with axes permuted and flipped so that i, j, k point closest to R, A, S."""
         from nibabel.orientations import io_orientation

@@ -21,7 +21,7 @@ NUMPY_THREADS = ("OPENBLAS_NUM_THREADS", "1")
 
 
 #: Parts of one job that are worked on at a time, at most: each takes memory of its own.
-_MOST_SIDE_BY_SIDE = 4
+_MOST_PARALLEL = 4
 
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ def usable_cores() -> int:
         return os.cpu_count() or 1
 
 
-def side_by_side(work: Callable[[T], R], parts: Iterable[T], *, most: int = _MOST_SIDE_BY_SIDE) -> Iterator[R]:
+def parallel_map(work: Callable[[T], R], parts: Iterable[T], *, most: int = _MOST_PARALLEL) -> Iterator[R]:
     """Do parts of a job in threads; what comes out is the same with any number of them.
 
     For work that is done by NumPy and SciPy, which compute with one thread each and let others run meanwhile. As many

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..core.image import Volume
 from ..core.mask import LocalMap
-from ..core.parallel import side_by_side
+from ..core.parallel import parallel_map
 from ..prompts import INSIDE
 from .gate import Gate, fuse
 from .smoothing import smooth, smoothing_sigma_mm
@@ -59,4 +59,4 @@ def fuse_structures(
         fraction = gate.smoothing[n - 1] if gate.smoothing else 0.0
         return smooth(corrected, smoothing_sigma_mm(fraction, warped[n], grid), grid)
 
-    return dict(zip(fused, side_by_side(finish, fused), strict=True))
+    return dict(zip(fused, parallel_map(finish, fused), strict=True))

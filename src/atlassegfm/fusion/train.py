@@ -12,7 +12,7 @@ from scipy import ndimage
 
 from ..atlas import Atlas
 from ..core.mask import LocalMap
-from ..core.parallel import side_by_side
+from ..core.parallel import parallel_map
 from ..models import Segmenter
 from ..models.prompted import PromptedScan
 from ..prompts import PromptKind
@@ -65,7 +65,7 @@ def train_gate_on_atlas(
         return simulate_mask(labels, boxes[n - 1], n, size=sizes[draw], sigma=options.simulation.sigma, seed=seed)
 
     for draw in range(len(sizes)):
-        masks = dict(zip(truths, side_by_side(simulate, ((draw, n) for n in truths)), strict=True))
+        masks = dict(zip(truths, parallel_map(simulate, ((draw, n) for n in truths)), strict=True))
         predicted = scan.predict(masks, on_structure).masks
         samples.append({n: GateSample(masks[n], mask, truths[n]) for n, mask in predicted.items()})
     gate = train_gate([one for drawn in samples for one in drawn.values()], options, device=device)
@@ -82,7 +82,7 @@ def train_gate_on_atlas(
     from .correction_training import train_correction
 
     drawn_structures = [(draw, n) for draw, drawn in enumerate(samples) for n in drawn]
-    training = [one for one in side_by_side(training_sample, drawn_structures) if one is not None]
+    training = [one for one in parallel_map(training_sample, drawn_structures) if one is not None]
     correction = train_correction(training, len(truths), options.correction, seed=settings.seed)
     if correction is None:
         return gate
@@ -95,7 +95,7 @@ def train_gate_on_atlas(
         )
         return best_smoothing(trials, image.grid)
 
-    return replace(gate, correction=correction, smoothing=tuple(side_by_side(smoothing, truths)))
+    return replace(gate, correction=correction, smoothing=tuple(parallel_map(smoothing, truths)))
 
 
 def _label_mask(labels: NDArray[Any], box: tuple[slice, slice, slice], number: int) -> LocalMap:

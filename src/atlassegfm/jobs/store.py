@@ -58,7 +58,7 @@ from ..records import (
 )
 from ..result import Segmentation, StructureResult
 from ..settings import NO_MODEL
-from ..transforms.io import write_further_fits, write_transform
+from ..transforms.io import write_members, write_transform
 from .fingerprint import is_unchanged
 from .plan import Case
 
@@ -230,7 +230,7 @@ def write_result(
             written["probability"] = tuple(result.structure.name for result in segmentation.structures)
             found = segmentation.registration
             write_transform(new / "transform", found.linear, found.field, segmentation.grid, found.local)
-            write_further_fits(new / "transform", found.further_members, segmentation.grid)
+            write_members(new / "transform", found.further_members, segmentation.grid)
         run = run.model_copy(update=written)
         run.write(new / RUN)
         status.write(new / STATUS)

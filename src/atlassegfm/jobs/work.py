@@ -23,7 +23,7 @@ from ..records import FileRecord, Provenance, StatusRecord
 from ..result import Segmentation
 from ..segment import segment
 from ..settings import NO_MODEL, Settings
-from ..transforms.io import read_fits
+from ..transforms.io import read_transforms
 from .fingerprint import atlas_digest, digest, file_record
 from .plan import Case
 from .store import RunInputs, check_formats, write_failure, write_result
@@ -288,7 +288,7 @@ class _Worker:
         with limited_threads(work.threads):
             on_stage("reading")
             files = {"query": _record(case.query), "transform": case.transform and _record(case.transform)}
-            transforms = () if case.transform is None else read_fits(case.transform)
+            transforms = () if case.transform is None else read_transforms(case.transform)
             query = open_image(case.query, work.output.series if case.query.is_dir() else None)
             check_formats(work.output.formats, query)
             result = segment(

@@ -39,7 +39,7 @@ from scipy import ndimage
 from ..core.geometry import Grid
 from ..core.image import Volume
 from ..core.mask import LocalMap, signed_distance_mm
-from ..core.parallel import side_by_side
+from ..core.parallel import parallel_map
 from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan
 from ..settings import ModelSettings
 from . import OnPrompt
@@ -200,7 +200,7 @@ class BuiltinSegmenter:
                     on_prompt(number)
                 yield prompt
 
-        answers = side_by_side(partial(self.answer, encoded), told(), most=_SIDE_BY_SIDE)
+        answers = parallel_map(partial(self.answer, encoded), told(), most=_SIDE_BY_SIDE)
         return dict(zip(prompts, answers, strict=True))
 
     def answer(self, encoded: BuiltinEncoding, prompt: Prompt) -> LocalMap:

@@ -246,7 +246,7 @@ def read_transform(path: Path) -> Transform:
     return _read_itk(path)
 
 
-def write_further_fits(folder: Path, fits: Sequence[Transform], view: Grid) -> None:
+def write_members(folder: Path, fits: Sequence[Transform], view: Grid) -> None:
     """Write the further fits of a registration into the transform folder of the first, each as a folder like it.
 
     Parameters
@@ -268,7 +268,7 @@ def write_further_fits(folder: Path, fits: Sequence[Transform], view: Grid) -> N
         write_transform(folder / _FIT_FOLDER.format(number), linear, field, view, local)
 
 
-def read_fits(path: Path) -> tuple[Transform, ...]:
+def read_transforms(path: Path) -> tuple[Transform, ...]:
     """Read a transform, and the further fits in its folder if there are any.
 
     Parameters

@@ -9,17 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.geometry import Grid
-from .maps import Chain, DisplacementField, Transform, displacement_on, slabs
-
-
-def folding_share(transform: Transform, grid: Grid) -> float:
-    """Share (0 to 1) of the nodes of ``grid`` at which ``transform`` folds space.
-
-    The Jacobian determinant is taken by central differences of the mapped nodes themselves, so that it
-    holds for any transform.
-    """
-    field = displacement_on(transform, grid)
-    return float((field.jacobian_determinant() <= 0).mean())
+from .maps import Chain, DisplacementField, displacement_on, slabs
 
 
 @dataclass(frozen=True)

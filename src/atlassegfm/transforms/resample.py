@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import ndimage
 
 from ..core.geometry import Grid
 from ..core.image import Volume
 from ..core.mask import LocalMap
-from ..core.parallel import side_by_side
+from ..core.parallel import parallel_map
 from .maps import Transform, slabs
 
 #: Edge of the blocks that are left out together where no label is near: about the nodes of the finest field over an
@@ -55,13 +54,18 @@ def resample(
         )
         result[slab] = values.reshape(result[slab].shape)
 
-    for _ in side_by_side(sample, slabs(onto)):
+    for _ in parallel_map(sample, slabs(onto)):
         pass
     return result
 
 
 def warp_labels(
-    labels: Volume, values: Sequence[int], onto: Grid, fixed_to_moving: Transform, *, floor: float = 0.01
+    labels: Volume,
+    values: Sequence[int],
+    onto: Grid,
+    transforms: Transform | Sequence[Transform],
+    *,
+    floor: float = 0.01,
 ) -> dict[int, LocalMap]:
     """Warp each structure of a label map as a soft mask, with one linear interpolation.
 
@@ -73,18 +77,26 @@ def warp_labels(
         Labels wanted.
     onto : Grid
         In the fixed world.
-    fixed_to_moving : Transform
-        All stages composed.
+    transforms : Transform or sequence of Transform
+        From the fixed to the moving world. Of several, at least one, the masks are averaged.
     floor : float
-        Shares below this are cut to 0, which keeps the boxes tight; a hundredth of a voxel decides nothing.
+        Weights of one transform below this are set to 0, which keeps the boxes tight.
 
     Returns
     -------
     dict of int to LocalMap
-        One entry for each of ``values``. At each voxel the share in [0, 1] of the interpolation weight that
-        falls on the structure. Background surrounds the moving field of view: a structure cut off by its
-        border fades to 0 over one voxel.
+        One entry for each of ``values``: at each voxel the interpolation weight in [0, 1] of the structure.
+        Background surrounds the moving field of view: a structure cut off by its border fades to 0 over one voxel.
     """
+    if isinstance(transforms, Sequence):
+        first, *others = (_warp_labels(labels, values, onto, one, floor) for one in transforms)
+        return {value: _mean([first[value], *(one[value] for one in others)]) for value in first} if others else first
+    return _warp_labels(labels, values, onto, transforms, floor)
+
+
+def _warp_labels(
+    labels: Volume, values: Sequence[int], onto: Grid, fixed_to_moving: Transform, floor: float
+) -> dict[int, LocalMap]:
     index_of = np.zeros(int(labels.data.max()) + 1, np.int32)
     wanted = [value for value in values if 0 < value < len(index_of)]
     index_of[wanted] = np.arange(1, len(wanted) + 1)
@@ -123,7 +135,7 @@ def warp_labels(
 
     # Runs of the sparse result: (structure, voxel of the fixed grid, weight).
     pieces: list[list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = [[] for _ in range(len(wanted) + 1)]
-    for found_there in side_by_side(shares_in, slabs(onto)):
+    for found_there in parallel_map(shares_in, slabs(onto)):
         for index, piece in found_there.items():
             pieces[index].append(piece)
     result = {value: LocalMap.empty() for value in values}
@@ -133,29 +145,6 @@ def warp_labels(
             shares = np.concatenate([piece[1] for piece in pieces[index]])
             result[value] = _local_map_from_voxels(voxels, shares, onto.shape)
     return result
-
-
-def warp_labels_by_each(
-    labels: Volume, values: Sequence[int], onto: Grid, fits: Sequence[Transform]
-) -> dict[int, LocalMap]:
-    """Warp each structure by several transforms, and take the mean.
-
-    Parameters
-    ----------
-    labels, values, onto
-        As of :func:`warp_labels`.
-    fits : sequence of Transform
-        From fixed to moving world, at least one.
-
-    Returns
-    -------
-    dict of int to LocalMap
-        One entry for each of ``values``, in [0, 1].
-    """
-    first, *others = (warp_labels(labels, values, onto, transform) for transform in fits)
-    if not others:
-        return first
-    return {value: _mean([first[value], *(other[value] for other in others)]) for value in first}
 
 
 def _mean(maps: Sequence[LocalMap]) -> LocalMap:
@@ -249,9 +238,3 @@ def _local_map_from_voxels(
     box = np.zeros(stop - start, np.float32)
     box[tuple(ijk - start[:, None])] = np.minimum(values, 1)
     return LocalMap((int(start[0]), int(start[1]), int(start[2])), box)
-
-
-def points_of(voxels: ArrayLike, grid: Grid) -> NDArray[np.float64]:
-    """(N, 3) RAS+ mm of the true voxels of a mask on ``grid``."""
-    mask: NDArray[Any] = np.asarray(voxels)
-    return grid.voxel_to_world(np.argwhere(mask))
