@@ -770,3 +770,17 @@ def test_real_scans_are_read_and_saved_unmoved(tmp_path: Path, data_dir: Path) -
             assert raw[0][CODES : SROW + 48] == raw[1][CODES : SROW + 48], path
             assert np.array_equal(load_labels(tmp_path / path.name).data, labels.data)
             assert load_image(folder / "imagesTr" / path.name.replace(".nii", "_0000.nii")).grid.matches(labels.grid)
+
+
+def test_paths_may_be_strings(tmp_path: Path, synthetic_image: Factory, synthetic_labels: Factory) -> None:
+    save_volume(synthetic_image(), f"{tmp_path}/image.nii.gz")
+    save_volume(synthetic_labels(), f"{tmp_path}/labels.nrrd")
+    assert load_image(f"{tmp_path}/image.nii.gz").grid.matches(load_labels(f"{tmp_path}/labels.nrrd").grid)
+
+
+def test_reprs_are_one_short_line() -> None:
+    volume = Volume(np.zeros((256, 256, 34), np.float32), Grid((256, 256, 34), np.diag([1.25, 1.25, 7.7, 1])))
+    assert repr(volume) == "Volume(256x256x34, 1.25x1.25x7.70 mm, RAS, float32)"
+    assert repr(volume.grid) == "Grid(256x256x34, 1.25x1.25x7.70 mm, RAS)"
+    mask = LocalMap((1, 2, 3), np.full((2, 2, 2), 0.5, np.float32))
+    assert repr(mask) == "LocalMap((1, 2, 3) to (3, 4, 5), highest 0.50)"

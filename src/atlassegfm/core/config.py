@@ -21,6 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from .errors import InputError
+from .files import PathLike
 
 
 class _SettingsClass(Protocol):
@@ -80,7 +81,7 @@ def with_overrides(settings: S, assignments: Sequence[str], *, option: str = "--
     return settings
 
 
-def with_file(settings: S, path: Path) -> S:
+def with_file(settings: S, path: PathLike) -> S:
     """Settings with the values of a TOML file in place of their own; keys the file leaves out stay.
 
     Raises
@@ -123,7 +124,7 @@ def with_table(settings: S, table: Table, *, origin: str) -> S:
         raise InputError(f"{origin}: {'.'.join(keys)} is {_shown(_at(merged, keys))}; expected {expected}") from None
 
 
-def load_toml(path: Path, what: str = "a settings file") -> dict[str, Any]:
+def load_toml(path: PathLike, what: str = "a settings file") -> dict[str, Any]:
     """Read a TOML file.
 
     Parameters
@@ -138,6 +139,7 @@ def load_toml(path: Path, what: str = "a settings file") -> dict[str, Any]:
     InputError
         If it is missing, unreadable or not TOML; the message then says on which line.
     """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a byte order mark
     except FileNotFoundError:

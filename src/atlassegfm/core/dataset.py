@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
+from .files import PathLike
 from .image import IMAGE_SUFFIXES, image_stem, image_suffix
 from .labels import closest, listed, match_rank
 
@@ -111,7 +112,7 @@ class Dataset:
         return replace(self, cases=tuple(self.case(name) for name in sorted(names)))
 
 
-def load_dataset(folder: Path, *, channel: int = 0) -> Dataset:
+def load_dataset(folder: PathLike, *, channel: int = 0) -> Dataset:
     """Find the cases of a dataset in nnU-Net raw layout.
 
     Parameters
@@ -128,6 +129,7 @@ def load_dataset(folder: Path, *, channel: int = 0) -> Dataset:
         If there is no such dataset, ``dataset.json`` cannot be used, an image has no labels or the other way
         round, or there are other cases than ``dataset.json`` says.
     """
+    folder = Path(folder)
     path = folder / "dataset.json"
     content = _read_json(folder, path)
     ending = _file_ending(content, path)

@@ -3,43 +3,55 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-from .errors import InputError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
 import re
 import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+from .errors import InputError
 
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside ``path``; move it there if the block succeeds, delete it if not."""
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
-            temporary = Path(folder) / path.name
-            yield temporary
-            os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot write there ({error.strerror or error}); choose another place") from None
-
+#: A path as callers of public functions may give it.
+PathLike = str | os.PathLike[str]
 
 #: Temporary folders beside results begin so; a killed process may leave one.
 _TEMPORARY_PREFIX = ".writing-"
 
-
 #: Seconds after which a temporary folder of an unknown writer is left over: writing a result takes seconds.
 _LEFT_OVER_SECONDS = 24 * 3600
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Raise errors of the disk as :class:`InputError` about ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot write there ({error.strerror or error}); choose another place") from None
+
+
+def check_readable(path: Path) -> None:
+    """Raise :class:`InputError` if an existing file cannot be opened or is empty."""
+    try:
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be opened ({error.strerror}); check the permissions") from None
+    if empty:
+        raise InputError(f"{path}: the file is empty (0 bytes); copy it again")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside ``path`` for a file or folder; move it there if the block succeeds."""
+    with disk_errors(path), tempfile.TemporaryDirectory(dir=path.parent, prefix=_TEMPORARY_PREFIX) as folder:
+        temporary = Path(folder) / path.name
+        yield temporary
+        os.replace(temporary, path)
 
 
 @contextmanager
@@ -177,12 +189,3 @@ def _runs(process: int) -> bool:
     except OSError:  # someone else's
         return True
     return True
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn errors of the disk into one sentence."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: cannot write there ({error.strerror or error}); choose another place") from None

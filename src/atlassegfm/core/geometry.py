@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -18,6 +19,14 @@ from .errors import InputError
 #: Voxel axes are called flattened when the unit-length axes span less than this volume (1 is orthogonal).
 #: 1e-3 still admits every sheared acquisition (a gantry tilt of 30 degrees spans 0.87).
 _SMALLEST_UNIT_AXES_VOLUME = 1e-3
+
+#: RAS+ from the LPS frame of ITK and DICOM, and back.
+LPS_FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+def box_corners(first: ArrayLike, last: ArrayLike) -> NDArray[Any]:
+    """(8, 3) corners of a box between two opposite ones, (3,) each."""
+    return np.array(np.meshgrid(*zip(np.asarray(first), np.asarray(last), strict=True), indexing="ij")).reshape(3, 8).T
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -101,9 +110,12 @@ class Grid:
     @cached_property
     def corners_mm(self) -> NDArray[np.float64]:
         """(8, 3) centres of the eight corner voxels, RAS+ mm."""
-        last = np.array(self.shape) - 1
-        ijk = np.array(np.meshgrid(*[(0, n) for n in last], indexing="ij")).reshape(3, 8).T
-        return self.voxel_to_world(ijk)
+        return self.voxel_to_world(box_corners(np.zeros(3), np.array(self.shape) - 1))
+
+    @property
+    def faces_mm(self) -> NDArray[np.float64]:
+        """(8, 3) corners of the field of view, half a voxel beyond the corner voxels, RAS+ mm."""
+        return self.voxel_to_world(box_corners(np.full(3, -0.5), np.array(self.shape) - 0.5))
 
     @property
     def centre_mm(self) -> NDArray[np.float64]:

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
-from .files import atomic_path
-from .geometry import Grid
+from .files import PathLike, atomic_path, check_readable
+from .geometry import LPS_FLIP, Grid, box_corners
 from .labels import LabelEntry, Structure, from_nifti_xml, from_slicer_metadata, to_nifti_xml, to_slicer_metadata
 
 if TYPE_CHECKING:
@@ -61,10 +61,6 @@ _NIFTI_GEOMETRY_FIELDS = (
     *("dim_info", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
     *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
 )
-
-
-#: RAS+ from ITK's LPS and back.
-_LPS_FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,12 +143,12 @@ def image_stem(path: Path) -> str:
     return path.name[: -len(suffix)] if suffix else path.stem
 
 
-def load_volume(path: Path) -> Volume:
+def load_volume(path: PathLike) -> Volume:
     """Read a 3-D volume with its stored values (scaling of the header applied) and its geometry.
 
     Parameters
     ----------
-    path : Path
+    path : path
         A file ending in one of :data:`IMAGE_SUFFIXES`.
 
     Raises
@@ -160,26 +156,21 @@ def load_volume(path: Path) -> Volume:
     InputError
         If the file is missing, damaged, not an image, not 3-D or has no usable geometry.
     """
+    path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file; check the path")
     suffix = image_suffix(path)
     if path.is_dir() or suffix is None:
         what = "a folder" if path.is_dir() else "not a known image file"
         raise InputError(f"{path}: {what}; expected a file ending in {', '.join(IMAGE_SUFFIXES)}")
-    try:
-        with path.open("rb") as file:
-            empty = not file.read(1)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be opened ({error.strerror}); check the permissions") from None
-    if empty:
-        raise InputError(f"{path}: the file is empty (0 bytes); copy it again")
+    check_readable(path)
     volume = _load_nifti(path) if suffix in NIFTI_SUFFIXES else _load_itk(path)
     for note in volume.source.notes if volume.source else ():
         logger.warning("%s: %s", path, note)
     return volume
 
 
-def load_image(path: Path) -> Volume:
+def load_image(path: PathLike) -> Volume:
     """Read a scan as float32 intensities.
 
     Raises
@@ -187,7 +178,7 @@ def load_image(path: Path) -> Volume:
     InputError
         As :func:`load_volume`, and if there are NaN or infinite voxels or all voxels are equal.
     """
-    return checked_image(load_volume(path), path)
+    return checked_image(load_volume(path), Path(path))
 
 
 def checked_image(volume: Volume, path: Path) -> Volume:
@@ -212,12 +203,12 @@ def checked_image(volume: Volume, path: Path) -> Volume:
     return Volume(data, volume.grid, volume.source)
 
 
-def load_labels(path: Path, *, allow_empty: bool = False) -> Volume:
+def load_labels(path: PathLike, *, allow_empty: bool = False) -> Volume:
     """Read a label map: whole numbers, 0 for background, as the smallest unsigned integer type.
 
     Parameters
     ----------
-    path : Path
+    path : path
         As :func:`load_volume` takes it.
     allow_empty : bool
         Whether a map without any label is one: a result may have found nothing, an atlas may not.
@@ -258,7 +249,7 @@ def smallest_label_type(largest: int) -> np.dtype[Any]:
     raise InputError(f"the label value {largest} does not fit into 32 bits; renumber the labels")
 
 
-def save_volume(volume: Volume, path: Path, *, structures: Sequence[Structure] | None = None) -> None:
+def save_volume(volume: Volume, path: PathLike, *, structures: Sequence[Structure] | None = None) -> None:
     """Write a volume in the format of the file name, under a temporary name first.
 
     Parameters
@@ -266,7 +257,7 @@ def save_volume(volume: Volume, path: Path, *, structures: Sequence[Structure] |
     volume : Volume
         Where its source is a NIfTI file of the same grid, the geometry fields of that header are written
         unchanged.
-    path : Path
+    path : path
         Ends in one of :data:`IMAGE_SUFFIXES` (".nhdr" and ".mhd", which are two files, left out).
     structures : sequence of Structure, optional
         For label maps: names and colours to put into the header.
@@ -276,6 +267,7 @@ def save_volume(volume: Volume, path: Path, *, structures: Sequence[Structure] |
     InputError
         If the ending is not known or the folder cannot be written to.
     """
+    path = Path(path)
     suffix = image_suffix(path)
     if suffix is None or suffix in (".nhdr", ".mhd"):
         raise InputError(f"{path}: cannot write this format; expected a name ending in .nii.gz, .nii, .nrrd or .mha")
@@ -386,8 +378,7 @@ def _nifti_affine(header: Nifti1Header, path: Path | None) -> tuple[NDArray[np.f
     if sform_code > 0:
         affine = header.get_sform()
         if qform is not None and np.isfinite(affine).all():
-            last = np.array(header.get_data_shape()[:3]) - 1
-            corners = np.array(np.meshgrid(*[(0, n) for n in last], indexing="ij")).reshape(3, 8).T
+            corners = box_corners(np.zeros(3), np.array(header.get_data_shape()[:3]) - 1)
             gap = (corners @ (affine[:3, :3] - qform[:3, :3]).T) + (affine[:3, 3] - qform[:3, 3])
             gap_mm = float(np.linalg.norm(gap, axis=1).max())
             if gap_mm > 0.1 * float(np.sqrt((affine[:3, :3] ** 2).sum(axis=0)).min()):
@@ -474,16 +465,7 @@ def _load_itk(path: Path) -> Volume:
             raise InputError(f"{path}: the affine is singular; correct the direction vectors in the header") from None
         raise InputError(_damage_message(path, error, path.suffix[1:].upper())) from None
     data = np.moveaxis(sitk.GetArrayFromImage(image).reshape(shape[::-1]), (0, 1, 2), (2, 1, 0))
-    dimension = image.GetDimension()
-    lps = np.eye(4)
-    lps[:3, :3] = np.array(image.GetDirection()).reshape(dimension, dimension)[:3, :3] * np.array(
-        image.GetSpacing()[:3]
-    )
-    lps[:3, 3] = image.GetOrigin()[:3]
-    try:
-        grid = Grid(shape, _LPS_FLIP @ lps)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    grid = itk_grid(image, path)
     metadata = {key: image.GetMetaData(key) for key in image.GetMetaDataKeys()}
     return Volume(data, grid, Source(path, None, from_slicer_metadata(metadata)))
 
@@ -492,14 +474,30 @@ def _save_itk(volume: Volume, path: Path, structures: Sequence[Structure] | None
     import SimpleITK as sitk
 
     image = sitk.GetImageFromArray(np.ascontiguousarray(np.moveaxis(volume.data, (0, 1, 2), (2, 1, 0))))
-    lps = _LPS_FLIP @ volume.grid.affine
-    direction = lps[:3, :3] / volume.grid.spacing_mm
-    image.SetSpacing(volume.grid.spacing_mm.tolist())
-    image.SetOrigin(lps[:3, 3].tolist())
-    image.SetDirection(direction.ravel().tolist())
+    set_itk_grid(image, volume.grid)
     for key, text in to_slicer_metadata(structures or ()).items():
         image.SetMetaData(key, text)
     sitk.WriteImage(image, str(path), useCompression=True)
+
+
+def itk_grid(image: Any, path: Path) -> Grid:
+    """The RAS+ grid of a SimpleITK image or reader, of its first three dimensions; errors name ``path``."""
+    count = image.GetDimension()
+    lps = np.eye(4)
+    lps[:3, :3] = np.array(image.GetDirection()).reshape(count, count)[:3, :3] * np.array(image.GetSpacing()[:3])
+    lps[:3, 3] = image.GetOrigin()[:3]
+    try:
+        return Grid(image.GetSize()[:3], LPS_FLIP @ lps)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def set_itk_grid(image: Any, grid: Grid) -> None:
+    """Give a SimpleITK image the geometry of a grid."""
+    lps = LPS_FLIP @ grid.affine
+    image.SetSpacing(grid.spacing_mm.tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection((lps[:3, :3] / grid.spacing_mm).ravel().tolist())
 
 
 def _dimension_message(path: Path, shape: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .errors import InputError
+from .files import PathLike
 
 #: Colours for structures whose file names none: a qualitative set that stays apart on grey images.
 _PALETTE = (
@@ -93,7 +94,7 @@ def palette_color(position: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def read_names_file(path: Path) -> dict[int, LabelEntry]:
+def read_names_file(path: PathLike) -> dict[int, LabelEntry]:
     """Read label names from a file a user wrote or another program exported.
 
     Understood are JSON (``{"liver": 1}``, ``{"1": "liver"}`` or a whole nnU-Net ``dataset.json``), and text
@@ -105,6 +106,7 @@ def read_names_file(path: Path) -> dict[int, LabelEntry]:
     InputError
         If the file is missing, is not text, or a line or key has none of these forms.
     """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a byte order mark
     except FileNotFoundError:

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,8 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import InputError
-from ..core.geometry import Grid
-from ..core.image import IMAGE_SUFFIXES, NIFTI_SUFFIXES, image_suffix
+from ..core.files import PathLike, atomic_path, check_readable
+from ..core.geometry import LPS_FLIP, Grid
+from ..core.image import IMAGE_SUFFIXES, NIFTI_SUFFIXES, image_suffix, itk_grid, set_itk_grid
 from .maps import Affine, Chain, DisplacementField, Transform, displacement_on, stages_of
 
 if TYPE_CHECKING:
@@ -68,10 +67,6 @@ _FIT_FOLDER = "fit_{}"
 
 
 _FORMAT, _VERSION = "AtlasSegFM transform", 1
-
-
-#: RAS+ from ITK's LPS and back.
-_LPS_FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 _LPS_SIGNS = np.array([-1, -1, 1], np.float32)
@@ -119,9 +114,7 @@ class _Nodes:
         grid = field.grid
         if _ends_in_zero(field):
             return cls(grid, np.ones(3, np.int64), np.ones(3, np.int64))
-        faces = [(-0.5, n - 0.5) for n in view.shape]
-        corners = view.voxel_to_world(np.array(np.meshgrid(*faces, indexing="ij")).reshape(3, 8).T)
-        ijk = grid.world_to_voxel(corners)
+        ijk = grid.world_to_voxel(view.faces_mm)
         before = np.maximum(np.ceil(-ijk.min(axis=0)), 1).astype(np.int64)
         after = np.maximum(np.ceil(ijk.max(axis=0) - (np.array(grid.shape) - 1)), 1).astype(np.int64)
         return cls(grid, before, after)
@@ -154,7 +147,11 @@ class _Nodes:
 
 
 def write_transform(
-    folder: Path, linear: Affine, field: DisplacementField | None, view: Grid, local: DisplacementField | None = None
+    folder: PathLike,
+    linear: Affine,
+    field: DisplacementField | None,
+    view: Grid,
+    local: DisplacementField | None = None,
 ) -> None:
     """Write a transform folder, whole or not at all.
 
@@ -162,7 +159,7 @@ def write_transform(
 
     Parameters
     ----------
-    folder : Path
+    folder : path
         To be made. Its parent exists.
     linear : Affine
         Applied last: to the atlas world.
@@ -179,6 +176,7 @@ def write_transform(
     InputError
         If something is there already, or the disk refuses.
     """
+    folder = Path(folder)
     if folder.exists() or folder.is_symlink():
         raise InputError(f"{folder}: exists already, and the transform is to go there; choose another place")
     fields = {
@@ -187,30 +185,26 @@ def write_transform(
         if one is not None
     }
     nodes = {name: _Nodes.of(one, view) for name, one in fields.items()}
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".writing-") as holder:
-            new = Path(holder) / "new"
-            new.mkdir()
-            _write_affine(linear, new / AFFINE_FILE)
-            for name, one in fields.items():
-                _write_field(one, nodes[name], new / name)
-            (new / NOTE_FILE).write_text(json.dumps(_note(nodes), indent=2) + "\n", encoding="utf-8")
-            os.replace(new, folder)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write there ({error.strerror or error}); choose another place") from None
+    with atomic_path(folder) as new:
+        new.mkdir()
+        _write_affine(linear, new / AFFINE_FILE)
+        for name, one in fields.items():
+            _write_field(one, nodes[name], new / name)
+        (new / NOTE_FILE).write_text(json.dumps(_note(nodes), indent=2) + "\n", encoding="utf-8")
 
 
-def is_transform(path: Path) -> bool:
+def is_transform(path: PathLike) -> bool:
     """Whether a path may be one transform: a file, or a folder with an affine in it."""
+    path = Path(path)
     return (path / AFFINE_FILE).is_file() if path.is_dir() else path.exists()
 
 
-def read_transform(path: Path) -> Transform:
+def read_transform(path: PathLike) -> Transform:
     """Read a transform from query points to atlas points.
 
     Parameters
     ----------
-    path : Path
+    path : path
         A folder as :func:`write_transform` makes it (without ``transform.json`` it is read all the same), a transform
         file of ITK with linear parts and displacement fields (.tfm, .txt, .mat, .h5), or a displacement field as an
         image (.nii.gz, .mha, .nrrd) with three numbers a voxel.
@@ -227,17 +221,12 @@ def read_transform(path: Path) -> Transform:
         If the path is not such a transform, or the transform is 2-D, has a part of another kind (a B-spline), NaN
         or infinite numbers, or an affine that cannot be undone.
     """
+    path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; expected a saved transform")
     if path.is_dir():
         return _read_folder(path)
-    try:
-        with path.open("rb") as file:
-            empty = not file.read(1)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be opened ({error.strerror}); check the permissions") from None
-    if empty:
-        raise InputError(f"{path}: the file is empty (0 bytes); copy it again")
+    check_readable(path)
     if image_suffix(path) is not None:
         return _read_field(path)
     if not path.name.lower().endswith(TRANSFORM_SUFFIXES):
@@ -246,7 +235,7 @@ def read_transform(path: Path) -> Transform:
     return _read_itk(path)
 
 
-def write_members(folder: Path, fits: Sequence[Transform], view: Grid) -> None:
+def write_members(folder: PathLike, fits: Sequence[Transform], view: Grid) -> None:
     """Write the further fits of a registration into the transform folder of the first, each as a folder like it.
 
     Parameters
@@ -265,10 +254,10 @@ def write_members(folder: Path, fits: Sequence[Transform], view: Grid) -> None:
     """
     for number, fit in enumerate(fits, start=2):
         local, field, linear = stages_of(fit, view)
-        write_transform(folder / _FIT_FOLDER.format(number), linear, field, view, local)
+        write_transform(Path(folder) / _FIT_FOLDER.format(number), linear, field, view, local)
 
 
-def read_transforms(path: Path) -> tuple[Transform, ...]:
+def read_transforms(path: PathLike) -> tuple[Transform, ...]:
     """Read a transform, and the further fits in its folder if there are any.
 
     Parameters
@@ -283,7 +272,7 @@ def read_transforms(path: Path) -> tuple[Transform, ...]:
     """
     first = read_transform(path)
     further: list[Transform] = []
-    while (folder := path / _FIT_FOLDER.format(len(further) + 2)).is_dir():
+    while (folder := Path(path) / _FIT_FOLDER.format(len(further) + 2)).is_dir():
         further.append(read_transform(folder))
     return (first, *further)
 
@@ -379,7 +368,7 @@ def _slicer(names: Sequence[str]) -> str:
 def _write_affine(linear: Affine, path: Path) -> None:
     import SimpleITK as sitk
 
-    matrix = _LPS_FLIP @ linear.matrix @ _LPS_FLIP
+    matrix = LPS_FLIP @ linear.matrix @ LPS_FLIP
     affine = sitk.AffineTransform(matrix[:3, :3].ravel().tolist(), matrix[:3, 3].tolist())
     try:
         sitk.WriteTransform(affine, str(path))
@@ -394,12 +383,8 @@ def _write_field(field: DisplacementField, nodes: _Nodes, path: Path) -> None:
     margin = [(0, 0), *((int(b), int(a)) for b, a in zip(nodes.before, nodes.after, strict=True))]
     padded = np.pad(field.displacement_mm, margin, mode="edge")
     vectors = np.ascontiguousarray(np.moveaxis(padded, (0, 1, 2, 3), (3, 2, 1, 0)) * _LPS_SIGNS)
-    grid = nodes.stored
-    lps = _LPS_FLIP @ grid.affine
     image = sitk.GetImageFromArray(vectors, isVector=True)
-    image.SetSpacing(grid.spacing_mm.tolist())
-    image.SetOrigin(lps[:3, 3].tolist())
-    image.SetDirection((lps[:3, :3] / grid.spacing_mm).ravel().tolist())
+    set_itk_grid(image, nodes.stored)
     try:
         sitk.WriteImage(image, str(path), useCompression=True)
     except RuntimeError:
@@ -492,7 +477,7 @@ def _affine_of(transform: Any, path: Path) -> Affine:
         lps[:3, 3] = transform.TransformPoint((0.0, 0.0, 0.0))
         for axis, unit in enumerate(np.eye(3).tolist()):
             lps[:3, axis] = np.array(transform.TransformPoint(unit)) - lps[:3, 3]
-    affine = Affine(_LPS_FLIP @ lps @ _LPS_FLIP)
+    affine = Affine(LPS_FLIP @ lps @ LPS_FLIP)
     if not np.isfinite(lps).all():
         raise InputError(f"{path}: the affine has NaN or infinite numbers; make the transform anew")
     if not affine.is_invertible:
@@ -560,14 +545,7 @@ def _field_of(image: Any, displacement: NDArray[np.float32], path: Path) -> Disp
             f"{path}: {bad} of {displacement[0].size} displacements are NaN or infinite; expected numbers only: "
             "replace them (by 0, for instance)"
         )
-    lps = np.eye(4)
-    lps[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
-    lps[:3, 3] = image.GetOrigin()
-    try:
-        grid = Grid(image.GetSize(), _LPS_FLIP @ lps)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    return DisplacementField(grid, np.ascontiguousarray(displacement))
+    return DisplacementField(itk_grid(image, path), np.ascontiguousarray(displacement))
 
 
 def _kind_message(kind: str) -> str:
