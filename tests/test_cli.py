@@ -24,7 +24,7 @@ import torch
 from atlassegfm import __version__
 from atlassegfm.core import files
 from atlassegfm.core import image as image_module
-from atlassegfm.core.config import known_keys
+from atlassegfm.core.config import known_fields
 from atlassegfm.core.errors import InputError, RegistrationError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume, load_labels, load_volume, save_volume
@@ -415,7 +415,7 @@ def test_bad_atlas(folder: Path, run: Run, name: str) -> None:
     ("arguments", "message"),
     [
         (["--set", "registration.afine=false"], "--set registration.afine=false: unknown setting 'registration.afine'"),
-        (["--set", "registration.afine=false"], "known settings: registration.affine, "),
+        (["--set", "registration.afine=false"], "closest settings: registration.affine, "),
         (["--set", "registration.affine=perhaps"], "registration.affine is 'perhaps'; expected true or false"),
         (["--set", "seed"], "--set seed: expected key=value, such as "),
         (["--seed", "-1"], "--seed: seed is -1; expected a whole number from 0 to 4294967295"),
@@ -641,7 +641,7 @@ def test_settings_are_printed_and_read_back(folder: Path, run: Run) -> None:
     assert "seed = 4" in outcome.out
     (folder / "all.toml").write_text(outcome.out)
     assert run("settings", "--config", "all.toml").out == outcome.out
-    for key in known_keys(Settings):
+    for key in known_fields(Settings):
         *section, name = key.split(".")
         header = f"[{'.'.join(section)}]\n"
         assert header in outcome.out or not section

@@ -390,7 +390,7 @@ BAD_VARIANT = "expected NAME:KEY=VALUE, with semicolons between several"
         (["--variant", "stiff"], f"--variant stiff: {BAD_VARIANT}"),
         (["--variant", ":seed=1"], f"--variant :seed=1: {BAD_VARIANT}"),
         (["--variant", "stiff: ;"], f"--variant stiff: ;: {BAD_VARIANT}"),
-        (["--variant", "a:sed=1"], "--variant a: sed=1: unknown setting 'sed'; known settings: "),
+        (["--variant", "a:sed=1"], "--variant a: sed=1: unknown setting 'sed'; closest settings: "),
         (["--variant", "a:seed=-1"], "--variant a: seed=-1: seed is -1; expected a whole number from 0"),
         (["--variant", "default:seed=1"], "two variants have the same name (default, default); name each once"),
         (["--models", "none,none"], "two variants have the same name (none, none); name each once"),
@@ -400,7 +400,7 @@ BAD_VARIANT = "expected NAME:KEY=VALUE, with semicolons between several"
         (["--tolerance", "-1"], "-1 mm for all: the tolerance of 'default_mm' is -1.0; expected a finite number of mm"),
         (["--channel", "1"], "data/dataset.json: no channel 1; expected one of 0 (CT)"),
         (["--device", "tpu"], "unknown device 'tpu'; expected one of auto, cpu, cuda"),
-        (["--set", "sed=1"], "--set sed=1: unknown setting 'sed'; known settings: "),
+        (["--set", "sed=1"], "--set sed=1: unknown setting 'sed'; closest settings: "),
     ],
 )
 def test_bad_option(

@@ -13,7 +13,7 @@ import textwrap
 import tomllib
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -40,6 +40,9 @@ Table = Mapping[str, Any]
 
 #: Comments in printed settings are wrapped to this width, as the code they come from.
 _COMMENT_WIDTH = 100
+
+#: Known keys listed for an unknown one.
+_CLOSEST = 5
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -109,19 +112,19 @@ def with_table(settings: S, table: Table, *, origin: str) -> S:
     InputError
         If a key is not known or a value not allowed.
     """
-    _check_keys(type(settings), type(settings), table, (), origin)
+    fields = known_fields(type(settings))
+    _check_keys(fields, table, origin)
     merged = _merged(to_dict(settings), table)
     try:
         return TypeAdapter(type(settings)).validate_python(merged)
     except ValidationError as error:
         first = error.errors()[0]
-        keys = _key_of(type(settings), first["loc"])
-        field = _field(type(settings), keys)
+        key = _key_of(fields, first["loc"])
         # A check of the settings' own says what it expects; else the type of the field does.
         own = first.get("ctx", {}).get("error")
-        expected = describe_values(field) if field is not None and own is None else str(own or first["msg"])
+        expected = describe_values(fields[key]) if key in fields and own is None else str(own or first["msg"])
         expected = expected.removeprefix("expected ")
-        raise InputError(f"{origin}: {'.'.join(keys)} is {_shown(_at(merged, keys))}; expected {expected}") from None
+        raise InputError(f"{origin}: {key} is {_shown(_at(merged, key))}; expected {expected}") from None
 
 
 def load_toml(path: PathLike, what: str = "a settings file") -> dict[str, Any]:
@@ -160,9 +163,16 @@ def to_toml(settings: Any) -> str:
     return "\n".join(lines).strip() + "\n"
 
 
-def known_keys(settings_class: type) -> tuple[str, ...]:
-    """All dotted keys, in the order of their fields."""
-    return tuple(".".join(keys) for keys, _ in _leaves(settings_class, ()))
+def known_fields(settings_class: type) -> dict[str, FieldInfo]:
+    """Every setting by its dotted key, in the order of the fields."""
+    found = {}
+    for name, field in _fields(settings_class).items():
+        section = _section_class(field)
+        if section is None:
+            found[name] = field
+        else:
+            found.update({f"{name}.{key}": inner for key, inner in known_fields(section).items()})
+    return found
 
 
 def describe_values(field: FieldInfo) -> str:
@@ -213,60 +223,36 @@ def _section_class(field: FieldInfo) -> type | None:
     return annotation if isinstance(annotation, type) and dataclasses.is_dataclass(annotation) else None
 
 
-def _leaves(settings_class: type, above: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    for name, field in _fields(settings_class).items():
-        section = _section_class(field)
-        if section is None:
-            yield (*above, name), field
-        else:
-            yield from _leaves(section, (*above, name))
-
-
-def _field(settings_class: type, keys: Sequence[str]) -> FieldInfo | None:
-    return dict(_leaves(settings_class, ())).get(tuple(keys))
-
-
-def _key_of(settings_class: type, location: Sequence[int | str]) -> tuple[str, ...]:
+def _key_of(fields: Mapping[str, FieldInfo], location: Sequence[int | str]) -> str:
     """The key an error of pydantic is about: its location may go on into lists and unions."""
-    keys: tuple[str, ...] = ()
-    current: type | None = settings_class
-    for part in location:
-        if current is None or part not in _fields(current):
-            break
-        keys = (*keys, str(part))
-        current = _section_class(_fields(current)[str(part)])
-    return keys
+    prefixes = [".".join(map(str, location[:n])) for n in range(len(location), 0, -1)]
+    return next((key for key in prefixes if key in fields), ".".join(map(str, location)))
 
 
-def _check_keys(root: type, settings_class: type, table: Table, above: tuple[str, ...], origin: str) -> None:
-    fields = _fields(settings_class)
+def _check_keys(fields: Mapping[str, FieldInfo], table: Table, origin: str, above: str = "") -> None:
     for name, value in table.items():
-        keys = (*above, str(name))
-        if name not in fields:
-            raise InputError(f"{origin}: unknown setting {'.'.join(keys)!r}; known settings: {_closest(root, keys)}")
-        section = _section_class(fields[name])
-        if section is not None:
-            if not isinstance(value, Mapping):
-                inside = ", ".join(".".join((*keys, *inner)) for inner, _ in _leaves(section, ()))
-                raise InputError(f"{origin}: {'.'.join(keys)} is a group of settings; set one of {inside}")
-            _check_keys(root, section, value, keys, origin)
-        elif isinstance(value, Mapping):
-            inner = f"{'.'.join(keys)}.{next(iter(value), '')}"
-            raise InputError(f"{origin}: unknown setting {inner!r}; known settings: {_closest(root, keys)}")
+        key = f"{above}{name}"
+        inside = [known for known in fields if known.startswith(f"{key}.")]
+        if inside and not isinstance(value, Mapping):
+            raise InputError(f"{origin}: {key} is a group of settings; set one of {', '.join(inside)}")
+        if inside:
+            _check_keys(fields, value, origin, f"{key}.")
+        elif key not in fields or isinstance(value, Mapping):
+            closest = ", ".join(_closest(fields, key))
+            if key in fields:
+                key = f"{key}.{next(iter(value), '')}"
+            raise InputError(f"{origin}: unknown setting {key!r}; closest settings: {closest}")
 
 
-def _closest(root: type, keys: Sequence[str]) -> str:
-    """All known keys, those most like the given one first."""
-    wanted = ".".join(keys)
+def _closest(known: Iterable[str], wanted: str) -> list[str]:
+    """The known keys most like the given one, best first."""
 
-    def likeness(known: str) -> float:
+    def likeness(key: str) -> float:
         # A key written without its group is like one with it.
-        return max(
-            difflib.SequenceMatcher(None, wanted, known).ratio(),
-            difflib.SequenceMatcher(None, keys[-1], known.rpartition(".")[2]).ratio(),
-        )
+        pairs = ((wanted, key), (wanted.rpartition(".")[2], key.rpartition(".")[2]))
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
-    return ", ".join(sorted(known_keys(root), key=likeness, reverse=True))
+    return sorted(known, key=likeness, reverse=True)[:_CLOSEST]
 
 
 def _merged(base: Mapping[str, Any], table: Table) -> dict[str, Any]:
@@ -277,10 +263,10 @@ def _merged(base: Mapping[str, Any], table: Table) -> dict[str, Any]:
     return merged
 
 
-def _at(table: Table, keys: Sequence[str]) -> Any:
+def _at(table: Table, key: str) -> Any:
     value: Any = table
-    for key in keys:
-        value = value[key]
+    for part in key.split(".") if key else ():
+        value = value[part]
     return value
 
 
@@ -297,11 +283,9 @@ def _shown(value: Any) -> str:
 
 
 def _example(settings: Any) -> str:
-    keys = next(iter(known_keys(type(settings))))
-    value = settings
-    for part in keys.split("."):
-        value = getattr(value, part)
-    return f"{keys}={str(value).lower() if isinstance(value, bool) else value}"
+    key = next(iter(known_fields(type(settings))))
+    value = _at(to_dict(settings), key)
+    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
 
 
 def _toml_lines(settings: Any, above: tuple[str, ...]) -> Iterator[str]:
@@ -357,7 +341,8 @@ def gate_settings(settings: Any) -> dict[str, Any]:
         sections[f"models.{settings.model}"] = getattr(settings.models, settings.model)
     found = {}
     for name, section in sections.items():
-        for keys, info in _leaves(type(section), ()):
+        values = to_dict(section)
+        for key, info in known_fields(type(section)).items():
             if RUNTIME_ONLY not in info.metadata:
-                found[".".join((name, *keys))] = _at(to_dict(section), keys)
+                found[f"{name}.{key}"] = _at(values, key)
     return found
