@@ -33,10 +33,8 @@ class _SettingsClass(Protocol):
 
 S = TypeVar("S")
 
-
 #: Nested keys and values, as TOML has them.
 Table = Mapping[str, Any]
-
 
 #: Comments in printed settings are wrapped to this width, as the code they come from.
 _COMMENT_WIDTH = 100

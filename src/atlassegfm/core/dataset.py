@@ -28,7 +28,6 @@ from .labels import closest, listed, match_rank
 
 _LAYOUT = "nnU-Net raw layout (dataset.json, imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz)"
 
-
 #: The one name nnU-Net gives a meaning of its own, voxels nobody annotated: its documentation/ignore_label.md
 _IGNORE = "ignore"
 

@@ -31,30 +31,23 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
 #: nibabel tells of its repairs to headers here; what matters of them is checked and said by this module.
 _repairs = logging.getLogger(f"{__name__}.repairs")
 
 
 _repairs.setLevel(logging.CRITICAL + 1)
 
-
 NIFTI_SUFFIXES = (".nii.gz", ".nii")
-
 
 ITK_SUFFIXES = (".nrrd", ".nhdr", ".mha", ".mhd")
 
-
 IMAGE_SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES
-
 
 #: Comment code of the NIfTI header extension that Connectome Workbench keeps label names in.
 _NIFTI_ECODE_CARET = 30
 
-
 #: NIfTI intent code "label": tells viewers that the values are names, not amounts.
 _NIFTI_INTENT_LABEL = 1002
-
 
 #: Where a NIfTI header keeps its geometry, next to shape, unit and pixdim.
 _NIFTI_GEOMETRY_FIELDS = (

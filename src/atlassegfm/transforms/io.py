@@ -40,50 +40,34 @@ if TYPE_CHECKING:
 
 
 AFFINE_FILE = "affine.tfm"
-
-
 FIELD_FILE = "field.nii.gz"
-
-
 LOCAL_FILE = "local.nii.gz"
-
-
 NOTE_FILE = "transform.json"
-
 
 #: Endings of transform files that ITK reads.
 TRANSFORM_SUFFIXES = (".tfm", ".txt", ".mat", ".h5", ".hdf5", ".hdf", ".xfm")
 
-
 _TEXT_SUFFIXES = (".tfm", ".txt")
-
 
 #: In the order in which a point of the query meets them.
 _FIELD_FILES = (LOCAL_FILE, FIELD_FILE)
 
-
 #: Folder of a further fit, in that of the first; counted from 2.
 _FIT_FOLDER = "fit_{}"
 
-
 _FORMAT, _VERSION = "AtlasSegFM transform", 1
 
-
 _LPS_SIGNS = np.array([-1, -1, 1], np.float32)
-
 
 #: NIfTI intent code "displacement vector": in RAS+. Vectors of all other codes are in LPS, as ITK has them.
 _INTENT_DISPLACEMENT = 1006
 
-
 #: Axes count as orthogonal if the cosines between them are below this.
 _ORTHOGONAL = 1e-4
-
 
 #: A field belongs to its note if their nodes differ by less than this share of the spacing. A header's 32 bits are
 #: a thousandth of a mm at 8 m.
 _SAME_NODES = 0.01
-
 
 #: A field ends in 0 if the displacements at its border are below this. Fitted ones miss it by rounding alone.
 _NOTHING_MM = 1e-4

@@ -21,18 +21,14 @@ from ..core.geometry import Grid
 
 logger = logging.getLogger(__name__)
 
-
 #: Voxels mapped at a time in one thread. Bounds the memory of coordinates to about 100 MB whatever the scan's size.
 _CHUNK_VOXELS = 250_000
-
 
 #: Points along each axis of the field of view that a linear part is fitted to: 12 numbers from 4096 points.
 _FIT_POINTS = 16
 
-
 #: Steps towards the inverse of a field grow or shrink by no more than this, and are this many times as long at most.
 _STEP_FACTORS, _LONGEST_STEP = (0.1, 2.0), 16.0
-
 
 #: Matrices are called singular if they stretch one direction less than this share of another. Anatomy differs by
 #: factors of two or three.
