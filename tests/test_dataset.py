@@ -126,7 +126,7 @@ def test_folders_that_are_no_dataset(folder: Path, tmp_path: Path) -> None:
         ("[1]", 'found a list; expected an object with "labels" and more'),
         (
             '{"labels": {"liver": 1, "liver": 2}}',
-            "'liver' stands there twice; expected each key once: rename or remove",
+            "'liver' is there twice; expected each key once: rename or remove",
         ),
         (b"\xff\xfe\x00", "not readable as text; expected JSON"),
     ],

@@ -7,8 +7,8 @@
         imagesTr/abdct_003_0000.nii.gz      the case, and its channel as four digits
         labelsTr/abdct_003.nii.gz
 
-Only paths are read here, no images. Whatever could drop a case in silence is an error, because the mean over
-the cases that are left would still look like the result of the whole dataset.
+Only paths are read here, no images. Whatever could drop a case silently is an error: a mean over the rest
+would look like the result of the whole dataset.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def _read_json(folder: Path, path: Path) -> dict[str, Any]:
         # Python would keep the last of several equal keys: a case or a label would be gone.
         doubled = _doubled([key for key, _ in pairs])
         if doubled:
-            raise InputError(f"{path}: {doubled[0]!r} stands there twice; expected each key once: rename or remove one")
+            raise InputError(f"{path}: {doubled[0]!r} is there twice; expected each key once: rename or remove one")
         return dict(pairs)
 
     try:

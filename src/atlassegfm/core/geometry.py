@@ -2,7 +2,7 @@
 
 World coordinates are RAS+ millimetres: x grows to the patient's right, y to the front (anterior), z to
 the head (superior). Voxel indices (i, j, k) count voxel *centres* along the three array axes. See
-``docs/coordinates.md``.
+``docs/explanation/coordinates.md``.
 """
 
 from __future__ import annotations
@@ -142,8 +142,8 @@ class Grid:
     def matches(self, other: Grid, tolerance_voxels: float = 0.1) -> bool:
         """Whether both grids have the same voxels.
 
-        The tolerance is a share of the smallest spacing. A tenth of a voxel changes no label and lets pass
-        what rounded headers differ by (a few 1e-5 mm up to 0.05 mm are common).
+        The tolerance is a fraction of the smallest spacing. A tenth of a voxel changes no label, and is more than
+        rounded headers differ by (1e-5 to 0.05 mm).
         """
         if self.shape != other.shape:
             return False
@@ -165,7 +165,7 @@ class Grid:
         return self._turned(io_orientation(self.affine))
 
     def axes_relative_to(self, other: Grid) -> NDArray[np.float64] | None:
-        """How this grid's array axes turn into those of ``other``, if both have the same voxels.
+        """Find how this grid's array axes turn into those of ``other``, if both have the same voxels.
 
         Returns
         -------

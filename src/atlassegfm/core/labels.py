@@ -256,7 +256,7 @@ def plain_name(name: str) -> str:
 
 
 def match_rank(wanted: str, value: int, name: str) -> int | None:
-    """How a structure fits what a user wrote.
+    """Rank how a structure matches what a user wrote.
 
     Parameters
     ----------

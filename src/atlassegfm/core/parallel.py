@@ -18,7 +18,7 @@ _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_O
 #: Linear algebra of NumPy and SciPy: always one, as only small matrices come there, and as it cannot be changed later.
 NUMPY_THREADS = ("OPENBLAS_NUM_THREADS", "1")
 
-#: Parts of one job that are worked on at a time, at most: each takes memory of its own.
+#: Parts of one job computed at a time, at most: each takes memory of its own.
 _MOST_PARALLEL = 4
 T = TypeVar("T")
 
@@ -36,11 +36,10 @@ def usable_cores() -> int:
 
 
 def parallel_map(work: Callable[[T], R], parts: Iterable[T], *, most: int = _MOST_PARALLEL) -> Iterator[R]:
-    """Do parts of a job in threads; what comes out is the same with any number of them.
+    """Apply a function to parts of a job in threads; results are identical with any number of threads.
 
-    For work that is done by NumPy and SciPy, which compute with one thread each and let others run meanwhile. As many
-    parts are under way as ``OMP_NUM_THREADS`` says, or as there are cores, within ``most``. Work within a part is not
-    divided again.
+    For work in NumPy and SciPy, which release the interpreter lock. The number of threads is ``OMP_NUM_THREADS``, or
+    the number of cores, at most ``most``. A nested call runs in its own thread only.
 
     Parameters
     ----------
@@ -49,7 +48,7 @@ def parallel_map(work: Callable[[T], R], parts: Iterable[T], *, most: int = _MOS
     parts : iterable
         Taken one by one, a few ahead.
     most : int
-        Parts under way at most.
+        Parts computed at a time, at most.
 
     Yields
     ------

@@ -38,7 +38,7 @@ class InverseField:
 def invert_field(
     field: DisplacementField, grid: Grid, *, tolerance_mm: float = 0.01, iterations: int = 100
 ) -> InverseField:
-    """The displacement field that undoes another one, by fixed-point iteration at each node.
+    """Invert a displacement field by fixed-point iteration at each node.
 
     As Chen et al., "A simple fixed-point approach to invert a deformation field" (Medical Physics 35, 2008),
     ``v <- -u(p + v)``, with the length of steps fitted for each node to how far the last one led (the relaxation of
@@ -88,7 +88,7 @@ def invert_field(
 
 
 def invert(transform: Transform, *, tolerance_mm: float = 0.01) -> Transform:
-    """The map back from the moving to the fixed world.
+    """Invert a transform, from the moving to the fixed world.
 
     Parameters
     ----------

@@ -52,8 +52,8 @@ _TEXT_SUFFIXES = (".tfm", ".txt")
 #: In the order in which a point of the query meets them.
 _FIELD_FILES = (LOCAL_FILE, FIELD_FILE)
 
-#: Folder of a further fit, in that of the first; counted from 2.
-_FIT_FOLDER = "fit_{}"
+#: Folder of a further ensemble member, in that of the first; counted from 2.
+_MEMBER_FOLDER = "fit_{}"
 
 _FORMAT, _VERSION = "AtlasSegFM transform", 1
 
@@ -65,8 +65,8 @@ _INTENT_DISPLACEMENT = 1006
 #: Axes count as orthogonal if the cosines between them are below this.
 _ORTHOGONAL = 1e-4
 
-#: A field belongs to its note if their nodes differ by less than this share of the spacing. A header's 32 bits are
-#: a thousandth of a mm at 8 m.
+#: A field belongs to its note if their nodes differ by less than this fraction of the spacing; 32-bit headers
+#: differ by 0.001 mm at 8 m.
 _SAME_NODES = 0.01
 
 #: A field ends in 0 if the displacements at its border are below this. Fitted ones miss it by rounding alone.
@@ -219,14 +219,14 @@ def read_transform(path: PathLike) -> Transform:
     return _read_itk(path)
 
 
-def write_members(folder: PathLike, fits: Sequence[Transform], view: Grid) -> None:
-    """Write the further fits of a registration into the transform folder of the first, each as a folder like it.
+def write_members(folder: PathLike, members: Sequence[Transform], view: Grid) -> None:
+    """Write the further members of an ensemble into the transform folder of the first, each as a folder like it.
 
     Parameters
     ----------
     folder : Path
         As :func:`write_transform` made it.
-    fits : sequence of Transform
+    members : sequence of Transform
         From query world to atlas world.
     view : Grid
         Of the query.
@@ -236,13 +236,13 @@ def write_members(folder: PathLike, fits: Sequence[Transform], view: Grid) -> No
     InputError
         As :func:`write_transform`.
     """
-    for number, fit in enumerate(fits, start=2):
-        local, field, linear = stages_of(fit, view)
-        write_transform(Path(folder) / _FIT_FOLDER.format(number), linear, field, view, local)
+    for number, member in enumerate(members, start=2):
+        local, field, linear = stages_of(member, view)
+        write_transform(Path(folder) / _MEMBER_FOLDER.format(number), linear, field, view, local)
 
 
 def read_transforms(path: PathLike) -> tuple[Transform, ...]:
-    """Read a transform, and the further fits in its folder if there are any.
+    """Read a transform, and the further ensemble members in its folder if there are any.
 
     Parameters
     ----------
@@ -256,7 +256,7 @@ def read_transforms(path: PathLike) -> tuple[Transform, ...]:
     """
     first = read_transform(path)
     further: list[Transform] = []
-    while (folder := Path(path) / _FIT_FOLDER.format(len(further) + 2)).is_dir():
+    while (folder := Path(path) / _MEMBER_FOLDER.format(len(further) + 2)).is_dir():
         further.append(read_transform(folder))
     return (first, *further)
 

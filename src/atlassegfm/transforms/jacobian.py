@@ -14,7 +14,7 @@ from .maps import Chain, DisplacementField, displacement_on, slabs
 
 @dataclass(frozen=True)
 class JacobianStatistics:
-    """How a displacement field changes volumes, over some of its nodes.
+    """Statistics of the Jacobian determinant of a displacement field over some of its nodes.
 
     The Jacobian determinant is the local change of volume: 1 where there is none, 0 or less where space is folded.
     All numbers are NaN where there was no node to look at.
@@ -22,7 +22,7 @@ class JacobianStatistics:
     Parameters
     ----------
     folding : float
-        Share of the nodes with a determinant of 0 or less, in [0, 1].
+        Fraction of the nodes with a determinant of 0 or less, in [0, 1].
     minimum : float
         Smallest determinant.
     percentile_1, percentile_5, median, percentile_95, percentile_99 : float
@@ -43,7 +43,7 @@ class JacobianStatistics:
 
 
 def jacobian_statistics(field: DisplacementField, mask: NDArray[np.bool_] | None = None) -> JacobianStatistics:
-    """How a displacement field changes volumes.
+    """Compute statistics of the Jacobian determinant of a displacement field.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ def jacobian_statistics(field: DisplacementField, mask: NDArray[np.bool_] | None
 def deformation_statistics(
     field: DisplacementField, local: DisplacementField | None, counted: Callable[[Grid], NDArray[np.bool_]]
 ) -> tuple[float, JacobianStatistics]:
-    """How much of a region a deformation folds, and how it changes volumes there.
+    """Compute the folded fraction of a region and the Jacobian statistics there.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def deformation_statistics(
     Returns
     -------
     folding : float
-        Share of the region by volume, in [0, 1]: in the local field's box at its nodes and of both fields in a row,
+        Fraction of the region by volume, in [0, 1]: in the local field's box at its nodes and of both fields in a row,
         elsewhere at those of the other. 0 where no node is in the region.
     statistics : JacobianStatistics
         Of the region's part in the local field's box where there is one, else of all of it.
@@ -104,11 +104,11 @@ def deformation_statistics(
         (float(outside.sum()) * field.grid.voxel_volume_mm3, jacobian_statistics(field, outside).folding),
     ]
     total = sum(volume for volume, _ in parts)
-    return (sum(volume * share for volume, share in parts if volume) / total if total else 0.0), statistics
+    return (sum(volume * fraction for volume, fraction in parts if volume) / total if total else 0.0), statistics
 
 
 def nodes_in(view: Grid, nodes: Grid) -> NDArray[np.bool_]:
-    """(I, J, K) bool of the shape of ``nodes``: those inside a field of view, half a voxel of border included."""
+    """Find the nodes inside a field of view, half a voxel of border included: (I, J, K) bool."""
     inside = np.empty(nodes.shape, np.bool_)
     for slab, points in slabs(nodes):
         inside[slab] = view.contains(points).reshape(-1, *nodes.shape[1:])

@@ -30,8 +30,8 @@ _FIT_POINTS = 16
 #: Steps towards the inverse of a field grow or shrink by no more than this, and are this many times as long at most.
 _STEP_FACTORS, _LONGEST_STEP = (0.1, 2.0), 16.0
 
-#: Matrices are called singular if they stretch one direction less than this share of another. Anatomy differs by
-#: factors of two or three.
+#: Matrices are called singular if they stretch one direction less than this fraction of another; anatomies differ
+#: by factors of two or three.
 _SMALLEST_STRETCH = 1e-4
 
 
@@ -145,7 +145,7 @@ class Chain:
 
 
 def stages_of(transform: Transform, view: Grid) -> tuple[DisplacementField | None, DisplacementField | None, Affine]:
-    """A transform as what a registration is made of: two displacement fields at most, and a linear map.
+    """Split a transform into two displacement fields at most and a linear map.
 
     Parameters
     ----------
@@ -191,7 +191,7 @@ def stages_of(transform: Transform, view: Grid) -> tuple[DisplacementField | Non
 
 
 def displacement_on(transform: Transform, grid: Grid) -> DisplacementField:
-    """A transform as the displacements at the nodes of a grid; the same map there, interpolated between them."""
+    """Sample a transform as displacements at the nodes of a grid: identical there, interpolated between them."""
     displacement = np.empty((3, *grid.shape), np.float32)
     for slab, points in slabs(grid):
         moved = transform.map(points) - points

@@ -14,15 +14,15 @@ from ..core.mask import LocalMap
 from ..core.parallel import parallel_map
 from .maps import Transform, slabs
 
-#: Edge of the blocks that are left out together where no label is near: about the nodes of the finest field over an
-#: abdomen, so that the field bends little inside.
+#: Edge in mm of the blocks skipped where no label is near: about the node spacing of the finest field, so that the
+#: field bends little inside.
 _BLOCK_MM = 8.0
 
 
 def resample(
     moving: Volume, onto: Grid, fixed_to_moving: Transform | None = None, *, order: int = 1, outside: float = 0.0
 ) -> NDArray[np.float32]:
-    """Read a moving image at the voxels of another grid.
+    """Resample a moving image at the voxels of another grid.
 
     Parameters
     ----------
@@ -108,14 +108,14 @@ def _warp_labels(
     strides = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
     worth_mapping = _near_labels(padded, labels.grid, onto, fixed_to_moving)
 
-    def shares_in(part: tuple[slice, NDArray[np.float64]]) -> dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Of the structures in one slab: voxels, and the share of each."""
+    def weights_in(part: tuple[slice, NDArray[np.float64]]) -> dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]]:
+        """Voxels and interpolation weights of the structures in one slab."""
         slab, points = part
         chosen = np.flatnonzero(worth_mapping(slab))
         ijk = labels.grid.world_to_voxel(fixed_to_moving.map(points[chosen])) + 1
         near = ((ijk > 0) & (ijk < shape + 1)).all(axis=1)
         kept = np.flatnonzero(near)
-        shares: dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]] = {}
+        found_weights: dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]] = {}
         if len(kept):
             base = np.floor(ijk[kept]).astype(np.int64)
             fraction = (ijk[kept] - base).astype(np.float32)
@@ -128,22 +128,22 @@ def _warp_labels(
             first_voxel = slab.start * onto.shape[1] * onto.shape[2]
             for index in np.unique(found):
                 if index:
-                    share = (weights * (found == index)).sum(axis=0)
-                    hit = share >= floor
-                    shares[int(index)] = chosen[kept[hit]] + first_voxel, share[hit]
-        return shares
+                    weight = (weights * (found == index)).sum(axis=0)
+                    hit = weight >= floor
+                    found_weights[int(index)] = chosen[kept[hit]] + first_voxel, weight[hit]
+        return found_weights
 
     # Runs of the sparse result: (structure, voxel of the fixed grid, weight).
     pieces: list[list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = [[] for _ in range(len(wanted) + 1)]
-    for found_there in parallel_map(shares_in, slabs(onto)):
+    for found_there in parallel_map(weights_in, slabs(onto)):
         for index, piece in found_there.items():
             pieces[index].append(piece)
     result = {value: LocalMap.empty() for value in values}
     for index, value in enumerate(wanted, start=1):
         if pieces[index]:
             voxels = np.concatenate([piece[0] for piece in pieces[index]])
-            shares = np.concatenate([piece[1] for piece in pieces[index]])
-            result[value] = _local_map_from_voxels(voxels, shares, onto.shape)
+            weights = np.concatenate([piece[1] for piece in pieces[index]])
+            result[value] = _local_map_from_voxels(voxels, weights, onto.shape)
     return result
 
 
@@ -164,7 +164,7 @@ def _mean(maps: Sequence[LocalMap]) -> LocalMap:
 def _near_labels(
     padded: NDArray[np.int32], grid: Grid, onto: Grid, fixed_to_moving: Transform
 ) -> Callable[[slice], NDArray[np.bool_]]:
-    """Which voxels of the fixed grid can lie in a label: most of a body does not, and need not be mapped.
+    """Find the voxels of the fixed grid that can lie in a label; the others need not be mapped.
 
     The fixed grid is cut into blocks, and only the middle of each is mapped. A block can hold a label if one lies
     within the distances of its mapped middle to those of its neighbours along the three axes: twice as far as its
