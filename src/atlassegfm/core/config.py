@@ -126,14 +126,7 @@ def with_table(settings: S, table: Table, *, origin: str) -> S:
 
 
 def load_toml(path: PathLike, what: str = "a settings file") -> dict[str, Any]:
-    """Read a TOML file.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    what : str
-        What it should be, for messages.
+    """Read a TOML file; ``what`` it should be is for messages.
 
     Raises
     ------

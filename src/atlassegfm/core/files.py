@@ -84,20 +84,7 @@ def output_folder(path: Path) -> Iterator[None]:
 
 
 def check_replaceable(path: Path, known: frozenset[str]) -> None:
-    """Refuse to replace what this program did not write.
-
-    Parameters
-    ----------
-    path : Path
-        A folder to be written, which may exist.
-    known : frozenset of str
-        Names of the files and folders it may hold.
-
-    Raises
-    ------
-    InputError
-        If it is a file, or a folder with anything else in it.
-    """
+    """Raise :class:`InputError` if ``path`` is a file, or a folder with other entries than ``known``."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(f"{path}: exists and is not a folder, but the result is to go there; move it away")
     if path.is_dir():
@@ -143,19 +130,9 @@ def replaced_folder(path: Path, known: frozenset[str]) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path) -> int:
-    """Delete temporary folders that killed processes left beside results.
+    """Delete temporary folders that killed processes left in ``folder``, and count them.
 
-    Those of a process of this machine that runs are kept, and those of other machines for a day.
-
-    Parameters
-    ----------
-    folder : Path
-        Where results lie; it need not exist.
-
-    Returns
-    -------
-    int
-        How many there were.
+    Those of a running process of this machine are kept, and those of other machines for a day.
     """
     removed = 0
     try:

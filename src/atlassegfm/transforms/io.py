@@ -222,19 +222,8 @@ def read_transform(path: PathLike) -> Transform:
 def write_members(folder: PathLike, members: Sequence[Transform], view: Grid) -> None:
     """Write the further members of an ensemble into the transform folder of the first, each as a folder like it.
 
-    Parameters
-    ----------
-    folder : Path
-        As :func:`write_transform` made it.
-    members : sequence of Transform
-        From query world to atlas world.
-    view : Grid
-        Of the query.
-
-    Raises
-    ------
-    InputError
-        As :func:`write_transform`.
+    ``folder`` is one that :func:`write_transform` made; ``members`` map the query world to the atlas world; ``view`` is
+    the query's grid. Errors are those of :func:`write_transform`.
     """
     for number, member in enumerate(members, start=2):
         local, field, linear = stages_of(member, view)
@@ -244,15 +233,7 @@ def write_members(folder: PathLike, members: Sequence[Transform], view: Grid) ->
 def read_transforms(path: PathLike) -> tuple[Transform, ...]:
     """Read a transform, and the further ensemble members in its folder if there are any.
 
-    Parameters
-    ----------
-    path : Path
-        As of :func:`read_transform`.
-
-    Raises
-    ------
-    InputError
-        As :func:`read_transform`.
+    Path and errors are those of :func:`read_transform`.
     """
     first = read_transform(path)
     further: list[Transform] = []
