@@ -1,7 +1,8 @@
 """The command line: arguments to options, results to tables and exit codes.
 
 Progress and errors go to standard error, results to standard output. Exit codes: 0 all done, 1 some queries failed,
-2 bad usage or input, 130 interrupted. What computes is imported inside the commands: help and usage errors come at once.
+2 bad usage or input, 130 interrupted.
+What computes is imported inside the commands: help and usage errors come at once.
 """
 
 from __future__ import annotations

@@ -130,8 +130,8 @@ def segment(options: SegmentOptions) -> None:
     """Segment scans with one annotated scan.
 
     Each query gets a folder of its name in OUT, with segmentation.nii.gz (on the query's own voxels), run.json (what
-    was done) and status.json (how it went). Only those are segmented whose result is missing, or was made from other files,
-    settings or another version.
+    was done) and status.json (how it went). Only those are segmented whose result is missing, or was made from other
+    files, settings or another version.
     """
     with open_session(options.quiet) as session:
         options.check()
