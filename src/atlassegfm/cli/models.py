@@ -16,7 +16,8 @@ from .session import AcceptOption, JsonOption, QuietOption, accept_licences, ope
 
 if TYPE_CHECKING:
     from ..models import ModelDescription
-    from ..models.weights import PublishedWeights, StoredFile
+    from ..models.published import PublishedWeights
+    from ..models.weights import StoredFile
 
 #: The subcommand meant where none is named.
 _DEFAULT = "list"

@@ -18,7 +18,8 @@ from ..core.mask import LocalMap
 from ..prompts import Prompt, PromptKind
 from ..settings import ModelSettings
 from . import weights as _weights
-from .weights import LocalWeights, PublishedWeights, WeightsFile, find_weights
+from .published import PublishedWeights, WeightsFile
+from .weights import LocalWeights, find_weights
 
 #: Told the key of each prompt as the model turns to it.
 OnPrompt = Callable[[int], None]
