@@ -2,7 +2,7 @@
 
 A scan is turned to 8 bits and cut into slices. The prompt is put on one slice, the middle one of the structure, and the
 network follows the structure up from there, then, asked anew, down. How the scan is prepared and asked is that of
-``medsam2_infer_3D_CT.py`` of bowang-lab/MedSAM2 at 332f30d; the network itself is in :mod:`._medsam2_network`.
+``medsam2_infer_3D_CT.py`` of bowang-lab/MedSAM2 at 332f30d; the network itself is in :mod:`.network`.
 
 Slices are shown as that code sees those of a usual CT file: rows run to the back of the patient, columns to the left
 (coronal and sagittal ones: rows run to the feet, columns to the left or to the back).
@@ -23,17 +23,17 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage, special
 
-from ..core.errors import InputError
-from ..core.geometry import Grid
-from ..core.image import Volume
-from ..core.mask import LocalMap
-from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan
-from ..settings import MedSam2Settings, ModelSettings
-from . import OnPrompt
-from .inputs import intensities, scan_name, usable_device
-from .medsam2_network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network, require_packages
-from .origin import describe_file
-from .weights import LocalWeights
+from ...core.errors import InputError
+from ...core.geometry import Grid
+from ...core.image import Volume
+from ...core.mask import LocalMap
+from ...prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan
+from ...settings import MedSam2Settings, ModelSettings
+from .. import OnPrompt
+from ..inputs import intensities, scan_name, usable_device
+from ..origin import describe_file
+from ..weights import LocalWeights
+from .network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network, require_packages
 
 if TYPE_CHECKING:
     from torch import Tensor

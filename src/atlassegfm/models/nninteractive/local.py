@@ -20,15 +20,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..core.errors import InputError, MissingExtraError, ModelError
-from ..core.mask import LocalMap
-from ..prompts import INSIDE
-from ..settings import NnInteractiveSettings
-from .checkpoint import UnsafeCheckpointError, check_fit, load_state, named_weights
-from .inputs import usable_device
-from .nninteractive import Field, Put
-from .origin import describe_file, installed_version
-from .weights import LocalWeights
+from ...core.errors import InputError, MissingExtraError, ModelError
+from ...core.mask import LocalMap
+from ...prompts import INSIDE
+from ...settings import NnInteractiveSettings
+from ..checkpoint import UnsafeCheckpointError, check_fit, load_state, named_weights
+from ..inputs import usable_device
+from ..origin import describe_file, installed_version
+from ..weights import LocalWeights
+from . import Field, Put
 
 logger = logging.getLogger(__name__)
 

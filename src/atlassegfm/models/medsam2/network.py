@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ..core.errors import InputError, MissingExtraError, ModelError
-from .checkpoint import check_fit, few, load_state, named_weights
+from ...core.errors import InputError, MissingExtraError, ModelError
+from ..checkpoint import check_fit, few, load_state, named_weights
 
 #: For messages.
 _WANTED = "the weights of the model 'medsam2' (MedSAM2_latest.pt)"

@@ -19,10 +19,10 @@ from urllib.request import getproxies, proxy_bypass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import InputError, MissingExtraError, ModelError
-from ..core.mask import LocalMap
-from ..settings import NnInteractiveSettings
-from .nninteractive import Field, Put
+from ...core.errors import InputError, MissingExtraError, ModelError
+from ...core.mask import LocalMap
+from ...settings import NnInteractiveSettings
+from . import Field, Put
 
 logger = logging.getLogger(__name__)
 

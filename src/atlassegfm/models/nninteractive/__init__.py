@@ -16,14 +16,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import InputError, ModelError
-from ..core.image import Volume
-from ..core.mask import LocalMap
-from ..prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, RegionPrompt
-from ..settings import ModelSettings
-from . import OnPrompt
-from .inputs import intensities, scan_name
-from .weights import LocalWeights
+from ...core.errors import InputError, ModelError
+from ...core.image import Volume
+from ...core.mask import LocalMap
+from ...prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, RegionPrompt
+from ...settings import ModelSettings
+from .. import OnPrompt
+from ..inputs import intensities, scan_name
+from ..weights import LocalWeights
 
 Field = NDArray[np.float32]
 #: Puts one prompt to a session, so that the session answers it.
@@ -182,10 +182,10 @@ def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeight
     """
     options = settings.nninteractive
     if options.server:
-        from .nninteractive_remote import connect
+        from .remote import connect
 
         return NnInteractiveSegmenter(connect(options))
-    from .nninteractive_local import open_folder
+    from .local import open_folder
 
     return NnInteractiveSegmenter(open_folder(weights, device, options))
 
