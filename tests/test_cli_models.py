@@ -30,7 +30,7 @@ from atlassegfm.models.weights import ACCEPTANCE, RECORD, PublishedWeights, Weig
 from atlassegfm.prompts import Prompt, PromptKind, RegionPrompt
 from conftest import Run
 from mirror import REVISION, Mirror, body, serving, weights
-from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
+from scenes import ATLAS, PAPER_GATE, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 from test_benchmark import write_dataset
 
 CONTENT = b"toy weights"

@@ -406,8 +406,8 @@ class VesselFmSettings:
     the side)."""
 
     reach_mm: Annotated[float, Field(ge=0, le=1000)] = 10.0
-    """Largest distance in mm from the warped atlas's structure at which a vessel counts as that structure, unless another
-    one is nearer: about the error of a registration. A larger reach also takes vessels that the atlas does not label."""
+    """Largest distance in mm from the warped atlas's structure at which a vessel counts as that structure, unless
+    another one is nearer: about the error of a registration. A larger one also takes vessels without a label."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Numbers the network computes in (PyTorch's autocast). The shorter ones are faster on GPUs and on CPUs that have

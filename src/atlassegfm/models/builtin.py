@@ -136,7 +136,7 @@ class BuiltinEncoding:
 
 @dataclass(frozen=True, eq=False)
 class BuiltinSegmenter:
-    """The model of this module; a :class:`~atlassegfm.models.Segmenter`.
+    """Model behind :class:`~atlassegfm.models.Segmenter`.
 
     Parameters
     ----------

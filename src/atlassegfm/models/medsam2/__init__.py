@@ -53,7 +53,7 @@ _HOUNSFIELD_AIR = -500.0
 _HOUNSFIELD_DENSE = 100.0
 #: Slices lie across the axis with the largest spacing if that is this many times the others.
 _THICK_SLICES = 1.5
-#: Less counts as 0, so that maps are as small as their structures. 1e-3 is a logit of -7, and -10 means "outside".
+#: Probabilities below this count as 0, so that maps are as small as their structures.
 _LEAST_PROBABILITY = 1e-3
 
 
@@ -94,7 +94,7 @@ VIEWS: Mapping[str, SliceView] = {
 
 @dataclass(frozen=True, eq=False)
 class MedSam2Encoding:
-    """What the model keeps of a scan.
+    """An encoded scan.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ class MedSam2Encoding:
 
 @dataclass(frozen=True, eq=False)
 class MedSam2Segmenter:
-    """The model of this module; a :class:`~atlassegfm.models.Segmenter`.
+    """Model behind :class:`~atlassegfm.models.Segmenter`.
 
     Parameters
     ----------
@@ -152,7 +152,7 @@ class MedSam2Segmenter:
     def predict(
         self, encoded: MedSam2Encoding, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
     ) -> dict[int, LocalMap]:
-        """Answer the prompts one after the other; see :class:`~atlassegfm.models.Segmenter`.
+        """Predict the structures one after the other; see :class:`~atlassegfm.models.Segmenter`.
 
         Raises
         ------

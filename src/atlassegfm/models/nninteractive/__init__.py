@@ -31,7 +31,7 @@ Put = Callable[[Any], None]
 
 
 class Backend(Protocol):
-    """Where an nnInteractive session runs. Arrays and voxels are in the order (k, j, i)."""
+    """Where an nnInteractive session runs; arrays and voxels are in the order (k, j, i)."""
 
     @property
     def session(self) -> Any:
@@ -40,7 +40,7 @@ class Backend(Protocol):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        """As of :class:`~atlassegfm.models.Segmenter`."""
+        """As :attr:`~atlassegfm.models.Segmenter.provenance`."""
         ...
 
     def answer(self, scan: Field, put: Put) -> LocalMap:
@@ -57,7 +57,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class NnInteractiveEncoding:
-    """What the adapter keeps of a scan; the session holds one scan at a time.
+    """An encoded scan; the session holds one scan at a time.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ class NnInteractiveEncoding:
 
 
 class NnInteractiveSegmenter:
-    """The model of this module; a :class:`~atlassegfm.models.Segmenter`.
+    """Model behind :class:`~atlassegfm.models.Segmenter`.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ class NnInteractiveSegmenter:
     def predict(
         self, encoded: NnInteractiveEncoding, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
     ) -> dict[int, LocalMap]:
-        """Answer the prompts one after the other, each from scratch; see :class:`~atlassegfm.models.Segmenter`.
+        """Predict the structures one after the other, independently; see :class:`~atlassegfm.models.Segmenter`.
 
         Raises
         ------

@@ -32,57 +32,29 @@ from . import Field, Put
 
 logger = logging.getLogger(__name__)
 
-
 _CHECKPOINT = "checkpoint_final.pth"
-
-
-#: For messages.
+#: Name of the weights in messages.
 _WANTED = f"the weights of the model 'nninteractive' ({_CHECKPOINT})"
-
-
-#: Either says which interactions a network was trained for; the second is of version 1.
+#: Either lists the interactions a network was trained for; the second is of version 1.
 _INFORMATION = ("inference_info.json", "inference_session_class.json")
-
-
-#: Name of nnInteractive where packages come from.
+#: Package name of nnInteractive.
 _PACKAGE = "nninteractive"
-
-
-#: Versions of nnInteractive whose private parts are known here, and those parts.
+#: Versions of nnInteractive whose private methods are used, and those methods.
 _VERSIONS = ">=2.6,<2.7"
-
-
 _PASTE = "_paste_prediction_to_target_buffer"
-
-
 _PRIVATE = (_PASTE, "_load_capability_and_runtime_defaults", "_apply_capability", "_load_license")
-
-
 #: The session plans its refinement with a margin of this many voxels on each side of a patch.
 _REFINEMENT_MARGIN = 24
-
-
-#: Of NumPy's global generator, which that plan draws from; any will do, but the same one every time.
+#: Seed of NumPy's global generator, which that plan draws from.
 _SEED = 0
-
-
 #: Probabilities below this are taken for 0, so that answers are small boxes.
 _NEGLIGIBLE = 1e-3
-
-
 #: Half-precision probabilities may fall on the wrong side of a half by rounding, not by more than this; and where more
-#: than this share of the voxels does, they are not those of the mask.
+#: than this fraction of the voxels does, they are not those of the mask.
 _ROUNDING = 1e-2
-
-
 _LARGEST_MISMATCH = 1e-3
-
-
 _JUST_OUTSIDE = np.nextafter(np.float32(INSIDE), np.float32(0))
-
-
 _LONGEST_REASON = 200
-
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
