@@ -683,7 +683,10 @@ def test_prompts_that_it_cannot_take(tiny: MedSam2Segmenter) -> None:
 
 def test_whole_job(tiny: MedSam2Segmenter, checkpoint: Path) -> None:
     atlas = Atlas.from_volumes(ATLAS.scan(straight_grid()), ATLAS.labels(straight_grid()), STRUCTURES)
-    settings = with_overrides(Settings(), [*UNREGISTERED, *PAPER_GATE, "model=medsam2", f"model_path={checkpoint}"])
+    settings = with_overrides(
+        Settings(),
+        [*UNREGISTERED, *PAPER_GATE, "model=medsam2", "models.medsam2.margin_mm=0", f"model_path={checkpoint}"],
+    )
     query = QUERY.scan(straight_grid())
     result = segment(Context(atlas, settings), query, device="cpu")
     assert result.labels.grid.matches(query.grid)
