@@ -30,13 +30,13 @@ from atlassegfm.models.weights import ACCEPTANCE, RECORD, PublishedWeights, Weig
 from atlassegfm.prompts import Prompt, PromptKind, RegionPrompt
 from conftest import Run
 from mirror import REVISION, Mirror, body, serving, weights
-from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, straight_grid
+from scenes import ATLAS, PAPER_GATE, QUERY, STRUCTURES, UNREGISTERED, straight_grid
 from test_benchmark import write_dataset
 
 CONTENT = b"toy weights"
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 GRID = straight_grid((24, 20, 18), (4.0, 4.0, 4.0))
-FAST = [part for assignment in UNREGISTERED for part in ("--set", assignment)]
+FAST = [part for assignment in (*UNREGISTERED, *PAPER_GATE) for part in ("--set", assignment)]
 ATLAS_ARGUMENTS = ("--atlas", "atlas.nii.gz", "--labels", "labels.nii.gz")
 ONE_PAIR = ["--protocol", "one-to-all", "--cases", "case_1,case_2", "--no-plots"]
 
@@ -357,7 +357,8 @@ def test_fetch_that_fails(run: Run, add_model: Callable[..., Any], mirror: Mirro
     add_model("toy", weights(WeightsFile("gone.pt")))
     outcome = run("models", "fetch", "toy", "--quiet")
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err.startswith(f"error: {mirror.url_of('gone.pt')}: no such file on the server (404); look at ")
+    assert outcome.err.startswith(f"error: {mirror.url_of('gone.pt')}: ")
+    assert "404" in outcome.err
     assert outcome.err.count("\n") == 1
     assert list((models / "toy").iterdir()) == []
 
@@ -368,7 +369,7 @@ def test_without_a_terminal_the_licence_is_accepted_by_the_option(
     add_model("toy", weights(non_commercial=True))
     outcome = run("models", "fetch", "toy")
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err.startswith("error: the licence of the weights of the model 'toy' must be accepted before they ")
+    assert "'toy' has not been accepted: CC-BY-NC-4.0, https://example.org/licence" in outcome.err
     assert mirror.asked == []
     assert not models.exists()
     outcome = run("models", "fetch", "toy", "--accept-licence")
@@ -480,11 +481,9 @@ def test_segment_without_weights_says_what_to_do(
     add_model("toy", weights())
     outcome = run("segment", *ATLAS_ARGUMENTS, "query.nii.gz", "-o", "out", *FAST, "--model", "toy", "--quiet")
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err == (
-        f"error: {models}/toy: no weights of the model 'toy'; nothing is downloaded unasked: run atlassegfm models "
-        f"fetch toy, or put the file {models}/toy/toy.pt there from {mirror.url_of('toy.pt')} (licence: CC0-1.0, "
-        "https://example.org/licence)\n"
-    )
+    assert outcome.err.startswith(f"error: {models}/toy: no weights of the model 'toy'")
+    for fact in ("atlassegfm models fetch toy", models / "toy/toy.pt", mirror.url_of("toy.pt"), "CC0-1.0"):
+        assert str(fact) in outcome.err
     assert mirror.asked == []
     assert not (folder / "out").exists()
 
@@ -498,7 +497,7 @@ def test_segment_asks_for_the_licence_once(
     outcome = run(*arguments)
     assert (outcome.code, outcome.out) == (2, "")
     assert "has not been accepted: CC-BY-NC-4.0, https://example.org/licence, no commercial use; read " in outcome.err
-    assert "atlassegfm models fetch toy --accept-licence, or with the option --accept-licence" in outcome.err
+    assert "--accept-licence" in outcome.err
     outcome = run(*arguments, "--accept-licence")
     assert outcome.code == 0
     assert outcome.err == "licence of the weights of toy accepted: CC-BY-NC-4.0, https://example.org/licence\n"

@@ -28,9 +28,9 @@ from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap
 from atlassegfm.jobs.store import RunInputs, run_record
 from atlassegfm.models import describe_model, load_model, medsam2
-from atlassegfm.models import medsam2_network as _medsam2_network
 from atlassegfm.models.medsam2 import VIEWS, MedSam2Encoding, MedSam2Segmenter, choose_view, to_8_bits, to_frame
-from atlassegfm.models.medsam2_network import FeatureCache, PointPrompt, SlicePrompt, load_network
+from atlassegfm.models.medsam2 import network as network_module
+from atlassegfm.models.medsam2.network import FeatureCache, PointPrompt, SlicePrompt, load_network
 from atlassegfm.prompts import BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt
 from atlassegfm.segment import segment
 from atlassegfm.settings import MedSam2Settings, ModelSettings, Settings
@@ -173,12 +173,12 @@ def test_each_correction_matters(
 
 
 def test_weights_of_full_size_all_find_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = tiny_medsam2.build(_medsam2_network.PUBLISHED_CONFIG)
+    built = tiny_medsam2.build(network_module.PUBLISHED_CONFIG)
     original = tiny_medsam2.original_layout(built.state_dict())
     assert len(original) == 471
     assert sum(tensor.numel() for tensor in original.values()) == 38_962_754
     assert original["image_encoder.trunk.patch_embed.proj.weight"].shape == (96, 3, 7, 7)
-    monkeypatch.setattr(_medsam2_network, "_read_checkpoint", lambda _: original)
+    monkeypatch.setattr(network_module, "_read_checkpoint", lambda _: original)
     network = load_network(Path("nowhere") / "MedSAM2_latest.pt", CPU)
     assert network.image_size == 512
     loaded = network.model.state_dict()
@@ -324,8 +324,8 @@ def test_missing_extra(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, name: 
 
 
 def modeling() -> Any:
-    with _medsam2_network._broken_torchvision_hidden():
-        return _medsam2_network._import_transformers()[1]
+    with network_module._broken_torchvision_hidden():
+        return network_module._import_transformers()[1]
 
 
 def test_transformers_without_the_network(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,10 +359,10 @@ def test_broken_torchvision_is_hidden_only_while_needed(monkeypatch: pytest.Monk
 
     places = (transformers.utils, transformers.utils.import_utils)
     before = [place.is_torchvision_available for place in places]
-    monkeypatch.setattr(_medsam2_network, "_torchvision_is_sound", lambda: False)
+    monkeypatch.setattr(network_module, "_torchvision_is_sound", lambda: False)
 
     def fail_within() -> None:
-        with _medsam2_network._broken_torchvision_hidden():
+        with network_module._broken_torchvision_hidden():
             assert [place.is_torchvision_available() for place in places] == [False, False]
             raise KeyError
 
@@ -683,7 +683,10 @@ def test_prompts_that_it_cannot_take(tiny: MedSam2Segmenter) -> None:
 
 def test_whole_job(tiny: MedSam2Segmenter, checkpoint: Path) -> None:
     atlas = Atlas.from_volumes(ATLAS.scan(straight_grid()), ATLAS.labels(straight_grid()), STRUCTURES)
-    settings = with_overrides(Settings(), [*UNREGISTERED, *PAPER_GATE, "model=medsam2", f"model_path={checkpoint}"])
+    settings = with_overrides(
+        Settings(),
+        [*UNREGISTERED, *PAPER_GATE, "model=medsam2", "models.medsam2.margin_mm=0", f"model_path={checkpoint}"],
+    )
     query = QUERY.scan(straight_grid())
     result = segment(Context(atlas, settings), query, device="cpu")
     assert result.labels.grid.matches(query.grid)
@@ -788,15 +791,15 @@ def test_long_ways_cost_no_more_memory_and_change_nothing(
         return [logits for _, logits in way]
 
     kept: list[dict[int, Any]] = []
-    forget: Callable[..., None] = _medsam2_network.Network._forget
+    forget: Callable[..., None] = network_module.Network._forget
 
     def counted(self: Any, session: Any, index: int, *, reverse: bool) -> None:
         forget(self, session, index, reverse=reverse)
         kept.append(dict(session.output_dict_per_obj[0]["non_cond_frame_outputs"]))
 
-    monkeypatch.setattr(_medsam2_network.Network, "_forget", counted)
+    monkeypatch.setattr(network_module.Network, "_forget", counted)
     short = run()
     assert max(len(outputs) for outputs in kept) == 16
     assert all("high_res_masks" not in output for outputs in kept for output in outputs.values())
-    monkeypatch.setattr(_medsam2_network.Network, "_forget", lambda *_, **__: None)
+    monkeypatch.setattr(network_module.Network, "_forget", lambda *_, **__: None)
     np.testing.assert_array_equal(np.stack(short), np.stack(run()))

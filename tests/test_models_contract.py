@@ -164,12 +164,12 @@ def test_gives_probabilities_on_the_scan(models: Models, name: str, kind: Prompt
 
 @every_model
 def test_sees_the_patient_and_not_the_array(models: Models, name: str, kind: PromptKind) -> None:
-    """The same patient in four array orders; what comes out is the same at every point of the world."""
+    """The same patient in two array orders; what comes out is the same at every point of the world."""
     from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 
     model, expected = models.loaded(name), models.answers(name, kind)
     turned = affine_of(rotation(7, -9, 12) @ np.diag(SPACING_MM), (5.0, -6.0, 70.0))
-    for codes in ("RAS", "LPS", "SRA", "oblique"):
+    for codes in ("SRA", "oblique"):
         patient = scan() if codes != "oblique" else Volume(scan().data, Grid(SHAPE, turned))
         order = ornt_transform(axcodes2ornt("RAS"), axcodes2ornt("ASL" if codes == "oblique" else codes))
         i, j, k = (SHAPE[int(np.flatnonzero(order[:, 0] == axis)[0])] for axis in range(3))

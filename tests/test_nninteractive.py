@@ -961,7 +961,7 @@ def test_secrets_in_the_address_are_refused_and_not_shown(address: str) -> None:
 def test_remote_part_needs_no_torch() -> None:
     code = (
         "import sys; sys.modules['torch'] = None; "
-        "import atlassegfm.models.nninteractive_remote, nnInteractive.inference.remote"
+        "import atlassegfm.models.nninteractive.remote, nnInteractive.inference.remote"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -15,9 +15,9 @@ import ssl
 import subprocess
 import sys
 import threading
-import urllib.error
 from collections import namedtuple
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -25,9 +25,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 import torch
 
 from atlassegfm.core.errors import InputError, ModelError
+from atlassegfm.models import download
 from atlassegfm.models import weights as weights_module
 from atlassegfm.models.checkpoint import UnsafeCheckpointError, check_fit, load_state, named_weights
 from atlassegfm.models.weights import (
@@ -88,9 +90,13 @@ def files_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def raises(kind: type[Exception], message: str) -> Any:
-    """The whole message, to the letter."""
-    return pytest.raises(kind, match=f"^{re.escape(message)}$")
+@contextmanager
+def raises(kind: type[Exception], *facts: object) -> Iterator[None]:
+    """An error whose message holds these facts."""
+    with pytest.raises(kind) as caught:
+        yield
+    for fact in facts:
+        assert str(fact) in str(caught.value)
 
 
 # Where they are looked for
@@ -170,7 +176,7 @@ def test_nothing_is_downloaded_unasked(mirror: Mirror, default: Path) -> None:
     with raises(
         InputError,
         f"{default}: no weights of the model 'toy'; nothing is downloaded unasked: run atlassegfm models fetch toy, or "
-        f"put the file {default}/toy.pt there from {mirror.address}/somebody/weights/resolve/{REVISION}/toy.pt "
+        f"put {default}/toy.pt there from {mirror.address}/somebody/weights/resolve/{REVISION}/toy.pt "
         "(licence: CC0-1.0, https://example.org/licence)",
     ):
         find_weights("toy", weights(KNOWN), None)
@@ -185,24 +191,24 @@ def test_the_address_is_that_of_hugging_face(default: Path) -> None:
 def test_what_is_missing_is_named(default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = f"https://huggingface.co/somebody/weights/tree/{REVISION}"
     licence = "(licence: CC0-1.0, https://example.org/licence)"
-    ask = "nothing is downloaded unasked: run atlassegfm models fetch toy, or put the"
+    ask = "nothing is downloaded unasked: run atlassegfm models fetch toy, or put"
     monkeypatch.setenv("ATLASSEGFM_MODELS", str(tmp_path))
     folder = tmp_path / "toy"
     with raises(
         InputError,
-        f"{folder}: no weights of the model 'toy' there, nor in {default}; {ask} files {folder}/toy/plan.json, "
+        f"{folder}: no weights of the model 'toy' there, nor in {default}; {ask} {folder}/toy/plan.json, "
         f"{folder}/toy/fold_0/final.pth there from {page} {licence}",
     ):
         find_weights("toy", weights(*TWO), None)
     put(default, TWO[0])
-    with pytest.raises(InputError, match=f"put the file {default}/toy/fold_0/final.pth there from {page}"):
+    with pytest.raises(InputError, match=f"put {default}/toy/fold_0/final.pth there from {page}"):
         find_weights("toy", weights(*TWO), None)
     (default / "toy/fold_0").mkdir()
     (default / "toy/fold_0/final.pth").write_bytes(b"abc")
     with raises(
         InputError,
         f"{default}: toy/fold_0/final.pth has 3 bytes, expected 4 (weights of your own are named with --model-path); "
-        f"{ask} file {default}/toy/fold_0/final.pth there from {page} {licence}",
+        f"{ask} {default}/toy/fold_0/final.pth there from {page} {licence}",
     ):
         find_weights("toy", weights(*TWO), None)
 
@@ -296,98 +302,55 @@ def stall(handler: BaseHTTPRequestHandler) -> None:
     """A part, and then nothing for longer than anybody waits."""
     body(CONTENT[:100], promised=len(CONTENT))(handler)
     handler.wfile.flush()
-    threading.Event().wait(3)
+    threading.Event().wait(0.6)
 
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
+PLACES = ("{url}", "{target}")
+
+
 @pytest.mark.parametrize(
-    ("file", "answer", "message"),
+    ("file", "answer", "facts"),
     [
-        (
-            KNOWN,
-            body(CONTENT[:-1] + b"?"),
-            "{target}: what {url} gives is not the published file: its sha256 is "
-            f"{hashlib.sha256(CONTENT[:-1] + b'?').hexdigest()}, expected {SHA256}; nothing was kept, try again, or "
-            "without the mirror if there is one",
-        ),
-        (
-            KNOWN,
-            body(CONTENT[:-1]),
-            f"{{url}}: gives {len(CONTENT) - 1} bytes, expected {len(CONTENT)}; look at {{page}} in a browser, and put "
-            "the file at {target}",
-        ),
-        (
-            KNOWN,
-            body(CONTENT[:500], promised=len(CONTENT)),
-            f"{{url}}: the connection broke off after 500 of {len(CONTENT)} bytes; nothing was kept, try again",
-        ),
-        (
-            WeightsFile("toy.pt"),
-            body(CONTENT[:500], promised=len(CONTENT)),
-            f"{{url}}: the connection broke off after 500 of {len(CONTENT)} bytes; nothing was kept, try again",
-        ),
-        (
-            KNOWN,
-            body(CONTENT[:500], promised=-1),
-            f"{{url}}: the connection broke off after 500 of {len(CONTENT)} bytes; nothing was kept, try again",
-        ),
-        (
-            KNOWN,
-            stall,
-            f"{{url}}: the connection broke off after 0 of {len(CONTENT)} bytes; nothing was kept, try again",
-        ),
+        (KNOWN, body(CONTENT[:-1] + b"?"), (*PLACES, hashlib.sha256(CONTENT[:-1] + b"?").hexdigest(), SHA256)),
+        (KNOWN, body(CONTENT[:-1]), (*PLACES, "{page}", f"{len(CONTENT) - 1} bytes, expected {len(CONTENT)}")),
+        (KNOWN, body(CONTENT[:500], promised=len(CONTENT)), ("{url}", "broke off")),
+        (WeightsFile("toy.pt"), body(CONTENT[:500], promised=len(CONTENT)), ("{url}", "broke off")),
+        (WeightsFile("toy.pt", len(CONTENT)), body(CONTENT[:500], promised=-1), ("{url}", "500", str(len(CONTENT)))),
+        (KNOWN, body(CONTENT[:500], promised=-1), (*PLACES, SHA256)),
+        (KNOWN, stall, ("{url}", "broke off")),
         (
             WeightsFile("toy.pt"),
             body(b"<html>Please log in", kind="text/html; charset=utf-8"),
-            "{url}: gives a web page, not the file, as a network does that wants a login first; log in, or download it "
-            "with a browser from {page} and put it at {target}",
+            (*PLACES, "{page}", "web page"),
         ),
-        (
-            KNOWN,
-            status(404),
-            "{url}: no such file on the server (404); look at {page} in a browser, and put the file at {target}",
-        ),
-        (
-            KNOWN,
-            status(403),
-            "{url}: the server does not let everybody have it (403); it may want an account, or its terms accepted: "
-            "look at {page} in a browser, and put the file at {target}",
-        ),
-        (
-            KNOWN,
-            status(401),
-            "{url}: the server does not let everybody have it (401); it may want an account, or its terms accepted: "
-            "look at {page} in a browser, and put the file at {target}",
-        ),
-        (KNOWN, status(503), "{url}: the server answered 503 (Service Unavailable); try again later"),
+        *((KNOWN, status(code), (*PLACES, "{page}", str(code))) for code in (401, 403, 404, 503)),
     ],
 )
-def test_what_is_not_the_file_is_not_kept(
+def test_bad_download_is_not_kept(
     mirror: Mirror,
     default: Path,
     monkeypatch: pytest.MonkeyPatch,
     file: WeightsFile,
     answer: Answer,
-    message: str,
+    facts: tuple[str, ...],
 ) -> None:
-    monkeypatch.setattr(weights_module, "_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(download, "_TIMEOUT_S", 0.2)
     mirror.answer("toy.pt", answer)
     page = f"{mirror.address}/somebody/weights/tree/{REVISION}"
-    with raises(ModelError, message.format(url=mirror.url_of("toy.pt"), target=default / "toy.pt", page=page)):
+    places = {"url": mirror.url_of("toy.pt"), "target": default / "toy.pt", "page": page}
+    with raises(ModelError, *(fact.format(**places) for fact in facts)):
         fetch("toy", weights(file))
     assert list(default.iterdir()) == []
     del mirror.answers[mirror.path_of("toy.pt")]
     assert fetch("toy", weights(file)).downloaded == ("toy.pt",)
 
 
-def test_a_server_that_hangs_up(mirror: Mirror, default: Path) -> None:
+def test_server_hangs_up(mirror: Mirror, default: Path) -> None:
     mirror.answer("toy.pt", lambda handler: handler.connection.shutdown(socket.SHUT_RDWR))
-    host = mirror.address.removeprefix("http://")
-    with pytest.raises(
-        ModelError, match=rf"toy\.pt: no connection to {host} \(Remote end closed connection without response\); check "
-    ):
+    with raises(ModelError, f"no connection to {mirror.address.removeprefix('http://')}", "Remote end closed"):
         fetch("toy", weights(KNOWN))
 
 
@@ -397,58 +360,39 @@ def test_no_connection(default: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         port = free.getsockname()[1]
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
     url = f"http://127.0.0.1:{port}/somebody/weights/resolve/{REVISION}/toy.pt"
-    with raises(
-        ModelError,
-        f"{url}: no connection to 127.0.0.1:{port} (Connection refused); check the network and the proxy "
-        "(HTTPS_PROXY), set HF_ENDPOINT to a mirror, or download the file on another machine and put it at "
-        f"{default}/toy.pt",
-    ):
+    with raises(ModelError, url, "Connection refused", "HTTPS_PROXY", "HF_ENDPOINT", default / "toy.pt"):
         fetch("toy", weights(KNOWN))
     assert list(default.iterdir()) == []
 
 
+UNTRUSTED = ssl.SSLCertVerificationError(1, "certificate verify failed")
+UNTRUSTED.verify_message = "self-signed certificate"
+
+
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("cause", "facts"),
     [
-        (urllib.error.URLError(socket.gaierror(-2, "Name or service not known")), "its name is not known"),
-        (urllib.error.URLError(TimeoutError("timed out")), "no answer within 60 s"),
-        (TimeoutError("timed out"), "no answer within 60 s"),
-        (urllib.error.URLError("unknown url type"), "unknown url type"),
-        (http.client.BadStatusLine("?"), "?"),
+        (socket.gaierror(-2, "Name or service not known"), ["(its name is not known)"]),
+        (TimeoutError("timed out"), ["(no answer within 60 s)"]),
+        (http.client.BadStatusLine("?"), ["(?)"]),
+        (UNTRUSTED, ["(self-signed certificate)", "SSL_CERT_FILE"]),
     ],
 )
-def test_why_there_is_no_connection(
-    default: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+def test_reason_of_a_failed_connection(
+    default: Path, monkeypatch: pytest.MonkeyPatch, cause: Exception, facts: list[str]
 ) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise error
+        raise requests.ConnectionError("Max retries exceeded") from cause
 
-    monkeypatch.setattr(weights_module.urllib.request, "urlopen", fail)
-    with pytest.raises(ModelError, match=re.escape(f"no connection to huggingface.co ({words}); check the network")):
-        fetch("toy", weights(KNOWN))
-
-
-def test_a_certificate_that_is_not_trusted(default: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        error = ssl.SSLCertVerificationError(1, "certificate verify failed")
-        error.verify_message = "self-signed certificate in certificate chain"
-        raise urllib.error.URLError(error)
-
-    monkeypatch.setattr(weights_module.urllib.request, "urlopen", fail)
-    with pytest.raises(
-        ModelError,
-        match=r"the certificate of huggingface.co cannot be verified \(self-signed certificate in certificate chain\); "
-        "where a proxy of your institution stands between, set SSL_CERT_FILE to its certificates$",
-    ):
+    monkeypatch.setattr(requests, "get", fail)
+    with raises(ModelError, "no connection to huggingface.co", default / "toy.pt", *facts):
         fetch("toy", weights(KNOWN))
 
 
 @pytest.mark.parametrize("endpoint", ["huggingface.co", "file:///etc", "http://", "http://[half"])
-def test_a_mirror_that_is_no_address(default: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+def test_mirror_that_is_no_address(default: Path, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
-    with raises(
-        InputError, f"HF_ENDPOINT is {endpoint!r}; expected the address of a mirror, as https://huggingface.co"
-    ):
+    with raises(InputError, f"HF_ENDPOINT is {endpoint!r}"):
         fetch("toy", weights(KNOWN))
 
 
@@ -476,7 +420,7 @@ def test_a_download_that_is_ended_leaves_nothing_under_its_name(
         waiting.wait(30)
 
     mirror.answer("toy.pt", half)
-    paths = [str(Path(__file__).parent), str(Path(weights_module.__file__).parents[1])]
+    paths = [str(Path(__file__).parent), str(Path(weights_module.__file__).parents[2])]
     with subprocess.Popen(
         [sys.executable, "-c", FETCH.format(paths=paths)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as process:
@@ -636,9 +580,9 @@ NON_COMMERCIAL = weights(KNOWN, non_commercial=True)
 def test_a_licence_must_be_accepted_before_fetching(mirror: Mirror, default: Path) -> None:
     with raises(
         InputError,
-        "the licence of the weights of the model 'toy' must be accepted before they are fetched: CC-BY-NC-4.0, "
-        "https://example.org/licence, no commercial use; read it, then add --accept-licence (in Python: "
-        "atlassegfm.models.accept_licence('toy'))",
+        default,
+        "CC-BY-NC-4.0, https://example.org/licence",
+        "--accept-licence",
     ):
         fetch("toy", NON_COMMERCIAL)
     assert mirror.asked == []
@@ -652,10 +596,9 @@ def test_a_licence_must_be_accepted_before_loading(default: Path, tmp_path: Path
     for given, path in ((None, default / "toy.pt"), (own, own)):
         with raises(
             InputError,
-            f"{path}: the licence of the weights of the model 'toy' has not been accepted: CC-BY-NC-4.0, "
-            "https://example.org/licence, no commercial use; read it, then accept it with: atlassegfm models fetch toy "
-            "--accept-licence, or with the option --accept-licence of the command, as segment --accept-licence (in "
-            "Python: atlassegfm.models.accept_licence('toy'))",
+            path,
+            "CC-BY-NC-4.0, https://example.org/licence",
+            "atlassegfm.models.accept_licence('toy')",
         ):
             find_weights("toy", NON_COMMERCIAL, given)
     date = accept_licence("toy", NON_COMMERCIAL)

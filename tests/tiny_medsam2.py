@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atlassegfm.models import medsam2_network as _medsam2_network
+from atlassegfm.models.medsam2 import network as network_module
 
 #: A small network of the published depth: 64 pixels, widths 8 to 64. transformers has memories of 64 channels written
 #: into its code, so that less than twice as many here would leave out how it takes pointers to objects apart.
@@ -125,8 +125,8 @@ def original_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def build(config: Mapping[str, Any]) -> Any:
     """A network of an architecture, with transformers' own random weights."""
-    with _medsam2_network._broken_torchvision_hidden(), torch.random.fork_rng(devices=[]):
-        transformers, modeling = _medsam2_network._import_transformers()
+    with network_module._broken_torchvision_hidden(), torch.random.fork_rng(devices=[]):
+        transformers, modeling = network_module._import_transformers()
         return modeling.Sam2VideoModel(transformers.Sam2VideoConfig(**config))
 
 

@@ -364,8 +364,8 @@ class MedSam2Settings:
     else axial. A box is axial and refused with other slices."""
 
     margin_mm: Annotated[float, Field(ge=0)] = 15.0
-    """How far beyond the first and last slice of the atlas's structure it looks, in mm, one slice at least. Not tuned:
-    it is what a registration may be off by, and then some."""
+    """How far beyond the first and last slice of the atlas's structure it looks, in mm, one slice at least: more than
+    the usual error of a registration; not tuned."""
 
     reach_mm: Annotated[float, Field(ge=0)] = 150.0
     """How far from the prompted slice it looks up and down where the slices of the atlas's structure are not known, in
@@ -395,24 +395,19 @@ class VesselFmSettings:
     between that nobody measured."""
 
     window: Literal[64, 96, 128, 160, 192] = 128
-    """Voxels along each side of the cubes that the network sees. Of the full-size network on one core of a server's
-    CPU, one of 128 took 70 s and the process 2.3 GB, one of 64 3.6 s and 0.9 GB; in small cubes it sees less of a
+    """Side in voxels of the cubes that the network sees. Smaller cubes need less time and memory, and show less of a
     vessel's course."""
 
     overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.5
-    """Share of a cube's side by which it overlaps the next."""
+    """Overlap of neighbouring cubes, as a fraction of their side."""
 
     blending: Literal["constant", "gaussian"] = "constant"
-    """How much a voxel of a cube counts where cubes overlap: the same everywhere, or less towards the cube's border,
-    where the network sees the least around it (a Gaussian, standard deviation an eighth of the side). Which is better
-    was not measured."""
+    """Weight of a voxel where cubes overlap: constant, or lower towards the cube's border (Gaussian, sigma an eighth of
+    the side)."""
 
     reach_mm: Annotated[float, Field(ge=0, le=1000)] = 10.0
-    """Distance from the warped atlas's structure up to which a vessel counts as that structure, unless another one is
-    nearer. About the error of a registration: on six pairs of Abd-CT (default engine), 5 / 10 / 20 mm kept 93 / 96 /
-    99 % of the voxels of the aorta, 83 / 92 / 95 % of the vena cava's and 62 / 69 / 78 % of the portal and splenic
-    vein's; half of what is lost there at 10 mm goes to a neighbour. A larger reach also takes more vessels along that
-    the atlas does not label."""
+    """Largest distance in mm from the warped atlas's structure at which a vessel counts as that structure, unless
+    another one is nearer: about the error of a registration. A larger one also takes vessels without a label."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Numbers the network computes in (PyTorch's autocast). The shorter ones are faster on GPUs and on CPUs that have

@@ -1,4 +1,4 @@
-"""The commands ``models ...``: which there are, what each needs, and fetching its weights."""
+"""``atlassegfm models``: list the models, show what each needs, fetch its weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import typer
 from typer.core import TyperGroup
 
 from ..core.errors import InputError
-from .session import AcceptOption, JsonOption, QuietOption, accept_licences, open_session, print_json, print_table
+from .options import ScreenOptions, command, options
+from .session import accept_licences, open_session, print_json, print_table
 
 if TYPE_CHECKING:
     from ..models import ModelDescription
-    from ..models.weights import PublishedWeights, StoredFile
+    from ..models.published import PublishedWeights
+    from ..models.weights import StoredFile
 
 #: The subcommand meant where none is named.
 _DEFAULT = "list"
@@ -35,15 +37,55 @@ class _DefaultGroup(TyperGroup):
 
 app = typer.Typer(
     cls=_DefaultGroup,
-    help="The segmentation models: `models` lists them, `models show NAME` tells all of one, `models fetch NAME` "
+    help="The segmentation models: `models` lists them, `models show NAME` describes one, `models fetch NAME` "
     "downloads its weights.",
 )
 
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Of the model, as `atlassegfm models` lists it.")]
+
+@options
+class ListOptions:
+    """Options of ``models list``."""
+
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False
 
 
-@app.command(_DEFAULT)
-def list_command(as_json: JsonOption = False) -> None:
+@options
+class NameOptions:
+    """The model."""
+
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the model, as `atlassegfm models` lists it.")]
+
+
+@options
+class ShowOptions(NameOptions, ScreenOptions):
+    """Options of ``models show``."""
+
+    folder: Annotated[
+        Path | None,
+        typer.Option("--folder", metavar="FOLDER", help="Look only here, as after `models fetch --folder`."),
+    ] = None
+
+
+@options
+class FetchOptions(NameOptions):
+    """Options of ``models fetch``."""
+
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--folder",
+            metavar="FOLDER",
+            help="Folder for the files; name it with --model-path later [default: where they are looked for].",
+        ),
+    ] = None
+    accept_licence: Annotated[
+        bool,
+        typer.Option("--accept-licence", help="Accept the licence of the weights, where needed; recorded once."),
+    ] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress; warnings and errors stay.")] = False
+
+
+def list_models(options: ListOptions) -> None:
     """List the segmentation models, and whether what they need is there."""
     with open_session(quiet=True):
         from ..models import MODELS
@@ -69,7 +111,7 @@ def list_command(as_json: JsonOption = False) -> None:
         nothing = dict.fromkeys(rows[0]) | {"prompts": [], "extra_installed": True, "needs_weights": False}
         nothing |= {"code_licence": "", "weights_licence": "", "summary": "the result is the warped atlas"}
         rows.append(nothing | {"name": NO_MODEL})
-    if as_json:
+    if options.as_json:
         print_json(rows)
         return
     table = [
@@ -88,22 +130,13 @@ def list_command(as_json: JsonOption = False) -> None:
     print_table(head, table)
 
 
-@app.command()
-def show(
-    name: NameArgument,
-    folder: Annotated[
-        Path | None,
-        typer.Option("--folder", metavar="FOLDER", help="Look here alone, as after `models fetch --folder`."),
-    ] = None,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-) -> None:
-    """Tell all of one model: licences, the paper's figures, its files, and what was found of them.
+def show(options: ShowOptions) -> None:
+    """Show one model: licences, the paper's figures, its files, and which of them were found.
 
     The exit code is 0 whether its weights are there or not.
     """
-    with open_session(quiet=quiet or as_json) as session:
-        row = _describe(name)
+    with open_session(quiet=options.quiet or options.as_json) as session:
+        row = _describe(options.name)
         if row.weights is not None:
             session.progress("reading the weights")
         content: dict[str, Any] = {
@@ -114,9 +147,9 @@ def show(
             "extra": row.extra or None,
             "extra_installed": _is_installed(row.extra),
             "code_licence": row.code_licence,
-            "weights": None if row.weights is None else _weights(name, row.weights, folder),
+            "weights": None if row.weights is None else _weights(row.name, row.weights, options.folder),
         }
-    if as_json:
+    if options.as_json:
         print_json(content)
         return
     lines = [
@@ -149,36 +182,24 @@ def show(
         typer.echo(f"    found      {_found_text(one)}")
 
 
-@app.command()
-def fetch(
-    name: NameArgument,
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--folder",
-            metavar="FOLDER",
-            help="Folder for the files; name it with --model-path later [default: where they are looked for].",
-        ),
-    ] = None,
-    accept_licence: AcceptOption = False,
-    quiet: QuietOption = False,
-) -> None:
+def fetch(options: FetchOptions) -> None:
     """Download the weights of a model; the only command that downloads anything.
 
     The environment variable HF_ENDPOINT names a mirror of Hugging Face, HTTPS_PROXY a proxy.
     """
     # The progress bar would write over the question.
+    name = options.name
     with open_session(quiet=True) as session:
         published = _describe(name).weights
         if published is None:
             typer.echo(f"{name} needs no weights: nothing to fetch")
             return
-        if accept_licence or _agrees(name, published):
+        if options.accept_licence or _agrees(name, published):
             accept_licences([name], session)
-    with open_session(quiet) as session:
+    with open_session(options.quiet) as session:
         from ..models import fetch_weights
 
-        fetched = fetch_weights(name, folder, session.progress)
+        fetched = fetch_weights(name, options.folder, session.progress)
     if fetched is None:
         return
     count = len(fetched.downloaded)
@@ -188,8 +209,13 @@ def fetch(
         ("file", "bytes", "sha256", ""),
         [(one.file.path, str(one.size), str(one.sha256), one.verdict) for one in fetched.files],
     )
-    if folder is not None:
+    if options.folder is not None:
         typer.echo(f"use them with --model-path {fetched.folder}")
+
+
+command(app, ListOptions, _DEFAULT)(list_models)
+command(app, ShowOptions, "show")(show)
+command(app, FetchOptions, "fetch")(fetch)
 
 
 def _describe(name: str) -> ModelDescription:
@@ -216,7 +242,7 @@ def _agrees(name: str, published: PublishedWeights) -> bool:
 
 
 def _weights(name: str, published: PublishedWeights, folder: Path | None) -> dict[str, Any]:
-    """Of the weights, what is published and what was found."""
+    """Compare what is published with what was found."""
     from ..models.weights import examine, folder_with_weights, folders_of, licence_accepted
 
     folders = folders_of(name) if folder is None else (folder,)

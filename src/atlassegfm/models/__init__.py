@@ -18,15 +18,16 @@ from ..core.mask import LocalMap
 from ..prompts import Prompt, PromptKind
 from ..settings import ModelSettings
 from . import weights as _weights
-from .weights import LocalWeights, PublishedWeights, WeightsFile, find_weights
+from .published import PublishedWeights, WeightsFile
+from .weights import LocalWeights, find_weights
 
-#: Told the key of each prompt as the model turns to it.
+#: Called with the key of each prompt as the model turns to it.
 OnPrompt = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What the pipeline and the user need to know of a model before it is loaded.
+    """A model as the pipeline and the user know it before it is loaded.
 
     Parameters
     ----------
@@ -68,26 +69,26 @@ class Segmenter(Protocol):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        """Where its numbers come from, as plain values for ``run.json``: files, versions, a server; may be empty."""
+        """Files, versions and server of the model, as plain values for ``run.json``; may be empty."""
         ...
 
     def encode(self, image: Volume) -> Any:
-        """Take in one scan (float32, RAS-canonical array order), once for all its structures."""
+        """Encode one scan (float32, RAS-canonical array order), once for all its structures."""
         ...
 
     def predict(
         self, encoded: Any, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
     ) -> dict[int, LocalMap]:
-        """Answer the prompts for several structures of one scan.
+        """Predict several structures of one scan.
 
         Parameters
         ----------
         encoded
-            What ``encode`` gave.
+            Result of ``encode``.
         prompts : mapping of int to Prompt
             By number of the structure. Parts outside the scan are left out; the scan need not show the structure.
         on_prompt : callable, optional
-            Told the number of each structure as the model turns to it.
+            Called with the number of each structure as the model turns to it.
 
         Returns
         -------
@@ -195,7 +196,7 @@ MODELS: Mapping[str, ModelDescription] = {
 
 
 def describe_model(name: str) -> ModelDescription:
-    """The row of the table with this name.
+    """Describe a model.
 
     Raises
     ------
@@ -249,7 +250,7 @@ def load_model(name: str, device: str, settings: ModelSettings | None = None, pa
 
 
 def accept_licence(name: str) -> str | None:
-    """Note that the user accepts the licence of a model's weights; once is enough.
+    """Record that the user accepts the licence of a model's weights; once is enough.
 
     Parameters
     ----------
@@ -264,14 +265,14 @@ def accept_licence(name: str) -> str | None:
     Raises
     ------
     InputError
-        If the name is not known, or it cannot be noted.
+        If the name is not known, or it cannot be recorded.
     """
     published = describe_model(name).weights
     return None if published is None else _weights.accept_licence(name, published)
 
 
 def licence_accepted(name: str) -> str | None:
-    """Date on which the licence of a model's weights was accepted; None if it was not, or need not be.
+    """Return the date on which the licence of a model's weights was accepted; None if it was not, or need not be.
 
     Raises
     ------
@@ -294,7 +295,7 @@ def fetch_weights(
     folder : Path, optional
         For the files; that of the model in the folder of all weights if left out.
     on_stage : callable, optional
-        Told of each file, and of its progress.
+        Called with the progress of each file.
 
     Raises
     ------

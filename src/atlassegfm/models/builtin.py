@@ -1,27 +1,13 @@
-"""The built-in model: refines a prompt by the appearance and the edges of the query itself.
+"""Built-in model: refines a prompt by the appearance and the edges of the query.
 
-It has no weights, so that the program does its whole job on a fresh machine. Per structure, on a crop
-around the prompt:
+It has no weights and nothing in it is random. Per structure, on a crop around the prompt (distances in mm):
 
-1. *Where it may be.* The signed distance to the prompt's border, divided by the size of error to expect, is
-   the log-odds of the prior: a registered mask is wrong near its border. In its middle it is rarely wrong, but then
-   by far, so the log-odds there are bounded.
-2. *What it looks like.* Densities of the intensity inside and outside, learned from the prompt itself by
-   expectation maximisation with that prior, so that the contaminated border counts little. Three views are
-   averaged: intensity over the whole crop; smoothed intensity with its local spread; intensity in the
-   neighbourhood, on a bilateral grid (Chen, Paris, Durand 2007). Each density is mixed with the other, so
-   that where inside and outside look the same the evidence is 0 and the prompt stays.
-3. *Where its border can run.* A Markov random field with contrast-sensitive couplings (Boykov, Jolly 2001),
-   solved by a few sweeps of mean field.
-
-The figures beside the constants are mean Dice over the five development sets (abdominal MR and CT, OASIS,
-hippocampus, heart), each set counting the same, on 59 structures with simulated ("sim": random smooth warps
-of the truth, Dice of the prompt 0.744) or really registered prompts ("reg": another subject by affine and
-demons, 0.612). With the same evidence (prompt 0.744, none 0.794), the solvers came to: mean field 0.805,
-graph cut by maximum flow 0.804 in 7 times the time, total variation by Chambolle-Pock 0.804 in 14 times the
-time, random walker with priors 0.803 in 2 times the time.
-
-Distances and weights are in mm. Nothing is random.
+1. *Prior.* The signed distance to the prompt's border, divided by the expected error, gives log-odds, which are bounded
+   inside the prompt.
+2. *Appearance.* Intensity densities inside and outside, learned from the prompt by expectation maximisation with that
+   prior. Three views are averaged: intensity over the crop; smoothed intensity with its local deviation; intensity in
+   the neighbourhood, on a bilateral grid (Chen, Paris, Durand 2007).
+3. *Border.* A Markov random field with contrast-sensitive couplings (Boykov, Jolly 2001), solved by mean field.
 """
 
 from __future__ import annotations
@@ -53,103 +39,83 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class _ExpectedError:
-    """How far the border of a prompt may be off: a share of the structure's radius, within limits."""
+    """Expected error of a prompt's border: a fraction of the structure's radius, up to a maximum in mm."""
 
     per_radius: float
     largest_mm: float
 
 
-#: Of a registered mask. 0.15 / 0.2 / 0.25 a radius give 0.806 / 0.808 / 0.808 (sim) and 0.660 / 0.664 / 0.665
-#: (reg), but 0.25 hurts (by more than 0.01 Dice) 5 and 10 % of the structures, 0.2 only 3 and 7 %.
+#: Of a registered mask; a larger fraction worsens more structures.
 _MASK_ERROR = _ExpectedError(per_radius=0.2, largest_mm=6.0)
-#: Of a ball or ellipsoid put in place of a structure whose shape is not known: not tuned, about twice that.
+#: Of a ball or ellipsoid in place of a structure of unknown shape: about twice that, not tuned.
 _SHAPE_ERROR = _ExpectedError(per_radius=0.4, largest_mm=12.0)
-#: No prompt is trusted to less than this, or to less than half a voxel: labels are not drawn better. 2 mm
-#: instead loses 0.039 on OASIS and 0.032 on the hippocampus (sim).
+#: Smallest expected error, in mm and in voxels: labels are not drawn better.
 _SMALLEST_ERROR_MM = 1.0
 _SMALLEST_ERROR_VOXELS = 0.5
-#: Nothing is added beyond this many errors (and voxels) outside the prompt: the prior there is below 3 %.
+#: Reach outside the prompt, in expected errors and in voxels: beyond, the prior is below 3 %.
 _REACH_ERRORS = 3.0
 _REACH_VOXELS = 2.5
-#: Log-odds of the prior per error of distance: logistic regression of the truth on distance and evidence gives
-#: between 0.5 (CT) and 1.9 (hippocampus), 1.0 over all (sim, at 0.15 a radius). 1.2 / 1.4 give 0.808 / 0.808
-#: (sim) and 0.664 / 0.661 (reg).
+#: Log-odds of the prior per expected error of distance.
 _PRIOR_SLOPE = 1.2
-#: Log-odds of the prior are at most this inside the prompt, and not bounded within a voxel of its border. Registration
-#: puts whole parts of a structure elsewhere, and no distance says so: the appearance must be able to. No bound / 0.5 /
-#: 0.35 give 0.807 / 0.811 / 0.811 (heart, 15 pairs), 0.839 / 0.841 / 0.841 (hippocampus, 16), 0.804 / 0.808 / 0.809
-#: (abdominal CT, 8) and 0.871 / 0.870 / 0.870 (abdominal MR, 15). Without the voxel, 0.5 takes small structures that do
-#: not stand out away (Dice with the prompt 0.70 instead of 0.87, ball of 3 voxels' radius).
+#: Largest log-odds of the prior inside the prompt, beyond a voxel of its border: registration can misplace whole parts.
 _LARGEST_PRIOR = 0.5
-#: Weight of the evidence against the prior: the better the prompts, the less of it. With today's registration, 1 /
-#: 1.2 / 1.5 / 2 give 0.855 / 0.854 / 0.850 / 0.842 (hippocampus, 17 pairs), 0.761 / 0.761 / 0.760 / 0.756 (heart, 8),
-#: 0.866 / 0.866 / 0.865 / 0.864 (abdominal MR, 8) and 0.799 / 0.800 / 0.800 / 0.799 (abdominal CT, 8). Below 1.5
-#: prompts a quarter of a radius off are drawn less far onto a structure that stands out clearly (tests).
+#: Weight of the evidence against the prior; better prompts need less.
 _EVIDENCE_WEIGHT = 1.5
-#: Share of each density that is taken from the mean of both. Bounds the evidence of one view to log 9. 0.05 /
-#: 0.2 give 0.804 / 0.808 (sim) and 0.669 / 0.664 (reg), but 0.05 hurts 8 and 10 %.
+#: Fraction of each density that is taken from the mean of both: bounds the evidence of one view to log 9.
 _SHARED_APPEARANCE = 0.2
-#: Sweeps of expectation maximisation: 1 / 3 / 5 give 0.802 / 0.808 / 0.808 (sim), 0.654 / 0.664 / 0.666 (reg).
+#: Sweeps of expectation maximisation.
 _EM_SWEEPS = 3
-#: Standard deviation of the window for smoothed intensity and its spread. 1.4 / 2 / 3 mm are equal to 0.001.
+#: Sigma in mm of the smoothed intensity and its local deviation.
 _TEXTURE_MM = 2.0
-#: Standard deviation of the neighbourhood. 10 / 20 / 30 mm give 0.807 / 0.808 / 0.807 (sim), 0.661 / 0.664 /
-#: 0.665 (reg).
+#: Sigma in mm of the neighbourhood.
 _NEIGHBOURHOOD_MM = 20.0
-#: A neighbourhood with this many voxels on its rarer side is believed half. Not tuned.
+#: Voxels on the rarer side at which a neighbourhood gets half of its weight; not tuned.
 _NEIGHBOURHOOD_VOXELS = 20.0
-#: Log-odds a voxel gets from one like neighbour at the smallest spacing. 0 / 0.5 / 1 / 1.5 give 0.796 / 0.805 /
-#: 0.808 / 0.808 (sim), 0.658 / 0.663 / 0.664 / 0.664 (reg); larger ones eat thin structures. 1.5 in 20 sweeps, falling
-#: with the square root of the distance, gains 0.002 (heart) or less, and takes small structures that do not stand out
-#: away.
+#: Log-odds a voxel gets from one similar neighbour at the smallest spacing; larger values erode thin structures.
 _COUPLING = 1.0
-#: Standard deviations of noise after which a step counts as an edge: 1 / 2 / 3 give 0.807 / 0.808 / 0.807 (sim).
+#: Standard deviations of noise after which a step counts as an edge.
 _CONTRAST_NOISES = 2.0
 #: Coupling that remains across the strongest edge, so that single voxels do not stand alone.
 _SMALLEST_COUPLING = 0.02
-#: Noise is taken as at least this share of the crop's range: of 8-bit and masked scans the median step is 0.
+#: Smallest noise, as a fraction of the crop's range: the median step of 8-bit and masked scans is 0.
 _SMALLEST_NOISE = 0.02
-#: Sweeps of mean field: 2 / 4 / 8 give 0.804 / 0.806 / 0.808 (sim).
+#: Sweeps of mean field.
 _FIELD_SWEEPS = 8
-#: Log-odds are cut here before coupling, so that neighbours can outvote a voxel.
+#: Bound of the log-odds before coupling, so that neighbours can outvote a voxel.
 _LARGEST_LOG_ODDS = 4.0
-#: Probability of parts that do not touch the prompt: just not inside. Keeping such parts loses 0.001 (sim), on
-#: the heart 0.005.
+#: Probability of parts that do not touch the prompt: just not inside.
 _STRAY_PROBABILITY = 0.49
 
-#: Prompts answered at a time: each takes some 100 bytes a voxel of its crop.
+#: Prompts answered in parallel: each takes some 100 bytes a voxel of its crop.
 _SIDE_BY_SIDE = 2
-#: Range of intensities that is divided into bins, in percent of the voxels of the crop.
+#: Percentiles of the crop's intensities between which bins are laid.
 _RANGE_PERCENT = (0.5, 99.5)
-#: Bins of the three views (the second has this number along both of its axes), and standard deviations of
-#: their smoothing in bins. A kidney of 10 000 voxels leaves 150 a bin.
+#: Bins of the three views (along both axes of the second), and sigma of their smoothing in bins.
 _BINS = 64
 _TEXTURE_BINS = 24
 _NEIGHBOURHOOD_BINS = 16
 _BINS_SMOOTHING = 1.5
 _TEXTURE_SMOOTHING = 1.0
 _NEIGHBOURHOOD_SMOOTHING = 0.8
-#: The prior is binned for the histograms, so that their cost does not grow with the sweeps.
+#: Bins of the prior, so that the cost of the histograms does not grow with the sweeps.
 _PRIOR_BINS = 24
 #: Keeps the prior off 0 and 1.
 _LEAST_PRIOR = 1e-3
 
-#: Around a click, intensities are learned in a ball of this radius, and the structure's radius is sought up to
-#: the other one (a liver is 40 to 60 mm, but two rounds of refinement follow that let a ball grow).
+#: Radius in mm in which intensities around a click are learned, and up to which the structure's radius is sought.
 _CLICK_SEED_MM = 3.0
 _CLICK_REACH_MM = 40.0
-#: A voxel is like the seed within this many standard deviations of it, and the ball ends where fewer than this
-#: share of a shell are.
+#: Standard deviations within which a voxel is similar to the seed; the ball ends where fewer than this fraction of a
+#: shell are.
 _CLICK_DEVIATIONS = 2.5
 _CLICK_LIKE = 0.5
-#: Share of the crop's range that the standard deviation is at least: of few voxels it comes out too small. 0.02 /
-#: 0.06 / 0.12 give 0.24 / 0.33 / 0.32 after one round (24 structures of "sim").
+#: Smallest standard deviation of the seed, as a fraction of the crop's range: of few voxels it comes out too small.
 _CLICK_LEAST_DEVIATION = 0.06
 
 
 @dataclass(frozen=True, eq=False)
 class BuiltinEncoding:
-    """What the model keeps of a scan; everything else is done on crops.
+    """An encoded scan.
 
     Parameters
     ----------
@@ -170,7 +136,7 @@ class BuiltinEncoding:
 
 @dataclass(frozen=True, eq=False)
 class BuiltinSegmenter:
-    """The model of this module; a :class:`~atlassegfm.models.Segmenter`.
+    """Model behind :class:`~atlassegfm.models.Segmenter`.
 
     Parameters
     ----------
@@ -181,7 +147,7 @@ class BuiltinSegmenter:
     device: torch.device
 
     def encode(self, image: Volume) -> BuiltinEncoding:
-        """Take in one scan (RAS-canonical array order)."""
+        """Encode one scan (RAS-canonical array order)."""
         return BuiltinEncoding(np.asarray(image.data, dtype=np.float32), image.grid)
 
     @property
@@ -192,7 +158,7 @@ class BuiltinSegmenter:
     def predict(
         self, encoded: BuiltinEncoding, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
     ) -> dict[int, LocalMap]:
-        """Answer the prompts, each by itself; see :class:`~atlassegfm.models.Segmenter`."""
+        """Predict the structures independently; see :class:`~atlassegfm.models.Segmenter`."""
 
         def told() -> Iterator[Prompt]:
             for number, prompt in prompts.items():
@@ -204,7 +170,7 @@ class BuiltinSegmenter:
         return dict(zip(prompts, answers, strict=True))
 
     def answer(self, encoded: BuiltinEncoding, prompt: Prompt) -> LocalMap:
-        """Probability of the structure that the prompt points at.
+        """Predict the probability of one structure.
 
         Parameters
         ----------
@@ -228,7 +194,7 @@ class BuiltinSegmenter:
     def _refine(
         self, encoded: BuiltinEncoding, prompted: tuple[NDArray[np.int64], Mask], error: _ExpectedError
     ) -> LocalMap:
-        """One round: ``prompted`` is the first voxel (3,) of a box of the scan, and the mask on that box."""
+        """Refine once; ``prompted`` is the first voxel (3,) of a box of the scan, and the mask on that box."""
         start, mask = prompted
         voxels = np.argwhere(mask)
         if not len(voxels):
@@ -266,7 +232,7 @@ class BuiltinSegmenter:
 
 
 def load(device: str, _settings: ModelSettings, _weights: Callable[[], LocalWeights]) -> BuiltinSegmenter:
-    """Make the model ready on "cpu" or "cuda".
+    """Load the model onto "cpu" or "cuda".
 
     Raises
     ------
@@ -372,8 +338,6 @@ def _evidence(image: Field, near: Mask, prior: Field, spacing_mm: NDArray[np.flo
         smoothed * _TEXTURE_BINS + spread, (_TEXTURE_BINS, _TEXTURE_BINS), inside, _TEXTURE_SMOOTHING
     )
     coarse = value * np.float32((_NEIGHBOURHOOD_BINS - 1) / (_BINS - 1))
-    # Equal weights: doubling any one of the three gives 0.808, 0.804, 0.809 (sim) and 0.665, 0.665, 0.660 (reg)
-    # for 0.808 and 0.664.
     result: Doubles = (everywhere + texture + _neighbourhood_evidence(coarse, near, inside, spacing_mm)) / 3
     return result
 
@@ -409,8 +373,8 @@ def _neighbourhood_evidence(value: Field, near: Mask, inside: Field, spacing_mm:
     """(N,) evidence by densities in the neighbourhood of each voxel, on a grid of place and intensity."""
     cell_mm = np.maximum(_NEIGHBOURHOOD_MM, spacing_mm)
     last = np.array(near.shape) - 1
-    # Cells are counted from the middle of the crop and rounded away from it: a flipped scan gives the flipped
-    # result. One more on each side takes what the blur spreads.
+    # Cells are counted from the middle of the crop, so that a flipped scan gives the flipped result; one more on each
+    # side holds what the blur spreads.
     reach = np.floor(last / 2 * spacing_mm / cell_mm + 0.5).astype(np.int64) + 1
     shape = (*(int(n) for n in 2 * reach + 1), _NEIGHBOURHOOD_BINS)
     place = np.empty((4, len(value)))

@@ -28,15 +28,11 @@ _ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"
 #: The old format is a magic number, a version, a description of the machine and the content, each a pickle; then the
 #: tensors (torch.serialization._legacy_save).
 _OLD_PICKLES = 4
-
-
 #: What saved downloads turn out to be that are no weights, by how they begin.
 _STRANGERS = (
     (b"version https://git-lfs", "is a pointer of Git LFS, not the file it stands for"),
     (b"<", "is a web page, or other text in angle brackets"),
 )
-
-
 #: What PyTorch raises for damaged files besides the errors of files and pickles, found by damaging some.
 _DAMAGE = (
     AssertionError,
@@ -48,8 +44,6 @@ _DAMAGE = (
     ValueError,
     struct.error,
 )
-
-
 #: This many names of weights are given in a message.
 _MOST_NAMED = 3
 

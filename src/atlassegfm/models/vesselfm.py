@@ -1,27 +1,22 @@
-"""The model ``vesselfm``: finds all blood vessels of a scan; the atlas says which of them are asked for.
+"""vesselFM: segments all blood vessels of a scan; the warped atlas says which of them are wanted.
 
 vesselFM (Wittmann et al., "vesselFM: A Foundation Model for Universal 3D Blood Vessel Segmentation", CVPR 2025) is a
-3-D U-Net that takes no prompt. Its architecture and the steps around it, as published, are rebuilt here on MONAI:
+3-D U-Net without prompts. Its architecture and published inference are rebuilt here on MONAI:
 
-1. *Scaling.* The 1st and the 99th percentile of the whole scan become 0 and 1; what lies beyond is cut.
-2. *Resampling*, only where ``spacing_mm`` asks for it: the published inference sees voxels as they are.
+1. *Scaling.* The 1st and 99th percentiles of the whole scan become 0 and 1; values beyond are cut.
+2. *Resampling*, only if ``spacing_mm`` is set.
 3. *Sliding window.* Cubes of 128 voxels that overlap by half; their logits are averaged (``blending``).
 
-**Windows.** The cubes lie on a lattice fixed to the whole scan, and only those that hold a voxel in reach of a prompt
-are computed. Each voxel in reach gets all its cubes, added up in the order of the lattice, so that its probability is
-the same to the last bit whatever else is asked for. Cubes are kept with the encoded scan up to ``cache_mib``.
+The cubes lie on a lattice fixed to the whole scan, and only those within reach of a prompt are computed, then added up
+in the order of the lattice: a voxel's probability does not depend on what else is asked for. Cubes are kept with the
+encoded scan up to ``cache_mib``.
 
-**Which vessel is which.** A voxel belongs to the structure whose region (voxels that the warped atlas fills by half) is
-nearest in mm, ties to the smaller number, if that is no farther than ``reach_mm``; its probability there is the
-model's, and 0 for all other structures and beyond. So
+A voxel belongs to the nearest structure (voxels that the warped atlas fills by half; ties to the smaller number) within
+``reach_mm``; its probability there is the model's, and 0 elsewhere. So structures of one call compete for what lies
+between them, vessels are cut at the reach, and other vessels within reach are included. Probabilities are not faded
+towards the reach, as the reach would then depend on how sure the model is.
 
-- structures of one call compete for what lies between them: asked for alone, one may get more;
-- a vessel that goes on beyond the reach is cut there, straight across; another vessel within reach that the atlas does
-  not label is taken along;
-- probabilities are not faded towards the reach: a faded one would cross 1/2 somewhere inside it, and earlier the less
-  sure the model is, so that the reach would not be what it says.
-
-Distances use the spacing along the voxel axes and take these to be at right angles.
+Distances use the spacing along the voxel axes, taken to be at right angles.
 """
 
 from __future__ import annotations
@@ -57,7 +52,7 @@ Box = tuple[slice, slice, slice]
 #: Takes a window, (1, 1, K, J, I) float32, and gives logits of the same shape.
 Network = Callable[[torch.Tensor], torch.Tensor]
 
-#: For messages.
+#: Name of the weights in messages.
 _WANTED = "the weights of the model 'vesselfm' (vesselFM_base.pt)"
 #: Channels of each resolution of the published network.
 PUBLISHED_FILTERS = (32, 64, 128, 256, 320, 320)
@@ -67,14 +62,14 @@ _FILTER_KEYS = (
     *(f"downsamples.{n}.conv1.conv.weight" for n in range(len(PUBLISHED_FILTERS) - 2)),
     "bottleneck.conv1.conv.weight",
 )
-#: Standard deviation of a window's Gaussian weights, as a share of its width, and the least of them [MONAI].
+#: Standard deviation of a window's Gaussian weights, as a fraction of its width, and the smallest weight [MONAI].
 _WEIGHT_DEVIATION = 0.125
 _LEAST_WEIGHT = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class VesselEncoding:
-    """A scan made ready, and what was computed of it so far.
+    """An encoded scan and its windows computed so far.
 
     Parameters
     ----------
@@ -94,7 +89,7 @@ class VesselEncoding:
 
 @dataclass(frozen=True, eq=False)
 class VesselSegmenter:
-    """The model of this module; a :class:`~atlassegfm.models.Segmenter`.
+    """Model behind :class:`~atlassegfm.models.Segmenter`.
 
     Parameters
     ----------

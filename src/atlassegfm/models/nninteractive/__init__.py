@@ -16,14 +16,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import InputError, ModelError
-from ..core.image import Volume
-from ..core.mask import LocalMap
-from ..prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, RegionPrompt
-from ..settings import ModelSettings
-from . import OnPrompt
-from .inputs import intensities, scan_name
-from .weights import LocalWeights
+from ...core.errors import InputError, ModelError
+from ...core.image import Volume
+from ...core.mask import LocalMap
+from ...prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, RegionPrompt
+from ...settings import ModelSettings
+from .. import OnPrompt
+from ..inputs import intensities, scan_name
+from ..weights import LocalWeights
 
 Field = NDArray[np.float32]
 #: Puts one prompt to a session, so that the session answers it.
@@ -31,7 +31,7 @@ Put = Callable[[Any], None]
 
 
 class Backend(Protocol):
-    """Where an nnInteractive session runs. Arrays and voxels are in the order (k, j, i)."""
+    """Where an nnInteractive session runs; arrays and voxels are in the order (k, j, i)."""
 
     @property
     def session(self) -> Any:
@@ -40,7 +40,7 @@ class Backend(Protocol):
 
     @property
     def provenance(self) -> Mapping[str, Any]:
-        """As of :class:`~atlassegfm.models.Segmenter`."""
+        """As :attr:`~atlassegfm.models.Segmenter.provenance`."""
         ...
 
     def answer(self, scan: Field, put: Put) -> LocalMap:
@@ -57,7 +57,7 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class NnInteractiveEncoding:
-    """What the adapter keeps of a scan; the session holds one scan at a time.
+    """An encoded scan; the session holds one scan at a time.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ class NnInteractiveEncoding:
 
 
 class NnInteractiveSegmenter:
-    """The model of this module; a :class:`~atlassegfm.models.Segmenter`.
+    """Model behind :class:`~atlassegfm.models.Segmenter`.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ class NnInteractiveSegmenter:
     def predict(
         self, encoded: NnInteractiveEncoding, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
     ) -> dict[int, LocalMap]:
-        """Answer the prompts one after the other, each from scratch; see :class:`~atlassegfm.models.Segmenter`.
+        """Predict the structures one after the other, independently; see :class:`~atlassegfm.models.Segmenter`.
 
         Raises
         ------
@@ -182,10 +182,10 @@ def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeight
     """
     options = settings.nninteractive
     if options.server:
-        from .nninteractive_remote import connect
+        from .remote import connect
 
         return NnInteractiveSegmenter(connect(options))
-    from .nninteractive_local import open_folder
+    from .local import open_folder
 
     return NnInteractiveSegmenter(open_folder(weights, device, options))
 

@@ -29,17 +29,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from ..core.errors import InputError, MissingExtraError, ModelError
-from .checkpoint import check_fit, few, load_state, named_weights
+from ...core.errors import InputError, MissingExtraError, ModelError
+from ..checkpoint import check_fit, few, load_state, named_weights
 
-#: For messages.
+#: Name of the weights in messages.
 _WANTED = "the weights of the model 'medsam2' (MedSAM2_latest.pt)"
-
-
 #: Versions of transformers that have ``Sam2VideoModel`` under the names used here.
 _SUPPORTED = "transformers 4.56 or newer, below 6 (tested with 4.56.0 and 5.23.0)"
-
-
 #: ``Sam2VideoConfig`` of the published weights: ``sam2.1_hiera_t512.yaml`` of bowang-lab/MedSAM2 at 332f30d. What is
 #: not named here is SAM 2.1 Hiera-tiny, transformers' default.
 PUBLISHED_CONFIG: Mapping[str, Any] = {
@@ -73,19 +69,11 @@ PUBLISHED_CONFIG: Mapping[str, Any] = {
     "enable_temporal_pos_encoding_for_object_pointers": True,
     "enable_occlusion_spatial_embedding": True,
 }
-
-
 #: File beside a checkpoint that may describe another size of the architecture, and the key that does: keyword
 #: arguments of ``Sam2VideoConfig``. A file of that name without that key is another program's and does not count.
 CONFIG_FILE = "config.json"
-
-
 _CONFIG_KEY = "transformers"
-
-
 _HEADS = r"(iou_prediction_head|pred_obj_score_head|output_hypernetworks_mlps\.\d+|obj_ptr_proj)\.layers\."
-
-
 #: Names in the original checkpoint, applied in turn, and what they are in ``Sam2VideoModel``.
 _RENAMED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
@@ -133,26 +121,14 @@ _RENAMED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"^obj_ptr_proj\.", "object_pointer_proj."),
     )
 )
-
-
 #: Convolutions and norms of the mask downsampler, which the original code counts through with the activations.
 _DOWNSAMPLER = re.compile(r"(memory_encoder\.mask_downsampler)\.encoder\.(\d+)\.(.+)")
-
-
 _DOWNSAMPLER_PARTS = {0: "conv", 1: "layer_norm"}
-
-
 #: The four kinds of point, which are one table in transformers.
 _POINT_KINDS = tuple(f"prompt_encoder.point_embeddings.{n}.weight" for n in range(4))
-
-
 _POINT_TABLE = "prompt_encoder.point_embed.weight"
-
-
 #: One tensor of the original code that transformers keeps twice.
 _SHARED_FROM = "prompt_encoder.shared_embedding.positional_embedding"
-
-
 _SHARED_TO = "shared_image_embedding.positional_embedding"
 
 

@@ -1,7 +1,7 @@
 """An nnInteractive session on a server, by nnInteractive's own client.
 
-The server gets the scan: that is said each time, and refused for other machines unless it is allowed. Its answers are
-masks; what it is sure of is not told.
+The server gets the scan: this is logged each time, and refused for other machines unless the settings allow it. It
+answers with masks, not probabilities.
 """
 
 from __future__ import annotations
@@ -19,34 +19,25 @@ from urllib.request import getproxies, proxy_bypass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import InputError, MissingExtraError, ModelError
-from ..core.mask import LocalMap
-from ..settings import NnInteractiveSettings
-from .nninteractive import Field, Put
+from ...core.errors import InputError, MissingExtraError, ModelError
+from ...core.mask import LocalMap
+from ...settings import NnInteractiveSettings
+from . import Field, Put
 
 logger = logging.getLogger(__name__)
 
-
 #: Version of the protocol that the client speaks; a server tells the version of its package.
 _SERVER_MAJOR_VERSION = "2"
-
-
-#: Where the client looks for the key.
+#: Environment variable of the key.
 _KEY_VARIABLE = "NN_INTERACTIVE_API_KEY"
-
-
-#: Answers of a server that does not know what it is asked for: not found, wrong method, not implemented.
+#: HTTP codes of a server that does not know the request: not found, wrong method, not implemented.
 _UNKNOWN_REQUEST = (404, 405, 501)
-
-
 _REFUSED = (401, 403)
-
-
 _LONGEST_DETAIL = 300
 
 
 class _SessionLostError(Exception):
-    """The server has given up our session, as it does after ten minutes without a prompt."""
+    """The server has ended our session, as it does after ten minutes without a prompt."""
 
 
 class RemoteBackend:

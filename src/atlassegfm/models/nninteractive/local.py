@@ -20,69 +20,41 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..core.errors import InputError, MissingExtraError, ModelError
-from ..core.mask import LocalMap
-from ..prompts import INSIDE
-from ..settings import NnInteractiveSettings
-from .checkpoint import UnsafeCheckpointError, check_fit, load_state, named_weights
-from .inputs import usable_device
-from .nninteractive import Field, Put
-from .origin import describe_file, installed_version
-from .weights import LocalWeights
+from ...core.errors import InputError, MissingExtraError, ModelError
+from ...core.mask import LocalMap
+from ...prompts import INSIDE
+from ...settings import NnInteractiveSettings
+from ..checkpoint import UnsafeCheckpointError, check_fit, load_state, named_weights
+from ..inputs import usable_device
+from ..origin import describe_file, installed_version
+from ..weights import LocalWeights
+from . import Field, Put
 
 logger = logging.getLogger(__name__)
 
-
 _CHECKPOINT = "checkpoint_final.pth"
-
-
-#: For messages.
+#: Name of the weights in messages.
 _WANTED = f"the weights of the model 'nninteractive' ({_CHECKPOINT})"
-
-
-#: Either says which interactions a network was trained for; the second is of version 1.
+#: Either lists the interactions a network was trained for; the second is of version 1.
 _INFORMATION = ("inference_info.json", "inference_session_class.json")
-
-
-#: Name of nnInteractive where packages come from.
+#: Package name of nnInteractive.
 _PACKAGE = "nninteractive"
-
-
-#: Versions of nnInteractive whose private parts are known here, and those parts.
+#: Versions of nnInteractive whose private methods are used, and those methods.
 _VERSIONS = ">=2.6,<2.7"
-
-
 _PASTE = "_paste_prediction_to_target_buffer"
-
-
 _PRIVATE = (_PASTE, "_load_capability_and_runtime_defaults", "_apply_capability", "_load_license")
-
-
 #: The session plans its refinement with a margin of this many voxels on each side of a patch.
 _REFINEMENT_MARGIN = 24
-
-
-#: Of NumPy's global generator, which that plan draws from; any will do, but the same one every time.
+#: Seed of NumPy's global generator, which that plan draws from.
 _SEED = 0
-
-
 #: Probabilities below this are taken for 0, so that answers are small boxes.
 _NEGLIGIBLE = 1e-3
-
-
 #: Half-precision probabilities may fall on the wrong side of a half by rounding, not by more than this; and where more
-#: than this share of the voxels does, they are not those of the mask.
+#: than this fraction of the voxels does, they are not those of the mask.
 _ROUNDING = 1e-2
-
-
 _LARGEST_MISMATCH = 1e-3
-
-
 _JUST_OUTSIDE = np.nextafter(np.float32(INSIDE), np.float32(0))
-
-
 _LONGEST_REASON = 200
-
 
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
@@ -137,13 +109,10 @@ class LocalBackend:
         return self._provenance
 
     def answer(self, scan: Field, put: Put) -> LocalMap:
-        """Probability, (k, j, i), of what one prompt on a scan points at.
-
-        At least a half exactly where the session's own mask is.
-        """
+        """Predict the probability, (k, j, i), for one prompt: at least a half exactly where the session's mask is."""
         known, self._shown = self._shown is scan, None
         session = self._session
-        # A prompt that failed stays in these, and the next one would be answered where that one was.
+        # A failed prompt stays in these, and would move the next answer.
         session.new_interaction_centers = []
         session.new_interaction_zoom_out_factors = []
         with _quiet(), _explained():
@@ -264,8 +233,7 @@ def open_folder(weights: Callable[[], LocalWeights], device: str, options: NnInt
     MissingExtraError
         If nnInteractive is not installed.
     ModelError
-        If there is no such device, the files of the folder are not those of one nnInteractive network, or the session
-        of the installed nnInteractive is another one.
+        If there is no such device, the folder is not one nnInteractive network, or nnInteractive has another version.
     """
     place = usable_device(device)
     with _quiet():
@@ -290,7 +258,7 @@ def open_folder(weights: Callable[[], LocalWeights], device: str, options: NnInt
 
 
 def find_folder(path: Path) -> ModelFolder:
-    """The files of the network that a folder names: its own, one of its folds, or the folder around it.
+    """Find the network in a folder: its own, one of its folds, or the folder around it.
 
     Raises
     ------
@@ -324,7 +292,7 @@ def _names(paths: list[Path]) -> str:
 
 
 def _complete(folder: ModelFolder) -> ModelFolder:
-    """The folder, if no file is missing."""
+    """Check that no file is missing."""
     needed = [folder.root / "dataset.json", folder.root / "plans.json", folder.checkpoint]
     for file in needed:
         if not file.is_file():
@@ -337,11 +305,7 @@ def _complete(folder: ModelFolder) -> ModelFolder:
 
 
 def _load_network(session: Any, folder: ModelFolder) -> dict[str, Any]:
-    """Load the network of a folder into a session; gives where it comes from, as plain values.
-
-    As the session's own loader does, except that the checkpoint is read without running code from it where its
-    contents allow that.
-    """
+    """Load a network into a session, where possible without running code from the checkpoint; return its provenance."""
     plans = _json(folder.root / "plans.json")
     dataset = _json(folder.root / "dataset.json")
     checkpoint, safely = _read_checkpoint(folder.checkpoint)
@@ -384,7 +348,7 @@ def _load_network(session: Any, folder: ModelFolder) -> dict[str, Any]:
 def _artifacts(
     session: Any, folder: ModelFolder, plans: dict[str, Any], dataset: dict[str, Any], configuration: str
 ) -> dict[str, Any]:
-    """What the session wants to be given, with a network whose weights are not loaded yet."""
+    """Build what the session needs, with a network whose weights are not loaded yet."""
     from nnInteractive.interaction.point import PointInteraction_stub
     from nnInteractive.trainer.nnInteractiveTrainer import nnInteractiveTrainer_stub
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -407,7 +371,6 @@ def _artifacts(
         kind = pydoc.locate(one.network_arch_class_name)
         if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
             raise TypeError(f"{one.network_arch_class_name} is no network that is installed")
-        # First weights are drawn at random, only to be replaced.
         with torch.random.fork_rng(devices=[]):
             network = nnInteractiveTrainer_stub.build_network_architecture(
                 manager, one, channels + session.num_interaction_channels, 2, enable_deep_supervision=False
@@ -442,7 +405,7 @@ def _artifacts(
 
 
 def _read_checkpoint(path: Path) -> tuple[Any, bool]:
-    """The contents of a checkpoint on the CPU, and whether they were read without running code from the file."""
+    """Read a checkpoint on the CPU, and whether no code from it was run."""
     try:
         return load_state(path, wanted=_WANTED), True
     except UnsafeCheckpointError as error:
@@ -461,7 +424,7 @@ def _read_checkpoint(path: Path) -> tuple[Any, bool]:
 
 
 def _configuration_of(checkpoint: Mapping[str, Any], path: Path) -> str:
-    """Which of the configurations in plans.json a checkpoint was trained with."""
+    """Read the configuration in plans.json that a checkpoint was trained with."""
     arguments = checkpoint.get("init_args")
     configuration = arguments.get("configuration") if isinstance(arguments, Mapping) else None
     if not isinstance(configuration, str):
@@ -480,7 +443,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what an error says."""
+    """Take the first line of an error."""
     lines = [text.strip() for text in str(error).splitlines() if text.strip()]
     said = lines[0][:_LONGEST_REASON] if lines else "no more is known"
     return f"{type(error).__name__}: {said}"
@@ -495,7 +458,7 @@ def _other_version(why: str) -> ModelError:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Turn what the session raises on a prompt into a sentence; memory that runs out is told of elsewhere."""
+    """Explain what the session raises on a prompt; running out of memory is handled elsewhere."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -507,7 +470,7 @@ def _explained() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The session tells of its progress on standard output, where our results go."""
+    """Hide the session's progress on standard output, where our results go."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
@@ -525,10 +488,7 @@ def _seeded() -> Iterator[None]:
 
 @contextmanager
 def _settings_of_torch() -> Iterator[None]:
-    """Put back what a new session sets for the whole process.
-
-    With cuDNN's benchmark the fastest algorithm is taken, and the same scan may get another result the next time.
-    """
+    """Restore the threads and cuDNN's benchmark mode, which makes results vary, after a new session set them."""
     threads, benchmark = torch.get_num_threads(), torch.backends.cudnn.benchmark
     try:
         yield

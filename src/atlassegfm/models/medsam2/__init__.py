@@ -2,7 +2,7 @@
 
 A scan is turned to 8 bits and cut into slices. The prompt is put on one slice, the middle one of the structure, and the
 network follows the structure up from there, then, asked anew, down. How the scan is prepared and asked is that of
-``medsam2_infer_3D_CT.py`` of bowang-lab/MedSAM2 at 332f30d; the network itself is in :mod:`._medsam2_network`.
+``medsam2_infer_3D_CT.py`` of bowang-lab/MedSAM2 at 332f30d; the network itself is in :mod:`.network`.
 
 Slices are shown as that code sees those of a usual CT file: rows run to the back of the patient, columns to the left
 (coronal and sagittal ones: rows run to the feet, columns to the left or to the back).
@@ -23,17 +23,17 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage, special
 
-from ..core.errors import InputError
-from ..core.geometry import Grid
-from ..core.image import Volume
-from ..core.mask import LocalMap
-from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan
-from ..settings import MedSam2Settings, ModelSettings
-from . import OnPrompt
-from .inputs import intensities, scan_name, usable_device
-from .medsam2_network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network, require_packages
-from .origin import describe_file
-from .weights import LocalWeights
+from ...core.errors import InputError
+from ...core.geometry import Grid
+from ...core.image import Volume
+from ...core.mask import LocalMap
+from ...prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan
+from ...settings import MedSam2Settings, ModelSettings
+from .. import OnPrompt
+from ..inputs import intensities, scan_name, usable_device
+from ..origin import describe_file
+from ..weights import LocalWeights
+from .network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network, require_packages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ _HOUNSFIELD_AIR = -500.0
 _HOUNSFIELD_DENSE = 100.0
 #: Slices lie across the axis with the largest spacing if that is this many times the others.
 _THICK_SLICES = 1.5
-#: Less counts as 0, so that maps are as small as their structures. 1e-3 is a logit of -7, and -10 means "outside".
+#: Probabilities below this count as 0, so that maps are as small as their structures.
 _LEAST_PROBABILITY = 1e-3
 
 
@@ -94,7 +94,7 @@ VIEWS: Mapping[str, SliceView] = {
 
 @dataclass(frozen=True, eq=False)
 class MedSam2Encoding:
-    """What the model keeps of a scan.
+    """An encoded scan.
 
     Parameters
     ----------
@@ -121,7 +121,7 @@ class MedSam2Encoding:
 
 @dataclass(frozen=True, eq=False)
 class MedSam2Segmenter:
-    """The model of this module; a :class:`~atlassegfm.models.Segmenter`.
+    """Model behind :class:`~atlassegfm.models.Segmenter`.
 
     Parameters
     ----------
@@ -152,7 +152,7 @@ class MedSam2Segmenter:
     def predict(
         self, encoded: MedSam2Encoding, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
     ) -> dict[int, LocalMap]:
-        """Answer the prompts one after the other; see :class:`~atlassegfm.models.Segmenter`.
+        """Predict the structures one after the other; see :class:`~atlassegfm.models.Segmenter`.
 
         Raises
         ------
@@ -167,7 +167,7 @@ class MedSam2Segmenter:
         return maps
 
     def answer(self, encoded: MedSam2Encoding, prompt: Prompt) -> LocalMap:
-        """Probability of the structure that the prompt points at; see :meth:`predict`."""
+        """Predict the probability of one structure; see :meth:`predict`."""
         if isinstance(prompt, RegionPrompt):
             raise TypeError("the model 'medsam2' is asked by click, mask or box, not by RegionPrompt")
         asked = _on_slice(prompt, encoded)
@@ -191,7 +191,7 @@ class MedSam2Segmenter:
         *,
         stop_when_gone: bool = False,
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """What the network says of the slices, as it comes to them: the prompted one, up from there, then down.
+        """Predict slice by slice: the prompted one, up from there, then down.
 
         Parameters
         ----------
@@ -202,13 +202,12 @@ class MedSam2Segmenter:
         span : tuple of int, (2,)
             First slice and one past the last one that it may see.
         stop_when_gone : bool
-            Whether to stop a way after so many successive slices without the structure as the settings say.
+            Whether to stop a direction after ``settings.empty_slices`` successive slices without the structure.
 
         Yields
         ------
         int and array, (rows, columns) float32
-            Number of the slice, each once, and logits: above 0 inside, -1024 all over where the structure is not on the
-            slice.
+            Index of the slice, each once, and logits: above 0 inside, -1024 everywhere if the structure is absent.
         """
         _, rows, columns = encoded.slices.shape
 
@@ -221,7 +220,7 @@ class MedSam2Segmenter:
             empty = 0
             way = self.network.track(prompt, frame, (rows, columns), span, encoded.features, reverse=reverse)
             for index, logits in way:
-                # The way down answers the prompted slice again, just as the way up has.
+                # The prompted slice was answered on the way up.
                 if not (reverse and index == prompt.index):
                     yield index, logits
                 empty = 0 if (logits > 0).any() else empty + 1
@@ -230,7 +229,7 @@ class MedSam2Segmenter:
 
 
 def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeights]) -> MedSam2Segmenter:
-    """Make the model ready on "cpu" or "cuda".
+    """Load the model onto "cpu" or "cuda".
 
     Raises
     ------
@@ -239,11 +238,10 @@ def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeight
     MissingExtraError
         If transformers or Pillow are not installed.
     ModelError
-        If there is no such device, the weights are not those of this model, or the installed transformers is not one
-        that this module knows.
+        If there is no such device, the weights are of another model, or transformers has an unknown version.
     """
     place = usable_device(device)
-    require_packages()  # a missing package is told of before missing weights: it is installed first
+    require_packages()  # reported before missing weights
     path = weights().path
     network = load_network(path, place)
     provenance = {"weights": describe_file(path), "transformers_version": network.version}
@@ -251,7 +249,7 @@ def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeight
 
 
 def choose_view(grid: Grid, slice_axis: str) -> SliceView:
-    """The slices that a scan in RAS-canonical array order is read in; see :class:`MedSam2Settings`."""
+    """Choose the slices in which a RAS-canonical scan is read; see :class:`MedSam2Settings`."""
     if slice_axis != "auto":
         return VIEWS[slice_axis]
     across = int(grid.spacing_mm.argmax())
@@ -262,12 +260,12 @@ def choose_view(grid: Grid, slice_axis: str) -> SliceView:
 
 
 def is_hounsfield(data: NDArray[Any]) -> bool:
-    """Whether intensities look like Hounsfield units: from air to at least contrast agent or bone."""
+    """Return whether intensities look like Hounsfield units: from air to contrast agent or bone."""
     return bool(data.min() <= _HOUNSFIELD_AIR and data.max() >= _HOUNSFIELD_DENSE)
 
 
 def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings, name: str = "the scan") -> Slices:
-    """Intensities from 0 to 255 as the published code makes them: cut, stretched, decimals dropped.
+    """Map intensities to 0 to 255 as the published code does: cut, stretched, decimals dropped.
 
     Parameters
     ----------
@@ -276,12 +274,12 @@ def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings, name: str = "the 
     settings : MedSam2Settings
         Modality and window.
     name : str
-        What to call the scan in messages.
+        Name of the scan in messages.
 
     Raises
     ------
     InputError
-        If nothing can be stretched.
+        If there is no contrast.
     """
     least, most = float(frames.min()), float(frames.max())
     is_ct = settings.modality == "ct" or (settings.modality == "auto" and is_hounsfield(frames))
@@ -294,7 +292,7 @@ def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings, name: str = "the 
         counted = frames[frames > 0] if most > 0 else frames.flatten()
         low, high = (float(value) for value in np.percentile(counted, _PERCENTILES, overwrite_input=True))
         logger.debug("medsam2 reads the scan from %g to %g, its percentiles %g and %g", low, high, *_PERCENTILES)
-    # The published code stretches what is left after the cut, which may not reach the window's ends.
+    # The published code stretches the range left after the cut, which may be narrower than the window.
     bottom, top = min(max(least, low), high), max(min(most, high), low)
     if not bottom < top:
         raise InputError(
@@ -312,10 +310,10 @@ def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings, name: str = "the 
 
 
 def to_frame(pixels: NDArray[np.uint8], size: int) -> Tensor:
-    """(3, size, size) float32 network input of a slice (rows, columns).
+    """Convert a slice (rows, columns) to network input, (3, size, size) float32.
 
-    The aspect ratio is not kept, and the 8 bits are resampled by Pillow, as in the published code: torch's bicubic
-    interpolation, even rounded to 8 bits, moves logits by more than 0.1.
+    As in the published code, the aspect ratio is not kept, and Pillow resamples 8 bits: torch's bicubic interpolation
+    differs.
     """
     from PIL import Image
 
@@ -328,7 +326,7 @@ def to_frame(pixels: NDArray[np.uint8], size: int) -> Tensor:
 def _on_slice(
     prompt: ClickPrompt | BoxPrompt | MaskPrompt, encoded: MedSam2Encoding
 ) -> PointPrompt | SlicePrompt | None:
-    """A prompt as the network takes it; None where nothing of it lies in the scan."""
+    """Convert a prompt to one on a slice; None if it lies outside the scan."""
     view, shape = encoded.view, np.array(encoded.grid.shape)
     if isinstance(prompt, MaskPrompt):
         return _middle_slice(prompt.probability, encoded)
@@ -352,7 +350,7 @@ def _on_slice(
 
 
 def _middle_slice(probability: LocalMap, encoded: MedSam2Encoding) -> SlicePrompt | None:
-    """The mask on the middle slice of its largest connected part; None where nothing of it lies in the scan."""
+    """Take the mask on the middle slice of its largest connected part; None if it lies outside the scan."""
     view = encoded.view
     start, inside = inside_scan(probability, encoded.grid.shape)
     if not inside.any():
@@ -372,7 +370,7 @@ def _middle_slice(probability: LocalMap, encoded: MedSam2Encoding) -> SlicePromp
 def _span(
     prompt: ClickPrompt | BoxPrompt | MaskPrompt, index: int, encoded: MedSam2Encoding, settings: MedSam2Settings
 ) -> tuple[tuple[int, int], bool]:
-    """First slice and one past the last one to look at, and whether the structure's own slices were known for it."""
+    """Find the first slice and one past the last one to read, and whether the structure's slices are known."""
     across, count = encoded.view.across, len(encoded.slices)
     known: tuple[int, int] | None = None
     if isinstance(prompt, MaskPrompt):
@@ -390,7 +388,7 @@ def _span(
 
 
 def _in_scan(parts: list[LocalMap], encoded: MedSam2Encoding) -> LocalMap:
-    """Parts of slices, in (slice, row, column), as one map on the scan."""
+    """Merge parts of slices, (slice, row, column), to one map on the scan."""
     if not parts:
         return LocalMap.empty()
     start = np.min([part.start for part in parts], axis=0)

@@ -1,0 +1,145 @@
+"""Download of one file, with errors that say what to do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import ssl
+import urllib.parse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import InputError, ModelError
+from ..core.version import __version__
+
+#: Seconds without a byte until a connection counts as broken: hospital proxies hold files back to scan them.
+_TIMEOUT_S = 60.0
+_CHUNK_BYTES = 1 << 20
+
+
+class Download:
+    """Download of one file with pooch, which it also serves as progress bar.
+
+    Parameters
+    ----------
+    url, page : str
+        Address of the file, and of a page where a user can look at it.
+    target : Path
+        Where the file will lie; its folder must exist.
+    size : int or None
+        In bytes, where known.
+    sha256 : str or None
+        Hexadecimal, where known.
+    """
+
+    def __init__(self, url: str, page: str, target: Path, size: int | None, sha256: str | None) -> None:
+        self.url, self.target, self.size, self.sha256 = url, target, size, sha256
+        self.elsewhere = f"look at {page} in a browser, and put the file at {target}"
+        self.answer: Any = None
+        self.accepted = False
+        self.total = self.done = 0
+
+    def to(self, temporary: Path, on_stage: Callable[[str], None], name: str) -> None:
+        """Download to a path, and check the size and the SHA-256 where they are known.
+
+        Raises
+        ------
+        InputError
+            If the disk has no room.
+        ModelError
+            If the file cannot be had, or is another one.
+        """
+        import pooch
+        import requests
+
+        self.stage, self.tell = f"downloading {name}", on_stage
+        self.tell(self.stage)
+        pooch.get_logger().setLevel(logging.WARNING)
+        downloader = pooch.HTTPDownloader(
+            progressbar=self,
+            chunk_size=_CHUNK_BYTES,
+            timeout=_TIMEOUT_S,
+            headers={"User-Agent": f"atlassegfm/{__version__}", "Accept-Encoding": "identity"},
+            hooks={"response": self._check},
+            # The certificates of the system, or of SSL_CERT_FILE, as an institution's proxy needs them.
+            verify=os.environ.get("REQUESTS_CA_BUNDLE") or ssl.get_default_verify_paths().cafile or True,
+        )
+        try:
+            pooch.retrieve(self.url, self.sha256, temporary.name, temporary.parent, downloader=downloader)
+        except requests.RequestException as error:
+            raise self._failure(error) from None
+        except ValueError as error:
+            raise ModelError(
+                f"{self.target}: what {self.url} gives is not the published file ({error}); nothing was kept, try "
+                "again, or without the mirror if there is one"
+            ) from None
+        finally:
+            if self.answer is not None:
+                self.answer.close()  # pooch leaves it open on errors
+        if self.size not in (None, found := temporary.stat().st_size):
+            raise ModelError(f"{self.url}: gave {found} bytes, expected {self.size}; {self.elsewhere}")
+
+    def update(self, size: int) -> None:
+        """Report progress, as pooch calls it after each chunk."""
+        before, self.done = self.done, min(self.done + size, self.total)
+        if self.total and (percent := self.done * 100 // self.total) != before * 100 // self.total:
+            done = f"{_megabytes(self.done)} of {_megabytes(self.total)}"
+            self.tell(f"{self.stage}: {percent} %, {done}")
+
+    def reset(self) -> None:
+        """Do nothing at the end, as pooch calls it before a last update."""
+
+    close = reset
+
+    def _check(self, answer: Any, **_: Any) -> None:
+        """Refuse an answer that cannot be the file before its body is read."""
+        self.answer = answer
+        if answer.is_redirect or not answer.ok:
+            return
+        if answer.headers.get("Content-Type", "").startswith("text/html"):
+            raise ModelError(
+                f"{self.url}: gives a web page, not the file, as a network does that wants a login first; log in, or "
+                f"{self.elsewhere}"
+            )
+        size = int(answer.headers.get("Content-Length", self.size or 0))
+        if self.size not in (None, size):
+            raise ModelError(f"{self.url}: gives {size} bytes, expected {self.size}; {self.elsewhere}")
+        free = shutil.disk_usage(self.target.parent).free
+        if size > free:
+            raise InputError(
+                f"{self.target}: needs {_megabytes(size)}, and {_megabytes(free)} are free there; make room, or "
+                f"choose another folder with --folder, or set ATLASSEGFM_MODELS"
+            )
+        self.accepted = True
+
+    def _failure(self, error: Any) -> ModelError:
+        """Explain why the file cannot be had."""
+        if error.response is not None:
+            answer = f"{error.response.status_code} ({error.response.reason})"
+            return ModelError(f"{self.url}: the server answered {answer}; try again later, or {self.elsewhere}")
+        if self.accepted:
+            return ModelError(f"{self.url}: the connection broke off; nothing was kept, try again")
+        root: BaseException = error
+        while (inner := root.__cause__ or root.__context__) is not None:
+            root = inner
+        advice = "check the network and the proxy (HTTPS_PROXY), set HF_ENDPOINT to a mirror"
+        if isinstance(root, ssl.SSLError):
+            reason = getattr(root, "verify_message", None) or str(root)
+            advice = "where a proxy stands between, set SSL_CERT_FILE to its certificates"
+        elif isinstance(root, TimeoutError):
+            reason = f"no answer within {_TIMEOUT_S:.0f} s"
+        elif isinstance(root, socket.gaierror):
+            reason = "its name is not known"
+        else:
+            reason = getattr(root, "strerror", None) or str(root) or type(root).__name__
+        return ModelError(
+            f"{self.url}: no connection to {urllib.parse.urlsplit(self.url).netloc} ({reason}); {advice}, or download "
+            f"the file on another machine and put it at {self.target}"
+        )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

@@ -1,0 +1,70 @@
+"""Weights as their authors publish them on Hugging Face."""
+
+from __future__ import annotations
+
+import os
+import urllib.parse
+from dataclasses import dataclass
+
+from ..core.errors import InputError
+
+#: Environment variable that names a mirror of Hugging Face, as its own programs read it.
+ENDPOINT_VARIABLE = "HF_ENDPOINT"
+_ENDPOINT = "https://huggingface.co"
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """One published file: its path below the model's folder, with its size in bytes and SHA-256 where known."""
+
+    path: str
+    size: int | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """Weights as their authors publish them.
+
+    Parameters
+    ----------
+    repository : str
+        On Hugging Face, "owner/name".
+    revision : str
+        Commit that is downloaded.
+    files : tuple of WeightsFile
+        What the model needs.
+    licence, licence_url : str
+        SPDX expression or words, and where it can be read.
+    non_commercial : bool
+        Whether it must be accepted before the weights are used.
+    """
+
+    repository: str
+    revision: str
+    files: tuple[WeightsFile, ...]
+    licence: str
+    licence_url: str
+    non_commercial: bool
+
+    @property
+    def page(self) -> str:
+        """Address where the files can be looked at."""
+        return f"{_endpoint()}/{self.repository}/tree/{urllib.parse.quote(self.revision, safe='')}"
+
+    def url_of(self, file: WeightsFile) -> str:
+        """Address of a file; InputError if the mirror that the environment names is no address."""
+        revision, path = urllib.parse.quote(self.revision, safe=""), urllib.parse.quote(file.path)
+        return f"{_endpoint()}/{self.repository}/resolve/{revision}/{path}"
+
+
+def _endpoint() -> str:
+    endpoint = os.environ.get(ENDPOINT_VARIABLE) or _ENDPOINT
+    try:
+        parts = urllib.parse.urlsplit(endpoint)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise InputError(f"{ENDPOINT_VARIABLE} is {endpoint!r}; expected the address of a mirror, as {_ENDPOINT}")
+    return endpoint.rstrip("/")
