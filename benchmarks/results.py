@@ -212,7 +212,8 @@ def page(found: Mapping[str, Found]) -> Iterator[str]:
     yield ""
     yield (
         "All figures are on the query's own grid, by the definitions in [Scores](explanation/scores.md). The query's "
-        "labels are seen by the scoring alone. *Atlas only* is the warped atlas, *model* the built-in model prompted with it, "
+        "labels are seen by the scoring alone. *Atlas only* is the warped atlas, *model* the built-in model prompted "
+        "with it, "
         "*fused* the result by the default gate, with the paper's gate beside it, *oracle* what a gate would give that "
         "always picks the better of the two. ± is the "
         "standard deviation over atlases; an interval is a paired bootstrap over queries and atlases."
