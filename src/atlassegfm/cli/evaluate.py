@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..core.errors import InputError
-from .options import ScreenOptions, StructureOptions, options, split_list
-from .session import SeriesOption, open_session, print_json, print_table, score_text
+from .options import ScreenOptions, SeriesOption, StructureOptions, options, split_list
+from .session import open_session, print_json, print_table, score_text
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluation

@@ -62,6 +62,17 @@ def _position(field: Any) -> bool:
     return field.default is not MISSING
 
 
+SeriesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--series",
+        metavar="S",
+        help="Which series of a DICOM folder: its number, UID or part of its description; '#2' behind it: the second "
+        "volume of a 4-D series.",
+    ),
+]
+
+
 @options
 class ScreenOptions:
     """What is shown."""
@@ -210,15 +221,7 @@ class AtlasOptions(StructureOptions):
             "--context", metavar="CTX", help="A folder that `atlassegfm customize` wrote, instead of atlas and labels."
         ),
     ] = None
-    series: Annotated[
-        str | None,
-        typer.Option(
-            "--series",
-            metavar="S",
-            help="Which series of a DICOM folder: its number, UID or part of its description; '#2' behind it: the "
-            "second volume of a 4-D series.",
-        ),
-    ] = None
+    series: SeriesOption = None
     atlas_series: Annotated[
         str | None, typer.Option("--atlas-series", metavar="S", help="The same for the folder of the atlas.")
     ] = None

@@ -1,4 +1,4 @@
-"""What all commands share: options, progress, errors and tables on the screen."""
+"""Progress, errors and tables on the screen, for all commands."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ..core.errors import AtlasSegError, InputError
+from ..core.errors import AtlasSegError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-    from ..dicom import Selection
-    from ..settings import Settings
 
 EXIT_FAILURES = 1
 EXIT_USAGE = 2
@@ -26,133 +23,9 @@ EXIT_INTERRUPTED = 130
 #: Whose log records are shown.
 _PACKAGE = "atlassegfm"
 
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a setting; may be repeated. `atlassegfm settings` lists them."
-    ),
-]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", metavar="FILE", help="Settings in TOML, as `atlassegfm settings` prints them."),
-]
-DeviceOption = Annotated[str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where to compute.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress; warnings and errors stay.")]
-SeedOption = Annotated[
-    int | None, typer.Option("--seed", metavar="N", help="Start of the random numbers [default: 0].")
-]
-NamesOption = Annotated[
-    Path | None, typer.Option("--names", metavar="FILE", help="Names of the labels: JSON, or '1 liver' lines.")
-]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", metavar="NAME", help="Segmentation model, or none [default: builtin].")
-]
-PromptOption = Annotated[
-    str | None,
-    typer.Option("--prompt", metavar="auto|click|box|mask", help="What to prompt the model with [default: auto]."),
-]
-ModelPathOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--model-path",
-        metavar="PATH",
-        help="File or folder of the model's weights [default: where `atlassegfm models show NAME` says].",
-    ),
-]
-AcceptOption = Annotated[
-    bool,
-    typer.Option(
-        "--accept-licence",
-        help="Accept the licence of the model's weights, where it asks for that; noted once for all.",
-    ),
-]
-
-
-SeriesOption = Annotated[
-    str | None,
-    typer.Option(
-        "--series",
-        metavar="S",
-        help="Which series of a DICOM folder: its number, UID or part of its description; '#2' behind it: the second "
-        "volume of a 4-D series.",
-    ),
-]
-AtlasSeriesOption = Annotated[
-    str | None, typer.Option("--atlas-series", metavar="S", help="The same for the folder of the atlas.")
-]
-StructuresOption = Annotated[
-    str | None,
-    typer.Option(
-        "--structures",
-        metavar="A,B,...",
-        help="Structures to take from an RTSTRUCT or DICOM-SEG, by name, pattern or number [default: all].",
-    ),
-]
-SynonymsOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--synonyms", metavar="FILE", help='TOML of names and what files call them: Brainstem = ["brain stem", "BS*"].'
-    ),
-]
-OverlapOption = Annotated[
-    str,
-    typer.Option(
-        "--overlap",
-        metavar="refuse|first|last",
-        help="Which structure of an RTSTRUCT or DICOM-SEG gets voxels that several have.",
-    ),
-]
-
-
-def split_list(text: str | None, option: str) -> tuple[str, ...]:
-    """Parts of a list with commas; none if it is not given."""
-    if text is None:
-        return ()
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts):
-        raise InputError(f"{option} {text}: expected names with commas between")
-    return tuple(parts)
-
-
-def build_selection(structures: str | None, synonyms: Path | None, overlap: str) -> Selection:
-    """What ``--structures``, ``--synonyms`` and ``--overlap`` say."""
-    from ..dicom import OVERLAPS, Selection, read_synonyms
-
-    wanted = split_list(structures, "--structures")
-    rule = next((one for one in OVERLAPS if one == overlap), None)
-    if rule is None:
-        raise InputError(f"--overlap {overlap}: expected one of {', '.join(OVERLAPS)}")
-    return Selection(wanted, {} if synonyms is None else read_synonyms(synonyms), rule)
-
-
-def build_settings(
-    config: Path | None,
-    overrides: Sequence[str] | None,
-    *,
-    model: str | None = None,
-    model_path: Path | None = None,
-    prompt: str | None = None,
-    seed: int | None = None,
-    base: Settings | None = None,
-) -> Settings:
-    """Defaults (or ``base``), then the file, then ``--set``, then the options of their own."""
-    from ..core.config import with_file, with_overrides, with_table
-    from ..settings import Settings
-
-    chosen = base or Settings()
-    if config is not None:
-        chosen = with_file(chosen, config)
-    chosen = with_overrides(chosen, overrides or ())
-    path = None if model_path is None else str(model_path)
-    for key, value in (("model", model), ("model_path", path), ("prompt", prompt), ("seed", seed)):
-        if value is not None:
-            chosen = with_table(chosen, {key: value}, origin=f"--{key.replace('_', '-')}")
-    return chosen
-
 
 def accept_licences(models: Iterable[str], session: Session) -> None:
-    """Note that the user accepts the licences of the weights of these models, and say which."""
+    """Record that the user accepts the licences of the weights of these models, and name them."""
     from ..models import accept_licence, describe_model, licence_accepted
     from ..settings import NO_MODEL
 
