@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +38,24 @@ def test_geometry_and_files_need_no_torch() -> None:
         "import sys; import atlassegfm.core.image, atlassegfm.transforms.maps; print('torch' in sys.modules)"
     )
     assert result.stdout.strip() == "False", result.stderr
+
+
+SOURCES = sorted((ROOT / "src/atlassegfm").rglob("*.py"))
+
+
+def test_files_fit_a_reader() -> None:
+    """No file over 600 lines, but definitions of published networks; the method on one screen."""
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in SOURCES}
+    assert [path for path, count in lines.items() if count > 600 and path.name != "network.py"] == []
+    assert lines[ROOT / "src/atlassegfm/segment.py"] <= 250
+
+
+def test_public_functions_take_at_most_eight_parameters() -> None:
+    long = []
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                names = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                if len([name for name in names if name not in ("self", "cls")]) > 8:
+                    long.append(f"{path.name}: {node.name}")
+    assert long == []
