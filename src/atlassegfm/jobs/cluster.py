@@ -45,7 +45,7 @@ _DASK_SETTINGS = {"distributed.scheduler.allowed-failures": 0, "distributed.sche
 
 
 def require_cluster(kind: str) -> None:
-    """Check that the parts a cluster needs are installed, and that there is such a kind.
+    """Check that the kind of cluster is known and its packages are installed.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def require_cluster(kind: str) -> None:
 
 
 def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
-    """Options of a Slurm cluster as the command line gives them.
+    """Parse options of a Slurm cluster.
 
     Parameters
     ----------
@@ -97,7 +97,7 @@ def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def slurm_cluster(work: Work, options: Mapping[str, Any], *, threads: int, gpu: bool) -> Any:
-    """A cluster whose workers are Slurm jobs; none is submitted yet, and ``job_script()`` shows what will be.
+    """Build a cluster whose workers are Slurm jobs; none is submitted yet, and ``job_script()`` shows them.
 
     Parameters
     ----------
@@ -158,7 +158,7 @@ def run_on_cluster(
     gpu: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Generator[Ended, None, None]:
-    """Do the cases on a Dask cluster.
+    """Run the cases on a Dask cluster.
 
     Parameters
     ----------
@@ -222,7 +222,7 @@ def _client(
 
 
 def _feed(client: Any, work: Work, cases: Sequence[Case], watcher: Watcher) -> Iterator[Ended]:
-    """Give the cluster as many cases as it has workers, and another for each that ends."""
+    """Submit as many cases as there are workers, and another for each that ends."""
     from distributed import wait
     from distributed.scheduler import KilledWorker
 

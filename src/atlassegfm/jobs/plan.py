@@ -35,13 +35,13 @@ class Case:
     transform: Path | None = None
 
     def absolute(self) -> Case:
-        """The same with paths that hold in any working folder."""
+        """The same with absolute paths."""
         return Case(self.name, self.query.absolute(), None if self.transform is None else self.transform.absolute())
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of a cohort: every ``count``-th case by name, beginning with the ``number``-th, from 1 on."""
+    """Part of a cohort: every ``count``-th case by name, beginning with the ``number``-th, from 1 on."""
 
     number: int
     count: int
@@ -55,7 +55,7 @@ class Shard:
 
 
 def parse_shard(text: str) -> Shard:
-    """A shard as the command line gives it, "3/8".
+    """Parse a shard as the command line gives it, such as "3/8".
 
     Raises
     ------
@@ -72,7 +72,7 @@ def parse_shard(text: str) -> Shard:
 def plan_cases(
     queries: Sequence[Path], out: Path, inputs: Sequence[Path] = (), transform: Path | None = None
 ) -> list[Case]:
-    """Which scans are to be segmented; checked before anything is computed.
+    """List the cases, checked before anything is computed.
 
     Parameters
     ----------
@@ -126,7 +126,7 @@ def plan_cases(
 
 
 def _transform_of(case: Case, count: int, given: Path) -> Path:
-    """Where the transform of a query lies: what was given, or what belongs to it in a folder of results."""
+    """Find the transform of a query: the one given, or its own in a folder of results."""
     if not given.exists():
         raise InputError(f"{given}: no such file or folder; expected a saved transform")
     if is_transform(given):
