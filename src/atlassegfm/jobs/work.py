@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from ..context import Context
 from ..core.config import to_toml
 from ..core.errors import AtlasSegError, InputError, ModelError
+from ..core.image import Volume
 from ..core.parallel import limited_threads, peak_memory_mb, reset_peak_memory, thread_variables
 from ..core.version import __version__
 from ..dicom import Selection, open_image
@@ -232,31 +233,14 @@ class SegmentWork:
             context = context or self.source.load(self.settings)
             model = load_chosen(self.settings, self.device)
             context.check_model(model)
-        worker = _Worker(self, context, model)
-
-        def task(case: Case, attempt: int, on_stage: Callable[[str], None]) -> Ended:
-            start = time.perf_counter()
-            is_input = False
-            try:
-                status = worker.segment(case, attempt, on_stage)
-            except AtlasSegError as error:
-                reason, is_input = str(error), isinstance(error, InputError)
-            except Exception as error:
-                # A defect of this program: one scan that meets it must not cost the results of all others.
-                logger.exception("%s: unexpected error", case.query)
-                reason = f"unexpected error ({error!r})"
-            else:
-                seconds, peak, warnings = status.total_seconds, status.peak_memory_mb, status.warnings
-                return Ended(case, "done", attempts=attempt, seconds=seconds, peak_memory_mb=peak, warnings=warnings)
-            return self._failed(case, reason, attempt, is_input=is_input, seconds=time.perf_counter() - start)
-
-        return task
+        return _Worker(self, context, model)
 
     def give_up(self, case: Case, reason: str, attempts: int) -> Ended:
         """Record in the case's folder that it cannot be done."""
-        return self._failed(case, reason, attempts)
+        return self.failed(case, reason, attempts)
 
-    def _failed(self, case: Case, reason: str, attempts: int, *, is_input: bool = False, seconds: float = 0.0) -> Ended:
+    def failed(self, case: Case, reason: str, attempts: int, *, is_input: bool = False, seconds: float = 0.0) -> Ended:
+        """Record that a case failed."""
         reason = redact(case, reason.replace(str(self.out / case.name), case.name))
         status = StatusRecord(
             state="failed",
@@ -281,42 +265,66 @@ class _Worker:
     context: Context
     model: Segmenter | None
 
-    def segment(self, case: Case, attempt: int, on_stage: Callable[[str], None]) -> StatusRecord:
-        """Segment one case and write its result folder; on an error, the folder stays as it was."""
-        work = self.work
+    def __call__(self, case: Case, attempt: int, on_stage: Callable[[str], None]) -> Ended:
+        """Read, segment and write one case; on an error, an earlier result is replaced by the reason."""
+        work, start, is_input = self.work, time.perf_counter(), False
         reset_peak_memory()
-        with limited_threads(work.threads):
-            on_stage("reading")
-            files = {"query": _record(case.query), "transform": case.transform and _record(case.transform)}
-            transforms = () if case.transform is None else read_transforms(case.transform)
-            query = open_image(case.query, work.output.series if case.query.is_dir() else None)
-            check_formats(work.output.formats, query)
-            result = segment(
-                self.context,
-                query,
-                work.settings,
-                device=work.device,
-                model=self.model,
-                transforms=transforms,
-                on_stage=on_stage,
-            )
-            inputs = RunInputs(self.context, query, case.transform)
-            if result.gate is not None:
-                self.context = replace(self.context, settings=work.settings, gate=result.gate)
-            on_stage("writing")
-            status = StatusRecord(
-                state="done",
-                attempts=attempt,
-                warnings=tuple(warnings_on(result)),
-                total_seconds=round(sum(result.seconds.values()), 3),
-                peak_memory_mb=peak_memory_mb(),
-                seconds={name: round(seconds, 3) for name, seconds in result.seconds.items()},
-                registration_seconds={name: round(n, 3) for name, n in result.registration.seconds.items()},
-                provenance=work.provenance.model_copy(update=files),
-            )
-            write_result(
-                result, inputs, work.out / case.name, status, keep=work.output.keep, formats=work.output.formats
-            )
+        try:
+            with limited_threads(work.threads):
+                on_stage("reading")
+                files = {
+                    "query": _record(case.query),
+                    "transform": None if case.transform is None else _record(case.transform),
+                }
+                query = open_image(case.query, work.output.series if case.query.is_dir() else None)
+                status = self._segment(case, query, files, attempt, on_stage)
+        except AtlasSegError as error:
+            reason, is_input = str(error), isinstance(error, InputError)
+        except Exception as error:
+            # A defect of this program: one scan that meets it must not cost the results of all others.
+            logger.exception("%s: unexpected error", case.query)
+            reason = f"unexpected error ({error!r})"
+        else:
+            seconds, peak, warnings = status.total_seconds, status.peak_memory_mb, status.warnings
+            return Ended(case, "done", attempts=attempt, seconds=seconds, peak_memory_mb=peak, warnings=warnings)
+        return work.failed(case, reason, attempt, is_input=is_input, seconds=time.perf_counter() - start)
+
+    def _segment(
+        self,
+        case: Case,
+        query: Volume,
+        files: Mapping[str, FileRecord | None],
+        attempt: int,
+        on_stage: Callable[[str], None],
+    ) -> StatusRecord:
+        """Segment a query and write its result folder."""
+        work = self.work
+        transforms = () if case.transform is None else read_transforms(case.transform)
+        check_formats(work.output.formats, query)
+        result = segment(
+            self.context,
+            query,
+            work.settings,
+            device=work.device,
+            model=self.model,
+            transforms=transforms,
+            on_stage=on_stage,
+        )
+        inputs = RunInputs(self.context, query, case.transform)
+        if result.gate is not None:
+            self.context = replace(self.context, settings=work.settings, gate=result.gate)
+        on_stage("writing")
+        status = StatusRecord(
+            state="done",
+            attempts=attempt,
+            warnings=tuple(warnings_on(result)),
+            total_seconds=round(sum(result.seconds.values()), 3),
+            peak_memory_mb=peak_memory_mb(),
+            seconds={name: round(seconds, 3) for name, seconds in result.seconds.items()},
+            registration_seconds={name: round(n, 3) for name, n in result.registration.seconds.items()},
+            provenance=work.provenance.model_copy(update=files),
+        )
+        write_result(result, inputs, work.out / case.name, status, keep=work.output.keep, formats=work.output.formats)
         return status
 
 
