@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _OUTSIDE, _CUT = 0.9, 0.1
 #: A scan is suspected to be mirrored where its mirror image fits an atlas better by more than this (natural logarithm
 #: of the ratio of costs, about 2 %). Heads are nearly symmetric: of 30 right pairs of them the mirror image of one
-#: fitted better by 1.1 %; of 90 right pairs of abdomens and hearts none by more than 0.1 % (docs/check.md).
+#: fitted better by 1.1 %; of 90 right pairs of abdomens and hearts none by more than 0.1 % (docs/how-to).
 MIRRORED_GAIN = 0.02
 #: Correlation of the intensities of scan and atlas inside the body below which the contrast is suspected to be
 #: inverted.

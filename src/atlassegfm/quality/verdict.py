@@ -13,10 +13,10 @@ from .evidence import Evidence
 Verdict = Literal["good", "review", "failed"]
 #: From best to worst.
 VERDICTS: tuple[Verdict, ...] = ("good", "review", "failed")
-#: Estimated Dice from which on a structure is good, and below which it failed: in the calibration (docs/quality.md)
+#: Estimated Dice from which on a structure is good, and below which it failed: in the calibration
 #: they flag most structures below 0.7 without flagging every second one.
 GOOD_FROM, FAILED_BELOW = 0.78, 0.62
-#: Confidence of a registration below which the scans probably show different parts of the body (docs/cohorts.md).
+#: Confidence of a registration below which the scans probably show different parts of the body.
 LEAST_CONFIDENCE = 0.45
 #: What a piece of evidence says against a structure; {value} is it, {factor} the change of volume.
 _REASONS = {
