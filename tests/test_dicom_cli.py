@@ -17,6 +17,7 @@ from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume, load_labels, save_volume
 from atlassegfm.core.labels import plain_name
 from atlassegfm.dicom import Provenance, load_series, open_labels, series_of, write_rtstruct, write_segmentation
+from atlassegfm.records import StatusRecord
 from conftest import Run
 from dicom_series import LPS, NAME, PATIENT, SERIES, STUDY, write_series
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, Patient, straight_grid
@@ -254,7 +255,11 @@ def test_refusals_write_no_result(here: Path, run: Run) -> None:
         assert message in " ".join(refused.err.split()), refused.err
         assert refused.err.count("error:") == 1
         written = {path.name for path in here.glob("out/**/*") if path.is_file()}
-        assert written <= {"status.json", "cohort.json"}
+        # Refused before the run, or the failure of its only case.
+        assert written in (set(), {"status.json", "cohort.json"})
+        for path in here.glob("out/*/status.json"):
+            assert StatusRecord.read(path).state == "failed"
+        shutil.rmtree(here / "out", ignore_errors=True)
     save_volume(QUERY.scan(straight_grid()), here / "atlas" / "image.nii.gz")
     refused = run(*base, "atlas")
     assert "holds image files (image.nii.gz) and DICOM files; name the image files one by one" in refused.err
@@ -272,6 +277,9 @@ def test_file_that_does_not_come_back_leaves_no_result(here: Path, run: Run, mon
     assert failed.code == 1
     assert "rtstruct.dcm: read back, structures differ from the label map (Dice below 0.99: liver (0." in failed.err
     assert {path.name for path in here.glob("out/query/*")} == {"status.json"}
+    status = StatusRecord.read(here / "out/query/status.json")
+    assert status.state == "failed"
+    assert "rtstruct.dcm" in status.reason
 
 
 def test_empty_result_has_no_segments(here: Path, run: Run) -> None:
