@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .core.errors import InputError
 from .core.geometry import Grid
-from .core.image import Volume, smallest_label_type
+from .core.image import Volume, checked_image, smallest_label_type
 from .core.labels import LabelTable, Structure, dataset_json_of, listed, read_names_file, structures_of
 from .dicom import EVERYTHING, Selection, open_image, open_labels
 
@@ -218,16 +218,10 @@ def canonical_scan(volume: Volume, name: str) -> Volume:
     Raises
     ------
     InputError
-        If voxels are NaN or infinite, or all are equal.
+        As :func:`~atlassegfm.core.image.checked_image`.
     """
-    turned = volume.canonical()
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
-        data = np.ascontiguousarray(turned.data, dtype=np.float32)
-    low, high = float(data.min()), float(data.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise InputError(f"{name}: there are NaN or infinite voxels; expected numbers only")
-    if low == high:
-        raise InputError(f"{name}: all voxels have the value {low:g}; expected a scan with contrast")
+    turned = checked_image(volume.canonical(), name)
+    data = np.ascontiguousarray(turned.data)
     affine = turned.grid.affine.copy()
     affine[:3, 3] = affine[:3, 3].round(_ORIGIN_DIGITS - math.ceil(math.log10(turned.grid.spacing_mm.min()))) + 0.0
     return Volume(data, Grid(turned.grid.shape, affine), volume.source)

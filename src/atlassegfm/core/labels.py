@@ -166,35 +166,76 @@ def to_nifti_xml(structures: Iterable[Structure]) -> str:
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=False)
 
 
-def from_slicer_metadata(metadata: Mapping[str, str]) -> dict[int, LabelEntry]:
-    """Names from the header fields of a 3D Slicer ``.seg.nrrd`` (``Segment0_LabelValue``, ``_Name``, ``_Color``)."""
-    entries = {}
+@dataclass(frozen=True)
+class SlicerSegment:
+    """One segment in the header of a 3D Slicer ``.seg.nrrd``: layer, value there, name and colour."""
+
+    layer: int
+    value: int
+    entry: LabelEntry
+
+
+def slicer_segments(metadata: Mapping[str, str]) -> list[SlicerSegment]:
+    """List the segments of a header (``Segment0_LabelValue``, ``_Layer``, ``_Name``, ``_Color``) in their order."""
+    found = {}
     for key, text in metadata.items():
-        match = re.fullmatch(r"(Segment\d+)_LabelValue", key)
-        if match is None or not text.strip().isdecimal():
-            continue
-        name = metadata.get(f"{match[1]}_Name", "").strip()
-        if not name:
+        match = re.fullmatch(r"Segment(\d+)_LabelValue", key)
+        name = metadata.get(f"Segment{match[1]}_Name", "").strip() if match else ""
+        if match is None or not text.strip().isdecimal() or not name:
             continue
         try:
-            channels = [round(255 * float(c)) for c in metadata.get(f"{match[1]}_Color", "").split()]
+            channels = [round(255 * float(c)) for c in metadata.get(f"Segment{match[1]}_Color", "").split()]
         except ValueError:
             channels = []
         color = (channels[0], channels[1], channels[2]) if len(channels) == 3 else None
-        entries[int(text)] = LabelEntry(name, color)
-    return entries
+        layer = metadata.get(f"Segment{match[1]}_Layer", "0").strip()
+        found[int(match[1])] = SlicerSegment(int(layer) if layer.isdecimal() else 0, int(text), LabelEntry(name, color))
+    return [found[number] for number in sorted(found)]
 
 
-def to_slicer_metadata(structures: Iterable[Structure]) -> dict[str, str]:
-    """The header fields that :func:`from_slicer_metadata` reads."""
-    fields = {}
+def from_slicer_metadata(metadata: Mapping[str, str]) -> dict[int, LabelEntry]:
+    """Names from the header fields of a 3D Slicer segmentation of one layer."""
+    return {one.value: one.entry for one in slicer_segments(metadata)}
+
+
+def to_slicer_metadata(structures: Sequence[Structure], shape: Sequence[int]) -> dict[str, str]:
+    """The header fields of a 3D Slicer segmentation of ``shape`` voxels; none without structures."""
+    if not structures:
+        return {}
+    extent = " ".join(f"0 {count - 1}" for count in shape)
+    fields = {
+        "Segmentation_ContainedRepresentationNames": "Binary labelmap|",
+        "Segmentation_MasterRepresentation": "Binary labelmap",
+        "Segmentation_ReferenceImageExtentOffset": "0 0 0",
+    }
     for position, structure in enumerate(structures):
-        fields[f"Segment{position}_ID"] = f"Segment_{structure.value}"
-        fields[f"Segment{position}_Name"] = structure.name
-        fields[f"Segment{position}_LabelValue"] = str(structure.value)
-        fields[f"Segment{position}_Layer"] = "0"
-        fields[f"Segment{position}_Color"] = " ".join(f"{channel / 255:.6f}" for channel in structure.color)
+        segment = {
+            "ID": f"Segment_{structure.value}",
+            "Name": structure.name,
+            "LabelValue": str(structure.value),
+            "Layer": "0",
+            "Extent": extent,
+            "Color": " ".join(f"{channel / 255:.6f}" for channel in structure.color),
+        }
+        fields |= {f"Segment{position}_{key}": text for key, text in segment.items()}
     return fields
+
+
+def slicer_color_table(structures: Iterable[Structure]) -> str:
+    """A colour table of 3D Slicer (``.ctbl``), which :func:`read_names_file` reads."""
+    rows = ("{} {} {} {} {} 255\n".format(one.value, "_".join(one.name.split()), *one.color) for one in structures)
+    return "# value name red green blue alpha\n0 background 0 0 0 0\n" + "".join(rows)
+
+
+def itk_snap_labels(structures: Iterable[Structure]) -> str:
+    """Label descriptions of ITK-SNAP, which :func:`read_names_file` reads."""
+    rows = (
+        '{:5} {:5} {:4} {:4}        1  1  1    "{}"\n'.format(one.value, *one.color, one.name) for one in structures
+    )
+    return (
+        "# ITK-SNAP label descriptions: value, red, green, blue, opacity, visible, shown in 3-D, name\n"
+        '    0     0    0    0        0  0  0    "Clear Label"\n' + "".join(rows)
+    )
 
 
 def _from_json(text: str, path: Path) -> dict[int, LabelEntry]:

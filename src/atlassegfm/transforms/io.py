@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from ..core.errors import InputError
 from ..core.files import PathLike, atomic_path, check_readable
 from ..core.geometry import LPS_FLIP, Grid
-from ..core.image import IMAGE_SUFFIXES, NIFTI_SUFFIXES, image_suffix, itk_grid, set_itk_grid
+from ..core.image import IMAGE_SUFFIXES, NIFTI_SUFFIXES, image_suffix
+from ..core.itk import itk_grid, set_itk_grid
 from .maps import Affine, Chain, DisplacementField, Transform, displacement_on, stages_of
 
 if TYPE_CHECKING:

@@ -1,0 +1,46 @@
+"""MGH and MGZ files of FreeSurfer, by nibabel. They hold no label names."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from .errors import InputError
+from .geometry import Grid
+from .volume import Source, Volume, damage_message, spatial_shape
+
+
+def load_mgh(path: Path) -> Volume:
+    """Read an MGH or MGZ file; raises InputError as :func:`~.image.load_volume`."""
+    from nibabel.freesurfer.mghformat import MGHError, MGHImage
+    from nibabel.openers import ImageOpener
+    from nibabel.spatialimages import HeaderDataError
+
+    try:
+        with ImageOpener(str(path)) as file:
+            image = MGHImage.from_bytes(file.read())
+        data = np.asanyarray(image.dataobj)
+    except (EOFError, OSError, zlib.error, ValueError, KeyError, HeaderDataError, MGHError) as error:
+        raise InputError(damage_message(path, error, "MGH")) from None
+    shape = spatial_shape(data.shape, path)
+    notes = () if image.header["goodRASFlag"] == 1 else ("the header has no orientation; FreeSurfer's default counts",)
+    try:
+        grid = Grid(shape, image.affine)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return Volume(data.reshape(shape), grid, Source(path, notes=notes))
+
+
+def save_mgh(volume: Volume, path: Path) -> None:
+    """Write an MGH or MGZ file, in the smallest of its types that holds the values."""
+    from nibabel.freesurfer.mghformat import MGHImage
+
+    data = volume.data
+    if data.dtype not in (np.uint8, np.int16, np.int32, np.float32):
+        kind = np.int32 if np.issubdtype(data.dtype, np.integer) else np.float32
+        if kind is np.int32 and int(data.max()) > np.iinfo(kind).max:
+            raise InputError(f"{path}: the value {int(data.max())} does not fit into MGH; write NIfTI or NRRD instead")
+        data = data.astype(kind)
+    MGHImage(data, volume.grid.affine).to_filename(path)

@@ -1,0 +1,114 @@
+"""Voxels and where they are."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from .errors import InputError
+from .geometry import Grid
+from .labels import LabelEntry
+
+if TYPE_CHECKING:
+    from nibabel.nifti1 import Nifti1Header
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where a volume came from.
+
+    Parameters
+    ----------
+    path : Path
+        The file it was read from.
+    nifti_header : nibabel header or None
+        The file's header as stored, so that results get the same geometry fields; None for other formats.
+    label_table : mapping of int to LabelEntry
+        Names of label values, where the header holds any.
+    notes : tuple of str
+        What a user should know about the file's geometry, in words.
+    """
+
+    path: Path
+    nifti_header: Nifti1Header | None = None
+    label_table: Mapping[int, LabelEntry] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Volume:
+    """A 3-D array of voxels and where they are.
+
+    Parameters
+    ----------
+    data : array, (I, J, K)
+        Intensities or label values.
+    grid : Grid
+        Of the same shape.
+    source : Source or None
+        The file it was read from, if any.
+    """
+
+    data: NDArray[Any]
+    grid: Grid
+    source: Source | None = None
+
+    def __post_init__(self) -> None:
+        if self.data.shape != self.grid.shape:
+            raise ValueError(f"data of shape {self.data.shape} on a grid of shape {self.grid.shape}")
+
+    def __repr__(self) -> str:
+        """Shape, spacing, orientation and type, such as ``Volume(256x256x34, 1.25x1.25x7.70 mm, RAS, float32)``."""
+        return f"Volume({self.grid.summary}, {self.data.dtype})"
+
+    def canonical(self) -> Volume:
+        """The same voxels, axes permuted and flipped to point closest to R, A, S (a view, no resampling)."""
+        return self.turned_to(self.grid.canonical())
+
+    def turned_to(self, grid: Grid) -> Volume:
+        """The same voxels in the array order of ``grid`` (a view, no resampling).
+
+        Raises
+        ------
+        ValueError
+            If ``grid`` does not have the same voxels as this volume's grid.
+        """
+        from nibabel.orientations import apply_orientation
+
+        orientation = self.grid.axes_relative_to(grid)
+        if orientation is None:
+            raise ValueError("the grids do not share their voxels")
+        return Volume(apply_orientation(self.data, orientation), grid, self.source)
+
+
+def spatial_shape(shape: Sequence[int], path: Path) -> tuple[int, int, int]:
+    """Get the three dimensions of an image: trailing ones of length 1 are dropped.
+
+    Raises
+    ------
+    InputError
+        If there are others than three.
+    """
+    kept = list(shape)
+    while len(kept) > 3 and kept[-1] == 1:
+        kept.pop()
+    if len(kept) != 3:
+        raise InputError(
+            f"{path}: the image has {len(kept)} dimensions ({' x '.join(map(str, kept))}); expected 3: "
+            "extract one volume of a series, or stack the slices"
+        )
+    return kept[0], kept[1], kept[2]
+
+
+def damage_message(path: Path, error: BaseException | None, kind: str) -> str:
+    """Say that a file cannot be read as an image of a kind, and whether it is truncated."""
+    text = str(error).lower()
+    truncated = isinstance(error, EOFError) or ("expected" in text and "bytes" in text)
+    if truncated or isinstance(error, zlib.error) or "crc check" in text or "incorrect length" in text:
+        return f"{path}: the file is truncated or damaged; copy it again"
+    return f"{path}: not readable as {kind}; expected an image file: check that it is complete and has the right ending"
