@@ -15,10 +15,22 @@ from .result import Status
 RESULTS_FORMAT = 2
 State = Literal["done", "failed", "left"]
 SEGMENTATION, RUN, STATUS = "segmentation.nii.gz", "run.json", "status.json"
+#: Formats of a segmentation, and the file or folder of each.
+FORMATS = {
+    "nifti": SEGMENTATION,
+    "nrrd": "segmentation.nrrd",
+    "seg.nrrd": "segmentation.seg.nrrd",
+    "mgz": "segmentation.mgz",
+    "masks": "masks",
+    "rtstruct": "rtstruct.dcm",
+    "seg": "seg.dcm",
+}
+#: Names and colours, for 3D Slicer and ITK-SNAP.
+SLICER_COLORS, ITK_SNAP_LABELS = "colors.ctbl", "labels.txt"
 #: Files of a result folder: a folder with any other is never replaced.
 RESULT_NAMES = frozenset(
     {
-        *(SEGMENTATION, "rtstruct.dcm", "seg.dcm", RUN, STATUS),
+        *(*FORMATS.values(), SLICER_COLORS, ITK_SNAP_LABELS, RUN, STATUS),
         *("atlas.nii.gz", "model.nii.gz", "probability.nii.gz", "transform"),
         *("report.html", "overview.png"),
     }
@@ -30,6 +42,9 @@ class FileRecord(Record):
 
     file: str
     """Name, without its folder."""
+
+    place: str = ""
+    """Digest of its absolute path: another scan of the same name never replaces a result in silence."""
 
     stamp: str
     """Digest of sizes and modification times: compared first, as it is cheap."""
@@ -251,10 +266,15 @@ class CaseRecord(Record):
     seconds: float
     peak_memory_mb: int | None
     warnings: tuple[str, ...]
+    verdict: Verdict | None = None
+    """Worst of its structures; null without a result."""
+
+    in_run: bool = True
+    """Whether this command had the case; if not, its result is of an earlier one."""
 
 
 class CohortRecord(Record):
-    """``cohort.json``: what became of all cases of a command."""
+    """``cohort.json``: what became of all cases of a command, and which results of earlier ones are beside them."""
 
     format: int = RESULTS_FORMAT
     version: str

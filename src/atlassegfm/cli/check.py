@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from .options import AtlasOptions, options
-from .segment import find_scans
 from .session import EXIT_FAILURES, EXIT_USAGE, open_session, print_json
 
 #: Width of tables that go into a file or a pipe.
@@ -35,14 +34,18 @@ def check(options: CheckOptions) -> None:
     With --context, or --atlas and --labels, each scan is also fitted to the atlas (some seconds): are left and right
     swapped, is the contrast inverted, does it show the structures? The exit code is 2 if a file could not be used.
     """
-    with open_session(quiet=True, warnings=False):
+    with open_session(quiet=True, warnings=False) as session:
         from ..check import check_files
+        from ..jobs.scans import find_scans
 
         atlas = None
         if any(one is not None for one in (options.context, options.atlas, options.labels, options.names)):
             options.check_atlas()
             atlas = options.load_atlas()
-        found = check_files((file for path in options.files for file in find_scans(path)), options.series, atlas)
+        scans = find_scans(options.files, labels=True)
+        for remark in scans.remarks():
+            session.say(remark)
+        found = check_files(scans.found, options.series, atlas)
     if options.as_json:
         print_json(found.to_dict())
     else:

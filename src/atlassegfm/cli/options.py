@@ -234,11 +234,15 @@ class AtlasOptions(StructureOptions):
         InputError
             If not.
         """
-        given = {"--atlas": self.atlas, "--labels": self.labels, "--names": self.names}
+        given: dict[str, object] = {"--atlas": self.atlas, "--labels": self.labels, "--names": self.names}
         if self.context is not None:
-            for option, path in given.items():
-                if path is not None:
-                    raise InputError(f"{option} and --context do not go together: the context has its own atlas")
+            given |= {"--structures": self.structures, "--synonyms": self.synonyms, "--atlas-series": self.atlas_series}
+            given["--overlap"] = None if self.overlap == "refuse" else self.overlap
+            for option, value in given.items():
+                if value is not None:
+                    raise InputError(
+                        f"{option} and --context do not go together: the context has its own atlas and structures"
+                    )
             return
         for option in ("--atlas", "--labels"):
             if given[option] is None:

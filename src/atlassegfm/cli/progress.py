@@ -1,20 +1,14 @@
-"""Progress of a run on the screen, and its outcome as a table."""
+"""Progress of a run on the screen."""
 
 from __future__ import annotations
 
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import typer
-
-from .session import Session, print_json, print_table
+from .session import Session
 
 if TYPE_CHECKING:
     from ..jobs import Case, Outcome, Row
-
-#: Up to so many cases the table shows them all, else those that need a look.
-_LISTED = 50
 
 
 class RunProgress:
@@ -46,107 +40,40 @@ class RunProgress:
     def begun(self, case: Case) -> None:
         """Show that a case begins."""
         if len(self.outcome.rows) == 1:
-            self._session.begin(1, 1, case.query.name)
+            self._session.begin(1, 1, case.name)
         else:
-            self._session.advance(f"{self._state()}: {case.query.name}")
+            self._session.advance(f"{self._state()}: {case.name}")
 
     def stage(self, case: Case, stage: str) -> None:
         """Show the stage of a case."""
         if len(self.outcome.rows) == 1:
             self._session.progress(stage)
         else:
-            self._session.advance(f"{self._state()}: {case.query.name} {stage}")
+            self._session.advance(f"{self._state()}: {case.name} {stage}")
 
     def ended(self, row: Row) -> None:
         """Show how a case ended."""
         self._ended += 1
         query = row.case.query
         if row.state == "failed":
-            self._session.error(_with_path(row))
+            self._session.error(with_path(row))
         for warning in row.warnings:
             self._session.say(f"warning: {query}: {warning}")
         if len(self.outcome.rows) > 1:
             count = len(self.outcome.rows)
             number = count - self.outcome.count("left")
-            line = f"[{number}/{count}] {query.name} done in {row.seconds:.1f} s; {self._state()}"
+            line = f"[{number}/{count}] {row.case.name} done in {row.seconds:.1f} s; {self._state()}"
             self._session.advance(self._state(), line if row.state == "done" else "")
 
     def _state(self) -> str:
         done, failed, left = (self.outcome.count(state) for state in ("done", "failed", "left"))
         text = f"{done} done, {failed} failed, {left} left"
         if left and self._ended:
-            text += f", about {_duration((time.monotonic() - self._start) / self._ended * left)} left"
+            text += f", about {duration((time.monotonic() - self._start) / self._ended * left)} left"
         return text
 
 
-def print_outcome(outcome: Outcome, out: Path, *, as_json: bool) -> None:
-    """Print the outcome of a run."""
-    if as_json:
-        print_json(
-            {
-                "results": [
-                    {"kept": row.kept, **_result(row.case, out)} for row in outcome.rows.values() if row.state == "done"
-                ],
-                "failures": [{"query": row.case.query.name, "reason": _with_path(row)} for row in outcome.failed],
-                "counts": outcome.counts,
-                "wall_seconds": round(outcome.wall_seconds, 3),
-            }
-        )
-        return
-    rows = list(outcome.rows.values())
-    shown = rows if len(rows) <= _LISTED else [row for row in rows if row.state != "done" or row.warnings]
-    if shown:
-        print_table(
-            ("case", "state", "seconds", "MB", "remark"),
-            [
-                (
-                    row.case.name,
-                    "kept" if row.kept else row.state,
-                    f"{row.seconds:.1f}",
-                    "" if row.peak_memory_mb is None else str(row.peak_memory_mb),
-                    "; ".join((row.reason, *row.warnings) if row.reason else row.warnings),
-                )
-                for row in shown
-            ],
-            numbers_from=2,
-            numbers_to=4,
-        )
-    typer.echo(
-        f"{len(rows)} queries: {outcome.count('done')} done (of them {outcome.kept} kept), {outcome.count('failed')} "
-        f"failed, in {_duration(outcome.wall_seconds)} -> {out}"
-    )
-
-
-def print_result(case: Case, out: Path, *, as_json: bool) -> None:
-    """Print the structures of one result."""
-    result = _result(case, out)
-    if as_json:
-        print_json({"results": [result], "failures": []})
-        return
-    rows = []
-    for one in result["structures"]:
-        quality = one["quality"] or {"verdict": "", "estimated_dice": None, "reason": ""}
-        estimate = quality["estimated_dice"]
-        remark = one["status"] + (f" ({one['reason']})" if one["reason"] else "")
-        if one["status"] == "present":
-            remark = quality["reason"] if quality["verdict"] != "good" else ""
-        dice = "" if estimate is None else f"{estimate:.2f}"
-        rows.append((one["name"], f"{one['volume_ml']:.1f}", dice, quality["verdict"], remark))
-    typer.echo(f"{result['query']} -> {result['output']}  ({result['total_seconds']:.1f} s on {result['device']})")
-    print_table(("structure", "volume ml", "est. Dice", "verdict", ""), rows, numbers_from=1, numbers_to=3)
-
-
-def _result(case: Case, out: Path) -> dict[str, Any]:
-    """Content of the files of a result."""
-    from ..records import RUN, STATUS, RunRecord, StatusRecord
-
-    folder = out / case.name
-    run, status = RunRecord.read(folder / RUN), StatusRecord.read(folder / STATUS)
-    name = case.query.name or case.query.resolve().name
-    return {"query": name, "output": str(folder), **run.model_dump(mode="json"), **status.model_dump(mode="json")}
-
-
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Rounded to the unit that shows about two digits."""
     for unit, size in (("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * size:
@@ -154,6 +81,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _with_path(row: Row) -> str:
+def with_path(row: Row) -> str:
     """Why a case failed, with the path as the user gave it."""
-    return f"{row.case.query}{row.reason.removeprefix(row.case.query.name)}"
+    return f"{row.case.query}{row.reason.removeprefix(row.case.name)}"

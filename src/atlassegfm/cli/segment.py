@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,12 +11,13 @@ import typer
 
 from ..core.errors import InputError
 from .options import AtlasOptions, DeviceOptions, ModelOptions, ScreenOptions, options, split_list
-from .progress import RunProgress, print_outcome, print_result
+from .outcome import print_outcome, print_plan, print_result
+from .progress import RunProgress
 from .session import EXIT_FAILURES, EXIT_USAGE, Session, open_session
 
 if TYPE_CHECKING:
     from ..context import Context
-    from ..jobs import Case, Outcome, SegmentWork
+    from ..jobs import Case, Outcome, RunOptions, SegmentWork
     from ..jobs.run import Runner
     from ..jobs.work import ContextSource
     from ..settings import Settings
@@ -57,9 +59,22 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
     formats: Annotated[
         str,
         typer.Option(
-            "--format", metavar="A,B,...", help="What to write: nifti, and for DICOM series rtstruct and seg."
+            "--format",
+            metavar="A,B,...",
+            help="What to write: nifti, nrrd, seg.nrrd (3D Slicer), mgz (FreeSurfer), masks (a file for each "
+            "structure), and for DICOM series rtstruct and seg.",
         ),
     ] = "nifti"
+    flat: Annotated[
+        Path | None,
+        typer.Option(
+            "--flat", metavar="DIR", help="Also write DIR/CASE.nii.gz and dataset.json, the layout of nnU-Net."
+        ),
+    ] = None
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="List what would be done, under which names, and what is left out; do nothing."),
+    ] = False
     workers: Annotated[
         int | None,
         typer.Option(
@@ -117,6 +132,8 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
             parse_options(self.cluster_options or ())
         if self.cluster_options and self.cluster != "slurm":
             raise InputError("--cluster-option: is for --cluster slurm; leave it out, or say which cluster")
+        if self.flat is not None and "nifti" not in split_list(self.formats, "--format"):
+            raise InputError("--flat: copies the NIfTI files; add nifti to --format")
         if self.context is not None and self.out.resolve().is_relative_to(self.context.resolve()):
             raise InputError(f"{self.out}: is inside the context {self.context}; choose another output folder")
 
@@ -130,8 +147,9 @@ def segment(options: SegmentOptions) -> None:
     """Segment scans with one annotated scan.
 
     Each query gets a folder of its name in OUT, with segmentation.nii.gz (on the query's own voxels), run.json (what
-    was done) and status.json (how it went). Only those are segmented whose result is missing, or was made from other
-    files, settings or another version.
+    was done) and status.json (how it went); cohort.csv lists all structures. Only those are segmented whose result is
+    missing, or was made from other files, settings or another version. Folders are searched for scans; what is not
+    taken is named.
     """
     with open_session(options.quiet) as session:
         options.check()
@@ -141,10 +159,15 @@ def segment(options: SegmentOptions) -> None:
         # Imported here: PyTorch is loaded below, and errors above come at once.
         from ..core.device import resolve_device
         from ..core.files import output_folder
-        from ..jobs import AtlasFiles, ContextFolder, Output, SegmentWork, plan_cases, provenance_of
+        from ..jobs import AtlasFiles, ContextFolder, Output, SegmentWork, find_scans, plan_cases, provenance_of
 
-        queries = [file for path in options.queries for file in find_scans(path)]
-        cases = plan_cases(queries, options.out, options.other_inputs(), options.transform)
+        inputs = options.other_inputs()
+        scans = find_scans(options.queries, inputs=inputs)
+        if not options.dry_run:
+            for remark in scans.remarks():
+                session.say(remark)
+        _check_series(options.series, scans.found)
+        cases = plan_cases(scans.found, options.out, inputs, options.transform, replace_others=options.force)
         elsewhere = options.cluster not in (None, "local") and options.device == "cuda"
         device = options.device if elsewhere else resolve_device(options.device)
         options.accept(settings.model, session)
@@ -155,59 +178,34 @@ def segment(options: SegmentOptions) -> None:
         elif options.atlas is not None and options.labels is not None:
             selection = options.selection()
             source = AtlasFiles(options.atlas, options.labels, options.names, options.atlas_series, selection)
+        session.progress("reading the atlas")
+        context = context or source.load(settings)
+        threads = options.threads
+        if threads is None and not _is_single(options, cases):
+            threads = _COHORT_THREADS
+        provenance = provenance_of(context, settings, device=device, threads=threads, output=output)
+        work = SegmentWork(options.out, source, settings, device, threads, output, provenance)
+        if options.dry_run:
+            from ..jobs.run import plan_of
+
+            plan = plan_of(cases, work, _run_options(options, 1))
+            print_plan(plan, scans, options.out, as_json=options.as_json)
+            return
         with output_folder(options.out):
-            session.progress("reading the atlas")
-            context = context or source.load(settings)
-            threads = options.threads
-            if threads is None and not _is_single(options, cases):
-                threads = _COHORT_THREADS
-            provenance = provenance_of(context, settings, device=device, threads=threads, output=output)
-            work = SegmentWork(options.out, source, settings, device, threads, output, provenance)
             outcome = _run(options, cases, work, context, session)
             if options.report and any((options.out / case.name / "run.json").exists() for case in cases):
                 from .report import report_on
 
                 report_on(options.out, [case.query for case in cases], session)
+            if options.flat is not None:
+                from ..jobs.flat import write_flat
+
+                write_flat([row.case.name for row in outcome.rows.values() if row.state == "done"], work, options.flat)
     if not _is_single(options, cases) or (outcome.failed and options.as_json):
         print_outcome(outcome, options.out, as_json=options.as_json)
     elif not outcome.failed:
         print_result(cases[0], options.out, as_json=options.as_json)
     _exit(outcome, session)
-
-
-def find_scans(path: Path) -> list[Path]:
-    """List the scans a path stands for: a file, the images of a folder, a DICOM series, or the series in a folder.
-
-    Raises
-    ------
-    InputError
-        If a folder holds no scan, or images beside a DICOM series.
-    """
-    from ..core.image import IMAGE_SUFFIXES, image_suffix
-    from ..dicom import is_series_folder
-
-    if not path.is_dir():
-        return [path]
-    try:
-        entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-        # A link that leads nowhere is a scan that is missing, and has to be reported.
-        found = [entry for entry in entries if image_suffix(entry) and (entry.is_file() or not entry.exists())]
-        if is_series_folder(path):
-            if found:
-                raise InputError(
-                    f"{path}: holds image files ({found[0].name}) and DICOM files; name the image files one by one, or "
-                    "give the DICOM series a folder of its own"
-                )
-            return [path]
-        found = found or [entry for entry in entries if entry.is_dir() and is_series_folder(entry)]
-    except OSError as error:
-        raise InputError(f"{path}: the folder cannot be read ({error.strerror}); check the permissions") from None
-    if not found:
-        raise InputError(
-            f"{path}: no image file in this folder; expected files ending in {', '.join(IMAGE_SUFFIXES)}, or those of "
-            "a DICOM series"
-        )
-    return found
 
 
 def _settings(options: SegmentOptions, session: Session) -> tuple[Settings, Context | None]:
@@ -240,24 +238,38 @@ def _check_installed(options: SegmentOptions, settings: Settings, formats: tuple
     check_formats(formats)
 
 
+def _check_series(series: str | None, queries: list[Path]) -> None:
+    if series is not None and not any(query.is_dir() for query in queries):
+        raise InputError(f"--series {series}: chooses a series of a DICOM folder, and no query is one; leave it out")
+
+
 def _is_single(options: SegmentOptions, cases: list[Case]) -> bool:
     """Whether one query was named, not a folder: its result is shown in full."""
     return len(cases) == 1 and cases[0].query == options.queries[0]
 
 
 def _run(options: SegmentOptions, cases: list[Case], work: SegmentWork, context: Context, session: Session) -> Outcome:
-    from ..jobs import RunOptions, parse_shard, run
+    from ..jobs import run
 
     runner, workers = _runner(work, context, options, session, len(cases))
-    shard = None if options.shard is None else parse_shard(options.shard)
     progress = RunProgress(session)
+    chosen = _run_options(options, workers)
+    if workers > 1 or options.cluster is not None:
+        chosen = replace(chosen, prepare=lambda work: work.with_gate(context, session.progress))
     try:
-        return run(cases, work, runner, progress, RunOptions(options.force, shard, workers, options.cluster))
+        return run(cases, work, runner, progress, chosen)
     except (KeyboardInterrupt, SystemExit):
         done, left = progress.outcome.count("done"), progress.outcome.count("left")
         if len(cases) > 1:
             session.say(f"stopped: {done} done, {left} left; the same command continues from there")
         raise
+
+
+def _run_options(options: SegmentOptions, workers: int) -> RunOptions:
+    from ..jobs import RunOptions, parse_shard
+
+    shard = None if options.shard is None else parse_shard(options.shard)
+    return RunOptions(options.force, shard, workers, options.cluster)
 
 
 def _runner(
@@ -308,6 +320,8 @@ def _exit(outcome: Outcome, session: Session) -> None:
         named = ", ".join(str(row.case.query) for row in failed[:_NAMED])
         more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
         session.error(f"{len(failed)} of {len(outcome.rows)} queries failed: {named}{more}")
+    if outcome.count("left"):
+        session.error(f"stopped: {outcome.count('left')} not begun; the same command continues from there")
     # Where every query is bad input, the call was wrong as a whole.
     all_bad = all(row.is_input for row in failed) and not outcome.count("done")
     raise typer.Exit(EXIT_USAGE if all_bad else EXIT_FAILURES)

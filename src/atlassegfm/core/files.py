@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -25,12 +26,42 @@ _TEMPORARY_PREFIX = ".writing-"
 _LEFT_OVER_SECONDS = 24 * 3600
 
 
+#: Endings of files: a folder for results is not called so by intention.
+_FILE_ENDINGS = (
+    ".nii",
+    ".gz",
+    ".nrrd",
+    ".mha",
+    ".mhd",
+    ".mgz",
+    ".dcm",
+    ".csv",
+    ".json",
+    ".html",
+    ".toml",
+    ".png",
+    ".zip",
+)
+
+
+class DiskFullError(InputError):
+    """No space is left where results go: what comes next cannot be written either."""
+
+
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise errors of the disk as :class:`InputError` about ``path``."""
+    """Raise errors of the disk as :class:`InputError` about ``path``.
+
+    Raises
+    ------
+    DiskFullError
+        If no space is left, or the user's quota is used up.
+    """
     try:
         yield
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(f"{path}: no space is left there; free some, and run the same command again") from None
         raise InputError(f"{path}: cannot write there ({error.strerror or error}); choose another place") from None
 
 
@@ -63,6 +94,8 @@ def output_folder(path: Path) -> Iterator[None]:
     InputError
         If it cannot be made or written to.
     """
+    if path.suffix.lower() in _FILE_ENDINGS and not path.exists():
+        raise InputError(f"{path}: a folder is expected here, and this is named like a file; leave out {path.suffix}")
     made: list[Path] = []
     try:
         try:

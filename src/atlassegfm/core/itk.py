@@ -84,7 +84,13 @@ def save_itk(volume: Volume, path: Path, structures: Sequence[Structure] | None)
     set_itk_grid(image, volume.grid)
     for key, text in to_slicer_metadata(structures or (), volume.grid.shape).items():
         image.SetMetaData(key, text)
-    sitk.WriteImage(image, str(path), useCompression=True)
+    try:
+        sitk.WriteImage(image, str(path), useCompression=True)
+    except RuntimeError:
+        # ITK does not say why: a full disk is told from the rest by trying.
+        with path.open("wb") as file:
+            file.write(bytes(1 << 20))
+        raise InputError(f"{path.name}: cannot be written in this format; choose another") from None
 
 
 def itk_grid(image: Any, path: Path) -> Grid:

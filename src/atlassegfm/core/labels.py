@@ -7,6 +7,7 @@ import difflib
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -92,6 +93,16 @@ def palette_color(position: int) -> tuple[int, int, int]:
     hue = (position * 0.618033988749895) % 1.0
     red, green, blue = colorsys.hsv_to_rgb(hue, 0.55 + 0.3 * (position % 3) / 2, 0.95)
     return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def file_names(structures: Sequence[Structure]) -> list[str]:
+    """Names of files for structures: what no file system takes is replaced, and equal names get the label value."""
+    plain = [re.sub(r'[\\/:*?"<>|\x00-\x1f]+', "_", one.name).strip(" .") or str(one.value) for one in structures]
+    count = Counter(name.casefold() for name in plain)
+    return [
+        f"{name}_{one.value}" if count[name.casefold()] > 1 else name
+        for name, one in zip(plain, structures, strict=True)
+    ]
 
 
 def read_names_file(path: PathLike) -> dict[int, LabelEntry]:

@@ -6,18 +6,20 @@ raises MissingExtraError.
 
 from __future__ import annotations
 
-from .files import require_dicom_extra
+from .files import is_dicom, require_dicom_extra
 from .identity import Provenance
-from .opening import is_dicom_input, open_image, open_labels
+from .opening import is_dicom_input, modalities_in, open_image, open_labels
 from .roundtrip import RoundTrip, check_round_trip
 from .rtstruct import read_rtstruct, write_rtstruct
 from .seg import read_segmentation, write_segmentation
+from .series import MODALITIES as SCAN_MODALITIES
 from .series import DicomSource, Series, find_series, is_series_folder, load_series, series_of
 from .structures import EVERYTHING, OVERLAPS, Overlap, Selection, read_synonyms, structures_in
 
 __all__ = [
     "EVERYTHING",
     "OVERLAPS",
+    "SCAN_MODALITIES",
     "DicomSource",
     "Overlap",
     "Provenance",
@@ -26,9 +28,11 @@ __all__ = [
     "Series",
     "check_round_trip",
     "find_series",
+    "is_dicom",
     "is_dicom_input",
     "is_series_folder",
     "load_series",
+    "modalities_in",
     "open_image",
     "open_labels",
     "read_rtstruct",

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..core.errors import InputError
 from ..core.image import Volume, checked_image, image_suffix, load_image, load_labels
-from .files import is_dicom, read_header
+from .files import is_dicom, read_header, text_of
 from .rtstruct import is_rtstruct, read_rtstruct
 from .seg import is_segmentation, read_segmentation
-from .series import Series, is_series_folder, load_series, series_of
+from .series import MODALITIES, Series, is_series_folder, load_series, series_of
 from .structures import EVERYTHING, Selection
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,22 @@ logger = logging.getLogger(__name__)
 def is_dicom_input(path: Path) -> bool:
     """Check whether a path is a folder of DICOM files, or a DICOM file."""
     return is_series_folder(path) or _is_dicom_file(path)
+
+
+def modalities_in(files: Iterable[Path]) -> set[str]:
+    """List modalities of DICOM files, up to the first that may be a slice of a scan.
+
+    Raises
+    ------
+    InputError
+        If a header cannot be read.
+    """
+    found = set()
+    for file in files:
+        found.add(text_of(read_header(file, ["Modality"]), "Modality"))
+        if found & set(MODALITIES):
+            break
+    return found
 
 
 def _is_dicom_file(path: Path) -> bool:

@@ -1,5 +1,6 @@
 """One job path for one query and for many.
 
+- :mod:`.scans`: scans below folders;
 - :mod:`.plan`: which queries, and where their results go;
 - :mod:`.work`: read, segment and write one case;
 - :mod:`.store`: result folders, and whether a result is still what would be computed now;
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from .plan import Case, Shard, parse_shard, plan_cases
 from .run import Outcome, Row, RunOptions, run
+from .scans import Scans, find_scans
 from .work import AtlasFiles, ContextFolder, Output, SegmentWork, provenance_of
 
 __all__ = [
@@ -24,8 +26,10 @@ __all__ = [
     "Output",
     "Row",
     "RunOptions",
+    "Scans",
     "SegmentWork",
     "Shard",
+    "find_scans",
     "parse_shard",
     "plan_cases",
     "provenance_of",

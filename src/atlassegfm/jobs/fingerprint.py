@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from ..atlas import Atlas
-from ..records import FileRecord
+from ..core.errors import InputError
+from ..core.nifti import PAIR_SUFFIXES, pair_of
+from ..records import SEGMENTATION, STATUS, FileRecord, StatusRecord
 
 #: Hexadecimal digits kept of a SHA-256: two of a billion different values share them once in 10^20.
 _DIGITS = 32
@@ -56,7 +60,32 @@ def file_record(path: Path) -> FileRecord:
         with file.open("rb") as opened:
             while block := opened.read(_BLOCK_BYTES):
                 content.update(block)
-    return FileRecord(file=path.name or path.resolve().name, stamp=stamp, sha256=content.hexdigest()[:_DIGITS])
+    return FileRecord(
+        file=path.name or path.resolve().name,
+        place=place_of(path),
+        stamp=stamp,
+        sha256=content.hexdigest()[:_DIGITS],
+    )
+
+
+def place_of(path: Path) -> str:
+    """Compute the digest of an absolute path: it tells places apart and names no folder."""
+    return digest(os.path.realpath(path))
+
+
+def owner_of(folder: Path, query: Path) -> Literal["nobody", "this", "other"]:
+    """Tell whose result a folder holds: of the query (its place, or its content anywhere), or of another scan.
+
+    A failure is nobody's: nothing is lost with it.
+    """
+    try:
+        provenance = StatusRecord.read(folder / STATUS).provenance
+    except InputError:
+        return "other" if (folder / STATUS).exists() and (folder / SEGMENTATION).exists() else "nobody"
+    record = None if provenance is None else provenance.query
+    if record is None:
+        return "nobody"
+    return "this" if record.place == place_of(query) or is_unchanged(query, record) else "other"
 
 
 def is_unchanged(path: Path, record: FileRecord | None) -> bool:
@@ -68,7 +97,7 @@ def is_unchanged(path: Path, record: FileRecord | None) -> bool:
         return False
     try:
         return _stamp(_files_of(path)) == record.stamp or file_record(path).sha256 == record.sha256
-    except OSError:
+    except (OSError, InputError):
         return False
 
 
@@ -81,6 +110,8 @@ def _files_of(path: Path) -> list[Path]:
     """The file and those its header names, or all files below a folder in order of their names."""
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
+    if path.suffix.lower() in PAIR_SUFFIXES:
+        return [*pair_of(path), *(file for file in (path.with_suffix(".mat"),) if file.is_file())]
     return [path, *_detached(path)]
 
 

@@ -1,4 +1,4 @@
-"""A run: what is missing or changed is computed, one query or ten thousand, and summarised in ``cohort.json``."""
+"""A run: what is missing or changed is computed, one query or ten thousand, and summarised."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
-from ..core.files import remove_unfinished
-from ..records import CaseRecord, CohortRecord, State
+from ..core.errors import InputError
+from ..core.files import disk_errors, remove_unfinished
+from ..records import STATUS, CaseRecord, CohortRecord, State, StatusRecord
 from .plan import Case, Shard
 from .store import why_to_compute
+from .table import read_run, write_table
 from .work import Ended, SegmentWork, Watcher, Work
 
 #: Runs cases, and yields each as it ends.
@@ -54,21 +57,6 @@ class Row:
     seconds: float = 0.0
     peak_memory_mb: int | None = None
     warnings: tuple[str, ...] = ()
-
-    def record(self) -> CaseRecord:
-        """For ``cohort.json``."""
-        return CaseRecord(
-            case=self.case.name,
-            query=self.case.query.name,
-            state=self.state,
-            kept=self.kept,
-            reason=self.reason,
-            why=self.why,
-            attempts=self.attempts,
-            seconds=round(self.seconds, 3),
-            peak_memory_mb=self.peak_memory_mb,
-            warnings=self.warnings,
-        )
 
 
 @dataclass
@@ -139,17 +127,15 @@ class RunOptions:
         For the summary.
     cluster : str or None
         For the summary.
+    prepare : callable, optional
+        Called once with the work, if there is any to do, before it goes to others; gives the work as they get it.
     """
 
     force: bool = False
     shard: Shard | None = None
     workers: int = 1
     cluster: str | None = None
-
-
-def summary_name(shard: Shard | None) -> str:
-    """Name of the summary's file: each shard has its own."""
-    return "cohort.json" if shard is None else f"cohort-{shard.number}-of-{shard.count}.json"
+    prepare: Callable[[SegmentWork], SegmentWork] = lambda work: work
 
 
 def run(
@@ -177,8 +163,35 @@ def run(
     AtlasSegError
         If no case can be done. A case that fails does not stop the others.
     """
-    start, outcome = time.perf_counter(), Outcome()
+    start, outcome = time.perf_counter(), plan_of(cases, work, options)
     remove_unfinished(work.out)
+    to_do = [row.case for row in outcome.rows.values() if row.state == "left"]
+    watcher.planned(outcome)
+    ended_any = False
+    try:
+        if to_do:
+            # Closed at once, whatever happens: its workers end with it.
+            with closing(runner(options.prepare(work), to_do, watcher)) as all_ended:
+                for ended in all_ended:
+                    fields = {key: value for key, value in vars(ended).items() if key != "disk_full"}
+                    row = Row(**fields, why=outcome.rows[ended.case.name].why)
+                    outcome.put(row)
+                    ended_any = True
+                    watcher.ended(row)
+                    if ended.disk_full:
+                        break
+    finally:
+        # Where workers were killed in the end.
+        remove_unfinished(work.out)
+        outcome.wall_seconds = time.perf_counter() - start
+        if ended_any or not to_do:
+            write_summary(outcome, work, options)
+    return outcome
+
+
+def plan_of(cases: Sequence[Case], work: SegmentWork, options: RunOptions = RunOptions()) -> Outcome:
+    """Tell which cases of a run are kept, and which are to be computed and why; nothing is computed."""
+    outcome = Outcome()
     for case in cases if options.shard is None else options.shard.part_of(cases):
         why, status = why_to_compute(case, work.out / case.name, work.provenance)
         if why or options.force or status is None:
@@ -195,34 +208,74 @@ def run(
                     warnings=status.warnings,
                 )
             )
-    to_do = [row.case for row in outcome.rows.values() if row.state == "left"]
-    watcher.planned(outcome)
-    ended_any = False
-    try:
-        if to_do:
-            # Closed at once, whatever happens: its workers end with it.
-            with closing(runner(work, to_do, watcher)) as all_ended:
-                for ended in all_ended:
-                    row = Row(**vars(ended), why=outcome.rows[ended.case.name].why)
-                    outcome.put(row)
-                    ended_any = True
-                    watcher.ended(row)
-    finally:
-        # Where workers were killed in the end.
-        remove_unfinished(work.out)
-        outcome.wall_seconds = time.perf_counter() - start
-        if ended_any or not to_do:
-            summary = CohortRecord(
-                version=work.provenance.version,
-                shard=None if options.shard is None else str(options.shard),
-                device=work.device,
-                model=work.settings.model,
-                workers=options.workers,
-                threads=work.threads,
-                cluster=options.cluster,
-                counts=outcome.counts,
-                wall_seconds=round(outcome.wall_seconds, 3),
-                cases=tuple(row.record() for row in outcome.rows.values()),
-            )
-            summary.write(work.out / summary_name(options.shard))
     return outcome
+
+
+def write_summary(outcome: Outcome, work: SegmentWork, options: RunOptions) -> None:
+    """Write ``cohort.json`` and ``cohort.csv``, of a shard under names of their own.
+
+    Without shards, results of earlier commands in the folder are listed too, marked as such.
+    """
+    shard = options.shard
+    name = "cohort" if shard is None else f"cohort-{shard.number}-of-{shard.count}"
+    names = {row.case.name for row in outcome.rows.values()}
+    earlier = [] if shard is not None else sorted(path.parent.name for path in work.out.glob(f"*/{STATUS}"))
+    records = [_case_record(row, work.out) for row in outcome.rows.values()]
+    records += [one for case in earlier if case not in names for one in _earlier_record(work.out / case)]
+    with disk_errors(work.out):
+        CohortRecord(
+            version=work.provenance.version,
+            shard=None if shard is None else str(shard),
+            device=work.device,
+            model=work.settings.model,
+            workers=options.workers,
+            threads=work.threads,
+            cluster=options.cluster,
+            counts=outcome.counts,
+            wall_seconds=round(outcome.wall_seconds, 3),
+            cases=tuple(records),
+        ).write(work.out / f"{name}.json")
+        write_table(records, work.out, work.out / f"{name}.csv")
+
+
+def _case_record(row: Row, out: Path) -> CaseRecord:
+    run = read_run(out / row.case.name) if row.state == "done" else None
+    return CaseRecord(
+        case=row.case.name,
+        query=row.case.query.name,
+        state=row.state,
+        kept=row.kept,
+        reason=row.reason,
+        why=row.why,
+        attempts=row.attempts,
+        seconds=round(row.seconds, 3),
+        peak_memory_mb=row.peak_memory_mb,
+        warnings=row.warnings,
+        verdict=None if run is None else run.verdict,
+    )
+
+
+def _earlier_record(folder: Path) -> list[CaseRecord]:
+    """The record of a result of an earlier command; none if it cannot be read."""
+    try:
+        status = StatusRecord.read(folder / STATUS)
+    except InputError:
+        return []
+    run = read_run(folder) if status.state == "done" else None
+    query = status.provenance and status.provenance.query
+    return [
+        CaseRecord(
+            case=folder.name,
+            query=query.file if query else "",
+            state=status.state,
+            kept=True,
+            reason=status.reason,
+            why="",
+            attempts=status.attempts,
+            seconds=status.total_seconds,
+            peak_memory_mb=status.peak_memory_mb,
+            warnings=status.warnings,
+            verdict=None if run is None else run.verdict,
+            in_run=False,
+        )
+    ]

@@ -2,7 +2,8 @@
 
 A folder holds
 
-- ``segmentation.nii.gz``, unless only DICOM is wanted;
+- ``segmentation.nii.gz`` or other formats, with ``colors.ctbl`` and ``labels.txt``: names and colours for 3D Slicer and
+  ITK-SNAP;
 - ``run.json``: what was done and what came out; the same inputs and settings give the same bytes;
 - ``status.json``: how it went, with seconds, memory and what it was made from;
 
@@ -24,7 +25,7 @@ import logging
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,15 @@ from ..core.config import to_dict
 from ..core.errors import InputError
 from ..core.files import disk_errors, replaced_folder
 from ..core.image import Volume, save_volume
+from ..core.labels import Structure, file_names, itk_snap_labels, slicer_color_table
 from ..core.version import __version__
 from ..models import describe_model
 from ..records import (
+    FORMATS,
+    ITK_SNAP_LABELS,
     RESULT_NAMES,
     RUN,
-    SEGMENTATION,
+    SLICER_COLORS,
     STATUS,
     ContextRecord,
     InputRecord,
@@ -64,8 +68,8 @@ from .plan import Case
 
 logger = logging.getLogger(__name__)
 
-#: File formats of a segmentation, and the file of each.
-FORMATS = {"nifti": SEGMENTATION, "rtstruct": "rtstruct.dcm", "seg": "seg.dcm"}
+#: Formats that need a DICOM series.
+_DICOM_FORMATS = ("rtstruct", "seg")
 #: Seconds since 1970 taken as now, where set: two runs then write the same bytes (reproducible-builds.org).
 _EPOCH_VARIABLE = "SOURCE_DATE_EPOCH"
 
@@ -129,7 +133,7 @@ def check_formats(formats: Sequence[str], query: Volume | None = None) -> None:
         raise InputError(
             f"unknown format {unknown[0] if unknown else ''!r}; expected some of {', '.join(FORMATS)}, commas between"
         )
-    others = [name for name in formats if name != "nifti"]
+    others = [name for name in formats if name in _DICOM_FORMATS]
     if others:
         dicom.require_dicom_extra()
     if others and query is not None and dicom.series_of(query) is None:
@@ -164,8 +168,8 @@ def why_to_compute(case: Case, folder: Path, provenance: Provenance) -> tuple[st
         return ("new" if not (folder / STATUS).exists() else "other results_format"), None
     if status.state == "failed":
         return "failed before", status
-    files = (RUN, SEGMENTATION) if "nifti" in provenance.formats else (RUN,)
-    if status.provenance is None or not all((folder / file).is_file() for file in files):
+    files = (RUN, *(FORMATS[name] for name in provenance.formats if name not in _DICOM_FORMATS))
+    if status.provenance is None or not all((folder / file).exists() for file in files):
         return "new", status
     return changed_since(status.provenance, provenance, {"query": case.query, "transform": case.transform}), status
 
@@ -216,9 +220,8 @@ def write_result(
     structures = inputs.context.atlas.structures
     run = run_record(segmentation, inputs)
     with replaced_folder(folder, RESULT_NAMES) as new, disk_errors(folder):
-        if "nifti" in formats:
-            save_volume(segmentation.labels, new / FORMATS["nifti"], structures=structures)
-        others = [name for name in FORMATS if name in formats and name != "nifti"]
+        _save_labels(segmentation.labels, structures, new, formats)
+        others = [name for name in _DICOM_FORMATS if name in formats]
         written: dict[str, Any] = {}
         if others:
             written["dicom"] = {name: _save_dicom(segmentation, inputs, new / FORMATS[name], name) for name in others}
@@ -235,6 +238,25 @@ def write_result(
         run.write(new / RUN)
         status.write(new / STATUS)
     return run
+
+
+def _save_labels(labels: Volume, structures: Sequence[Structure], folder: Path, formats: Sequence[str]) -> None:
+    """Write a label map in the formats for files, with its colour tables, or a mask for each structure."""
+    for name in formats:
+        if name == "masks":
+            save_masks(labels, structures, folder / FORMATS[name])
+        elif name not in _DICOM_FORMATS:
+            save_volume(labels, folder / FORMATS[name], structures=structures)
+    (folder / SLICER_COLORS).write_text(slicer_color_table(structures), encoding="utf-8")
+    (folder / ITK_SNAP_LABELS).write_text(itk_snap_labels(structures), encoding="utf-8")
+
+
+def save_masks(labels: Volume, structures: Sequence[Structure], folder: Path) -> None:
+    """Write a folder with a mask (0 and 1) for each structure, named after it; an absent one is empty."""
+    folder.mkdir()
+    for structure, name in zip(structures, file_names(structures), strict=True):
+        mask = Volume((labels.data == structure.value).astype(np.uint8), labels.grid, labels.source)
+        save_volume(mask, folder / f"{name}.nii.gz", structures=[replace(structure, value=1)])
 
 
 def write_failure(folder: Path, status: StatusRecord) -> None:

@@ -9,13 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
-from ..context import Context
+from ..context import Context, customize
 from ..core.config import to_toml
 from ..core.errors import AtlasSegError, InputError, ModelError
+from ..core.files import DiskFullError
 from ..core.image import Volume
 from ..core.parallel import limited_threads, peak_memory_mb, reset_peak_memory, thread_variables
 from ..core.version import __version__
 from ..dicom import Selection, open_image
+from ..fusion.gate import Gate
 from ..models import MODELS, Segmenter
 from ..models.choice import load_chosen
 from ..models.weights import find_weights
@@ -61,6 +63,8 @@ class Ended:
         Of the process that computed it.
     warnings : tuple of str
         Reasons to doubt the result as a whole.
+    disk_full : bool
+        Whether it failed because the disk is full: the next one would, too.
     """
 
     case: Case
@@ -71,6 +75,7 @@ class Ended:
     seconds: float = 0.0
     peak_memory_mb: int | None = None
     warnings: tuple[str, ...] = ()
+    disk_full: bool = False
 
 
 #: Segments a case: takes the case, the number of the attempt and a callback for stages. A failure is a result.
@@ -194,6 +199,8 @@ class SegmentWork:
     output : Output
     provenance : Provenance
         As :func:`provenance_of` gives it.
+    gate : Gate, optional
+        Trained already, for a context that has none.
     """
 
     out: Path
@@ -203,6 +210,7 @@ class SegmentWork:
     threads: int | None
     output: Output
     provenance: Provenance
+    gate: Gate | None = None
 
     @property
     def key(self) -> str:
@@ -231,9 +239,19 @@ class SegmentWork:
             )
         with limited_threads(self.threads):
             context = context or self.source.load(self.settings)
+            if context.gate is None and self.gate is not None:
+                context = replace(context, settings=self.settings, gate=self.gate)
             model = load_chosen(self.settings, self.device)
             context.check_model(model)
         return _Worker(self, context, model)
+
+    def with_gate(self, context: Context, on_stage: Callable[[str], None]) -> SegmentWork:
+        """Train the gate of a context that has none, so that it is trained once for all workers."""
+        if context.gate is not None or self.settings.model == NO_MODEL:
+            return self
+        with limited_threads(self.threads):
+            context = replace(context, settings=self.settings)
+            return replace(self, gate=customize(context, device=self.device, on_stage=on_stage).gate)
 
     def give_up(self, case: Case, reason: str, attempts: int) -> Ended:
         """Record in the case's folder that it cannot be done."""
@@ -267,7 +285,7 @@ class _Worker:
 
     def __call__(self, case: Case, attempt: int, on_stage: Callable[[str], None]) -> Ended:
         """Read, segment and write one case; on an error, an earlier result is replaced by the reason."""
-        work, start, is_input = self.work, time.perf_counter(), False
+        work, start, is_input, disk_full = self.work, time.perf_counter(), False, False
         reset_peak_memory()
         try:
             with limited_threads(work.threads):
@@ -279,7 +297,8 @@ class _Worker:
                 query = open_image(case.query, work.output.series if case.query.is_dir() else None)
                 status = self._segment(case, query, files, attempt, on_stage)
         except AtlasSegError as error:
-            reason, is_input = str(error), isinstance(error, InputError)
+            disk_full = isinstance(error, DiskFullError)
+            reason, is_input = str(error), isinstance(error, InputError) and not disk_full
         except Exception as error:
             # A defect of this program: one scan that meets it must not cost the results of all others.
             logger.exception("%s: unexpected error", case.query)
@@ -287,7 +306,8 @@ class _Worker:
         else:
             seconds, peak, warnings = status.total_seconds, status.peak_memory_mb, status.warnings
             return Ended(case, "done", attempts=attempt, seconds=seconds, peak_memory_mb=peak, warnings=warnings)
-        return work.failed(case, reason, attempt, is_input=is_input, seconds=time.perf_counter() - start)
+        ended = work.failed(case, reason, attempt, is_input=is_input, seconds=time.perf_counter() - start)
+        return replace(ended, disk_full=disk_full)
 
     def _segment(
         self,

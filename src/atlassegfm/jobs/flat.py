@@ -1,0 +1,37 @@
+"""Results in one folder, as nnU-Net writes its predictions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..core.errors import InputError
+from ..core.files import atomic_path, output_folder
+from ..records import SEGMENTATION
+from .table import read_run
+from .work import SegmentWork
+
+
+def write_flat(names: Sequence[str], work: SegmentWork, folder: Path) -> None:
+    """Copy each segmentation to ``CASE.nii.gz``, with a ``dataset.json`` of the label values.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be written to.
+    """
+    labels = {"background": 0}
+    with output_folder(folder):
+        for name in names:
+            run = read_run(work.out / name)
+            if run is None:
+                raise InputError(f"{work.out / name}: run.json cannot be read; segment again with --force")
+            labels |= {one.name: one.value for one in run.structures}
+            with atomic_path(folder / f"{name}.nii.gz") as temporary:
+                shutil.copyfile(work.out / name / SEGMENTATION, temporary)
+        if names:
+            with atomic_path(folder / "dataset.json") as temporary:
+                content = {"labels": labels, "file_ending": ".nii.gz"}
+                temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,205 @@
+"""Scans below folders: one folder a patient, nnU-Net and BIDS datasets, DICOM trees. What is not taken is named."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+
+from ..context import CONTEXT_NAMES
+from ..core.errors import AtlasSegError, InputError
+from ..core.image import NIFTI_SUFFIXES, image_stem, image_suffix
+from ..core.itk import SEGMENTATION_SUFFIX
+from ..core.labels import listed
+from ..dicom import SCAN_MODALITIES, is_dicom, modalities_in
+from ..records import RUN, STATUS
+
+#: Folders are walked so deep: project / site / patient / visit / study / series and two more.
+_MOST_LEVELS = 8
+#: A word of a file's name that says it holds labels, and names of folders of them.
+_LABEL_WORD = re.compile(r"(^|[^a-z])(seg|dseg|segmentations?|masks?|labels?|labelmaps?)([^a-z]|$)", re.IGNORECASE)
+_LABEL_FOLDER = re.compile(r"seg|segmentations?|masks?|labels?(tr|ts|val)?", re.IGNORECASE)
+#: Folders of a BIDS dataset that hold no scan of a structure.
+_BIDS_OTHERS = frozenset({"derivatives", "sourcedata", "code", "stimuli", "func", "dwi", "fmap", "perf", "meg", "eeg"})
+#: An nnU-Net image: case and channel.
+_NNUNET_IMAGE = re.compile(r"(.+)_(\d{4})")
+#: NIfTI intent code of label maps.
+_INTENT_LABEL = 1002
+_NO_IMAGE, _TAKEN = "no image file", "already taken"
+
+
+@dataclass
+class Scans:
+    """Scans that were found, and what else is there.
+
+    Parameters
+    ----------
+    found : list of Path
+        Image files and folders of DICOM series, in order of their names.
+    left_out : dict of str to list of Path
+        By reason.
+    inputs : frozenset of str
+        Real paths that are no scans where they are met in a folder: other inputs of the command.
+    """
+
+    found: list[Path] = field(default_factory=list)
+    left_out: dict[str, list[Path]] = field(default_factory=dict)
+    inputs: frozenset[str] = frozenset()
+    _taken: set[str] = field(default_factory=set)
+
+    def take(self, path: Path, *, named: bool = False) -> None:
+        """Take a scan, unless it is taken already or, if it was not named itself, another input."""
+        place = os.path.realpath(path)
+        if place in self._taken:
+            self.leave(path, _TAKEN)
+        elif place in self.inputs and not named:
+            self.leave(path, "another input of this command")
+        else:
+            self._taken.add(place)
+            self.found.append(path)
+
+    def leave(self, path: Path, reason: str) -> None:
+        """Leave a file or folder out."""
+        self.left_out.setdefault(reason, []).append(path)
+
+    def remarks(self) -> list[str]:
+        """Describe what is left out, a line for each reason."""
+        return [
+            f"left out, {reason}: {listed([str(path) for path in paths], 4)}" for reason, paths in self.left_out.items()
+        ]
+
+
+def find_scans(paths: Iterable[Path], *, inputs: Iterable[Path] = (), labels: bool = False) -> Scans:
+    """Find the scans that paths stand for.
+
+    Parameters
+    ----------
+    paths : iterable of Path
+        Files, taken as they are, and folders: of a DICOM series, or with scans anywhere below.
+    inputs : iterable of Path
+        Other files of the command, as the atlas: left out where they are met in a folder.
+    labels : bool
+        Whether label maps in folders are taken too.
+
+    Raises
+    ------
+    InputError
+        If a folder holds no scan, or cannot be read.
+    """
+    scans = Scans(inputs=frozenset(map(os.path.realpath, inputs)))
+    for path in paths:
+        before = len(scans.found)
+        if path.is_dir():
+            _walk(path, scans, labels, [], bids=False)
+        else:
+            scans.take(path, named=True)
+        if len(scans.found) == before and _TAKEN not in scans.left_out:
+            rest = "; ".join(scans.remarks())
+            raise InputError(
+                f"{path}: no scan in this folder; expected image files or DICOM series in it or below"
+                + (f" ({rest})" if rest else "")
+            )
+    return scans
+
+
+def _walk(folder: Path, scans: Scans, labels: bool, above: Sequence[str], bids: bool) -> None:
+    """Take the scans of a folder and of those below; ``above`` are the real paths of the folders on the way."""
+    place = os.path.realpath(folder)
+    if place in above:
+        scans.leave(folder, "a link to a folder above it")
+        return
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        if not above:
+            raise InputError(f"{folder}: the folder cannot be read ({error.strerror}); check the permissions") from None
+        scans.leave(folder, f"cannot be read ({error.strerror})")
+        return
+    names = {entry.name for entry in entries}
+    if above:
+        reason = _foreign(folder, names, labels, bids)
+        if reason:
+            scans.leave(folder, reason)
+            return
+    if "dataset_description.json" in names or any(name.startswith("sub-") for name in names):
+        bids = True
+    folders = [entry for entry in entries if entry.is_dir()]
+    files = [entry for entry in entries if not entry.is_dir()]
+    images = [entry for entry in files if image_suffix(entry)]
+    stems = {image_stem(entry) for entry in images}
+    for image in images:
+        if image.suffix.lower() == ".hdr" and {image.stem + ".img", image.stem + ".IMG"} & names:
+            continue  # the other file of a pair
+        reason = "" if labels else _no_scan(image, stems)
+        if reason:
+            scans.leave(image, reason)
+        else:
+            scans.take(image)
+    _take_dicom(folder, [entry for entry in files if not image_suffix(entry)], scans, labels)
+    for entry in folders:
+        if len(above) + 1 >= _MOST_LEVELS:
+            scans.leave(entry, f"more than {_MOST_LEVELS} folders deep")
+        else:
+            _walk(entry, scans, labels, [*above, place], bids)
+
+
+def _foreign(folder: Path, names: set[str], labels: bool, bids: bool) -> str:
+    """Why a folder below the one that was named holds no queries; empty if it may."""
+    if STATUS in names or RUN in names:
+        return "a result of this program"
+    if len(CONTEXT_NAMES & names) >= len(CONTEXT_NAMES) - 1:
+        return "a context of this program"
+    if bids and folder.name in _BIDS_OTHERS:
+        return "a BIDS folder without anatomical scans"
+    if not labels and _LABEL_FOLDER.fullmatch(folder.name):
+        return "a folder of label maps, by its name"
+    return ""
+
+
+def _no_scan(image: Path, stems: set[str]) -> str:
+    """Why an image file is no query; empty if it may be one. What cannot be read is left to who reads it."""
+    if image.name.lower().endswith(SEGMENTATION_SUFFIX):
+        return "a label map, by its ending"
+    match = _NNUNET_IMAGE.fullmatch(image_stem(image))
+    if match and match[2] != "0000" and f"{match[1]}_0000" in stems:
+        return "a further channel of a scan"
+    if _LABEL_WORD.search(image_stem(image)):
+        return "a label map, by its name"
+    if image_suffix(image) in NIFTI_SUFFIXES and image.is_file():
+        try:
+            header: Any = nib.load(image).header
+        except Exception:  # noqa: BLE001  (nibabel raises a dozen kinds on damaged files)
+            return ""
+        if int(header["intent_code"]) == _INTENT_LABEL:
+            return "a label map, by its header"
+    return ""
+
+
+def _take_dicom(folder: Path, files: list[Path], scans: Scans, labels: bool) -> None:
+    """Take a folder with DICOM images as one scan; other files are left out."""
+    try:
+        dicom = [file for file in files if file.is_file() and (file.suffix.lower() == ".dcm" or is_dicom(file))]
+    except InputError as error:
+        scans.leave(folder, str(error))
+        return
+    for file in files:
+        if file not in dicom:
+            scans.leave(file, _NO_IMAGE)
+    if not dicom:
+        return
+    try:
+        found = modalities_in(dicom)
+    except AtlasSegError:
+        found = {SCAN_MODALITIES[0]}  # reading it says what is wrong
+    if found & set(SCAN_MODALITIES):
+        scans.take(folder)
+    elif labels:
+        for file in dicom:
+            scans.take(file)
+    else:
+        scans.leave(folder, f"DICOM files without a scan ({listed(sorted(found))})")
