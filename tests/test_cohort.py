@@ -258,7 +258,7 @@ def test_summary(folder: Path, run: Run) -> None:
 
 
 def test_long_tables_show_what_needs_a_look(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("atlassegfm.cli.progress._LISTED", 3)
+    monkeypatch.setattr("atlassegfm.cli.outcome._LISTED", 3)
     (folder / "scans/damaged.nii.gz").write_bytes(b"no scan at all")
     out = run(*COMMAND, *FAST).out
     assert "damaged" in out
@@ -393,7 +393,7 @@ def test_interrupt_keeps_what_is_done(folder: Path, run: Run, monkeypatch: pytes
     assert outcome.code == 130
     assert outcome.err.endswith("stopped: 2 done, 1 left; the same command continues from there\ninterrupted\n")
     assert {row["state"] for row in rows_of(folder / "out").values()} == {"done", "left"}
-    assert sorted(path.name for path in (folder / "out").iterdir()) == ["case0", "case1", "cohort.json"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == ["case0", "case1", "cohort.csv", "cohort.json"]
     outcome = run(*COMMAND, *FAST)
     assert outcome.code == 0
     assert "2 of 3 kept, 1 to do (1 new)" in outcome.err

@@ -122,7 +122,10 @@ def test_demo(folder: Path, run: Run) -> None:
     assert outcome.code == 0, outcome.err
     assert {str(path.relative_to(folder / "demo")) for path in (folder / "demo").rglob("*") if path.is_file()} == {
         *(f"data/{name}" for name in (demo.ATLAS, demo.LABELS, demo.QUERY, demo.REFERENCE)),
-        *(f"result/query/{name}" for name in ("segmentation.nii.gz", "run.json", "status.json")),
+        *(
+            f"result/query/{name}"
+            for name in ("segmentation.nii.gz", "colors.ctbl", "labels.txt", "run.json", "status.json")
+        ),
         "demo.png",
     }
     for text in ("atlas only", "model", "fused", "liver", "mean", "demo/demo.png"):

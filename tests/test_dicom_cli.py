@@ -71,7 +71,7 @@ def test_series_and_rtstruct_to_three_formats(here: Path, run: Run) -> None:
     assert outcome.code == 0, outcome.err
     made = here / "out" / "query"
     assert {path.name for path in made.iterdir()} == {
-        *("segmentation.nii.gz", "rtstruct.dcm", "seg.dcm", "run.json", "status.json")
+        *("segmentation.nii.gz", "colors.ctbl", "labels.txt", "rtstruct.dcm", "seg.dcm", "run.json", "status.json")
     }
     query = load_series(here / "query")
     nifti = load_labels(made / "segmentation.nii.gz")
@@ -228,7 +228,12 @@ def test_folder_of_series_and_choice_of_one(here: Path, run: Run) -> None:
     assert (here / "out" / "first.patient" / "segmentation.nii.gz").exists()
     both = run(*arguments, "--atlas-series", "thorax", "--series", "3")
     assert both.code == 0, both.err
-    assert sorted(path.name for path in (here / "out").iterdir()) == ["cohort.json", "first.patient", "second"]
+    assert sorted(path.name for path in (here / "out").iterdir()) == [
+        "cohort.csv",
+        "cohort.json",
+        "first.patient",
+        "second",
+    ]
 
 
 def test_refusals_write_no_result(here: Path, run: Run) -> None:
@@ -256,7 +261,7 @@ def test_refusals_write_no_result(here: Path, run: Run) -> None:
         assert refused.err.count("error:") == 1
         written = {path.name for path in here.glob("out/**/*") if path.is_file()}
         # Refused before the run, or the failure of its only case.
-        assert written in (set(), {"status.json", "cohort.json"})
+        assert written in (set(), {"status.json", "cohort.json", "cohort.csv"})
         for path in here.glob("out/*/status.json"):
             assert StatusRecord.read(path).state == "failed"
         shutil.rmtree(here / "out", ignore_errors=True)

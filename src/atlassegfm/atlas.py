@@ -6,10 +6,10 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,11 @@ from numpy.typing import NDArray
 from .core.errors import InputError
 from .core.geometry import Grid
 from .core.image import Volume, checked_image, smallest_label_type
-from .core.labels import LabelTable, Structure, dataset_json_of, listed, read_names_file, structures_of
-from .dicom import EVERYTHING, Selection, open_image, open_labels
+from .core.labels import LabelTable, Structure, dataset_json_of, distinct_names, listed, read_names_file, structures_of
+from .dicom import EVERYTHING, Selection, is_dicom_input, open_image, open_labels
+
+if TYPE_CHECKING:
+    from .core.image import ImageLike
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +56,8 @@ class Atlas:
     @classmethod
     def from_files(
         cls,
-        image: str | os.PathLike[str],
-        labels: str | os.PathLike[str],
+        image: ImageLike,
+        labels: ImageLike,
         names: str | os.PathLike[str] | None = None,
         *,
         series: str | None = None,
@@ -64,9 +67,10 @@ class Atlas:
 
         Parameters
         ----------
-        image, labels : path
-            The scan and its label map: the same voxels, in any array order each. The scan may be the folder of a
-            DICOM series, the labels an RTSTRUCT or DICOM-SEG.
+        image, labels : path or image
+            The scan and its label map: the same voxels, in any array order each. The scan may be the folder of a DICOM
+            series, the labels an RTSTRUCT or DICOM-SEG; both may be images in memory, see
+            :func:`~atlassegfm.core.image.as_volume`.
         names : path, optional
             Names and colours in a form that :func:`~atlassegfm.core.labels.read_names_file` reads. They come
             before those in the header of ``labels``, which come before those of the ``dataset.json`` beside
@@ -74,14 +78,17 @@ class Atlas:
         series : str, optional
             Which DICOM series of the folder, as :func:`~atlassegfm.dicom.load_series` takes it.
         selection : Selection, optional
-            Which structures of an RTSTRUCT or DICOM-SEG, and what they are called.
+            Which structures, and what they are called.
 
         Raises
         ------
         InputError
             If a file cannot be used, or the labels lie on other voxels than the atlas.
         """
-        image, labels, names = Path(image), Path(labels), None if names is None else Path(names)
+        image_name, labels_name = (
+            str(one) if isinstance(one, str | os.PathLike) else word
+            for one, word in ((image, "the atlas"), (labels, "the labels"))
+        )
         # The names are cheap to check and come first: the atlas may take seconds to read.
         given = None if names is None else read_names_file(names)
         scan = open_image(image, series)
@@ -91,18 +98,20 @@ class Atlas:
             unknown = sorted(set(given) - set(_values_of(label_map.data)))
             if unknown:
                 listed = ", ".join(f"{value} ({given[value].name})" for value in unknown)
-                logger.warning("%s: names values that %s does not have: %s", names, labels, listed)
+                logger.warning("%s: names values that %s does not have: %s", names, labels_name, listed)
             tables.append(given)
         if label_map.source is not None:
             tables.append(label_map.source.label_table)
-        dataset = dataset_json_of(labels)
+        on_disk = isinstance(labels, str | os.PathLike)
+        dataset = dataset_json_of(Path(labels_name)) if on_disk else None
         if dataset is not None:
             try:
                 tables.append(read_names_file(dataset))
             except InputError as error:
                 # Nobody asked for this file: it may belong to something else.
                 logger.warning("%s; its names are not used", error)
-        return cls._built(scan, label_map, tables, str(image), str(labels))
+        chosen = EVERYTHING if on_disk and is_dicom_input(Path(labels_name)) else selection
+        return cls._built(scan, label_map, tables, image_name, labels_name, chosen)
 
     @classmethod
     def from_volumes(cls, atlas: Volume, labels: Volume, structures: Sequence[Structure] = ()) -> Atlas:
@@ -134,7 +143,13 @@ class Atlas:
 
     @classmethod
     def _built(
-        cls, image: Volume, labels: Volume, tables: Sequence[LabelTable], image_name: str, labels_name: str
+        cls,
+        image: Volume,
+        labels: Volume,
+        tables: Sequence[LabelTable],
+        image_name: str,
+        labels_name: str,
+        selection: Selection = EVERYTHING,
     ) -> Atlas:
         if labels.grid.axes_relative_to(image.grid) is None:
             raise InputError(_mismatch(image, labels, image_name, labels_name))
@@ -145,11 +160,20 @@ class Atlas:
                 f"{labels_name}: these are the voxels of the scan itself ({image_name}), not labels; "
                 "give the label map that was drawn on it"
             )
-        return cls(
-            scan,
-            Volume(np.ascontiguousarray(turned.data), scan.grid, labels.source),
-            structures_of(_values_of(labels.data), tables),
-        )
+        structures = structures_of(_values_of(labels.data), tables)
+        data = np.ascontiguousarray(turned.data)
+        if selection != EVERYTHING:
+            order = selection.select([(one.value, one.name) for one in structures], Path(labels_name))
+            structures = tuple(
+                replace(structures[n], name=selection.renamed(structures[n].name)) for n in sorted(order)
+            )
+            data = np.where(np.isin(data, [one.value for one in structures]), data, data.dtype.type(0))
+        names = distinct_names([one.name for one in structures])
+        for one, name in zip(structures, names, strict=True):
+            if name != one.name:
+                logger.warning("%s: several structures are called %s; the later is %s", labels_name, one.name, name)
+        structures = tuple(replace(one, name=name) for one, name in zip(structures, names, strict=True))
+        return cls(scan, Volume(data, scan.grid, labels.source), structures)
 
     @property
     def values(self) -> tuple[int, ...]:

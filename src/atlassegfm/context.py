@@ -18,7 +18,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from .core.files import replaced_folder
 from .core.geometry import Grid
 from .core.image import Volume, load_volume, save_volume, smallest_label_type
 from .core.labels import Structure
-from .core.progress import StageClock
+from .core.progress import StageClock, stage_printer
 from .core.version import __version__
 from .dicom import EVERYTHING, Selection
 from .fusion.correction import Correction
@@ -40,6 +40,9 @@ from .models import Segmenter
 from .models.choice import load_chosen, prompt_kind
 from .prompts import PromptKind
 from .settings import NO_MODEL, Settings
+
+if TYPE_CHECKING:
+    from .core.image import ImageLike
 
 #: Format of the folder: raised when its files change, or what a gate is trained on.
 FORMAT = 5
@@ -103,8 +106,8 @@ class Context:
     @classmethod
     def from_files(
         cls,
-        image: str | os.PathLike[str],
-        labels: str | os.PathLike[str],
+        image: ImageLike,
+        labels: ImageLike,
         names: str | os.PathLike[str] | None = None,
         *,
         settings: Settings | None = None,
@@ -280,6 +283,7 @@ def customize(
     device: str = "auto",
     model: Segmenter | None = None,
     on_stage: Callable[[str], None] | None = None,
+    progress: bool = False,
 ) -> Context:
     """Train what all queries of a context share: the gate, on simulated registration errors of the atlas.
 
@@ -291,6 +295,8 @@ def customize(
         The model that the settings name, if it is loaded already.
     on_stage : callable, optional
         Called with the name of the stage, and of each structure.
+    progress : bool
+        Whether to print the stage to standard error.
 
     Returns
     -------
@@ -310,7 +316,7 @@ def customize(
     model = model or load_chosen(settings, device)
     if model is None:
         return context
-    with memory_errors(), StageClock(on_stage).stage("gate") as report:
+    with memory_errors(), StageClock(on_stage or (stage_printer() if progress else None)).stage("gate") as report:
         return train_context(context, model, settings, device=device, on_structure=report)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,8 @@ from .context import Context, train_context
 from .core.device import memory_errors, reproducible, resolve_device
 from .core.image import Volume
 from .core.mask import LocalMap
-from .core.progress import StageClock
+from .core.progress import StageClock, stage_printer
+from .dicom import open_image
 from .fusion.fuse import fuse_structures, is_empty_prediction
 from .fusion.label_map import label_map
 from .fusion.topology import count_parts, remove_islands
@@ -36,6 +37,9 @@ from .settings import Settings
 from .transforms.maps import Transform
 from .transforms.resample import warp_labels
 
+if TYPE_CHECKING:
+    from .core.image import ImageLike
+
 #: A structure counts as outside from this fraction out of view on: with less than a tenth of it in view, registration
 #: errors of a few mm decide whether any of it is.
 _OUTSIDE_FRACTION = 0.9
@@ -45,13 +49,14 @@ _MOSTLY_OUTSIDE_FRACTION = 0.5
 
 def segment(
     context: Context,
-    query: Volume,
+    query: ImageLike,
     settings: Settings | None = None,
     *,
     device: str = "auto",
     model: Segmenter | None = None,
     transforms: Sequence[Transform] = (),
     on_stage: Callable[[str], None] | None = None,
+    progress: bool = False,
 ) -> Segmentation:
     """Segment one scan with the atlas of a context.
 
@@ -60,8 +65,8 @@ def segment(
     context : Context
         The atlas, settings and, once trained, the gate. Without a gate, one is trained first; it is the result's
         ``gate``, and serves every query of the context.
-    query : Volume
-        Intensities in any array order, spacing and field of view.
+    query : Volume, path or image
+        In any array order, spacing and field of view; see :func:`~atlassegfm.core.image.as_volume` for images.
     settings : Settings, optional
         Those of the context by default. Settings that the trained gate depends on must be the context's.
     device : {"auto", "cpu", "cuda"}
@@ -69,27 +74,27 @@ def segment(
     model : Segmenter, optional
         The model that ``settings.model`` names, if it is loaded already.
     transforms : sequence of Transform
-        Taken instead of registering: query world to atlas world, RAS+ mm. The first one is reported; labels are
-        averaged over all.
-    on_stage : callable, optional
-        Called with the name of each stage.
+        Taken instead of registering: query to atlas, RAS+ mm. The first is reported; labels are averaged over all.
+    on_stage, progress : callable and bool, optional
+        Called with the name of each stage; print it to standard error.
 
     Raises
     ------
     InputError
         If the scan, a setting or a transform cannot be used.
     RegistrationError
-        If one of the scans holds nothing but background.
+        If a scan holds nothing but background.
     ModelError
-        If the model or the device cannot do what was asked.
+        If model or device cannot do it.
     """
     settings = settings or context.settings
     context.check_settings(settings)
     prompt, device = prompt_kind(settings), resolve_device(device)
+    query = query if isinstance(query, Volume) else open_image(query)
     scan = canonical_scan(query, "the query" if query.source is None else str(query.source.path))
     model = model or load_chosen(settings, device)
     context.check_model(model)
-    atlas, clock = context.atlas, StageClock(on_stage)
+    atlas, clock = context.atlas, StageClock(on_stage or (stage_printer() if progress else None))
     with reproducible(settings.seed), memory_errors():
         with clock.stage("registration") as report:
             if transforms:

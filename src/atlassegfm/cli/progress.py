@@ -83,4 +83,4 @@ def duration(seconds: float) -> str:
 
 def with_path(row: Row) -> str:
     """Why a case failed, with the path as the user gave it."""
-    return f"{row.case.query}{row.reason.removeprefix(row.case.name)}"
+    return f"{row.case.query}{row.reason.removeprefix(row.case.query.name)}"

@@ -95,6 +95,21 @@ def palette_color(position: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """Tell equal names apart: "A", "A (2)"; scores and tables that go by names would mix them."""
+    given: set[str] = {plain_name(name) for name in names}
+    seen: set[str] = set()
+    distinct = []
+    for name in names:
+        new, number = name, 1
+        while plain_name(new) in seen or (number > 1 and plain_name(new) in given):
+            number += 1
+            new = f"{name} ({number})"
+        seen.add(plain_name(new))
+        distinct.append(new)
+    return distinct
+
+
 def file_names(structures: Sequence[Structure]) -> list[str]:
     """Names of files for structures: what no file system takes is replaced, and equal names get the label value."""
     plain = [re.sub(r'[\\/:*?"<>|\x00-\x1f]+', "_", one.name).strip(" .") or str(one.value) for one in structures]

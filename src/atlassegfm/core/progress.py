@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,3 +28,14 @@ class StageClock:
         start = time.perf_counter()
         yield lambda part: self._report(f"{name}: {part}")
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def stage_printer() -> Callable[[str], None]:
+    """Make a callback that prints each stage to standard error, with the seconds since it was made."""
+    start = time.perf_counter()
+
+    def show(stage: str) -> None:
+        if ": " not in stage:
+            sys.stderr.write(f"[{time.perf_counter() - start:6.1f} s] {stage}\n")
+
+    return show

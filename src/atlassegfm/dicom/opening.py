@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..core.errors import InputError
 from ..core.image import Volume, checked_image, image_suffix, load_image, load_labels
@@ -13,6 +15,9 @@ from .rtstruct import is_rtstruct, read_rtstruct
 from .seg import is_segmentation, read_segmentation
 from .series import MODALITIES, Series, is_series_folder, load_series, series_of
 from .structures import EVERYTHING, Selection
+
+if TYPE_CHECKING:
+    from ..core.image import ImageLike
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +47,19 @@ def _is_dicom_file(path: Path) -> bool:
     return path.is_file() and image_suffix(path) is None and is_dicom(path)
 
 
-def open_image(path: Path, series: str | None = None) -> Volume:
-    """Read an image file or a DICOM folder as float32 intensities; ``series`` chooses as in :func:`load_series`.
+def open_image(image: ImageLike, series: str | None = None) -> Volume:
+    """Read an image file, a DICOM folder or an image in memory as float32 intensities.
+
+    ``series`` chooses as in :func:`load_series`.
 
     Raises
     ------
     InputError
         As :func:`~atlassegfm.core.image.load_image` and :func:`~.series.load_series`.
     """
+    if not isinstance(image, str | os.PathLike):
+        return load_image(image)
+    path = Path(image)
     if is_series_folder(path):
         return checked_image(load_series(path, series, as_float=True), path)
     if _is_dicom_file(path):
@@ -60,7 +70,7 @@ def open_image(path: Path, series: str | None = None) -> Volume:
 
 
 def open_labels(
-    path: Path,
+    image: ImageLike,
     on: Volume | Series | None = None,
     selection: Selection = EVERYTHING,
     *,
@@ -71,12 +81,12 @@ def open_labels(
 
     Parameters
     ----------
-    path
-        An image file, an RTSTRUCT or a DICOM-SEG.
+    image
+        An image file, an RTSTRUCT, a DICOM-SEG or a label map in memory.
     on
         The scan it was drawn on; an RTSTRUCT needs it. Patient and frame of reference are compared with a series.
     selection
-        Which structures of an RTSTRUCT or DICOM-SEG.
+        Which structures of an RTSTRUCT or DICOM-SEG; an image file is read whole.
     allow_empty
         Accept an image file without any label.
     tell
@@ -88,11 +98,14 @@ def open_labels(
         As :func:`~atlassegfm.core.image.load_labels`, :func:`~.rtstruct.read_rtstruct` and
         :func:`~.seg.read_segmentation`.
     """
+    if not isinstance(image, str | os.PathLike):
+        return load_labels(image, allow_empty=allow_empty)
+    path = Path(image)
     if not _is_dicom_file(path):
         if is_series_folder(path):
             raise InputError(f"{path}: a folder of DICOM files; expected one RTSTRUCT or DICOM-SEG file")
-        if selection.wanted or selection.synonyms:
-            raise InputError(f"{path}: structures are chosen from RTSTRUCT and DICOM-SEG only; leave --structures out")
+        if selection.overlap != EVERYTHING.overlap:
+            raise InputError(f"{path}: structures of a label map do not overlap; leave --overlap out")
         return load_labels(path, allow_empty=allow_empty)
     header = read_header(path, ["SOPClassUID", "Modality"])
     series = series_of(on) if isinstance(on, Volume) else on

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..core.errors import InputError
 from ..core.geometry import Grid
 from ..core.image import Volume, smallest_label_type
-from ..core.labels import LabelEntry, Structure, listed, match_rank, palette_color, plain_name
+from ..core.labels import LabelEntry, Structure, distinct_names, listed, match_rank, palette_color, plain_name
 from .series import DicomSource, Series
 
 Color = tuple[int, int, int]
@@ -170,6 +170,8 @@ def merge(
     """
     grid, series = (on.grid, on) if isinstance(on, Series) else (on, None)
     masks, warnings = _renumber(masks)
+    masks, renamed = _told_apart(masks)
+    warnings += renamed
     for one in masks:
         if not one.mask.any():
             raise InputError(
@@ -196,6 +198,13 @@ def merge(
         raise InputError(f"{path}: nothing is left of {listed(lost)}, as others lie over it; choose with --structures")
     table = {one.number: LabelEntry(one.name, one.color or palette_color(n)) for n, one in enumerate(masks)}
     return Volume(data, grid, DicomSource(path, None, table, (*notes, *warnings), series))
+
+
+def _told_apart(masks: Sequence[StructureMask]) -> tuple[list[StructureMask], list[str]]:
+    names = distinct_names([one.name for one in masks])
+    new = [name for name, one in zip(names, masks, strict=True) if name != one.name]
+    notes = [f"several structures have one name; they are told apart as {listed(new, 6)}"] if new else []
+    return [replace(one, name=name) for one, name in zip(masks, names, strict=True)], notes
 
 
 def _renumber(masks: Sequence[StructureMask]) -> tuple[list[StructureMask], list[str]]:

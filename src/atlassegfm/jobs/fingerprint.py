@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import numpy as np
 from ..atlas import Atlas
 from ..core.errors import InputError
 from ..core.nifti import PAIR_SUFFIXES, pair_of
-from ..records import SEGMENTATION, STATUS, FileRecord, StatusRecord
+from ..records import STATUS, FileRecord
 
 #: Hexadecimal digits kept of a SHA-256: two of a billion different values share them once in 10^20.
 _DIGITS = 32
@@ -76,14 +77,12 @@ def place_of(path: Path) -> str:
 def owner_of(folder: Path, query: Path) -> Literal["nobody", "this", "other"]:
     """Tell whose result a folder holds: of the query (its place, or its content anywhere), or of another scan.
 
-    A failure is nobody's: nothing is lost with it.
+    A failure is nobody's: nothing is lost with it. Results of any format number count.
     """
     try:
-        provenance = StatusRecord.read(folder / STATUS).provenance
-    except InputError:
-        return "other" if (folder / STATUS).exists() and (folder / SEGMENTATION).exists() else "nobody"
-    record = None if provenance is None else provenance.query
-    if record is None:
+        content = json.loads((folder / STATUS).read_text(encoding="utf-8"))
+        record = FileRecord.model_validate(content["provenance"]["query"])
+    except (OSError, ValueError, KeyError, TypeError):
         return "nobody"
     return "this" if record.place == place_of(query) or is_unchanged(query, record) else "other"
 
