@@ -278,8 +278,8 @@ def score(dice: float, status: Any = "ok", cldice: float | None = None) -> Struc
 
 def test_records_come_back_from_json(tmp_path: Path) -> None:
     rows = (
-        Row("query", "atlas", 1, "nan", score(0.75)),
-        Row("query", "model", 1, "liver", score(math.nan, "both_empty", math.nan)),
+        Row("query", 1, "nan", score(0.75), "atlas"),
+        Row("query", 1, "liver", score(math.nan, "both_empty", math.nan), "model"),
     )
     record = PairRecord(
         variant="v",
@@ -659,7 +659,7 @@ def test_a_damaged_pair_is_reported(dataset: Dataset, tmp_path: Path, spy: Spy) 
         with pytest.raises(InputError) as raised:
             run(plan, out)
         assert str(raised.value).startswith(f"{path}: ")
-        assert str(raised.value).endswith("delete it, and it is computed again")
+        assert str(raised.value).endswith("delete it to compute the pair again")
     path.unlink()
     spy.calls.clear()
     run(plan, out)
@@ -765,7 +765,7 @@ def test_another_version_is_refused_and_other_files_are_computed_again(
     run(plan, out)
     assert len(spy.calls) == sum("case_3" in (pair.atlas, pair.query) for pair in plan.pairs) == 1
     assert caplog.messages == [
-        "case_1 -> case_3: files have changed, and it is computed again",
+        "case_1 -> case_3: files have changed; computed again",
         f"{out}: 2 of 3 are done already",
     ]
 
@@ -796,12 +796,12 @@ def test_force_begins_anew(dataset: Dataset, tmp_path: Path, spy: Spy) -> None:
 def _foreign(out: Path) -> str:
     out.mkdir()
     (out / "thesis.docx").write_text("years of work")
-    return "{out}: holds other files (thesis.docx); choose another folder for the benchmark"
+    return "holds other files (thesis.docx)"
 
 
 def _file(out: Path) -> str:
     out.write_text("in the way")
-    return "{out}: a file is in the way, expected a folder for the benchmark; choose another"
+    return "is not a folder"
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -810,20 +810,19 @@ def test_the_files_of_others_are_not_touched(
     dataset: Dataset, tmp_path: Path, spy: Spy, make: Callable[[Path], str], force: bool
 ) -> None:
     out = tmp_path / "out"
-    message = make(out).format(out=out)
+    found = make(out)
     before = content_of(tmp_path)
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(InputError, match=re.escape(f"{out}: ")) as raised:
         run(plan_of(dataset), out, force=force)
-    assert str(raised.value) == message
+    assert found in str(raised.value)
     assert content_of(tmp_path) == before
     assert not spy.calls
 
 
 def test_folders_that_cannot_be_used(dataset: Dataset, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path}/file/out: cannot write there (Not a directory)")):
         run(plan_of(dataset), tmp_path / "file" / "out")
-    assert str(raised.value) == f"{tmp_path}/file/out: cannot be made (Not a directory); choose another place"
     out = tmp_path / "out"
     run(plan_of(dataset), out)
     (out / "plan.json").unlink()
@@ -849,7 +848,7 @@ def made_up() -> Column:
     pairs = (Pair("a", "x"), Pair("a", "y"), Pair("b", "x"))
     dice = ((0.8, 0.4), (0.6, math.nan), (0.5, math.nan))
     rows = [
-        Row(pair.query, "fused", value, f"organ {value}", score(one, "both_empty" if math.isnan(one) else "ok"))
+        Row(pair.query, value, f"organ {value}", score(one, "both_empty" if math.isnan(one) else "ok"), "fused")
         for pair, scores in zip(pairs, dice, strict=True)
         for value, one in zip((2, 1), scores, strict=True)
     ]
@@ -865,9 +864,9 @@ def test_columns_by_hand() -> None:
     np.testing.assert_allclose(column.pair_means(), [0.6, 0.6, 0.5])
     np.testing.assert_allclose(column.pair_means("nsd"), [0.3, 0.3, 0.25])
     assert np.isnan(column.pair_means("cldice")).all()
-    assert column.of_atlas("a") == pytest.approx((0.4 + 0.7) / 2)
-    assert column.of_atlas("b") == pytest.approx(0.5)
-    assert column.of_atlas("a", "nsd") == pytest.approx(0.275)
+    assert column.by_atlas()["a"] == pytest.approx((0.4 + 0.7) / 2)
+    assert column.by_atlas()["b"] == pytest.approx(0.5)
+    assert column.by_atlas("nsd")["a"] == pytest.approx(0.275)
     over = column.over_atlases()
     assert (over.count, over.low, over.high) == (2, pytest.approx(0.5), pytest.approx(0.55))
     assert over.mean == pytest.approx(0.525)
