@@ -79,7 +79,7 @@ class PairRunner:
         self._unnamed: dict[str, set[int]] = {}
 
     def run(self, variant: Variant, pair: Pair) -> PairRecord:
-        """Segment and score one pair; it has failed where registration or model give up."""
+        """Segment and score one pair, which has failed if registration or model raise an error."""
         query, reference = self._query(pair.query)
         model = self.load(variant)
         atlas = None if variant.prompts_from == "user" else self._atlas(pair.atlas)

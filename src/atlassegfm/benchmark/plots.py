@@ -70,16 +70,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 def dice_figure(columns: Sequence[Column], dataset: str) -> Figure:
     """Draw the Dice coefficients: a row for each structure, a lane for each of at least one column.
 
-    Parameters
-    ----------
-    columns : sequence of Column
-    dataset : str
-        Name for the title.
-
-    Raises
-    ------
-    MissingExtraError
-        If matplotlib is not installed.
+    MissingExtraError if matplotlib is not installed.
     """
     require_report_extra()
     from matplotlib import rc_context
@@ -116,7 +107,7 @@ def dice_figure(columns: Sequence[Column], dataset: str) -> Figure:
 def dice_and_time_figure(columns: Sequence[Column], records: Sequence[PairRecord], dataset: str) -> Figure:
     """Draw the mean Dice coefficient of each pair over its time, by the method that each variant ends in.
 
-    Parameters and errors are those of :func:`dice_figure`, with the records of the same pairs.
+    The records are of the same pairs. MissingExtraError if matplotlib is not installed.
     """
     require_report_extra()
     from matplotlib import rc_context

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 
@@ -14,9 +13,7 @@ from ..core.labels import listed
 
 logger = logging.getLogger(__name__)
 
-Protocol = Literal["one-shot-5fold", "one-to-all", "all-pairs"]
-PROTOCOLS: tuple[str, ...] = get_args(Protocol)
-FOLDS = 5  # [paper]
+PROTOCOLS = ("one-shot-5fold", "one-to-all", "all-pairs")
 
 
 @dataclass(frozen=True)
@@ -32,11 +29,11 @@ def make_pairs(
     protocol: str,
     *,
     seed: int = 0,
-    folds: int = FOLDS,
+    folds: int = 5,
     atlases: Sequence[str] = (),
     every: int = 1,
 ) -> tuple[Pair, ...]:
-    """Pairs of a protocol, those of one atlas together.
+    """Make the pairs of a protocol, those of one atlas together.
 
     Parameters
     ----------
@@ -49,7 +46,7 @@ def make_pairs(
     seed : int
         Of the shuffle.
     folds : int
-        At least 2.
+        At least 2 [paper: 5].
     atlases : sequence of str
         For "one-to-all"; the first case if left out.
     every : int

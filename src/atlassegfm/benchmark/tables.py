@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -111,30 +111,19 @@ def compare_columns(columns: Sequence[Column], seed: int) -> list[Comparison]:
 
 
 def write_reports(plan: Plan, records: Sequence[PairRecord], out: Path, *, plots: bool = True) -> dict[str, Any]:
-    """Write all tables of a benchmark, and ``dice.png`` and ``dice-time.png`` with ``plots``, into its folder.
+    """Write all tables of a benchmark, and its plots if wanted, into its folder.
 
-    Returns
-    -------
-    dict
-        Content of ``summary.json``.
-
-    Raises
-    ------
-    InputError
-        If a file cannot be written.
-    MissingExtraError
-        If plots are wanted and matplotlib is not installed.
+    Returns the content of ``summary.json``. InputError if a file cannot be written, MissingExtraError if plots are
+    wanted and matplotlib is not installed.
     """
     columns = columns_of(plan, records)
     comparisons = compare_columns(columns, plan.seed)
     write_scores(out / "results.csv", _score_rows(records))
     write_scores(out / "times.csv", _cost_rows(records))
-    # What the pairs were made with, as recorded then.
     made = json.loads((out / PLAN).read_text(encoding="utf-8"))
-    summary = _summary(plan, records, columns, comparisons, made)
+    summary = {"benchmark": plan.title, **made, **_summary(plan, records, columns, comparisons)}
     _write(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    page = _Page(plan, records, columns, comparisons, plots)
-    _write(out / "report.md", "\n".join(page.lines()) + "\n")
+    _write(out / "report.md", "\n".join(_Page(plan, records, columns, comparisons, plots).lines()) + "\n")
     if plots:
         from .plots import dice_and_time_figure, dice_figure, save_figure
 
@@ -183,15 +172,9 @@ def _cost_rows(records: Sequence[PairRecord]) -> list[dict[str, Any]]:
 
 
 def _summary(
-    plan: Plan,
-    records: Sequence[PairRecord],
-    columns: Sequence[Column],
-    comparisons: Sequence[Comparison],
-    made: Mapping[str, Any],
+    plan: Plan, records: Sequence[PairRecord], columns: Sequence[Column], comparisons: Sequence[Comparison]
 ) -> dict[str, Any]:
     return {
-        "benchmark": plan.title,
-        **made,
         "pairs": [[pair.atlas, pair.query] for pair in plan.pairs],
         "seed": plan.seed,
         "tolerances": plan.tolerances.origin,

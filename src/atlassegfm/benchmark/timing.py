@@ -28,17 +28,7 @@ from .pairs import restricted
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a job.
-
-    Parameters
-    ----------
-    name : str
-        As in ``run.json``; parts of the registration begin with "registration: ".
-    seconds : float
-        Median wall time.
-    parameters : int or None
-        Number of parameters that are fitted; None where nothing is.
-    """
+    """One stage of a job, or a part of it ("registration: affine"): median wall time, number of fitted parameters."""
 
     name: str
     seconds: float
@@ -126,8 +116,7 @@ def _resized(volume: Volume, shape: tuple[int, int, int], *, order: int) -> Volu
     """Resample to another number of voxels over the same field of view."""
     grid = volume.grid
     factor = np.array(grid.shape) / shape
-    affine = np.eye(4)
-    affine[:3, :3] = grid.affine[:3, :3] * factor
+    affine = grid.affine @ np.diag([*factor, 1.0])
     affine[:3, 3] = grid.voxel_to_world(factor / 2 - 0.5)
     onto = Grid(shape, affine)
     return Volume(resample(volume, onto, order=order), onto)
