@@ -274,15 +274,17 @@ def test_contexts_that_cannot_be_used(ctx: Path, change: Callable[[Path], None],
 
 
 def test_no_context(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="ctx: no such folder; expected a context, as atlassegfm customize writes one"):
+    with pytest.raises(
+        InputError, match="ctx: no such folder; expected a context folder, as atlassegfm customize writes"
+    ):
         Context.load(tmp_path / "ctx")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file: is a file; expected a context folder"):
         Context.load(tmp_path / "file")
-    with pytest.raises(InputError, match=r"is no context, as it has no context\.toml; expected a folder that"):
+    with pytest.raises(InputError, match=r"has no context\.toml; expected a context folder"):
         Context.load(tmp_path)
     (tmp_path / "context.toml").write_text("x = 1\n")
-    with pytest.raises(InputError, match="a context in the format None, but this version"):
+    with pytest.raises(InputError, match="SHA256SUMS: missing from the context"):
         Context.load(tmp_path)
 
 
@@ -291,11 +293,11 @@ def test_no_context(tmp_path: Path) -> None:
     [
         (
             "model=nninteractive",
-            "ctx: made with the model 'builtin', but 'nninteractive' was asked for; leave it as it is",
+            "ctx: made with model = builtin, but nninteractive was asked for; leave it as it is",
         ),
         (
             "prompt=click",
-            "ctx: made with the prompt 'mask', but 'click' was asked for; leave it as it is, or make a context",
+            "ctx: made with prompt = mask, but click was asked for; leave it as it is, or make a context",
         ),
         ("fusion.learning_rate=0.1", r"ctx: made with fusion\.learning_rate = 1e-05, but 0\.1 was asked for"),
         ("fusion.simulation.sigma=0.3", r"ctx: made with fusion\.simulation\.sigma = 0\.5, but 0\.3 was asked for"),
@@ -323,7 +325,7 @@ def test_settings_of_the_model(made: Context) -> None:
     without = replace(made, settings=with_overrides(made.settings, ["model=none"]), gate=None)
     without.check_settings(made.settings)  # there is no gate that could not fit
     saved = replace(without, saved=SavedContext(Path("ctx"), ""))
-    with pytest.raises(InputError, match="ctx: made with the model 'none', but 'builtin' was asked for"):
+    with pytest.raises(InputError, match="ctx: made with model = none, but builtin was asked for"):
         saved.check_settings(made.settings)
 
 
@@ -403,7 +405,7 @@ def test_several_queries_share_one_gate(files: Path, run: Run) -> None:
         (("--context", "absent"), "error: absent: no such folder; expected a context"),
         (
             ("--context", "ctx", "--prompt", "click"),
-            "error: ctx: made with the prompt 'mask', but 'click' was asked for",
+            "error: ctx: made with prompt = mask, but click was asked for",
         ),
         (
             ("--context", "ctx", "--set", "fusion.start=1"),

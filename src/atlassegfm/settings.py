@@ -366,7 +366,7 @@ class VesselFmSettings:
     another one is nearer: about the error of a registration."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the network (autocast). The shorter ones may be faster, and change probabilities by up to about 0.01."""
+    """Precision of the network (autocast). The shorter ones may be faster and change probabilities by up to 0.01."""
 
     cache_mib: Annotated[int, Field(ge=0, le=1_000_000), RUNTIME_ONLY] = 1024
     """MiB of computed cubes that are kept with a scan, 8 for one of 128, for further structures."""
