@@ -26,13 +26,11 @@ RESULT_NAMES = frozenset(
 
 
 class FileRecord(Record):
-    """One input file, or a folder with all in it."""
+    """One input file by its name, or a folder with all in it."""
 
     file: str
-    """Name, without its folder."""
-
     stamp: str
-    """Digest of sizes and modification times: compared first, as it is cheap."""
+    """Digest of sizes and modification times, which is compared first."""
 
     sha256: str
     """Of the content, first 32 hexadecimal digits."""
@@ -42,11 +40,7 @@ class Provenance(Record):
     """What a result was made from. A case is computed again only if one of these differs."""
 
     version: str
-    """Of this package."""
-
     results_format: int = RESULTS_FORMAT
-    """Format of results."""
-
     settings: str
     """Digest of all settings, device and number of threads."""
 
@@ -57,10 +51,10 @@ class Provenance(Record):
     """Version of the program that trained the gate."""
 
     weights: str | None
-    """SHA-256 of the model's weights; null where it has none on this machine."""
+    """SHA-256 of the model's weights; null where there are none on this machine."""
 
     keep: bool
-    """Whether intermediate results are written. A result that has them serves where they are not wanted, too."""
+    """Whether intermediate results are written; a result with them serves where they are not wanted, too."""
 
     formats: tuple[str, ...]
     """File formats of the segmentation."""
@@ -69,28 +63,22 @@ class Provenance(Record):
     """Which series of a DICOM folder."""
 
     query: FileRecord | None = None
-    """The query's file or folder."""
-
     transform: FileRecord | None = None
     """The transform that was given instead of registering."""
 
 
 class InputRecord(Record):
-    """One input of a run."""
+    """One input of a run by its name."""
 
     file: str
-    """Name, without its folder."""
-
     notes: tuple[str, ...] = ()
     """Remarks on its geometry."""
 
 
 class ContextRecord(Record):
-    """The context folder that was used."""
+    """The context folder by its name."""
 
     folder: str
-    """Name."""
-
     sha256: str
     """Of its list of checksums."""
 
@@ -123,7 +111,7 @@ class ModelRecord(Record):
 
     prompt: PromptKind | None = None
     provenance: dict[str, Any] = Field(default_factory=dict)
-    """Files, versions or server that the model reports."""
+    """Files, versions or server, as the model reports them."""
 
 
 class RegistrationRecord(Record):
@@ -140,8 +128,6 @@ class RegistrationRecord(Record):
     """Fraction of the body where the Jacobian determinant is not positive."""
 
     jacobian: dict[str, float | None] | None
-    """Statistics of the Jacobian determinant."""
-
     linear_query_to_atlas_mm: tuple[tuple[float, ...], ...]
     """4 x 4, RAS+ mm."""
 
@@ -245,7 +231,7 @@ class CaseRecord(Record):
     """Why it failed."""
 
     why: str
-    """Why it was computed: "new", "failed before", "other settings" and so on."""
+    """Why it was computed, such as "new", "failed before" or "other settings"."""
 
     attempts: int
     seconds: float
