@@ -230,13 +230,12 @@ def test_a_sample_of_all_pairs_has_each_case_about_as_often_as_atlas_and_as_quer
         (
             "abcd",
             {"protocol": "one-shot-5fold"},
-            "5 folds need at least 5 cases, found 4; use --folds with a smaller number, or --protocol all-pairs",
+            "5 folds need at least 6 cases, found 4; use --folds with a smaller number, or --protocol all-pairs",
         ),
         (
             "abc",
             {"folds": 3, "protocol": "one-shot-5fold"},
-            "3 folds of 3 cases leave one case in each, an atlas without a query; "
-            "use --folds with a smaller number, or --protocol all-pairs",
+            "3 folds need at least 4 cases, found 3; use --folds with a smaller number, or --protocol all-pairs",
         ),
     ],
 )

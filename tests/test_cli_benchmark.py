@@ -344,7 +344,7 @@ def _no_folder(folder: Path) -> tuple[list[str], str]:
 
 def _too_few(folder: Path) -> tuple[list[str], str]:
     return ["data"], (
-        "5 folds need at least 5 cases, found 4; use --folds with a smaller number, or --protocol all-pairs\n"
+        "5 folds need at least 6 cases, found 4; use --folds with a smaller number, or --protocol all-pairs\n"
     )
 
 

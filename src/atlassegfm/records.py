@@ -26,11 +26,13 @@ RESULT_NAMES = frozenset(
 
 
 class FileRecord(Record):
-    """One input file by its name, or a folder with all in it."""
+    """One input file, or a folder with all in it."""
 
     file: str
+    """Name, without its folder."""
+
     stamp: str
-    """Digest of sizes and modification times, which is compared first."""
+    """Digest of sizes and modification times: compared first, as it is cheap."""
 
     sha256: str
     """Of the content, first 32 hexadecimal digits."""
@@ -133,7 +135,7 @@ class RegistrationRecord(Record):
 
 
 class PromptRecord(Record):
-    """Prompt of one structure, in the voxels of the query as stored."""
+    """Prompt of one structure, in voxels of the query as stored and RAS+ mm."""
 
     kind: PromptKind
     first_voxel: tuple[int, int, int]
@@ -178,8 +180,6 @@ class RunRecord(Record):
     model: ModelRecord
     registration: RegistrationRecord
     gate: str | None
-    """Description of the gate."""
-
     verdict: Verdict
     """Worst of the structures."""
 
@@ -199,14 +199,12 @@ class StatusRecord(Record):
     format: int = RESULTS_FORMAT
     state: Literal["done", "failed"]
     reason: str = ""
-    """Why it failed."""
-
     is_input: bool = False
-    """Whether the query itself is to blame for a failure."""
+    """Whether the query itself is the reason of a failure."""
 
     attempts: int = 1
     warnings: tuple[str, ...] = ()
-    """Reasons to doubt the result as a whole."""
+    """Of the result as a whole."""
 
     total_seconds: float = 0.0
     peak_memory_mb: int | None = None

@@ -1,7 +1,4 @@
-"""Plots of a benchmark: Dice of each structure, and Dice of each pair against its time.
-
-The same scores give the same file.
-"""
+"""Plots of a benchmark: Dice of each structure, and of each pair against its time. Equal scores give equal files."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from ..core.files import atomic_path
 from ..evaluate.statistics import spread
 from ..report import require_report_extra
 from .records import PairRecord
-from .tables import METHOD_NAMES, Column, title_of
+from .tables import METHOD_NAMES, Column, count, decimal, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,7 +72,7 @@ def dice_figure(columns: Sequence[Column], dataset: str) -> Figure:
     require_report_extra()
     from matplotlib import rc_context
 
-    names, pairs = [one.structure for one in columns[0].summary.structures], len(columns[0].pairs)
+    names, pairs = [one.structure for one in columns[0].summary.structures], columns[0].pairs
     several = len({column.variant for column in columns}) > 1
     # Lanes get thinner the more there are, so that pictures of many structures stay readable.
     budget_px = min(max(2500 / len(names), 24.0), 100.0)
@@ -87,7 +84,7 @@ def dice_figure(columns: Sequence[Column], dataset: str) -> Figure:
         handles = []
         for number, (column, table, look) in enumerate(zip(columns, tables, _looks(columns), strict=True)):
             middle = (number - (len(columns) - 1) / 2) * lane_px / row_px
-            mean = _short(title_of(column, several=several)) + f"  {_decimal(column.summary.means['dice'])}"
+            mean = _short(title_of(column, several=several)) + f"  {decimal(column.summary.means['dice'], 3)}"
             handles.append(_draw_lane(axes, table, look, middle, lane_px / row_px, mean))
         axes.set_yticks(range(len(names)), [_short(name) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
@@ -97,11 +94,11 @@ def dice_figure(columns: Sequence[Column], dataset: str) -> Figure:
             axes.axhspan(row - 0.5, row + 0.5, color="#f5f6f8", linewidth=0, zorder=0)
         lowest = np.nanmin([1.0, *(score for table in tables for score in table.ravel())])
         axes.set_xlim(min(0.5, math.floor(10 * lowest) / 10) - 0.01, 1.01)
-        notes = ["large mark: mean", "bar: middle half of the pairs", "dot: one pair"] if pairs > 1 else []
+        notes = ["large mark: mean", "bar: middle half of the pairs", "dot: one pair"] if len(pairs) > 1 else []
         if any(np.isnan(table).all(axis=1).any() for table in tables):
             notes.append("no mark: nothing to score")
         axes.set_xlabel("Dice coefficient" + (f" ({', '.join(notes)})" if notes else ""))
-        return _finished(axes, handles, f"{dataset}: Dice of each structure, {_count(pairs)}")
+        return _finished(axes, handles, f"{dataset}: Dice of each structure, {count(pairs, 'pair', 'pairs')}")
 
 
 def dice_and_time_figure(columns: Sequence[Column], records: Sequence[PairRecord], dataset: str) -> Figure:
@@ -116,7 +113,7 @@ def dice_and_time_figure(columns: Sequence[Column], records: Sequence[PairRecord
     for column in columns:
         by_variant.setdefault(column.variant, {})[column.method] = column
     finals = [next(own[method] for method in _FINAL if method in own) for own in by_variant.values()]
-    pairs, times, any_failed = len(columns[0].pairs), [], False
+    pairs, times, any_failed = columns[0].pairs, [], False
     with rc_context(_STYLE):
         axes = _new_axes(7.2)
         handles = []
@@ -148,7 +145,7 @@ def dice_and_time_figure(columns: Sequence[Column], records: Sequence[PairRecord
             axes.text(0.5, 0.5, "no pair has a score", transform=axes.transAxes, ha="center")
         note = "; Dice of failed pairs counts as 0 in the mean, their time does not count" if any_failed else ""
         axes.set_xlabel(f"time of the pair (seconds{scale}; large mark: mean, small mark: one pair{note})")
-        return _finished(axes, handles, f"{dataset}: Dice against time, {_count(pairs)}")
+        return _finished(axes, handles, f"{dataset}: Dice against time, {count(pairs, 'pair', 'pairs')}")
 
 
 def _use_logarithmic_times(axes: Axes, ratio: float) -> None:
@@ -220,14 +217,6 @@ def _short(words: str, longest: int = _LONGEST_NAME) -> str:
     words = " ".join(words.split())
     half = (longest - 1) // 2
     return words if len(words) <= longest else f"{words[: longest - 1 - half]}…{words[-half:]}"
-
-
-def _count(pairs: int) -> str:
-    return f"{pairs} pair" + ("" if pairs == 1 else "s")
-
-
-def _decimal(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}"
 
 
 def _seconds(value: float) -> str:

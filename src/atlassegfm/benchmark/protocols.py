@@ -86,16 +86,13 @@ def _balanced(cases: Sequence[str], pairs: Sequence[Pair], every: int) -> tuple[
 def _folds(cases: Sequence[str], seed: int, folds: int) -> list[Pair]:
     if folds < 2:
         raise InputError(f"--folds {folds}: expected 2 or more")
-    remedy = "use --folds with a smaller number, or --protocol all-pairs"
-    if len(cases) < folds:
-        raise InputError(f"{folds} folds need at least {folds} cases, found {len(cases)}; {remedy}")
+    if len(cases) <= folds:
+        raise InputError(
+            f"{folds} folds need at least {folds + 1} cases, found {len(cases)}; use --folds with a smaller number, or "
+            "--protocol all-pairs"
+        )
     shuffled = [cases[int(n)] for n in np.random.default_rng(seed).permutation(len(cases))]
     dealt = [shuffled[n::folds] for n in range(folds)]
-    pairs = [Pair(fold[0], query) for fold in dealt for query in sorted(fold[1:])]
-    if not pairs:
-        raise InputError(
-            f"{folds} folds of {len(cases)} cases leave one case in each, an atlas without a query; {remedy}"
-        )
     if alone := sum(len(fold) == 1 for fold in dealt):
         logger.warning("%d of %d folds hold a single case, an atlas without a query; they give no pair", alone, folds)
-    return pairs
+    return [Pair(fold[0], query) for fold in dealt for query in sorted(fold[1:])]

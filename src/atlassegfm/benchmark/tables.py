@@ -49,15 +49,10 @@ class Column:
         return summarise(self.rows)
 
     def table(self, score: str) -> NDArray[np.float64]:
-        """Arrange one score as (structures, pairs), NaN where there is none."""
-        values = sorted({row.value for row in self.rows})
-        line = {value: n for n, value in enumerate(values)}
-        per_pair = len(self.rows) // len(self.pairs)
-        table = np.full((len(values), len(self.pairs)), math.nan)
-        for n, row in enumerate(self.rows):
-            number = getattr(row.scores, score)
-            table[line[row.value], n // per_pair] = math.nan if number is None else number
-        return table
+        """Arrange one score as (structures, pairs), ascending by label value; NaN where there is none."""
+        order = np.argsort([row.value for row in self.rows[: len(self.rows) // len(self.pairs)]])
+        scores = np.array([getattr(row.scores, score) for row in self.rows], np.float64)  # None becomes NaN
+        return np.ascontiguousarray(scores.reshape(len(self.pairs), -1).T[order])
 
     def pair_means(self, score: str = "dice") -> NDArray[np.float64]:
         """Average one score over the structures of each pair: (pairs,)."""
@@ -144,7 +139,7 @@ def main_table(columns: Sequence[Column]) -> list[list[str]]:
     for column in columns:
         means, sd, worst = column.summary.means, column.over_atlases().sd, spread(column.pair_means()).low
         numbers = [(means["dice"], 4), (sd, 3), (worst, 3), (means["nsd"], 3), (means["hd95_mm"], 1)]
-        lines.append([column.variant, METHOD_NAMES[column.method], *(_decimal(*number) for number in numbers)])
+        lines.append([column.variant, METHOD_NAMES[column.method], *(decimal(*number) for number in numbers)])
     several = len({column.variant for column in columns}) > 1
     return lines if several else [line[1:] for line in lines]
 
@@ -244,8 +239,8 @@ class _Page:
         if plan.command:
             yield from (f"```sh\n{plan.command}\n```", "")
         yield (
-            f"{_count(plan.pairs, 'pair', 'pairs')}, {_count(self.atlases, 'atlas', 'atlases')}, "
-            f"{_count({pair.query for pair in plan.pairs}, 'query', 'queries')}. NSD at {plan.tolerances.origin}; "
+            f"{count(plan.pairs, 'pair', 'pairs')}, {count(self.atlases, 'atlas', 'atlases')}, "
+            f"{count({pair.query for pair in plan.pairs}, 'query', 'queries')}. NSD at {plan.tolerances.origin}; "
             "HD95 on surface elements, the larger of both directions. Means over the cases of each structure, then "
             "over structures."
         )
@@ -296,18 +291,18 @@ class _Page:
         lines = [["structure", "ml", *self.titles.values()]]
         for n, one in enumerate(first[:_LONGEST_TABLE]):
             spreads = [summary.structures[n].scores["dice"] for summary in summaries]
-            cells = [_decimal(dice.mean, 3) + ("" if math.isnan(dice.sd) else f" ± {dice.sd:.3f}") for dice in spreads]
-            lines.append([one.structure, _decimal(one.reference_ml, 1), *cells])
+            cells = [decimal(dice.mean, 3) + ("" if math.isnan(dice.sd) else f" ± {dice.sd:.3f}") for dice in spreads]
+            lines.append([one.structure, decimal(one.reference_ml, 1), *cells])
         if small and len(small) < len(first):
-            cells = [_decimal(summary.small_means["dice"], 3) for summary in summaries]
+            cells = [decimal(summary.small_means["dice"], 3) for summary in summaries]
             lines.append([f"mean of those below {SMALL_ML:g} ml ({len(small)})", "", *cells])
-        lines.append(["mean", "", *(_decimal(summary.means["dice"], 4) for summary in summaries)])
+        lines.append(["mean", "", *(decimal(summary.means["dice"], 4) for summary in summaries)])
         yield from _markdown(lines)
         if len(first) > _LONGEST_TABLE:
             yield from (f"The other {len(first) - _LONGEST_TABLE} structures are in results.csv.", "")
         if any(summary.counts["both_empty"] for summary in summaries):
             means = {title: column.summary.means_with_empty["dice"] for column, title in self.titles.items()}
-            parts = [f"{title} {_decimal(mean, 4)}" for title, mean in means.items()]
+            parts = [f"{title} {decimal(mean, 4)}" for title, mean in means.items()]
             yield (
                 "Where result and reference both lack a structure it is left out above; counted as perfect the means "
                 f"are {', '.join(parts)}."
@@ -320,9 +315,9 @@ class _Page:
         yield from ("## Dice of each atlas", "")
         dice = [column.by_atlas() for column in self.columns]
         lines = [["atlas", *self.titles.values()]]
-        lines += [[atlas, *(_decimal(one[atlas], 3) for one in dice)] for atlas in self.atlases]
+        lines += [[atlas, *(decimal(one[atlas], 3) for one in dice)] for atlas in self.atlases]
         spreads = [column.over_atlases() for column in self.columns]
-        lines.append(["mean ± sd", *(f"{_decimal(one.mean, 3)} ± {_decimal(one.sd, 3)}" for one in spreads)])
+        lines.append(["mean ± sd", *(f"{decimal(one.mean, 3)} ± {decimal(one.sd, 3)}" for one in spreads)])
         yield from _markdown(lines)
 
     def _costs(self) -> Iterator[str]:
@@ -340,7 +335,7 @@ class _Page:
                 means = [float(np.mean([one.seconds.get(stage, 0.0) for one in done])) for stage in stages]
                 peaks = [max(getattr(one, name) or 0 for one in done) for name in memories.values()]
                 numbers = [float(np.mean(totals)), max(totals), *means]
-                lines.append([variant.name, *(_decimal(number, 1) for number in numbers), *map(str, peaks)])
+                lines.append([variant.name, *(decimal(number, 1) for number in numbers), *map(str, peaks)])
         yield from _markdown(lines)
 
 
@@ -352,11 +347,13 @@ def _markdown(lines: Sequence[Sequence[str]], words: int = 1) -> Iterable[str]:
     yield from (*rest, "")
 
 
-def _count(things: Collection[Any], one: str, several: str) -> str:
+def count(things: Collection[Any], one: str, several: str) -> str:
+    """Give number and noun of things."""
     return f"{len(things)} {one if len(things) == 1 else several}"
 
 
-def _decimal(value: float, digits: int) -> str:
+def decimal(value: float, digits: int) -> str:
+    """Format a number for a table; a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
