@@ -17,7 +17,7 @@ from .core.errors import InputError
 from .core.files import PathLike
 from .core.geometry import Grid
 from .core.image import Volume, smallest_label_type
-from .core.labels import LabelTable, Structure, dataset_json_of, listed, read_names_file, structures_of
+from .core.labels import LabelEntry, LabelTable, Structure, dataset_json_of, listed, read_names_file, structures_of
 from .dicom import EVERYTHING, Selection, open_image, open_labels
 
 logger = logging.getLogger(__name__)
@@ -120,10 +120,9 @@ class Atlas:
             raise InputError("the label map has voxels that are not whole numbers; expected a label map")
         if data.min() < 0 or data.max() == 0:
             raise InputError("the label map is empty or has negative values; expected at least one label above 0")
-        small = data.astype(smallest_label_type(int(data.max())))
-        built = cls._built(atlas, Volume(small, labels.grid, labels.source), [], "the atlas", "the labels")
-        given = {structure.value: structure for structure in structures}
-        return cls(built.image, built.labels, tuple(given.get(one.value, one) for one in built.structures))
+        small = Volume(data.astype(smallest_label_type(int(data.max()))), labels.grid, labels.source)
+        given = {one.value: LabelEntry(one.name, one.color) for one in structures}
+        return cls._built(atlas, small, [given], "the atlas", "the labels")
 
     @classmethod
     def _built(

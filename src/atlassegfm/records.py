@@ -59,8 +59,6 @@ class Provenance(Record):
     """Whether intermediate results are written; a result with them serves where they are not wanted, too."""
 
     formats: tuple[str, ...]
-    """File formats of the segmentation."""
-
     series: str | None
     """Which series of a DICOM folder."""
 

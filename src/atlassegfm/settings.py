@@ -10,6 +10,8 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 
 from .core.config import RUNTIME_ONLY
 
+#: Name of the model that is none: the result is the warped atlas.
+NO_MODEL = "none"
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 _NotNegative = Annotated[float, Field(ge=0)]
 _Voxels = Annotated[int, Field(ge=2_000, le=20_000_000)]
@@ -158,8 +160,7 @@ class GreedySettings:
 class AntsSettings:
     """The engine ``ants``: ANTs' SyN, with the defaults of antspyx 0.6.3.
 
-    ``registration.rigid`` and ``registration.affine`` say which of the paper's variants it is: both SyN+RA, affine
-    alone SyN+A, neither SyN-only.
+    The paper's SyN+RA; without ``registration.rigid`` SyN+A, without ``registration.affine`` either SyN-only.
     """
 
     python: str = ""
@@ -418,10 +419,6 @@ class FusionSettings:
         if not kernels or any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):
             raise ValueError("expected odd numbers of voxels, as 3, 5, 7")
         return kernels
-
-
-#: Name of the model that is none: the result is the warped atlas.
-NO_MODEL = "none"
 
 
 @settings_dataclass(frozen=True, config=_STRICT)

@@ -214,14 +214,14 @@ def _measured_memory(device: str, cost: dict[str, Any]) -> Iterator[None]:
 
 def restricted(atlas: Atlas, values: Sequence[int], path: Path) -> Atlas:
     """Keep these label values of an atlas only; InputError, which names ``path``, if it has none of them."""
-    if set(atlas.values) <= set(values):
-        return atlas
-    kept = np.isin(atlas.labels.data, values)
-    if not kept.any():
+    structures = tuple(one for one in atlas.structures if one.value in values)
+    if not structures:
         raise InputError(f"{path}: has none of the structures of this benchmark; leave the case out of the atlases")
-    labels = replace(atlas.labels, data=np.where(kept, atlas.labels.data, 0).astype(atlas.labels.data.dtype))
-    present = label_values(labels)
-    return Atlas(atlas.image, labels, tuple(one for one in atlas.structures if one.value in present))
+    if structures == atlas.structures:
+        return atlas
+    labels = atlas.labels.data
+    kept = np.where(np.isin(labels, values), labels, 0).astype(labels.dtype)
+    return Atlas(atlas.image, replace(atlas.labels, data=kept), structures)
 
 
 def _without(result: Volume, reference: Volume, ignored: int) -> Volume:
