@@ -493,7 +493,7 @@ def test_a_defect_is_no_failure_of_the_pair(dataset: Dataset, tmp_path: Path, sp
 
 
 @pytest.mark.parametrize("pair", [Pair("case_1", "case_2"), Pair("case_2", "case_1")])
-def test_labels_without_a_name_are_background_and_told(
+def test_labels_without_a_name_are_background_and_reported(
     dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture, pair: Pair
 ) -> None:
     shutil.copytree(dataset.folder, tmp_path / "data")
@@ -510,8 +510,8 @@ def test_labels_without_a_name_are_background_and_told(
     assert status == {"hallucinated" if pair.query == "case_2" else "not_in_atlas"}
     summary = write_reports(plan, records, out, plots=False)
     assert summary["unnamed_label_values"] == [99]
-    told = "Label values that dataset.json does not name, taken as background where a case has them: 99."
-    assert told in (out / "report.md").read_text()
+    reported = "Label values that dataset.json does not name, taken as background where a case has them: 99."
+    assert reported in (out / "report.md").read_text()
 
 
 def test_voxels_that_nobody_annotated_do_not_count(dataset: Dataset, tmp_path: Path) -> None:
@@ -548,30 +548,30 @@ def test_a_damaged_reference_is_refused(dataset: Dataset, tmp_path: Path) -> Non
     assert not (tmp_path / "out" / "results.csv").exists()
 
 
-# In which order, and told to whom
+# Order, and progress reports
 
 
 def test_each_variant_begins_in_turn(dataset: Dataset, tmp_path: Path) -> None:
-    told: list[tuple[int, int, str]] = []
+    reported: list[tuple[int, int, str]] = []
     stages: list[str] = []
     three = (*TWO, Variant("again", NO_MODEL))
     run(
         plan_of(dataset, ONE_TO_ALL, *three),
         tmp_path / "out",
-        on_pair=lambda *told_now: told.append(told_now),
+        on_pair=lambda *now: reported.append(now),
         on_stage=stages.append,
     )
-    assert [name.split("(")[1] for _, _, name in told] == [
+    assert [name.split("(")[1] for _, _, name in reported] == [
         *("none)", "builtin)", "again)", "builtin)", "again)", "none)", "again)", "none)", "builtin)")
     ]
-    assert told[3] == (4, 9, "case_1 -> case_3 (builtin)")
+    assert reported[3] == (4, 9, "case_1 -> case_3 (builtin)")
     assert stages.count("scoring") == 9
 
 
 def test_one_variant_needs_no_name(dataset: Dataset, tmp_path: Path) -> None:
-    told: list[str] = []
-    run(plan_of(dataset), tmp_path / "out", on_pair=lambda _n, _of, name: told.append(name))
-    assert told == ["case_1 -> case_2", "case_1 -> case_3", "case_1 -> case_4"]
+    reported: list[str] = []
+    run(plan_of(dataset), tmp_path / "out", on_pair=lambda _n, _of, name: reported.append(name))
+    assert reported == ["case_1 -> case_2", "case_1 -> case_3", "case_1 -> case_4"]
 
 
 def test_records_come_variant_by_variant(dataset: Dataset, tmp_path: Path) -> None:
@@ -717,7 +717,7 @@ def test_names_that_meet_do_not_share_a_file(dataset: Dataset, tmp_path: Path) -
     renamed = replace(dataset, cases=cases)
     pairs = (Pair("a", "b__c"), Pair("a__b", "c"))
     assert [record.pair for record in run(plan_of(renamed, pairs), tmp_path / "out")] == list(pairs)
-    with pytest.raises(InputError, match="the variants 'a b' and 'a-b' would share a folder; rename one"):
+    with pytest.raises(InputError, match="the variants 'a b' and 'a-b' would have one folder; rename one"):
         run(plan_of(renamed, pairs, Variant("a b", NO_MODEL), Variant("a-b", NO_MODEL)), tmp_path / "other")
 
 

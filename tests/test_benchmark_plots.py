@@ -114,7 +114,7 @@ def test_dice_has_a_row_for_each_structure_and_a_mark_for_each_mean() -> None:
     assert figure.legends[0].get_title().get_text() == "Data $1$: Dice of each structure, 5 pairs"
 
 
-def test_several_variants_are_named_and_told_apart() -> None:
+def test_several_variants_are_named_and_differ() -> None:
     names = [f"variant {n}" for n in range(20)]
     columns, records = benchmark(2, 3, names, ["fused"])
     for figure in (dice_figure(columns, "D"), dice_and_time_figure(columns, records, "D")):
@@ -189,7 +189,7 @@ def test_long_names_are_shortened_in_the_middle() -> None:
     assert "…" in label
 
 
-def test_missing_folder_is_told(tmp_path: Path) -> None:
+def test_missing_folder_is_reported(tmp_path: Path) -> None:
     columns, _ = benchmark(1, 1)
     with pytest.raises(InputError, match="cannot write there"):
         save_figure(dice_figure(columns, "Data"), tmp_path / "nowhere" / "x.png")

@@ -357,8 +357,8 @@ def test_customize_and_segment(files: Path, run: Run) -> None:
     assert run("segment", "--context", "deep/ctx", "query.nii.gz", "-o", "three").code == 0
     one, two, three = ((files / out / "query/segmentation.nii.gz").read_bytes() for out in ("one", "two", "three"))
     assert one == two == three
-    told = json.loads((files / "one/query/run.json").read_text())
-    assert told["inputs"]["context"] == {
+    reported = json.loads((files / "one/query/run.json").read_text())
+    assert reported["inputs"]["context"] == {
         "folder": "ctx",
         "sha256": hashlib.sha256((files / "deep/ctx/SHA256SUMS").read_bytes()).hexdigest(),
         "atlassegfm": __version__,
@@ -366,7 +366,7 @@ def test_customize_and_segment(files: Path, run: Run) -> None:
     }
     spent = json.loads((files / "one/query/status.json").read_text())["seconds"]
     assert spent.keys() == {"registration", "warping", "model", "fusion", "quality"}
-    assert told["settings"]["registration"]["rigid"] is False
+    assert reported["settings"]["registration"]["rigid"] is False
     assert json.loads((files / "two/query/run.json").read_text())["inputs"]["context"] is None
     text = "".join(path.read_text(errors="ignore") for path in (files / "deep/ctx").glob("*.toml"))
     assert str(files) not in text
@@ -375,14 +375,14 @@ def test_customize_and_segment(files: Path, run: Run) -> None:
 def test_customize_as_json(files: Path, run: Run) -> None:
     outcome = run("customize", *ATLAS_ARGUMENTS, "-o", "ctx", *FAST, "--json", "--prompt", "box")
     assert outcome.code == 0, outcome.err
-    told = outcome.json
-    assert told.keys() == {
+    reported = outcome.json
+    assert reported.keys() == {
         *("context", "sha256", "model", "prompt", "gate", "structures", "device", "total_seconds"),
     }
-    assert told["context"] == "ctx"
-    assert told["prompt"] == "box"
-    assert told["structures"][1] == {"value": 7, "name": "kidney"}
-    assert told["sha256"] == hashlib.sha256((files / "ctx/SHA256SUMS").read_bytes()).hexdigest()
+    assert reported["context"] == "ctx"
+    assert reported["prompt"] == "box"
+    assert reported["structures"][1] == {"value": 7, "name": "kidney"}
+    assert reported["sha256"] == hashlib.sha256((files / "ctx/SHA256SUMS").read_bytes()).hexdigest()
 
 
 def test_several_queries_share_one_gate(files: Path, run: Run) -> None:

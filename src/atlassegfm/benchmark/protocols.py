@@ -40,7 +40,7 @@ def make_pairs(
     cases : sequence of str
         Names of all cases, sorted.
     protocol : {"one-shot-5fold", "one-to-all", "all-pairs"}
-        "one-shot-5fold" is the paper's: the cases are shuffled and dealt into folds, and in each fold the first
+        "one-shot-5fold" is the paper's: the cases are shuffled and split into folds, and in each fold the first
         case is the atlas for its other cases. "one-to-all": each of ``atlases`` for all other cases. "all-pairs":
         every case for every other one.
     seed : int
@@ -92,7 +92,7 @@ def _folds(cases: Sequence[str], seed: int, folds: int) -> list[Pair]:
             "--protocol all-pairs"
         )
     shuffled = [cases[int(n)] for n in np.random.default_rng(seed).permutation(len(cases))]
-    dealt = [shuffled[n::folds] for n in range(folds)]
-    if alone := sum(len(fold) == 1 for fold in dealt):
+    split = [shuffled[n::folds] for n in range(folds)]
+    if alone := sum(len(fold) == 1 for fold in split):
         logger.warning("%d of %d folds hold a single case, an atlas without a query; they give no pair", alone, folds)
-    return [Pair(fold[0], query) for fold in dealt for query in sorted(fold[1:])]
+    return [Pair(fold[0], query) for fold in split for query in sorted(fold[1:])]

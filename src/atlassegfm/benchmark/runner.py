@@ -96,7 +96,7 @@ def _prepare(plan: Plan, out: Path, *, force: bool) -> None:
     """Make the folder, or check that what it holds is a part of this benchmark."""
     for one, other in combinations([variant.name for variant in plan.variants], 2):
         if slug(one) == slug(other):
-            raise InputError(f"the variants {one!r} and {other!r} would share a folder; rename one")
+            raise InputError(f"the variants {one!r} and {other!r} would have one folder; rename one")
     wanted, path = plan.record(), out / PLAN
     unfinished = {entry.name for entry in out.glob(".writing-*")}  # of killed processes
     check_replaceable(out, OUTPUTS | unfinished)

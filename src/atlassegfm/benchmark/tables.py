@@ -224,12 +224,9 @@ class _Page:
 
     def lines(self) -> Iterator[str]:
         """Give the whole page."""
-        yield from self._head()
-        yield from self._methods()
-        yield from self._differences()
-        yield from self._per_structure()
-        yield from self._per_atlas()
-        yield from self._costs()
+        sections = (self._head, self._methods, self._differences, self._per_structure, self._per_atlas, self._costs)
+        for section in sections:
+            yield from section()
         if self.plots:
             yield from ("![Dice of each structure](dice.png)", "", "![Dice against time](dice-time.png)")
 
@@ -273,9 +270,8 @@ class _Page:
         yield from ("## Differences", "")
         yield (
             f"Paired bootstrap over queries and atlases, {LEVEL:.0%} intervals, of the mean over structures. "
-            "All are in summary.json; here are the methods of one variant, and one method over variants."
+            "All are in summary.json; here are the methods of one variant, and one method over variants.\n"
         )
-        yield ""
         cells: dict[str, list[str]] = {}
         for one in self.comparisons:
             if one.first.variant == one.second.variant or one.first.method == one.second.method:
@@ -305,9 +301,8 @@ class _Page:
             parts = [f"{title} {decimal(mean, 4)}" for title, mean in means.items()]
             yield (
                 "Where result and reference both lack a structure it is left out above; counted as perfect the means "
-                f"are {', '.join(parts)}."
+                f"are {', '.join(parts)}.\n"
             )
-            yield ""
 
     def _per_atlas(self) -> Iterator[str]:
         if len(self.atlases) < 2:
