@@ -250,6 +250,7 @@ def sealed(name: str, old: str, new: str) -> Callable[[Path], None]:
         (write("context.toml", "format = "), r"ctx/context\.toml: damaged or changed"),
         (write("SHA256SUMS", "nonsense"), r"ctx/SHA256SUMS: damaged; copy the whole folder again, or make it again"),
         (write("SHA256SUMS", ""), r"ctx/SHA256SUMS: damaged"),
+        (write("SHA256SUMS", "0123  ../x\n"), r"ctx/SHA256SUMS: damaged, it names '\.\./x'"),
         *(
             (remove(name), f"ctx/{name}: missing from the context; copy the whole folder again, or make it again")
             for name in sorted(CONTEXT_NAMES)

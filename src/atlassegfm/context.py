@@ -299,6 +299,8 @@ def _checked_content(folder: Path) -> tuple[dict[str, Any], str]:
         listed = {}
     for name, expected in sorted(listed.items()):
         file = folder / name
+        if file.name != name:
+            raise InputError(f"{path}: damaged, it names {name!r}; {again}")
         try:
             found = sha256_of(file)
         except FileNotFoundError:
