@@ -17,7 +17,6 @@ _NotNegative = Annotated[float, Field(ge=0)]
 _Voxels = Annotated[int, Field(ge=2_000, le=20_000_000)]
 #: A number for each level, coarse to fine; the last one holds for all levels after it.
 _Weights = Annotated[tuple[_NotNegative, ...], Field(min_length=1)]
-#: Of engines of other packages.
 _Steps = Annotated[str, Field(pattern=r"^\d+(x\d+)*$")]
 _Seed = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
@@ -326,8 +325,7 @@ class MedSam2Settings:
     """Width of the window of a CT, in Hounsfield units [MedSAM: soft tissue 400, lung 1500, brain 80]."""
 
     slice_axis: Literal["auto", "axial", "coronal", "sagittal"] = "auto"
-    """Slices that it reads. "auto": across the axis with the largest spacing if that is at least 1.5 times the others,
-    else axial. A box is axial and refused with other slices."""
+    """Slices to read. "auto": across the largest spacing if 1.5 times the others, else axial. A box needs axial ones."""
 
     margin_mm: _NotNegative = 15.0
     """Range in mm beyond the first and last slice of the atlas's structure, at least a slice: a registration error."""
@@ -363,8 +361,7 @@ class VesselFmSettings:
     """Weight of a voxel where cubes overlap: constant, or Gaussian (sigma an eighth of the side)."""
 
     reach_mm: Annotated[float, Field(ge=0, le=1000)] = 10.0
-    """Largest distance in mm from the warped atlas's structure at which a vessel counts as that structure, unless
-    another one is nearer: about the error of a registration."""
+    """Largest distance in mm of a vessel to the nearest warped structure, as which it counts: a registration error."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the network (autocast). The shorter ones may be faster and change probabilities by up to 0.01."""

@@ -85,7 +85,6 @@ def run(
 
 
 def _alternating(plan: Plan) -> Iterator[tuple[Variant, Pair]]:
-    """Every variant on each pair, beginning with another one each time."""
     for number, pair in enumerate(plan.pairs):
         first = number % len(plan.variants)
         for variant in (*plan.variants[first:], *plan.variants[:first]):

@@ -30,7 +30,6 @@ from .records import PairRecord, Row
 _COMPARED = {"dice": "Dice", "nsd": "NSD"}
 #: Structures in a table at most; all of them are in results.csv.
 _LONGEST_TABLE = 40
-#: Names of the methods in tables and plots.
 METHOD_NAMES = {"atlas": "atlas only", "model": "model", "paper": "paper gate", "fused": "fused", "oracle": "oracle"}
 
 
@@ -129,8 +128,7 @@ def write_reports(plan: Plan, records: Sequence[PairRecord], out: Path, *, plots
 
 def title_of(column: Column, *, several: bool = True) -> str:
     """Name a column by its method, with ``several`` also by its variant."""
-    method = METHOD_NAMES[column.method]
-    return f"{column.variant}: {method}" if several else method
+    return f"{column.variant}: {METHOD_NAMES[column.method]}" if several else METHOD_NAMES[column.method]
 
 
 def main_table(columns: Sequence[Column]) -> list[list[str]]:
