@@ -325,7 +325,7 @@ class MedSam2Settings:
     """Width of the window of a CT, in Hounsfield units [MedSAM: soft tissue 400, lung 1500, brain 80]."""
 
     slice_axis: Literal["auto", "axial", "coronal", "sagittal"] = "auto"
-    """Slices to read. "auto": across the largest spacing if 1.5 times the others, else axial. A box needs axial ones."""
+    """Slices to read. "auto": across the largest spacing if 1.5 times the others, else axial. Boxes need axial ones."""
 
     margin_mm: _NotNegative = 15.0
     """Range in mm beyond the first and last slice of the atlas's structure, at least a slice: a registration error."""
