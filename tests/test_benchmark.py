@@ -230,13 +230,12 @@ def test_a_sample_of_all_pairs_has_each_case_about_as_often_as_atlas_and_as_quer
         (
             "abcd",
             {"protocol": "one-shot-5fold"},
-            "5 folds need at least 5 cases, found 4; use --folds with a smaller number, or --protocol all-pairs",
+            "5 folds need at least 6 cases, found 4; use --folds with a smaller number, or --protocol all-pairs",
         ),
         (
             "abc",
             {"folds": 3, "protocol": "one-shot-5fold"},
-            "3 folds of 3 cases leave one case in each, an atlas without a query; "
-            "use --folds with a smaller number, or --protocol all-pairs",
+            "3 folds need at least 4 cases, found 3; use --folds with a smaller number, or --protocol all-pairs",
         ),
     ],
 )
@@ -278,8 +277,8 @@ def score(dice: float, status: Any = "ok", cldice: float | None = None) -> Struc
 
 def test_records_come_back_from_json(tmp_path: Path) -> None:
     rows = (
-        Row("query", "atlas", 1, "nan", score(0.75)),
-        Row("query", "model", 1, "liver", score(math.nan, "both_empty", math.nan)),
+        Row("query", 1, "nan", score(0.75), "atlas"),
+        Row("query", 1, "liver", score(math.nan, "both_empty", math.nan), "model"),
     )
     record = PairRecord(
         variant="v",
@@ -494,7 +493,7 @@ def test_a_defect_is_no_failure_of_the_pair(dataset: Dataset, tmp_path: Path, sp
 
 
 @pytest.mark.parametrize("pair", [Pair("case_1", "case_2"), Pair("case_2", "case_1")])
-def test_labels_without_a_name_are_background_and_told(
+def test_labels_without_a_name_are_background_and_reported(
     dataset: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture, pair: Pair
 ) -> None:
     shutil.copytree(dataset.folder, tmp_path / "data")
@@ -511,8 +510,8 @@ def test_labels_without_a_name_are_background_and_told(
     assert status == {"hallucinated" if pair.query == "case_2" else "not_in_atlas"}
     summary = write_reports(plan, records, out, plots=False)
     assert summary["unnamed_label_values"] == [99]
-    told = "Label values that dataset.json does not name, taken as background where a case has them: 99."
-    assert told in (out / "report.md").read_text()
+    reported = "Label values that dataset.json does not name, taken as background where a case has them: 99."
+    assert reported in (out / "report.md").read_text()
 
 
 def test_voxels_that_nobody_annotated_do_not_count(dataset: Dataset, tmp_path: Path) -> None:
@@ -549,30 +548,30 @@ def test_a_damaged_reference_is_refused(dataset: Dataset, tmp_path: Path) -> Non
     assert not (tmp_path / "out" / "results.csv").exists()
 
 
-# In which order, and told to whom
+# Order, and progress reports
 
 
 def test_each_variant_begins_in_turn(dataset: Dataset, tmp_path: Path) -> None:
-    told: list[tuple[int, int, str]] = []
+    reported: list[tuple[int, int, str]] = []
     stages: list[str] = []
     three = (*TWO, Variant("again", NO_MODEL))
     run(
         plan_of(dataset, ONE_TO_ALL, *three),
         tmp_path / "out",
-        on_pair=lambda *told_now: told.append(told_now),
+        on_pair=lambda *now: reported.append(now),
         on_stage=stages.append,
     )
-    assert [name.split("(")[1] for _, _, name in told] == [
+    assert [name.split("(")[1] for _, _, name in reported] == [
         *("none)", "builtin)", "again)", "builtin)", "again)", "none)", "again)", "none)", "builtin)")
     ]
-    assert told[3] == (4, 9, "case_1 -> case_3 (builtin)")
+    assert reported[3] == (4, 9, "case_1 -> case_3 (builtin)")
     assert stages.count("scoring") == 9
 
 
 def test_one_variant_needs_no_name(dataset: Dataset, tmp_path: Path) -> None:
-    told: list[str] = []
-    run(plan_of(dataset), tmp_path / "out", on_pair=lambda _n, _of, name: told.append(name))
-    assert told == ["case_1 -> case_2", "case_1 -> case_3", "case_1 -> case_4"]
+    reported: list[str] = []
+    run(plan_of(dataset), tmp_path / "out", on_pair=lambda _n, _of, name: reported.append(name))
+    assert reported == ["case_1 -> case_2", "case_1 -> case_3", "case_1 -> case_4"]
 
 
 def test_records_come_variant_by_variant(dataset: Dataset, tmp_path: Path) -> None:
@@ -659,7 +658,7 @@ def test_a_damaged_pair_is_reported(dataset: Dataset, tmp_path: Path, spy: Spy) 
         with pytest.raises(InputError) as raised:
             run(plan, out)
         assert str(raised.value).startswith(f"{path}: ")
-        assert str(raised.value).endswith("delete it, and it is computed again")
+        assert str(raised.value).endswith("delete it to compute the pair again")
     path.unlink()
     spy.calls.clear()
     run(plan, out)
@@ -718,7 +717,7 @@ def test_names_that_meet_do_not_share_a_file(dataset: Dataset, tmp_path: Path) -
     renamed = replace(dataset, cases=cases)
     pairs = (Pair("a", "b__c"), Pair("a__b", "c"))
     assert [record.pair for record in run(plan_of(renamed, pairs), tmp_path / "out")] == list(pairs)
-    with pytest.raises(InputError, match="the variants 'a b' and 'a-b' would share a folder; rename one"):
+    with pytest.raises(InputError, match="the variants 'a b' and 'a-b' would have one folder; rename one"):
         run(plan_of(renamed, pairs, Variant("a b", NO_MODEL), Variant("a-b", NO_MODEL)), tmp_path / "other")
 
 
@@ -765,7 +764,7 @@ def test_another_version_is_refused_and_other_files_are_computed_again(
     run(plan, out)
     assert len(spy.calls) == sum("case_3" in (pair.atlas, pair.query) for pair in plan.pairs) == 1
     assert caplog.messages == [
-        "case_1 -> case_3: files have changed, and it is computed again",
+        "case_1 -> case_3: files have changed; computed again",
         f"{out}: 2 of 3 are done already",
     ]
 
@@ -796,12 +795,12 @@ def test_force_begins_anew(dataset: Dataset, tmp_path: Path, spy: Spy) -> None:
 def _foreign(out: Path) -> str:
     out.mkdir()
     (out / "thesis.docx").write_text("years of work")
-    return "{out}: holds other files (thesis.docx); choose another folder for the benchmark"
+    return "holds other files (thesis.docx)"
 
 
 def _file(out: Path) -> str:
     out.write_text("in the way")
-    return "{out}: a file is in the way, expected a folder for the benchmark; choose another"
+    return "is not a folder"
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -810,20 +809,19 @@ def test_the_files_of_others_are_not_touched(
     dataset: Dataset, tmp_path: Path, spy: Spy, make: Callable[[Path], str], force: bool
 ) -> None:
     out = tmp_path / "out"
-    message = make(out).format(out=out)
+    found = make(out)
     before = content_of(tmp_path)
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(InputError, match=re.escape(f"{out}: ")) as raised:
         run(plan_of(dataset), out, force=force)
-    assert str(raised.value) == message
+    assert found in str(raised.value)
     assert content_of(tmp_path) == before
     assert not spy.calls
 
 
 def test_folders_that_cannot_be_used(dataset: Dataset, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path}/file/out: cannot write there (Not a directory)")):
         run(plan_of(dataset), tmp_path / "file" / "out")
-    assert str(raised.value) == f"{tmp_path}/file/out: cannot be made (Not a directory); choose another place"
     out = tmp_path / "out"
     run(plan_of(dataset), out)
     (out / "plan.json").unlink()
@@ -849,7 +847,7 @@ def made_up() -> Column:
     pairs = (Pair("a", "x"), Pair("a", "y"), Pair("b", "x"))
     dice = ((0.8, 0.4), (0.6, math.nan), (0.5, math.nan))
     rows = [
-        Row(pair.query, "fused", value, f"organ {value}", score(one, "both_empty" if math.isnan(one) else "ok"))
+        Row(pair.query, value, f"organ {value}", score(one, "both_empty" if math.isnan(one) else "ok"), "fused")
         for pair, scores in zip(pairs, dice, strict=True)
         for value, one in zip((2, 1), scores, strict=True)
     ]
@@ -865,9 +863,9 @@ def test_columns_by_hand() -> None:
     np.testing.assert_allclose(column.pair_means(), [0.6, 0.6, 0.5])
     np.testing.assert_allclose(column.pair_means("nsd"), [0.3, 0.3, 0.25])
     assert np.isnan(column.pair_means("cldice")).all()
-    assert column.of_atlas("a") == pytest.approx((0.4 + 0.7) / 2)
-    assert column.of_atlas("b") == pytest.approx(0.5)
-    assert column.of_atlas("a", "nsd") == pytest.approx(0.275)
+    assert column.by_atlas()["a"] == pytest.approx((0.4 + 0.7) / 2)
+    assert column.by_atlas()["b"] == pytest.approx(0.5)
+    assert column.by_atlas("nsd")["a"] == pytest.approx(0.275)
     over = column.over_atlases()
     assert (over.count, over.low, over.high) == (2, pytest.approx(0.5), pytest.approx(0.55))
     assert over.mean == pytest.approx(0.525)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from atlassegfm.benchmark.plan import METHODS
-from atlassegfm.benchmark.plots import dice_and_time_figure, dice_figure, draw_dice, draw_dice_and_time
+from atlassegfm.benchmark.plots import dice_and_time_figure, dice_figure, save_figure
 from atlassegfm.benchmark.protocols import Pair
 from atlassegfm.benchmark.records import PairRecord, Row
 from atlassegfm.benchmark.tables import METHOD_NAMES, Column
@@ -46,7 +47,7 @@ def benchmark(
     for place, variant in enumerate(variants):
         for method in methods:
             rows = tuple(
-                Row(pair.query, method, 2 * value + 1, f"organ ${value}$ left", scores(dice))
+                Row(pair.query, 2 * value + 1, f"organ ${value}$ left", scores(dice), method)
                 for n, pair in enumerate(cases)
                 for value in range(structures)
                 for dice in [math.nan if value in absent else 0.0 if n < failed else float(random.uniform(0.6, 0.9))]
@@ -81,8 +82,8 @@ def test_both_pictures_are_written_and_depend_on_the_scores_alone(
     columns, records = benchmark(structures, pairs, variants, methods)
     again = structures == 2
     for name in ("a", "b") if again else ("a",):
-        draw_dice(columns, "Data", tmp_path / f"{name}.png")
-        draw_dice_and_time(columns, records, "Data", tmp_path / f"{name}-time.png")
+        save_figure(dice_figure(columns, "Data"), tmp_path / f"{name}.png")
+        save_figure(dice_and_time_figure(columns, records, "Data"), tmp_path / f"{name}-time.png")
     for ending in (".png", "-time.png"):
         content = (tmp_path / f"a{ending}").read_bytes()
         assert not again or content == (tmp_path / f"b{ending}").read_bytes()
@@ -113,7 +114,7 @@ def test_dice_has_a_row_for_each_structure_and_a_mark_for_each_mean() -> None:
     assert figure.legends[0].get_title().get_text() == "Data $1$: Dice of each structure, 5 pairs"
 
 
-def test_several_variants_are_named_and_told_apart() -> None:
+def test_several_variants_are_named_and_differ() -> None:
     names = [f"variant {n}" for n in range(20)]
     columns, records = benchmark(2, 3, names, ["fused"])
     for figure in (dice_figure(columns, "D"), dice_and_time_figure(columns, records, "D")):
@@ -126,7 +127,7 @@ def test_structures_without_scores(tmp_path: Path) -> None:
     assert "nothing to score" in dice_figure(columns, "Data").axes[0].get_xlabel()
     assert "nothing to score" not in dice_figure(benchmark(3, 4)[0], "Data").axes[0].get_xlabel()
     columns, records = benchmark(2, 3, absent=[0, 1])
-    draw_dice(columns, "Data", tmp_path / "a.png")
+    save_figure(dice_figure(columns, "Data"), tmp_path / "a.png")
     figure = dice_and_time_figure(columns, records, "Data")
     assert [text.get_text() for text in figure.axes[0].texts] == ["no pair has a score"]
     assert legend(figure) == ["fused  3 without a score"]
@@ -180,7 +181,7 @@ def test_legend_and_title_fit_and_cover_no_scores() -> None:
 def test_long_names_are_shortened_in_the_middle() -> None:
     columns, _ = benchmark(1, 2, ["default"], ["atlas"])
     name = "left " + "very " * 40 + "long"
-    rows = tuple(Row(row.case, row.method, row.value, name, row.scores) for row in columns[0].rows)
+    rows = tuple(replace(row, structure=name) for row in columns[0].rows)
     figure = dice_figure([Column("default", "atlas", columns[0].pairs, rows)], "Data")
     label = figure.axes[0].get_yticklabels()[0].get_text()
     assert label.startswith("left")
@@ -188,10 +189,10 @@ def test_long_names_are_shortened_in_the_middle() -> None:
     assert "…" in label
 
 
-def test_missing_folder_is_told(tmp_path: Path) -> None:
+def test_missing_folder_is_reported(tmp_path: Path) -> None:
     columns, _ = benchmark(1, 1)
     with pytest.raises(InputError, match="cannot write there"):
-        draw_dice(columns, "Data", tmp_path / "nowhere" / "x.png")
+        save_figure(dice_figure(columns, "Data"), tmp_path / "nowhere" / "x.png")
 
 
 def test_nothing_is_left_where_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +205,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Figure, "savefig", fail)
     columns, records = benchmark(1, 2)
     with pytest.raises(InputError, match="No space left"):
-        draw_dice_and_time(columns, records, "Data", tmp_path / "x.png")
+        save_figure(dice_and_time_figure(columns, records, "Data"), tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
 
 
@@ -212,7 +213,7 @@ def test_missing_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.
     columns, records = benchmark(1, 2)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'atlassegfm\[report\]'"):
-        draw_dice(columns, "Data", tmp_path / "x.png")
+        save_figure(dice_figure(columns, "Data"), tmp_path / "x.png")
     with pytest.raises(MissingExtraError, match=r"atlassegfm\[report\]"):
-        draw_dice_and_time(columns, records, "Data", tmp_path / "x.png")
+        save_figure(dice_and_time_figure(columns, records, "Data"), tmp_path / "x.png")
     assert not list(tmp_path.iterdir())

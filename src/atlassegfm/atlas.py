@@ -1,4 +1,4 @@
-"""The annotated scan that customizes the program: the atlas, its labels, and what they are called."""
+"""Atlas: one annotated scan with its labels and their names."""
 
 from __future__ import annotations
 
@@ -15,9 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .core.errors import InputError
+from .core.files import PathLike
 from .core.geometry import Grid
-from .core.image import Volume, checked_image, smallest_label_type
-from .core.labels import LabelTable, Structure, dataset_json_of, distinct_names, listed, read_names_file, structures_of
+from .core.image import Volume, checked_image, load_labels, smallest_label_type
+from .core.labels import (
+    LabelEntry,
+    LabelTable,
+    Structure,
+    dataset_json_of,
+    distinct_names,
+    listed,
+    read_names_file,
+    structures_of,
+)
 from .dicom import EVERYTHING, Selection, is_dicom_input, open_image, open_labels
 
 if TYPE_CHECKING:
@@ -25,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Label values up to this are counted in a table, larger ones sorted out.
+#: Label values up to this are counted in a table, larger ones sorted.
 _LARGEST_COUNTED = 1 << 20
 #: Decimals of an origin for voxels of 1 mm. Header fields have 32 bits: 1e-5 mm at 200 mm.
 _ORIGIN_DIGITS = 3
@@ -38,11 +48,11 @@ class Atlas:
     Parameters
     ----------
     image : Volume
-        float32 intensities, in RAS-canonical array order.
+        float32 intensities in RAS-canonical array order.
     labels : Volume
         Unsigned integers on the grid of ``image``; 0 is background.
     structures : tuple of Structure
-        Every label value of ``labels`` in ascending order, with its name and colour.
+        Name and colour of each label value, ascending.
     """
 
     image: Volume
@@ -58,7 +68,7 @@ class Atlas:
         cls,
         image: ImageLike,
         labels: ImageLike,
-        names: str | os.PathLike[str] | None = None,
+        names: PathLike | None = None,
         *,
         series: str | None = None,
         selection: Selection = EVERYTHING,
@@ -72,9 +82,8 @@ class Atlas:
             series, the labels an RTSTRUCT or DICOM-SEG; both may be images in memory, see
             :func:`~atlassegfm.core.image.as_volume`.
         names : path, optional
-            Names and colours in a form that :func:`~atlassegfm.core.labels.read_names_file` reads. They come
-            before those in the header of ``labels``, which come before those of the ``dataset.json`` beside
-            it or one folder above.
+            Names and colours, as :func:`~atlassegfm.core.labels.read_names_file` reads them. They precede those in
+            the header of ``labels``, which precede those of the ``dataset.json`` beside it or one folder above.
         series : str, optional
             Which DICOM series of the folder, as :func:`~atlassegfm.dicom.load_series` takes it.
         selection : Selection, optional
@@ -89,22 +98,18 @@ class Atlas:
             str(one) if isinstance(one, str | os.PathLike) else word
             for one, word in ((image, "the atlas"), (labels, "the labels"))
         )
-        # The names are cheap to check and come first: the atlas may take seconds to read.
-        given = None if names is None else read_names_file(names)
+        # The names are cheap to check and come first: the scan may take seconds to read.
+        tables: list[LabelTable] = [] if names is None else [read_names_file(names)]
         scan = open_image(image, series)
         label_map = open_labels(labels, scan, selection)
-        tables: list[LabelTable] = []
-        if names is not None and given is not None:
-            unknown = sorted(set(given) - set(_values_of(label_map.data)))
-            if unknown:
-                listed = ", ".join(f"{value} ({given[value].name})" for value in unknown)
-                logger.warning("%s: names values that %s does not have: %s", names, labels_name, listed)
-            tables.append(given)
+        for given in tables:
+            if unknown := sorted(set(given) - set(_values_of(label_map.data))):
+                found = ", ".join(f"{value} ({given[value].name})" for value in unknown)
+                logger.warning("%s: names values that %s does not have: %s", names, labels_name, found)
         if label_map.source is not None:
             tables.append(label_map.source.label_table)
         on_disk = isinstance(labels, str | os.PathLike)
-        dataset = dataset_json_of(Path(labels_name)) if on_disk else None
-        if dataset is not None:
+        if on_disk and (dataset := dataset_json_of(Path(labels_name))) is not None:
             try:
                 tables.append(read_names_file(dataset))
             except InputError as error:
@@ -115,31 +120,22 @@ class Atlas:
 
     @classmethod
     def from_volumes(cls, atlas: Volume, labels: Volume, structures: Sequence[Structure] = ()) -> Atlas:
-        """Take an annotated scan from memory.
+        """Make an annotated scan of volumes in memory.
 
         Parameters
         ----------
-        atlas : Volume
-            Intensities.
-        labels : Volume
-            Whole numbers, 0 for background: the voxels of ``atlas``, in any array order.
+        atlas, labels : Volume
+            Intensities, and whole numbers on the same voxels in any array order, 0 for background.
         structures : sequence of Structure, optional
-            Names and colours; label values left out get made-up ones.
+            Names and colours; other label values get default ones.
 
         Raises
         ------
         InputError
             If the voxels cannot be used, or the labels lie on other voxels than the atlas.
         """
-        data = labels.data
-        if not (np.isfinite(data).all() and (data == np.round(data)).all()):
-            raise InputError("the label map has voxels that are not whole numbers; expected a label map")
-        if data.min() < 0 or data.max() == 0:
-            raise InputError("the label map is empty or has negative values; expected at least one label above 0")
-        small = data.astype(smallest_label_type(int(data.max())))
-        built = cls._built(atlas, Volume(small, labels.grid, labels.source), [], "the atlas", "the labels")
-        given = {structure.value: structure for structure in structures}
-        return cls(built.image, built.labels, tuple(given.get(one.value, one) for one in built.structures))
+        given = {one.value: LabelEntry(one.name, one.color) for one in structures}
+        return cls._built(atlas, load_labels(labels), [given], "the atlas", "the labels")
 
     @classmethod
     def _built(
@@ -177,20 +173,17 @@ class Atlas:
 
     @property
     def values(self) -> tuple[int, ...]:
-        """Label value of each structure."""
+        """Label values, ascending."""
         return tuple(structure.value for structure in self.structures)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Name of each structure."""
+        """Names in the order of ``values``."""
         return tuple(structure.name for structure in self.structures)
 
     @cached_property
     def numbered(self) -> Volume:
-        """Labels as numbers of the structures: position in ``structures`` plus 1.
-
-        Label values may have 32 bits, and tables over them would not fit into memory.
-        """
+        """Labels as numbers of the structures, position in ``structures`` plus 1: small enough for tables over them."""
         known = np.array((0, *self.values), self.labels.data.dtype)
         numbers = np.empty(self.labels.grid.shape, smallest_label_type(len(self.structures)))
         for plane, out in zip(self.labels.data, numbers, strict=True):
@@ -198,21 +191,9 @@ class Atlas:
         return Volume(numbers, self.labels.grid)
 
     def label_values(self, numbers: NDArray[Any], grid: Grid, query: Volume) -> Volume:
-        """Turn numbers of structures on the canonical grid into label values on the query's own grid.
+        """Turn numbers of structures, (I, J, K) on ``grid``, into label values on the query's grid as stored.
 
-        Parameters
-        ----------
-        numbers : array, (I, J, K)
-            On ``grid``; 0 is background.
-        grid : Grid
-            The query's grid in RAS-canonical array order.
-        query : Volume
-            As stored.
-
-        Returns
-        -------
-        Volume
-            The smallest integer type that holds all label values of the atlas.
+        ``grid`` is the query's in RAS-canonical array order. Values have the smallest type that holds all of the atlas.
         """
         values = np.array((0, *self.values), smallest_label_type(max(self.values)))
         return Volume(values[numbers], grid, query.source).turned_to(query.grid)
@@ -223,21 +204,11 @@ class Atlas:
 
 
 def canonical_scan(volume: Volume, name: str) -> Volume:
-    """A scan as everything after reading takes it: checked, float32, in RAS-canonical order.
+    """Check a scan, called ``name`` in messages, and turn it into float32 in RAS-canonical order.
 
-    Parameters
-    ----------
-    volume : Volume
-        Intensities of any type, in any array order.
-    name : str
-        What to call it in messages.
-
-    Returns
-    -------
-    Volume
-        In that order in memory too: sums over strided views may round otherwise. Its origin is rounded to less
-        than a hundredth of a voxel: files of one scan in several array orders name different corners, each with a
-        rounding error of its own. So the result does not depend on how a file stores its voxels, to the last bit.
+    The result does not depend on a file's array order, to the last bit: memory has the canonical order too, as sums
+    over strided views may round otherwise, and the origin is rounded to less than a hundredth of a voxel, as each array
+    order stores another corner with a rounding error of its own.
 
     Raises
     ------
@@ -264,10 +235,8 @@ def _values_of(labels: NDArray[Any]) -> list[int]:
 
 def _mismatch(image: Volume, labels: Volume, image_name: str, labels_name: str) -> str:
     one, other = labels.grid.canonical(), image.grid.canonical()
-    shapes = ""
-    if one.shape != other.shape:
-        sizes = (" x ".join(str(n) for n in grid.shape) for grid in (one, other))
-        shapes = "it has {} voxels instead of {}, and ".format(*sizes)
+    sizes = [" x ".join(map(str, grid.shape)) for grid in (one, other)]
+    shapes = "" if one.shape == other.shape else f"it has {sizes[0]} voxels instead of {sizes[1]}, and "
     return (
         f"{labels_name}: not on the voxels of {image_name}: {shapes}its corners lie up to "
         f"{one.distance_mm(other):.1f} mm from the atlas' corners; "

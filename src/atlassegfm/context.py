@@ -1,32 +1,29 @@
 """Context: an atlas with its settings and trained gate, kept as one folder for all queries.
 
-A context folder holds
-
 - ``atlas.nii.gz`` and ``labels.nii.gz``: the annotated scan in RAS-canonical array order, with names in the label map;
 - ``settings.toml``: all settings, as ``--config`` reads them;
 - ``context.toml``: format and program version, names of the source files, structures, grid, model, gate;
 - ``correction.npz``: network of the default gate;
 - ``SHA256SUMS``: checksums of the others, as ``sha256sum -c`` reads them.
 
-The same input gives the same files: no date is written, and no folder of a source file: it may name a patient.
+The same input gives the same files. No folder of a source file is written: it may name a patient.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from .atlas import Atlas
 from .core.config import gate_settings, load_toml, to_toml, with_file
 from .core.device import memory_errors, reproducible, resolve_device
 from .core.errors import InputError, ModelError
-from .core.files import replaced_folder
+from .core.files import PathLike, replaced_folder
 from .core.geometry import Grid
 from .core.image import Volume, load_volume, save_volume, smallest_label_type
 from .core.labels import Structure
@@ -38,6 +35,7 @@ from .fusion.gate import Gate
 from .fusion.train import train_gate_on_atlas
 from .models import Segmenter
 from .models.choice import load_chosen, prompt_kind
+from .models.weights import sha256_of
 from .prompts import PromptKind
 from .settings import NO_MODEL, Settings
 
@@ -46,14 +44,8 @@ if TYPE_CHECKING:
 
 #: Format of the folder: raised when its files change, or what a gate is trained on.
 FORMAT = 5
-ATLAS, LABELS, SETTINGS, CONTENT, CORRECTION, CHECKSUMS = (
-    "atlas.nii.gz",
-    "labels.nii.gz",
-    "settings.toml",
-    "context.toml",
-    "correction.npz",
-    "SHA256SUMS",
-)
+ATLAS, LABELS, CORRECTION = "atlas.nii.gz", "labels.nii.gz", "correction.npz"
+SETTINGS, CONTENT, CHECKSUMS = "settings.toml", "context.toml", "SHA256SUMS"
 #: A folder with any other file is never replaced. The correction is there only if the gate has one.
 CONTEXT_NAMES = frozenset({ATLAS, LABELS, SETTINGS, CONTENT, CORRECTION, CHECKSUMS})
 _MAKE_AGAIN = "make it again with atlassegfm customize"
@@ -61,14 +53,7 @@ _MAKE_AGAIN = "make it again with atlassegfm customize"
 
 @dataclass(frozen=True)
 class SavedContext:
-    """A context folder and its checksum.
-
-    Parameters
-    ----------
-    folder : Path
-    sha256 : str
-        Hexadecimal, of its list of checksums: covers every file in it.
-    """
+    """A context folder and the SHA-256 of its list of checksums, which covers every file in it."""
 
     folder: Path
     sha256: str
@@ -88,9 +73,9 @@ class Context:
     weights_sha256 : str
         Of the model's weights; empty where it has none, or they are on a server.
     version : str
-        Of this package, when the gate was trained.
+        Of this package when the gate was trained.
     saved : SavedContext or None
-        The folder it was read from; None in memory.
+        The folder it was read from.
     files : mapping of str to str
         File names of the atlas by role ("atlas", "labels").
     """
@@ -108,7 +93,7 @@ class Context:
         cls,
         image: ImageLike,
         labels: ImageLike,
-        names: str | os.PathLike[str] | None = None,
+        names: PathLike | None = None,
         *,
         settings: Settings | None = None,
         series: str | None = None,
@@ -116,11 +101,13 @@ class Context:
     ) -> Context:
         """Read an annotated scan; parameters as of :meth:`Atlas.from_files`. The gate is not trained yet."""
         atlas = Atlas.from_files(image, labels, names, series=series, selection=selection)
-        return cls(atlas, settings or Settings(), files=_file_names(atlas))
+        sources = {"atlas": atlas.image.source, "labels": atlas.labels.source}
+        files = {role: source.path.name for role, source in sources.items() if source is not None}
+        return cls(atlas, settings or Settings(), files=files)
 
     @property
     def prompt(self) -> PromptKind | None:
-        """Kind of prompt the model is given; None without a model."""
+        """Kind of prompt of the model; None without a model."""
         return prompt_kind(self.settings)
 
     def __repr__(self) -> str:
@@ -138,28 +125,16 @@ class Context:
         """
         if settings.model == NO_MODEL or (self.gate is None and self.saved is None):
             return
-        remedy = "leave it as it is, or make a context with it by atlassegfm customize"
-        for key, kept, asked in (
-            ("model", self.settings.model, settings.model),
-            ("prompt", self.prompt, prompt_kind(settings) if settings.model == self.settings.model else self.prompt),
-        ):
-            if kept != asked:
-                raise InputError(f"{self._name}: made with the {key} {kept!r}, but {asked!r} was asked for; {remedy}")
-        made_with = gate_settings(self.settings)
-        for key, value in gate_settings(settings).items():
-            if value != made_with[key]:
+        made = _gate_basis(self.settings)
+        for key, asked in _gate_basis(settings).items():
+            if asked != made.get(key):
                 raise InputError(
-                    f"{self._name}: made with {key} = {made_with[key]}, but {value} was asked for; {remedy}"
+                    f"{self._name}: made with {key} = {made.get(key)}, but {asked} was asked for; leave it as it is, "
+                    "or make a context with it by atlassegfm customize"
                 )
 
     def check_model(self, model: Segmenter | None) -> None:
-        """Check that the model has the weights the gate was trained with, where both are known.
-
-        Raises
-        ------
-        ModelError
-            If they differ.
-        """
+        """Check that the model has the weights the gate was trained with, where both are known; ModelError if not."""
         found = _weights_sha256(model)
         if found and self.weights_sha256 and found != self.weights_sha256:
             raise ModelError(
@@ -168,13 +143,8 @@ class Context:
                 "a context with these by atlassegfm customize"
             )
 
-    def save(self, folder: str | os.PathLike[str]) -> SavedContext:
-        """Write the context folder, whole or not at all; an earlier one is replaced.
-
-        Parameters
-        ----------
-        folder : path
-            Its parent exists.
+    def save(self, folder: PathLike) -> SavedContext:
+        """Write the context folder, whose parent exists, whole or not at all; an earlier one is replaced.
 
         Raises
         ------
@@ -190,23 +160,17 @@ class Context:
             # The path of the weights is this machine's.
             _write(new / SETTINGS, to_toml(replace(self.settings, model_path="")))
             _write(new / CONTENT, self._content())
-            correction = None if self.gate is None else self.gate.correction
-            if correction is not None:
+            if self.gate is not None and self.gate.correction is not None:
                 # Uncompressed arrays: read back without pickles, and the same bytes from the same arrays.
-                np.savez(new / CORRECTION, allow_pickle=False, **correction.arrays())
+                np.savez(new / CORRECTION, allow_pickle=False, **self.gate.correction.arrays())
             names = sorted(name for name in CONTEXT_NAMES if (new / name).exists())
-            _write(new / CHECKSUMS, "".join(f"{_sha256(new / name)}  {name}\n" for name in names))
-            sha256 = _sha256(new / CHECKSUMS)
+            _write(new / CHECKSUMS, "".join(f"{sha256_of(new / name)}  {name}\n" for name in names))
+            sha256 = sha256_of(new / CHECKSUMS)
         return SavedContext(folder, sha256)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Context:
-        """Read a context folder.
-
-        Parameters
-        ----------
-        folder : path
-            That :meth:`save` or ``atlassegfm customize`` wrote.
+    def load(cls, folder: PathLike) -> Context:
+        """Read a context folder that :meth:`save` or ``atlassegfm customize`` wrote.
 
         Raises
         ------
@@ -214,28 +178,17 @@ class Context:
             If it is none, is incomplete or damaged, or has another format.
         """
         folder = Path(folder)
-        if not folder.exists():
-            raise InputError(f"{folder}: no such folder; expected a context, as atlassegfm customize writes one")
-        if not folder.is_dir():
-            raise InputError(f"{folder}: is a file; expected a context folder, as atlassegfm customize writes one")
-        if not any((folder / name).exists() for name in (CONTENT, CHECKSUMS)):
-            raise InputError(
-                f"{folder}: is no context, as it has no {CONTENT}; expected a folder that atlassegfm customize wrote"
-            )
-        _check_format(folder)
-        sha256 = _check_files(folder)
-        content = load_toml(folder / CONTENT, "a context")
+        content, sha256 = _checked_content(folder)
         version = str(content.get("atlassegfm", "unknown"))
         try:
             settings = with_file(Settings(), folder / SETTINGS)
         except InputError as error:
             raise InputError(f"{error} ({folder} was made by version {version}: {_MAKE_AGAIN})") from None
         try:
-            gate = content.get("gate")
             return cls(
                 _read_atlas(folder, content),
                 settings,
-                None if gate is None else _read_gate(gate, folder / CORRECTION),
+                _read_gate(content["gate"], folder / CORRECTION) if "gate" in content else None,
                 content["model"]["weights_sha256"],
                 version,
                 SavedContext(folder, sha256),
@@ -252,28 +205,20 @@ class Context:
         """Text of ``context.toml``."""
         import tomli_w
 
-        grid, prompt = self.atlas.image.grid, self.prompt
+        grid = self.atlas.image.grid
+        model = {"name": self.settings.model, "prompt": self.prompt, "weights_sha256": self.weights_sha256}
         content: dict[str, Any] = {
             "format": FORMAT,
             "atlassegfm": self.version,
             "files": dict(self.files),
-            "model": {
-                "name": self.settings.model,
-                **({} if prompt is None else {"prompt": prompt}),
-                "weights_sha256": self.weights_sha256,
-            },
+            "model": {key: value for key, value in model.items() if value is not None},
             # Headers of NIfTI files have 32 bits; results must be those of the atlas that was read.
             "grid": {"shape": list(grid.shape), "affine": grid.affine.tolist()},
         }
         if self.gate is not None:
-            plain = asdict(replace(self.gate, correction=None))
-            del plain["correction"]
-            content["gate"] = {
-                name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()
-            }
-        content["structures"] = [
-            {"value": one.value, "name": one.name, "color": list(one.color)} for one in self.atlas.structures
-        ]
+            gate = asdict(replace(self.gate, correction=None))
+            content["gate"] = {name: value for name, value in gate.items() if name != "correction"}
+        content["structures"] = [asdict(one) for one in self.atlas.structures]
         return tomli_w.dumps(content)
 
 
@@ -285,7 +230,7 @@ def customize(
     on_stage: Callable[[str], None] | None = None,
     progress: bool = False,
 ) -> Context:
-    """Train what all queries of a context share: the gate, on simulated registration errors of the atlas.
+    """Train the gate of a context on simulated registration errors of its atlas.
 
     Parameters
     ----------
@@ -311,9 +256,7 @@ def customize(
         If the model or the device cannot do what was asked.
     """
     settings, device = context.settings, resolve_device(device)
-    if prompt_kind(settings) is None:
-        return context
-    model = model or load_chosen(settings, device)
+    model = None if prompt_kind(settings) is None else model or load_chosen(settings, device)
     if model is None:
         return context
     with memory_errors(), StageClock(on_stage or (stage_printer() if progress else None)).stage("gate") as report:
@@ -337,77 +280,64 @@ def train_context(
     return replace(context, settings=settings, gate=gate, weights_sha256=_weights_sha256(model), version=__version__)
 
 
-def _file_names(atlas: Atlas) -> dict[str, str]:
-    sources = {"atlas": atlas.image.source, "labels": atlas.labels.source}
-    return {role: source.path.name for role, source in sources.items() if source is not None}
+def _gate_basis(settings: Settings) -> dict[str, Any]:
+    """What a trained gate depends on, model and prompt first."""
+    return {"model": settings.model, "prompt": prompt_kind(settings), **gate_settings(settings)}
 
 
 def _weights_sha256(model: Segmenter | None) -> str:
-    """Checksum of the weights, where the model tells it."""
+    """SHA-256 of the weights, where the model reports it."""
     weights = {} if model is None else model.provenance.get("weights")
     return str(weights.get("sha256") or "") if isinstance(weights, Mapping) else ""
 
 
-def _check_format(folder: Path) -> None:
-    """Refuse another format; what is not even TOML is left to the checksums."""
-    path = folder / CONTENT
-    try:
-        content = load_toml(path, "a context")
-    except InputError:
-        if not path.exists() or (folder / CHECKSUMS).exists():
-            return
-        raise
-    found = content.get("format")
-    if found != FORMAT:
-        made_by = f" of version {content['atlassegfm']}" if "atlassegfm" in content else ""
-        raise InputError(
-            f"{folder}: a context in the format {found}{made_by}, but this version ({__version__}) reads the format "
-            f"{FORMAT}; {_MAKE_AGAIN}, or use that version"
-        )
-
-
-def _check_files(folder: Path) -> str:
-    """Compare all files with their checksums; gives the checksum of the list."""
-    path = folder / CHECKSUMS
+def _checked_content(folder: Path) -> tuple[dict[str, Any], str]:
+    """Content of ``context.toml`` and checksum of the list of checksums, after comparing all files with theirs."""
+    path, again = folder / CHECKSUMS, f"copy the whole folder again, or {_MAKE_AGAIN}"
+    if not (path.exists() or (folder / CONTENT).exists()):
+        found = "is a file" if folder.is_file() else f"has no {CONTENT}" if folder.exists() else "no such folder"
+        raise InputError(f"{folder}: {found}; expected a context folder, as atlassegfm customize writes one")
     try:
         listed = dict(line.split("  ", 1)[::-1] for line in path.read_text(encoding="ascii").splitlines())
     except FileNotFoundError:
-        raise InputError(f"{path}: missing from the context; copy the whole folder again, or {_MAKE_AGAIN}") from None
+        raise InputError(f"{path}: missing from the context; {again}") from None
     except (ValueError, OSError):
         listed = {}
-    if listed.keys() | {CORRECTION} != CONTEXT_NAMES - {CHECKSUMS}:
-        raise InputError(f"{path}: damaged; copy the whole folder again, or {_MAKE_AGAIN}")
     for name, expected in sorted(listed.items()):
+        file = folder / name
+        if file.name != name:
+            raise InputError(f"{path}: damaged, it names {name!r}; {again}")
         try:
-            found = _sha256(folder / name)
+            found = sha256_of(file)
         except FileNotFoundError:
-            raise InputError(
-                f"{folder / name}: missing from the context; copy the whole folder again, or {_MAKE_AGAIN}"
-            ) from None
+            raise InputError(f"{file}: missing from the context; {again}") from None
         except OSError as error:
-            raise InputError(f"{folder / name}: cannot be read ({error.strerror}); check the permissions") from None
+            raise InputError(f"{file}: cannot be read ({error.strerror}); check the permissions") from None
         if found != expected:
             raise InputError(
-                f"{folder / name}: damaged or changed, its SHA-256 is {found[:12]}..., expected {expected[:12]}...; "
-                f"copy the whole folder again, or {_MAKE_AGAIN}"
+                f"{file}: damaged or changed, its SHA-256 is {found[:12]}..., expected {expected[:12]}...; {again}"
             )
-    return _sha256(path)
+    content = load_toml(folder / CONTENT, "a context") if CONTENT in listed else {"format": FORMAT}
+    if content.get("format") != FORMAT:
+        raise InputError(
+            f"{folder}: a context in the format {content.get('format')} of version {content.get('atlassegfm')}, but "
+            f"this version ({__version__}) reads the format {FORMAT}; {_MAKE_AGAIN}, or use that version"
+        )
+    if listed.keys() | {CORRECTION} != CONTEXT_NAMES - {CHECKSUMS}:
+        raise InputError(f"{path}: damaged; {again}")
+    return content, sha256_of(path)
 
 
 def _read_atlas(folder: Path, content: Mapping[str, Any]) -> Atlas:
     """The atlas of a folder whose checksums are right."""
-    atlas, labels = load_volume(folder / ATLAS), load_volume(folder / LABELS)
+    image, labels = load_volume(folder / ATLAS), load_volume(folder / LABELS)
     i, j, k = content["grid"]["shape"]
     grid = Grid((i, j, k), np.array(content["grid"]["affine"]))
     kind = smallest_label_type(int(labels.data.max()))
-    structures = []
-    for one in content["structures"]:
-        red, green, blue = one["color"]
-        structures.append(Structure(one["value"], one["name"], (red, green, blue)))
     return Atlas(
-        Volume(np.ascontiguousarray(atlas.data, dtype=np.float32), grid),
+        Volume(np.ascontiguousarray(image.data, dtype=np.float32), grid),
         Volume(np.ascontiguousarray(labels.data, dtype=kind), grid),
-        tuple(structures),
+        TypeAdapter(tuple[Structure, ...]).validate_python(content["structures"]),
     )
 
 
@@ -417,11 +347,6 @@ def _read_gate(content: Mapping[str, Any], correction: Path) -> Gate:
         return Gate(**values)
     with np.load(correction, allow_pickle=False) as arrays:
         return Gate(**values, correction=Correction.from_arrays(arrays))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(path: Path, text: str) -> None:

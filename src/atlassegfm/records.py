@@ -57,11 +57,7 @@ class Provenance(Record):
     """What a result was made from. A case is computed again only if one of these differs."""
 
     version: str
-    """Of this package."""
-
     results_format: int = RESULTS_FORMAT
-    """Format of results."""
-
     settings: str
     """Digest of all settings, device and number of threads."""
 
@@ -72,40 +68,32 @@ class Provenance(Record):
     """Version of the program that trained the gate."""
 
     weights: str | None
-    """SHA-256 of the model's weights; null where it has none on this machine."""
+    """SHA-256 of the model's weights; null where there are none on this machine."""
 
     keep: bool
-    """Whether intermediate results are written. A result that has them serves where they are not wanted, too."""
+    """Whether intermediate results are written; a result with them serves where they are not wanted, too."""
 
     formats: tuple[str, ...]
-    """File formats of the segmentation."""
-
     series: str | None
     """Which series of a DICOM folder."""
 
     query: FileRecord | None = None
-    """The query's file or folder."""
-
     transform: FileRecord | None = None
     """The transform that was given instead of registering."""
 
 
 class InputRecord(Record):
-    """One input of a run."""
+    """One input of a run by its name."""
 
     file: str
-    """Name, without its folder."""
-
     notes: tuple[str, ...] = ()
     """Remarks on its geometry."""
 
 
 class ContextRecord(Record):
-    """The context folder that was used."""
+    """The context folder by its name."""
 
     folder: str
-    """Name."""
-
     sha256: str
     """Of its list of checksums."""
 
@@ -138,7 +126,7 @@ class ModelRecord(Record):
 
     prompt: PromptKind | None = None
     provenance: dict[str, Any] = Field(default_factory=dict)
-    """Files, versions or server that the model reports."""
+    """Files, versions or server, as the model reports them."""
 
 
 class RegistrationRecord(Record):
@@ -155,14 +143,12 @@ class RegistrationRecord(Record):
     """Fraction of the body where the Jacobian determinant is not positive."""
 
     jacobian: dict[str, float | None] | None
-    """Statistics of the Jacobian determinant."""
-
     linear_query_to_atlas_mm: tuple[tuple[float, ...], ...]
     """4 x 4, RAS+ mm."""
 
 
 class PromptRecord(Record):
-    """Prompt of one structure, in the voxels of the query as stored."""
+    """Prompt of one structure, in voxels of the query as stored and RAS+ mm."""
 
     kind: PromptKind
     first_voxel: tuple[int, int, int]
@@ -207,8 +193,6 @@ class RunRecord(Record):
     model: ModelRecord
     registration: RegistrationRecord
     gate: str | None
-    """Description of the gate."""
-
     verdict: Verdict
     """Worst of the structures."""
 
@@ -228,14 +212,12 @@ class StatusRecord(Record):
     format: int = RESULTS_FORMAT
     state: Literal["done", "failed"]
     reason: str = ""
-    """Why it failed."""
-
     is_input: bool = False
-    """Whether the query itself is to blame for a failure."""
+    """Whether the query itself is the reason of a failure."""
 
     attempts: int = 1
     warnings: tuple[str, ...] = ()
-    """Reasons to doubt the result as a whole."""
+    """Of the result as a whole."""
 
     total_seconds: float = 0.0
     peak_memory_mb: int | None = None
@@ -260,7 +242,7 @@ class CaseRecord(Record):
     """Why it failed."""
 
     why: str
-    """Why it was computed: "new", "failed before", "other settings" and so on."""
+    """Why it was computed, such as "new", "failed before" or "other settings"."""
 
     attempts: int
     seconds: float

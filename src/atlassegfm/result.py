@@ -21,16 +21,7 @@ Status = Literal["present", "absent", "outside"]
 
 @dataclass(frozen=True, eq=False)
 class StructureMaps:
-    """Probabilities of one structure on the query in RAS-canonical array order, in [0, 1].
-
-    Parameters
-    ----------
-    fused : LocalMap
-    atlas : LocalMap
-        Warped atlas mask.
-    model : LocalMap or None
-        Prediction of the model; None without a model.
-    """
+    """Probabilities of one structure in [0, 1], on the query in RAS-canonical array order; atlas: warped."""
 
     fused: LocalMap
     atlas: LocalMap
@@ -48,14 +39,13 @@ class StructureResult:
     status : {"present", "absent", "outside"}
         "outside": at least 90 % of it lies outside the query's field of view. "absent": no voxel of it was found.
     reason : str
-        Why it is not present, or the warped atlas was kept; else empty.
+        Why it is not present, or why the warped atlas was kept; else empty.
     volume_ml : float
     outside_fraction : float
         Fraction of the atlas's structure that the linear registration maps outside the query's field of view.
     prompt : UsedPrompt or None
         None without a model, or where the warped mask is empty.
     quality : StructureQuality or None
-        Estimated Dice and verdict.
     """
 
     structure: Structure
@@ -73,27 +63,22 @@ class Segmentation:
 
     Parameters
     ----------
-    labels : Volume
-        Label values of the atlas on the query's own grid, in the smallest integer type that holds them.
-    atlas_labels : Volume
-        The same of the warped atlas alone.
-    model_labels : Volume or None
-        The same of the model alone.
+    labels, atlas_labels, model_labels : Volume
+        Label values on the query's own grid, in the smallest integer type: fused, of the warped atlas, of the model
+        (None without one).
     grid : Grid
         Query's grid in RAS-canonical array order: that of ``probabilities``.
     probabilities : mapping of int to StructureMaps
         By label value, without structures that were outside or absent before the fusion.
     structures : tuple of StructureResult
-        One for each structure of the atlas.
     registration : Registration
         Query world to atlas world.
     transform_given : bool
         Whether the transform was given, not optimised here.
     gate : Gate or None
-        None without a model.
     settings : Settings
     prompt : {"click", "box", "mask", "region"} or None
-        Kind of prompt; None without a model.
+        None without a model, as ``gate``.
     device : {"cpu", "cuda"}
     seconds : mapping of str to float
         Wall time of each stage.
@@ -128,10 +113,10 @@ class Segmentation:
         """Table of structures."""
         head = f"Segmentation({self.verdict}, {self.labels!r}, model {self.settings.model})"
         width = max(len(one.structure.name) for one in self.structures)
-        rows = []
+        lines = [head]
         for one in self.structures:
             verdict = one.status if one.quality is None else one.quality.verdict
             dice = None if one.quality is None else one.quality.estimated_dice
             estimate = "" if dice is None else f"  estimated Dice {dice:.2f}"
-            rows.append(f"  {one.structure.name:<{width}}  {one.volume_ml:9.1f} ml  {verdict:<7}{estimate}")
-        return "\n".join([head, *rows])
+            lines.append(f"  {one.structure.name:<{width}}  {one.volume_ml:9.1f} ml  {verdict:<7}{estimate}")
+        return "\n".join(lines)

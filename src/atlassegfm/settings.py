@@ -10,78 +10,72 @@ from pydantic.dataclasses import dataclass as settings_dataclass
 
 from .core.config import RUNTIME_ONLY
 
+#: Name of the model that is none: the result is the warped atlas.
+NO_MODEL = "none"
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_NotNegative = Annotated[float, Field(ge=0)]
+_Voxels = Annotated[int, Field(ge=2_000, le=20_000_000)]
+#: A number for each level, coarse to fine; the last one holds for all levels after it.
+_Weights = Annotated[tuple[_NotNegative, ...], Field(min_length=1)]
+_Steps = Annotated[str, Field(pattern=r"^\d+(x\d+)*$")]
+_Seed = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
 class InstanceSettings:
     """The engine ``instance``: the displacement itself is optimised."""
 
-    level_voxels: Annotated[tuple[Annotated[int, Field(ge=2_000, le=20_000_000)], ...], Field(min_length=1)] = (
-        40_000,
-        150_000,
-    )
+    level_voxels: Annotated[tuple[_Voxels, ...], Field(min_length=1)] = (40_000, 150_000)
     """Voxels of each level over the query's field of view, coarse to fine (for an abdomen about 9 and 6 mm), never
-    finer than the query itself. Where structures have been found, the first level is left out: it would undo much of
-    that."""
+    finer than the query. The first level is left out where structures have been found."""
 
     local_voxels: Annotated[int, Field(ge=0, le=20_000_000)] = 500_000
-    """Voxels of the last level, in the box around the warped labels, never finer than the query itself; 0 for none."""
+    """Voxels of the last level, in the box around the warped labels, never finer than the query; 0 for none."""
 
     voxels_per_structure: Annotated[int, Field(ge=0, le=1_000_000)] = 15_000
-    """Least voxels of the last level for each structure of the atlas (many structures are small ones), up to
-    ``most_local_voxels``."""
+    """Voxels of the last level for each structure of the atlas, at least, up to ``most_local_voxels``."""
 
     most_local_voxels: Annotated[int, Field(ge=2_000, le=100_000_000)] = 2_000_000
-    """Most voxels of the last level: bounds time and memory (2 million: 1.7 GB for the whole process)."""
+    """Voxels of the last level, at most: bounds time and memory (2 million: 1.7 GB for the whole process)."""
 
     iterations: Annotated[tuple[Annotated[int, Field(ge=0, le=2000)], ...], Field(min_length=1)] = (40, 35, 25)
-    """Adam steps on each level, the one in the labels' box last. The last number of a list holds for all levels after
-    it."""
+    """Adam steps on each level, the one in the labels' box last; the last number holds for all levels after it."""
 
-    mind_weight: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (2.5,)
+    mind_weight: _Weights = (2.5,)
     """Weight of the MIND-SSC difference on each level."""
 
-    correlation_weight: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.5,)
+    correlation_weight: _Weights = (0.5,)
     """Weight of one minus the local correlation on each level."""
 
-    smoothness: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.05, 0.25, 0.4)
-    """Weight of the squared gradient (diffusion regularisation) of what each level adds to the displacement; of the
-    whole displacement it would pull structures back that were found centimetres away."""
+    smoothness: _Weights = (0.05, 0.25, 0.4)
+    """Weight of the squared gradient (diffusion regularisation) of what each level adds to the displacement."""
 
-    folding_penalty: Annotated[float, Field(ge=0)] = 10.0
-    """Weight of the squared shortfall of the local volume (Jacobian determinant) below 0.3."""
+    folding_penalty: _NotNegative = 10.0
+    """Weight of the squared shortfall of the Jacobian determinant below 0.3."""
 
-    structure_emphasis: Annotated[float, Field(ge=0)] = 4.0
-    """How much more a voxel in or near a structure of the atlas weighs: 1 + this times one elsewhere."""
+    structure_emphasis: _NotNegative = 4.0
+    """Additional weight of a voxel in or near a structure of the atlas: 1 + this, and 1 elsewhere."""
 
     ensemble: Annotated[int, Field(ge=1, le=4)] = 2
-    """Members of the ensemble: fits with other weights, whose warped labels are averaged. The first one is the
-    transform that is kept and reported. Each takes as long as the first."""
+    """Fits with different weights, each as slow, whose warped labels are averaged; the first transform is reported."""
 
     diffeomorphic: bool = False
-    """Whether each level fits a stationary velocity, whose flow is invertible, and levels are composed instead of
-    added, so that hardly anything folds. Slower."""
+    """Whether each level fits a stationary velocity and levels are composed: hardly any folding, but slower."""
 
     contrast_robust: bool = True
-    """Whether the fit is repeated by contrast-invariant features where the structures' contrast differs between the
-    scans: structures are searched for by MIND-SSC alone, and it dominates until the level in the labels' box.
-    Brightness and local correlation take a bright stomach for a bright spleen where the query's spleen is dark."""
+    """Whether the fit is repeated where the structures' contrast differs between the scans: structures are searched for
+    by MIND-SSC alone, which is contrast-invariant, and it dominates until the level in the labels' box."""
 
     contrast_tolerance: Annotated[float, Field(ge=0, le=1)] = 0.15
-    """Difference of the structures' brightness, as a fraction of the range of intensities, above which contrast counts
-    as different (logged at level DEBUG). Set on abdominal MR; other data may need another value."""
+    """Difference of structures' brightness, in intensity ranges, that counts as another contrast [abdominal MR]."""
 
-    contrast_robust_mind_weight: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (5.0,)
+    contrast_robust_mind_weight: _Weights = (5.0,)
     """``mind_weight`` of the contrast-robust fit over the field of view; in the labels' box it is the usual one."""
 
-    contrast_robust_correlation_weight: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (
-        0.0,
-        0.2,
-    )
+    contrast_robust_correlation_weight: _Weights = (0.0, 0.2)
     """``correlation_weight`` of the contrast-robust fit."""
 
-    contrast_robust_smoothness: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.3, 0.1)
+    contrast_robust_smoothness: _Weights = (0.3, 0.1)
     """``smoothness`` of the contrast-robust fit."""
 
 
@@ -90,8 +84,7 @@ class VoxelmorphSettings:
     """The engine ``voxelmorph``: the paper's network, optimised on the one pair. Defaults are the paper's."""
 
     cpu_voxels: Annotated[int, Field(ge=1_000, le=20_000_000)] = 40_000
-    """Voxels of the isotropic working grid over the query's field of view, on a CPU (about 9 mm for an abdomen), never
-    finer than the scan. A step takes about 1 s on one core."""
+    """Voxels of the isotropic working grid on a CPU (about 9 mm for an abdomen), never finer than the scan."""
 
     cuda_voxels: Annotated[int, Field(ge=1_000, le=100_000_000)] = 128**3
     """The same on a GPU [published code: 128 x 128 x 128, there anisotropic, here isotropic]."""
@@ -109,12 +102,10 @@ class VoxelmorphSettings:
     """Of Adam [paper]."""
 
     loss: Literal["mse", "lncc"] = "mse"
-    """Squared difference of intensities normalised to 0 to 1 [paper], which needs the same contrast in both scans, or
-    one minus the squared local correlation, which folds less at a ``smoothness`` of 1."""
+    """Squared difference of intensities in 0 to 1 [paper], which needs equal contrast, or 1 - squared correlation."""
 
-    smoothness: Annotated[float, Field(ge=0)] = 0.01
-    """Weight of the squared gradient of the displacement, a mean over the axes [published code]. About 1 for "lncc"
-    (VoxelMorph's own: 1.5)."""
+    smoothness: _NotNegative = 0.01
+    """Weight of the squared gradient of the displacement, a mean over the axes [published code]; about 1 for "lncc"."""
 
     diffeomorphic: bool = False
     """Whether the network gives a velocity, integrated at half resolution, instead of the displacement: no folding."""
@@ -123,84 +114,77 @@ class VoxelmorphSettings:
     """Squarings of the integration [VoxelMorph]."""
 
     schedule: Literal["constant", "cosine"] = "constant"
-    """Course of the learning rate: constant [paper, which names none], or a rise over 5 % of the iterations and a
-    cosine to 0, which allows higher rates."""
+    """Learning rate: constant, or a rise over 5 % of the iterations and a cosine to 0, which allows higher rates."""
 
     half_precision: Literal["auto", "on", "off"] = "auto"
-    """Whether to convolve in bfloat16; displacement and loss stay in single precision. "auto": on GPUs that have it. On
-    a CPU with AMX (Xeons since 2023) a step is four to eight times as fast with it."""
+    """Whether to convolve in bfloat16. "auto": on GPUs that have it; faster on CPUs with AMX too."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
 class GreedySettings:
-    """The engine ``greedy``: picsl_greedy. Defaults are the recipe of our reference figures."""
+    """The engine ``greedy``: picsl_greedy."""
 
     python: str = ""
-    """Path of a Python that has picsl_greedy. Empty: the environment variable ATLASSEGFM_GREEDY_PYTHON, or else this
-    Python."""
+    """Path of a Python that has picsl_greedy; empty: that of ATLASSEGFM_GREEDY_PYTHON, or else this Python."""
 
     voxels: Annotated[int, Field(ge=2_000, le=50_000_000)] = 1_200_000
-    """Voxels over the query's field of view that it works on, at most (3 mm for an abdominal CT, 1.6 mm for a head);
-    never finer than the scan."""
+    """Voxels over the query's field of view, at most (3 mm for an abdominal CT), never finer than the scan."""
 
     search_tries: Annotated[int, Field(ge=0, le=100_000)] = 200
-    """Random rigid starts tried before the linear fit, around the centres of both scans; with ``registration.rigid``
-    only."""
+    """Random rigid starts around the centres of both scans before the linear fit; with ``registration.rigid`` only."""
 
     search_rotation_deg: Annotated[float, Field(ge=0, le=180)] = 180.0
     """Standard deviation of their rotation; 180: any rotation."""
 
-    search_shift_mm: Annotated[float, Field(ge=0)] = 40.0
+    search_shift_mm: _NotNegative = 40.0
     """Standard deviation of their translation along each axis."""
 
     metric_radius: Annotated[int, Field(ge=1, le=20)] = 4
-    """Of the cube of the weighted local correlation (WNCC), in voxels."""
+    """Radius in voxels of the cube of the weighted local correlation (WNCC)."""
 
-    iterations: Annotated[str, Field(pattern=r"^\d+(x\d+)*$")] = "100x50x20"
-    """On each level, coarse to fine, in greedy's notation; the last level is the scan as it is given."""
+    iterations: _Steps = "100x50x20"
+    """Iterations on each level, coarse to fine; the last level is the scan as it is given."""
 
-    update_smoothing_voxels: Annotated[float, Field(ge=0)] = 2.0
+    update_smoothing_voxels: _NotNegative = 2.0
     """Standard deviation of the smoothing of each update of the field."""
 
-    field_smoothing_voxels: Annotated[float, Field(ge=0)] = 0.5
+    field_smoothing_voxels: _NotNegative = 0.5
     """Standard deviation of the smoothing of the field after each update."""
 
-    seed: Annotated[int, Field(ge=1, le=2**31 - 1)] = 1
-    """Of the random search and the jitter of its samples; 0 would be another one each time."""
+    seed: _Seed = 1
+    """Seed of the random search and the jitter of its samples."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
 class AntsSettings:
     """The engine ``ants``: ANTs' SyN, with the defaults of antspyx 0.6.3.
 
-    ``registration.rigid`` and ``registration.affine`` say which of the paper's variants it is: both SyN+RA, affine
-    alone SyN+A, neither SyN-only.
+    The paper's SyN+RA; without ``registration.rigid`` SyN+A, without ``registration.affine`` either SyN-only.
     """
 
     python: str = ""
-    """Path of a Python that has antspyx, which cannot be installed beside this package. Empty: the environment
-    variable ATLASSEGFM_ANTS_PYTHON, or else this Python."""
+    """Path of a Python that has antspyx, in an environment of its own; empty: that of ATLASSEGFM_ANTS_PYTHON."""
 
     voxels: Annotated[int, Field(ge=2_000, le=50_000_000)] = 1_200_000
-    """Voxels over the query's field of view that it works on, at most, as for greedy."""
+    """Voxels over the query's field of view, at most, never finer than the scan."""
 
-    iterations: Annotated[str, Field(pattern=r"^\d+(x\d+)*$")] = "40x20x0"
-    """Of SyN on each level, coarse to fine; the last level is the scan as it is given."""
+    iterations: _Steps = "40x20x0"
+    """Iterations of SyN on each level, coarse to fine; the last level is the scan as it is given."""
 
     metric: Literal["mattes", "CC"] = "mattes"
-    """Of SyN: mutual information, or local correlation over 9 voxels (several times as slow)."""
+    """Metric of SyN: mutual information, or local correlation over 9 voxels (several times as slow)."""
 
     gradient_step: Annotated[float, Field(gt=0)] = 0.2
-    """Of SyN, in voxels."""
+    """Step of SyN, in voxels."""
 
-    flow_sigma: Annotated[float, Field(ge=0)] = 3.0
-    """Smoothing of each update, in voxels (as a variance)."""
+    flow_sigma: _NotNegative = 3.0
+    """Variance of the smoothing of each update, in voxels."""
 
-    total_sigma: Annotated[float, Field(ge=0)] = 0.0
-    """Smoothing of the whole field, in voxels (as a variance)."""
+    total_sigma: _NotNegative = 0.0
+    """Variance of the smoothing of the whole field, in voxels."""
 
-    seed: Annotated[int, Field(ge=1, le=2**31 - 1)] = 1
-    """Of the random samples of its linear stages."""
+    seed: _Seed = 1
+    """Seed of the random samples of its linear stages."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
@@ -208,11 +192,10 @@ class ElastixSettings:
     """The engine ``elastix``: B-splines on mutual information. Defaults are those of itk-elastix 0.25."""
 
     python: str = ""
-    """Path of a Python that has itk-elastix. Empty: the environment variable ATLASSEGFM_ELASTIX_PYTHON, or else this
-    Python."""
+    """Path of a Python that has itk-elastix; empty: that of ATLASSEGFM_ELASTIX_PYTHON, or else this Python."""
 
     voxels: Annotated[int, Field(ge=2_000, le=50_000_000)] = 1_200_000
-    """Voxels over the query's field of view that it works on, at most, as for greedy."""
+    """Voxels over the query's field of view, at most, never finer than the scan."""
 
     resolutions: Annotated[int, Field(ge=1, le=8)] = 4
     """Levels, each twice as fine as the one before."""
@@ -224,11 +207,10 @@ class ElastixSettings:
     """Points drawn anew for each step."""
 
     grid_voxels: Annotated[float, Field(ge=1, le=64)] = 4.0
-    """Distance of B-spline control points on the last level, in voxels along the finest axis (4: about itk-elastix'
-    10 mm for an abdomen)."""
+    """Distance of B-spline control points on the last level, in voxels along the finest axis."""
 
-    seed: Annotated[int, Field(ge=1, le=2**31 - 1)] = 1
-    """Of the random samples."""
+    seed: _Seed = 1
+    """Seed of the random samples."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
@@ -239,8 +221,7 @@ class RegistrationSettings:
     """Deformable engine. Those of other packages (greedy, ants, elastix) must be installed."""
 
     rigid: bool = True
-    """Whether to search translations and fit a rigid motion. Off: the next stage starts from the scanner's
-    coordinates."""
+    """Whether to search translations and fit a rigid motion; else the next stage starts from scanner coordinates."""
 
     affine: bool = True
     """Whether to fit scale and shear too."""
@@ -249,15 +230,14 @@ class RegistrationSettings:
     """Whether to fit a displacement field after the linear stages."""
 
     structure_search: bool = True
-    """Whether each labelled structure is searched for on its own and gets a linear map of its own, to start the
-    deformable stage (engine ``instance`` only): organs move by centimetres against each other, out of reach of a smooth
-    fit. A structure whose MIND-SSC difference is larger at its best place than where it is stays there."""
+    """Whether the deformable stage starts from a linear map for each structure (engine ``instance`` only), searched for
+    by MIND-SSC: organs move by centimetres against each other, out of reach of a smooth fit."""
 
     coarse_voxels: Annotated[int, Field(ge=2_000, le=1_000_000)] = 40_000
-    """Voxels of the coarse level over the query's field of view; its spacing follows (about 9 mm for an abdomen)."""
+    """Voxels of the coarse level over the query's field of view (about 9 mm for an abdomen)."""
 
-    fine_voxels: Annotated[int, Field(ge=2_000, le=20_000_000)] = 150_000
-    """Voxels of the fine level (about 6 mm for an abdomen), never finer than the scan itself."""
+    fine_voxels: _Voxels = 150_000
+    """Voxels of the fine level (about 6 mm for an abdomen), never finer than the scan."""
 
     candidates: Annotated[int, Field(ge=1, le=32)] = 4
     """Translations carried from the search to the linear fit."""
@@ -266,23 +246,13 @@ class RegistrationSettings:
     """Adam steps of each linear fit (rigid and affine on the coarse level, affine again on the fine one)."""
 
     peer_linear: bool = True
-    """Whether engines of other packages do the linear stages too. Off: they are given ours and do the deformable stage
-    alone."""
+    """Whether engines of other packages do the linear stages too; else they start from ours."""
 
     instance: InstanceSettings = field(default_factory=InstanceSettings)
-    """Of the engine ``instance``."""
-
     voxelmorph: VoxelmorphSettings = field(default_factory=VoxelmorphSettings)
-    """Of the engine ``voxelmorph``."""
-
     greedy: GreedySettings = field(default_factory=GreedySettings)
-    """Of the engine ``greedy``."""
-
     ants: AntsSettings = field(default_factory=AntsSettings)
-    """Of the engine ``ants``."""
-
     elastix: ElastixSettings = field(default_factory=ElastixSettings)
-    """Of the engine ``elastix``."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
@@ -290,12 +260,10 @@ class SimulationSettings:
     """Simulated registration errors; the defaults were fitted to the errors of 33 real registrations."""
 
     sizes: Annotated[tuple[Annotated[float, Field(gt=0, le=2)], ...], Field(min_length=1)] = (0.07, 0.10, 0.14, 0.20)
-    """Standard deviations of the displacement along each axis, as fractions of the structure's radius; every structure
-    is simulated once with each."""
+    """Standard deviations of the displacement per axis, in radii of the structure, which is simulated with each."""
 
     sigma: Annotated[float, Field(gt=0, le=10)] = 0.5
-    """Sigma of the Gaussian that smooths the displacement, as a fraction of the structure's radius: with it, errors
-    along a border correlate as real ones do."""
+    """Sigma of the Gaussian that smooths the displacement, in radii of the structure."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
@@ -318,7 +286,7 @@ class CorrectionSettings:
     """Voxels drawn of each of them."""
 
     noise: Annotated[float, Field(ge=0, le=10)] = 0.3
-    """Noise added to the features in training, in their standard deviations, against overfitting to one scan."""
+    """Noise added to the features in training, in their standard deviations, against overfitting."""
 
     strength: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Fraction of the learned correction that is applied: real registration errors vary more than simulated ones."""
@@ -329,19 +297,17 @@ class NnInteractiveSettings:
     """The model ``nninteractive``."""
 
     autozoom: bool = True
-    """Whether it looks again at coarser resolution where its answer reaches the edge of its patch (192 voxels a
-    side), and then refines what it found patch by patch. Off is faster, and cuts off what is larger."""
+    """Whether structures beyond its patch of 192 voxels a side are predicted coarser, then refined; off cuts them."""
 
     server: Annotated[str, RUNTIME_ONLY] = ""
-    """Address of an nnInteractive server (``nninteractive-server``) that computes instead of this process, such as
-    "http://127.0.0.1:1527"; empty: compute here. The server gets the scan. Its key is taken from the environment
-    variable NN_INTERACTIVE_API_KEY. Its answers are masks, probability 0 or 1."""
+    """Address of a ``nninteractive-server`` that gets the scan and computes, such as "http://127.0.0.1:1527"; empty:
+    compute here. Its key is the environment variable NN_INTERACTIVE_API_KEY. Its answers are masks, 0 or 1."""
 
     allow_remote: Annotated[bool, RUNTIME_ONLY] = False
     """Whether scans may be sent to a server on another machine."""
 
     timeout_seconds: Annotated[float, Field(gt=0), RUNTIME_ONLY] = 600.0
-    """How long the server may take for one answer, in seconds. On a CPU one answer takes minutes."""
+    """How long the server may take for one answer, in seconds; minutes on a CPU."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
@@ -350,34 +316,28 @@ class MedSam2Settings:
 
     modality: Literal["auto", "ct", "mr"] = "auto"
     """How intensities become 8 bits: "ct" by the window below, "mr" (and anything else) by the 0.5 and 99.5 percentiles
-    of what is above 0 [published code]. "auto": "ct" if the scan looks like Hounsfield units, that is if it has values
-    of -500 or less (air) and of 100 or more (bone, contrast agent)."""
+    of what is above 0 [published code]. "auto": "ct" if the scan has values up to -500 (air) and from 100 (bone)."""
 
     window_level: float = 40.0
-    """Middle of the window of a CT, in Hounsfield units [MedSAM: soft tissue 40, lung -160, brain 40]."""
+    """Centre of the window of a CT, in Hounsfield units [MedSAM: soft tissue 40, lung -160, brain 40]."""
 
     window_width: Annotated[float, Field(gt=0)] = 400.0
     """Width of the window of a CT, in Hounsfield units [MedSAM: soft tissue 400, lung 1500, brain 80]."""
 
     slice_axis: Literal["auto", "axial", "coronal", "sagittal"] = "auto"
-    """Slices that it reads. "auto": across the axis with the largest spacing if that is at least 1.5 times the others,
-    else axial. A box is axial and refused with other slices."""
+    """Slices to read. "auto": across the largest spacing if 1.5 times the others, else axial. Boxes need axial ones."""
 
-    margin_mm: Annotated[float, Field(ge=0)] = 15.0
-    """How far beyond the first and last slice of the atlas's structure it looks, in mm, one slice at least: more than
-    the usual error of a registration; not tuned."""
+    margin_mm: _NotNegative = 15.0
+    """Range in mm beyond the first and last slice of the atlas's structure, at least a slice: a registration error."""
 
-    reach_mm: Annotated[float, Field(ge=0)] = 150.0
-    """How far from the prompted slice it looks up and down where the slices of the atlas's structure are not known, in
-    mm. Half the height of the largest organs with some to spare. Not tuned."""
+    reach_mm: _NotNegative = 150.0
+    """Range in mm from the prompted slice where the structure's slices are not known: over half an organ's height."""
 
     empty_slices: Annotated[int, Field(ge=1)] = 3
-    """After how many successive slices without the structure it stops looking, where the slices of the atlas's
-    structure are not known."""
+    """Successive slices without the structure after which it stops, where the structure's slices are not known."""
 
     feature_cache_mb: Annotated[int, Field(ge=0), RUNTIME_ONLY] = 512
-    """Memory for what the image encoder found on the slices of a scan, in MB, to be used again for other structures:
-    4 MB a slice. The encoder is most of the work."""
+    """Memory in MB for the embeddings of slices, 4 MB each, which are used again for other structures."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
@@ -385,37 +345,29 @@ class VesselFmSettings:
     """The model ``vesselfm``. Defaults are the published inference's (configs/inference.yaml) unless said otherwise."""
 
     percentiles: tuple[Annotated[float, Field(ge=0, le=100)], Annotated[float, Field(ge=0, le=100)]] = (1.0, 99.0)
-    """Percentiles of the whole scan's intensities that become 0 and 1; what lies beyond is cut. The authors advise to
-    fit them to the data: vessels must not be cut together with what is around them."""
+    """Percentiles of the scan's intensities that become 0 and 1; fit them to the data, so that vessels stay inside."""
 
     spacing_mm: Annotated[float, Field(ge=0, le=20)] = 0.0
-    """Spacing that scans are resampled to before the network sees them, along each axis; 0 leaves them as they are. The
-    network was trained on nearly isotropic scans: where slices are much thicker than voxels are wide, vessels that run
-    through the slices are seen better at about the width of a voxel, for several times as many windows, and slices in
-    between that nobody measured."""
+    """Spacing that scans are resampled to; 0 leaves them as they are. The network was trained on nearly isotropic
+    scans: vessels across thick slices are seen better at about the width of a voxel, in several times the time."""
 
     window: Literal[64, 96, 128, 160, 192] = 128
-    """Side in voxels of the cubes that the network sees. Smaller cubes need less time and memory, and show less of a
-    vessel's course."""
+    """Side in voxels of the network's cubes. Smaller ones need less time and memory, and show less of a vessel."""
 
     overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.5
     """Overlap of neighbouring cubes, as a fraction of their side."""
 
     blending: Literal["constant", "gaussian"] = "constant"
-    """Weight of a voxel where cubes overlap: constant, or lower towards the cube's border (Gaussian, sigma an eighth of
-    the side)."""
+    """Weight of a voxel where cubes overlap: constant, or Gaussian (sigma an eighth of the side)."""
 
     reach_mm: Annotated[float, Field(ge=0, le=1000)] = 10.0
-    """Largest distance in mm from the warped atlas's structure at which a vessel counts as that structure, unless
-    another one is nearer: about the error of a registration. A larger one also takes vessels without a label."""
+    """Largest distance in mm of a vessel to the nearest warped structure, as which it counts: a registration error."""
 
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Numbers the network computes in (PyTorch's autocast). The shorter ones are faster on GPUs and on CPUs that have
-    units for them, and change probabilities in the second or third digit."""
+    """Precision of the network (autocast). The shorter ones may be faster and change probabilities by up to 0.01."""
 
     cache_mib: Annotated[int, Field(ge=0, le=1_000_000), RUNTIME_ONLY] = 1024
-    """MiB of computed cubes that are kept with a scan, 8 for one of 128: saves time where structures are asked for in
-    several calls. Results are the same."""
+    """MiB of computed cubes that are kept with a scan, 8 for one of 128, for further structures."""
 
     @field_validator("percentiles")
     @classmethod
@@ -430,13 +382,8 @@ class ModelSettings:
     """How the models are set up; those of the model that is used count."""
 
     nninteractive: NnInteractiveSettings = field(default_factory=NnInteractiveSettings)
-    """Of the model ``nninteractive``."""
-
     medsam2: MedSam2Settings = field(default_factory=MedSam2Settings)
-    """Of the model ``medsam2``."""
-
     vesselfm: VesselFmSettings = field(default_factory=VesselFmSettings)
-    """Of the model ``vesselfm``."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
@@ -448,7 +395,7 @@ class FusionSettings:
     and smooths them, as learned on the same simulated masks."""
 
     kernels: tuple[int, ...] = (3, 5, 7)
-    """Sizes of the max-poolings, voxels; odd [paper: 3, 5, 7]."""
+    """Sizes of the max-poolings in voxels, odd [paper: 3, 5, 7]."""
 
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-5
     """Learning rate of Adam; a weight moves by about this much an iteration [paper: 1e-5]."""
@@ -458,13 +405,10 @@ class FusionSettings:
 
     start: Literal["best"] | Annotated[float, Field(ge=0, le=1)] = "best"
     """Constant K that training starts from: a number (1 is the atlas alone, 0 the model alone), or "best", which tries
-    0, 1/4, 1/2, 3/4 and 1 on the training samples; the paper names none."""
+    0, 1/4, 1/2, 3/4 and 1 on the training samples."""
 
     simulation: SimulationSettings = field(default_factory=SimulationSettings)
-    """Simulated registration errors that the gate is trained on."""
-
     correction: CorrectionSettings = field(default_factory=CorrectionSettings)
-    """Training of the correction network of the default gate."""
 
     @field_validator("kernels")
     @classmethod
@@ -474,29 +418,20 @@ class FusionSettings:
         return kernels
 
 
-#: Name of the model that is none: the result is the warped atlas.
-NO_MODEL = "none"
-
-
-@settings_dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True))
+@settings_dataclass(frozen=True, config=_STRICT)
 class Settings:
     """All settings of a job."""
 
     registration: RegistrationSettings = field(default_factory=RegistrationSettings)
-    """How the atlas is registered to the query."""
-
     fusion: FusionSettings = field(default_factory=FusionSettings)
-    """How the warped atlas and the model's answer become one."""
 
     model: str = "builtin"
-    """Name of the segmentation model; "none" stops after the registration: the result is the warped atlas.
-    ``atlassegfm models`` lists them."""
+    """Segmentation model, one of ``atlassegfm models``; "none": the result is the warped atlas."""
 
     model_path: str = ""
     """File or folder of the model's weights; empty: looked for where ``atlassegfm models show`` says."""
 
     models: ModelSettings = field(default_factory=ModelSettings)
-    """How the models are set up."""
 
     prompt: Literal["auto", "click", "box", "mask"] = "auto"
     """What the model is prompted with; "auto" is the best of the prompts it takes."""
@@ -505,4 +440,4 @@ class Settings:
     """Whether islands that the atlas's structures do not have are removed from the fused result."""
 
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
-    """Start of the random numbers: the same seed gives the same result on the same machine."""
+    """Seed of the random numbers: the same one gives the same result on the same machine."""

@@ -1,8 +1,7 @@
-"""Protocols over labelled datasets: every method side by side, each figure with the pairs behind it.
+"""Protocols over labelled datasets: all methods compared on the same pairs.
 
-The labels of a query are opened here, to score what the method has made without them, and handed to nothing
-that makes it. The one exception says so: "user click" in the ablation, where a simulated user who sees the
-structure clicks into its middle.
+The labels of a query are read here to score results, and given to nothing that makes them. The one exception is
+"user click" in the ablation: a simulated user who sees the structure clicks into its middle.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,9 @@ logger = logging.getLogger(__name__)
 
 
 def oracle(atlas: Volume, model: Volume, reference: Volume) -> Volume:
-    """What a gate that always picks the better of atlas and model would give.
+    """Compute the label map of a perfect gate: where atlas and model disagree, the one that is right, or background.
 
-    Parameters
-    ----------
-    atlas, model, reference : Volume
-        Label maps on one grid.
-
-    Returns
-    -------
-    Volume
-        Where both agree, that; where one of them is right, the reference; background elsewhere.
+    All are label maps on one grid, in any array order.
     """
     a, m, r = atlas.data, model.data, reference.turned_to(atlas.grid).data
     right = np.where((r == a) | (r == m), r, 0)
@@ -57,23 +50,12 @@ def oracle(atlas: Volume, model: Volume, reference: Volume) -> Volume:
 
 
 def fused_by(gate: Gate, atlas: Atlas, result: Segmentation) -> Volume:
-    """Compute the label map that another gate would have made of the masks of a result.
+    """Compute the label map that another gate makes of the masks of a result, which has a model.
 
-    Parameters
-    ----------
-    gate : Gate
-        Without a correction, as the paper's: a correction takes the scan.
-    atlas : Atlas
-    result : Segmentation
-        Made with a model.
-
-    Raises
-    ------
-    ValueError
-        If the gate has a correction.
+    The gate has no correction, as the paper's: ValueError if it has one, which needs the scan.
     """
     if gate.correction is not None:
-        raise ValueError("a gate with a correction takes the scan; expected one as the paper's")
+        raise ValueError("a gate with a correction needs the scan; expected one as the paper's")
     numbers = {value: n for n, value in enumerate(atlas.values, start=1)}
     warped = {numbers[value]: one.atlas for value, one in result.probabilities.items()}
     predicted = {numbers[v]: one.model for v, one in result.probabilities.items() if one.model is not None}
@@ -85,57 +67,58 @@ def fused_by(gate: Gate, atlas: Atlas, result: Segmentation) -> Volume:
 
 
 class PairRunner:
-    """Keeps what successive pairs share: the atlas, the query with its reference, and the models."""
+    """Run pairs; what successive pairs have in common is kept: the atlas, the query with its reference, the models."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, on_stage: Callable[[str], None] | None = None) -> None:
         self._plan = plan
+        self._on_stage = on_stage or (lambda _: None)
         self._atlases: dict[str, Atlas] = {}
         self._contexts: dict[str, Context] = {}
         self._queries: dict[str, tuple[Volume, Volume]] = {}
         self._models: dict[Any, Segmenter | None] = {}
         self._unnamed: dict[str, set[int]] = {}
 
-    def run(self, variant: Variant, pair: Pair, on_stage: Callable[[str], None] | None) -> PairRecord:
-        """One pair by one variant; where registration or model give up, the pair has failed."""
+    def run(self, variant: Variant, pair: Pair) -> PairRecord:
+        """Segment and score one pair, which has failed if registration or model raise an error."""
         query, reference = self._query(pair.query)
         model = self.load(variant)
         atlas = None if variant.prompts_from == "user" else self._atlas(pair.atlas)
-        atlas_values = set(self._plan.values) if atlas is None else set(atlas.values)
-        failure, cost = "", _Cost()
+        failure, cost = "", dict[str, Any]()
         try:
             if atlas is None:
-                results = self._user_click(model, query, reference, cost)
+                results = self._click(model, query, reference, cost)
             else:
-                results = self._segment(variant, atlas, query, model, cost, on_stage)
+                results = self._segment(variant, atlas, query, model, cost)
                 if "model" in results:
                     results["oracle"] = oracle(results["atlas"], results["model"], reference)
         except (RegistrationError, ModelError) as error:
             # A file that cannot be used is no failure of the method, and ends the run.
             logger.warning("%s -> %s (%s): %s", pair.atlas, pair.query, variant.name, error)
             failure = str(error)
-            nothing = Volume(np.zeros_like(reference.data), reference.grid)
-            results = dict.fromkeys(variant.scored, nothing)
-        if on_stage is not None:
-            on_stage("scoring")
+            results = dict.fromkeys(variant.scored, Volume(np.zeros_like(reference.data), reference.grid))
+        self._on_stage("scoring")
+        atlas_values = set(self._plan.values if atlas is None else atlas.values)
         rows = self._score(pair, results, reference, atlas_values, failed=bool(failure))
-        unnamed = sorted(set().union(*(self._unnamed.get(name, set()) for name in (pair.atlas, pair.query))))
-        return PairRecord(
-            variant=variant.name, pair=pair, rows=rows, failure=failure, unnamed=tuple(unnamed), **vars(cost)
-        )
+        unnamed = sorted(self._unnamed.get(pair.atlas, set()) | self._unnamed.get(pair.query, set()))
+        return PairRecord(variant=variant.name, pair=pair, rows=rows, failure=failure, unnamed=tuple(unnamed), **cost)
 
     def _segment(
-        self,
-        variant: Variant,
-        atlas: Atlas,
-        query: Volume,
-        model: Any,
-        cost: _Cost,
-        on_stage: Callable[[str], None] | None,
+        self, variant: Variant, atlas: Atlas, query: Volume, model: Segmenter | None, cost: dict[str, Any]
     ) -> dict[str, Volume]:
-        context, device = self._context(variant, atlas, model, on_stage), self._plan.device
-        with cost.measured(device):
-            result = segment(context, query, device=device, on_stage=on_stage, model=model)
-        cost.take(result)
+        device = self._plan.device
+        if variant.name not in self._contexts:  # the gate is trained once for all queries
+            context = Context(atlas, variant.settings)
+            context = customize(context, device=device, model=model, on_stage=self._on_stage)
+            self._contexts[variant.name] = context
+        with _measured_memory(device, cost):
+            context = self._contexts[variant.name]
+            result = segment(context, query, device=device, on_stage=self._on_stage, model=model)
+        registration = result.registration
+        inside = {f"registration: {name}": seconds for name, seconds in registration.seconds.items()}
+        cost["seconds"] = {name: round(seconds, 3) for name, seconds in {**result.seconds, **inside}.items()}
+        cost["total_seconds"] = round(sum(result.seconds.values()), 3)
+        cost["confidence"] = round(float(registration.confidence), 6)
+        cost["folding"] = round(float(registration.folding), 8)
         if result.model_labels is None:
             return {"atlas": result.atlas_labels}
         results = {"atlas": result.atlas_labels, "model": result.model_labels}
@@ -143,30 +126,23 @@ class PairRunner:
             results["paper"] = fused_by(result.gate.as_the_paper(), atlas, result)
         return results | {"fused": result.labels}
 
-    def _user_click(self, model: Any, query: Volume, reference: Volume, cost: _Cost) -> dict[str, Volume]:
+    def _click(self, model: Any, query: Volume, reference: Volume, cost: dict[str, Any]) -> dict[str, Volume]:
+        """Prompt the model with one click into the middle of each true structure, as a user would."""
         scan = canonical_scan(query, "the query")
         truth = reference.turned_to(scan.grid).data
         values = [value for value in self._plan.values if (truth == value).any()]
-        # Where the user clicks is no work of the program's.
         clicks = ((n, make_prompt("click", LocalMap.from_full(truth == v))) for n, v in enumerate(values, start=1))
         prompts = {n: click for n, click in clicks if click is not None}
-        with cost.measured(self._plan.device):
+        with _measured_memory(self._plan.device, cost):
             start = time.perf_counter()
-            maps = model.predict(model.encode(scan), prompts)
-            numbers = label_map(maps, scan.grid.shape)
-            cost.seconds = {"model": round(time.perf_counter() - start, 3)}
-        cost.total_seconds = cost.seconds["model"]
+            numbers = label_map(model.predict(model.encode(scan), prompts), scan.grid.shape)
+            cost["total_seconds"] = round(time.perf_counter() - start, 3)
+        cost["seconds"] = {"model": cost["total_seconds"]}
         labels = np.array((0, *values), reference.data.dtype)[numbers]
         return {"model": Volume(labels, scan.grid).turned_to(query.grid)}
 
     def _score(
-        self,
-        pair: Pair,
-        results: Mapping[str, Volume],
-        reference: Volume,
-        atlas_values: set[int],
-        *,
-        failed: bool,
+        self, pair: Pair, results: Mapping[str, Volume], reference: Volume, atlas_values: set[int], *, failed: bool
     ) -> tuple[Row, ...]:
         plan = self._plan
         if plan.dataset.ignored is not None:
@@ -179,7 +155,7 @@ class PairRunner:
                     one = _unscored(one)
                 elif failed and one.status == "missed":
                     one = replace(one, status="failed")
-                rows.append(Row(pair.query, method, value, plan.names[value], one))
+                rows.append(Row(pair.query, value, plan.names[value], one, method))
         return tuple(rows)
 
     def _atlas(self, name: str) -> Atlas:
@@ -192,15 +168,6 @@ class PairRunner:
             self._atlases[name] = restricted(atlas, self._plan.values, case.labels)
         return self._atlases[name]
 
-    def _context(
-        self, variant: Variant, atlas: Atlas, model: Segmenter | None, on_stage: Callable[[str], None] | None
-    ) -> Context:
-        """The atlas with the gate of a variant, trained once for all its queries."""
-        if variant.name not in self._contexts:
-            context = Context(atlas, variant.settings)
-            self._contexts[variant.name] = customize(context, device=self._plan.device, model=model, on_stage=on_stage)
-        return self._contexts[variant.name]
-
     def _query(self, name: str) -> tuple[Volume, Volume]:
         if name not in self._queries:
             self._queries.clear()
@@ -211,7 +178,7 @@ class PairRunner:
         return self._queries[name]
 
     def _warn_unnamed(self, values: set[int], name: str, path: Path) -> None:
-        """Warn, once for each case, of label values that nothing is known of: they cannot be scored by name."""
+        """Warn once for each case of label values that dataset.json does not name: they cannot be scored."""
         dataset = self._plan.dataset
         unknown = values - dataset.structures.keys() - {dataset.ignored}
         if unknown and name not in self._unnamed:
@@ -219,83 +186,46 @@ class PairRunner:
             found = ", ".join(map(str, sorted(unknown)))
             logger.warning("%s: dataset.json does not name the label values %s; taken as background", path, found)
 
-    def load(self, variant: Variant) -> Any:
-        """The model of a variant; that of the one before is dropped if it is another."""
+    def load(self, variant: Variant) -> Segmenter | None:
+        """Load the model of a variant; another one is dropped first, as two may not fit into memory."""
         chosen = variant.settings
-        if chosen.model == NO_MODEL:
-            return None
         key = (chosen.model, chosen.model_path, chosen.models)
-        if key not in self._models:
-            self._models.clear()  # two models may not fit into memory
+        if chosen.model != NO_MODEL and key not in self._models:
+            self._models.clear()
             self._models[key] = load_chosen(chosen, self._plan.device)
-        return self._models[key]
+        return self._models.get(key)
 
 
-@dataclass
-class _Cost:
-    """What a pair took."""
+@contextmanager
+def _measured_memory(device: str, cost: dict[str, Any]) -> Iterator[None]:
+    """Add the peak memory of the block to ``cost``, also where it raises."""
+    import torch
 
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    total_seconds: float = 0.0
-    peak_memory_mb: int | None = None
-    gpu_memory_mb: int | None = None
-    confidence: float | None = None
-    folding: float | None = None
-
-    def measured(self, device: str) -> _Peak:
-        """Around what is to be measured."""
-        return _Peak(self, device)
-
-    def take(self, result: Segmentation) -> None:
-        """Copy what a result says."""
-        inside = {f"registration: {name}": seconds for name, seconds in result.registration.seconds.items()}
-        self.seconds = {name: round(seconds, 3) for name, seconds in (*result.seconds.items(), *inside.items())}
-        self.total_seconds = round(sum(result.seconds.values()), 3)
-        self.confidence = round(float(result.registration.confidence), 6)
-        self.folding = round(float(result.registration.folding), 8)
-
-
-class _Peak:
-    """Peak memory of a block."""
-
-    def __init__(self, cost: _Cost, device: str) -> None:
-        self._cost, self._device = cost, device
-
-    def __enter__(self) -> None:
-        reset_peak_memory()
-        if self._device == "cuda":
-            import torch
-
-            torch.cuda.reset_peak_memory_stats()
-
-    def __exit__(self, *_: object) -> None:
-        self._cost.peak_memory_mb = peak_memory_mb()
-        if self._device == "cuda":
-            import torch
-
-            self._cost.gpu_memory_mb = round(torch.cuda.max_memory_allocated() / (1 << 20))
+    reset_peak_memory()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        yield
+    finally:
+        cost["peak_memory_mb"] = peak_memory_mb()
+        if device == "cuda":
+            cost["gpu_memory_mb"] = round(torch.cuda.max_memory_allocated() / (1 << 20))
 
 
 def restricted(atlas: Atlas, values: Sequence[int], path: Path) -> Atlas:
-    """Keep these label values of an atlas only.
-
-    Raises
-    ------
-    InputError
-        If it has none of them; the message names ``path``.
-    """
-    if set(atlas.values) <= set(values):
-        return atlas
-    kept = np.isin(atlas.labels.data, values)
-    if not kept.any():
+    """Keep these label values of an atlas only; InputError, which names ``path``, if it has none of them."""
+    structures = tuple(one for one in atlas.structures if one.value in values)
+    if not structures:
         raise InputError(f"{path}: has none of the structures of this benchmark; leave the case out of the atlases")
-    labels = replace(atlas.labels, data=np.where(kept, atlas.labels.data, 0).astype(atlas.labels.data.dtype))
-    present = label_values(labels)
-    return Atlas(atlas.image, labels, tuple(one for one in atlas.structures if one.value in present))
+    if structures == atlas.structures:
+        return atlas
+    labels = atlas.labels.data
+    kept = np.where(np.isin(labels, values), labels, 0).astype(labels.dtype)
+    return Atlas(atlas.image, replace(atlas.labels, data=kept), structures)
 
 
 def _without(result: Volume, reference: Volume, ignored: int) -> Volume:
-    """A result without the voxels that nobody annotated."""
+    """Remove the voxels of a result that nobody annotated."""
     there = reference.turned_to(result.grid).data == ignored
     return replace(result, data=np.where(there, 0, result.data).astype(result.data.dtype))
 

@@ -17,8 +17,7 @@ from ..settings import NO_MODEL, Settings
 from .protocols import Pair
 from .records import PlanRecord
 
-#: Scored of each pair. "oracle": where atlas and model disagree, the one that is right, if one is: what a perfect gate
-#: between both would give. "paper": the paper's gate on the same masks as the default one.
+#: Scored of each pair. "paper": the paper's gate on the same masks as the default one. "oracle": a perfect gate.
 METHODS = ("atlas", "model", "paper", "fused", "oracle")
 PLAN, PAIRS = "plan.json", "pairs"
 #: Files of a benchmark's folder; one with any other is not touched.
@@ -32,9 +31,7 @@ class Variant:
     Parameters
     ----------
     name : str
-        As tables show it.
     settings : Settings
-        Of the job.
     prompts_from : {"atlas", "user"}
         "user": the model alone, with one click into the middle of the true structure.
     methods : tuple of str
@@ -48,27 +45,22 @@ class Variant:
 
     @property
     def scored(self) -> tuple[str, ...]:
-        """Which methods this variant has."""
+        """Methods that this variant has; "paper" only where its gate does more than the paper's."""
         if self.prompts_from == "user":
             return ("model",)
         if self.settings.model == NO_MODEL:
             return ("atlas",)
-        return METHODS if self._is_corrected else tuple(method for method in METHODS if method != "paper")
-
-    @property
-    def _is_corrected(self) -> bool:
-        """Whether its gate does more than the paper's."""
-        return self.settings.fusion.gate == "default"
+        return tuple(method for method in METHODS if method != "paper" or self.settings.fusion.gate == "default")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides the figures of a benchmark.
+    """All that decides the scores of a benchmark.
 
     Parameters
     ----------
     title : str
-        What it is, in a few words ("all-pairs").
+        A few words, such as "all-pairs".
     dataset : Dataset
         With the cases that take part.
     pairs : tuple of Pair
@@ -76,17 +68,16 @@ class Plan:
     variants : tuple of Variant
         Run one after the other on each pair, beginning with another one each time, so that their times compare.
     values : tuple of int
-        Label values that take part: the others are taken out of the atlas and are not scored.
+        Label values that take part: the others are removed from the atlas and not scored.
     tolerances : Tolerances
-        For the NSD.
+        Of the NSD.
     centreline : tuple of int
-        Label values that clDice is wanted for.
+        Label values to score by clDice too.
     seed : int
         Of the protocol and the bootstrap.
     device : {"cpu", "cuda"}
-        Where to compute.
     command : str
-        That gives the same again.
+        Command line of the report.
     """
 
     title: str
@@ -102,16 +93,16 @@ class Plan:
 
     @property
     def names(self) -> dict[int, str]:
-        """Name of each label value that takes part."""
+        """Structure name of each label value that takes part."""
         return {value: self.dataset.structures[value] for value in self.values}
 
     def files(self, pair: Pair) -> tuple[Path, ...]:
-        """Files that a pair is computed from."""
+        """Images and labels of atlas and query."""
         cases = [self.dataset.case(name) for name in (pair.atlas, pair.query)]
         return tuple(path for case in cases for path in (case.image, case.labels))
 
     def record(self) -> PlanRecord:
-        """What must be the same for a run to continue."""
+        """Describe what must be the same for a run to continue."""
         import torch
 
         return PlanRecord(
@@ -133,5 +124,5 @@ class Plan:
 
 
 def slug(name: str) -> str:
-    """A name as part of a path."""
+    """Turn a name into one part of a path."""
     return re.sub(r"[^A-Za-z0-9.=_-]+", "-", name).strip("-") or "variant"

@@ -1,7 +1,4 @@
-"""Pictures of a benchmark: Dice of each structure, and Dice of each pair against its time.
-
-The same scores give the same file. Each column of the tables has its own colour and marker.
-"""
+"""Plots of a benchmark: Dice of each structure, and of each pair against its time. Equal scores give equal files."""
 
 from __future__ import annotations
 
@@ -18,23 +15,20 @@ from ..core.files import atomic_path
 from ..evaluate.statistics import spread
 from ..report import require_report_extra
 from .records import PairRecord
-from .tables import METHOD_NAMES, Column, title_of
+from .tables import METHOD_NAMES, Column, count, decimal, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Width and dots per inch of a picture.
 _WIDTH_INCHES, _DPI = 16.0, 100
-#: Longest names of structures, columns and titles, in letters.
-_LONGEST_NAME, _LONGEST_TITLE = 40, 90
-#: Letters that fit beside each other in a picture.
-_LETTERS_ACROSS = 170
+#: Letters of the longest names of structures and columns, of the longest title, and across the figure.
+_LONGEST_NAME, _LONGEST_TITLE, _LETTERS_ACROSS = 40, 90, 170
 #: Times that differ by more than this factor are drawn on a logarithmic axis.
 _LINEAR_RANGE = 4.0
-#: Successive dots are spread over their lane in steps of the golden ratio: evenly, and always in the same way.
+#: Successive dots move across their lane by steps of the golden ratio: evenly, and always in the same way.
 _GOLDEN = (math.sqrt(5) - 1) / 2
-#: Colour (Okabe and Ito, without yellow) and marker of each method where there is one variant.
+#: Colour [Okabe and Ito, without yellow] and marker of each method where there is one variant.
 _METHOD_LOOKS = {
     "fused": ("#0072b2", "o"),
     "atlas": ("#d55e00", "s"),
@@ -61,89 +55,65 @@ _STYLE: Any = {
 }
 
 
-def draw_dice(columns: Sequence[Column], dataset: str, path: Path) -> None:
-    """Draw the Dice coefficients of each structure as PNG.
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all; InputError if it cannot be written."""
+    from matplotlib import rc_context
 
-    Parameters
-    ----------
-    columns : sequence of Column
-        At least one.
-    dataset : str
-        Name for the title.
-    path : Path
-        Ends in ``.png``; written whole or not at all.
-
-    Raises
-    ------
-    InputError
-        If the file cannot be written.
-    MissingExtraError
-        If matplotlib is not installed.
-    """
-    require_report_extra()
-    _save(dice_figure(columns, dataset), path)
-
-
-def draw_dice_and_time(columns: Sequence[Column], records: Sequence[PairRecord], dataset: str, path: Path) -> None:
-    """Draw the mean Dice coefficient of each pair over its time as PNG.
-
-    Parameters
-    ----------
-    columns : sequence of Column
-        At least one. Of each variant the method it ends in is drawn.
-    records : sequence of PairRecord
-        Of the same pairs.
-    dataset, path
-        As for :func:`draw_dice`, with its errors.
-    """
-    require_report_extra()
-    _save(dice_and_time_figure(columns, records, dataset), path)
+    with rc_context(_STYLE), atomic_path(path) as temporary:
+        # Without matplotlib's version in the metadata the file depends on the scores alone.
+        figure.savefig(temporary, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
 
 
 def dice_figure(columns: Sequence[Column], dataset: str) -> Figure:
-    """Figure that :func:`draw_dice` writes: a row for each structure, a lane for each column."""
+    """Draw the Dice coefficients: a row for each structure, a lane for each of at least one column.
+
+    MissingExtraError if matplotlib is not installed.
+    """
+    require_report_extra()
     from matplotlib import rc_context
 
-    names = {one.value: one.structure for column in columns for one in column.summary.structures}
-    values, pairs = sorted(names), len(columns[0].pairs)
+    names, pairs = [one.structure for one in columns[0].summary.structures], columns[0].pairs
     several = len({column.variant for column in columns}) > 1
     # Lanes get thinner the more there are, so that pictures of many structures stay readable.
-    budget_px = min(max(2500 / len(values), 24.0), 100.0)
+    budget_px = min(max(2500 / len(names), 24.0), 100.0)
     lane_px = min(max(budget_px / len(columns), 4.0), 16.0)
     row_px = max(lane_px * len(columns) + 8, 20.0)
     with rc_context(_STYLE):
-        axes = _new_axes(row_px * len(values) / _DPI)
-        tables = [_by_structure(column, values) for column in columns]
+        axes = _new_axes(row_px * len(names) / _DPI)
+        tables = [column.table("dice") for column in columns]
         handles = []
         for number, (column, table, look) in enumerate(zip(columns, tables, _looks(columns), strict=True)):
             middle = (number - (len(columns) - 1) / 2) * lane_px / row_px
-            mean = _short(title_of(column, several=several)) + f"  {_decimal(column.summary.means['dice'])}"
+            mean = _short(title_of(column, several=several)) + f"  {decimal(column.summary.means['dice'], 3)}"
             handles.append(_draw_lane(axes, table, look, middle, lane_px / row_px, mean))
-        axes.set_yticks(range(len(values)), [_short(names[value]) for value in values])
-        axes.set_ylim(len(values) - 0.5, -0.5)
+        axes.set_yticks(range(len(names)), [_short(name) for name in names])
+        axes.set_ylim(len(names) - 0.5, -0.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
-        for row in range(0, len(values), 2):
+        for row in range(0, len(names), 2):
             axes.axhspan(row - 0.5, row + 0.5, color="#f5f6f8", linewidth=0, zorder=0)
-        lowest = min((float(np.nanmin(table)) for table in tables if not np.isnan(table).all()), default=0.0)
+        lowest = np.nanmin([1.0, *(score for table in tables for score in table.ravel())])
         axes.set_xlim(min(0.5, math.floor(10 * lowest) / 10) - 0.01, 1.01)
-        notes = ["large mark: mean", "bar: middle half of the pairs", "dot: one pair"] if pairs > 1 else []
+        notes = ["large mark: mean", "bar: middle half of the pairs", "dot: one pair"] if len(pairs) > 1 else []
         if any(np.isnan(table).all(axis=1).any() for table in tables):
             notes.append("no mark: nothing to score")
         axes.set_xlabel("Dice coefficient" + (f" ({', '.join(notes)})" if notes else ""))
-        return _finished(axes, handles, f"{dataset}: Dice of each structure, {_count(pairs)}")
+        return _finished(axes, handles, f"{dataset}: Dice of each structure, {count(pairs, 'pair', 'pairs')}")
 
 
 def dice_and_time_figure(columns: Sequence[Column], records: Sequence[PairRecord], dataset: str) -> Figure:
-    """Figure that :func:`draw_dice_and_time` writes."""
+    """Draw the mean Dice coefficient of each pair over its time, by the method that each variant ends in.
+
+    The records are of the same pairs. MissingExtraError if matplotlib is not installed.
+    """
+    require_report_extra()
     from matplotlib import rc_context
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     by_variant: dict[str, dict[str, Column]] = {}
     for column in columns:
         by_variant.setdefault(column.variant, {})[column.method] = column
     finals = [next(own[method] for method in _FINAL if method in own) for own in by_variant.values()]
-    pairs, times, any_failed = len(columns[0].pairs), [], False
+    pairs, times, any_failed = columns[0].pairs, [], False
     with rc_context(_STYLE):
         axes = _new_axes(7.2)
         handles = []
@@ -163,37 +133,35 @@ def dice_and_time_figure(columns: Sequence[Column], records: Sequence[PairRecord
             words += [f"{failed.sum()} failed"] if failed.any() else []
             words += [f"{(~scored).sum()} without a score"] if not scored.all() else []
             any_failed |= bool(failed.any())
-            style: dict[str, Any] = {"markersize": 13, "markeredgecolor": "white", "zorder": 3}
-            handles += axes.plot(*([one] for one in mean), marker, color=color, label="  ".join(words), **style)
+            look: Any = {"color": color, "markersize": 13, "markeredgecolor": "white", "zorder": 3}
+            handles += axes.plot([mean[0]], [mean[1]], marker, label="  ".join(words), **look)
         axes.grid()
         axes.set_ylabel("mean Dice coefficient of the pair")
-        label = "time of the pair (seconds{})"
+        scale = ""
         if times and max(times) > _LINEAR_RANGE * max(min(times), 0.0):
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(
-                LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if max(times) < 50 * min(times) else (1, 3))
-            )
-            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
-            axes.xaxis.set_minor_formatter(NullFormatter())
-            label = "time of the pair (seconds, logarithmic{})"
+            scale = ", logarithmic"
+            _use_logarithmic_times(axes, max(times) / min(times))
         if not times:
             axes.text(0.5, 0.5, "no pair has a score", transform=axes.transAxes, ha="center")
         note = "; Dice of failed pairs counts as 0 in the mean, their time does not count" if any_failed else ""
-        axes.set_xlabel(label.format(f"; large mark: mean, small mark: one pair{note}"))
-        return _finished(axes, handles, f"{dataset}: Dice against time, {_count(pairs)}")
+        axes.set_xlabel(f"time of the pair (seconds{scale}; large mark: mean, small mark: one pair{note})")
+        return _finished(axes, handles, f"{dataset}: Dice against time, {count(pairs, 'pair', 'pairs')}")
 
 
-def _by_structure(column: Column, values: Sequence[int]) -> NDArray[np.float64]:
-    """(structures, pairs) Dice; NaN in rows of structures that the column lacks."""
-    table = np.full((len(values), len(column.pairs)), math.nan)
-    table[[values.index(one.value) for one in column.summary.structures]] = column.table("dice")
-    return table
+def _use_logarithmic_times(axes: Axes, ratio: float) -> None:
+    """Scale the horizontal axis for times up to ``ratio`` apart, with ticks at plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if ratio < 50 else (1, 3)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.6g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_lane(
     axes: Axes, table: NDArray[np.float64], look: tuple[str, str], middle: float, height: float, label: str
 ) -> Any:
-    """Dots, quartile bars and means of one column; ``middle`` and ``height`` of its lane in rows."""
+    """Draw dots, quartile bars and means of one column; ``middle`` and ``height`` of its lane are in rows."""
     color, marker = look
     structures, pairs = table.shape
     y = np.arange(structures) + middle
@@ -227,7 +195,7 @@ def _new_axes(height_inches: float) -> Axes:
 
 
 def _finished(axes: Axes, handles: Sequence[Any], title: str) -> Figure:
-    """Figure of ``axes`` with title and legend above."""
+    """Add title and legend above the axes, and give the figure."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     longest = max(len(handle.get_label()) for handle in handles)
@@ -244,27 +212,11 @@ def _finished(axes: Axes, handles: Sequence[Any], title: str) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
-    from matplotlib import rc_context
-
-    with rc_context(_STYLE), atomic_path(path) as temporary:
-        # Without matplotlib's version in the metadata the file depends on the scores alone.
-        figure.savefig(temporary, format="png", dpi=_DPI, facecolor="white", metadata={"Software": None})
-
-
 def _short(words: str, longest: int = _LONGEST_NAME) -> str:
     """Words on one line, without the middle if they are too long: names often differ at both ends."""
     words = " ".join(words.split())
     half = (longest - 1) // 2
     return words if len(words) <= longest else f"{words[: longest - 1 - half]}…{words[-half:]}"
-
-
-def _count(pairs: int) -> str:
-    return f"{pairs} pair" + ("" if pairs == 1 else "s")
-
-
-def _decimal(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.3f}"
 
 
 def _seconds(value: float) -> str:

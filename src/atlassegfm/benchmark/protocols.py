@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 
@@ -14,10 +13,7 @@ from ..core.labels import listed
 
 logger = logging.getLogger(__name__)
 
-Protocol = Literal["one-shot-5fold", "one-to-all", "all-pairs"]
-PROTOCOLS: tuple[str, ...] = get_args(Protocol)
-#: Of the paper's protocol.
-FOLDS = 5
+PROTOCOLS = ("one-shot-5fold", "one-to-all", "all-pairs")
 
 
 @dataclass(frozen=True)
@@ -33,28 +29,28 @@ def make_pairs(
     protocol: str,
     *,
     seed: int = 0,
-    folds: int = FOLDS,
+    folds: int = 5,
     atlases: Sequence[str] = (),
     every: int = 1,
 ) -> tuple[Pair, ...]:
-    """Pairs of a protocol, those of one atlas together.
+    """Make the pairs of a protocol, those of one atlas together.
 
     Parameters
     ----------
     cases : sequence of str
         Names of all cases, sorted.
     protocol : {"one-shot-5fold", "one-to-all", "all-pairs"}
-        "one-shot-5fold" is the paper's: the cases are shuffled and dealt into folds, and in each fold the first
+        "one-shot-5fold" is the paper's: the cases are shuffled and split into folds, and in each fold the first
         case is the atlas for its other cases. "one-to-all": each of ``atlases`` for all other cases. "all-pairs":
         every case for every other one.
     seed : int
-        Start of the random numbers of the shuffle.
+        Of the shuffle.
     folds : int
-        How many, at least 2.
+        At least 2 [paper: 5].
     atlases : sequence of str
         For "one-to-all"; the first case if left out.
     every : int
-        Keep one pair of so many. Of "all-pairs" the sample is balanced: every case is about as often atlas as query.
+        Keep one pair of so many; of "all-pairs" a balanced sample: every case is about as often atlas as query.
 
     Raises
     ------
@@ -70,23 +66,17 @@ def make_pairs(
     if atlases and protocol != "one-to-all":
         raise InputError(f"--atlas belongs to the protocol one-to-all, not {protocol}; leave one of them out")
     if protocol == "one-shot-5fold":
-        pairs = _folds(cases, seed, folds)
-    else:
-        unknown = [atlas for atlas in atlases if atlas not in cases]
-        if unknown:
-            raise InputError(
-                f"--atlas {unknown[0]}: not a case of this benchmark; expected one of {listed(list(cases))}"
-            )
-        chosen = list(dict.fromkeys(atlases)) or list(cases[:1])
-        chosen = list(cases) if protocol == "all-pairs" else chosen
-        pairs = [Pair(atlas, query) for atlas in chosen for query in cases if query != atlas]
-        if protocol == "all-pairs" and every > 1:
-            return _balanced(cases, pairs, every)
-    return tuple(pairs[::every])
+        return tuple(_folds(cases, seed, folds)[::every])
+    for atlas in atlases:
+        if atlas not in cases:
+            raise InputError(f"--atlas {atlas}: not a case of this benchmark; expected one of {listed(cases)}")
+    chosen = cases if protocol == "all-pairs" else dict.fromkeys(atlases or cases[:1])
+    pairs = [Pair(atlas, query) for atlas in chosen for query in cases if query != atlas]
+    return _balanced(cases, pairs, every) if protocol == "all-pairs" else tuple(pairs[::every])
 
 
 def _balanced(cases: Sequence[str], pairs: Sequence[Pair], every: int) -> tuple[Pair, ...]:
-    """One pair of ``every``: first those of each case and the next one, then of each case and the next but one ..."""
+    """Take one pair of ``every``: first each case with the next one, then each case with the next but one ..."""
     place = {case: n for n, case in enumerate(cases)}
     apart = sorted(pairs, key=lambda pair: ((place[pair.query] - place[pair.atlas]) % len(cases), place[pair.atlas]))
     kept = set(apart[: -(-len(pairs) // every)])
@@ -96,20 +86,13 @@ def _balanced(cases: Sequence[str], pairs: Sequence[Pair], every: int) -> tuple[
 def _folds(cases: Sequence[str], seed: int, folds: int) -> list[Pair]:
     if folds < 2:
         raise InputError(f"--folds {folds}: expected 2 or more")
-    if len(cases) < folds:
+    if len(cases) <= folds:
         raise InputError(
-            f"{folds} folds need at least {folds} cases, found {len(cases)}; "
-            "use --folds with a smaller number, or --protocol all-pairs"
+            f"{folds} folds need at least {folds + 1} cases, found {len(cases)}; use --folds with a smaller number, or "
+            "--protocol all-pairs"
         )
     shuffled = [cases[int(n)] for n in np.random.default_rng(seed).permutation(len(cases))]
-    dealt = [shuffled[n::folds] for n in range(folds)]
-    pairs = [Pair(fold[0], query) for fold in dealt for query in sorted(fold[1:])]
-    alone = sum(len(fold) == 1 for fold in dealt)
-    if not pairs:
-        raise InputError(
-            f"{folds} folds of {len(cases)} cases leave one case in each, an atlas without a query; "
-            "use --folds with a smaller number, or --protocol all-pairs"
-        )
-    if alone:
+    split = [shuffled[n::folds] for n in range(folds)]
+    if alone := sum(len(fold) == 1 for fold in split):
         logger.warning("%d of %d folds hold a single case, an atlas without a query; they give no pair", alone, folds)
-    return pairs
+    return [Pair(fold[0], query) for fold in split for query in sorted(fold[1:])]

@@ -8,35 +8,20 @@ from typing import Any
 from pydantic import Field
 
 from ..core.record import Record
-from ..evaluate.metrics import StructureScores
+from ..evaluate.scores import CaseScore
 from ..records import RESULTS_FORMAT, FileRecord
 from .protocols import Pair
 
 
 @dataclass(frozen=True)
-class Row:
-    """One structure of one pair by one method; see :func:`~atlassegfm.evaluate.summary.summarise`.
+class Row(CaseScore):
+    """Scores of one structure of one query by one of :data:`METHODS`.
 
-    Parameters
-    ----------
-    case : str
-        The query.
-    method : str
-        One of :data:`METHODS`.
-    value : int
-        Label value.
-    structure : str
-        Its name.
-    scores : StructureScores
-        The status "failed" is that of a pair that ended in an error: it counts as missed. "not_in_atlas": the atlas
-        does not have the structure, and nothing is scored.
+    The status "failed" is that of a pair that ended in an error: it counts as missed. "not_in_atlas": the atlas does
+    not have the structure, and nothing is scored.
     """
 
-    case: str
     method: str
-    value: int
-    structure: str
-    scores: StructureScores
 
 
 class PairRecord(Record):

@@ -1,14 +1,14 @@
-"""Tables of a benchmark: scores and costs as CSV, ``summary.json``, and a page to read.
+"""Tables of a benchmark: scores and costs as CSV, ``summary.json``, and ``report.md``.
 
 ``results.csv`` and ``summary.json`` hold scores alone and are byte-identical whether a run was interrupted or not;
-costs, which differ from run to run, are in ``times.csv`` and in the page.
+costs, which differ from run to run, are in ``times.csv`` and ``report.md``.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -20,39 +20,22 @@ from numpy.typing import NDArray
 
 from ..core.files import atomic_path
 from ..core.labels import listed
-from ..evaluate.scores import CaseScore
 from ..evaluate.statistics import LEVEL, Interval, Spread, macro_mean, paired_bootstrap, spread
-from ..evaluate.summary import SMALL_ML, Summary, plain_number, plain_row, score_row, summarise, write_scores
+from ..evaluate.summary import SMALL_ML, Summary, plain_row, score_row, summarise, write_scores
 from .plan import PLAN, Plan
 from .protocols import Pair
 from .records import PairRecord, Row
 
 #: Scores that methods are compared by.
 _COMPARED = {"dice": "Dice", "nsd": "NSD"}
-#: Longest table of structures; all of them are in results.csv.
+#: Structures in a table at most; all of them are in results.csv.
 _LONGEST_TABLE = 40
-#: Names of the methods in tables and plots.
-METHOD_NAMES: Mapping[str, str] = {
-    "atlas": "atlas only",
-    "model": "model",
-    "paper": "paper gate",
-    "fused": "fused",
-    "oracle": "oracle",
-}
+METHOD_NAMES = {"atlas": "atlas only", "model": "model", "paper": "paper gate", "fused": "fused", "oracle": "oracle"}
 
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """Scores of one method of one variant over all pairs.
-
-    Parameters
-    ----------
-    variant, method : str
-    pairs : tuple of Pair
-        In the order of the plan.
-    rows : tuple of Row
-        Pair by pair.
-    """
+    """Scores of one method of one variant over all pairs of the plan; rows pair by pair."""
 
     variant: str
     method: str
@@ -62,34 +45,30 @@ class Column:
     @cached_property
     def summary(self) -> Summary:
         """Summary over all pairs."""
-        return summarise([CaseScore(row.case, row.value, row.structure, row.scores) for row in self.rows])
+        return summarise(self.rows)
 
     def table(self, score: str) -> NDArray[np.float64]:
-        """(structures, pairs) of one score; NaN where there is none."""
-        values = sorted({row.value for row in self.rows})
-        line = {value: n for n, value in enumerate(values)}
-        per_pair = len(self.rows) // len(self.pairs)
-        table = np.full((len(values), len(self.pairs)), math.nan)
-        for n, row in enumerate(self.rows):
-            number = getattr(row.scores, score)
-            table[line[row.value], n // per_pair] = math.nan if number is None else number
-        return table
+        """Arrange one score as (structures, pairs), ascending by label value; NaN where there is none."""
+        order = np.argsort([row.value for row in self.rows[: len(self.rows) // len(self.pairs)]])
+        scores = np.array([getattr(row.scores, score) for row in self.rows], np.float64)  # None becomes NaN
+        return np.ascontiguousarray(scores.reshape(len(self.pairs), -1).T[order])
 
     def pair_means(self, score: str = "dice") -> NDArray[np.float64]:
-        """(pairs,) mean over the structures of each pair."""
+        """Average one score over the structures of each pair: (pairs,)."""
         table = self.table(score)
         known = ~np.isnan(table)
         with np.errstate(invalid="ignore"):
             means: NDArray[np.float64] = np.where(known, table, 0).sum(axis=0) / known.sum(axis=0)
         return means
 
-    def of_atlas(self, atlas: str, score: str = "dice") -> float:
-        """Mean over the pairs of one atlas."""
-        return macro_mean(self.table(score)[:, [n for n, pair in enumerate(self.pairs) if pair.atlas == atlas]])
+    def by_atlas(self, score: str = "dice") -> dict[str, float]:
+        """Average one score over the pairs of each atlas."""
+        table, atlases = self.table(score), np.array([pair.atlas for pair in self.pairs])
+        return {atlas: macro_mean(table[:, atlases == atlas]) for atlas in dict.fromkeys(atlases.tolist())}
 
     def over_atlases(self, score: str = "dice") -> Spread:
         """Spread of the means of the atlases."""
-        return spread([self.of_atlas(atlas, score) for atlas in dict.fromkeys(pair.atlas for pair in self.pairs)])
+        return spread(list(self.by_atlas(score).values()))
 
 
 @dataclass(frozen=True)
@@ -103,7 +82,7 @@ class Comparison:
 
 
 def columns_of(plan: Plan, records: Sequence[PairRecord]) -> list[Column]:
-    """Gather the columns of a benchmark, variant by variant."""
+    """Collect the columns of a benchmark, variant by variant."""
     columns = []
     for variant in plan.variants:
         done = {record.pair: record for record in records if record.variant == variant.name}
@@ -126,77 +105,50 @@ def compare_columns(columns: Sequence[Column], seed: int) -> list[Comparison]:
 
 
 def write_reports(plan: Plan, records: Sequence[PairRecord], out: Path, *, plots: bool = True) -> dict[str, Any]:
-    """Write all tables of a benchmark into its folder.
+    """Write all tables of a benchmark, and its plots if wanted, into its folder.
 
-    Parameters
-    ----------
-    plan : Plan
-    records : sequence of PairRecord
-        All of the plan's.
-    out : Path
-        The folder.
-    plots : bool
-        Whether to draw ``dice.png`` and ``dice-time.png`` too.
-
-    Returns
-    -------
-    dict
-        Content of ``summary.json``.
-
-    Raises
-    ------
-    InputError
-        If a file cannot be written.
-    MissingExtraError
-        If plots are wanted and matplotlib is not installed.
+    Returns the content of ``summary.json``. InputError if a file cannot be written, MissingExtraError if plots are
+    wanted and matplotlib is not installed.
     """
     columns = columns_of(plan, records)
     comparisons = compare_columns(columns, plan.seed)
     write_scores(out / "results.csv", _score_rows(records))
     write_scores(out / "times.csv", _cost_rows(records))
-    # What the pairs were made with, as recorded then.
     made = json.loads((out / PLAN).read_text(encoding="utf-8"))
-    summary = _summary(plan, records, columns, comparisons, made)
+    summary = {"benchmark": plan.title, **made, **_summary(plan, records, columns, comparisons)}
     _write(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    page = _Page(plan, records, columns, comparisons, plots=plots)
-    _write(out / "report.md", "\n".join(page.lines()) + "\n")
+    _write(out / "report.md", "\n".join(_Page(plan, records, columns, comparisons, plots).lines()) + "\n")
     if plots:
-        from .plots import draw_dice, draw_dice_and_time
+        from .plots import dice_and_time_figure, dice_figure, save_figure
 
-        draw_dice(columns, plan.dataset.name, out / "dice.png")
-        draw_dice_and_time(columns, records, plan.dataset.name, out / "dice-time.png")
+        save_figure(dice_figure(columns, plan.dataset.name), out / "dice.png")
+        save_figure(dice_and_time_figure(columns, records, plan.dataset.name), out / "dice-time.png")
     return summary
 
 
 def title_of(column: Column, *, several: bool = True) -> str:
-    """Name of a column; ``several``: with its variant."""
-    method = METHOD_NAMES[column.method]
-    return f"{column.variant}: {method}" if several else method
+    """Name a column by its method, with ``several`` also by its variant."""
+    return f"{column.variant}: {METHOD_NAMES[column.method]}" if several else METHOD_NAMES[column.method]
 
 
 def main_table(columns: Sequence[Column]) -> list[list[str]]:
-    """Head and a line for each column, for a table on the screen."""
-    several = len({column.variant for column in columns}) > 1
-    lines = [["method", "Dice", "sd atlases", "worst pair", "NSD", "HD95 mm"]]
+    """Arrange the main scores: a head, and a line for each column; variants are named if there are several."""
+    lines = [["variant", "method", "Dice", "sd atlases", "worst pair", "NSD", "HD95 mm"]]
     for column in columns:
-        means, pairs = column.summary.means, column.pair_means()
-        worst = math.nan if np.isnan(pairs).all() else float(np.nanmin(pairs))
-        lines.append(
-            [
-                *(METHOD_NAMES[column.method], _decimal(means["dice"], 4), _decimal(column.over_atlases().sd, 3)),
-                *(_decimal(worst, 3), _decimal(means["nsd"], 3), _decimal(means["hd95_mm"], 1)),
-            ]
-        )
-    if not several:
-        return lines
-    return [[name, *line] for name, line in zip(["variant", *(one.variant for one in columns)], lines, strict=True)]
+        means, sd, worst = column.summary.means, column.over_atlases().sd, spread(column.pair_means()).low
+        numbers = [(means["dice"], 4), (sd, 3), (worst, 3), (means["nsd"], 3), (means["hd95_mm"], 1)]
+        lines.append([column.variant, METHOD_NAMES[column.method], *(decimal(*number) for number in numbers)])
+    several = len({column.variant for column in columns}) > 1
+    return lines if several else [line[1:] for line in lines]
+
+
+def _keys(record: PairRecord) -> dict[str, str]:
+    return {"variant": record.variant, "atlas": record.pair.atlas, "query": record.pair.query}
 
 
 def _score_rows(records: Sequence[PairRecord]) -> list[dict[str, Any]]:
     return [
-        {"variant": record.variant, "atlas": record.pair.atlas, "query": record.pair.query}
-        | {"method": row.method, "value": row.value, "structure": row.structure}
-        | score_row(row.scores)
+        {**_keys(record), "method": row.method, "value": row.value, "structure": row.structure, **score_row(row.scores)}
         for record in records
         for row in record.rows
     ]
@@ -205,41 +157,22 @@ def _score_rows(records: Sequence[PairRecord]) -> list[dict[str, Any]]:
 def _cost_rows(records: Sequence[PairRecord]) -> list[dict[str, Any]]:
     stages = list(dict.fromkeys(stage for record in records for stage in record.seconds))
     return [
-        {
-            "variant": record.variant,
-            "atlas": record.pair.atlas,
-            "query": record.pair.query,
-            "failure": record.failure,
-            "seconds": record.total_seconds,
-            "peak_memory_mb": record.peak_memory_mb,
-            "gpu_memory_mb": record.gpu_memory_mb,
-            "confidence": record.confidence,
-            "folding": record.folding,
-        }
+        {**_keys(record), "failure": record.failure, "seconds": record.total_seconds}
+        | {name: getattr(record, name) for name in ("peak_memory_mb", "gpu_memory_mb", "confidence", "folding")}
         | {f"{stage} seconds": record.seconds.get(stage) for stage in stages}
         for record in records
     ]
 
 
 def _summary(
-    plan: Plan,
-    records: Sequence[PairRecord],
-    columns: Sequence[Column],
-    comparisons: Sequence[Comparison],
-    made: Mapping[str, Any],
+    plan: Plan, records: Sequence[PairRecord], columns: Sequence[Column], comparisons: Sequence[Comparison]
 ) -> dict[str, Any]:
     return {
-        "benchmark": plan.title,
-        **made,
         "pairs": [[pair.atlas, pair.query] for pair in plan.pairs],
         "seed": plan.seed,
         "tolerances": plan.tolerances.origin,
-        "unnamed_label_values": sorted({value for record in records for value in record.unnamed}),
-        "failures": [
-            {"variant": one.variant, "atlas": one.pair.atlas, "query": one.pair.query, "reason": one.failure}
-            for one in records
-            if one.failure
-        ],
+        "unnamed_label_values": _unnamed(records),
+        "failures": [{**_keys(record), "reason": record.failure} for record in records if record.failure],
         "columns": [
             {
                 "variant": column.variant,
@@ -247,10 +180,7 @@ def _summary(
                 **column.summary.to_dict(),
                 "over_pairs": {"dice": plain_row(vars(spread(column.pair_means())))},
                 "over_atlases": {"dice": plain_row(vars(column.over_atlases()))},
-                "atlases": {
-                    atlas: plain_number(column.of_atlas(atlas))
-                    for atlas in dict.fromkeys(pair.atlas for pair in column.pairs)
-                },
+                "atlases": plain_row(column.by_atlas()),
             }
             for column in columns
         ],
@@ -266,46 +196,46 @@ def _summary(
     }
 
 
+def _unnamed(records: Sequence[PairRecord]) -> list[int]:
+    return sorted({value for record in records for value in record.unnamed})
+
+
+@dataclass(frozen=True)
 class _Page:
     """Lines of ``report.md``."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        records: Sequence[PairRecord],
-        columns: Sequence[Column],
-        comparisons: Sequence[Comparison],
-        *,
-        plots: bool,
-    ) -> None:
-        self._plan, self._records, self._columns, self._comparisons = plan, records, columns, comparisons
-        self._plots = plots
-        self._several = len(plan.variants) > 1
-        self._titles = [self._title(column) for column in columns]
-        self._atlases = list(dict.fromkeys(pair.atlas for pair in plan.pairs))
+    plan: Plan
+    records: Sequence[PairRecord]
+    columns: Sequence[Column]
+    comparisons: Sequence[Comparison]
+    plots: bool
 
-    def _title(self, column: Column) -> str:
-        return title_of(column, several=self._several)
+    @cached_property
+    def titles(self) -> dict[Column, str]:
+        """Name of each column, with its variant if there are several."""
+        return {column: title_of(column, several=len(self.plan.variants) > 1) for column in self.columns}
+
+    @cached_property
+    def atlases(self) -> list[str]:
+        """Cases that are atlases, in order."""
+        return list(dict.fromkeys(pair.atlas for pair in self.plan.pairs))
 
     def lines(self) -> Iterator[str]:
-        """The whole page."""
-        yield from self._head()
-        yield from self._methods()
-        yield from self._differences()
-        yield from self._per_structure()
-        yield from self._per_atlas()
-        yield from self._costs()
-        if self._plots:
+        """Give the whole page."""
+        sections = (self._head, self._methods, self._differences, self._per_structure, self._per_atlas, self._costs)
+        for section in sections:
+            yield from section()
+        if self.plots:
             yield from ("![Dice of each structure](dice.png)", "", "![Dice against time](dice-time.png)")
 
     def _head(self) -> Iterator[str]:
-        plan = self._plan
+        plan = self.plan
         yield from (f"# {plan.dataset.name}: {plan.title}", "")
         if plan.command:
             yield from (f"```sh\n{plan.command}\n```", "")
         yield (
-            f"{_count(plan.pairs, 'pair', 'pairs')}, {_count(self._atlases, 'atlas', 'atlases')}, "
-            f"{_count({pair.query for pair in plan.pairs}, 'query', 'queries')}. NSD at {plan.tolerances.origin}; "
+            f"{count(plan.pairs, 'pair', 'pairs')}, {count(self.atlases, 'atlas', 'atlases')}, "
+            f"{count({pair.query for pair in plan.pairs}, 'query', 'queries')}. NSD at {plan.tolerances.origin}; "
             "HD95 on surface elements, the larger of both directions. Means over the cases of each structure, then "
             "over structures."
         )
@@ -314,120 +244,109 @@ class _Page:
         left = [name for value, name in plan.dataset.structures.items() if value not in plan.values]
         if left:
             yield f"Left out on request: {listed(left, _LONGEST_TABLE)}."
-        unnamed = sorted({value for record in self._records for value in record.unnamed})
-        if unnamed:
+        if unnamed := _unnamed(self.records):
             found = ", ".join(map(str, unnamed))
             yield f"Label values that dataset.json does not name, taken as background where a case has them: {found}."
         yield ""
 
     def _methods(self) -> Iterator[str]:
         yield from ("## Methods", "")
-        yield from _markdown(main_table(self._columns), words=2 if self._several else 1)
+        yield from _markdown(main_table(self.columns), words=2 if len(self.plan.variants) > 1 else 1)
         parts = []
-        for column, title in zip(self._columns, self._titles, strict=True):
-            counts = {status: n for status, n in column.summary.counts.items() if n}
-            words = ", ".join(f"{n} {status.replace('_', ' ')}" for status, n in counts.items())
-            parts.append(f"{title}: {words}")
-        yield from ("", f"Structures of pairs by status: {'; '.join(parts)}.")
-        for record in self._records:
+        for column, title in self.titles.items():
+            counts = [f"{n} {status.replace('_', ' ')}" for status, n in column.summary.counts.items() if n]
+            parts.append(f"{title}: {', '.join(counts)}")
+        yield f"Structures of pairs by status: {'; '.join(parts)}."
+        for record in self.records:
             if record.failure:
                 yield f"Failed: {record.pair.atlas} -> {record.pair.query} ({record.variant}): {record.failure}"
         yield ""
 
     def _differences(self) -> Iterator[str]:
-        if not self._comparisons:
+        if not self.comparisons:
             return
         yield from ("## Differences", "")
         yield (
             f"Paired bootstrap over queries and atlases, {LEVEL:.0%} intervals, of the mean over structures. "
-            "All are in summary.json; here are the methods of one variant, and one method over variants."
+            "All are in summary.json; here are the methods of one variant, and one method over variants.\n"
         )
-        yield ""
-        cells: dict[tuple[int, int], list[str]] = {}
-        for one in self._comparisons:
+        cells: dict[str, list[str]] = {}
+        for one in self.comparisons:
             if one.first.variant == one.second.variant or one.first.method == one.second.method:
-                title = f"{self._title(one.first)} − {self._title(one.second)}"
-                interval = one.interval
-                cells.setdefault((id(one.first), id(one.second)), [title]).append(
-                    f"{_signed(interval.difference)} ({_signed(interval.low)} to {_signed(interval.high)})"
-                )
+                title = f"{self.titles[one.first]} − {self.titles[one.second]}"
+                difference, low, high = map(_signed, (one.interval.difference, one.interval.low, one.interval.high))
+                cells.setdefault(title, [title]).append(f"{difference} ({low} to {high})")
         yield from _markdown([["difference", *_COMPARED.values()], *cells.values()])
-        yield ""
 
     def _per_structure(self) -> Iterator[str]:
-        columns = self._columns
+        summaries = [column.summary for column in self.columns]
         yield from ("## Dice of each structure", "")
-        first = columns[0].summary.structures
-        shown = first[:_LONGEST_TABLE]
-        lines = [["structure", "ml", *self._titles]]
-        for n, one in enumerate(shown):
-            spreads = [column.summary.structures[n].scores["dice"] for column in columns]
-            cells = [_decimal(dice.mean, 3) + ("" if math.isnan(dice.sd) else f" ± {dice.sd:.3f}") for dice in spreads]
-            lines.append([one.structure, _decimal(one.reference_ml, 1), *cells])
-        small = columns[0].summary.small
+        first, small = summaries[0].structures, summaries[0].small
+        lines = [["structure", "ml", *self.titles.values()]]
+        for n, one in enumerate(first[:_LONGEST_TABLE]):
+            spreads = [summary.structures[n].scores["dice"] for summary in summaries]
+            cells = [decimal(dice.mean, 3) + ("" if math.isnan(dice.sd) else f" ± {dice.sd:.3f}") for dice in spreads]
+            lines.append([one.structure, decimal(one.reference_ml, 1), *cells])
         if small and len(small) < len(first):
-            cells = [_decimal(column.summary.small_means["dice"], 3) for column in columns]
+            cells = [decimal(summary.small_means["dice"], 3) for summary in summaries]
             lines.append([f"mean of those below {SMALL_ML:g} ml ({len(small)})", "", *cells])
-        lines.append(["mean", "", *(_decimal(column.summary.means["dice"], 4) for column in columns)])
+        lines.append(["mean", "", *(decimal(summary.means["dice"], 4) for summary in summaries)])
         yield from _markdown(lines)
-        if len(first) > len(shown):
-            yield from ("", f"The other {len(first) - len(shown)} structures are in results.csv.")
-        if any(column.summary.counts["both_empty"] for column in columns):
-            means = [column.summary.means_with_empty["dice"] for column in columns]
-            parts = [f"{title} {_decimal(mean, 4)}" for title, mean in zip(self._titles, means, strict=True)]
-            yield ""
+        if len(first) > _LONGEST_TABLE:
+            yield from (f"The other {len(first) - _LONGEST_TABLE} structures are in results.csv.", "")
+        if any(summary.counts["both_empty"] for summary in summaries):
+            means = {title: column.summary.means_with_empty["dice"] for column, title in self.titles.items()}
+            parts = [f"{title} {decimal(mean, 4)}" for title, mean in means.items()]
             yield (
                 "Where result and reference both lack a structure it is left out above; counted as perfect the means "
-                f"are {', '.join(parts)}."
+                f"are {', '.join(parts)}.\n"
             )
-        yield ""
 
     def _per_atlas(self) -> Iterator[str]:
-        if len(self._atlases) < 2:
+        if len(self.atlases) < 2:
             return
         yield from ("## Dice of each atlas", "")
-        lines = [["atlas", *self._titles]]
-        lines += [[atlas, *(_decimal(one.of_atlas(atlas), 3) for one in self._columns)] for atlas in self._atlases]
-        spreads = [column.over_atlases() for column in self._columns]
-        lines.append(["mean ± sd", *(f"{_decimal(one.mean, 3)} ± {_decimal(one.sd, 3)}" for one in spreads)])
+        dice = [column.by_atlas() for column in self.columns]
+        lines = [["atlas", *self.titles.values()]]
+        lines += [[atlas, *(decimal(one[atlas], 3) for one in dice)] for atlas in self.atlases]
+        spreads = [column.over_atlases() for column in self.columns]
+        lines.append(["mean ± sd", *(f"{decimal(one.mean, 3)} ± {decimal(one.sd, 3)}" for one in spreads)])
         yield from _markdown(lines)
-        yield ""
 
     def _costs(self) -> Iterator[str]:
-        device, records = self._plan.device, self._records
+        device, records = self.plan.device, self.records
         yield from ("## Cost of a pair", "")
-        yield f"Seconds of wall time on {device}, files already read; mean over pairs, and the slowest pair."
-        yield ""
+        yield from (f"Seconds of wall time on {device}, files already read; mean over pairs, and the slowest pair.", "")
         every = dict.fromkeys(stage for record in records for stage in record.seconds)
         stages = [stage for stage in every if not stage.startswith("registration: ")]
         memories = {"peak MB": "peak_memory_mb"} | ({"GPU MB": "gpu_memory_mb"} if device == "cuda" else {})
         lines = [["variant", "seconds", "slowest", *stages, *memories]]
-        for variant in self._plan.variants:
+        for variant in self.plan.variants:
             done = [one for one in records if one.variant == variant.name and not one.failure]
             if done:
                 totals = [one.total_seconds for one in done]
                 means = [float(np.mean([one.seconds.get(stage, 0.0) for one in done])) for stage in stages]
                 peaks = [max(getattr(one, name) or 0 for one in done) for name in memories.values()]
                 numbers = [float(np.mean(totals)), max(totals), *means]
-                lines.append([variant.name, *(_decimal(number, 1) for number in numbers), *map(str, peaks)])
+                lines.append([variant.name, *(decimal(number, 1) for number in numbers), *map(str, peaks)])
         yield from _markdown(lines)
-        yield ""
 
 
 def _markdown(lines: Sequence[Sequence[str]], words: int = 1) -> Iterable[str]:
-    """Table; all but the first ``words`` columns to the right."""
-    head, *rest = [[cell.replace("|", r"\|") for cell in line] for line in lines]
-    yield "| " + " | ".join(head) + " |"
-    yield "|" + "|".join("---" if n < words else "---:" for n in range(len(head))) + "|"
-    for line in rest:
-        yield "| " + " | ".join(line) + " |"
+    """Lines of a table, aligned to the right but for its first ``words`` columns, and an empty line."""
+    head, *rest = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
+    yield head
+    yield "|" + "|".join("---" if n < words else "---:" for n in range(len(lines[0]))) + "|"
+    yield from (*rest, "")
 
 
-def _count(things: Collection[Any], one: str, several: str) -> str:
+def count(things: Collection[Any], one: str, several: str) -> str:
+    """Give number and noun of things."""
     return f"{len(things)} {one if len(things) == 1 else several}"
 
 
-def _decimal(value: float, digits: int) -> str:
+def decimal(value: float, digits: int) -> str:
+    """Format a number for a table; a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 

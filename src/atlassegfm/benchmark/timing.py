@@ -1,9 +1,9 @@
-"""Seconds and fitted numbers of each stage on scans of a given size: the paper's Table 5."""
+"""Seconds and parameters of each stage on scans of a given size: the paper's Table 5."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,59 +28,35 @@ from .pairs import restricted
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the job.
-
-    Parameters
-    ----------
-    name : str
-        As ``run.json`` has it; parts of the registration begin with "registration: ".
-    seconds : float
-        Median wall time.
-    parameters : int or None
-        How many numbers are fitted in it; None where nothing is.
-    """
+    """One stage of a job, or a part of it ("registration: affine"): median wall time, number of fitted parameters."""
 
     name: str
     seconds: float
-    parameters: int | None
+    parameters: int | None = None
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What one job costs.
+    """Cost of a job: device, largest memory of a run, stages in order and their sum "all"."""
 
-    Parameters
-    ----------
-    stages : tuple of Stage
-        In order, the sum at the end.
-    device : str
-        Where it was computed.
-    peak_memory_mb : int or None
-        Largest memory of a run.
-    """
-
-    stages: tuple[Stage, ...]
     device: str
     peak_memory_mb: int | None
+    stages: tuple[Stage, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "device": self.device,
-            "peak_memory_mb": self.peak_memory_mb,
-            "stages": [vars(one) for one in self.stages],
-        }
+        """Plain values for JSON."""
+        return asdict(self)
 
 
 def scans_for(folder: Path | None, shape: tuple[int, int, int], labels: Sequence[str]) -> tuple[Atlas, Volume]:
-    """Load an atlas and a query, cases of a dataset or the embedded pair, and resample them to the given size.
+    """Load an atlas and a query and resample each over its own field of view.
 
     Parameters
     ----------
     folder : Path or None
-        Dataset in nnU-Net raw layout, of which the first two cases are taken; None for the embedded pair.
+        Dataset in nnU-Net raw layout, whose first two cases are taken; None for the embedded pair.
     shape : tuple of int, (3,)
-        Voxels of both in RAS-canonical order, over each one's own field of view.
+        Voxels of both in RAS-canonical order.
     labels : sequence of str
         Structures to keep; all if empty.
 
@@ -90,20 +66,18 @@ def scans_for(folder: Path | None, shape: tuple[int, int, int], labels: Sequence
         If the dataset cannot be used or has fewer than two cases.
     """
     if folder is None:
-        context = Atlas.from_files(demo.PAIR / demo.ATLAS, demo.PAIR / demo.LABELS)
+        full = Atlas.from_files(demo.PAIR / demo.ATLAS, demo.PAIR / demo.LABELS)
         query = load_image(demo.PAIR / demo.QUERY)
     else:
         dataset = load_dataset(folder)
         if len(dataset.cases) < 2:
             raise InputError(f"{folder}: has one case; expected at least two")
-        atlas, other = dataset.cases[:2]
+        case, other = dataset.cases[:2]
         values = pick_structures(dataset, labels or ["*"])
-        context = restricted(Atlas.from_files(atlas.image, atlas.labels), values, atlas.labels)
+        full = restricted(Atlas.from_files(case.image, case.labels), values, case.labels)
         query = load_image(other.image)
-    image = _resized(context.image, shape, order=1)
-    labels_there = _resized(context.labels, shape, order=0)
-    small = Volume(labels_there.data.astype(context.labels.data.dtype), labels_there.grid)
-    return Atlas.from_volumes(image, small, context.structures), _resized(query.canonical(), shape, order=1)
+    image, resized = _resized(full.image, shape, order=1), _resized(full.labels, shape, order=0)
+    return Atlas.from_volumes(image, resized, full.structures), _resized(query.canonical(), shape, order=1)
 
 
 def measure(
@@ -115,10 +89,7 @@ def measure(
     rounds: int,
     on_stage: Callable[[str], None] | None = None,
 ) -> Timing:
-    """Do the same job several times and take the median of each stage.
-
-    The model is loaded before; the first round of several warms up and does not count.
-    """
+    """Time the same job several times; the first round of several is a warm-up and does not count."""
     model = load_chosen(settings, device)
     results: list[Segmentation] = []
     reset_peak_memory()
@@ -127,39 +98,25 @@ def measure(
         if number or rounds == 1:
             results.append(result)
     peak = peak_memory_mb()
-    return Timing((*_stages(results), _total(results)), device, peak)
+    total = Stage("all", median(sum(one.seconds.values()) for one in results))
+    return Timing(device, peak, (*_stages(results), total))
 
 
-def _stages(results: Sequence[Segmentation]) -> list[Stage]:
+def _stages(results: Sequence[Segmentation]) -> Iterator[Stage]:
     last = results[-1]
-    stages = []
     for name in last.seconds:
-        fitted = None
-        if name == "gate" and last.gate is not None:
-            fitted = last.gate.parameter_count
-        stages.append(Stage(name, median(one.seconds[name] for one in results), fitted))
-        if name == "registration":
-            stages += [
-                Stage(
-                    f"registration: {part}",
-                    median(one.registration.seconds[part] for one in results),
-                    last.registration.parameter_count.get(part),
-                )
-                for part in last.registration.seconds
-            ]
-    return stages
-
-
-def _total(results: Sequence[Segmentation]) -> Stage:
-    return Stage("all", median(sum(one.seconds.values()) for one in results), None)
+        fitted = last.gate.parameter_count if name == "gate" and last.gate is not None else None
+        yield Stage(name, median(one.seconds[name] for one in results), fitted)
+        for part in last.registration.seconds if name == "registration" else ():
+            seconds = median(one.registration.seconds[part] for one in results)
+            yield Stage(f"registration: {part}", seconds, last.registration.parameter_count.get(part))
 
 
 def _resized(volume: Volume, shape: tuple[int, int, int], *, order: int) -> Volume:
-    """The same field of view with another number of voxels."""
+    """Resample to another number of voxels over the same field of view."""
     grid = volume.grid
     factor = np.array(grid.shape) / shape
-    affine = np.eye(4)
-    affine[:3, :3] = grid.affine[:3, :3] * factor
+    affine = grid.affine @ np.diag([*factor, 1.0])
     affine[:3, 3] = grid.voxel_to_world(factor / 2 - 0.5)
     onto = Grid(shape, affine)
     return Volume(resample(volume, onto, order=order), onto)

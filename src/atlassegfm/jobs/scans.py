@@ -140,7 +140,7 @@ def _walk(folder: Path, scans: Scans, labels: bool, above: Sequence[str], bids: 
             scans.leave(image, reason)
         else:
             scans.take(image)
-    _take_dicom(folder, [entry for entry in files if not image_suffix(entry)], scans, labels)
+    _take_dicom(folder, [entry for entry in files if not image_suffix(entry)], scans, labels, named=not above)
     for entry in folders:
         if len(above) + 1 >= _MOST_LEVELS:
             scans.leave(entry, f"more than {_MOST_LEVELS} folders deep")
@@ -180,7 +180,7 @@ def _no_scan(image: Path, stems: set[str]) -> str:
     return ""
 
 
-def _take_dicom(folder: Path, files: list[Path], scans: Scans, labels: bool) -> None:
+def _take_dicom(folder: Path, files: list[Path], scans: Scans, labels: bool, *, named: bool) -> None:
     """Take a folder with DICOM images as one scan; other files are left out."""
     try:
         dicom = [file for file in files if file.is_file() and (file.suffix.lower() == ".dcm" or is_dicom(file))]
@@ -197,7 +197,7 @@ def _take_dicom(folder: Path, files: list[Path], scans: Scans, labels: bool) -> 
     except AtlasSegError:
         found = {SCAN_MODALITIES[0]}  # reading it says what is wrong
     if found & set(SCAN_MODALITIES):
-        scans.take(folder)
+        scans.take(folder, named=named)
     elif labels:
         for file in dicom:
             scans.take(file)
