@@ -265,9 +265,6 @@ def test_refusals_write_no_result(here: Path, run: Run) -> None:
         for path in here.glob("out/*/status.json"):
             assert StatusRecord.read(path).state == "failed"
         shutil.rmtree(here / "out", ignore_errors=True)
-    save_volume(QUERY.scan(straight_grid()), here / "atlas" / "image.nii.gz")
-    refused = run(*base, "atlas")
-    assert "holds image files (image.nii.gz) and DICOM files; name the image files one by one" in refused.err
 
 
 def test_file_that_does_not_come_back_leaves_no_result(here: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -540,7 +540,24 @@ def test_slices_without_contours_are_told(scan: Volume, tmp_path: Path, caplog: 
     path = made_rtstruct(tmp_path / "rs.dcm", {"Gaps": boxes((5, 9), (5, 9), [2, 4, 6])}, grid=scan.grid)
     with caplog.at_level(logging.WARNING):
         open_labels(path, scan)
-    assert "Gaps: 2 slices between its first and its last have no contour, and stay empty" in caplog.text
+    assert "Gaps: 2 slices" in caplog.text
+
+
+def test_single_empty_slices_are_interpolated(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Slices 0, 2, 5 and 7 of a frustum: 1 and 6 are filled half way, the gap of two between 2 and 5 is not."""
+    contours = [box((5.5 + k, 30.5 - k), (4.5 + k, 24.5 - k), k) for k in (0, 2, 5, 7)]
+    path = made_rtstruct(tmp_path / "rs.dcm", {"Frustum": contours}, grid=scan.grid)
+    with caplog.at_level(logging.WARNING):
+        filled = open_labels(path, scan, Selection(interpolate=True)).data
+    assert [bool(filled[:, :, k].any()) for k in range(9)] == [True, True, True, False, False, True, True, True, False]
+
+    def sides(k: int) -> NDArray[np.int64]:
+        return np.array([(found.min(), found.max()) for found in np.nonzero(filled[:, :, k])])
+
+    for k in (1, 6):
+        assert np.abs(sides(k) - (sides(k - 1) + sides(k + 1)) / 2).max() <= 0.5
+        assert (sides(k) != sides(k - 1)).all()
+    assert caplog.text.count("2 slices") == 2
 
 
 def test_points_and_open_lines_are_told(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,26 +17,15 @@ from numpy.typing import NDArray
 from .core.errors import InputError
 from .core.files import PathLike
 from .core.geometry import Grid
-from .core.image import Volume, checked_image, load_labels, smallest_label_type
-from .core.labels import (
-    LabelEntry,
-    LabelTable,
-    Structure,
-    dataset_json_of,
-    distinct_names,
-    listed,
-    read_names_file,
-    structures_of,
-)
-from .dicom import EVERYTHING, Selection, is_dicom_input, open_image, open_labels
+from .core.image import Volume, checked_image, label_values, load_labels, smallest_label_type
+from .core.labels import LabelEntry, LabelTable, Structure, dataset_json_of, listed, read_names_file
+from .dicom import EVERYTHING, Selection, is_dicom_input, open_image, open_labels, with_structures
 
 if TYPE_CHECKING:
     from .core.image import ImageLike
 
 logger = logging.getLogger(__name__)
 
-#: Label values up to this are counted in a table, larger ones sorted.
-_LARGEST_COUNTED = 1 << 20
 #: Decimals of an origin for voxels of 1 mm. Header fields have 32 bits: 1e-5 mm at 200 mm.
 _ORIGIN_DIGITS = 3
 
@@ -103,7 +92,7 @@ class Atlas:
         scan = open_image(image, series)
         label_map = open_labels(labels, scan, selection)
         for given in tables:
-            if unknown := sorted(set(given) - set(_values_of(label_map.data))):
+            if unknown := sorted(set(given) - set(label_values(label_map.data))):
                 found = ", ".join(f"{value} ({given[value].name})" for value in unknown)
                 logger.warning("%s: names values that %s does not have: %s", names, labels_name, found)
         if label_map.source is not None:
@@ -156,20 +145,8 @@ class Atlas:
                 f"{labels_name}: these are the voxels of the scan itself ({image_name}), not labels; "
                 "give the label map that was drawn on it"
             )
-        structures = structures_of(_values_of(labels.data), tables)
-        data = np.ascontiguousarray(turned.data)
-        if selection != EVERYTHING:
-            order = selection.select([(one.value, one.name) for one in structures], Path(labels_name))
-            structures = tuple(
-                replace(structures[n], name=selection.renamed(structures[n].name)) for n in sorted(order)
-            )
-            data = np.where(np.isin(data, [one.value for one in structures]), data, data.dtype.type(0))
-        names = distinct_names([one.name for one in structures])
-        for one, name in zip(structures, names, strict=True):
-            if name != one.name:
-                logger.warning("%s: several structures are called %s; the later is %s", labels_name, one.name, name)
-        structures = tuple(replace(one, name=name) for one, name in zip(structures, names, strict=True))
-        return cls(scan, Volume(data, scan.grid, labels.source), structures)
+        own = Volume(np.ascontiguousarray(turned.data), scan.grid, labels.source)
+        return cls(scan, *with_structures(own, tables, selection, labels_name))
 
     @property
     def values(self) -> tuple[int, ...]:
@@ -220,17 +197,6 @@ def canonical_scan(volume: Volume, name: str) -> Volume:
     affine = turned.grid.affine.copy()
     affine[:3, 3] = affine[:3, 3].round(_ORIGIN_DIGITS - math.ceil(math.log10(turned.grid.spacing_mm.min()))) + 0.0
     return Volume(data, Grid(turned.grid.shape, affine), volume.source)
-
-
-def _values_of(labels: NDArray[Any]) -> list[int]:
-    """Label values present, ascending, without 0."""
-    if int(labels.max()) > _LARGEST_COUNTED:
-        return [int(value) for value in np.unique(labels) if value]
-    counts = np.zeros(int(labels.max()) + 1, np.int64)
-    for plane in labels:
-        found = np.bincount(plane.ravel())
-        counts[: len(found)] += found
-    return [int(value) for value in np.flatnonzero(counts) if value]
 
 
 def _mismatch(image: Volume, labels: Volume, image_name: str, labels_name: str) -> str:

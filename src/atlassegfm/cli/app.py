@@ -18,6 +18,7 @@ import typer
 from ..core.parallel import NUMPY_THREADS
 from .benchmark import app as benchmark_app
 from .check import CheckOptions, check
+from .convert import ConvertOptions, convert
 from .customize import CustomizeOptions, customize
 from .demo import DemoOptions, demo
 from .evaluate import EvaluateOptions, evaluate
@@ -73,6 +74,7 @@ command(app, CheckOptions, "check")(check)
 command(app, CustomizeOptions, "customize")(customize)
 command(app, EvaluateOptions, "evaluate")(evaluate)
 command(app, ReportCommandOptions, "report")(report)
+command(app, ConvertOptions, "convert")(convert)
 command(app, SuggestOptions, "suggest")(suggest)
 app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(models_app, name="models")

@@ -160,14 +160,14 @@ class ModelOptions(SettingsOptions):
 
 @options
 class StructureOptions:
-    """Structures to take from DICOM."""
+    """Structures to take from labels."""
 
     structures: Annotated[
         str | None,
         typer.Option(
             "--structures",
             metavar="A,B,...",
-            help="Structures to take from an RTSTRUCT or DICOM-SEG, by name, pattern or number [default: all].",
+            help="Structures to take, by name, pattern or number [default: all].",
         ),
     ] = None
     synonyms: Annotated[
@@ -186,6 +186,13 @@ class StructureOptions:
             help="Which structure of an RTSTRUCT or DICOM-SEG gets voxels that several have.",
         ),
     ] = "refuse"
+    interpolate_slices: Annotated[
+        bool,
+        typer.Option(
+            "--interpolate-slices",
+            help="Fill single slices without contours between two with contours, as planning systems do (RTSTRUCT).",
+        ),
+    ] = False
 
     def selection(self) -> Selection:
         """Build the selection of structures.
@@ -201,7 +208,8 @@ class StructureOptions:
         rule = next((one for one in OVERLAPS if one == self.overlap), None)
         if rule is None:
             raise InputError(f"--overlap {self.overlap}: expected one of {', '.join(OVERLAPS)}")
-        return Selection(wanted, {} if self.synonyms is None else read_synonyms(self.synonyms), rule)
+        synonyms = {} if self.synonyms is None else read_synonyms(self.synonyms)
+        return Selection(wanted, synonyms, rule, self.interpolate_slices)
 
 
 @options
@@ -238,6 +246,7 @@ class AtlasOptions(StructureOptions):
         if self.context is not None:
             given |= {"--structures": self.structures, "--synonyms": self.synonyms, "--atlas-series": self.atlas_series}
             given["--overlap"] = None if self.overlap == "refuse" else self.overlap
+            given["--interpolate-slices"] = self.interpolate_slices or None
             for option, value in given.items():
                 if value is not None:
                     raise InputError(

@@ -20,7 +20,7 @@ from .files import PathLike, atomic_path, check_readable
 from .freesurfer import load_mgh, save_mgh
 from .geometry import Grid
 from .itk import SEGMENTATION_SUFFIX, itk_grid, load_itk, save_itk
-from .labels import Structure
+from .labels import Structure, file_names
 from .nifti import PAIR_SUFFIXES, load_nifti, save_nifti
 from .volume import Source, Volume, spatial_shape
 
@@ -42,9 +42,11 @@ __all__ = [
     "checked_image",
     "image_stem",
     "image_suffix",
+    "label_values",
     "load_image",
     "load_labels",
     "load_volume",
+    "save_masks",
     "save_volume",
     "smallest_label_type",
 ]
@@ -62,6 +64,8 @@ WRITTEN_SUFFIXES = (".nii.gz", ".nii", SEGMENTATION_SUFFIX, ".nrrd", ".mha", ".m
 _EXTENT_MM = (3.0, 10_000.0)
 #: Largest difference of a label from a whole number: what resampling in 32 bits leaves behind.
 _WHOLE_WITHIN = 0.01
+#: Label values up to this are counted in a table, larger ones sorted out.
+_LARGEST_COUNTED = 1 << 20
 #: Fraction of the voxels that may be NaN or infinite, in a scan or label map that is otherwise usable.
 _MOST_INVALID = 0.5
 
@@ -246,6 +250,17 @@ def load_labels(image: ImageLike, *, allow_empty: bool = False) -> Volume:
     return Volume(data.astype(label_type), volume.grid, volume.source)
 
 
+def label_values(labels: NDArray[Any]) -> list[int]:
+    """Label values present, ascending, without 0."""
+    if int(labels.max()) > _LARGEST_COUNTED:
+        return [int(value) for value in np.unique(labels) if value]
+    counts = np.zeros(int(labels.max()) + 1, np.int64)
+    for plane in labels:
+        found = np.bincount(plane.ravel())
+        counts[: len(found)] += found
+    return [int(value) for value in np.flatnonzero(counts) if value]
+
+
 def smallest_label_type(largest: int) -> np.dtype[Any]:
     """The smallest integer type for values 0 to ``largest`` that NIfTI, NRRD and MetaImage all hold."""
     for candidate in (np.uint8, np.uint16, np.uint32):
@@ -283,3 +298,11 @@ def save_volume(volume: Volume, path: PathLike, *, structures: Sequence[Structur
             save_mgh(volume, temporary)
         else:
             save_itk(volume, temporary, structures)
+
+
+def save_masks(labels: Volume, structures: Sequence[Structure], folder: Path) -> None:
+    """Write a folder with a mask (0 and 1) for each structure, named after it; an absent one is empty."""
+    folder.mkdir()
+    for structure, name in zip(structures, file_names(structures), strict=True):
+        mask = Volume((labels.data == structure.value).astype(np.uint8), labels.grid, labels.source)
+        save_volume(mask, folder / f"{name}.nii.gz", structures=[replace(structure, value=1)])

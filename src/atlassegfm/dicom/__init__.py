@@ -14,7 +14,7 @@ from .rtstruct import read_rtstruct, write_rtstruct
 from .seg import read_segmentation, write_segmentation
 from .series import MODALITIES as SCAN_MODALITIES
 from .series import DicomSource, Series, find_series, is_series_folder, load_series, series_of
-from .structures import EVERYTHING, OVERLAPS, Overlap, Selection, read_synonyms, structures_in
+from .structures import EVERYTHING, OVERLAPS, Overlap, Selection, read_synonyms, structures_in, with_structures
 
 __all__ = [
     "EVERYTHING",
@@ -41,6 +41,7 @@ __all__ = [
     "require_dicom_extra",
     "series_of",
     "structures_in",
+    "with_structures",
     "write_rtstruct",
     "write_segmentation",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,13 +118,13 @@ def read_rtstruct(path: Path, on: Series | Grid, selection: Selection = EVERYTHI
     for roi in (rois[n] for n in order):
         if not roi.contours:
             raise InputError(f"{path}: the structure {roi.name!r} has no closed contours; leave it out of --structures")
-        mask, roi_notes = _rasterise(roi, grid, path)
+        mask, roi_notes = _rasterise(roi, grid, path, selection.interpolate)
         masks.append(replace(mask, name=selection.renamed(mask.name)))
         notes += roi_notes
     return merge(masks, selection, on, path, notes)
 
 
-def _rasterise(roi: _Roi, grid: Grid, path: Path) -> tuple[StructureMask, list[str]]:
+def _rasterise(roi: _Roi, grid: Grid, path: Path, interpolate: bool) -> tuple[StructureMask, list[str]]:
     """Mark the voxels inside the contours of a structure, which lie in slices along any axis of the grid; and warn."""
     name = f"{path}: the structure {roi.name!r}"
     contours = [grid.world_to_voxel(contour) for contour in roi.contours]
@@ -145,12 +146,35 @@ def _rasterise(roi: _Roi, grid: Grid, path: Path) -> tuple[StructureMask, list[s
     stack = np.zeros((last - first + 1, *size), bool)
     for place, numbers in by_slice.items():
         stack[place - first] = fill([contours[n][:, across] - low for n in numbers], size)
+    filled = _interpolated(stack, sorted(place - first for place in by_slice)) if interpolate else 0
+    missing = len(stack) - len(by_slice) - filled
+    if filled:
+        notes.append(f"{roi.name}: {filled} slices without contours are filled by interpolation")
+    if missing:
+        notes.append(
+            f"{roi.name}: {missing} slices between its first and its last have no contour and stay empty "
+            "(--interpolate-slices fills single ones)"
+        )
     start = [0, 0, 0]
     start[across[0]], start[across[1]], start[axis] = int(low[0]), int(low[1]), first
     mask = StructureMask(roi.number, roi.name, roi.color, (start[0], start[1], start[2]), np.moveaxis(stack, 0, axis))
     if roi.left_out:
         notes.append(f"{roi.name}: {roi.left_out} points or open lines are left out")
     return mask, notes
+
+
+def _interpolated(stack: NDArray[np.bool_], drawn: Sequence[int]) -> int:
+    """Fill single empty slices between drawn ones where the mean of both signed distances is inside; count them."""
+    from scipy.ndimage import distance_transform_edt
+
+    def distance(mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+        inside, outside = distance_transform_edt(mask), distance_transform_edt(~mask)
+        return np.asarray(inside - outside)
+
+    gaps = [low + 1 for low, high in pairwise(drawn) if high - low == 2]
+    for gap in gaps:
+        stack[gap] = distance(stack[gap - 1]) + distance(stack[gap + 1]) > 0
+    return len(gaps)
 
 
 def _planes_to_slices(
@@ -180,9 +204,6 @@ def _planes_to_slices(
         )
     if dropped:
         notes.append(f"{name}: {dropped} contours are left out, as others lie nearer to the same slice")
-    missing = max(chosen) - min(chosen) + 1 - len(chosen)
-    if missing:
-        notes.append(f"{name}: {missing} slices between its first and its last have no contour, and stay empty")
     return chosen, notes
 
 

@@ -7,6 +7,7 @@ unless the user says which one gets them.
 from __future__ import annotations
 
 import difflib
+import logging
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,9 +20,21 @@ from numpy.typing import NDArray
 
 from ..core.errors import InputError
 from ..core.geometry import Grid
-from ..core.image import Volume, smallest_label_type
-from ..core.labels import LabelEntry, Structure, distinct_names, listed, match_rank, palette_color, plain_name
+from ..core.image import Volume, label_values, smallest_label_type
+from ..core.labels import (
+    LabelEntry,
+    LabelTable,
+    Structure,
+    distinct_names,
+    listed,
+    match_rank,
+    palette_color,
+    plain_name,
+    structures_of,
+)
 from .series import DicomSource, Series
+
+logger = logging.getLogger(__name__)
 
 Color = tuple[int, int, int]
 Box = tuple[slice, slice, slice]
@@ -64,11 +77,14 @@ class Selection:
         New name, and the names or patterns in files that it stands for.
     overlap
         Which structure gets shared voxels; see :data:`OVERLAPS`.
+    interpolate
+        Whether single slices without contours, between two that have some, are filled by shape interpolation.
     """
 
     wanted: Sequence[str] = ()
     synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)
     overlap: Overlap = "refuse"
+    interpolate: bool = False
 
     def __post_init__(self) -> None:
         if self.overlap not in OVERLAPS:
@@ -251,3 +267,37 @@ def structures_in(volume: Volume) -> tuple[Structure, ...]:
         Structure(value, entry.name, entry.color or palette_color(n))
         for n, (value, entry) in enumerate(sorted(table.items()))
     )
+
+
+def with_structures(
+    labels: Volume, tables: Sequence[LabelTable], selection: Selection, name: str
+) -> tuple[Volume, tuple[Structure, ...]]:
+    """Choose structures of a label map; the others become background, and equal names are told apart.
+
+    Parameters
+    ----------
+    labels : Volume
+    tables : sequence of LabelTable
+        Names of values, in order of precedence.
+    selection : Selection
+        Which structures, and what they are called.
+    name : str
+        Of the label map, in messages.
+
+    Raises
+    ------
+    InputError
+        If a wanted structure is not there.
+    """
+    structures, data = structures_of(label_values(labels.data), tables), labels.data
+    if selection != EVERYTHING:
+        order = selection.select([(one.value, one.name) for one in structures], Path(name))
+        chosen = [structures[n] for n in sorted(order)]
+        structures = tuple(replace(one, name=selection.renamed(one.name)) for one in chosen)
+        data = np.where(np.isin(data, [one.value for one in structures]), data, data.dtype.type(0))
+    names = distinct_names([one.name for one in structures])
+    for one, new in zip(structures, names, strict=True):
+        if new != one.name:
+            logger.warning("%s: several structures are called %s; the later is %s", name, one.name, new)
+    structures = tuple(replace(one, name=new) for one, new in zip(structures, names, strict=True))
+    return Volume(data, labels.grid, labels.source), structures

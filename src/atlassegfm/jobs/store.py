@@ -25,7 +25,7 @@ import logging
 import os
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,8 @@ from ..context import Context
 from ..core.config import to_dict
 from ..core.errors import InputError
 from ..core.files import disk_errors, replaced_folder
-from ..core.image import Volume, save_volume
-from ..core.labels import Structure, file_names, itk_snap_labels, slicer_color_table
+from ..core.image import Volume, save_masks, save_volume
+from ..core.labels import Structure, itk_snap_labels, slicer_color_table
 from ..core.version import __version__
 from ..models import describe_model
 from ..records import (
@@ -249,14 +249,6 @@ def _save_labels(labels: Volume, structures: Sequence[Structure], folder: Path, 
             save_volume(labels, folder / FORMATS[name], structures=structures)
     (folder / SLICER_COLORS).write_text(slicer_color_table(structures), encoding="utf-8")
     (folder / ITK_SNAP_LABELS).write_text(itk_snap_labels(structures), encoding="utf-8")
-
-
-def save_masks(labels: Volume, structures: Sequence[Structure], folder: Path) -> None:
-    """Write a folder with a mask (0 and 1) for each structure, named after it; an absent one is empty."""
-    folder.mkdir()
-    for structure, name in zip(structures, file_names(structures), strict=True):
-        mask = Volume((labels.data == structure.value).astype(np.uint8), labels.grid, labels.source)
-        save_volume(mask, folder / f"{name}.nii.gz", structures=[replace(structure, value=1)])
 
 
 def write_failure(folder: Path, status: StatusRecord) -> None:
