@@ -740,3 +740,18 @@ def test_public_names_are_there() -> None:
         assert name in dir(atlassegfm)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = atlassegfm.nothing
+
+
+def test_log_file(folder: Path, run: Run) -> None:
+    for _ in range(2):
+        outcome = run(
+            "segment", *ATLAS_ARGUMENTS, "query.nii.gz", "absent.nii.gz", "-o", "out", *FAST, "-q", "--log", "run.log"
+        )
+        assert outcome.code == 1
+    lines = (folder / "run.log").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", line) for line in lines)
+    assert sum("absent.nii.gz: no such file" in line for line in lines) == 2
+    assert any("query" in line and "done" in line for line in lines)
+    refused = run("segment", *ATLAS_ARGUMENTS, "query.nii.gz", "-o", "out", *FAST, "--log", "no/run.log")
+    assert refused.code == 2
+    assert "no/run.log" in refused.err

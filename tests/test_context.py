@@ -352,7 +352,7 @@ def test_customize_and_segment(files: Path, run: Run) -> None:
     assert [path.name for path in (files / "deep").iterdir()] == ["ctx"]
     assert "atlas.nii.gz -> deep/ctx" in outcome.out
     assert "liver, kidney, node" in outcome.out
-    assert "trained on 12 masks" in outcome.out
+    assert "trained on 12 simulated masks" in outcome.out
     assert run("segment", "--context", "deep/ctx", "query.nii.gz", "-o", "one").code == 0
     assert run("segment", *ATLAS_ARGUMENTS, "query.nii.gz", "-o", "two", *FAST).code == 0
     assert run("segment", "--context", "deep/ctx", "query.nii.gz", "-o", "three").code == 0

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from skimage.color import deltaE_ciede2000, rgb2lab
 
 from atlassegfm.core.errors import InputError
 from atlassegfm.core.labels import (
@@ -48,7 +51,7 @@ def test_nifti_xml_round_trip(structures: list[Structure]) -> None:
 
 @given(structure_lists)
 def test_slicer_round_trip(structures: list[Structure]) -> None:
-    assert from_slicer_metadata(to_slicer_metadata(structures)) == as_table(structures)
+    assert from_slicer_metadata(to_slicer_metadata(structures, (4, 5, 6))) == as_table(structures)
 
 
 @pytest.mark.parametrize(
@@ -96,6 +99,21 @@ def test_palette_colours_differ() -> None:
     colors = [palette_color(position) for position in range(140)]
     assert len(set(colors)) == 140
     assert all(0 <= one <= 255 for color in colors for one in color)
+
+
+#: Machado et al. (2009): linear RGB as protan and deutan eyes see it.
+PROTAN = ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998))
+DEUTAN = ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881))
+
+
+@pytest.mark.parametrize("vision", [np.eye(3), PROTAN, DEUTAN], ids=["normal", "protan", "deutan"])
+def test_palette_colours_differ_for_the_colour_blind(vision: Any) -> None:
+    colors = np.array([palette_color(position) for position in range(20)]) / 255
+    linear = np.where(colors <= 0.04045, colors / 12.92, ((colors + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(linear @ np.asarray(vision).T, 0, 1)
+    lab = rgb2lab(np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055))
+    distance = deltaE_ciede2000(lab[:, None], lab[None]) + 100 * np.eye(20)
+    assert distance.min() > 10  # 2 are seen as different side by side
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ class TimeOptions(ScreenOptions, DeviceOptions, ModelOptions):
 
 def time(options: TimeOptions) -> None:
     """The paper's Table 5: seconds and parameters of each stage on scans of 256 x 256 x 240 voxels."""
-    with open_session(options.quiet) as session:
+    with open_session(options.quiet, log=options.log) as session:
         from ..benchmark.timing import measure, scans_for
         from ..core.device import resolve_device
 
@@ -309,7 +309,7 @@ def _run(
 
     ``notes`` are said before it begins; ``columns`` may add to them.
     """
-    with open_session(options.quiet) as session:
+    with open_session(options.quiet, log=options.log) as session:
         if options.plots:
             from ..report import require_report_extra
 

@@ -46,7 +46,7 @@ def convert(options: ConvertOptions) -> None:
 
     Names and colours go with them. What was written as RTSTRUCT or DICOM-SEG is read back and compared.
     """
-    with open_session(options.quiet) as session:
+    with open_session(options.quiet, log=options.log) as session:
         session.progress("reading")
         from ..dicom.convert import FORMS, Conversion, convert_labels
 

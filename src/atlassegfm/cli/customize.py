@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +34,7 @@ def customize(options: CustomizeOptions) -> None:
 
     CTX gets the scan, its labels and names, all settings, and the gate, trained on the scan alone.
     """
-    with open_session(options.quiet) as session:
+    with open_session(options.quiet, log=options.log) as session:
         from .. import context as contexts
         from ..core.device import resolve_device
         from ..core.files import check_replaceable, output_folder
@@ -85,3 +86,4 @@ def customize(options: CustomizeOptions) -> None:
     typer.echo(f"  model       {settings.model}" + ("" if context.prompt is None else f", prompt {context.prompt}"))
     if gate is not None:
         typer.echo(f"  gate        {gate}")
+    typer.echo(f"next: atlassegfm segment --context {shlex.quote(str(out))} QUERY... -o OUT")

@@ -25,7 +25,7 @@ class DemoOptions(ScreenOptions, DeviceOptions, SettingsOptions):
 
 def demo(options: DemoOptions) -> None:
     """Do the whole job on an embedded pair of scans; nothing to download."""
-    with open_session(options.quiet) as session:
+    with open_session(options.quiet, log=options.log) as session:
         if options.picture:
             from ..report import require_report_extra
 

@@ -71,7 +71,7 @@ def evaluate(options: EvaluateOptions) -> None:
     their names. Scores are on the reference's own voxels, in mm.
     """
     out = options.out
-    with open_session(options.quiet) as session:
+    with open_session(options.quiet, log=options.log) as session:
         tolerances = read_tolerance(options.tolerance)
         if out is not None and out.suffix.lower() != ".csv":
             raise InputError(f"{out}: the scores are written as CSV; give a file ending in .csv")

@@ -135,7 +135,7 @@ def show(options: ShowOptions) -> None:
 
     The exit code is 0 whether its weights are there or not.
     """
-    with open_session(quiet=options.quiet or options.as_json) as session:
+    with open_session(quiet=options.quiet or options.as_json, log=options.log) as session:
         row = _describe(options.name)
         if row.weights is not None:
             session.progress("reading the weights")

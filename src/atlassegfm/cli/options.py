@@ -79,6 +79,10 @@ class ScreenOptions:
 
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress; warnings and errors stay.")] = False
+    log: Annotated[
+        Path | None,
+        typer.Option("--log", metavar="FILE", help="Add progress, warnings and errors to this file, with their time."),
+    ] = None
 
 
 @options

@@ -91,7 +91,7 @@ def report(options: ReportCommandOptions) -> None:
     OUT/report.html lists what to review first, and all cases and structures; OUT/CASE/report.html shows slices through
     every structure and an interactive view. Each page holds all it needs and loads nothing.
     """
-    with open_session(options.quiet) as session:
+    with open_session(options.quiet, log=options.log) as session:
         if options.picture and options.cases:
             require_pictures()
         from ..report import CaseOptions, ReportOptions

@@ -151,7 +151,7 @@ def segment(options: SegmentOptions) -> None:
     missing, or was made from other files, settings or another version. Folders are searched for scans; what is not
     taken is named.
     """
-    with open_session(options.quiet) as session:
+    with open_session(options.quiet, log=options.log) as session:
         options.check()
         settings, context = _settings(options, session)
         wanted = split_list(options.formats, "--format")

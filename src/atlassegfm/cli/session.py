@@ -6,7 +6,9 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
@@ -39,8 +41,9 @@ def accept_licences(models: Iterable[str], session: Session) -> None:
 class Session:
     """Progress, warnings and errors on standard error."""
 
-    def __init__(self, console: Console, bar: Progress | None, *, quiet: bool) -> None:
+    def __init__(self, console: Console, bar: Progress | None, *, quiet: bool, log: TextIO | None = None) -> None:
         self._console = console
+        self._log = log
         self._bar = bar
         self._task: TaskID | None = None if bar is None else bar.add_task("starting")
         self._quiet = quiet
@@ -60,17 +63,19 @@ class Session:
 
     def progress(self, stage: str) -> None:
         """Say what is being done; parts of a stage come as "stage: part"."""
+        self._record(f"{self._prefix}{stage}")
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=f"{self._prefix}{stage}".replace("[", r"\["))
         elif not self._quiet and not self._silent and ": " not in stage:
-            self.say(f"{self._prefix}{stage}")
+            self._show(f"{self._prefix}{stage}")
 
     def advance(self, description: str, line: str = "") -> None:
         """Say how far all of it is: as the bar's text, or, where there is no bar, in a line of its own."""
+        self._record(line)
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=description.replace("[", r"\["))
         elif line and not self._quiet:
-            self.say(line)
+            self._show(line)
 
     def error(self, reason: str) -> None:
         """Say what went wrong."""
@@ -78,7 +83,17 @@ class Session:
 
     def say(self, text: str) -> None:
         """One line, as it is."""
+        self._record(text)
+        self._show(text)
+
+    def _show(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _record(self, text: str) -> None:
+        """Write a line into the log file, with date and time."""
+        if self._log is not None and not self._log.closed and text:
+            self._log.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
+            self._log.flush()
 
 
 class _WarningLines(logging.Handler):
@@ -93,8 +108,11 @@ class _WarningLines(logging.Handler):
 
 
 @contextmanager
-def open_session(quiet: bool, *, warnings: bool = True) -> Iterator[Session]:
-    """Show progress and warnings; turn errors of this package into a line and an exit code."""
+def open_session(quiet: bool, *, warnings: bool = True, log: Path | None = None) -> Iterator[Session]:
+    """Show progress and warnings; turn errors of this package into a line and an exit code.
+
+    All of it goes to the end of the file ``log`` too, where one is given, even if it is not shown.
+    """
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -107,7 +125,14 @@ def open_session(quiet: bool, *, warnings: bool = True) -> Iterator[Session]:
                 SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
             )
             stack.enter_context(bar)
-        session = Session(console, bar, quiet=quiet)
+        file = None
+        if log is not None:
+            try:
+                file = stack.enter_context(log.open("a", encoding="utf-8"))
+            except OSError as error:
+                Session(console, bar, quiet=quiet).error(f"{log}: cannot be written ({error.strerror}); choose another")
+                raise typer.Exit(EXIT_USAGE) from None
+        session = Session(console, bar, quiet=quiet, log=file)
         handler = _WarningLines(session) if warnings else logging.NullHandler()
         package = logging.getLogger(_PACKAGE)
         package.addHandler(handler)

@@ -38,7 +38,7 @@ def suggest(options: SuggestOptions) -> None:
 
     Scans are registered coarsely to each other, and compared. No labels are needed.
     """
-    with open_session(options.quiet) as session:
+    with open_session(options.quiet, log=options.log) as session:
         out = options.out
         picture = options.picture and out is not None
         if picture:

@@ -16,18 +16,11 @@ from pathlib import Path
 from .errors import InputError
 from .files import PathLike
 
-#: Colours for structures whose file names none: a qualitative set that stays apart on grey images.
-_PALETTE = (
-    (230, 75, 53),
-    (77, 187, 213),
-    (0, 160, 135),
-    (243, 155, 127),
-    (132, 145, 246),
-    (255, 210, 63),
-    (145, 209, 194),
-    (220, 120, 200),
-    (126, 97, 72),
-    (140, 200, 75),
+#: Colours for structures whose file names none: seven of Okabe and Ito (2008), then each as far as possible from all
+#: before it (CIEDE2000, the least of normal, protan and deutan vision), so that no two look alike to the colour-blind.
+_PALETTE = bytes.fromhex(
+    "d55e00 56b4e9 f0e442 009e73 cc79a7 0072b2 e69f00 b9f5d7 145f50 9b3214"
+    "41f5f5 aac88c 9b5f7d 148cf5 aa1450 9b237d d79baa d75f5f 5014f5 c8f59b"
 )
 
 
@@ -87,12 +80,13 @@ def structures_of(
 
 def palette_color(position: int) -> tuple[int, int, int]:
     """Colour number ``position`` (from 0) of an endless list of distinct colours, 0 to 255 each."""
-    if position < len(_PALETTE):
-        return _PALETTE[position]
+    if position < len(_PALETTE) // 3:
+        red, green, blue = _PALETTE[3 * position : 3 * position + 3]
+        return red, green, blue
     # Successive multiples of the golden ratio spread hues evenly, however many structures there are.
     hue = (position * 0.618033988749895) % 1.0
-    red, green, blue = colorsys.hsv_to_rgb(hue, 0.55 + 0.3 * (position % 3) / 2, 0.95)
-    return round(255 * red), round(255 * green), round(255 * blue)
+    channels = colorsys.hsv_to_rgb(hue, 0.55 + 0.3 * (position % 3) / 2, 0.95 - 0.35 * (position % 2))
+    return round(255 * channels[0]), round(255 * channels[1]), round(255 * channels[2])
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:

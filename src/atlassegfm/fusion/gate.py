@@ -116,14 +116,12 @@ class Gate:
         """Describe the gate in one line."""
         if not self.samples:
             return f"not trained: takes {self.start:.0%} of the atlas everywhere"
-        smoothed = sum(sigma > 0 for sigma in self.smoothing)
-        return (
-            f"starts at {self.start:.0%} atlas; trained on {self.samples} mask{'' if self.samples == 1 else 's'}: "
-            f"soft Dice {self.dice_before:.4f} to {self.dice_after:.4f}, "
-            f"largest weight {max(abs(weight) for weight in self.weights):.1e}"
-            f"{'' if self.correction is None else '; then corrected near borders'}"
-            f"{f' and smoothed ({smoothed} of {len(self.smoothing)} structures)' if smoothed else ''}"
-        )
+        steps = [f"trained on {self.samples} simulated mask{'' if self.samples == 1 else 's'}"]
+        if self.correction is not None:
+            steps.append("corrects near borders")
+        if smoothed := sum(sigma > 0 for sigma in self.smoothing):
+            steps.append(f"smooths {smoothed} of {len(self.smoothing)} structures")
+        return f"takes {self.start:.0%} of the atlas, {1 - self.start:.0%} of the model; {', '.join(steps)}"
 
     def as_the_paper(self) -> Gate:
         """Return the gate of eq. 5 alone, without correction and smoothing."""
