@@ -11,18 +11,12 @@ from numpy.typing import NDArray
 #: Voxels counted at once, to bound the memory of 64-bit values.
 _CHUNK = 1 << 22
 
-
 #: Smallest label value that is renumbered before counting.
 _LARGEST_COUNTED = 1 << 16
 
 
 def dice(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Compute the Dice coefficient of two masks, (I, J, K), inside where they are not 0.
-
-    Returns
-    -------
-    float
-        In [0, 1]; NaN where both masks are empty.
+    """Compute the Dice coefficient in [0, 1] of two masks, inside where they are not 0; NaN where both are empty.
 
     Raises
     ------
@@ -35,19 +29,9 @@ def dice(a: NDArray[Any], b: NDArray[Any]) -> float:
 
 
 def dice_per_structure(result: NDArray[Any], reference: NDArray[Any], values: Iterable[int]) -> dict[int, float]:
-    """Compute the Dice coefficient of each label value in one pass over the voxels.
+    """Compute the Dice coefficient of each of ``values``, at least 0, in one pass over the voxels of two label maps.
 
-    Parameters
-    ----------
-    result, reference : array, (I, J, K) of an integer type
-        Label maps on one grid.
-    values : iterable of int
-        Label values to compare, at least 0; others are background.
-
-    Returns
-    -------
-    dict of int to float
-        In the order of ``values``: in [0, 1], NaN where neither label map has the value.
+    Coefficients are in [0, 1] and in the order of ``values``; NaN where neither label map has the value.
 
     Raises
     ------
