@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,15 +34,11 @@ class RunProgress:
     def planned(self, outcome: Outcome) -> None:
         """Show what is kept and what is to do."""
         self.outcome, self._start = outcome, time.monotonic()
-        reasons: dict[str, int] = {}
-        for row in outcome.rows.values():
-            if row.why:
-                reasons[row.why] = reasons.get(row.why, 0) + 1
+        reasons = Counter(row.why for row in outcome.rows.values() if row.why)
         if outcome.kept:
             listed = f" ({', '.join(f'{count} {reason}' for reason, count in reasons.items())})" if reasons else ""
-            self._session.advance(
-                "", f"{outcome.kept} of {len(outcome.rows)} kept, {outcome.count('left')} to do{listed}"
-            )
+            left = outcome.count("left")
+            self._session.advance("", f"{outcome.kept} of {len(outcome.rows)} kept, {left} to do{listed}")
 
     def begun(self, case: Case) -> None:
         """Show that a case begins."""
@@ -60,13 +57,12 @@ class RunProgress:
     def ended(self, row: Row) -> None:
         """Show how a case ended."""
         self._ended += 1
-        query = row.case.query
+        query, count = row.case.query, len(self.outcome.rows)
         if row.state == "failed":
             self._session.error(_with_path(row))
         for warning in row.warnings:
             self._session.say(f"warning: {query}: {warning}")
-        if len(self.outcome.rows) > 1:
-            count = len(self.outcome.rows)
+        if count > 1:
             number = count - self.outcome.count("left")
             line = f"[{number}/{count}] {query.name} done in {row.seconds:.1f} s; {self._state()}"
             self._session.advance(self._state(), line if row.state == "done" else "")
@@ -81,40 +77,24 @@ class RunProgress:
 
 def print_outcome(outcome: Outcome, out: Path, *, as_json: bool) -> None:
     """Print the outcome of a run."""
-    if as_json:
-        print_json(
-            {
-                "results": [
-                    {"kept": row.kept, **_result(row.case, out)} for row in outcome.rows.values() if row.state == "done"
-                ],
-                "failures": [{"query": row.case.query.name, "reason": _with_path(row)} for row in outcome.failed],
-                "counts": outcome.counts,
-                "wall_seconds": round(outcome.wall_seconds, 3),
-            }
-        )
-        return
     rows = list(outcome.rows.values())
-    shown = rows if len(rows) <= _LISTED else [row for row in rows if row.state != "done" or row.warnings]
-    if shown:
-        print_table(
-            ("case", "state", "seconds", "MB", "remark"),
-            [
-                (
-                    row.case.name,
-                    "kept" if row.kept else row.state,
-                    f"{row.seconds:.1f}",
-                    "" if row.peak_memory_mb is None else str(row.peak_memory_mb),
-                    "; ".join((row.reason, *row.warnings) if row.reason else row.warnings),
-                )
-                for row in shown
-            ],
-            numbers_from=2,
-            numbers_to=4,
-        )
-    typer.echo(
-        f"{len(rows)} queries: {outcome.count('done')} done (of them {outcome.kept} kept), {outcome.count('failed')} "
-        f"failed, in {_duration(outcome.wall_seconds)} -> {out}"
-    )
+    if as_json:
+        results = [{"kept": row.kept, **_result(row.case, out)} for row in rows if row.state == "done"]
+        failures = [{"query": row.case.query.name, "reason": _with_path(row)} for row in outcome.failed]
+        seconds = round(outcome.wall_seconds, 3)
+        print_json({"results": results, "failures": failures, "counts": outcome.counts, "wall_seconds": seconds})
+        return
+    lines = []
+    for row in rows:
+        if len(rows) <= _LISTED or row.state != "done" or row.warnings:
+            memory = "" if row.peak_memory_mb is None else str(row.peak_memory_mb)
+            remark = "; ".join((row.reason, *row.warnings) if row.reason else row.warnings)
+            state = "kept" if row.kept else row.state
+            lines.append((row.case.name, state, f"{row.seconds:.1f}", memory, remark))
+    if lines:
+        print_table(("case", "state", "seconds", "MB", "remark"), lines, numbers_from=2, numbers_to=4)
+    done = f"{outcome.count('done')} done (of them {outcome.kept} kept), {outcome.count('failed')} failed"
+    typer.echo(f"{len(rows)} queries: {done}, in {_duration(outcome.wall_seconds)} -> {out}")
 
 
 def print_result(case: Case, out: Path, *, as_json: bool) -> None:
@@ -148,10 +128,8 @@ def _result(case: Case, out: Path) -> dict[str, Any]:
 
 def _duration(seconds: float) -> str:
     """Rounded to the unit that shows about two digits."""
-    for unit, size in (("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    unit, size = next((one for one in (("h", 3600), ("min", 60)) if seconds >= 2 * one[1]), ("s", 1))
+    return f"{seconds / size:.0f} {unit}"
 
 
 def _with_path(row: Row) -> str:

@@ -46,12 +46,8 @@ def with_overrides(settings: S, assignments: Sequence[str], *, option: str = "--
     """Replace single values of settings, as the command line gives them.
 
     Each assignment is ``key=value``: the key is dotted, the value is written as in TOML (quotes may be left out).
-    ``option`` is what the user typed before them, for messages.
-
-    Raises
-    ------
-    InputError
-        If an assignment has no "=", its key is not known or its value not allowed.
+    ``option`` is what the user typed before them, for messages. InputError if an assignment has no "=", its key is not
+    known or its value not allowed.
     """
     for assignment in assignments:
         key, equals, text = (part.strip() for part in assignment.partition("="))
@@ -73,12 +69,9 @@ def with_file(settings: S, path: PathLike) -> S:
 
 
 def with_table(settings: S, table: Table, *, origin: str) -> S:
-    """Replace the values of settings that a nested table has; ``origin``, where it comes from, begins messages.
+    """Replace the values of settings that a nested table has; InputError if a key is unknown or a value not allowed.
 
-    Raises
-    ------
-    InputError
-        If a key is not known or a value not allowed.
+    ``origin``, where the table comes from, begins the message.
     """
     fields = known_fields(type(settings))
     _check_keys(fields, table, origin)
@@ -97,13 +90,7 @@ def with_table(settings: S, table: Table, *, origin: str) -> S:
 
 
 def load_toml(path: PathLike, what: str = "a settings file") -> dict[str, Any]:
-    """Read a TOML file; ``what`` it should be is for messages.
-
-    Raises
-    ------
-    InputError
-        If it is missing, unreadable or not TOML; the message then says on which line.
-    """
+    """Read a TOML file; InputError if it is missing, unreadable or not TOML. ``what`` it should be is for messages."""
     path = Path(path)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors begin with a byte order mark

@@ -74,14 +74,14 @@ class Dataset:
             raise ValueError("there are no cases, or they are not sorted, or some are doubled; use load_dataset")
 
     def case(self, name: str) -> Case:
-        """The case of that name; :class:`InputError` if there is none."""
+        """The case of that name; InputError if there is none."""
         cases = {case.name: case for case in self.cases}
         if name not in cases:
             raise InputError(f"{self.folder}: no case {name!r}; {_hint(name, cases)}expected one of {listed([*cases])}")
         return cases[name]
 
     def select(self, names: Sequence[str]) -> Dataset:
-        """The dataset with these cases only; :class:`InputError` if there is none, an unknown one, or one twice."""
+        """The dataset with these cases only; InputError if there is none, an unknown one, or one twice."""
         if not names:
             raise InputError(f"{self.folder}: no case is named; expected at least one")
         if doubled := _doubled(names):
@@ -90,15 +90,10 @@ class Dataset:
 
 
 def load_dataset(folder: PathLike, *, channel: int = 0) -> Dataset:
-    """Find the cases of a dataset in nnU-Net raw layout.
+    """Find the cases of a dataset in nnU-Net raw layout, with one channel, counted from 0, of each scan.
 
-    Parameters
-    ----------
-    folder : path
-        Where ``dataset.json`` lies. If that has a table "dataset", the cases are those it lists; if not, those of
-        ``imagesTr`` and ``labelsTr``. Hidden files do not count.
-    channel : int
-        Which channel of each scan to take, from 0.
+    If ``dataset.json`` in the folder has a table "dataset", the cases are those it lists; if not, those of ``imagesTr``
+    and ``labelsTr``. Hidden files do not count.
 
     Raises
     ------
@@ -126,15 +121,10 @@ def load_dataset(folder: PathLike, *, channel: int = 0) -> Dataset:
 
 
 def pick_structures(dataset: Dataset, wanted: Sequence[str]) -> tuple[int, ...]:
-    """Find the label values, ascending, of the structures a user asks for.
+    """Find the label values, ascending, of the structures a user asks for; InputError if one of them fits none.
 
-    Each of ``wanted`` is a label value ("6"), a name ("Left kidney", the same as "left_kidney") or a shell pattern
-    (``*kidney*``; ``*`` is every structure).
-
-    Raises
-    ------
-    InputError
-        If nothing is asked for, or something that fits no structure.
+    Each of ``wanted``, at least one, is a label value ("6"), a name ("Left kidney", the same as "left_kidney") or a
+    shell pattern (``*kidney*``; ``*`` is every structure).
     """
     path = dataset.folder / "dataset.json"
     if not wanted:

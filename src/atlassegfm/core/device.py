@@ -13,10 +13,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def resolve_device(name: str) -> str:
-    """Turn "auto", "cpu" or "cuda" into "cpu" or "cuda".
-
-    Raises :class:`InputError` for another name, :class:`ModelError` for "cuda" where there is none.
-    """
+    """Turn "auto", "cpu" or "cuda" into "cpu" or "cuda"; InputError for another name, ModelError without a GPU."""
     if name not in DEVICES:
         raise InputError(f"unknown device {name!r}; expected one of {', '.join(DEVICES)}")
     if name == "cpu":

@@ -30,7 +30,7 @@ def box_corners(first: ArrayLike, last: ArrayLike) -> NDArray[Any]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Grid:
-    """A regular lattice of voxel centres in the world.
+    """A regular lattice of voxel centres in the world; InputError if shape or affine describe none.
 
     Parameters
     ----------
@@ -38,11 +38,6 @@ class Grid:
         Number of voxels along i, j, k; each at least 1.
     affine : array, (4, 4)
         Maps homogeneous voxel indices (i, j, k, 1) to RAS+ mm. May be oblique or sheared, not singular.
-
-    Raises
-    ------
-    InputError
-        If the shape is not three positive numbers, or the affine is not finite, not affine or singular.
     """
 
     shape: tuple[int, int, int]

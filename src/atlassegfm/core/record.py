@@ -30,7 +30,7 @@ class Record(BaseModel):
 
     @classmethod
     def read(cls, path: PathLike) -> Self:
-        """Read the file; :class:`InputError` if it is missing, damaged, or of another version."""
+        """Read the file; InputError if it is missing, damaged, or of another version."""
         path = Path(path)
         try:
             return cls.model_validate_json(path.read_bytes())
@@ -39,6 +39,5 @@ class Record(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
-            raise InputError(
-                f"{path}: not as this version writes it ({where}: {first['msg']}); make it again with this version"
-            ) from None
+            found = f"not as this version writes it ({where}: {first['msg']})"
+            raise InputError(f"{path}: {found}; make it again with this version") from None
