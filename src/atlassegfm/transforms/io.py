@@ -128,12 +128,8 @@ def write_transform(
 
     A query point goes through ``local`` first, ``field`` second and ``linear`` last, which leads to the atlas world.
     Inside ``view``, the grid of the query, the files are this map. A field on nodes whose axes are not at right angles,
-    which ITK does not know, is sampled onto others that are.
-
-    Raises
-    ------
-    InputError
-        If ``folder`` exists or its parent does not, or the disk refuses.
+    which ITK does not know, is sampled onto others that are. InputError if ``folder`` exists, its parent does not, or
+    the disk refuses.
     """
     import SimpleITK as sitk
 

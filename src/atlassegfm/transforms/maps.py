@@ -131,12 +131,8 @@ def stages_of(transform: Transform, view: Grid) -> tuple[DisplacementField | Non
     Linear maps alone, or one or two displacement fields and then linear maps, are taken as they are; a single field is
     the second. Anything else (linear maps first, more fields, fields alone) is sampled at the voxels of ``view``, the
     grid of the fixed scan: its linear part is the linear map nearest to it over the field of view, the field is what is
-    left. At the voxels the map is the same in float32; between them it is interpolated.
-
-    Raises
-    ------
-    InputError
-        If the linear part presses the field of view flat.
+    left. At the voxels the map is the same in float32; between them it is interpolated. InputError if the linear part
+    presses the field of view flat.
     """
     stages = _flat(transform)
     fields = [stage for stage in stages if isinstance(stage, DisplacementField)]

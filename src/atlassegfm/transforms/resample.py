@@ -173,12 +173,7 @@ def _near_labels(
     # From a point beyond the grid, all of the grid lies behind the point of it that is nearest, at 90 degrees or more.
     holds = (np.hypot(found_mm, beyond_mm) <= reach_mm.ravel()).reshape(inner.shape[:3])
     of_voxel = [np.arange(n) // b for n, b in zip(onto.shape, size, strict=True)]
-
-    def chosen(planes: slice) -> NDArray[np.bool_]:
-        voxels: NDArray[np.bool_] = holds[np.ix_(of_voxel[0][planes], of_voxel[1], of_voxel[2])]
-        return voxels.ravel()
-
-    return chosen
+    return lambda planes: holds[np.ix_(of_voxel[0][planes], of_voxel[1], of_voxel[2])].ravel()
 
 
 def _local_map_from_voxels(
