@@ -323,14 +323,14 @@ def test_an_interrupted_run_goes_on(folder: Path, run: Run, monkeypatch: pytest.
 def _no_file_ending(folder: Path) -> tuple[list[str], str]:
     content = json.loads((folder / "data/dataset.json").read_text())
     write_json(folder / "data", {key: value for key, value in content.items() if key != "file_ending"})
-    return ["data"], 'data/dataset.json: no "file_ending"; add the ending of all images, one of .nii.gz, '
+    return ["data"], 'data/dataset.json: no "file_ending"; expected the ending of all images, one of .nii.gz, '
 
 
 def _absent_cases(folder: Path) -> tuple[list[str], str]:
     content = json.loads((folder / "data/dataset.json").read_text())
     training = [{"image": f"imagesTr/{n}.nii.gz", "label": f"labelsTr/{n}.nii.gz"} for n in ("case_1", "case_8")]
     write_json(folder / "data", content | {"training": training})
-    return ["data"], 'data/dataset.json: "training" lists 2 cases, of which 1 are not in labelsTr: case_8; add their '
+    return ["data"], 'data/dataset.json: "training" lists 2 cases, of which 1 are not in labelsTr: case_8; add the '
 
 
 def _no_dataset_json(folder: Path) -> tuple[list[str], str]:

@@ -604,8 +604,8 @@ def test_one_path_for_two_models_is_refused(
         )
         assert (outcome.code, outcome.out) == (2, "")
         assert outcome.err == (
-            "error: x.pt: one path of weights, and the models toy, other have their own each; put the weights where "
-            "`atlassegfm models show NAME` says, or name one model\n"
+            "error: x.pt: one path of weights for the models toy, other; "
+            "put them where `atlassegfm models show NAME` says, or name one model\n"
         )
     assert not (folder / "out").exists()
 

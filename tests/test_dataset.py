@@ -139,14 +139,14 @@ def test_unreadable_dataset_json(folder: Path, text: str | bytes, message: str) 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("file_ending", None, r'"file_ending" is None; expected one of \.nii\.gz, .*: convert the images'),
-        ("file_ending", ".png", r'"file_ending" is \'\.png\'; expected one of \.nii\.gz'),
-        ("file_ending", "nii.gz", r'"file_ending" is \'nii\.gz\'; expected one of \.nii\.gz'),
+        ("file_ending", None, r'"file_ending" is None; expected the ending of all images, one of \.nii\.gz, '),
+        ("file_ending", ".png", r'"file_ending" is \'\.png\'; expected the ending of all images, one of \.nii\.gz'),
+        ("file_ending", "nii.gz", r'"file_ending" is \'nii\.gz\'; expected the ending of all images, one of \.nii\.gz'),
         ("labels", ["liver"], 'no "labels"; add the label value of each name'),
         (
             "labels",
             {"whole": [1, 2], "core": 2},
-            r"label 'whole' is a region, \[1, 2\]; expected one value for each name",
+            r"label 'whole' is a region, \[1, 2\]; expected one label value for each name",
         ),
         ("labels", {"liver": 1.5}, "label 'liver' is 1.5; expected \"name\": value, a whole number of at least 0"),
         ("labels", {"liver": -1}, "label 'liver' is -1; expected"),
@@ -165,7 +165,7 @@ def test_unreadable_dataset_json(folder: Path, text: str | bytes, message: str) 
         (
             "numTraining",
             4,
-            r"dataset\.json says 4 training cases, found 3 in labelsTr; add the files that are missing, or",
+            r"dataset\.json says 4 training cases, found 3 in labelsTr; add the missing files, or",
         ),
         ("training", "x", '"training" has \'x\'; expected {"image": a path, "label": a path}'),
         ("training", [{"image": "x"}], r"\"training\" has {'image': 'x'}; expected"),
@@ -177,7 +177,7 @@ def test_unreadable_dataset_json(folder: Path, text: str | bytes, message: str) 
         (
             "training",
             [{"label": f"./labelsTr/{name}.nii.gz"} for name in (*CASES, "abd_011", "abd_012")],
-            '"training" lists 5 cases, of which 2 are not in labelsTr: abd_011, abd_012; add their files or take them',
+            '"training" lists 5 cases, of which 2 are not in labelsTr: abd_011, abd_012; add the files or',
         ),
         ("dataset", {}, '"dataset" is {}; expected {"CASE": {"images": .a path for each channel., "label": a path}}'),
         ("dataset", {"a": 1}, "case 'a' of \"dataset\" is 1; expected"),
@@ -201,7 +201,7 @@ def test_dataset_json_that_cannot_be_used(folder: Path, key: str, value: Any, me
 
 def test_keys_left_out(folder: Path) -> None:
     write(folder, without="file_ending")
-    refused(folder, r'no "file_ending"; add the ending of all images, one of \.nii\.gz, ')
+    refused(folder, r'no "file_ending"; expected the ending of all images, one of \.nii\.gz, ')
     write(folder, without="labels")
     refused(folder, 'no "labels"; add the label value of each name, such as {"background": 0, "liver": 1}$')
 
@@ -270,7 +270,7 @@ def test_listed_files_take_the_place_of_the_folders(folder: Path, tmp_path: Path
     )
     listed.pop("abd_001")
     write(folder, dataset=listed)
-    refused(folder, r'dataset\.json says 3 training cases, found 2 in its "dataset"; add the files')
+    refused(folder, r'dataset\.json says 3 training cases, found 2 in its "dataset"; add the missing files')
 
 
 def test_case_by_name(folder: Path) -> None:

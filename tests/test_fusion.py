@@ -101,10 +101,9 @@ class TestGate:
         assert "50%" in Gate.constant(0.5).describe()
         gate = train_gate([MODEL_RIGHT], FusionSettings(iterations=1))
         assert gate.parameter_count == 7
-        assert "1 mask:" in gate.describe()
-        assert f"{gate.dice_before:.4f}" in gate.describe()
+        assert "1 simulated mask" in gate.describe()
         smoothed = replace(gate, samples=2, smoothing=(0.0, 0.04, 0.08))
-        assert "2 masks" in smoothed.describe()
+        assert "2 simulated masks" in smoothed.describe()
         assert "2 of 3" in smoothed.describe()
         assert smoothed.as_the_paper() == replace(gate, samples=2)
 

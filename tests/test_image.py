@@ -929,7 +929,7 @@ def test_paths_may_be_strings(tmp_path: Path, synthetic_image: Factory, syntheti
 
 def test_reprs_are_one_short_line() -> None:
     volume = Volume(np.zeros((256, 256, 34), np.float32), Grid((256, 256, 34), np.diag([1.25, 1.25, 7.7, 1])))
-    assert repr(volume) == "Volume(256x256x34, 1.25x1.25x7.70 mm, RAS, float32)"
-    assert repr(volume.grid) == "Grid(256x256x34, 1.25x1.25x7.70 mm, RAS)"
+    assert repr(volume) == "Volume(256 x 256 x 34 voxels of 1.25 x 1.25 x 7.7 mm, axes RAS, float32)"
+    assert repr(volume.grid) == "Grid(256 x 256 x 34 voxels of 1.25 x 1.25 x 7.7 mm, axes RAS)"
     mask = LocalMap((1, 2, 3), np.full((2, 2, 2), 0.5, np.float32))
     assert repr(mask) == "LocalMap((1, 2, 3) to (3, 4, 5), highest 0.50)"

@@ -311,7 +311,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("error", "message"),
-    [(MemoryError(), "the memory does not suffice"), (torch.OutOfMemoryError(), "the GPU ran out of memory")],
+    [(MemoryError(), "the machine ran out of memory"), (torch.OutOfMemoryError(), "the GPU ran out of memory")],
 )
 def test_memory_errors_are_sentences(
     context: Atlas, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str

@@ -272,8 +272,7 @@ def test_inverse_says_where_there_is_none(caplog: pytest.LogCaptureFixture) -> N
     assert inverse.residual_mm[~inverse.converged].min() > 1e-6
     assert np.isfinite(inverse.field.displacement_mm).all()
     invert(field, tolerance_mm=1e-9)
-    assert "the displacement field cannot be undone at " in caplog.text
-    assert "it folds there, or nearly does" in caplog.text
+    assert "the displacement field folds, or nearly does, at " in caplog.text
 
 
 def test_inverse_of_nothing_is_nothing() -> None:

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from ..core.errors import InputError, MissingExtraError
 from .evaluate import DEFAULT_TOLERANCE_MM, CentrelineOption, LabelsOption, ToleranceOption, read_tolerance
 from .options import DeviceOptions, ModelOptions, ScreenOptions, SettingsOptions, command, options, split_list
+from .report import require_pictures
 from .session import EXIT_FAILURES, accept_licences, open_session, print_json, print_table
 
 if TYPE_CHECKING:
@@ -103,14 +104,10 @@ class ProtocolOptions(BenchmarkOptions):
 def protocol(options: ProtocolOptions) -> None:
     """Atlas only, model, fused and oracle over the pairs of a protocol (what `benchmark DATASET` runs)."""
 
-    def columns() -> list[Variant]:
-        from ..benchmark import Variant
-
-        base = options.settings()
-        made = [Variant("", base)]
+    def columns(base: Variant, _notes: list[str]) -> list[Variant]:
+        made = [base]
         if options.models is not None:
-            models = split_list(options.models, "--models")
-            made = [one for before in made for one in _with_models(before, models)]
+            made = _with_models(base, split_list(options.models, "--models"))
         if options.engines is not None:
             names = split_list(options.engines, "--engines")
             made = [_with(one, engine, registration={"engine": engine}) for one in made for engine in names]
@@ -135,32 +132,26 @@ def ablation(options: ModelBenchmarkOptions) -> None:
     "user click" is the model alone: a simulated user, who sees the structure, clicks once into its middle. It is left
     out for a model that takes no click.
     """
-    notes: list[str] = []
 
-    def columns() -> list[Variant]:
-        from ..benchmark import Variant
+    def columns(base: Variant, notes: list[str]) -> list[Variant]:
         from ..models import describe_model
         from ..settings import NO_MODEL
 
-        base = options.settings()
-        if base.model == NO_MODEL:
+        model = base.settings.model
+        if model == NO_MODEL:
             raise InputError("an ablation needs a model; leave out --model none")
-        stages = {
-            "deformable": {"rigid": False, "affine": False, "deformable": True},
-            "rigid": {"rigid": True, "affine": False, "deformable": False},
-            "rigid, deformable": {"rigid": True, "affine": False, "deformable": True},
-            "rigid, affine": {"rigid": True, "affine": True, "deformable": False},
-        }
-        all_stages = {"rigid": True, "affine": True, "deformable": True}
-        alone = Variant("", replace(base, model=NO_MODEL))
-        made = [_with(alone, name, registration=table) for name, table in stages.items()]
-        if "click" in describe_model(base.model).prompts:
-            made.append(Variant("user click", base, prompts_from="user"))
+        stages = ("rigid", "affine", "deformable")
+        made = [
+            _with(base, name, model=NO_MODEL, registration={stage: stage in name.split(", ") for stage in stages})
+            for name in ("deformable", "rigid", "rigid, deformable", "rigid, affine")
+        ]
+        if "click" in describe_model(model).prompts:
+            made.append(replace(base, name="user click", prompts_from="user"))
         else:
-            notes.append(f"left out: user click, which the model {base.model!r} does not take")
-        return [*made, _with(Variant("", base), "all stages", registration=all_stages)]
+            notes.append(f"left out: user click, which the model {model!r} does not take")
+        return [*made, _with(base, "all stages", registration=dict.fromkeys(stages, True))]
 
-    _run(f"ablation, {options.title}", columns, options, notes)
+    _run(f"ablation, {options.title}", columns, options)
 
 
 @options
@@ -178,19 +169,17 @@ def prompts(options: PromptsOptions) -> None:
     A model that takes no prompt has one column, "region".
     """
 
-    def columns() -> list[Variant]:
-        from ..benchmark import Variant
+    def columns(base: Variant, _notes: list[str]) -> list[Variant]:
         from ..models import describe_model
         from ..settings import NO_MODEL
 
         models = split_list(options.models, "--models")
         if NO_MODEL in models:
             raise InputError(f"--models {options.models}: {NO_MODEL!r} takes no prompt; leave it out")
-        base = Variant("", options.settings(), methods=("model", "fused"))
         # "region" is no prompt that can be asked for: a model that takes it takes no other.
         return [
             _with(one, kind, prompt="auto" if kind == "region" else kind)
-            for one in _with_models(base, models)
+            for one in _with_models(replace(base, methods=("model", "fused")), models)
             for kind in ("click", "box", "mask", "region")
             if kind in describe_model(one.settings.model).prompts
         ]
@@ -215,19 +204,13 @@ class EnginesOptions(ModelBenchmarkOptions):
 
 def engines(options: EnginesOptions) -> None:
     """The paper's Table 7: registration engines, alternating on the same pairs so that their times compare."""
-    notes: list[str] = []
 
-    def columns() -> list[Variant]:
-        from ..benchmark import Variant
-
-        base = Variant("", options.settings(), methods=("atlas", "fused"))
-        if options.engines is None:
-            names = _usable_engines(base.settings, options.device, notes)
-        else:
-            names = list(split_list(options.engines, "--engines"))
+    def columns(base: Variant, notes: list[str]) -> list[Variant]:
+        names = split_list(options.engines, "--engines") or _usable_engines(base, options.device, notes)
+        base = replace(base, methods=("atlas", "fused"))
         return [_with(base, engine, registration={"engine": engine}) for engine in names]
 
-    _run(f"engines, {options.title}", columns, options, notes)
+    _run(f"engines, {options.title}", columns, options)
 
 
 @options
@@ -264,13 +247,10 @@ def time(options: TimeOptions) -> None:
     sizes = " x ".join(str(n) for n in query.grid.shape)
     source = "embedded scans" if options.dataset is None else options.dataset.name
     plural = "run" if options.rounds == 1 else "runs"
-    typer.echo(
-        f"{sizes} voxels ({source}), {len(atlas.structures)} structures, {timing.device}, "
-        f"median of {options.rounds} {plural}; peak {timing.peak_memory_mb} MB"
-    )
-    rows = [
-        (one.name, f"{one.seconds:.2f}", "" if one.parameters is None else str(one.parameters)) for one in timing.stages
-    ]
+    scans = f"{sizes} voxels ({source}), {len(atlas.structures)} structures, {timing.device}"
+    typer.echo(f"{scans}, median of {options.rounds} {plural}; peak {timing.peak_memory_mb} MB")
+    parameters = ["" if one.parameters is None else str(one.parameters) for one in timing.stages]
+    rows = [(one.name, f"{one.seconds:.2f}", count) for one, count in zip(timing.stages, parameters, strict=True)]
     print_table(("stage", "seconds", "parameters"), rows, numbers_from=1)
 
 
@@ -281,9 +261,8 @@ command(app, EnginesOptions, "engines")(engines)
 command(app, TimeOptions, "time")(time)
 
 
-def _usable_engines(settings: Settings, device: str, notes: list[str]) -> list[str]:
+def _usable_engines(base: Variant, device: str, notes: list[str]) -> list[str]:
     """The engines to compare where none is named; those left out are noted, with the reason."""
-    from ..core.config import with_table
     from ..core.device import resolve_device
     from ..registration import ENGINES, require_engine
 
@@ -292,9 +271,8 @@ def _usable_engines(settings: Settings, device: str, notes: list[str]) -> list[s
         if name == "voxelmorph" and resolve_device(device) == "cpu":
             notes.append("left out: voxelmorph takes minutes a pair on a CPU; name it with --engines to have it")
             continue
-        table = {"registration": {"engine": name}}
         try:
-            require_engine(with_table(settings, table, origin=name).registration)
+            require_engine(_with(base, name, registration={"engine": name}).settings.registration)
         except MissingExtraError as error:
             notes.append(f"left out: {error}")
         else:
@@ -302,25 +280,16 @@ def _usable_engines(settings: Settings, device: str, notes: list[str]) -> list[s
     return names
 
 
-def _run(
-    title: str, columns: Callable[[], Sequence[Variant]], options: BenchmarkOptions, notes: Sequence[str] = ()
-) -> None:
-    """Run a benchmark and print its table; the exit code says whether a pair failed.
-
-    ``notes`` are said before it begins; ``columns`` may add to them.
-    """
+def _run(title: str, columns: Callable[[Variant, list[str]], list[Variant]], options: BenchmarkOptions) -> None:
+    """Run a benchmark and print its table; ``columns`` makes the variants of a plain one, and may add to the notes."""
     with open_session(options.quiet, log=options.log) as session:
         if options.plots:
-            from ..report import require_report_extra
-
-            try:
-                require_report_extra()
-            except MissingExtraError as error:
-                raise InputError(f"{error}, or use --no-plots") from None
-        from ..benchmark import run, write_reports
+            require_pictures("--no-plots")
+        from ..benchmark import Variant, run, write_reports
         from ..benchmark.tables import columns_of, main_table
 
-        plan = _plan(title, columns(), options)
+        notes: list[str] = []
+        plan = _plan(title, columns(Variant("", options.settings()), notes), options)
         if options.accept_licence:
             accept_licences([one.settings.model for one in plan.variants], session)
         dataset, cases = plan.dataset, [case.name for case in plan.dataset.cases]
@@ -347,7 +316,7 @@ def _run(
 
 
 def _plan(title: str, variants: Sequence[Variant], options: BenchmarkOptions) -> Plan:
-    """What is to be run, checked as far as can be without opening a scan."""
+    """Plan the run, checked as far as possible without opening a scan."""
     from ..benchmark import Plan, make_pairs
     from ..core.dataset import load_dataset, pick_structures
     from ..core.device import resolve_device
@@ -370,26 +339,10 @@ def _plan(title: str, variants: Sequence[Variant], options: BenchmarkOptions) ->
     thin = pick_structures(dataset, centreline) if centreline else ()
     if not set(thin) <= set(values):
         raise InputError(f"--cldice {options.cldice}: is not among the structures of --labels {options.labels}; add it")
-    pairs = make_pairs(
-        [case.name for case in dataset.cases],
-        options.protocol,
-        seed=seed,
-        folds=options.folds,
-        atlases=split_list(options.atlas, "--atlas"),
-        every=options.every,
-    )
-    return Plan(
-        title,
-        dataset,
-        pairs,
-        tuple(variants),
-        values,
-        tolerances,
-        thin,
-        seed,
-        resolve_device(options.device),
-        shlex.join(["atlassegfm", *sys.argv[1:]]),
-    )
+    atlases, cases = split_list(options.atlas, "--atlas"), [case.name for case in dataset.cases]
+    pairs = make_pairs(cases, options.protocol, seed=seed, folds=options.folds, atlases=atlases, every=options.every)
+    device, again = resolve_device(options.device), shlex.join(["atlassegfm", *sys.argv[1:]])
+    return Plan(title, dataset, pairs, tuple(variants), values, tolerances, thin, seed, device, again)
 
 
 def _with(variant: Variant, name: str, **table: Any) -> Variant:
@@ -408,23 +361,21 @@ def _with_models(variant: Variant, models: Sequence[str]) -> list[Variant]:
     path = variant.settings.model_path
     weighted = [name for name in models if name != NO_MODEL and describe_model(name).weights is not None]
     if path and len(set(weighted)) > 1:
-        raise InputError(
-            f"{path}: one path of weights, and the models {', '.join(weighted)} have their own each; put the weights "
-            "where `atlassegfm models show NAME` says, or name one model"
-        )
+        several = f"one path of weights for the models {', '.join(weighted)}"
+        raise InputError(f"{path}: {several}; put them where `atlassegfm models show NAME` says, or name one model")
     return [_with(variant, name, model=name, model_path=path if name in weighted else "") for name in models]
 
 
-def _parsed(text: str, base: Settings) -> Variant:
+def _parsed(text: str, base: Variant) -> Variant:
     """``NAME:KEY=VALUE;KEY=VALUE`` as a variant."""
-    from ..benchmark import Variant
     from ..core.config import with_overrides
 
     name, colon, rest = text.partition(":")
     assignments = [part.strip() for part in rest.split(";") if part.strip()]
     if not colon or not name.strip() or not assignments:
         raise InputError(f"--variant {text}: expected NAME:KEY=VALUE, with semicolons between several")
-    return Variant(name.strip(), with_overrides(base, assignments, option=f"--variant {name}:"))
+    settings = with_overrides(base.settings, assignments, option=f"--variant {name}:")
+    return replace(base, name=name.strip(), settings=settings)
 
 
 def _shape(text: str) -> tuple[int, int, int]:

@@ -37,15 +37,9 @@ def as_table(result: Check) -> RenderableType:
         labels = Table("file", "value", "structure", "voxels", "volume, ml", "parts", "stray")
         for report in labelled:
             for n, label in enumerate(report.labels):
-                labels.add_row(
-                    Text("" if n else report.name, overflow="fold"),
-                    str(label.value),
-                    Text(label.name),
-                    str(label.voxels),
-                    f"{label.volume_ml:.3g}",
-                    str(label.parts),
-                    str(label.stray),
-                )
+                counts = str(label.voxels), f"{label.volume_ml:.3g}", str(label.parts), str(label.stray)
+                file = Text("" if n else report.name, overflow="fold")
+                labels.add_row(file, str(label.value), Text(label.name), *counts)
         parts.append(labels)
     if 0 < len(result.pairs) <= _LISTED_PAIRS:
         pairs = Table("pair", "same grid", "centres apart, mm", "fields of view shared")
@@ -58,21 +52,17 @@ def as_table(result: Check) -> RenderableType:
             )
         parts.append(pairs)
     styles = {"error": "bold red", "warning": "yellow", "note": "cyan"}
-    # What is true of many files is said once.
+    # What holds for many files is printed once.
     by_finding: dict[Finding, list[str]] = {}
-    for report in result.files:
-        for finding in report.findings:
-            by_finding.setdefault(finding, []).append(report.name)
-    for pair in result.pairs:
-        for finding in pair.findings:
-            by_finding.setdefault(finding, []).append(f"{pair.first} with {pair.second}")
+    named = [(report.name, report.findings) for report in result.files]
+    named += [(f"{pair.first} with {pair.second}", pair.findings) for pair in result.pairs]
+    for name, findings in named:
+        for finding in findings:
+            by_finding.setdefault(finding, []).append(name)
     for finding in sorted(by_finding, key=lambda one: SEVERITIES.index(one.severity)):
-        line = Text.assemble(
-            (finding.severity, styles[finding.severity]), f"  {list_items(by_finding[finding])}: {finding.text}"
-        )
-        if finding.remedy:
-            line.append(f"; {finding.remedy}")
-        parts.append(line)
+        remedy = f"; {finding.remedy}" if finding.remedy else ""
+        text = f"  {list_items(by_finding[finding])}: {finding.text}{remedy}"
+        parts.append(Text.assemble((finding.severity, styles[finding.severity]), text))
     if result.worst is None:
         parts.append(Text("nothing to complain about"))
     return Group(*parts)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..core.errors import InputError, MissingExtraError
 from .options import DeviceOptions, ScreenOptions, SettingsOptions, options
+from .report import require_pictures
 from .session import open_session, or_none, print_json, print_table, score_text
 
 
@@ -27,12 +28,7 @@ def demo(options: DemoOptions) -> None:
     """Do the whole job on an embedded pair of scans; nothing to download."""
     with open_session(options.quiet, log=options.log) as session:
         if options.picture:
-            from ..report import require_report_extra
-
-            try:
-                require_report_extra()
-            except MissingExtraError as error:
-                raise InputError(f"{error}, or use --no-picture") from None
+            require_pictures()
         from ..core.device import resolve_device
         from ..demo import ATLAS, LABELS, QUERY
         from ..demo.run import run_demo
@@ -43,21 +39,14 @@ def demo(options: DemoOptions) -> None:
         device, out = resolve_device(options.device), options.out
         outcome = run_demo(out, settings, device=device, picture=options.picture, on_stage=session.progress)
     means = outcome.means()
+    scores = [(one.structure.name, (one.atlas, one.model, one.fused)) for one in outcome.scores]
     if options.as_json:
-        kinds = ("atlas", "model", "fused")
-        scores = [
-            {"name": one.structure.name, **{kind: or_none(getattr(one, kind)) for kind in kinds}}
-            for one in outcome.scores
-        ]
-        mean = dict(zip(kinds, map(or_none, means), strict=True))
-        print_json({"dice": {"structures": scores, "mean": mean}, "run": outcome.run.model_dump(mode="json")})
+        structures = [{"name": name, **_by_method(dice)} for name, dice in scores]
+        dice = {"structures": structures, "mean": _by_method(means)}
+        print_json({"dice": dice, "run": outcome.run.model_dump(mode="json")})
         return
-    rows: list[tuple[str, ...]] = [
-        (one.structure.name, score_text(one.atlas), score_text(one.model), score_text(one.fused))
-        for one in outcome.scores
-    ]
-    rows.append(("mean", *(score_text(mean) for mean in means)))
     typer.echo("Dice against the true labels")
+    rows = [(name, *map(score_text, dice)) for name, dice in (*scores, ("mean", means))]
     print_table(("structure", "atlas only", "model", "fused"), rows, numbers_from=1)
     data = out / "data"
     command = ["atlassegfm", "segment", "--atlas", str(data / ATLAS), "--labels", str(data / LABELS)]
@@ -70,3 +59,7 @@ def demo(options: DemoOptions) -> None:
     if options.picture:
         typer.echo(f"picture   {out / 'demo.png'}")
     typer.echo(f"repeat    {shlex.join(command)}")
+
+
+def _by_method(dice: Sequence[float | None]) -> dict[str, float | None]:
+    return dict(zip(("atlas", "model", "fused"), map(or_none, dice), strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,44 +89,25 @@ class FetchOptions(NameOptions):
 def list_models(options: ListOptions) -> None:
     """List the segmentation models, and whether what they need is there."""
     with open_session(quiet=True):
-        from ..models import MODELS
+        from ..models import MODELS, ModelDescription
         from ..models.weights import folder_with_weights, folders_of
         from ..settings import NO_MODEL
 
-        rows: list[dict[str, Any]] = []
-        for row in MODELS.values():
+        rows = []
+        for row in (*MODELS.values(), ModelDescription(NO_MODEL, "the result is the warped atlas", "", (), "")):
             found = None if row.weights is None else folder_with_weights(row.weights, folders_of(row.name))
-            rows.append(
-                {
-                    "name": row.name,
-                    "prompts": list(row.prompts),
-                    "extra": row.extra or None,
-                    "extra_installed": _is_installed(row.extra),
-                    "needs_weights": row.weights is not None,
-                    "weights": None if found is None else str(found),
-                    "code_licence": row.code_licence,
-                    "weights_licence": row.weights_licence,
-                    "summary": row.summary,
-                }
-            )
-        nothing = dict.fromkeys(rows[0]) | {"prompts": [], "extra_installed": True, "needs_weights": False}
-        nothing |= {"code_licence": "", "weights_licence": "", "summary": "the result is the warped atlas"}
-        rows.append(nothing | {"name": NO_MODEL})
+            weights = {"needs_weights": row.weights is not None, "weights": None if found is None else str(found)}
+            licence = "" if row.name == NO_MODEL else row.weights_licence
+            rows.append(_described(row) | weights | {"weights_licence": licence})
     if options.as_json:
         print_json(rows)
         return
-    table = [
-        (
-            row["name"],
-            ", ".join(row["prompts"]),
-            _extra_text(row["extra"], row["extra_installed"]),
-            row["weights"] or ("not found" if row["needs_weights"] else "none needed"),
-            row["code_licence"],
-            row["weights_licence"],
-            row["summary"],
-        )
-        for row in rows
-    ]
+    table = []
+    for content in rows:
+        prompts, extra = ", ".join(content["prompts"]), _extra_text(content["extra"], content["extra_installed"])
+        place = content["weights"] or ("not found" if content["needs_weights"] else "none needed")
+        licences = content["code_licence"], content["weights_licence"]
+        table.append((content["name"], prompts, extra, place, *licences, content["summary"]))
     head = ("model", "prompts, best first", "extra", "weights", "licence of the code", "of the weights", "")
     print_table(head, table)
 
@@ -139,16 +121,8 @@ def show(options: ShowOptions) -> None:
         row = _describe(options.name)
         if row.weights is not None:
             session.progress("reading the weights")
-        content: dict[str, Any] = {
-            "name": row.name,
-            "summary": row.summary,
-            "prompts": list(row.prompts),
-            "paper_dice": dict(row.paper_dice),
-            "extra": row.extra or None,
-            "extra_installed": _is_installed(row.extra),
-            "code_licence": row.code_licence,
-            "weights": None if row.weights is None else _weights(row.name, row.weights, options.folder),
-        }
+        weights = None if row.weights is None else _weights(row.name, row.weights, options.folder)
+        content = _described(row) | {"paper_dice": dict(row.paper_dice), "weights": weights}
     if options.as_json:
         print_json(content)
         return
@@ -160,7 +134,6 @@ def show(options: ShowOptions) -> None:
         ("extra", _extra_text(content["extra"], content["extra_installed"])),
         ("licence of the code", row.code_licence),
     ]
-    weights = content["weights"]
     if weights is None:
         _print_lines([*lines, ("weights", "none needed")])
         return
@@ -176,9 +149,8 @@ def show(options: ShowOptions) -> None:
     ]
     _print_lines(lines)
     for one in weights["files"]:
-        size = "not known" if one["size"] is None else str(one["size"])
         typer.echo(f"\n  {one['path']}")
-        typer.echo(f"    published  {size} bytes, sha256 {one['sha256'] or 'not known'}")
+        typer.echo(f"    published  {one['size'] or 'not known'} bytes, sha256 {one['sha256'] or 'not known'}")
         typer.echo(f"    found      {_found_text(one)}")
 
 
@@ -205,10 +177,8 @@ def fetch(options: FetchOptions) -> None:
     count = len(fetched.downloaded)
     done = f"{count} {'file' if count == 1 else 'files'} downloaded" if count else "complete already, none downloaded"
     typer.echo(f"{name}: {done}; the weights are in {fetched.folder}")
-    print_table(
-        ("file", "bytes", "sha256", ""),
-        [(one.file.path, str(one.size), str(one.sha256), one.verdict) for one in fetched.files],
-    )
+    rows = [(one.file.path, str(one.size), str(one.sha256), one.verdict) for one in fetched.files]
+    print_table(("file", "bytes", "sha256", ""), rows)
     if options.folder is not None:
         typer.echo(f"use them with --model-path {fetched.folder}")
 
@@ -225,6 +195,18 @@ def _describe(name: str) -> ModelDescription:
     if name == NO_MODEL:
         raise InputError(f"{NO_MODEL!r} stands for no model, where the result is the warped atlas; name a model")
     return describe_model(name)
+
+
+def _described(row: ModelDescription) -> dict[str, Any]:
+    """What the list and the page of a model both say."""
+    return {
+        "name": row.name,
+        "summary": row.summary,
+        "prompts": list(row.prompts),
+        "extra": row.extra or None,
+        "extra_installed": _is_installed(row.extra),
+        "code_licence": row.code_licence,
+    }
 
 
 def _agrees(name: str, published: PublishedWeights) -> bool:
@@ -249,13 +231,8 @@ def _weights(name: str, published: PublishedWeights, folder: Path | None) -> dic
     found = folder_with_weights(published, folders)
     # Where they are incomplete, what is missing from the folder that fetching would fill.
     stored = examine(published, found or folders[0])
-    return {
-        "repository": published.repository,
+    return asdict(published) | {
         "page": published.page,
-        "revision": published.revision,
-        "licence": published.licence,
-        "licence_url": published.licence_url,
-        "non_commercial": published.non_commercial,
         "licence_accepted": licence_accepted(name, published),
         "looked_in": [str(one) for one in folders],
         "found": None if found is None else str(found),
@@ -264,19 +241,8 @@ def _weights(name: str, published: PublishedWeights, folder: Path | None) -> dic
 
 
 def _file(published: PublishedWeights, stored: StoredFile) -> dict[str, Any]:
-    return {
-        "path": stored.file.path,
-        "url": published.url_of(stored.file),
-        "size": stored.file.size,
-        "sha256": stored.file.sha256,
-        "found": {
-            "path": str(stored.path),
-            "size": stored.size,
-            "sha256": stored.sha256,
-            "verdict": stored.verdict,
-            "expected": stored.expected or None,
-        },
-    }
+    found = asdict(stored) | {"path": str(stored.path), "expected": stored.expected or None}
+    return {**found.pop("file"), "url": published.url_of(stored.file), "found": found}
 
 
 def _print_lines(lines: list[tuple[str, str]]) -> None:
@@ -287,13 +253,11 @@ def _print_lines(lines: list[tuple[str, str]]) -> None:
 
 def _found_text(file: dict[str, Any]) -> str:
     found = file["found"]
-    verdict = str(found["verdict"])
-    if verdict == "missing":
+    if found["verdict"] == "missing":
         return f"missing, expected at {found['path']}"
-    text = f"{found['size']} bytes, sha256 {found['sha256'] or 'not computed'}"
-    if verdict == "not known":
-        return f"{text}: nothing to compare with"
-    return f"{text}: {verdict}" + (f", expected {found['expected']}" if found["expected"] else "")
+    verdict = "nothing to compare with" if found["verdict"] == "not known" else found["verdict"]
+    expected = f", expected {found['expected']}" if found["expected"] else ""
+    return f"{found['size']} bytes, sha256 {found['sha256'] or 'not computed'}: {verdict}{expected}"
 
 
 def _extra_text(extra: str | None, installed: bool | None) -> str:
@@ -303,7 +267,7 @@ def _extra_text(extra: str | None, installed: bool | None) -> str:
 
 
 def _is_installed(extra: str) -> bool | None:
-    """Whether all that an extra of this package brings is there; None where this package itself is not installed."""
+    """Whether all that an extra of this package brings is there; None where this package is not installed."""
     if not extra:
         return True
     try:
@@ -312,11 +276,7 @@ def _is_installed(extra: str) -> bool | None:
         return None
     marker = re.compile(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]")
     names = [re.split(r"[^A-Za-z0-9._-]", one, maxsplit=1)[0] for one in wanted if marker.search(one)]
-    if not names:
-        return None
     try:
-        for name in names:
-            importlib.metadata.version(name)
+        return bool([importlib.metadata.version(name) for name in names]) or None
     except importlib.metadata.PackageNotFoundError:
         return False
-    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from .session import Session
@@ -27,15 +28,11 @@ class RunProgress:
     def planned(self, outcome: Outcome) -> None:
         """Show what is kept and what is to do."""
         self.outcome, self._start = outcome, time.monotonic()
-        reasons: dict[str, int] = {}
-        for row in outcome.rows.values():
-            if row.why:
-                reasons[row.why] = reasons.get(row.why, 0) + 1
+        reasons = Counter(row.why for row in outcome.rows.values() if row.why)
         if outcome.kept:
             listed = f" ({', '.join(f'{count} {reason}' for reason, count in reasons.items())})" if reasons else ""
-            self._session.advance(
-                "", f"{outcome.kept} of {len(outcome.rows)} kept, {outcome.count('left')} to do{listed}"
-            )
+            left = outcome.count("left")
+            self._session.advance("", f"{outcome.kept} of {len(outcome.rows)} kept, {left} to do{listed}")
 
     def begun(self, case: Case) -> None:
         """Show that a case begins."""
@@ -54,13 +51,12 @@ class RunProgress:
     def ended(self, row: Row) -> None:
         """Show how a case ended."""
         self._ended += 1
-        query = row.case.query
+        query, count = row.case.query, len(self.outcome.rows)
         if row.state == "failed":
             self._session.error(with_path(row))
         for warning in row.warnings:
             self._session.say(f"warning: {query}: {warning}")
-        if len(self.outcome.rows) > 1:
-            count = len(self.outcome.rows)
+        if count > 1:
             number = count - self.outcome.count("left")
             line = f"[{number}/{count}] {row.case.name} done in {row.seconds:.1f} s; {self._state()}"
             self._session.advance(self._state(), line if row.state == "done" else "")
@@ -75,10 +71,8 @@ class RunProgress:
 
 def duration(seconds: float) -> str:
     """Rounded to the unit that shows about two digits."""
-    for unit, size in (("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
+    unit, size = next((one for one in (("h", 3600), ("min", 60)) if seconds >= 2 * one[1]), ("s", 1))
+    return f"{seconds / size:.0f} {unit}"
 
 
 def with_path(row: Row) -> str:

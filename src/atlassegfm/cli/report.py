@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from ..report import ReportOptions, Written
 
 
-def require_pictures() -> None:
-    """Check that ``overview.png`` can be drawn."""
+def require_pictures(option: str = "--no-picture") -> None:
+    """Check that pictures can be drawn; ``option`` leaves them out."""
     from ..report import require_report_extra
 
     try:
         require_report_extra()
     except MissingExtraError as error:
-        raise InputError(f"{error}, or leave the pictures out (--no-picture)") from None
+        raise InputError(f"{error}, or leave the pictures out ({option})") from None
 
 
 def report_on(folder: Path, images: Sequence[Path], session: Session) -> Written:

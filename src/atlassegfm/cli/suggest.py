@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from ..core.errors import InputError, MissingExtraError
 from .options import DeviceOptions, ScreenOptions, SettingsOptions, options
+from .report import require_pictures
 from .session import open_session, print_json, print_table
 
 
@@ -42,12 +42,7 @@ def suggest(options: SuggestOptions) -> None:
         out = options.out
         picture = options.picture and out is not None
         if picture:
-            from ..report import require_report_extra
-
-            try:
-                require_report_extra()
-            except MissingExtraError as error:
-                raise InputError(f"{error}, or use --no-picture") from None
+            require_pictures()
         from ..check.suggest import scans_in
         from ..check.suggest import suggest as rank
         from ..check.suggest_figure import draw_suggestion
@@ -58,19 +53,12 @@ def suggest(options: SuggestOptions) -> None:
         files = scans_in(options.folder)
         resolved = resolve_device(options.device)
 
-        def tell(number: int, count: int) -> None:
+        def show(number: int, count: int) -> None:
             session.begin_pair(number, count, "pair")
             session.progress("registration")
 
-        found = rank(
-            files,
-            settings.registration,
-            landmarks=options.landmarks,
-            finalists=options.finalists,
-            seed=settings.seed,
-            device=resolved,
-            on_pair=tell,
-        )
+        choice = {"landmarks": options.landmarks, "finalists": options.finalists, "seed": settings.seed}
+        found = rank(files, settings.registration, device=resolved, on_pair=show, **choice)
         for _, reason in found.failures:
             session.error(reason)
         if out is not None:

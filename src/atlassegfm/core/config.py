@@ -1,8 +1,7 @@
 """Reading, changing and printing settings.
 
-Settings are frozen dataclasses, checked by pydantic, that may hold others: ``Settings.registration.affine``
-is the key ``registration.affine``. A key is written in two places, its field and the line that reads it; what
-is here works on any of them.
+Settings are frozen dataclasses, checked by pydantic, that may hold others: ``Settings.registration.affine`` is the key
+``registration.affine``. A key is written in two places, its field and the line that reads it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -23,92 +22,56 @@ from pydantic.fields import FieldInfo
 from .errors import InputError
 from .files import PathLike
 
-
-class _SettingsClass(Protocol):
-    """What pydantic adds to a dataclass."""
-
-    __pydantic_fields__: dict[str, FieldInfo]
-    __dataclass_fields__: dict[str, dataclasses.Field[Any]]
-
-
 S = TypeVar("S")
 
 #: Nested keys and values, as TOML has them.
 Table = Mapping[str, Any]
 
-#: Comments in printed settings are wrapped to this width, as the code they come from.
+#: Comments in printed settings are wrapped to this width.
 _COMMENT_WIDTH = 100
 
 #: Known keys listed for an unknown one.
 _CLOSEST = 5
 
+#: Marks a setting that changes where or how fast a model answers, not what: ``Annotated[int, RUNTIME_ONLY]``.
+RUNTIME_ONLY = "runtime only"
+
 
 def to_dict(settings: Any) -> dict[str, Any]:
-    """Settings as nested dictionaries of plain values; those that are None are there too."""
-    return {
-        name: to_dict(value) if dataclasses.is_dataclass(value) else list(value) if isinstance(value, tuple) else value
-        for name, value in ((field.name, getattr(settings, field.name)) for field in dataclasses.fields(settings))
-    }
+    """Settings as nested dictionaries of plain values, None among them."""
+    return dict(TypeAdapter(type(settings)).dump_python(settings, mode="json"))
 
 
 def with_overrides(settings: S, assignments: Sequence[str], *, option: str = "--set") -> S:
-    """Settings with single values replaced, as the command line gives them.
+    """Replace single values of settings, as the command line gives them.
 
-    Parameters
-    ----------
-    settings : settings dataclass
-        Where all others come from.
-    assignments : sequence of str
-        Each ``key=value``; the key is dotted, the value is written as in TOML (quotes may be left out).
-    option : str
-        What the user typed before them, for messages.
-
-    Raises
-    ------
-    InputError
-        If an assignment has no "=", its key is not known or its value not allowed.
+    Each assignment is ``key=value``: the key is dotted, the value is written as in TOML (quotes may be left out).
+    ``option`` is what the user typed before them, for messages. InputError if an assignment has no "=", its key is not
+    known or its value not allowed.
     """
     for assignment in assignments:
         key, equals, text = (part.strip() for part in assignment.partition("="))
         if not equals or not key:
-            raise InputError(f"{option} {assignment}: expected key=value, such as {_example(settings)}")
-        table: dict[str, Any] = {}
-        inner = table
-        *sections, name = key.split(".")
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[name] = _toml_value(text)
+            example = next(iter(known_fields(type(settings))))
+            raise InputError(
+                f"{option} {assignment}: expected key=value, such as {example}={_at(to_dict(settings), example)}"
+            )
+        table = _toml_value(text)
+        for name in reversed(key.split(".")):
+            table = {name: table}
         settings = with_table(settings, table, origin=f"{option} {assignment}")
     return settings
 
 
 def with_file(settings: S, path: PathLike) -> S:
-    """Settings with the values of a TOML file in place of their own; keys the file leaves out stay.
-
-    Raises
-    ------
-    InputError
-        If the file cannot be read, has a key that is not known or a value that is not allowed.
-    """
+    """Replace the values of settings that a TOML file has; errors as of :func:`load_toml` and :func:`with_table`."""
     return with_table(settings, load_toml(path), origin=str(path))
 
 
 def with_table(settings: S, table: Table, *, origin: str) -> S:
-    """Settings with the values of a nested table in place of their own.
+    """Replace the values of settings that a nested table has; InputError if a key is unknown or a value not allowed.
 
-    Parameters
-    ----------
-    settings : settings dataclass
-        Where all other values come from.
-    table : mapping
-        Nested keys and values.
-    origin : str
-        Where the table comes from: the beginning of messages.
-
-    Raises
-    ------
-    InputError
-        If a key is not known or a value not allowed.
+    ``origin``, where the table comes from, begins the message.
     """
     fields = known_fields(type(settings))
     _check_keys(fields, table, origin)
@@ -121,37 +84,29 @@ def with_table(settings: S, table: Table, *, origin: str) -> S:
         # A check of the settings' own says what it expects; else the type of the field does.
         own = first.get("ctx", {}).get("error")
         expected = describe_values(fields[key]) if key in fields and own is None else str(own or first["msg"])
-        expected = expected.removeprefix("expected ")
-        raise InputError(f"{origin}: {key} is {_shown(_at(merged, key))}; expected {expected}") from None
+        value = _at(merged, key)
+        shown = str(value).lower() if isinstance(value, bool) else repr(value)
+        raise InputError(f"{origin}: {key} is {shown}; expected {expected.removeprefix('expected ')}") from None
 
 
 def load_toml(path: PathLike, what: str = "a settings file") -> dict[str, Any]:
-    """Read a TOML file; ``what`` it should be is for messages.
-
-    Raises
-    ------
-    InputError
-        If it is missing, unreadable or not TOML; the message then says on which line.
-    """
+    """Read a TOML file; InputError if it is missing, unreadable or not TOML. ``what`` it should be is for messages."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows editors begin with a byte order mark
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors begin with a byte order mark
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; expected {what} in TOML") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not a text file; expected {what} in TOML") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be opened ({error.strerror}); expected {what} in TOML") from None
-    try:
-        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path}: not valid TOML: {error}; expected {what}: correct it") from None
 
 
 def to_toml(settings: Any) -> str:
     """Settings as a TOML file, each value below the comment that explains it."""
-    lines = list(_toml_lines(settings, ()))
-    return "\n".join(lines).strip() + "\n"
+    return "\n".join(_toml_lines(settings, ())).strip() + "\n"
 
 
 def known_fields(settings_class: type) -> dict[str, FieldInfo]:
@@ -159,10 +114,8 @@ def known_fields(settings_class: type) -> dict[str, FieldInfo]:
     found = {}
     for name, field in _fields(settings_class).items():
         section = _section_class(field)
-        if section is None:
-            found[name] = field
-        else:
-            found.update({f"{name}.{key}": inner for key, inner in known_fields(section).items()})
+        inside = {name: field} if section is None else known_fields(section)
+        found.update({key if section is None else f"{name}.{key}": inner for key, inner in inside.items()})
     return found
 
 
@@ -205,7 +158,7 @@ def _range(metadata: Sequence[Any]) -> str:
 
 
 def _fields(settings_class: type) -> dict[str, FieldInfo]:
-    return cast("_SettingsClass", settings_class).__pydantic_fields__
+    return settings_class.__pydantic_fields__  # type: ignore[attr-defined, no-any-return]
 
 
 def _section_class(field: FieldInfo) -> type | None:
@@ -229,21 +182,20 @@ def _check_keys(fields: Mapping[str, FieldInfo], table: Table, origin: str, abov
         if inside:
             _check_keys(fields, value, origin, f"{key}.")
         elif key not in fields or isinstance(value, Mapping):
+            unknown = f"{key}.{next(iter(value), '')}" if key in fields else key
             closest = ", ".join(_closest(fields, key))
-            if key in fields:
-                key = f"{key}.{next(iter(value), '')}"
-            raise InputError(f"{origin}: unknown setting {key!r}; closest settings: {closest}")
+            raise InputError(f"{origin}: unknown setting {unknown!r}; closest settings: {closest}")
 
 
 def _closest(known: Iterable[str], wanted: str) -> list[str]:
-    """The known keys most like the given one, best first."""
+    """The known keys most similar to the given one, best first."""
 
-    def likeness(key: str) -> float:
-        # A key written without its group is like one with it.
+    def similarity(key: str) -> float:
+        # A key may be written without its group.
         pairs = ((wanted, key), (wanted.rpartition(".")[2], key.rpartition(".")[2]))
         return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
-    return sorted(known, key=likeness, reverse=True)[:_CLOSEST]
+    return sorted(known, key=similarity, reverse=True)[:_CLOSEST]
 
 
 def _merged(base: Mapping[str, Any], table: Table) -> dict[str, Any]:
@@ -262,42 +214,28 @@ def _at(table: Table, key: str) -> Any:
 
 
 def _toml_value(text: str) -> Any:
-    """What TOML understands by the text; the text itself where that is nothing, as for words without quotes."""
+    """The text as a value of TOML; the text itself where it is none, as for words without quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
 
 
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def _example(settings: Any) -> str:
-    key = next(iter(known_fields(type(settings))))
-    value = _at(to_dict(settings), key)
-    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"
-
-
 def _toml_lines(settings: Any, above: tuple[str, ...]) -> Iterator[str]:
     # Values come before groups: in TOML a value after a group's head would belong to that group.
-    sections = []
-    for name, field in _fields(type(settings)).items():
+    fields = sorted(_fields(type(settings)).items(), key=lambda item: _section_class(item[1]) is not None)
+    for name, field in fields:
         value = getattr(settings, name)
-        if _section_class(field) is not None:
-            sections.append((name, value))
-            continue
         yield ""
-        allowed = "" if field.annotation is str else f" Allowed: {describe_values(field)}."
-        yield from _comment(_flowing(field.description or f"{name}.") + allowed)
-        yield f"# {name} =" if value is None else f"{name} = {_toml_text(value)}"
-    for name, value in sections:
-        keys = (*above, name)
-        summary = (type(value).__doc__ or "").strip().partition("\n\n")[0]
-        yield ""
-        yield from _comment(_flowing(summary))
-        yield f"[{'.'.join(keys)}]"
-        yield from _toml_lines(value, keys)
+        if _section_class(field) is None:
+            allowed = "" if field.annotation is str else f" Allowed: {describe_values(field)}."
+            yield from _comment(field.description or f"{name}.", allowed)
+            yield f"# {name} =" if value is None else f"{name} = {_toml_text(value)}"
+        else:
+            keys = (*above, name)
+            yield from _comment((type(value).__doc__ or "").strip().partition("\n\n")[0])
+            yield f"[{'.'.join(keys)}]"
+            yield from _toml_lines(value, keys)
 
 
 def _toml_text(value: Any) -> str:
@@ -309,17 +247,9 @@ def _toml_text(value: Any) -> str:
     return " ".join(text.split()).replace("[ ", "[").replace(", ]", "]") if isinstance(plain, list) else text
 
 
-def _flowing(text: str) -> str:
-    return " ".join(text.replace("``", "").split())
-
-
-def _comment(text: str) -> Iterator[str]:
-    for line in textwrap.wrap(text, _COMMENT_WIDTH, break_long_words=False):
-        yield f"# {line}"
-
-
-#: Marks a setting that changes where or how fast a model answers, not what: ``Annotated[int, RUNTIME_ONLY]``.
-RUNTIME_ONLY = "runtime only"
+def _comment(text: str, allowed: str = "") -> list[str]:
+    flowing = " ".join(text.replace("``", "").split()) + allowed
+    return [f"# {line}" for line in textwrap.wrap(flowing, _COMMENT_WIDTH, break_long_words=False)]
 
 
 def gate_settings(settings: Any) -> dict[str, Any]:
@@ -327,13 +257,7 @@ def gate_settings(settings: Any) -> dict[str, Any]:
 
     These are ``fusion`` and the section of the chosen model in ``models``, without those marked :data:`RUNTIME_ONLY`.
     """
-    sections = {"fusion": settings.fusion}
-    if hasattr(settings.models, settings.model):
-        sections[f"models.{settings.model}"] = getattr(settings.models, settings.model)
-    found = {}
-    for name, section in sections.items():
-        values = to_dict(section)
-        for key, info in known_fields(type(section)).items():
-            if RUNTIME_ONLY not in info.metadata:
-                found[f"{name}.{key}"] = _at(values, key)
-    return found
+    values, groups = to_dict(settings), ("fusion.", f"models.{settings.model}.")
+    fields = known_fields(type(settings)).items()
+    kept = [key for key, field in fields if key.startswith(groups) and RUNTIME_ONLY not in field.metadata]
+    return {key: _at(values, key) for key in kept}

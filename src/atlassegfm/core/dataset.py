@@ -7,8 +7,8 @@
         imagesTr/abdct_003_0000.nii.gz      the case, and its channel as four digits
         labelsTr/abdct_003.nii.gz
 
-Only paths are read here, no images. Whatever could drop a case silently is an error: a mean over the rest
-would look like the result of the whole dataset.
+Only paths are read here, no images. Whatever could drop a case silently is an error: a mean over the other cases would
+look like the result of the whole dataset.
 """
 
 from __future__ import annotations
@@ -28,21 +28,13 @@ from .labels import closest, listed, match_rank
 
 _LAYOUT = "nnU-Net raw layout (dataset.json, imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz)"
 
-#: The one name nnU-Net gives a meaning of its own, voxels nobody annotated: its documentation/ignore_label.md
+#: Name of voxels nobody annotated: documentation/ignore_label.md of nnU-Net.
 _IGNORE = "ignore"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One labelled scan of a dataset.
-
-    Parameters
-    ----------
-    name : str
-        What the dataset calls it ("abdct_003").
-    image, labels : Path
-        The scan (one channel of it) and its label map.
-    """
+    """One labelled scan of a dataset: its name ("abdct_003"), one channel of the image, and its label map."""
 
     name: str
     image: Path
@@ -60,9 +52,9 @@ class Dataset:
     name : str
         Name of that folder.
     cases : tuple of Case
-        Sorted by name.
+        At least one, sorted by name.
     structures : mapping of int to str
-        Name of each label value in ascending order, background and "ignore" left out.
+        Name of each label value in ascending order, without background and "ignore".
     channels : tuple of str
         Name of each channel of the scans ("CT", "T2").
     ignored : int or None
@@ -82,51 +74,32 @@ class Dataset:
             raise ValueError("there are no cases, or they are not sorted, or some are doubled; use load_dataset")
 
     def case(self, name: str) -> Case:
-        """The case of that name.
-
-        Raises
-        ------
-        InputError
-            If there is none.
-        """
-        for case in self.cases:
-            if case.name == name:
-                return case
-        known = [case.name for case in self.cases]
-        raise InputError(f"{self.folder}: no case {name!r}; {_hint(name, known)}expected one of {listed(known)}")
+        """The case of that name; InputError if there is none."""
+        cases = {case.name: case for case in self.cases}
+        if name not in cases:
+            raise InputError(f"{self.folder}: no case {name!r}; {_hint(name, cases)}expected one of {listed([*cases])}")
+        return cases[name]
 
     def select(self, names: Sequence[str]) -> Dataset:
-        """The dataset with these cases only, sorted as ever.
-
-        Raises
-        ------
-        InputError
-            If no name is given, a name is given twice, or there is no such case.
-        """
+        """The dataset with these cases only; InputError if there is none, an unknown one, or one twice."""
         if not names:
             raise InputError(f"{self.folder}: no case is named; expected at least one")
-        doubled = _doubled(names)
-        if doubled:
+        if doubled := _doubled(names):
             raise InputError(f"{self.folder}: case {doubled[0]!r} is named more than once; name each case once")
         return replace(self, cases=tuple(self.case(name) for name in sorted(names)))
 
 
 def load_dataset(folder: PathLike, *, channel: int = 0) -> Dataset:
-    """Find the cases of a dataset in nnU-Net raw layout.
+    """Find the cases of a dataset in nnU-Net raw layout, with one channel, counted from 0, of each scan.
 
-    Parameters
-    ----------
-    folder : Path
-        Where ``dataset.json`` lies. If that has a table "dataset", the cases are those it lists; if not, those
-        of ``imagesTr`` and ``labelsTr``. Hidden files do not count.
-    channel : int
-        Which channel of each scan to take, from 0.
+    If ``dataset.json`` in the folder has a table "dataset", the cases are those it lists; if not, those of ``imagesTr``
+    and ``labelsTr``. Hidden files do not count.
 
     Raises
     ------
     InputError
-        If there is no such dataset, ``dataset.json`` cannot be used, an image has no labels or the other way
-        round, or there are other cases than ``dataset.json`` says.
+        If there is no such dataset, ``dataset.json`` cannot be used, an image has no labels or the other way round, or
+        there are other cases than ``dataset.json`` says.
     """
     folder = Path(folder)
     path = folder / "dataset.json"
@@ -138,11 +111,9 @@ def load_dataset(folder: PathLike, *, channel: int = 0) -> Dataset:
         known = ", ".join(f"{number} ({name})" for number, name in enumerate(channels))
         raise InputError(f"{path}: no channel {channel}; expected one of {known}")
     if "dataset" in content:
-        place = 'its "dataset"'
-        cases = _listed_cases(content["dataset"], path, channel)
+        place, cases = 'its "dataset"', _listed_cases(content["dataset"], path, channel)
     else:
-        place = "labelsTr"
-        cases = _found_cases(folder, ending, channel)
+        place, cases = "labelsTr", _found_cases(folder, ending, channel)
     _check_complete(content, path, [case.name for case in cases], place)
     # "." has no name of its own, and a link to a folder goes by the name of the link.
     name = folder.name if folder.name not in ("", "..") else folder.resolve().name
@@ -150,25 +121,10 @@ def load_dataset(folder: PathLike, *, channel: int = 0) -> Dataset:
 
 
 def pick_structures(dataset: Dataset, wanted: Sequence[str]) -> tuple[int, ...]:
-    """Label values of the structures a user asks for.
+    """Find the label values, ascending, of the structures a user asks for; InputError if one of them fits none.
 
-    Parameters
-    ----------
-    dataset : Dataset
-        Where their names are from.
-    wanted : sequence of str
-        Each a label value ("6"), a name ("Left kidney", the same as "left_kidney") or a shell pattern
-        (``*kidney*``; ``*`` is every structure).
-
-    Returns
-    -------
-    tuple of int
-        Ascending, each once, in whatever order they are asked for.
-
-    Raises
-    ------
-    InputError
-        If nothing is asked for, or something that fits no structure.
+    Each of ``wanted``, at least one, is a label value ("6"), a name ("Left kidney", the same as "left_kidney") or a
+    shell pattern (``*kidney*``; ``*`` is every structure).
     """
     path = dataset.folder / "dataset.json"
     if not wanted:
@@ -178,11 +134,9 @@ def pick_structures(dataset: Dataset, wanted: Sequence[str]) -> tuple[int, ...]:
         ranks = {value: match_rank(one, value, name) for value, name in dataset.structures.items()}
         best = min((rank for rank in ranks.values() if rank is not None), default=None)
         if best is None:
-            known = [f"{value} ({name})" for value, name in dataset.structures.items()]
+            known = listed([f"{value} ({name})" for value, name in dataset.structures.items()])
             hint = _hint(one, dataset.structures.values())
-            raise InputError(
-                f"{path}: no structure {one!r}; {hint}expected a value, name or pattern of {listed(known)}"
-            )
+            raise InputError(f"{path}: no structure {one!r}; {hint}expected a value, name or pattern of {known}")
         picked.update(value for value, rank in ranks.items() if rank == best)
     return tuple(sorted(picked))
 
@@ -198,8 +152,7 @@ def _read_json(folder: Path, path: Path) -> dict[str, Any]:
 
     def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         # Python would keep the last of several equal keys: a case or a label would be gone.
-        doubled = _doubled([key for key, _ in pairs])
-        if doubled:
+        if doubled := _doubled(key for key, _ in pairs):
             raise InputError(f"{path}: {doubled[0]!r} is there twice; expected each key once: rename or remove one")
         return dict(pairs)
 
@@ -215,12 +168,10 @@ def _read_json(folder: Path, path: Path) -> dict[str, Any]:
 
 
 def _file_ending(content: Mapping[str, Any], path: Path) -> str:
-    known = ", ".join(IMAGE_SUFFIXES)
-    if "file_ending" not in content:
-        raise InputError(f'{path}: no "file_ending"; add the ending of all images, one of {known}')
-    ending = content["file_ending"]
+    ending = content.get("file_ending")
     if not isinstance(ending, str) or ending.lower() not in IMAGE_SUFFIXES:
-        raise InputError(f'{path}: "file_ending" is {ending!r}; expected one of {known}: convert the images')
+        found = f'"file_ending" is {ending!r}' if "file_ending" in content else 'no "file_ending"'
+        raise InputError(f"{path}: {found}; expected the ending of all images, one of {', '.join(IMAGE_SUFFIXES)}")
     return ending
 
 
@@ -228,16 +179,12 @@ def _structures(content: Mapping[str, Any], path: Path) -> tuple[dict[int, str],
     """Name of each label value, and the value of "ignore"."""
     table = content.get("labels")
     if not isinstance(table, dict):
-        raise InputError(
-            f'{path}: no "labels"; add the label value of each name, such as {{"background": 0, "liver": 1}}'
-        )
+        example = '{"background": 0, "liver": 1}'
+        raise InputError(f'{path}: no "labels"; add the label value of each name, such as {example}')
     structures: dict[int, str] = {}
     for key, item in table.items():
         if isinstance(item, list):
-            raise InputError(
-                f"{path}: label {key!r} is a region, {item}; expected one value for each name: "
-                "write the label map's own values"
-            )
+            raise InputError(f"{path}: label {key!r} is a region, {item}; expected one label value for each name")
         if isinstance(item, int) and not isinstance(item, bool) and item >= 0:
             value, name = item, key
         elif isinstance(item, str) and key.isdecimal():
@@ -245,9 +192,8 @@ def _structures(content: Mapping[str, Any], path: Path) -> tuple[dict[int, str],
         else:
             raise InputError(f'{path}: label {key!r} is {item!r}; expected "name": value, a whole number of at least 0')
         if value in structures:
-            raise InputError(
-                f"{path}: {structures[value]!r} and {name!r} both have the label value {value}; correct one"
-            )
+            both = f"{structures[value]!r} and {name!r}"
+            raise InputError(f"{path}: {both} both have the label value {value}; correct one")
         structures[value] = name
     kept = {value: structures[value] for value in sorted(structures) if value and structures[value] != _IGNORE}
     if not kept:
@@ -261,9 +207,8 @@ def _channels(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
     table = content.get(key, {"0": "0"})
     numbers = [str(number) for number in range(len(table))] if isinstance(table, dict) else []
     if not numbers or sorted(table) != sorted(numbers):
-        raise InputError(
-            f'{path}: "{key}" is {table!r}; expected a name for each channel from 0, such as {{"0": "CT"}}'
-        )
+        example = '{"0": "CT"}'
+        raise InputError(f'{path}: "{key}" is {table!r}; expected a name for each channel from 0, such as {example}')
     return tuple(str(table[number]) for number in numbers)
 
 
@@ -275,27 +220,23 @@ def _found_cases(folder: Path, ending: str, channel: int) -> list[Case]:
     for stem in sorted(image_files):
         match = re.fullmatch(r"(.+)_([0-9]{4})", stem)
         if match is None:
-            raise InputError(
-                f"{images / (stem + ending)}: the name has no channel; expected CASE_0000{ending}: rename it"
-            )
+            file = images / (stem + ending)
+            raise InputError(f"{file}: the name has no channel; expected CASE_0000{ending}: rename it")
         channels_of.setdefault(match[1], set()).add(int(match[2]))
-    unlabelled = sorted(channels_of.keys() - label_files)
-    if unlabelled:
+    if unlabelled := sorted(channels_of.keys() - label_files):
         found = _with_other_endings(labels, unlabelled, unlabelled, ending)
         raise InputError(
             f"{labels}: no labels for {len(unlabelled)} of {len(channels_of)} scans in imagesTr: {found}; "
             f"expected CASE{ending} for each: add the labels or take the scans out"
         )
-    missing = sorted(name for name in label_files if channel not in channels_of.get(name, ()))
-    if missing:
+    if missing := sorted(name for name in label_files if channel not in channels_of.get(name, ())):
         found = _with_other_endings(images, missing, [f"{name}_{channel:04}" for name in missing], ending)
         raise InputError(
             f"{images}: no image for {len(missing)} of {len(label_files)} label maps in labelsTr: {found}; "
             f"expected CASE_{channel:04}{ending} for each: add the images or take the labels out"
         )
-    return [
-        Case(name, images / f"{name}_{channel:04}{ending}", labels / f"{name}{ending}") for name in sorted(label_files)
-    ]
+    suffix = f"_{channel:04}{ending}"
+    return [Case(name, images / f"{name}{suffix}", labels / f"{name}{ending}") for name in sorted(label_files)]
 
 
 def _files(folder: Path, ending: str) -> set[str]:
@@ -320,9 +261,8 @@ def _with_other_endings(folder: Path, cases: Sequence[str], stems: Sequence[str]
     """Cases for a message, each with the file ``stem`` that it has under another ending than ``ending``."""
     others = [name for name in _visible(folder) if image_suffix(Path(name)) and not name.endswith(ending)]
     found = {image_stem(Path(name)): name for name in others}
-    return listed(
-        [f"{case} (only {found[stem]})" if stem in found else case for case, stem in zip(cases, stems, strict=True)]
-    )
+    pairs = zip(cases, stems, strict=True)
+    return listed([f"{case} (only {found[stem]})" if stem in found else case for case, stem in pairs])
 
 
 def _listed_cases(table: Any, path: Path, channel: int) -> list[Case]:
@@ -337,46 +277,34 @@ def _listed_cases(table: Any, path: Path, channel: int) -> list[Case]:
         if not (isinstance(labels, str) and isinstance(images, list) and all(isinstance(one, str) for one in images)):
             raise InputError(f'{path}: case {name!r} of "dataset" is {_shortened(table[name])}; {form}')
         if channel >= len(images):
-            raise InputError(
-                f'{path}: case {name!r} of "dataset" has {len(images)} images, none for channel {channel}; add it'
-            )
+            found = f'case {name!r} of "dataset" has {len(images)} images'
+            raise InputError(f"{path}: {found}, none for channel {channel}; add it")
         cases.append(Case(name, path.parent / images[channel], path.parent / labels))
-    absent = [str(file) for case in cases for file in (case.image, case.labels) if not file.is_file()]
-    if absent:
-        raise InputError(
-            f'{path}: {len(absent)} of the files that "dataset" lists do not exist: {listed(absent, 3)}; '
-            "correct the paths, which are relative to the dataset's folder"
-        )
+    if absent := [str(file) for case in cases for file in (case.image, case.labels) if not file.is_file()]:
+        found = f'{len(absent)} of the files that "dataset" lists do not exist: {listed(absent, 3)}'
+        raise InputError(f"{path}: {found}; correct the paths, which are relative to the dataset's folder")
     return cases
 
 
 def _check_complete(content: Mapping[str, Any], path: Path, found: Sequence[str], place: str) -> None:
     """Compare the cases found with the number and the list that dataset.json may have."""
     training = content.get("training", [])
-    entries = training if isinstance(training, list) else [training]
     names = []
-    for entry in entries:
+    for entry in training if isinstance(training, list) else [training]:
         file = entry.get("label") if isinstance(entry, dict) else None
         if not isinstance(file, str):
-            raise InputError(
-                f'{path}: "training" has {_shortened(entry)}; expected {{"image": a path, "label": a path}}'
-            )
+            form = '{"image": a path, "label": a path}'
+            raise InputError(f'{path}: "training" has {_shortened(entry)}; expected {form}')
         names.append(image_stem(Path(file)))
-    doubled = _doubled(names)
-    if doubled:
+    if doubled := _doubled(names):
         raise InputError(f'{path}: "training" lists {len(doubled)} cases twice: {listed(doubled)}; list each once')
-    absent = sorted(set(names) - set(found))
-    if absent:
-        raise InputError(
-            f'{path}: "training" lists {len(names)} cases, of which {len(absent)} are not in {place}: '
-            f"{listed(absent)}; add their files or take them off the list"
-        )
+    if absent := sorted(set(names) - set(found)):
+        unknown = f"{len(absent)} are not in {place}: {listed(absent)}"
+        raise InputError(f'{path}: "training" lists {len(names)} cases, of which {unknown}; add the files or drop them')
     number = content.get("numTraining", len(found))
     if type(number) is not int or number != len(found):
-        raise InputError(
-            f"{path}: dataset.json says {number!r} training cases, found {len(found)} in {place}; "
-            "add the files that are missing, or correct numTraining"
-        )
+        counts = f"{number!r} training cases, found {len(found)} in {place}"
+        raise InputError(f"{path}: dataset.json says {counts}; add the missing files, or correct numTraining")
 
 
 def _doubled(names: Iterable[str]) -> list[str]:

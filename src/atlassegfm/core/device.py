@@ -13,15 +13,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def resolve_device(name: str) -> str:
-    """Turn "auto", "cpu" or "cuda" into "cpu" or "cuda".
-
-    Raises
-    ------
-    InputError
-        If the name is not known.
-    ModelError
-        If "cuda" was asked for and there is none.
-    """
+    """Turn "auto", "cpu" or "cuda" into "cpu" or "cuda"; InputError for another name, ModelError without a GPU."""
     if name not in DEVICES:
         raise InputError(f"unknown device {name!r}; expected one of {', '.join(DEVICES)}")
     if name == "cpu":
@@ -37,7 +29,7 @@ def resolve_device(name: str) -> str:
 
 @contextmanager
 def reproducible(seed: int) -> Iterator[None]:
-    """Seed PyTorch and ask it for algorithms that give the same bits twice; all is put back at the end.
+    """Seed PyTorch and ask it for algorithms that give the same bits twice, and restore it.
 
     Nothing in this package draws from NumPy's global generator.
     """
@@ -49,7 +41,7 @@ def reproducible(seed: int) -> Iterator[None]:
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
-        # A few CUDA kernels exist in one form only: they are used, and need not be told of.
+        # A few CUDA kernels exist in one form only: they are used without a warning.
         warnings.filterwarnings("ignore", message=".*deterministic")
         torch.manual_seed(seed)
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -61,7 +53,7 @@ def reproducible(seed: int) -> Iterator[None]:
 
 @contextmanager
 def memory_errors() -> Iterator[None]:
-    """Turn what PyTorch and NumPy say when memory runs out into a sentence."""
+    """Turn the memory errors of PyTorch and NumPy into :class:`ModelError`."""
     import torch
 
     try:
@@ -69,4 +61,4 @@ def memory_errors() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise ModelError("the GPU ran out of memory; use the device 'cpu', or crop the scan") from None
     except MemoryError:
-        raise ModelError("the memory does not suffice for this scan; crop it, or use a larger machine") from None
+        raise ModelError("the machine ran out of memory; crop the scan, or use a larger machine") from None

@@ -1,7 +1,7 @@
 """Errors a caller can act on.
 
-Every message is one sentence (or two) in the caller's words: the file first, what was found, what was
-expected, what to do. Programming errors stay ordinary Python exceptions.
+Every message is one sentence: the file first, what was found, what was expected, what to do. Programming errors stay
+ordinary Python exceptions.
 """
 
 from __future__ import annotations
@@ -30,18 +30,10 @@ class OutputError(AtlasSegError):
 class MissingExtraError(AtlasSegError):
     """An optional dependency is needed and not installed.
 
-    Parameters
-    ----------
-    feature : str
-        What needs it, as the beginning of a sentence ("drawing the picture").
-    extra : str
-        Name of the extra of this package that brings it; empty where none does.
-    remedy : str, optional
-        How to install it, where it is not by that extra.
+    ``feature`` needs it ("drawing the picture"), ``extra`` is the extra of this package that brings it, or ``remedy``
+    how to install it where there is none.
     """
 
     def __init__(self, feature: str, extra: str, remedy: str = "") -> None:
         remedy = remedy or f"pip install 'atlassegfm[{extra}]'"
         super().__init__(f"{feature} needs an optional part that is not installed; install it with: {remedy}")
-        self.feature = feature
-        self.extra = extra

@@ -1,8 +1,7 @@
 """Where voxels are in the world.
 
-World coordinates are RAS+ millimetres: x grows to the patient's right, y to the front (anterior), z to
-the head (superior). Voxel indices (i, j, k) count voxel *centres* along the three array axes. See
-``docs/explanation/coordinates.md``.
+World coordinates are RAS+ millimetres: x grows to the patient's right, y to the front (anterior), z to the head
+(superior). Voxel indices (i, j, k) count voxel *centres* along the three array axes.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from .errors import InputError
 
-#: Voxel axes are called flattened when the unit-length axes span less than this volume (1 is orthogonal).
-#: 1e-3 still admits every sheared acquisition (a gantry tilt of 30 degrees spans 0.87).
+#: Axes are called singular when those of unit length span less than this volume: 1 is orthogonal, a gantry tilt of 30
+#: degrees spans 0.87.
 _SMALLEST_UNIT_AXES_VOLUME = 1e-3
 
 #: RAS+ from the LPS frame of ITK and DICOM, and back.
@@ -31,7 +30,7 @@ def box_corners(first: ArrayLike, last: ArrayLike) -> NDArray[Any]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Grid:
-    """A regular lattice of voxel centres in the world.
+    """A regular lattice of voxel centres in the world; InputError if shape or affine describe none.
 
     Parameters
     ----------
@@ -39,25 +38,19 @@ class Grid:
         Number of voxels along i, j, k; each at least 1.
     affine : array, (4, 4)
         Maps homogeneous voxel indices (i, j, k, 1) to RAS+ mm. May be oblique or sheared, not singular.
-
-    Raises
-    ------
-    InputError
-        If the shape is not three positive numbers, or the affine is not finite, not affine or singular.
     """
 
     shape: tuple[int, int, int]
     affine: NDArray[np.float64]
 
-    @property
-    def summary(self) -> str:
-        """Shape, spacing in mm and orientation, on one line."""
-        shape, spacing = "x".join(map(str, self.shape)), "x".join(f"{mm:.2f}" for mm in self.spacing_mm)
-        return f"{shape}, {spacing} mm, {self.axis_codes}"
-
     def __repr__(self) -> str:
-        """Shape, spacing and orientation."""
-        return f"Grid({self.summary})"
+        return f"Grid({self.describe()})"
+
+    def describe(self) -> str:
+        """Shape, spacing and orientation: "256 x 256 x 34 voxels of 1.25 x 1.25 x 7.7 mm, axes RAS"."""
+        shape = " x ".join(str(n) for n in self.shape)
+        spacing = " x ".join(f"{s:.4g}" for s in self.spacing_mm)
+        return f"{shape} voxels of {spacing} mm, axes {self.axis_codes}"
 
     def __post_init__(self) -> None:
         shape = tuple(int(n) for n in self.shape)
@@ -71,10 +64,8 @@ class Grid:
         lengths = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
         unit_volume = 0.0 if lengths.min() == 0 else abs(np.linalg.det(affine[:3, :3] / lengths))
         if unit_volume < _SMALLEST_UNIT_AXES_VOLUME:
-            raise InputError(
-                "the affine is singular (voxel axes of length "
-                f"{', '.join(f'{n:g}' for n in lengths)} mm that do not span a volume); correct the header"
-            )
+            found = f"voxel axes of length {', '.join(f'{n:g}' for n in lengths)} mm that do not span a volume"
+            raise InputError(f"the affine is singular ({found}); correct the header")
         affine.setflags(write=False)
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "affine", affine)
@@ -140,14 +131,12 @@ class Grid:
         return float(np.linalg.norm(self.corners_mm - other.corners_mm, axis=1).max())
 
     def matches(self, other: Grid, tolerance_voxels: float = 0.1) -> bool:
-        """Whether both grids have the same voxels.
+        """Whether both grids have the same voxels, to a fraction of the smallest spacing.
 
-        The tolerance is a fraction of the smallest spacing. A tenth of a voxel changes no label, and is more than
-        rounded headers differ by (1e-5 to 0.05 mm).
+        A tenth of a voxel changes no label, and is more than rounded headers differ by (1e-5 to 0.05 mm).
         """
-        if self.shape != other.shape:
-            return False
-        return self.distance_mm(other) <= tolerance_voxels * float(min(self.spacing_mm.min(), other.spacing_mm.min()))
+        smallest_mm = float(min(self.spacing_mm.min(), other.spacing_mm.min()))
+        return self.shape == other.shape and self.distance_mm(other) <= tolerance_voxels * smallest_mm
 
     def crop(self, start: ArrayLike, stop: ArrayLike) -> Grid:
         """The grid of the voxels start <= (i, j, k) < stop; both (3,) int, inside this grid."""
@@ -165,29 +154,19 @@ class Grid:
         return self._turned(io_orientation(self.affine))
 
     def axes_relative_to(self, other: Grid) -> NDArray[np.float64] | None:
-        """Find how this grid's array axes turn into those of ``other``, if both have the same voxels.
+        """Find how this grid's array axes turn into those of ``other``; None where their voxels differ.
 
-        Returns
-        -------
-        array (3, 2) or None
-            Row n: the axis of ``other`` that this grid's axis n becomes, and +1 or -1 (flipped), as
-            :func:`nibabel.orientations.apply_orientation` takes it; None where the voxels differ.
+        Row n of the (3, 2) result: the axis of ``other`` that this grid's axis n becomes, and +1 or -1 (flipped), as
+        :func:`nibabel.orientations.apply_orientation` takes it.
         """
         from nibabel.orientations import io_orientation
 
         orientation = io_orientation(other.inverse_affine @ self.affine)
-        if np.isnan(orientation).any():
-            return None
-        return orientation if self._turned(orientation).matches(other) else None
+        same = not np.isnan(orientation).any() and self._turned(orientation).matches(other)
+        return orientation if same else None
 
     def _turned(self, orientation: NDArray[np.float64]) -> Grid:
         from nibabel.orientations import inv_ornt_aff
 
-        i, j, k = (self.shape[int(np.flatnonzero(orientation[:, 0] == axis)[0])] for axis in range(3))
-        return Grid((i, j, k), self.affine @ inv_ornt_aff(orientation, self.shape))
-
-    def describe(self) -> str:
-        """Shape, spacing and orientation in one phrase, for messages."""
-        shape = " x ".join(str(n) for n in self.shape)
-        spacing = " x ".join(f"{s:.4g}" for s in self.spacing_mm)
-        return f"{shape} voxels of {spacing} mm, axes {self.axis_codes}"
+        shape = np.take(self.shape, np.argsort(orientation[:, 0]))
+        return Grid(tuple(shape), self.affine @ inv_ornt_aff(orientation, self.shape))

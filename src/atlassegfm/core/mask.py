@@ -14,10 +14,7 @@ from scipy import ndimage
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LocalMap:
-    """A scalar field on a box of a larger grid, zero everywhere else.
-
-    Probabilities of single structures are kept so: a hundred structures on a large scan would not fit
-    into memory otherwise.
+    """A scalar field on a box of a larger grid, zero everywhere else: a structure's probability costs little memory.
 
     Parameters
     ----------
@@ -31,7 +28,6 @@ class LocalMap:
     values: NDArray[np.float32]
 
     def __repr__(self) -> str:
-        """Box and range of values."""
         highest = float(self.values.max()) if self.values.size else 0.0
         return f"LocalMap({self.start} to {self.stop}, highest {highest:.2f})"
 
@@ -62,52 +58,36 @@ class LocalMap:
         """Cut the box of the nonzero values, ``margin`` voxels added on each side, out of a full array."""
         if not values.any():
             return cls.empty()
-        start, stop = [], []
-        for axis in range(3):
-            other = tuple(n for n in range(3) if n != axis)
-            hit = np.flatnonzero(values.any(axis=other))
-            start.append(max(int(hit[0]) - margin, 0))
-            stop.append(min(int(hit[-1]) + 1 + margin, values.shape[axis]))
-        box = tuple(slice(first, last) for first, last in zip(start, stop, strict=True))
-        return cls((start[0], start[1], start[2]), np.ascontiguousarray(values[box], dtype=np.float32))
+        hits = [np.flatnonzero(values.any(axis=other)) for other in ((1, 2), (0, 2), (0, 1))]
+        i, j, k = (max(int(hit[0]) - margin, 0) for hit in hits)
+        box = tuple(slice(first, int(hit[-1]) + 1 + margin) for first, hit in zip((i, j, k), hits, strict=True))
+        return cls((i, j, k), np.ascontiguousarray(values[box], dtype=np.float32))
 
     def to_full(self, shape: tuple[int, int, int]) -> NDArray[np.float32]:
         """The field on the whole grid of the given shape."""
         full = np.zeros(shape, np.float32)
-        if self.values.size:
-            full[self.box] = self.values
+        full[self.box] = self.values
         return full
 
     def on_box(self, start: Sequence[int], stop: Sequence[int]) -> NDArray[np.float32]:
         """(I, J, K) float32: the field on another box ``start`` <= ijk < ``stop`` of the large grid."""
         out = np.zeros([last - first for first, last in zip(start, stop, strict=True)], np.float32)
-        first = np.maximum(self.start, start)
-        last = np.minimum(self.stop, stop)
+        first, last = np.maximum(self.start, start), np.minimum(self.stop, stop)
         if (last > first).all():
-            to = tuple(slice(a - s, b - s) for a, b, s in zip(first, last, start, strict=True))
-            of = tuple(slice(a - s, b - s) for a, b, s in zip(first, last, self.start, strict=True))
+            to, of = (tuple(map(slice, first - origin, last - origin)) for origin in (start, self.start))
             out[to] = self.values[of]
         return out
 
 
 def signed_distance_mm(mask: NDArray[np.bool_], spacing_mm: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Distance of each voxel's centre to the border of a mask, which runs between voxels.
+    """Compute the distance of each voxel's centre to the border of a mask, which runs between voxels.
 
-    Parameters
-    ----------
-    mask : array, (I, J, K) bool
-        The border of the array is none of the mask's.
-    spacing_mm : array, (3,)
-        Distance in mm between neighbouring voxels along each axis, which are taken to be at right angles.
-
-    Returns
-    -------
-    array, (I, J, K) float32
-        In mm, above 0 inside; infinite everywhere where there is no border.
+    ``spacing_mm`` is the distance between neighbouring voxels along each axis, taken to be at right angles. The border
+    of the array is none of the mask's. Distances, float32 in mm, are above 0 inside; infinite where there is no border.
     """
     if mask.all() or not mask.any():
         return np.where(mask, np.float32(np.inf), np.float32(-np.inf))
-    # The transform gives distances between centres; the border lies half a voxel before.
+    # Between centres; the border lies half a voxel before.
     half_mm = np.float32(spacing_mm.min() / 2)
     inward = ndimage.distance_transform_edt(mask, spacing_mm).astype(np.float32)
     outward = ndimage.distance_transform_edt(~mask, spacing_mm).astype(np.float32)

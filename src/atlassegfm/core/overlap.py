@@ -11,48 +11,21 @@ from numpy.typing import NDArray
 #: Voxels counted at once, to bound the memory of 64-bit values.
 _CHUNK = 1 << 22
 
-
 #: Smallest label value that is renumbered before counting.
 _LARGEST_COUNTED = 1 << 16
 
 
 def dice(a: NDArray[Any], b: NDArray[Any]) -> float:
-    """Compute the Dice coefficient of two masks, (I, J, K), inside where they are not 0.
-
-    Returns
-    -------
-    float
-        In [0, 1]; NaN where both masks are empty.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ.
-    """
+    """Compute the Dice coefficient in [0, 1] of two masks, inside where they are not 0; NaN where both are empty."""
     _check_shapes(a, b)
     one, other = a != 0, b != 0
     return _ratio(int(np.count_nonzero(one & other)), int(np.count_nonzero(one)) + int(np.count_nonzero(other)))
 
 
 def dice_per_structure(result: NDArray[Any], reference: NDArray[Any], values: Iterable[int]) -> dict[int, float]:
-    """Compute the Dice coefficient of each label value in one pass over the voxels.
+    """Compute the Dice coefficient of each of ``values``, at least 0, in one pass over the voxels of two label maps.
 
-    Parameters
-    ----------
-    result, reference : array, (I, J, K) of an integer type
-        Label maps on one grid.
-    values : iterable of int
-        Label values to compare, at least 0; others are background.
-
-    Returns
-    -------
-    dict of int to float
-        In the order of ``values``: in [0, 1], NaN where neither label map has the value.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ or an array does not hold whole numbers.
+    Coefficients are in [0, 1] and in the order of ``values``; NaN where neither label map has the value.
     """
     _check_shapes(result, reference)
     for array in (result, reference):
@@ -63,8 +36,7 @@ def dice_per_structure(result: NDArray[Any], reference: NDArray[Any], values: It
     # Bins are the values themselves, or places in `known` if those are large; the last bin is the rest.
     direct = not len(known) or int(known[-1]) < _LARGEST_COUNTED
     bins = (int(known[-1]) + 1 if len(known) else 0) if direct else len(known)
-    in_either = np.zeros(bins + 1, np.int64)
-    in_both = np.zeros(bins + 1, np.int64)
+    in_either, in_both = np.zeros((2, bins + 1), np.int64)
     # Read in the order of memory, if it is the same for both.
     turned = result.flags.f_contiguous and reference.flags.f_contiguous
     flat = [(array.T if turned else array).reshape(-1) for array in (result, reference)]

@@ -15,13 +15,13 @@ from typing import TypeVar
 #: Read by OpenMP (PyTorch), its linear algebra, and ITK, when they are loaded.
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
 
-#: Linear algebra of NumPy and SciPy: always one, as only small matrices come there, and as it cannot be changed later.
+#: Linear algebra of NumPy and SciPy: always one, as its matrices are small, and as it cannot be changed later.
 NUMPY_THREADS = ("OPENBLAS_NUM_THREADS", "1")
 
 #: Parts of one job computed at a time, at most: each takes memory of its own.
 _MOST_PARALLEL = 4
-T = TypeVar("T")
 
+T = TypeVar("T")
 R = TypeVar("R")
 
 _here = threading.local()
@@ -39,20 +39,8 @@ def parallel_map(work: Callable[[T], R], parts: Iterable[T], *, most: int = _MOS
     """Apply a function to parts of a job in threads; results are identical with any number of threads.
 
     For work in NumPy and SciPy, which release the interpreter lock. The number of threads is ``OMP_NUM_THREADS``, or
-    the number of cores, at most ``most``. A nested call runs in its own thread only.
-
-    Parameters
-    ----------
-    work : callable
-        Takes a part; must not depend on others.
-    parts : iterable
-        Taken one by one, a few ahead.
-    most : int
-        Parts computed at a time, at most.
-
-    Yields
-    ------
-    What ``work`` returned, in the order of the parts.
+    the number of cores, at most ``most``. A nested call runs in its own thread only. Parts are taken a few ahead;
+    yields what ``work`` returned, in their order.
     """
     allowed = os.environ.get("OMP_NUM_THREADS", "")
     count = min(int(allowed) if allowed.isdecimal() else usable_cores(), most)
@@ -80,28 +68,20 @@ def thread_variables(count: int) -> dict[str, str]:
 
 @contextmanager
 def changed_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables, for the processes started meanwhile; all is put back at the end."""
-    before = {name: os.environ.get(name) for name in variables}
+    """Set environment variables for the processes started meanwhile, and restore them."""
+    before = {name: os.environ[name] for name in variables if name in os.environ}
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 @contextmanager
 def limited_threads(count: int | None) -> Iterator[None]:
-    """Compute with this many threads, in this thread of the program; all is put back at the end.
-
-    Parameters
-    ----------
-    count : int or None
-        At least 1; None changes nothing.
-    """
+    """Compute with ``count`` threads, at least 1, in this thread of the program, and restore it; None for no change."""
     if count is None:
         yield
         return
@@ -119,7 +99,7 @@ def limited_threads(count: int | None) -> Iterator[None]:
             SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(itk)
 
 
-#: Where Linux tells of a process's own memory, and takes the request to begin a new peak ("5": proc(5)).
+#: Where Linux shows a process its memory, and takes the request to begin a new peak ("5": proc(5)).
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -133,7 +113,7 @@ def reset_peak_memory() -> bool:
 
 
 def peak_memory_mb() -> int | None:
-    """Largest resident memory since the last reset, or of the process so far; None where the system does not tell."""
+    """Largest resident memory since the last reset, or of the process so far; None where the system has no figure."""
     try:
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -9,13 +9,7 @@ from contextlib import contextmanager
 
 
 class StageClock:
-    """Report each stage as it begins and record its wall time.
-
-    Parameters
-    ----------
-    on_stage : callable or None
-        Called with the name of a stage, or "stage: part".
-    """
+    """Report each stage as it begins, as "stage" or "stage: part", and record its wall time."""
 
     def __init__(self, on_stage: Callable[[str], None] | None = None) -> None:
         self.seconds: dict[str, float] = {}

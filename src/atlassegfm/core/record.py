@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import InputError
-from .files import atomic_path
+from .files import PathLike, atomic_path
 
 
 class Record(BaseModel):
     """Content of one kind of JSON file.
 
-    NaN and infinity are written as the strings "NaN" and "Infinity" and read back as numbers. Unknown keys are
-    errors: a file of another version is not read by half.
+    NaN and infinity are written as the strings "NaN" and "Infinity" and read back as numbers. Unknown keys are errors.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
@@ -25,20 +23,14 @@ class Record(BaseModel):
         """Text of the file."""
         return self.model_dump_json(indent=indent) + "\n"
 
-    def write(self, path: str | os.PathLike[str]) -> None:
+    def write(self, path: PathLike) -> None:
         """Write the file, whole or not at all."""
         with atomic_path(Path(path)) as temporary:
             temporary.write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
-    def read(cls, path: str | os.PathLike[str]) -> Self:
-        """Read the file.
-
-        Raises
-        ------
-        InputError
-            If it is missing, damaged, or of another version.
-        """
+    def read(cls, path: PathLike) -> Self:
+        """Read the file; InputError if it is missing, damaged, or of another version."""
         path = Path(path)
         try:
             return cls.model_validate_json(path.read_bytes())
@@ -47,6 +39,5 @@ class Record(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
-            raise InputError(
-                f"{path}: not as this version writes it ({where}: {first['msg']}); make it again with this version"
-            ) from None
+            found = f"not as this version writes it ({where}: {first['msg']})"
+            raise InputError(f"{path}: {found}; make it again with this version") from None

@@ -64,7 +64,7 @@ class Volume:
 
     def __repr__(self) -> str:
         """Shape, spacing, orientation and type, such as ``Volume(256x256x34, 1.25x1.25x7.70 mm, RAS, float32)``."""
-        return f"Volume({self.grid.summary}, {self.data.dtype})"
+        return f"Volume({self.grid.describe()}, {self.data.dtype})"
 
     def canonical(self) -> Volume:
         """The same voxels, axes permuted and flipped to point closest to R, A, S (a view, no resampling)."""

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..core.geometry import Grid
-from .maps import _LONGEST_STEP, _STEP_FACTORS, Affine, Chain, DisplacementField, Transform, logger, slabs
+from .maps import Affine, Chain, DisplacementField, Transform, slabs
+
+logger = logging.getLogger(__name__)
+
+#: Steps towards the inverse of a field grow or shrink by no more than this, and are this many times as long at most.
+_STEP_FACTORS, _LONGEST_STEP = (0.1, 2.0), 16.0
 
 
 @dataclass(frozen=True, eq=False)
 class InverseField:
     """A displacement field that undoes another one, and how well.
 
-    Parameters
-    ----------
-    field : DisplacementField
-        The map back.
-    residual_mm : array, (I, J, K) float32
-        At each node, how far from it the two maps in a row (this one first) end.
-    tolerance_mm : float
-        What was asked for.
+    ``residual_mm``, (I, J, K) float32, is at each node how far from it the two maps in a row (this one first) end.
     """
 
     field: DisplacementField
@@ -31,7 +30,7 @@ class InverseField:
 
     @property
     def converged(self) -> NDArray[np.bool_]:
-        """(I, J, K) bool: the nodes at which the map back is within the tolerance; not so where space is folded."""
+        """(I, J, K) bool: the nodes at which the residual is within the tolerance; not so where space is folded."""
         return self.residual_mm <= self.tolerance_mm
 
 
@@ -43,19 +42,9 @@ def invert_field(
     As Chen et al., "A simple fixed-point approach to invert a deformation field" (Medical Physics 35, 2008),
     ``v <- -u(p + v)``, with the length of steps fitted for each node to how far the last one led (the relaxation of
     Irons and Tuck, 1969), so that fields converge too that stretch space to more than twice its size. Between the
-    nodes the result is interpolated: its error there is not bounded by the tolerance but by the spacing.
-
-    Parameters
-    ----------
-    field : DisplacementField
-        To be undone.
-    grid : Grid
-        Nodes of the result, in the world ``field`` maps to (which is also the one it maps from). ``field.grid`` will
-        do where displacements at its border are small.
-    tolerance_mm : float
-        Distance at which a node is done; above 0.
-    iterations : int
-        Steps at most; at least 1. Where a node is not done by then, its best step counts.
+    nodes of the result, ``grid``, it is interpolated: its error there is bounded by the spacing, not by the tolerance.
+    ``field.grid`` will do where displacements at its border are small. A node is done at ``tolerance_mm``, or after
+    ``iterations`` steps, of which the best counts.
     """
     displacement = np.empty((3, *grid.shape), np.float32)
     residual = np.empty(grid.shape, np.float32)
@@ -71,7 +60,7 @@ def invert_field(
             tried = best[active] - step[active, None] * miss[active]
             tried_miss = field.map(points[active] + tried) - points[active]
             tried_distance = np.linalg.norm(tried_miss, axis=1)
-            # How much longer the step should have been, were the field linear: 1 / 2 where it went twice too far.
+            # How much longer the step should have been, were the field linear.
             change = miss[active] - tried_miss
             squared = np.maximum((change**2).sum(axis=1), 1e-300)
             factor = np.clip((miss[active] * change).sum(axis=1) / squared, *_STEP_FACTORS)
@@ -88,15 +77,9 @@ def invert_field(
 
 
 def invert(transform: Transform, *, tolerance_mm: float = 0.01) -> Transform:
-    """Invert a transform, from the moving to the fixed world.
+    """Invert an invertible :class:`Affine`, a :class:`DisplacementField` or a :class:`Chain` of these.
 
-    Parameters
-    ----------
-    transform : Transform
-        An :class:`Affine` that is invertible, a :class:`DisplacementField` or a :class:`Chain` of these. Each field is
-        undone on its own nodes by :func:`invert_field`; where that does not reach the tolerance, a warning says so.
-    tolerance_mm : float
-        Of each field at its nodes.
+    Each field is undone at its own nodes by :func:`invert_field`; a warning says where the tolerance is not reached.
     """
     if isinstance(transform, Affine):
         return transform.inverse()
@@ -107,10 +90,6 @@ def invert(transform: Transform, *, tolerance_mm: float = 0.01) -> Transform:
     inverse = invert_field(transform, transform.grid, tolerance_mm=tolerance_mm)
     missed = 1 - float(inverse.converged.mean())
     if missed:
-        logger.warning(
-            "the displacement field cannot be undone at %.2g%% of its nodes (off by up to %.2g mm): "
-            "it folds there, or nearly does",
-            100 * missed,
-            float(inverse.residual_mm.max()),
-        )
+        text = "the displacement field folds, or nearly does, at %.2g%% of its nodes: its inverse errs by up to %.2g mm"
+        logger.warning(text, 100 * missed, float(inverse.residual_mm.max()))
     return inverse.field

@@ -39,7 +39,6 @@ from .maps import Affine, Chain, DisplacementField, Transform, displacement_on, 
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
-
 AFFINE_FILE = "affine.tfm"
 FIELD_FILE = "field.nii.gz"
 LOCAL_FILE = "local.nii.gz"
@@ -73,62 +72,50 @@ _SAME_NODES = 0.01
 #: A field ends in 0 if the displacements at its border are below this. Fitted ones miss it by rounding alone.
 _NOTHING_MM = 1e-4
 
+_EXPECTED_KINDS = (
+    "expected linear transforms and displacement fields: convert it to a displacement field "
+    "(SimpleITK.TransformToDisplacementField, or Slicer's Transforms module, 'Convert')"
+)
+_CHECK_FILE = "check that the file is complete and has the right ending"
+
 
 @dataclass(frozen=True, eq=False)
 class _Nodes:
-    """The nodes of a field as they are, before the margin was added.
-
-    Parameters
-    ----------
-    grid : Grid
-        In the fixed world.
-    before, after : array, (3,) int
-        How many nodes the file has more, at the beginning and at the end of each axis.
-    """
+    """Nodes of a field in the fixed world, and how many its file adds: (2, 3) before and after them on each axis."""
 
     grid: Grid
-    before: NDArray[np.int64]
-    after: NDArray[np.int64]
+    margin: NDArray[np.int64]
 
     @classmethod
     def of(cls, field: DisplacementField, view: Grid) -> _Nodes:
-        """As many more as the field of view asks for, its outer faces included, but one where the field ends in 0.
-
-        One at least, because 3D Slicer wants two nodes an axis, and a field may have a single one.
-        """
-        grid = field.grid
-        if _ends_in_zero(field):
-            return cls(grid, np.ones(3, np.int64), np.ones(3, np.int64))
-        ijk = grid.world_to_voxel(view.faces_mm)
-        before = np.maximum(np.ceil(-ijk.min(axis=0)), 1).astype(np.int64)
-        after = np.maximum(np.ceil(ijk.max(axis=0) - (np.array(grid.shape) - 1)), 1).astype(np.int64)
-        return cls(grid, before, after)
+        """Add nodes up to the outer faces of the view, or one where the field ends in 0: 3D Slicer wants two."""
+        margin = np.ones((2, 3), np.int64)
+        if not _ends_in_zero(field):
+            ijk = field.grid.world_to_voxel(view.faces_mm)
+            beyond = np.stack([-ijk.min(axis=0), ijk.max(axis=0) - (np.array(field.grid.shape) - 1)])
+            margin = np.maximum(np.ceil(beyond), 1).astype(np.int64)
+        return cls(field.grid, margin)
 
     @property
     def stored(self) -> Grid:
         """The grid of the file."""
         affine = self.grid.affine.copy()
-        affine[:3, 3] = self.grid.voxel_to_world(-self.before)
-        i, j, k = (int(n) for n in np.array(self.grid.shape) + self.before + self.after)
-        return Grid((i, j, k), affine)
+        affine[:3, 3] = self.grid.voxel_to_world(-self.margin[0])
+        return Grid(tuple(self.grid.shape + self.margin.sum(axis=0)), affine)
 
     def summary(self) -> dict[str, Any]:
         """For the note; numbers in full precision."""
-        return {
-            "shape": list(self.grid.shape),
-            "voxel_to_ras_mm": self.grid.affine.tolist(),
-            "margin_before": self.before.tolist(),
-            "margin_after": self.after.tolist(),
-        }
+        before, after = self.margin.tolist()
+        grid = {"shape": list(self.grid.shape), "voxel_to_ras_mm": self.grid.affine.tolist()}
+        return {**grid, "margin_before": before, "margin_after": after}
 
     @classmethod
     def from_summary(cls, content: dict[str, Any]) -> _Nodes:
-        """Back from the note; ValueError, TypeError or KeyError where it is not one."""
-        i, j, k = (int(n) for n in content["shape"])
-        margins = [np.array(content[key], dtype=np.int64) for key in ("margin_before", "margin_after")]
-        if any(margin.shape != (3,) or margin.min() < 0 for margin in margins):
+        """Back from the note; InputError, ValueError, TypeError or KeyError where it is not one."""
+        margin = np.array([content["margin_before"], content["margin_after"]], np.int64)
+        if margin.shape != (2, 3) or margin.min() < 0:
             raise ValueError("margins are three whole numbers from 0")
-        return cls(Grid((i, j, k), np.array(content["voxel_to_ras_mm"], dtype=np.float64)), *margins)
+        return cls(Grid(tuple(content["shape"]), np.array(content["voxel_to_ras_mm"], np.float64)), margin)
 
 
 def write_transform(
@@ -138,43 +125,31 @@ def write_transform(
     view: Grid,
     local: DisplacementField | None = None,
 ) -> None:
-    """Write a transform folder, whole or not at all.
+    """Write a transform folder, whole or not at all; nothing in it names a file or a patient.
 
-    Nothing in it names a file or a patient.
-
-    Parameters
-    ----------
-    folder : path
-        To be made. Its parent exists.
-    linear : Affine
-        Applied last: to the atlas world.
-    field : DisplacementField or None
-        Applied before it, in the query world. On nodes whose axes are not at right angles, which ITK does not know,
-        it is sampled onto others that are.
-    view : Grid
-        Of the query: inside it the files are this map.
-    local : DisplacementField, optional
-        Applied first, in the query world; as ``field``.
-
-    Raises
-    ------
-    InputError
-        If something is there already, or the disk refuses.
+    A query point goes through ``local`` first, ``field`` second and ``linear`` last, which leads to the atlas world.
+    Inside ``view``, the grid of the query, the files are this map. A field on nodes whose axes are not at right angles,
+    which ITK does not know, is sampled onto others that are. InputError if ``folder`` exists, its parent does not, or
+    the disk refuses.
     """
+    import SimpleITK as sitk
+
     folder = Path(folder)
     if folder.exists() or folder.is_symlink():
         raise InputError(f"{folder}: exists already, and the transform is to go there; choose another place")
-    fields = {
-        name: _on_orthogonal_nodes(one, view)
-        for name, one in zip(_FIELD_FILES, (local, field), strict=True)
-        if one is not None
-    }
+    given = zip(_FIELD_FILES, (local, field), strict=True)
+    fields = {name: _on_orthogonal_nodes(one, view) for name, one in given if one is not None}
     nodes = {name: _Nodes.of(one, view) for name, one in fields.items()}
+    matrix = LPS_FLIP @ linear.matrix @ LPS_FLIP
+    affine = sitk.AffineTransform(matrix[:3, :3].ravel().tolist(), matrix[:3, 3].tolist())
     with atomic_path(folder) as new:
         new.mkdir()
-        _write_affine(linear, new / AFFINE_FILE)
-        for name, one in fields.items():
-            _write_field(one, nodes[name], new / name)
+        try:
+            sitk.WriteTransform(affine, str(new / AFFINE_FILE))
+            for name, one in fields.items():
+                sitk.WriteImage(_itk_image(one, nodes[name]), str(new / name), useCompression=True)
+        except RuntimeError:
+            raise OSError("the disk refuses") from None
         (new / NOTE_FILE).write_text(json.dumps(_note(nodes), indent=2) + "\n", encoding="utf-8")
 
 
@@ -190,15 +165,15 @@ def read_transform(path: PathLike) -> Transform:
     Parameters
     ----------
     path : path
-        A folder as :func:`write_transform` makes it (without ``transform.json`` it is read all the same), a transform
-        file of ITK with linear parts and displacement fields (.tfm, .txt, .mat, .h5), or a displacement field as an
-        image (.nii.gz, .mha, .nrrd) with three numbers a voxel.
+        A folder as :func:`write_transform` makes it (``transform.json`` may be missing), a transform file of ITK with
+        linear parts and displacement fields (.tfm, .txt, .mat, .h5), or a displacement field as an image (.nii.gz,
+        .mha, .nrrd) with three numbers a voxel.
 
     Returns
     -------
     Affine, DisplacementField or Chain
-        As float32 a field, in double precision the rest. Beyond the nodes of a field the displacement of its border
-        holds on, where ITK has none; ANTs makes it 0 at the border, so that there it is the same.
+        A field as float32, the rest in double precision. Beyond the nodes of a field the displacement of its border
+        holds on, where ITK has none.
 
     Raises
     ------
@@ -223,8 +198,8 @@ def read_transform(path: PathLike) -> Transform:
 def write_members(folder: PathLike, members: Sequence[Transform], view: Grid) -> None:
     """Write the further members of an ensemble into the transform folder of the first, each as a folder like it.
 
-    ``folder`` is one that :func:`write_transform` made; ``members`` map the query world to the atlas world; ``view`` is
-    the query's grid. Errors are those of :func:`write_transform`.
+    ``members`` map the query world to the atlas world; ``view`` is the query's grid. Errors are those of
+    :func:`write_transform`, which made ``folder``.
     """
     for number, member in enumerate(members, start=2):
         local, field, linear = stages_of(member, view)
@@ -232,15 +207,9 @@ def write_members(folder: PathLike, members: Sequence[Transform], view: Grid) ->
 
 
 def read_transforms(path: PathLike) -> tuple[Transform, ...]:
-    """Read a transform, and the further ensemble members in its folder if there are any.
-
-    Path and errors are those of :func:`read_transform`.
-    """
-    first = read_transform(path)
-    further: list[Transform] = []
-    while (folder := Path(path) / _MEMBER_FOLDER.format(len(further) + 2)).is_dir():
-        further.append(read_transform(folder))
-    return (first, *further)
+    """Read a transform as :func:`read_transform`, and the further ensemble members in its folder if there are any."""
+    folders = (Path(path) / _MEMBER_FOLDER.format(number) for number in itertools.count(2))
+    return (read_transform(path), *map(read_transform, itertools.takewhile(Path.is_dir, folders)))
 
 
 def _read_folder(folder: Path) -> Transform:
@@ -251,31 +220,27 @@ def _read_folder(folder: Path) -> Transform:
         )
     nodes = _read_note(folder / NOTE_FILE)
     names = [name for name in _FIELD_FILES if (folder / name).exists()]
-    if nodes is not None:
-        for name in _FIELD_FILES:
-            if name in nodes and name not in names:
-                raise InputError(f"{folder / name}: no such file, but {NOTE_FILE} speaks of it; copy it again")
-            if name in names and name not in nodes:
-                raise InputError(
-                    f"{folder / name}: {NOTE_FILE} knows of no such file, so that it may be of another transform; "
-                    f"delete it, or {NOTE_FILE} to read all files as they are"
-                )
+    listed = names if nodes is None else nodes
+    for name in _FIELD_FILES:
+        if name in listed and name not in names:
+            raise InputError(f"{folder / name}: no such file, but {NOTE_FILE} speaks of it; copy it again")
+        if name in names and name not in listed:
+            found = f"{NOTE_FILE} does not list this file, so that it may be of another transform"
+            raise InputError(f"{folder / name}: {found}; delete it, or {NOTE_FILE} to read all files as they are")
     fields = [_read_part(folder / name, None if nodes is None else nodes[name]) for name in names]
     linear = _read_itk(folder / AFFINE_FILE)
     return Chain((*fields, linear)) if fields else linear
 
 
 def _read_part(path: Path, nodes: _Nodes | None) -> DisplacementField:
-    """One field of a folder, on the nodes of its note."""
+    """One field of a folder, on the nodes of its note if it has one."""
     field = _read_field(path)
     if nodes is None:
         return field
     if not field.grid.matches(nodes.stored, _SAME_NODES):
-        raise InputError(
-            f"{path}: {field.grid.describe()}, but {NOTE_FILE} speaks of another field "
-            f"({nodes.stored.describe()}); copy the folder again, or delete {NOTE_FILE} if the field is right"
-        )
-    i, j, k = (slice(b, b + n) for b, n in zip(nodes.before, nodes.grid.shape, strict=True))
+        found = f"{field.grid.describe()}, but {NOTE_FILE} speaks of {nodes.stored.describe()}"
+        raise InputError(f"{path}: {found}; copy the folder again, or delete {NOTE_FILE} if the field is right")
+    i, j, k = (slice(b, b + n) for b, n in zip(nodes.margin[0], nodes.grid.shape, strict=True))
     return DisplacementField(nodes.grid, np.ascontiguousarray(field.displacement_mm[:, i, j, k]))
 
 
@@ -287,8 +252,8 @@ def _read_note(path: Path) -> dict[str, _Nodes] | None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != _FORMAT or content["version"] != _VERSION:
             raise ValueError("of another program or version")
-        return {name: _Nodes.from_summary(content["fields"][name]) for name in content["fields"]}
-    except (OSError, ValueError, TypeError, KeyError, InputError):
+        return {name: _Nodes.from_summary(nodes) for name, nodes in content["fields"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, InputError):
         raise InputError(
             f"{path}: not a note of a transform as this version writes it; copy the folder again, "
             "or delete this file to read the others as they are"
@@ -298,13 +263,18 @@ def _read_note(path: Path) -> dict[str, _Nodes] | None:
 def _note(nodes: dict[str, _Nodes]) -> dict[str, Any]:
     """What ``transform.json`` says; ``nodes`` by the names of the fields' files, the first applied first."""
     order = [*nodes, AFFINE_FILE]
+    stems = [name.split(".")[0] for name in reversed(order)]  # as 3D Slicer names them, the outermost first
+    tree = [f"the atlas under {stems[0]}", *(f"{inner} under {outer}" for inner, outer in itertools.pairwise(stems))]
     ants = "antsApplyTransforms -d 3 -i ATLAS.nii.gz -r QUERY.nii.gz -o OUT.nii.gz"
-    fields = []
-    for name in reversed(nodes):
-        variable = name.split(".")[0]
-        fields += [
-            f"{variable} = sitk.ReadImage('{name}', sitk.sitkVectorFloat64)",
-            f"chain.AddTransform(sitk.DisplacementFieldTransform({variable}))",
+    simpleitk = [
+        "import SimpleITK as sitk",
+        "chain = sitk.CompositeTransform(3)  # what is added last is applied to a point first",
+        f"chain.AddTransform(sitk.ReadTransform('{AFFINE_FILE}'))",
+    ]
+    for name, stem in zip(reversed(nodes), stems[1:], strict=True):
+        simpleitk += [
+            f"{stem} = sitk.ReadImage('{name}', sitk.sitkVectorFloat64)",
+            f"chain.AddTransform(sitk.DisplacementFieldTransform({stem}))",
         ]
     return {
         "format": _FORMAT,
@@ -313,48 +283,21 @@ def _note(nodes: dict[str, _Nodes]) -> dict[str, Any]:
         "frame": "LPS, mm (ITK)",
         "applied_to_a_query_point": order,
         "ants": [" -t ".join([ants, *order]), "for a label map add: -n GenericLabel"],
-        "simpleitk": [
-            "import SimpleITK as sitk",
-            "chain = sitk.CompositeTransform(3)  # what is added last is applied to a point first",
-            f"chain.AddTransform(sitk.ReadTransform('{AFFINE_FILE}'))",
-            *fields,
-            "warped = sitk.Resample(atlas, query, chain, sitk.sitkLinear, 0.0)",
-        ],
-        "slicer": _slicer([name.split(".")[0] for name in reversed(order)]),
+        "simpleitk": [*simpleitk, "warped = sitk.Resample(atlas, query, chain, sitk.sitkLinear, 0.0)"],
+        "slicer": f"add the files as 'Transform', not as 'Volume'; in the Data module put {', '.join(tree)}",
         "fields": {name: one.summary() for name, one in nodes.items()},
     }
 
 
-def _slicer(names: Sequence[str]) -> str:
-    """How to build the tree of transforms; ``names`` as Slicer gives them, the outermost last."""
-    steps = [f"the atlas under {names[0]}", *(f"{inner} under {outer}" for inner, outer in itertools.pairwise(names))]
-    return f"add the files as 'Transform', not as 'Volume'; in the Data module put {', '.join(steps)}"
-
-
-def _write_affine(linear: Affine, path: Path) -> None:
+def _itk_image(field: DisplacementField, nodes: _Nodes) -> sitk.Image:
+    """The field with its margin, in LPS: SimpleITK writes it as ANTs does, NIfTI with five axes and intent 1007."""
     import SimpleITK as sitk
 
-    matrix = LPS_FLIP @ linear.matrix @ LPS_FLIP
-    affine = sitk.AffineTransform(matrix[:3, :3].ravel().tolist(), matrix[:3, 3].tolist())
-    try:
-        sitk.WriteTransform(affine, str(path))
-    except RuntimeError:
-        raise OSError("the disk refuses") from None
-
-
-def _write_field(field: DisplacementField, nodes: _Nodes, path: Path) -> None:
-    """As ANTs writes it: NIfTI with five axes, intent 1007 (vector), LPS."""
-    import SimpleITK as sitk
-
-    margin = [(0, 0), *((int(b), int(a)) for b, a in zip(nodes.before, nodes.after, strict=True))]
-    padded = np.pad(field.displacement_mm, margin, mode="edge")
+    padded = np.pad(field.displacement_mm, [(0, 0), *nodes.margin.T.tolist()], mode="edge")
     vectors = np.ascontiguousarray(np.moveaxis(padded, (0, 1, 2, 3), (3, 2, 1, 0)) * _LPS_SIGNS)
     image = sitk.GetImageFromArray(vectors, isVector=True)
     set_itk_grid(image, nodes.stored)
-    try:
-        sitk.WriteImage(image, str(path), useCompression=True)
-    except RuntimeError:
-        raise OSError("the disk refuses") from None
+    return image
 
 
 def _ends_in_zero(field: DisplacementField) -> bool:
@@ -368,18 +311,16 @@ def _on_orthogonal_nodes(field: DisplacementField, view: Grid) -> DisplacementFi
     axes = field.grid.affine[:3, :3] / field.grid.spacing_mm
     if np.abs(axes.T @ axes - np.eye(3)).max() < _ORTHOGONAL:
         return field
-    spacing_mm = float(field.grid.spacing_mm.min())
     corners = field.grid.corners_mm
     if not _ends_in_zero(field):
         # What lies between the field and the view belongs to it: its border holds on along its own axes.
         corners = np.concatenate([corners, view.corners_mm])
     margin_mm = float(view.spacing_mm.sum()) / 2  # half a voxel of border, whatever the axes
     low, high = corners.min(axis=0) - margin_mm, corners.max(axis=0) + margin_mm
+    spacing_mm = float(field.grid.spacing_mm.min())
     affine = np.diag([spacing_mm, spacing_mm, spacing_mm, 1.0])
     affine[:3, 3] = low
-    i, j, k = (int(n) for n in np.ceil((high - low) / spacing_mm) + 1)
-    grid = Grid((i, j, k), affine)
-    return displacement_on(field, grid)
+    return displacement_on(field, Grid(tuple(np.ceil((high - low) / spacing_mm) + 1), affine))
 
 
 def _read_itk(path: Path) -> Transform:
@@ -391,11 +332,9 @@ def _read_itk(path: Path) -> Transform:
     try:
         transform = sitk.ReadTransform(str(path))
     except KeyError:
-        raise InputError(f"{path}: {_kind_message('a kind of transform that SimpleITK does not know')}") from None
+        raise InputError(f"{path}: a kind of transform that SimpleITK does not know; {_EXPECTED_KINDS}") from None
     except RuntimeError:
-        raise InputError(
-            f"{path}: not readable as a transform of ITK; check that the file is complete and has the right ending"
-        ) from None
+        raise InputError(f"{path}: not readable as a transform of ITK; {_CHECK_FILE}") from None
     stages = _stages(transform, path)
     return stages[0] if len(stages) == 1 else Chain(tuple(stages))
 
@@ -407,27 +346,24 @@ def _check_one_transform(path: Path) -> None:
     with path.open(encoding="utf-8", errors="replace") as file:
         kinds = [line.split(":", 1)[1].strip() for line in file if line.startswith("Transform:")]
     if len(kinds) > 1 and not kinds[0].startswith("Composite"):
-        raise InputError(
-            f"{path}: {len(kinds)} transforms in one file; expected one, or a composite transform, "
-            "which says in which order they are applied"
-        )
+        raise InputError(f"{path}: {len(kinds)} transforms in one file; expected one, or a composite of them in order")
 
 
 def _stages(transform: sitk.Transform, path: Path) -> list[Transform]:
-    """A transform of ITK as ours, the part that is applied first at first."""
+    """The parts of a transform of ITK, the first applied first."""
     import SimpleITK as sitk
 
     if transform.GetDimension() != 3:
         raise InputError(f"{path}: the transform is {transform.GetDimension()}-D; expected a 3-D one")
     if isinstance(transform, sitk.CompositeTransform):
-        count = transform.GetNumberOfTransforms()
         # What was added last is applied first.
-        return [stage for n in reversed(range(count)) for stage in _stages(transform.GetNthTransform(n), path)]
+        parts = [transform.GetNthTransform(n) for n in reversed(range(transform.GetNumberOfTransforms()))]
+        return [stage for part in parts for stage in _stages(part, path)]
     if isinstance(transform, sitk.DisplacementFieldTransform):
         image = transform.GetDisplacementField()
         return [_field_of(image, _vectors_of(image), path)]
     if not transform.IsLinear():
-        raise InputError(f"{path}: {_kind_message(f'a {transform.GetName()}')}")
+        raise InputError(f"{path}: a {transform.GetName()}; {_EXPECTED_KINDS}")
     return [_affine_of(transform, path)]
 
 
@@ -443,9 +379,9 @@ def _affine_of(transform: Any, path: Path) -> Affine:
         lps[:3, 3] = transform.TransformPoint((0.0, 0.0, 0.0))
         for axis, unit in enumerate(np.eye(3).tolist()):
             lps[:3, axis] = np.array(transform.TransformPoint(unit)) - lps[:3, 3]
-    affine = Affine(LPS_FLIP @ lps @ LPS_FLIP)
     if not np.isfinite(lps).all():
         raise InputError(f"{path}: the affine has NaN or infinite numbers; make the transform anew")
+    affine = Affine(LPS_FLIP @ lps @ LPS_FLIP)
     if not affine.is_invertible:
         raise InputError(f"{path}: the affine presses space flat; expected a map that can be undone")
     return affine
@@ -461,22 +397,16 @@ def _read_field(path: Path) -> DisplacementField:
         reader.ReadImageInformation()
         size, components = reader.GetSize(), reader.GetNumberOfComponents()
         if len(size) != 3 or components != 3:
-            raise InputError(
-                f"{path}: {len(size)} dimensions ({_times(size)}) and {components} numbers a voxel; expected a "
-                "displacement field: 3 dimensions and 3 numbers a voxel (in NIfTI five axes, I x J x K x 1 x 3)"
-            )
-        if image_suffix(path) in NIFTI_SUFFIXES:
-            return _field_of(reader, _nifti_vectors(path, size), path)
-        image = reader.Execute()
+            found = f"{len(size)} dimensions ({' x '.join(map(str, size))}) and {components} numbers a voxel"
+            form = "3 dimensions and 3 numbers a voxel (in NIfTI five axes, I x J x K x 1 x 3)"
+            raise InputError(f"{path}: {found}; expected a displacement field: {form}")
+        is_nifti = image_suffix(path) in NIFTI_SUFFIXES
+        vectors = _nifti_vectors(path, size) if is_nifti else _vectors_of(reader.Execute())
     except (RuntimeError, EOFError, OSError, ValueError, zlib.error) as error:
         if "orthonormal" in str(error).lower():
-            raise InputError(
-                f"{path}: the axes of the field are not at right angles, which ITK's fields have to be"
-            ) from None
-        raise InputError(
-            f"{path}: not readable as a displacement field; check that the file is complete and has the right ending"
-        ) from None
-    return _field_of(image, _vectors_of(image), path)
+            raise InputError(f"{path}: the axes of the field are not at right angles, as ITK wants them") from None
+        raise InputError(f"{path}: not readable as a displacement field; {_CHECK_FILE}") from None
+    return _field_of(reader, vectors, path)
 
 
 def _vectors_of(image: sitk.Image) -> NDArray[np.float32]:
@@ -489,7 +419,7 @@ def _vectors_of(image: sitk.Image) -> NDArray[np.float32]:
 
 
 def _nifti_vectors(path: Path, size: Sequence[int]) -> NDArray[np.float32]:
-    """(3, I, J, K) RAS+ mm from a NIfTI file; not by ITK, which makes 0 of NaN and tells nobody."""
+    """(3, I, J, K) RAS+ mm from a NIfTI file; not by ITK, which makes 0 of NaN without a word."""
     import nibabel as nib
     from nibabel.filebasedimages import ImageFileError
 
@@ -507,19 +437,6 @@ def _field_of(image: Any, displacement: NDArray[np.float32], path: Path) -> Disp
     """A displacement field from the geometry of an image of ITK (or its reader) and (3, I, J, K) vectors, RAS+ mm."""
     bad = int((~np.isfinite(displacement)).any(axis=0).sum())
     if bad:
-        raise InputError(
-            f"{path}: {bad} of {displacement[0].size} displacements are NaN or infinite; expected numbers only: "
-            "replace them (by 0, for instance)"
-        )
+        found = f"{bad} of {displacement[0].size} displacements are NaN or infinite"
+        raise InputError(f"{path}: {found}; expected numbers only: replace them (by 0, for instance)")
     return DisplacementField(itk_grid(image, path), np.ascontiguousarray(displacement))
-
-
-def _kind_message(kind: str) -> str:
-    return (
-        f"{kind}; expected linear transforms and displacement fields: convert it to a displacement field "
-        "(SimpleITK.TransformToDisplacementField, or Slicer's Transforms module, 'Convert')"
-    )
-
-
-def _times(numbers: Sequence[int]) -> str:
-    return " x ".join(str(n) for n in numbers)

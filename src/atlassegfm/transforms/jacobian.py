@@ -14,22 +14,19 @@ from .maps import Chain, DisplacementField, displacement_on, slabs
 
 @dataclass(frozen=True)
 class JacobianStatistics:
-    """Statistics of the Jacobian determinant of a displacement field over some of its nodes.
+    """Statistics of the Jacobian determinant of a displacement field over some of its nodes; all NaN without nodes.
 
-    The Jacobian determinant is the local change of volume: 1 where there is none, 0 or less where space is folded.
-    All numbers are NaN where there was no node to look at.
+    The determinant is the local change of volume: 1 where there is none, 0 or less where space is folded.
 
     Parameters
     ----------
     folding : float
         Fraction of the nodes with a determinant of 0 or less, in [0, 1].
-    minimum : float
-        Smallest determinant.
-    percentile_1, percentile_5, median, percentile_95, percentile_99 : float
+    minimum, percentile_1, percentile_5, median, percentile_95, percentile_99 : float
         Of the determinant.
     log_deviation : float
-        Standard deviation of the natural logarithm of the determinant, over the nodes where it is above 0: how
-        uneven the deformation is, shrinking and growing alike. 0 for a uniform scaling; NaN where no node has one.
+        Standard deviation of the natural logarithm of the determinant where it is above 0: how uneven the deformation
+        is. 0 for a uniform scaling; NaN where no node is above 0.
     """
 
     folding: float
@@ -43,15 +40,7 @@ class JacobianStatistics:
 
 
 def jacobian_statistics(field: DisplacementField, mask: NDArray[np.bool_] | None = None) -> JacobianStatistics:
-    """Compute statistics of the Jacobian determinant of a displacement field.
-
-    Parameters
-    ----------
-    field : DisplacementField
-        Determinants are taken at its nodes, by central differences.
-    mask : array, (I, J, K) bool, optional
-        Nodes that count; all if left out.
-    """
+    """Compute statistics of the Jacobian determinant at the nodes of a field, or at those of a (I, J, K) mask."""
     determinant = field.jacobian_determinant()
     if mask is not None and mask.shape != determinant.shape:
         raise ValueError(f"mask of shape {mask.shape} for a field on a grid of shape {determinant.shape}")
@@ -59,17 +48,9 @@ def jacobian_statistics(field: DisplacementField, mask: NDArray[np.bool_] | None
     if not len(values):
         return JacobianStatistics(*[float("nan")] * 8)
     positive = values[values > 0]
-    p1, p5, p50, p95, p99 = (float(value) for value in np.percentile(values, (1, 5, 50, 95, 99)))
-    return JacobianStatistics(
-        folding=float((values <= 0).mean()),
-        minimum=float(values.min()),
-        percentile_1=p1,
-        percentile_5=p5,
-        median=p50,
-        percentile_95=p95,
-        percentile_99=p99,
-        log_deviation=float(np.log(positive, dtype=np.float64).std()) if len(positive) else float("nan"),
-    )
+    deviation = float(np.log(positive, dtype=np.float64).std()) if len(positive) else float("nan")
+    percentiles = np.percentile(values, (1, 5, 50, 95, 99)).tolist()
+    return JacobianStatistics(*[float((values <= 0).mean()), float(values.min()), *percentiles, deviation])
 
 
 def deformation_statistics(
@@ -77,12 +58,8 @@ def deformation_statistics(
 ) -> tuple[float, JacobianStatistics]:
     """Compute the folded fraction of a region and the Jacobian statistics there.
 
-    Parameters
-    ----------
-    field, local : DisplacementField
-        ``local``, where there is one, is applied first.
-    counted : callable
-        Which nodes of a grid are in the region: (I, J, K) bool.
+    ``local``, where there is one, is applied before ``field``. ``counted`` gives the nodes of a grid that are in the
+    region: (I, J, K) bool.
 
     Returns
     -------

@@ -1,13 +1,12 @@
 """Maps between worlds, and sampling through them.
 
-A transform answers one question: where in the moving (atlas) world lies this point of the fixed (query)
-world? ``map`` takes and gives RAS+ mm. Images are pulled: the value of a fixed voxel is read in the moving
-image at the mapped point, once, whatever the number of stages.
+A transform answers one question: where in the moving (atlas) world lies this point of the fixed (query) world?
+``map`` takes and gives RAS+ mm. Images are pulled: the value of a fixed voxel is read in the moving image at the mapped
+point, once, whatever the number of stages.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,19 +18,13 @@ from scipy import ndimage
 from ..core.errors import InputError
 from ..core.geometry import Grid
 
-logger = logging.getLogger(__name__)
-
 #: Voxels mapped at a time in one thread. Bounds the memory of coordinates to about 100 MB whatever the scan's size.
 _CHUNK_VOXELS = 250_000
 
 #: Points along each axis of the field of view that a linear part is fitted to: 12 numbers from 4096 points.
 _FIT_POINTS = 16
 
-#: Steps towards the inverse of a field grow or shrink by no more than this, and are this many times as long at most.
-_STEP_FACTORS, _LONGEST_STEP = (0.1, 2.0), 16.0
-
-#: Matrices are called singular if they stretch one direction less than this fraction of another; anatomies differ
-#: by factors of two or three.
+#: Matrices count as singular if they stretch one direction less than this fraction of another; anatomies need 1 / 3.
 _SMALLEST_STRETCH = 1e-4
 
 
@@ -45,13 +38,7 @@ class Transform(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """A linear map.
-
-    Parameters
-    ----------
-    matrix : array, (4, 4)
-        Homogeneous, RAS+ mm of the fixed world to RAS+ mm of the moving world.
-    """
+    """A linear map: a homogeneous (4, 4) matrix from RAS+ mm of the fixed world to RAS+ mm of the moving world."""
 
     matrix: NDArray[np.float64]
 
@@ -70,7 +57,7 @@ class Affine:
 
     @property
     def is_invertible(self) -> bool:
-        """Whether there is a map back: all numbers finite, and no direction pressed flat."""
+        """Whether all numbers are finite, and no direction is pressed flat."""
         if not np.isfinite(self.matrix).all():
             return False
         stretches = np.linalg.svd(self.matrix[:3, :3], compute_uv=False)
@@ -81,15 +68,14 @@ class Affine:
 class DisplacementField:
     """A map that adds a displacement, linearly interpolated between the nodes of a grid.
 
-    Outside the grid the displacement of the nearest border point holds on, so that the map stays
-    continuous.
+    Outside the grid the displacement of the nearest border point holds on, so that the map stays continuous.
 
     Parameters
     ----------
     grid : Grid
         Nodes, in the fixed world.
     displacement_mm : array, (3, I, J, K) float32
-        x, y, z of the displacement in RAS+ mm at the nodes.
+        x, y, z of the displacement at the nodes, RAS+ mm.
     """
 
     grid: Grid
@@ -103,10 +89,8 @@ class DisplacementField:
         """(N, 3) RAS+ mm to (N, 3) RAS+ mm."""
         ijk = self.grid.world_to_voxel(points_mm)
         moved = points_mm.copy()
-        for component in range(3):
-            moved[:, component] += ndimage.map_coordinates(
-                self.displacement_mm[component], ijk.T, order=1, mode="nearest"
-            )
+        for axis, displacement in enumerate(self.displacement_mm):
+            moved[:, axis] += ndimage.map_coordinates(displacement, ijk.T, order=1, mode="nearest")
         return moved
 
     def jacobian_determinant(self) -> NDArray[np.float32]:
@@ -114,20 +98,17 @@ class DisplacementField:
         determinant = np.empty(self.grid.shape, np.float32)
         # d displacement / d world = d displacement / d voxel * d voxel / d world
         per_mm = self.grid.inverse_affine[:3, :3].astype(np.float32)
-        depth = max(1, _CHUNK_VOXELS // int(np.prod(self.grid.shape[1:])))
-        for first in range(0, self.grid.shape[0], depth):
-            last = min(first + depth, self.grid.shape[0])
+        for planes in _slabs_of(self.grid):
             # One plane more on each side, for central differences.
-            low, high = max(first - 1, 0), min(last + 1, self.grid.shape[0])
-            slab = self.displacement_mm[:, low:high]
-            gradient = np.zeros((3, 3, *slab.shape[1:]), np.float32)
-            for component in range(3):
-                for axis in range(3):
-                    if slab.shape[axis + 1] > 1:
-                        gradient[component, axis] = np.gradient(slab[component], axis=axis)
-            gradient = gradient[:, :, first - low : last - low]
-            change = np.einsum("cvijk,vw->ijkcw", gradient, per_mm)
-            determinant[first:last] = np.linalg.det(change + np.eye(3, dtype=np.float32))
+            low = max(planes.start - 1, 0)
+            slab = self.displacement_mm[:, low : planes.stop + 1]
+            gradient = np.zeros((3, *slab.shape), np.float32)
+            for axis, along in enumerate(gradient, start=1):
+                if slab.shape[axis] > 1:
+                    along[:] = np.gradient(slab, axis=axis)
+            gradient = gradient[:, :, planes.start - low : planes.stop - low]
+            change = np.einsum("vcijk,vw->ijkcw", gradient, per_mm)
+            determinant[planes] = np.linalg.det(change + np.eye(3, dtype=np.float32))
         return determinant
 
 
@@ -145,41 +126,18 @@ class Chain:
 
 
 def stages_of(transform: Transform, view: Grid) -> tuple[DisplacementField | None, DisplacementField | None, Affine]:
-    """Split a transform into two displacement fields at most and a linear map.
+    """Split a transform into at most two displacement fields, applied first and second, and a linear map, applied last.
 
-    Parameters
-    ----------
-    transform : Transform
-        Linear maps alone, or one or two displacement fields and then linear maps, are taken as they are. Anything
-        else (linear maps first, more fields, fields alone) is sampled at the voxels of ``view``: its linear part is
-        the linear map nearest to it over the field of view, the field is what is left. At the voxels that is the
-        same map to what 32 bits hold; between them it is interpolated.
-    view : Grid
-        Of the fixed scan.
-
-    Returns
-    -------
-    local : DisplacementField or None
-        The first of two fields; applied first.
-    field : DisplacementField or None
-        The other or the only one, applied second; None where there is none.
-    linear : Affine
-        Applied last.
-
-    Raises
-    ------
-    InputError
-        If the linear part presses the field of view flat.
+    Linear maps alone, or one or two displacement fields and then linear maps, are taken as they are; a single field is
+    the second. Anything else (linear maps first, more fields, fields alone) is sampled at the voxels of ``view``, the
+    grid of the fixed scan: its linear part is the linear map nearest to it over the field of view, the field is what is
+    left. At the voxels the map is the same in float32; between them it is interpolated. InputError if the linear part
+    presses the field of view flat.
     """
     stages = _flat(transform)
-    fields: list[DisplacementField] = []
-    for stage in stages:
-        if not isinstance(stage, DisplacementField):
-            break
-        fields.append(stage)
-    rest = stages[len(fields) :]
-    affines = [stage for stage in rest if isinstance(stage, Affine)]
-    if len(fields) <= 2 and len(affines) == len(rest) and (affines or not fields):
+    fields = [stage for stage in stages if isinstance(stage, DisplacementField)]
+    affines = [stage for stage in stages if isinstance(stage, Affine)]
+    if len(fields) <= 2 and stages == [*fields, *affines] and (affines or not fields):
         linear = affines[0] if affines else Affine.identity()
         for affine in affines[1:]:
             linear = Affine(affine.matrix @ linear.matrix)
@@ -210,7 +168,7 @@ def _nearest_affine(transform: Transform, view: Grid) -> Affine:
     """The linear map with the least squared distance to a transform over a field of view, outer faces included."""
     axes = [np.linspace(-0.5, n - 0.5, _FIT_POINTS) for n in view.shape]
     points = view.voxel_to_world(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3))
-    # About the centre: far from the origin the columns would be nearly alike.
+    # About the centre: far from the origin the problem is ill-conditioned.
     centred = np.column_stack([points - view.centre_mm, np.ones(len(points))])
     solved = np.linalg.lstsq(centred, transform.map(points), rcond=None)[0]
     matrix = np.eye(4)
@@ -227,11 +185,14 @@ def _invertible(linear: Affine) -> Affine:
 
 def slabs(grid: Grid) -> Iterator[tuple[slice, NDArray[np.float64]]]:
     """Runs of planes along the first axis, and the world points of their voxels in C order."""
-    plane = int(np.prod(grid.shape[1:]))
-    depth = max(1, _CHUNK_VOXELS // plane)
     jk = np.indices(grid.shape[1:]).reshape(2, -1)
     in_plane = jk.T @ grid.affine[:3, 1:3].T + grid.affine[:3, 3]
+    for planes in _slabs_of(grid):
+        along = np.arange(planes.start, planes.stop)[:, None] * grid.affine[:3, 0]
+        yield planes, (along[:, None, :] + in_plane[None]).reshape(-1, 3)
+
+
+def _slabs_of(grid: Grid) -> Iterator[slice]:
+    depth = max(1, _CHUNK_VOXELS // (grid.shape[1] * grid.shape[2]))
     for first in range(0, grid.shape[0], depth):
-        last = min(first + depth, grid.shape[0])
-        along = np.arange(first, last)[:, None] * grid.affine[:3, 0]
-        yield slice(first, last), (along[:, None, :] + in_plane[None]).reshape(-1, 3)
+        yield slice(first, min(first + depth, grid.shape[0]))

@@ -22,37 +22,19 @@ _BLOCK_MM = 8.0
 def resample(
     moving: Volume, onto: Grid, fixed_to_moving: Transform | None = None, *, order: int = 1, outside: float = 0.0
 ) -> NDArray[np.float32]:
-    """Resample a moving image at the voxels of another grid.
+    """Resample a moving image at the voxels of a grid in the fixed world: float32, of the shape of the grid.
 
-    Parameters
-    ----------
-    moving : Volume
-        Intensities.
-    onto : Grid
-        In the fixed world.
-    fixed_to_moving : Transform, optional
-        Identity if left out.
-    order : int
-        Of the interpolating spline: 0 nearest, 1 linear, 3 cubic.
-    outside : float
-        Value of points outside the moving field of view.
-
-    Returns
-    -------
-    array, of the shape of ``onto``, float32
+    ``order`` is that of the interpolating spline: 0 nearest, 1 linear, 3 cubic. Points outside the moving field of view
+    get the value ``outside``. Without a transform the two worlds are the same.
     """
     result = np.full(onto.shape, outside, np.float32)
 
     def sample(part: tuple[slice, NDArray[np.float64]]) -> None:
         slab, points = part
-        mapped = points if fixed_to_moving is None else fixed_to_moving.map(points)
-        ijk = moving.grid.world_to_voxel(mapped)
+        ijk = moving.grid.world_to_voxel(points if fixed_to_moving is None else fixed_to_moving.map(points))
         inside = ((ijk >= -0.5) & (ijk <= np.array(moving.grid.shape) - 0.5)).all(axis=1)
-        values = np.full(len(ijk), outside, np.float32)
-        values[inside] = ndimage.map_coordinates(
-            moving.data, ijk[inside].T, order=order, mode="nearest", output=np.float32
-        )
-        result[slab] = values.reshape(result[slab].shape)
+        values = ndimage.map_coordinates(moving.data, ijk[inside].T, order=order, mode="nearest", output=np.float32)
+        result[slab][inside.reshape(result[slab].shape)] = values
 
     for _ in parallel_map(sample, slabs(onto)):
         pass
@@ -78,20 +60,19 @@ def warp_labels(
     onto : Grid
         In the fixed world.
     transforms : Transform or sequence of Transform
-        From the fixed to the moving world. Of several, at least one, the masks are averaged.
+        From the fixed to the moving world. The masks of several are averaged.
     floor : float
         Weights of one transform below this are set to 0, which keeps the boxes tight.
 
     Returns
     -------
     dict of int to LocalMap
-        One entry for each of ``values``: at each voxel the interpolation weight in [0, 1] of the structure.
-        Background surrounds the moving field of view: a structure cut off by its border fades to 0 over one voxel.
+        For each of ``values``, at each voxel, the interpolation weight in [0, 1] of the structure. Background surrounds
+        the moving field of view: a structure cut off by its border fades to 0 over one voxel.
     """
-    if isinstance(transforms, Sequence):
-        first, *others = (_warp_labels(labels, values, onto, one, floor) for one in transforms)
-        return {value: _mean([first[value], *(one[value] for one in others)]) for value in first} if others else first
-    return _warp_labels(labels, values, onto, transforms, floor)
+    members = transforms if isinstance(transforms, Sequence) else (transforms,)
+    warped = [_warp_labels(labels, values, onto, one, floor) for one in members]
+    return {value: _mean([one[value] for one in warped]) for value in values} if len(warped) > 1 else warped[0]
 
 
 def _warp_labels(
@@ -101,9 +82,7 @@ def _warp_labels(
     wanted = [value for value in values if 0 < value < len(index_of)]
     index_of[wanted] = np.arange(1, len(wanted) + 1)
     shape = np.array(labels.grid.shape)
-    # A border of background saves all tests for neighbours outside.
-    padded = np.zeros(shape + 2, np.int32)
-    padded[1:-1, 1:-1, 1:-1] = index_of[labels.data]
+    padded = np.pad(index_of[labels.data], 1)  # a border of background saves all tests for neighbours outside
     flat = padded.ravel()
     strides = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
     worth_mapping = _near_labels(padded, labels.grid, onto, fixed_to_moving)
@@ -113,50 +92,40 @@ def _warp_labels(
         slab, points = part
         chosen = np.flatnonzero(worth_mapping(slab))
         ijk = labels.grid.world_to_voxel(fixed_to_moving.map(points[chosen])) + 1
-        near = ((ijk > 0) & (ijk < shape + 1)).all(axis=1)
-        kept = np.flatnonzero(near)
-        found_weights: dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]] = {}
-        if len(kept):
-            base = np.floor(ijk[kept]).astype(np.int64)
-            fraction = (ijk[kept] - base).astype(np.float32)
-            first = base @ strides
-            corners = np.array(list(np.ndindex(2, 2, 2)))
-            found = np.stack([flat[first + corner @ strides] for corner in corners])
-            weights = np.stack(
-                [np.prod(np.where(corner, fraction, 1 - fraction), axis=1, dtype=np.float32) for corner in corners]
-            )
-            first_voxel = slab.start * onto.shape[1] * onto.shape[2]
-            for index in np.unique(found):
-                if index:
-                    weight = (weights * (found == index)).sum(axis=0)
-                    hit = weight >= floor
-                    found_weights[int(index)] = chosen[kept[hit]] + first_voxel, weight[hit]
-        return found_weights
+        kept = ((ijk > 0) & (ijk < shape + 1)).all(axis=1)
+        ijk, voxels = ijk[kept], chosen[kept] + slab.start * onto.shape[1] * onto.shape[2]
+        base = np.floor(ijk).astype(np.int64)
+        fraction = (ijk - base).astype(np.float32)
+        corners = np.array(list(np.ndindex(2, 2, 2)))
+        first = base @ strides
+        found = np.stack([flat[first + corner @ strides] for corner in corners])
+        weights = np.stack(
+            [np.prod(np.where(corner, fraction, 1 - fraction), axis=1, dtype=np.float32) for corner in corners]
+        )
+        pieces = {}
+        for index in np.setdiff1d(found, 0):
+            weight = (weights * (found == index)).sum(axis=0)
+            hit = weight >= floor
+            pieces[wanted[index - 1]] = voxels[hit], weight[hit]
+        return pieces
 
-    # Runs of the sparse result: (structure, voxel of the fixed grid, weight).
-    pieces: list[list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = [[] for _ in range(len(wanted) + 1)]
-    for found_there in parallel_map(weights_in, slabs(onto)):
-        for index, piece in found_there.items():
-            pieces[index].append(piece)
-    result = {value: LocalMap.empty() for value in values}
-    for index, value in enumerate(wanted, start=1):
-        if pieces[index]:
-            voxels = np.concatenate([piece[0] for piece in pieces[index]])
-            weights = np.concatenate([piece[1] for piece in pieces[index]])
-            result[value] = _local_map_from_voxels(voxels, weights, onto.shape)
-    return result
+    runs: dict[int, list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = {value: [] for value in values}
+    for pieces in parallel_map(weights_in, slabs(onto)):
+        for value, piece in pieces.items():
+            runs[value].append(piece)
+    return {value: _local_map_from_voxels(found, onto.shape) for value, found in runs.items()}
 
 
 def _mean(maps: Sequence[LocalMap]) -> LocalMap:
-    """On the box that holds all maps; what is outside the box of one of them is 0 there."""
+    """On the box that holds all maps."""
     filled = [one for one in maps if not one.is_empty]
     if not filled:
         return LocalMap.empty()
     i, j, k = (min(one.start[axis] for one in filled) for axis in range(3))
-    stop = tuple(max(one.stop[axis] for one in filled) for axis in range(3))
-    total = np.zeros([last - first for first, last in zip((i, j, k), stop, strict=True)], np.float32)
+    stop = [max(one.stop[axis] for one in filled) for axis in range(3)]
+    total = np.zeros(np.subtract(stop, (i, j, k)), np.float32)
     for one in filled:
-        total[tuple(slice(a - s, b - s) for a, b, s in zip(one.start, one.stop, (i, j, k), strict=True))] += one.values
+        total += one.on_box((i, j, k), stop)
     total /= len(maps)
     return LocalMap((i, j, k), total)
 
@@ -170,35 +139,19 @@ def _near_labels(
     within the distances of its mapped middle to those of its neighbours along the three axes: twice as far as its
     corners are, so that what the transform does inside a block is allowed for.
 
-    Parameters
-    ----------
-    padded : array, (I + 2, J + 2, K + 2) int32
-        Labels on ``grid`` with a border of 0.
-    grid : Grid
-        Of the labels.
-    onto : Grid
-        The fixed grid.
-    fixed_to_moving : Transform
-
-    Returns
-    -------
-    callable
-        From a run of planes of ``onto`` to (N,) bool, for its voxels in C order.
+    ``padded`` are the labels on ``grid`` with a border of 0. The result takes a run of planes of ``onto`` and gives
+    (N,) bool for its voxels in C order.
     """
     size = np.maximum(np.rint(_BLOCK_MM / onto.spacing_mm), 1).astype(int)
     blocks = [-(-n // b) for n, b in zip(onto.shape, size, strict=True)]
     nodes = np.stack(np.meshgrid(*[np.arange(-1, n + 1) for n in blocks], indexing="ij"), axis=-1)
     middles = fixed_to_moving.map(onto.voxel_to_world((nodes.reshape(-1, 3) + 0.5) * size - 0.5))
-    mapped = middles.reshape(*nodes.shape)
+    mapped = middles.reshape(nodes.shape)
     inner = mapped[1:-1, 1:-1, 1:-1]
     reach_mm = np.zeros(inner.shape[:3])
     for axis in range(3):
-        steps = np.linalg.norm(np.diff(mapped, axis=axis), axis=-1)
-        along = tuple(slice(None) if n == axis else slice(1, -1) for n in range(3))
-        steps = steps[along]
-        lower = steps[tuple(slice(-1) if n == axis else slice(None) for n in range(3))]
-        upper = steps[tuple(slice(1, None) if n == axis else slice(None) for n in range(3))]
-        reach_mm += np.maximum(lower, upper) ** 2
+        steps = np.linalg.norm(np.diff(mapped, axis=axis), axis=-1).swapaxes(0, axis)[:, 1:-1, 1:-1]
+        reach_mm += np.maximum(steps[:-1], steps[1:]).swapaxes(0, axis) ** 2
     # Labels are looked up on cells of several voxels, so their distance may be a cell too large.
     cell = np.maximum(np.rint(_BLOCK_MM / 2 / grid.spacing_mm), 1).astype(int)
     cell_mm = cell * grid.spacing_mm
@@ -220,19 +173,16 @@ def _near_labels(
     # From a point beyond the grid, all of the grid lies behind the point of it that is nearest, at 90 degrees or more.
     holds = (np.hypot(found_mm, beyond_mm) <= reach_mm.ravel()).reshape(inner.shape[:3])
     of_voxel = [np.arange(n) // b for n, b in zip(onto.shape, size, strict=True)]
-
-    def chosen(planes: slice) -> NDArray[np.bool_]:
-        voxels: NDArray[np.bool_] = holds[np.ix_(of_voxel[0][planes], of_voxel[1], of_voxel[2])]
-        return voxels.ravel()
-
-    return chosen
+    return lambda planes: holds[np.ix_(of_voxel[0][planes], of_voxel[1], of_voxel[2])].ravel()
 
 
 def _local_map_from_voxels(
-    voxels: NDArray[np.int64], values: NDArray[np.float32], shape: tuple[int, int, int]
+    pieces: Sequence[tuple[NDArray[np.int64], NDArray[np.float32]]], shape: tuple[int, int, int]
 ) -> LocalMap:
-    if not len(voxels):
+    """A map from runs of voxels, as indices into the flat array of a shape, and of their values."""
+    if not any(len(voxels) for voxels, _ in pieces):
         return LocalMap.empty()
+    voxels, values = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
     ijk = np.stack(np.unravel_index(voxels, shape))
     start, stop = ijk.min(axis=1), ijk.max(axis=1) + 1
     box = np.zeros(stop - start, np.float32)
