@@ -536,14 +536,14 @@ def test_contours_half_way_between_slices_stay_apart(scan: Volume, tmp_path: Pat
         assert (data == 1).sum() % 25 == 0
 
 
-def test_slices_without_contours_are_told(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_slices_without_contours_are_warnings(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = made_rtstruct(tmp_path / "rs.dcm", {"Gaps": boxes((5, 9), (5, 9), [2, 4, 6])}, grid=scan.grid)
     with caplog.at_level(logging.WARNING):
         open_labels(path, scan)
     assert "Gaps: 2 slices between its first and its last have no contour, and stay empty" in caplog.text
 
 
-def test_points_and_open_lines_are_told(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_points_and_open_lines_are_warnings(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = made_rtstruct(tmp_path / "rs.dcm", {"Isocentre": [np.array([[3.0, 3, 3]])]}, grid=scan.grid, kinds="POINT")
     with pytest.raises(InputError, match="none of its 1 structures has closed contours"):
         open_labels(path, scan)
@@ -560,8 +560,7 @@ def test_points_and_open_lines_are_told(scan: Volume, tmp_path: Path, caplog: py
 def test_overlapping_structures(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rois = {"Body": boxes((1, 30), (1, 30), range(2, 6)), "PTV": boxes((5, 9), (5, 9), range(3, 5))}
     path = made_rtstruct(tmp_path / "rs.dcm", rois, grid=scan.grid)
-    message = r"rs\.dcm: structures overlap, which a label map cannot hold: Body and PTV \(50 voxels\); choose"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=r"rs\.dcm: structures overlap: Body and PTV \(50 voxels\); .*--overlap"):
         open_labels(path, scan)
     assert (open_labels(path, scan, Selection(("PTV",))).data == 2).sum() == 50
     with caplog.at_level(logging.WARNING):
@@ -612,7 +611,7 @@ def test_bad_synonyms(text: str, message: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         read_synonyms(path)
-    with pytest.raises(InputError, match=r"none\.toml: no such file; expected a TOML file of synonyms"):
+    with pytest.raises(InputError, match=r"none\.toml: no such file; expected .*synonyms"):
         read_synonyms(tmp_path / "none.toml")
 
 
@@ -631,13 +630,13 @@ def test_another_patient_frame_or_series(scan: Volume, tmp_path: Path, caplog: p
     def made(**options: str) -> Path:
         return made_rtstruct(tmp_path / "rs.dcm", rois, grid=scan.grid, **options)
 
-    with pytest.raises(InputError, match=r"rs\.dcm: belongs to another patient than the series in .*axial") as error:
+    with pytest.raises(InputError, match=r"rs\.dcm: has another patient ID than .*axial") as error:
         open_labels(made(patient="SOMEBODY ELSE"), scan)
     assert "SOMEBODY" not in str(error.value)
     assert PATIENT not in str(error.value)
-    with pytest.raises(InputError, match="lies in another frame of reference than the series in"):
+    with pytest.raises(InputError, match=r"lies in another frame of reference than .*axial"):
         open_labels(made(frame="1.2.3"), scan)
-    with pytest.raises(InputError, match="was drawn on another series .* one frame of reference"):
+    with pytest.raises(InputError, match=r"was drawn on another series, of no known frame of reference"):
         open_labels(made(frame="", series="1.2.3"), scan)
     with caplog.at_level(logging.WARNING):
         open_labels(made(series="1.2.3"), scan)
@@ -653,7 +652,7 @@ def test_segments_of_another_patient(scans: dict[str, Volume], tmp_path: Path) -
     scan = scans["axial"]
     path = tmp_path / "seg.dcm"
     write_segmentation(path, labels_on(scan), STRUCTURES, of(scan), PROVENANCE)
-    with pytest.raises(InputError, match="belongs to another patient"):
+    with pytest.raises(InputError, match="another patient ID"):
         read_segmentation(path, replace(of(scan), patient_id="other"))
     with pytest.raises(InputError, match="lies in another frame of reference"):
         read_segmentation(path, replace(of(scan), frame_uid="1.2"))
@@ -667,15 +666,15 @@ def test_contours_outside_the_scan(scan: Volume, tmp_path: Path) -> None:
     def made(contours: list[NDArray[np.float64]]) -> Path:
         return made_rtstruct(tmp_path / "rs.dcm", {"Organ": contours}, grid=scan.grid)
 
-    with pytest.raises(InputError, match=r"'Organ' has contours up to 7\.5 mm beyond the first or last slice"):
+    with pytest.raises(InputError, match=r"'Organ' reaches 7\.5 mm out of the scan"):
         open_labels(made(boxes((5, 9), (5, 9), range(5, 12))), scan)
-    with pytest.raises(InputError, match=r"'Organ' reaches 4\.0 mm out of the scan's images"):
+    with pytest.raises(InputError, match=r"'Organ' reaches 4\.0 mm out of the scan"):
         open_labels(made(boxes((30, 44), (5, 9), [3, 4])), scan)
     inside = open_labels(made(boxes((30, 39.6), (5, 9), [3, 4])), scan)  # on the outside of border pixels
     assert (inside.data == 1).sum() == 2 * 10 * 5
     upright = np.array([[5.0, 5, 1], [9, 5, 1], [9, 5, 7], [5, 5, 7]])
     crooked = upright + [[0, 0, 0], [0, 3, 0], [0, 6, 0], [0, 3, 0]]
-    with pytest.raises(InputError, match="'Organ' has contours that do not lie in the slices of the scan"):
+    with pytest.raises(InputError, match="contours of 'Organ' do not lie in slices"):
         open_labels(made([crooked + [[0, 0, 0], [4, 0, 0], [0, 0, 0], [0, 0, 0]]]), scan)
 
 
@@ -692,7 +691,7 @@ def test_damaged_rtstructs(scan: Volume, tmp_path: Path) -> None:
     dataset = pydicom.dcmread(path)
     dataset.ROIContourSequence[0].ContourSequence[0].ContourData = [1.0, 2.0, 3.0, 4.0]
     dataset.save_as(path)
-    with pytest.raises(InputError, match="'Organ' has a contour of 4 numbers, not three finite ones a point"):
+    with pytest.raises(InputError, match="a contour of 'Organ' does not have three numbers a point"):
         open_labels(path, scan)
     dataset.ROIContourSequence[0].ReferencedROINumber = 99
     dataset.save_as(path)
@@ -701,7 +700,7 @@ def test_damaged_rtstructs(scan: Volume, tmp_path: Path) -> None:
     del dataset.StructureSetROISequence
     dataset.ROIContourSequence = []
     dataset.save_as(path)
-    with pytest.raises(InputError, match="the RTSTRUCT has no structures"):
+    with pytest.raises(InputError, match="none of its 0 structures has closed contours"):
         open_labels(path, scan)
 
 
@@ -720,9 +719,9 @@ def test_files_that_hold_no_structures(scan: Volume, tmp_path: Path) -> None:
     image = of(scan).frames[0].path
     with pytest.raises(InputError, match="a DICOM image or another object; expected an RTSTRUCT or DICOM-SEG"):
         open_labels(image, scan)
-    with pytest.raises(InputError, match="no RTSTRUCT but an object of modality CT; expected structures"):
+    with pytest.raises(InputError, match="modality is CT; expected an RTSTRUCT"):
         read_rtstruct(image, of(scan))
-    with pytest.raises(InputError, match="no DICOM-SEG but an object of modality CT; expected segments"):
+    with pytest.raises(InputError, match="modality is CT; expected a DICOM-SEG"):
         read_segmentation(image, of(scan))
     with pytest.raises(InputError, match="a folder of DICOM files; expected one RTSTRUCT or DICOM-SEG file"):
         open_labels(image.parent, scan)
@@ -781,7 +780,7 @@ def test_contours_on_a_converted_scan(scans: dict[str, Volume], tmp_path: Path) 
         assert np.array_equal(open_labels(path, canonical, EVERYTHING).data, labels.canonical().data)
 
 
-def test_converted_scan_is_told(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_converted_scan_is_a_warning(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = made_rtstruct(tmp_path / "rs.dcm", {"Organ": boxes((5, 9), (5, 9), [2, 3])}, grid=scan.grid)
     with caplog.at_level(logging.WARNING):
         open_labels(path, Volume(scan.data, scan.grid))

@@ -89,13 +89,12 @@ def load_series(folder: Path, choice: str | None = None, *, as_float: bool = Fal
         Which series: its number, part of its description, or its UID (or "..." and its end); "3#2" is the second
         volume of series 3. Needed where there are several.
     as_float
-        Give float32 in any case.
+        Give float32 even where all slices are rescaled by whole numbers, which gives integers.
 
     Returns
     -------
     Volume
-        Integers where all slices are rescaled by whole numbers, else float32; HU for CT, stored units otherwise. Its
-        source is a :class:`DicomSource`.
+        HU for CT, stored units otherwise. Its source is a :class:`DicomSource`.
 
     Raises
     ------
@@ -117,17 +116,13 @@ def find_series(folder: Path, choice: str | None = None) -> tuple[Series, tuple[
     chosen = _choose(candidates, wanted, folder)
     header = chosen.header
     if chosen.modality not in MODALITIES:
-        raise InputError(
-            f"{folder}: series {chosen.describe()} is no scan this program reads; expected {', '.join(MODALITIES)}"
-        )
+        raise InputError(f"{folder}: series {chosen.describe()} is no scan; expected {', '.join(MODALITIES)}")
     frames, notes = frames_of(chosen.files, folder)
     frames, volume_notes = pick_volume(frames, folder, volume, wanted)
     frames, grid, stack_notes = stack_frames(frames, folder)
     frame_uids = {text_of(one, "FrameOfReferenceUID") for _, one in chosen.files}
     if len(frame_uids) > 1:
-        raise InputError(
-            f"{folder}: the slices belong to {len(frame_uids)} frames of reference; expected one: export one scan"
-        )
+        raise InputError(f"{folder}: the slices are in {len(frame_uids)} frames of reference; export those of one scan")
     series = Series(
         folder,
         chosen.uid,
@@ -206,10 +201,7 @@ def _scan_folder(folder: Path) -> list[_Candidate]:
         if modality in _NO_IMAGES:
             continue
         if "Rows" not in header and modality in MODALITIES:
-            raise InputError(
-                f"{path}: the header has no image size: the file is truncated or no image; copy or export it again, or "
-                "take it out of the folder"
-            )
+            raise InputError(f"{path}: no image size: truncated or no image; export it again, or take it out")
         found.setdefault(uid, _Candidate(uid, header)).files.append((path, header))
     if not any_dicom:
         raise InputError(f"{folder}: no DICOM file in this folder; expected the files of a series")
@@ -233,10 +225,8 @@ def _choose(candidates: Sequence[_Candidate], wanted: str, folder: Path) -> _Can
         if len(scans) == 1:
             return scans[0]
         if not scans:
-            raise InputError(
-                f"{folder}: no series of slices in this folder, only {_listing(candidates)}; expected at least two "
-                f"slices of {' or '.join(MODALITIES)}"
-            )
+            wanted = f"a series of at least two slices ({', '.join(MODALITIES)})"
+            raise InputError(f"{folder}: expected {wanted} in this folder, found {_listing(candidates)}")
         raise InputError(f"{folder}: {len(scans)} series in this folder; pick one with --series: {_listing(scans)}")
     tests = (
         lambda one: wanted == one.uid,
@@ -252,17 +242,15 @@ def _choose(candidates: Sequence[_Candidate], wanted: str, folder: Path) -> _Can
         if len(fitting) == 1:
             return fitting[0]
         if fitting:
-            raise InputError(
-                f"{folder}: {len(fitting)} series fit --series {wanted}: {_listing(fitting)}; give one of their UIDs, "
-                "or a number or description that only one has"
-            )
+            found = f"{len(fitting)} series fit --series {wanted}: {_listing(fitting)}"
+            raise InputError(f"{folder}: {found}; give a UID, number or description that only one has")
     raise InputError(f"{folder}: no series {wanted!r} in this folder; it holds {_listing(candidates)}")
 
 
 def _listing(candidates: Sequence[_Candidate]) -> str:
     names = [one.describe() for one in candidates]
     count = Counter(names)
-    # Series alike in all else are told apart by the end of their UID.
+    # Where nothing else differs, the end of the UID is added.
     return listed([f"{n} ...{one.uid[-8:]}" if count[n] > 1 else n for n, one in zip(names, candidates, strict=True)])
 
 
@@ -279,16 +267,7 @@ def _read_voxels(series: Series, as_float: bool) -> NDArray[Any]:
             if not out.size:
                 kind = np.dtype(np.float32) if as_float or not whole else _integer_type(series, dataset)
                 out = np.empty((len(series.frames), rows, columns), kind)
-        values = pixels[frame.number]
-        if not whole:
-            out[k] = values * frame.slope + frame.intercept
-            continue
-        # Integers wrap around and back: what fits at the end comes out right.
-        out[k] = values
-        if frame.slope != 1:
-            out[k] *= out.dtype.type(frame.slope)
-        if frame.intercept:
-            out[k] += out.dtype.type(frame.intercept)
+        out[k] = pixels[frame.number] * frame.slope + frame.intercept
     return out.transpose(2, 1, 0)
 
 
@@ -297,7 +276,6 @@ def _integer_type(series: Series, dataset: Dataset) -> np.dtype[Any]:
     bits = int(dataset.BitsStored)
     lowest, highest = (-(1 << bits - 1), (1 << bits - 1) - 1) if dataset.PixelRepresentation else (0, (1 << bits) - 1)
     ends = [frame.slope * end + frame.intercept for frame in series.frames for end in (lowest, highest)]
-    for candidate in (np.int16, np.int32):
-        if np.iinfo(candidate).min <= min(ends) and max(ends) <= np.iinfo(candidate).max:
-            return np.dtype(candidate)
-    return np.dtype(np.float32)
+    limits = {kind: np.iinfo(kind) for kind in (np.int16, np.int32)}
+    fitting = (kind for kind, limit in limits.items() if limit.min <= min(ends) and max(ends) <= limit.max)
+    return np.dtype(next(fitting, np.float32))

@@ -7,16 +7,16 @@ unless the user says which one gets them.
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.config import load_toml
 from ..core.errors import InputError
 from ..core.geometry import Grid
 from ..core.image import Volume, smallest_label_type
@@ -54,21 +54,11 @@ class StructureMask:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which structures of a file to read, and their names.
+    """Which structures of a file to read, and their names."""
 
-    Parameters
-    ----------
-    wanted
-        Names, shell patterns or numbers; all structures if empty. The first one wins where the overlap is "first".
-    synonyms
-        New name, and the names or patterns in files that it stands for.
-    overlap
-        Which structure gets shared voxels; see :data:`OVERLAPS`.
-    """
-
-    wanted: Sequence[str] = ()
-    synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    overlap: Overlap = "refuse"
+    wanted: Sequence[str] = ()  # names, shell patterns or numbers, the first of which wins overlaps; empty for all
+    synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)  # new name to names and patterns in files
+    overlap: Overlap = "refuse"  # which structure gets shared voxels
 
     def __post_init__(self) -> None:
         if self.overlap not in OVERLAPS:
@@ -82,37 +72,46 @@ class Selection:
                 return new
         return name
 
-    def select(self, found: Sequence[tuple[int, str]], path: Path) -> list[int]:
-        """Find the positions of the wanted structures in ``found`` (numbers and names of a file), in their order.
+    def select(self, found: Sequence[tuple[int, str, bool]], path: Path, content: str) -> tuple[list[int], list[str]]:
+        """Find the positions of the wanted structures in ``found``, in their order, and give warnings.
+
+        Each has the number and name of the file, and whether it has ``content``: without it, it is left out with a
+        warning, or refused if it is wanted.
 
         Raises
         ------
         InputError
-            If one is not there (the nearest names are listed), or two get one name by synonyms.
+            If one is not there (the nearest names are listed) or is refused, two get one name by synonyms, or nothing
+            is left.
         """
-        names = [self.renamed(name) for _, name in found]
+        names = [self.renamed(name) for _, name, _ in found]
         order: list[int] = []
         for one in self.wanted:
-            ranks = {}
-            for n, (number, name) in enumerate(found):
-                fits = [rank for known in (names[n], name) if (rank := match_rank(one, number, known)) is not None]
-                if fits:
-                    ranks[n] = min(fits)
-            if not ranks:
-                raise InputError(
-                    f"{path}: no structure {one!r}; {_near(one, [name for _, name in found])}: choose with --structures"
-                )
-            order += [n for n, rank in ranks.items() if rank == min(ranks.values()) and n not in order]
-        order = order if self.wanted else list(range(len(found)))
+            fitting = [
+                (rank, n)
+                for n, (number, name, _) in enumerate(found)
+                for known in (names[n], name)
+                if (rank := match_rank(one, number, known)) is not None
+            ]
+            if not fitting:
+                near = _near(one, [name for _, name, _ in found])
+                raise InputError(f"{path}: no structure {one!r}; {near}: choose with --structures")
+            best = min(rank for rank, _ in fitting)
+            order += [n for rank, n in fitting if rank == best]
+        order = list(dict.fromkeys(order)) if self.wanted else list(range(len(found)))
         seen: dict[str, int] = {}
         for n in order:
             other = seen.setdefault(plain_name(names[n]), n)
             if other != n and names[n] != found[n][1]:
-                raise InputError(
-                    f"{path}: {found[other][1]!r} and {found[n][1]!r} are both {names[n]!r} by the synonyms; narrow "
-                    "them, or choose one with --structures"
-                )
-        return order
+                both = f"{found[other][1]!r} and {found[n][1]!r} are both {names[n]!r} by the synonyms"
+                raise InputError(f"{path}: {both}; narrow them, or choose one with --structures")
+        empty = [found[n][1] for n in order if not found[n][2]]
+        if empty and self.wanted:
+            raise InputError(f"{path}: {empty[0]!r} has no {content}; leave it out of --structures")
+        if len(empty) == len(order):
+            raise InputError(f"{path}: none of its {len(found)} structures has {content}; export it again")
+        notes = [f"left out, as they have no {content}: {listed(empty)}"] if empty else []
+        return [n for n in order if found[n][2]], notes
 
 
 #: All structures, by their own names.
@@ -133,24 +132,15 @@ def read_synonyms(path: Path) -> dict[str, tuple[str, ...]]:
     InputError
         If the file is missing or no such table, or one name stands for two structures.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a TOML file of synonyms") from None
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"{path}: not readable as text; expected a TOML file of synonyms") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML ({error}); correct it") from None
     found: dict[str, tuple[str, ...]] = {}
     owners: dict[str, str] = {}
-    for name, others in content.items():
+    for name, others in load_toml(path, "names and their synonyms").items():
         others = [others] if isinstance(others, str) else others
         if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
             raise InputError(f'{path}: {name} is {others!r}; expected a list of names, as Brainstem = ["brain stem"]')
-        for other in {plain_name(text) for text in (name, *others)}:
-            if other in owners:
+        for other in map(plain_name, (name, *others)):
+            if owners.setdefault(other, name) != name:
                 raise InputError(f"{path}: {other!r} stands for both {owners[other]} and {name}; expected one of them")
-            owners[other] = name
         found[name] = tuple(others)
     return found
 
@@ -160,8 +150,8 @@ def merge(
 ) -> Volume:
     """Merge structures, in the order of the selection, into a label map with their numbers as values.
 
-    Names, colours and notes are in its source. Numbers that cannot be label values (0, repeated) are replaced by the
-    next free ones, with a note.
+    Numbers that cannot be label values (0, repeated) are replaced by free ones. Names, colours and notes are in its
+    source.
 
     Raises
     ------
@@ -172,9 +162,7 @@ def merge(
     masks, warnings = _renumber(masks)
     for one in masks:
         if not one.mask.any():
-            raise InputError(
-                f"{path}: the structure {one.name!r} has no voxel on the scan; leave it out with --structures"
-            )
+            raise InputError(f"{path}: {one.name!r} has no voxel on the scan; leave it out with --structures")
     data = np.zeros(grid.shape, smallest_label_type(max((one.number for one in masks), default=0)))
     names = {one.number: one.name for one in masks}
     pairs = []
@@ -186,8 +174,8 @@ def merge(
         part[one.mask & ~taken if selection.overlap == "first" else one.mask] = one.number
     if pairs and selection.overlap == "refuse":
         raise InputError(
-            f"{path}: structures overlap, which a label map cannot hold: {listed(pairs, 6)}; choose structures "
-            "with --structures, or say with --overlap first or last which one gets shared voxels"
+            f"{path}: structures overlap: {listed(pairs, 6)}; choose some with --structures, or say with --overlap "
+            "first or last which one gets shared voxels"
         )
     if pairs:
         warnings.append(f"overlapping voxels go to the {selection.overlap} structure: {listed(pairs, 6)}")
@@ -210,29 +198,6 @@ def _renumber(masks: Sequence[StructureMask]) -> tuple[list[StructureMask], list
             changed.append(f"{one.name} ({one.number} to {number})")
         kept.append(replace(one, number=number))
     return kept, [f"numbers that cannot be label values were changed: {listed(changed, 6)}"] if changed else []
-
-
-def label_numbers(labels: NDArray[Any], structures: Sequence[Structure]) -> NDArray[np.uint16]:
-    """(I, J, K) position in ``structures`` from 1, where a voxel has the value of one, else 0."""
-    values = np.array([one.value for one in structures], np.int64)
-    if labels.max() <= _LARGEST_LABEL:
-        table = np.zeros(_LARGEST_LABEL + 1, np.uint16)
-        fits = values <= _LARGEST_LABEL
-        table[values[fits]] = np.flatnonzero(fits) + 1
-        found: NDArray[np.uint16] = table[labels]
-        return found
-    order = np.argsort(values)
-    place = np.searchsorted(values[order], labels).clip(0, len(values) - 1)
-    return np.where(values[order[place]] == labels, order[place] + 1, 0).astype(np.uint16)
-
-
-def label_boxes(labels: NDArray[Any], structures: Sequence[Structure]) -> dict[int, Box]:
-    """Find the box of each label value that has voxels."""
-    from scipy import ndimage
-
-    # find_objects is fast with the axis that lies closest in memory last.
-    found = ndimage.find_objects(label_numbers(labels, structures).transpose(2, 1, 0))
-    return {one.value: box[::-1] for one, box in zip(structures, found, strict=False) if box is not None}
 
 
 def structures_in(volume: Volume) -> tuple[Structure, ...]:
