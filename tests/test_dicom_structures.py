@@ -784,4 +784,4 @@ def test_converted_scan_is_a_warning(scan: Volume, tmp_path: Path, caplog: pytes
     path = made_rtstruct(tmp_path / "rs.dcm", {"Organ": boxes((5, 9), (5, 9), [2, 3])}, grid=scan.grid)
     with caplog.at_level(logging.WARNING):
         open_labels(path, Volume(scan.data, scan.grid))
-    assert "whether this belongs to it (patient, frame of reference) is not checked" in caplog.text
+    assert "patient and frame of reference are not checked" in caplog.text

@@ -1,8 +1,7 @@
 """Contours of masks on one slice, and masks of contours.
 
-Contours are (N, 2) voxel indices (i, j) of the slice, whole numbers at voxel centres. A voxel is inside if its centre
-is inside an odd number of contours: a contour within another is a hole, and so is one joined to it by a keyhole (a
-channel of no width).
+Contours are (N, 2) voxel indices (i, j), whole numbers at voxel centres. A voxel is inside if its centre is inside an
+odd number of contours: a contour within another is a hole, and so is one joined to it by a channel of no width.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-#: Border values keep this distance from the level 0.5: vertices stay a tenth of a voxel off centres, so that rounding
-#: moves none across.
+#: Border values keep this distance from the level 0.5: vertices stay a tenth of a voxel off centres, despite rounding.
 _MARGIN = 0.05
 
 

@@ -26,12 +26,9 @@ def _is_dicom_file(path: Path) -> bool:
 
 
 def open_image(path: Path, series: str | None = None) -> Volume:
-    """Read an image file or a DICOM folder as float32 intensities; ``series`` chooses as in :func:`load_series`.
+    """Read an image file or a DICOM folder as float32 intensities, as load_image and load_series do; else InputError.
 
-    Raises
-    ------
-    InputError
-        As :func:`~atlassegfm.core.image.load_image` and :func:`~.series.load_series`.
+    ``series`` chooses one of a folder, as in :func:`~.series.load_series`.
     """
     if is_series_folder(path):
         return checked_image(load_series(path, series, as_float=True), path)
@@ -50,12 +47,10 @@ def open_labels(
     allow_empty: bool = False,
     tell: bool = True,
 ) -> Volume:
-    """Read a label map.
+    """Read a label map from an image file, an RTSTRUCT or a DICOM-SEG.
 
     Parameters
     ----------
-    path
-        An image file, an RTSTRUCT or a DICOM-SEG.
     on
         The scan it was drawn on; an RTSTRUCT needs it. Patient and frame of reference are compared with a series.
     selection
@@ -68,8 +63,7 @@ def open_labels(
     Raises
     ------
     InputError
-        As :func:`~atlassegfm.core.image.load_labels`, :func:`~.rtstruct.read_rtstruct` and
-        :func:`~.seg.read_segmentation`.
+        As load_labels, read_rtstruct and read_segmentation do.
     """
     if not _is_dicom_file(path):
         if is_series_folder(path):
@@ -90,9 +84,7 @@ def open_labels(
         volume = read_rtstruct(path, target, selection)
     notes = list(volume.source.notes) if volume.source else []
     if target is not None and series is None:
-        notes.append(
-            "the scan is no DICOM series: whether this belongs to it (patient, frame of reference) is not checked"
-        )
+        notes.append("patient and frame of reference are not checked, as the scan is no DICOM series")
     for note in notes if tell else ():
         logger.warning("%s: %s", path, note)
     return volume

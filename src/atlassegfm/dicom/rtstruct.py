@@ -1,8 +1,7 @@
 """RTSTRUCT: structures as closed contours on slices, read as a label map and written from one.
 
-Reading: a voxel belongs to a structure if its centre is inside an odd number of its contours on the slice; contours
-between slices count for the nearest one. Writing: contours run between the voxels at level 0.5 in the planes of the
-slices, one for each hole.
+A voxel is read as inside if its centre is inside an odd number of contours on the slice; contours between slices count
+for the nearest one. Written contours run between the voxels at level 0.5 in the planes of the slices, one a hole.
 """
 
 from __future__ import annotations
@@ -72,25 +71,16 @@ def is_rtstruct(dataset: Dataset) -> bool:
 
 
 def read_rtstruct(path: Path, on: Series | Grid, selection: Selection = EVERYTHING) -> Volume:
-    """Read an RTSTRUCT as a label map.
+    """Read the structures with closed contours of an RTSTRUCT as a label map, with ROI numbers as values.
 
-    Parameters
-    ----------
-    on
-        The scan the contours were drawn on; patient and frame of reference are compared with a series only.
-    selection
-        Which structures; without one, all that have closed contours.
-
-    Returns
-    -------
-    Volume
-        ROI numbers as label values, on the grid of the scan; names and colours are in its source.
+    ``on`` is the scan they were drawn on; patient and frame of reference are compared with a series only. Names and
+    colours are in the source of the volume.
 
     Raises
     ------
     InputError
-        If the file is no RTSTRUCT or damaged, of another patient or frame, a structure is not there or has no closed
-        contours, contours lie outside the scan or not in its slices, or structures overlap.
+        If the file is no RTSTRUCT or damaged, of another patient or frame, a wanted structure is not there or has no
+        closed contours, contours lie outside the scan or not in its slices, or structures overlap.
     """
     dataset = read_dataset(path)
     if not is_rtstruct(dataset):
@@ -227,22 +217,11 @@ def write_rtstruct(
     provenance: Provenance,
     probabilities: Mapping[int, tuple[Grid, LocalMap]] | None = None,
 ) -> None:
-    """Write a label map as an RTSTRUCT on a series.
+    """Write a label map as an RTSTRUCT on a series, whose patient, study and frame of reference are copied.
 
-    Parameters
-    ----------
-    labels
-        The voxels of the series, in any array order; patient, study and frame of reference are copied from it.
-    structures
-        What to write: label values become ROI numbers. One without voxels is named and has no contours.
-    probabilities
-        Grid and probability in [0, 1] of label values, on the voxels of the series in any array order: they move
-        contours between voxels, never across a voxel's centre.
-
-    Raises
-    ------
-    ValueError
-        If the labels do not lie on the voxels of the series.
+    Labels, and the grid and probability in [0, 1] of label values, are on the voxels of the series in any array order;
+    else ValueError. Label values become ROI numbers; a structure without voxels has no contours. Probabilities move
+    contours between voxels, never across a voxel's centre.
     """
     import pydicom
     from pydicom.dataset import FileMetaDataset

@@ -59,26 +59,16 @@ def is_segmentation(dataset: Dataset) -> bool:
 
 
 def read_segmentation(path: Path, on: Series | Grid | None = None, selection: Selection = EVERYTHING) -> Volume:
-    """Read a DICOM-SEG as a label map.
+    """Read the segments with voxels of a DICOM-SEG as a label map.
 
-    Parameters
-    ----------
-    on
-        The scan the segments lie on; None: the grid of the file's own frames, from the first to the last.
-    selection
-        Which segments; all that have voxels without one.
-
-    Returns
-    -------
-    Volume
-        On the grid of the scan. Values are segment numbers, or those of the label map for files of this program; names
-        and colours are in its source.
+    ``on`` is the scan they lie on; None for the grid of the file's own frames, from the first to the last. Values are
+    segment numbers, or those of the label map for files of this program. Names and colours are in the source.
 
     Raises
     ------
     InputError
-        If the file is no DICOM-SEG or damaged, of another patient or frame, on other voxels than the scan, a segment
-        is not there or empty, or segments overlap.
+        If the file is no DICOM-SEG or damaged, of another patient or frame, on other voxels than the scan, a wanted
+        segment is not there or empty, or segments overlap.
     """
     dataset = read_dataset(path)
     if not is_segmentation(dataset):
@@ -213,14 +203,10 @@ def _color(item: Dataset) -> Color | None:
 def write_segmentation(
     path: Path, labels: Volume, structures: Sequence[Structure], series: Series, provenance: Provenance
 ) -> None:
-    """Write a label map as a DICOM-SEG on a series.
+    """Write a label map as a DICOM-SEG on a series, whose patient, study and frame of reference are copied.
 
-    Parameters
-    ----------
-    labels
-        The voxels of the series, in any array order; patient, study and frame of reference are copied from it.
-    structures
-        Segments 1, 2, 3, ... in this order. One without voxels is described and has no frames.
+    Labels are on the voxels of the series in any array order; else ValueError. Structures become segments 1, 2, 3, ...
+    in their order; one without voxels is described and has no frames.
 
     Raises
     ------
@@ -230,8 +216,6 @@ def write_segmentation(
         If the headers of the series lack what a DICOM-SEG must copy.
     MissingExtraError
         If highdicom is not installed.
-    ValueError
-        If the labels do not lie on the voxels of the series.
     """
     try:
         import highdicom

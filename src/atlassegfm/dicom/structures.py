@@ -1,7 +1,6 @@
 """Structures of DICOM objects as a label map: selection, names and overlaps.
 
-RTSTRUCT and SEG hold one mask per structure, a label map one value per voxel. Structures that share voxels are refused
-unless the user says which one gets them.
+RTSTRUCT and SEG hold one mask a structure, a label map one value a voxel.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from .series import DicomSource, Series
 
 Color = tuple[int, int, int]
 Box = tuple[slice, slice, slice]
-#: "refuse": an error that names them. "first", "last": the first or last of the selection (else of the file) wins.
+#: Structures that share voxels are an error, or the first or last of the selection (else of the file) gets them.
 Overlap = Literal["refuse", "first", "last"]
 OVERLAPS: tuple[Overlap, ...] = ("refuse", "first", "last")
 #: Label values are 1 to this (16 bits).
@@ -125,13 +124,7 @@ def _near(wanted: str, names: Sequence[str]) -> str:
 
 
 def read_synonyms(path: Path) -> dict[str, tuple[str, ...]]:
-    """Read a TOML table of names: ``Brainstem = ["brain stem", "BrStem*"]``.
-
-    Raises
-    ------
-    InputError
-        If the file is missing or no such table, or one name stands for two structures.
-    """
+    """Read a TOML table of names, as ``Brainstem = ["brain stem", "BrStem*"]``; else InputError."""
     found: dict[str, tuple[str, ...]] = {}
     owners: dict[str, str] = {}
     for name, others in load_toml(path, "names and their synonyms").items():
@@ -148,10 +141,9 @@ def read_synonyms(path: Path) -> dict[str, tuple[str, ...]]:
 def merge(
     masks: Sequence[StructureMask], selection: Selection, on: Series | Grid, path: Path, notes: Sequence[str] = ()
 ) -> Volume:
-    """Merge structures, in the order of the selection, into a label map with their numbers as values.
+    """Merge structures, in the order of the selection, into a label map; names, colours and notes are in its source.
 
-    Numbers that cannot be label values (0, repeated) are replaced by free ones. Names, colours and notes are in its
-    source.
+    Values are their numbers; those that cannot be label values (0, repeated) are replaced by free ones.
 
     Raises
     ------
