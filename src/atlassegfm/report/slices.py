@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ..core.image import Volume, smallest_label_type
+from ..core.image import Volume
 
 #: Cosine above which a direction gets a letter: an edge within 17 degrees of an axis has one letter.
 _LETTER_COSINE = 0.3
@@ -203,13 +203,6 @@ def cut(array: NDArray[Any], panel: Panel) -> NDArray[Any]:
     part = list(panel.box)
     part[panel.view.normal] = slice(panel.index, panel.index + 1)
     return np.squeeze(array[tuple(part)], axis=panel.view.normal)[::-1, ::-1].T
-
-
-def positions(labels: NDArray[Any], values: Sequence[int]) -> NDArray[Any]:
-    """Replace label values by their position in ``values`` from 1, all others by 0."""
-    table = np.zeros(max([int(labels.max(initial=0)), *values], default=0) + 1, smallest_label_type(len(values)))
-    table[list(values)] = np.arange(1, len(values) + 1)
-    return np.asarray(table[labels])
 
 
 # Directions and lengths

@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.geometry import Grid
-from ..core.image import Volume
-from .slices import positions
+from ..core.image import Volume, label_positions
 
 #: Percentiles of the scan that the 8 bits of the view cover.
 _LOWEST, _HIGHEST = 0.2, 99.9
@@ -69,7 +68,7 @@ def labels_payload(labels: Volume, values: Sequence[int], size: Reduction) -> st
     for axis, (factor, first) in enumerate(zip(size.factors, (i, j, k), strict=True)):
         index = np.minimum(np.arange(size.shape[axis]) * factor + first, labels.data.shape[axis] - 1)
         padded = np.take(padded, index, axis=axis)
-    return _packed(positions(padded, values), _reduced_grid(labels.grid, size), 1.0, 0.0)
+    return _packed(label_positions(padded, values), _reduced_grid(labels.grid, size), 1.0, 0.0)
 
 
 def _reduced_grid(grid: Grid, size: Reduction) -> Grid:
