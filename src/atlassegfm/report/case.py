@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import ndimage
+from numpy.typing import NDArray
 
 from ..core.errors import InputError, MissingExtraError
-from ..core.image import Volume, load_labels
+from ..core.image import Volume, label_boxes, load_labels
 from ..core.labels import Structure, structures_of
 from ..core.overlap import dice_per_structure
+from ..core.record import Record
 from ..dicom import is_dicom_input, open_image
 from ..quality.verdict import VERDICTS
 from ..records import RUN, SEGMENTATION, STATUS
 from .folder import ATLAS, CASE_PAGE, CASE_PICTURE, MODEL, Case, finite
 from .overview import draw_overview
-from .page import asset, duration, flatten, write_page
+from .page import duration, flatten, sources_digest, write_page
 from .slices import (
     SliceFigure,
     acquisition_view,
@@ -35,15 +35,13 @@ from .slices import (
 )
 from .viewer import Reduction, labels_payload, reduction, scan_payload
 
-#: Raised by hand when pages made earlier are to be made again.
-_EDITION = "3"
 #: The facts of a page end within this many characters from its beginning.
 _FACTS_REACH = 400_000
 _FACTS = re.compile(r'<script type="application/json" id="facts">(.*?)</script>', re.DOTALL)
 _NO_SCAN = "The scan was not given: only labels are shown. --images FOLDER adds it."
 _NO_MAPS = "The label maps of atlas and model were not kept: only the result is outlined. segment --keep keeps them."
 
-Box = tuple[slice, ...]
+Box = tuple[slice, slice, slice]
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,7 @@ class CaseOptions:
     """Whether to draw ``overview.png`` (extra "report")."""
 
 
-@dataclass(frozen=True)
-class Agreement:
+class Agreement(NamedTuple):
     """Dice of two label maps of one structure, in [0, 1]; None where one is missing or both are empty."""
 
     atlas_model: float | None = None
@@ -66,27 +63,26 @@ class Agreement:
     result_model: float | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class CaseFacts:
-    """What the page of the cohort takes from the page of a case. ``thumbnail`` is empty for an empty result."""
+class CaseFacts(Record):
+    """Facts on the page of a case for the page of the cohort, by label value."""
 
-    colors: Mapping[int, tuple[int, int, int]]
-    agreement: Mapping[int, Agreement]
-    thumbnail: Mapping[str, Any]
+    fingerprint: str
+    colors: dict[int, tuple[int, int, int]]
+    agreement: dict[int, Agreement]
+    thumbnail: dict[str, Any]  # empty for an empty result
     has_image: bool
 
 
 @dataclass(frozen=True)
 class _Section:
-    """Slices of one structure, and the point in RAS+ mm where they meet."""
+    """Slices of one structure."""
 
-    value: int
     name: str
     color: tuple[int, int, int]
     missing: bool
     window: str
     slices: tuple[SliceFigure, ...]
-    centre_mm: tuple[float, ...]
+    centre_mm: tuple[float, ...]  # where they meet, RAS+
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +91,7 @@ class _Maps:
 
     image: Volume | None
     image_note: str
-    labels: Mapping[str, Volume]
-    """Label maps that are there: "result", "atlas", "model"."""
-
+    labels: Mapping[str, Volume]  # those that are there of "result", "atlas", "model"
     structures: tuple[Structure, ...]
 
     @property
@@ -106,18 +100,10 @@ class _Maps:
 
 
 def write_case(case: Case, image: Path | None, options: CaseOptions, *, back: str, force: bool = False) -> CaseFacts:
-    """Write the page of a case into its folder, unless it is up to date.
+    """Write the page of a case into its folder, unless it is up to date and not forced.
 
-    Parameters
-    ----------
-    case : Case
-    image : Path or None
-        The query's file or DICOM folder, where it is known.
-    options : CaseOptions
-    back : str
-        Address of the cohort's page relative to the folder; empty for none.
-    force : bool
-        Write it even if it is up to date.
+    ``image`` is the query's file or DICOM folder, where it is known; ``back`` the address of the cohort's page relative
+    to the folder, empty for none.
 
     Raises
     ------
@@ -128,22 +114,25 @@ def write_case(case: Case, image: Path | None, options: CaseOptions, *, back: st
     """
     path = case.folder / CASE_PAGE
     fingerprint = _fingerprint(case.folder, image, options, back)
-    if not force:
-        known = _known_facts(path, fingerprint)
-        if known is not None and (not options.overview or (case.folder / CASE_PICTURE).is_file()):
+    if not force and (not options.overview or (case.folder / CASE_PICTURE).is_file()):
+        known = _known_facts(path)
+        if known is not None and known.fingerprint == fingerprint:
             return known
     maps = _load(case, image)
-    boxes = _boxes(maps)
+    boxes = label_boxes([one.value for one in maps.structures], *(volume.data for volume in maps.labels.values()))
     hounsfield = maps.image is not None and is_hounsfield(maps.image)
     facts = CaseFacts(
-        {one.value: one.color for one in maps.structures},
-        _agreement(maps),
-        _thumbnail(maps, boxes, hounsfield=hounsfield),
-        maps.image is not None,
+        fingerprint=fingerprint,
+        colors={one.value: one.color for one in maps.structures},
+        agreement=_agreement(maps),
+        thumbnail=_thumbnail(maps, boxes, hounsfield=hounsfield),
+        has_image=maps.image is not None,
     )
-    sections = [
-        _section(maps, one, boxes[one.value], hounsfield=hounsfield) for one in maps.structures if one.value in boxes
-    ]
+    sections = {
+        one.value: _section(maps, one, boxes[one.value], hounsfield=hounsfield)
+        for one in maps.structures
+        if one.value in boxes
+    }
     size = reduction(maps.result.grid, options.viewer_voxels) if options.viewer_voxels else None
     estimates = [one.quality.estimated_dice for one in case.run.structures if one.quality is not None]
     registration = case.run.registration
@@ -159,31 +148,19 @@ def write_case(case: Case, image: Path | None, options: CaseOptions, *, back: st
         folding=finite(registration.folding),
         lowest_estimate=min((n for n in map(finite, estimates) if n is not None), default=None),
         total_seconds=case.total_seconds,
-        stages=[(name, duration(seconds)) for name, seconds in case.seconds.items()],
+        stages=[(name, duration(seconds)) for name, seconds in case.status.seconds.items()],
         settings=[(name, [(value, 0)]) for name, value in flatten(case.run.settings).items()],
         notes=_notes(case, maps),
-        sections={one.value: one for one in sections},
+        sections=sections,
         kinds=list(maps.labels),
         viewer=None if size is None else _viewer(maps, size, sections),
         viewer_note="" if size is None else _viewer_note(maps, size),
-        facts={
-            "fingerprint": fingerprint,
-            "colors": facts.colors,
-            "agreement": {v: [a.atlas_model, a.result_atlas, a.result_model] for v, a in facts.agreement.items()},
-            "thumbnail": facts.thumbnail,
-            "has_image": facts.has_image,
-        },
+        facts=facts.model_dump(),
     )
     if options.overview:
         shown = maps.image or Volume(np.zeros(maps.result.grid.shape, np.float32), maps.result.grid)
-        draw_overview(
-            shown,
-            maps.result,
-            maps.structures,
-            case.folder / CASE_PICTURE,
-            title=case.name,
-            subtitle=_subtitle(case, maps),
-        )
+        picture, subtitle = case.folder / CASE_PICTURE, _subtitle(case, maps)
+        draw_overview(shown, maps.result, maps.structures, picture, title=case.name, subtitle=subtitle)
     return facts
 
 
@@ -199,9 +176,7 @@ def _subtitle(case: Case, maps: _Maps) -> str:
 
 def _fingerprint(folder: Path, image: Path | None, options: CaseOptions, back: str) -> str:
     """Digest of everything that the page shows."""
-    found = hashlib.sha256(f"{_EDITION} {options} {back}".encode())
-    for name in ("report.css", "case.js"):
-        found.update(asset(name).encode())
+    found = hashlib.sha256(f"{sources_digest()} {options} {back}".encode())
     for name in (RUN, STATUS):
         if (folder / name).is_file():
             found.update((folder / name).read_bytes())
@@ -215,22 +190,14 @@ def _fingerprint(folder: Path, image: Path | None, options: CaseOptions, back: s
     return found.hexdigest()
 
 
-def _known_facts(path: Path, fingerprint: str) -> CaseFacts | None:
-    """Read the facts of an earlier page; None if it is out of date."""
+def _known_facts(path: Path) -> CaseFacts | None:
+    """Read the facts of an earlier page; None if it has none."""
     try:
         with path.open(encoding="utf-8") as file:
             match = _FACTS.search(file.read(_FACTS_REACH))
-        content = json.loads(match[1]) if match else {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return CaseFacts.model_validate_json(match[1]) if match else None
+    except (OSError, ValueError):
         return None
-    if content.get("fingerprint") != fingerprint:
-        return None
-    return CaseFacts(
-        {int(value): (color[0], color[1], color[2]) for value, color in content["colors"].items()},
-        {int(value): Agreement(*numbers) for value, numbers in content["agreement"].items()},
-        content["thumbnail"],
-        content["has_image"],
-    )
 
 
 def _load(case: Case, image: Path | None) -> _Maps:
@@ -261,24 +228,6 @@ def _load(case: Case, image: Path | None) -> _Maps:
     return _Maps(scan.turned_to(grid), "", labels, structures)
 
 
-def _boxes(maps: _Maps) -> dict[int, Box]:
-    """Find the bounding box of each structure over all label maps."""
-    found: dict[int, Box] = {}
-    values = [one.value for one in maps.structures]
-    for volume in maps.labels.values():
-        # find_objects lists boxes up to the largest value: large values are looked for one by one.
-        if int(volume.data.max(initial=0)) > 10 * len(values) + 255:
-            listed = {v: ndimage.find_objects((volume.data == v).astype(np.uint8)) for v in values}
-            boxes = {v: box[0] for v, box in listed.items() if box}
-        else:
-            every = ndimage.find_objects(volume.data)
-            boxes = {v: every[v - 1] for v in values if v <= len(every) and every[v - 1] is not None}
-        for value, box in boxes.items():
-            sides = zip(found.get(value, box), box, strict=True)
-            found[value] = tuple(slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in sides)
-    return found
-
-
 def _agreement(maps: _Maps) -> dict[int, Agreement]:
     values = [one.value for one in maps.structures]
     if "atlas" not in maps.labels:
@@ -299,8 +248,7 @@ def _thumbnail(maps: _Maps, boxes: Mapping[int, Box], *, hounsfield: bool) -> di
     if not boxes:
         return {}
     low = [min(box[axis].start for box in boxes.values()) for axis in range(3)]
-    high = [max(box[axis].stop for box in boxes.values()) for axis in range(3)]
-    whole = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    whole = tuple(slice(low[axis], max(box[axis].stop for box in boxes.values())) for axis in range(3))
     inside = maps.result.data[whole] > 0
     if not inside.any():
         inside = np.ones_like(inside)
@@ -322,21 +270,13 @@ def _section(maps: _Maps, structure: Structure, box: Box, *, hounsfield: bool) -
         window = structure_window(maps.image, maps.result.data[shown] == value, shown, hounsfield=hounsfield)
     # The result is drawn on top.
     drawn = [kind for kind in ("atlas", "model", "result") if kind in masks and masks[kind].any()]
-    figures = [
-        slice_figure(
-            maps.image,
-            panel,
-            window,
-            {kind: cut(maps.labels[kind].data, panel) == value for kind in drawn},
-            grid.affine,
-        )
-        for panel in panels
-    ]
+    figures = []
     ijk = np.zeros(3)
     for panel in panels:
+        shapes: dict[str, NDArray[np.bool_]] = {kind: cut(maps.labels[kind].data, panel) == value for kind in drawn}
+        figures.append(slice_figure(maps.image, panel, window, shapes, grid.affine))
         ijk[panel.view.normal] = panel.index
     return _Section(
-        value,
         structure.name,
         structure.color,
         not masks["result"].any(),
@@ -355,13 +295,13 @@ def _notes(case: Case, maps: _Maps) -> list[str]:
     return [note for note in notes if note]
 
 
-def _viewer(maps: _Maps, size: Reduction, sections: Sequence[_Section]) -> dict[str, Any]:
+def _viewer(maps: _Maps, size: Reduction, sections: Mapping[int, _Section]) -> dict[str, Any]:
     values = [one.value for one in maps.structures]
     volumes = {} if maps.image is None else {"scan": scan_payload(maps.image, size)}
     volumes |= {kind: labels_payload(volume, values, size) for kind, volume in maps.labels.items()}
     return {
         "structures": [{"value": s.value, "name": s.name, "color": list(s.color)} for s in maps.structures],
-        "centres": {one.value: one.centre_mm for one in sections},
+        "centres": {value: one.centre_mm for value, one in sections.items()},
         "volumes": volumes,
     }
 

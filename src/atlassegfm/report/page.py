@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..core.files import atomic_path
+from ..core.version import __version__
 from ..records import ModelRecord
 from .folder import finite
 
@@ -28,6 +30,16 @@ def asset(name: str) -> str:
 def packed_asset(name: str) -> str:
     """Read an asset, compressed and in base64."""
     return base64.b64encode(gzip.compress(asset(name).encode(), mtime=0)).decode("ascii")
+
+
+@cache
+def sources_digest() -> str:
+    """Hash everything that pages are made of except their results: version, templates, styles and scripts."""
+    found = hashlib.sha256(__version__.encode())
+    for folder in ("templates", "assets"):
+        for file in sorted((resources.files(__package__) / folder).iterdir(), key=lambda one: one.name):
+            found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:

@@ -1,7 +1,7 @@
 """Slices through a scan in radiological display: planes, intensity windows, outlines, edge letters.
 
-Slices follow the voxel axes of the scan as acquired: nothing is interpolated between thick slices. The letters at the
-edges give the anatomical direction, two where it lies between two axes, as in DICOM.
+Slices follow the voxel axes as acquired: nothing is interpolated between thick slices. The letters at the edges give
+the anatomical direction, two where it lies between two axes, as in DICOM.
 """
 
 from __future__ import annotations
@@ -90,18 +90,15 @@ class Window:
 
 @dataclass(frozen=True)
 class SliceFigure:
-    """One slice with outlines, as a page draws it. Outlines are SVG paths in mm, the lowest first."""
+    """One slice with outlines, as a page draws it."""
 
     uri: str
     width_mm: float
     height_mm: float
     name: str
-    letters: tuple[str, str, str, str]
-    """At the left, right, top and bottom edge."""
-
+    letters: tuple[str, str, str, str]  # at the left, right, top and bottom edge
     bar_mm: int
-    outlines: tuple[tuple[str, str], ...]
-    """Kind ("result", "atlas" or "model") and path."""
+    outlines: tuple[tuple[str, str], ...]  # kind ("result", "atlas", "model") and SVG path in mm, the lowest first
 
 
 # Planes
@@ -112,39 +109,20 @@ def structure_panels(
 ) -> list[Panel]:
     """Choose three slices through a structure, each where its area is largest.
 
-    Parameters
-    ----------
-    mask : array of bool
-        The structure in its bounding box; not empty.
-    offset : sequence of int, (3,)
-        First voxel of that box in the scan.
-    shape : sequence of int, (3,)
-        Of the scan.
-    spacing_mm : array, (3,)
+    ``mask`` is the structure, not empty, in its bounding box that begins at voxel ``offset`` of a scan of some shape.
     """
     first = np.array(offset)
     size_mm = np.array(mask.shape) * spacing_mm
-    margin = np.maximum(np.maximum(_STRUCTURE_MARGIN * size_mm.max(), _MARGIN_MM), (_STRUCTURE_VIEW_MM - size_mm) / 2)
+    margin = np.maximum(max(_STRUCTURE_MARGIN * size_mm.max(), _MARGIN_MM), (_STRUCTURE_VIEW_MM - size_mm) / 2)
     start = np.maximum(np.floor(first - margin / spacing_mm).astype(int), 0)
     stop = np.minimum(np.ceil(first + mask.shape + margin / spacing_mm).astype(int), shape)
-    indices = []
-    for view in VIEWS:
-        areas = mask.sum(axis=(view.right, view.down))
-        best = np.flatnonzero(areas == areas.max())
-        indices.append(int(first[view.normal] + best[len(best) // 2]))
+    areas = [mask.sum(axis=(view.right, view.down))[:, None] for view in VIEWS]
+    indices = [first[view.normal] + best_slice(area) for view, area in zip(VIEWS, areas, strict=True)]
     return _panels(indices, start, stop, spacing_mm)
 
 
 def overview_panels(labels: NDArray[Any], count: int, spacing_mm: NDArray[np.float64]) -> list[Panel]:
-    """Choose three slices through all structures, the plane of acquisition first.
-
-    Parameters
-    ----------
-    labels : array of int
-        Positions of structures from 1 to ``count``; 0 is background.
-    count : int
-    spacing_mm : array, (3,)
-    """
+    """Choose three slices through structures 1 to ``count``, the plane of acquisition first."""
     shape = np.array(labels.shape)
     start, stop = np.zeros(3, int), shape
     boxes = ndimage.find_objects((labels > 0).astype(np.uint8))
@@ -164,13 +142,9 @@ def acquisition_view(spacing_mm: NDArray[np.float64]) -> View:
 
 
 def best_slice(areas: NDArray[np.int64]) -> int:
-    """Find the slice that shows most of most structures; the middle one if there are none.
+    """Find the slice that shows most of most structures by their areas, (slices, structures); the middle one if none.
 
     Each structure votes with the root of its area relative to its largest section, whatever its size.
-
-    Parameters
-    ----------
-    areas : array, (slices, structures)
     """
     largest = areas.max(axis=0, initial=0)
     present = largest > 0
@@ -241,31 +215,20 @@ def bar_length_mm(width_mm: float) -> int:
 
 def is_hounsfield(image: Volume) -> bool:
     """Check whether intensities look like CT in HU: air, and bone above it."""
-    low, high = (float(v) for v in np.percentile(_subsample(image.data), (1, 99.9)))
+    low, high = _percentiles(image.data, 1, 99.9)
     return low < _AIR_HU and high - low > _CT_RANGE_HU
 
 
 def structure_window(image: Volume, inside: NDArray[np.bool_], box: tuple[slice, ...], *, hounsfield: bool) -> Window:
-    """Choose the window for one structure and its surroundings.
-
-    Parameters
-    ----------
-    image : Volume
-    inside : array of bool
-        The structure, on the voxels of ``box``.
-    box : tuple of slice, (3,)
-        Voxels that are shown.
-    hounsfield : bool
-        Whether to use the CT windows.
-    """
+    """Choose the window for one structure, a mask on the shown box, and its surroundings; a CT window for HU."""
     part = np.asarray(image.data[box], dtype=np.float32)
     values = part[inside] if inside.any() else part.ravel()
     if hounsfield:
         middle = float(np.median(values))
         _, name, level, width = next(row for row in _CT_WINDOWS if middle <= row[0])
         return Window(level - width / 2, level + width / 2, f"{name}, L {level:.0f} W {width:.0f} HU")
-    low, dark, bright, high = (float(v) for v in np.percentile(_subsample(part), (0.5, 20, 85, 99.7)))
-    first, last = (float(v) for v in np.percentile(values, (3, 97)))
+    low, dark, bright, high = _percentiles(part, 0.5, 20, 85, 99.7)
+    first, last = np.percentile(values, (3, 97)).tolist()
     # The structure's range and as much on both sides, but most of its surroundings too.
     span = max(last - first, 0.15 * (high - low))
     low, high = max(low, min(dark, first - 1.2 * span)), min(high, max(bright, last + 0.8 * span))
@@ -277,22 +240,23 @@ def structure_window(image: Volume, inside: NDArray[np.bool_], box: tuple[slice,
 
 def overview_window(data: NDArray[Any], labels: NDArray[Any], panel: Panel) -> Window:
     """Choose the window for all structures: percentiles of the view, narrowed to the range of the structures."""
-    shown = _subsample(data[panel.box])
-    low, high = (float(v) for v in np.percentile(shown, (1.0, 99.9)))
-    inside = _subsample(data[labels > 0])
+    low, high = _percentiles(data[panel.box], 1.0, 99.9)
+    inside = data[labels > 0]
     if inside.size:
-        first, last = (float(v) for v in np.percentile(inside, (3, 97)))
+        first, last = _percentiles(inside, 3, 97)
         span = max(last - first, 0.08 * (high - low))
         low, high = max(low, first - 1.6 * span), min(high, last + 0.8 * span)
     if not high > low:
-        low, high = float(shown.min()), float(shown.max())
+        low, high = _percentiles(data[panel.box], 0, 100)
     return Window(low, high) if high > low else Window(low - 1, low + 1)
 
 
-def _subsample(values: NDArray[Any]) -> NDArray[Any]:
-    """Take every nth value so that about a million remain, for percentiles."""
-    step = int(np.ceil((values.size / 1e6) ** (1 / values.ndim))) if values.size else 1
-    return np.asarray(values[(slice(None, None, step),) * values.ndim], dtype=np.float32)
+def _percentiles(values: NDArray[Any], *percents: float) -> list[float]:
+    """Compute percentiles of every nth value, about a million."""
+    step = int(np.ceil((values.size / 1e6) ** (1 / values.ndim)))
+    part = np.asarray(values[(slice(None, None, step),) * values.ndim], dtype=np.float32)
+    found: list[float] = np.percentile(part, percents).tolist()
+    return found
 
 
 # Outlines
@@ -301,23 +265,10 @@ def _subsample(values: NDArray[Any]) -> NDArray[Any]:
 def smooth_mask(
     mask: NDArray[np.bool_], pixel_mm: tuple[float, float], px_per_mm: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float32]]:
-    """Upsample a mask for outlines without staircase; the value at every voxel centre stays.
+    """Upsample a mask, not empty, for outlines without staircase; the value at every voxel centre stays.
 
-    Parameters
-    ----------
-    mask : array of bool, (rows, columns)
-        Not empty.
-    pixel_mm : tuple of float
-        Width and height of a voxel.
-    px_per_mm : float
-        Scale at which it is drawn.
-
-    Returns
-    -------
-    x, y : array, (W,) and (H,)
-        mm from the left and upper edge of the slice.
-    level : array, (H, W)
-        0.5 on the border.
+    ``pixel_mm`` is width and height of a voxel. Returns x, (W,), and y, (H,), in mm from the left and upper edge of the
+    slice, and the level, (H, W), which is 0.5 on the border.
     """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     margin = 3
@@ -361,20 +312,7 @@ def slice_figure(
     masks: Mapping[str, NDArray[np.bool_]],
     affine: NDArray[np.float64],
 ) -> SliceFigure:
-    """Build a slice for a page.
-
-    Parameters
-    ----------
-    image : Volume or None
-        Canonical scan; grey without one.
-    panel : Panel
-    window : Window or None
-        None without a scan.
-    masks : mapping of str to array of bool
-        Slices from :func:`cut` by kind, the lowest first.
-    affine : array, (4, 4)
-        Of the canonical scan.
-    """
+    """Build a slice for a page from a canonical scan (grey without one), its affine and masks by kind, lowest first."""
     tilt = tilt_remark(affine, panel.view)
     return SliceFigure(
         uri=_picture(image, panel, window),
