@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from .overview import draw_overview
 from .page import duration, flatten, sources_digest, write_page
 from .slices import (
     SliceFigure,
+    Window,
     acquisition_view,
     cut,
     is_hounsfield,
@@ -41,18 +43,13 @@ _FACTS = re.compile(r'<script type="application/json" id="facts">(.*?)</script>'
 _NO_SCAN = "The scan was not given: only labels are shown. --images FOLDER adds it."
 _NO_MAPS = "The label maps of atlas and model were not kept: only the result is outlined. segment --keep keeps them."
 
-Box = tuple[slice, slice, slice]
-
 
 @dataclass(frozen=True)
 class CaseOptions:
     """Content of the page of a case."""
 
-    viewer_voxels: int = 8_000_000
-    """Largest number of voxels of the interactive view; 0 leaves the view out."""
-
-    overview: bool = True
-    """Whether to draw ``overview.png`` (extra "report")."""
+    viewer_voxels: int = 8_000_000  # largest number of voxels of the interactive view; 0 leaves the view out
+    overview: bool = True  # whether to draw overview.png (extra "report")
 
 
 class Agreement(NamedTuple):
@@ -98,6 +95,18 @@ class _Maps:
     def result(self) -> Volume:
         return self.labels["result"]
 
+    @cached_property
+    def boxes(self) -> dict[int, tuple[slice, slice, slice]]:
+        """Bounding box of each structure over all label maps."""
+        return label_boxes([one.value for one in self.structures], *(volume.data for volume in self.labels.values()))
+
+    @cached_property
+    def is_hounsfield(self) -> bool:
+        return self.image is not None and is_hounsfield(self.image)
+
+    def window(self, inside: NDArray[np.bool_], box: tuple[slice, ...]) -> Window | None:
+        return None if self.image is None else structure_window(self.image, inside, box, hounsfield=self.is_hounsfield)
+
 
 def write_case(case: Case, image: Path | None, options: CaseOptions, *, back: str, force: bool = False) -> CaseFacts:
     """Write the page of a case into its folder, unless it is up to date and not forced.
@@ -119,23 +128,16 @@ def write_case(case: Case, image: Path | None, options: CaseOptions, *, back: st
         if known is not None and known.fingerprint == fingerprint:
             return known
     maps = _load(case, image)
-    boxes = label_boxes([one.value for one in maps.structures], *(volume.data for volume in maps.labels.values()))
-    hounsfield = maps.image is not None and is_hounsfield(maps.image)
     facts = CaseFacts(
         fingerprint=fingerprint,
         colors={one.value: one.color for one in maps.structures},
         agreement=_agreement(maps),
-        thumbnail=_thumbnail(maps, boxes, hounsfield=hounsfield),
+        thumbnail=_thumbnail(maps),
         has_image=maps.image is not None,
     )
-    sections = {
-        one.value: _section(maps, one, boxes[one.value], hounsfield=hounsfield)
-        for one in maps.structures
-        if one.value in boxes
-    }
+    sections = {one.value: _section(maps, one) for one in maps.structures if one.value in maps.boxes}
     size = reduction(maps.result.grid, options.viewer_voxels) if options.viewer_voxels else None
     estimates = [one.quality.estimated_dice for one in case.run.structures if one.quality is not None]
-    registration = case.run.registration
     write_page(
         path,
         "case.html.j2",
@@ -144,8 +146,6 @@ def write_case(case: Case, image: Path | None, options: CaseOptions, *, back: st
         run=case.run,
         version=case.run.versions.get("atlassegfm", ""),
         present=sum(row.status == "present" for row in case.run.structures),
-        confidence=finite(registration.confidence),
-        folding=finite(registration.folding),
         lowest_estimate=min((n for n in map(finite, estimates) if n is not None), default=None),
         total_seconds=case.total_seconds,
         stages=[(name, duration(seconds)) for name, seconds in case.status.seconds.items()],
@@ -218,14 +218,14 @@ def _load(case: Case, image: Path | None) -> _Maps:
         return _Maps(None, _NO_SCAN, labels, structures)
     try:
         scan = open_image(image, case.series if image.is_dir() and is_dicom_input(image) else None)
+        if scan.grid.axes_relative_to(grid) is not None:
+            return _Maps(scan.turned_to(grid), "", labels, structures)
+        note = "The scan of that name is not on the voxels of the result"
     except MissingExtraError as error:
-        return _Maps(None, f"The scan could not be read ({error}): only labels are shown.", labels, structures)
+        note = f"The scan could not be read ({error})"
     except InputError:
-        return _Maps(None, "The scan could not be read: only labels are shown.", labels, structures)
-    if scan.grid.axes_relative_to(grid) is None:
-        note = "The scan of that name is not on the voxels of the result: only labels are shown."
-        return _Maps(None, note, labels, structures)
-    return _Maps(scan.turned_to(grid), "", labels, structures)
+        note = "The scan could not be read"
+    return _Maps(None, f"{note}: only labels are shown.", labels, structures)
 
 
 def _agreement(maps: _Maps) -> dict[int, Agreement]:
@@ -243,31 +243,30 @@ def _agreement(maps: _Maps) -> dict[int, Agreement]:
     return {value: Agreement(*(pair[value] for pair in pairs)) for value in values}
 
 
-def _thumbnail(maps: _Maps, boxes: Mapping[int, Box], *, hounsfield: bool) -> dict[str, Any]:
+def _thumbnail(maps: _Maps) -> dict[str, Any]:
     """Draw all structures on the plane of acquisition, where most of them show."""
-    if not boxes:
+    if not maps.boxes:
         return {}
-    low = [min(box[axis].start for box in boxes.values()) for axis in range(3)]
-    whole = tuple(slice(low[axis], max(box[axis].stop for box in boxes.values())) for axis in range(3))
+    sides = list(zip(*maps.boxes.values(), strict=True))
+    low = [min(side.start for side in axis) for axis in sides]
+    whole = tuple(slice(first, max(side.stop for side in axis)) for first, axis in zip(low, sides, strict=True))
     inside = maps.result.data[whole] > 0
     if not inside.any():
         inside = np.ones_like(inside)
     grid = maps.result.grid
     panels = structure_panels(inside, low, grid.shape, grid.spacing_mm)
     panel = next(one for one in panels if one.view is acquisition_view(grid.spacing_mm))
-    window = None if maps.image is None else structure_window(maps.image, inside, whole, hounsfield=hounsfield)
-    return thumbnail(maps.image, maps.result.data, {one.value: one.color for one in maps.structures}, panel, window)
+    colors = {one.value: one.color for one in maps.structures}
+    return thumbnail(maps.image, maps.result.data, colors, panel, maps.window(inside, whole))
 
 
-def _section(maps: _Maps, structure: Structure, box: Box, *, hounsfield: bool) -> _Section:
+def _section(maps: _Maps, structure: Structure) -> _Section:
     value, grid = structure.value, maps.result.grid
+    box = maps.boxes[value]
     masks = {kind: volume.data[box] == value for kind, volume in maps.labels.items()}
     leading = next(mask for mask in masks.values() if mask.any())
     panels = structure_panels(leading, [side.start for side in box], grid.shape, grid.spacing_mm)
-    window = None
-    if maps.image is not None:
-        shown = panels[0].box
-        window = structure_window(maps.image, maps.result.data[shown] == value, shown, hounsfield=hounsfield)
+    window = maps.window(maps.result.data[panels[0].box] == value, panels[0].box)
     # The result is drawn on top.
     drawn = [kind for kind in ("atlas", "model", "result") if kind in masks and masks[kind].any()]
     figures = []
@@ -287,12 +286,12 @@ def _section(maps: _Maps, structure: Structure, box: Box, *, hounsfield: bool) -
 
 
 def _notes(case: Case, maps: _Maps) -> list[str]:
-    notes = [*case.warnings, maps.image_note]
+    no_maps = ""
     if "atlas" not in maps.labels:
-        notes.append(_NO_MAPS)
+        no_maps = _NO_MAPS
     elif "model" not in maps.labels and case.run.model.name != "none":
-        notes.append("The model's label map is not in the folder.")
-    return [note for note in notes if note]
+        no_maps = "The model's label map is not in the folder."
+    return [note for note in (*case.warnings, maps.image_note, no_maps) if note]
 
 
 def _viewer(maps: _Maps, size: Reduction, sections: Mapping[int, _Section]) -> dict[str, Any]:
@@ -307,7 +306,7 @@ def _viewer(maps: _Maps, size: Reduction, sections: Mapping[int, _Section]) -> d
 
 
 def _viewer_note(maps: _Maps, size: Reduction) -> str:
-    if size.is_none:
+    if size.factors == (1, 1, 1):
         return "" if maps.image is None else "Scan with 8 bits."
     factors, whole, kept = (" × ".join(map(str, n)) for n in (size.factors, maps.result.grid.shape, size.shape))
     return (

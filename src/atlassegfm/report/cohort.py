@@ -14,6 +14,7 @@ from urllib.parse import quote
 import numpy as np
 
 from ..core.errors import InputError
+from ..core.labels import palette_color
 from ..dicom import is_series_folder
 from ..quality.verdict import VERDICTS
 from ..records import ModelRecord, StructureRecord
@@ -26,7 +27,6 @@ from .folder import (
     Case,
     Failure,
     ResultFolder,
-    default_colors,
     finite,
     read_folder,
     shown_reason,
@@ -157,7 +157,7 @@ def _scans(images: Sequence[Path]) -> dict[str, Path]:
 
 def _write(path: Path, title: str, entries: Sequence[_Entry], found: ResultFolder, problems: Sequence[str]) -> None:
     names = found.structure_names
-    colors: dict[int, Sequence[int]] = dict(default_colors(list(names)))
+    colors: dict[int, Sequence[int]] = {value: palette_color(n) for n, value in enumerate(sorted(names))}
     colors |= next((entry.facts.colors for entry in entries if entry.facts is not None), {})
     volumes = {value: _volumes(entries, value) for value in names}
     reviews = _reviews(entries, found.failures, volumes)

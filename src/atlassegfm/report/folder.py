@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..core.labels import palette_color
 from ..records import RUN, STATUS, CohortRecord, RunRecord, StatusRecord
 
 #: Summary of a cohort, or one for each of its shards.
@@ -114,11 +112,6 @@ def shown_reason(text: str) -> str:
 def finite(value: float | None) -> float | None:
     """Replace NaN and infinity by None."""
     return value if value is not None and math.isfinite(value) else None
-
-
-def default_colors(values: Sequence[int]) -> dict[int, tuple[int, int, int]]:
-    """Choose colours (0 to 255) for label values whose files name none."""
-    return {value: palette_color(position) for position, value in enumerate(sorted(values))}
 
 
 def _read_case(folder: Path) -> Case | Failure | None:

@@ -95,16 +95,8 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     # Pages are the same bytes each time; JSON has no NaN.
-    environment.policies["json.dumps_kwargs"] = {
-        "ensure_ascii": False,
-        "separators": (",", ":"),
-        "allow_nan": False,
-        "sort_keys": False,
-    }
+    dumps = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False, "sort_keys": False}
+    environment.policies["json.dumps_kwargs"] = dumps
     environment.filters |= {"score": score, "millilitres": millilitres, "duration": duration, "finite": finite}
-    environment.globals |= {
-        "asset": asset,
-        "packed_asset": packed_asset,
-        "is_non_commercial": is_non_commercial,
-    }
+    environment.globals |= {"asset": asset, "packed_asset": packed_asset, "is_non_commercial": is_non_commercial}
     return environment
