@@ -63,10 +63,8 @@ def check_round_trip(
     found = [_compare(data, back, one, boxes.get(one.value), series.grid.spacing_mm) for one in structures]
     wrong = [f"{one.name} ({one.dice:.3f})" for one in found if one.voxels > COUNTED_VOXELS and one.dice < LEAST_DICE]
     if wrong:
-        raise OutputError(
-            f"{path.name}: read back, structures differ from the label map (Dice below {LEAST_DICE}: {listed(wrong)}); "
-            "nothing is kept: choose another format, and report this as a defect"
-        )
+        differ = f"read back, structures differ from the label map (Dice below {LEAST_DICE}: {listed(wrong)})"
+        raise OutputError(f"{path.name}: {differ}; nothing is kept: choose another format, and report this defect")
     return tuple(found)
 
 

@@ -19,7 +19,7 @@ from ..core.config import load_toml
 from ..core.errors import InputError
 from ..core.geometry import Grid
 from ..core.image import Volume, smallest_label_type
-from ..core.labels import LabelEntry, Structure, listed, match_rank, palette_color, plain_name
+from ..core.labels import LabelEntry, Structure, listed, match_rank, palette_color, plain_name, structures_of
 from .series import DicomSource, Series
 
 Color = tuple[int, int, int]
@@ -74,14 +74,12 @@ class Selection:
     def select(self, found: Sequence[tuple[int, str, bool]], path: Path, content: str) -> tuple[list[int], list[str]]:
         """Find the positions of the wanted structures in ``found``, in their order, and give warnings.
 
-        Each has the number and name of the file, and whether it has ``content``: without it, it is left out with a
-        warning, or refused if it is wanted.
+        Each has number and name in the file, and whether it has ``content``; those without are left out.
 
         Raises
         ------
         InputError
-            If one is not there (the nearest names are listed) or is refused, two get one name by synonyms, or nothing
-            is left.
+            If a wanted one is not there or has no content, two get one name by synonyms, or nothing is left.
         """
         names = [self.renamed(name) for _, name, _ in found]
         order: list[int] = []
@@ -180,22 +178,21 @@ def merge(
 
 def _renumber(masks: Sequence[StructureMask]) -> tuple[list[StructureMask], list[str]]:
     """Replace numbers that cannot be label values."""
-    kept: list[StructureMask] = []
+    numbers: dict[int, StructureMask] = {}
     changed = []
     for one in masks:
-        number, used = one.number, {other.number for other in kept}
-        if not 0 < number <= _LARGEST_LABEL or number in used:
-            taken = used | {other.number for other in masks}
+        number = one.number
+        if not 0 < number <= _LARGEST_LABEL or number in numbers:
+            taken = numbers.keys() | {other.number for other in masks}
             number = next(n for n in range(1, _LARGEST_LABEL + 1) if n not in taken)
             changed.append(f"{one.name} ({one.number} to {number})")
-        kept.append(replace(one, number=number))
-    return kept, [f"numbers that cannot be label values were changed: {listed(changed, 6)}"] if changed else []
+        numbers[number] = replace(one, number=number)
+    return list(numbers.values()), [
+        f"numbers that cannot be label values were changed: {listed(changed, 6)}"
+    ] if changed else []
 
 
 def structures_in(volume: Volume) -> tuple[Structure, ...]:
     """Get the names and colours of a label map that was read from DICOM."""
     table = {} if volume.source is None else volume.source.label_table
-    return tuple(
-        Structure(value, entry.name, entry.color or palette_color(n))
-        for n, (value, entry) in enumerate(sorted(table.items()))
-    )
+    return structures_of(table, [table])

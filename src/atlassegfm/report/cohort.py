@@ -372,29 +372,20 @@ def _provenance(entries: Sequence[_Entry]) -> dict[str, Any] | None:
     runs = [entry.case.run for entry in entries]
     counts = Counter(run.model.name for run in runs)
     records: dict[str, ModelRecord] = {run.model.name: run.model for run in runs}
-    versions = _counted([run.versions | {"device": run.device} for run in runs])
-    settings = _counted([flatten(run.settings) for run in runs])
-    differing = sorted(key for key, values in settings.items() if len(values) > 1)
-    same = not differing and len(counts) == 1 and all(len(values) == 1 for values in versions.values())
+    versions = _values([run.versions | {"device": run.device} for run in runs])
+    settings = _values([flatten(run.settings) for run in runs])
+    differing = sorted(key for key, values in settings if len(values) > 1)
+    same = not differing and len(counts) == 1 and all(len(values) == 1 for _, values in versions)
     return {
         "models": [(records[name], count) for name, count in counts.most_common()],
-        "versions": _shown(versions, len(runs)),
-        "settings": _shown(settings, len(runs)),
+        "versions": versions,
+        "settings": settings,
         "differing": "" if same else ", ".join(differing[:6]) or "versions or models",
     }
 
 
-def _counted(rows: Sequence[Mapping[str, str]]) -> dict[str, Counter[str]]:
-    found: dict[str, Counter[str]] = {}
-    for row in rows:
-        for key, value in row.items():
-            found.setdefault(key, Counter())[value] += 1
-    return found
-
-
-def _shown(counted: Mapping[str, Counter[str]], count: int) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Name and values, each with its number of cases; 0 where all cases have it."""
-    return [
-        (key, [(next(iter(values)), 0)] if len(values) == 1 and values.total() == count else values.most_common(4))
-        for key, values in counted.items()
-    ]
+def _values(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, list[tuple[str, int]]]]:
+    """List the most common values of each key, each with its number of cases; 0 where all cases have it."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    counted = {key: Counter(row[key] for row in rows if key in row).most_common(4) for key in keys}
+    return [(key, [(found[0][0], 0)] if found[0][1] == len(rows) else found) for key, found in counted.items()]

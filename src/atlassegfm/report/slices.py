@@ -111,29 +111,23 @@ def structure_panels(
 
     ``mask`` is the structure, not empty, in its bounding box that begins at voxel ``offset`` of a scan of some shape.
     """
-    first = np.array(offset)
     size_mm = np.array(mask.shape) * spacing_mm
-    margin = np.maximum(max(_STRUCTURE_MARGIN * size_mm.max(), _MARGIN_MM), (_STRUCTURE_VIEW_MM - size_mm) / 2)
-    start = np.maximum(np.floor(first - margin / spacing_mm).astype(int), 0)
-    stop = np.minimum(np.ceil(first + mask.shape + margin / spacing_mm).astype(int), shape)
+    margin_mm = np.maximum(max(_STRUCTURE_MARGIN * size_mm.max(), _MARGIN_MM), (_STRUCTURE_VIEW_MM - size_mm) / 2)
     areas = [mask.sum(axis=(view.right, view.down))[:, None] for view in VIEWS]
-    indices = [first[view.normal] + best_slice(area) for view, area in zip(VIEWS, areas, strict=True)]
-    return _panels(indices, start, stop, spacing_mm)
+    indices = [offset[view.normal] + best_slice(area) for view, area in zip(VIEWS, areas, strict=True)]
+    box = [slice(first, first + count) for first, count in zip(offset, mask.shape, strict=True)]
+    return _panels(indices, box, margin_mm, shape, spacing_mm)
 
 
 def overview_panels(labels: NDArray[Any], count: int, spacing_mm: NDArray[np.float64]) -> list[Panel]:
     """Choose three slices through structures 1 to ``count``, the plane of acquisition first."""
-    shape = np.array(labels.shape)
-    start, stop = np.zeros(3, int), shape
-    boxes = ndimage.find_objects((labels > 0).astype(np.uint8))
-    if boxes:
-        low, high = (np.array([getattr(side, end) for side in boxes[0]]) * spacing_mm for end in ("start", "stop"))
-        margin = np.maximum(_OVERVIEW_MARGIN * float((high - low).max()), (_OVERVIEW_MM - (high - low)) / 2)
-        start = np.maximum(np.floor((low - margin) / spacing_mm).astype(int), 0)
-        stop = np.minimum(np.ceil((high + margin) / spacing_mm).astype(int), shape)
+    boxes = ndimage.find_objects((labels > 0).astype(np.uint8)) or [tuple(slice(0, count) for count in labels.shape)]
+    size_mm = np.array([side.stop - side.start for side in boxes[0]]) * spacing_mm
+    margin_mm = np.maximum(_OVERVIEW_MARGIN * size_mm.max(), (_OVERVIEW_MM - size_mm) / 2)
     indices = [best_slice(_areas(labels, count, view.normal)) for view in VIEWS]
+    panels = _panels(indices, boxes[0], margin_mm, labels.shape, spacing_mm)
     acquired = acquisition_view(spacing_mm)
-    return sorted(_panels(indices, start, stop, spacing_mm), key=lambda panel: panel.view is not acquired)
+    return sorted(panels, key=lambda panel: panel.view is not acquired)
 
 
 def acquisition_view(spacing_mm: NDArray[np.float64]) -> View:
@@ -162,12 +156,20 @@ def _areas(labels: NDArray[Any], count: int, axis: int) -> NDArray[np.int64]:
 
 
 def _panels(
-    indices: Sequence[int], start: NDArray[np.int_], stop: NDArray[np.int_], spacing_mm: NDArray[np.float64]
+    indices: Sequence[int],
+    box: Sequence[slice],
+    margin_mm: NDArray[np.float64],
+    shape: Sequence[int],
+    spacing_mm: NDArray[np.float64],
 ) -> list[Panel]:
-    size_mm = (stop - start) * spacing_mm
-    box = tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
+    """Show a box and a margin around it within the scan, on one slice of each plane."""
+    margin = margin_mm / spacing_mm
+    start = [max(int(np.floor(side.start - more)), 0) for side, more in zip(box, margin, strict=True)]
+    stop = [min(int(np.ceil(side.stop + more)), count) for side, more, count in zip(box, margin, shape, strict=True)]
+    shown = tuple(map(slice, start, stop))
+    width = (np.array(stop) - start) * spacing_mm
     return [
-        Panel(view, index, box, float(size_mm[view.right]), float(size_mm[view.down]))
+        Panel(view, index, shown, float(width[view.right]), float(width[view.down]))
         for view, index in zip(VIEWS, indices, strict=True)
     ]
 
