@@ -145,7 +145,6 @@ def write_case(case: Case, image: Path | None, options: CaseOptions, *, back: st
         back=back,
         run=case.run,
         version=case.run.versions.get("atlassegfm", ""),
-        present=sum(row.status == "present" for row in case.run.structures),
         lowest_estimate=min((n for n in map(finite, estimates) if n is not None), default=None),
         total_seconds=case.total_seconds,
         stages=[(name, duration(seconds)) for name, seconds in case.status.seconds.items()],
@@ -154,7 +153,8 @@ def write_case(case: Case, image: Path | None, options: CaseOptions, *, back: st
         sections=sections,
         kinds=list(maps.labels),
         viewer=None if size is None else _viewer(maps, size, sections),
-        viewer_note="" if size is None else _viewer_note(maps, size),
+        size=size,
+        shape=maps.result.grid.shape,
         facts=facts.model_dump(),
     )
     if options.overview:
@@ -303,13 +303,3 @@ def _viewer(maps: _Maps, size: Reduction, sections: Mapping[int, _Section]) -> d
         "centres": {value: one.centre_mm for value, one in sections.items()},
         "volumes": volumes,
     }
-
-
-def _viewer_note(maps: _Maps, size: Reduction) -> str:
-    if size.factors == (1, 1, 1):
-        return "" if maps.image is None else "Scan with 8 bits."
-    factors, whole, kept = (" × ".join(map(str, n)) for n in (size.factors, maps.result.grid.shape, size.shape))
-    return (
-        f"Reduced for this view: blocks of {factors} voxels became one ({whole} to {kept}); small structures may look "
-        "coarse or vanish. The slices below have all voxels."
-    )

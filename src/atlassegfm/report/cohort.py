@@ -31,7 +31,7 @@ from .folder import (
     read_folder,
     shown_reason,
 )
-from .page import duration, flatten, write_page
+from .page import flatten, write_page
 
 #: Largest numbers of thumbnails, of cases to review at once, and behind "more".
 _MOST_PICTURES, _MOST_FIRST, _MOST_LISTED = 48, 12, 240
@@ -169,7 +169,9 @@ def _write(path: Path, title: str, entries: Sequence[_Entry], found: ResultFolde
         "cohort.html.j2",
         title=title,
         version=entries[0].case.run.versions.get("atlassegfm", "") if entries else "",
-        tiles=_tiles(entries, found),
+        failed=sum(one.state != LEFT for one in found.failures),
+        left=sum(one.state == LEFT for one in found.failures),
+        judged=Counter(_quality(row)[0] for entry in entries for row in entry.case.run.structures),
         problems=list(map(shown_reason, problems)),
         reviews=reviews[:_MOST_FIRST],
         more_reviews=reviews[_MOST_FIRST:_MOST_LISTED],
@@ -179,6 +181,7 @@ def _write(path: Path, title: str, entries: Sequence[_Entry], found: ResultFolde
         names=names,
         verdicts=VERDICTS,
         distributions=_distributions(entries, names, colors, volumes),
+        links={entry.case.name: entry.link for entry in entries},
         outlier_z=OUTLIER_Z,
         fewest_cases=FEWEST_CASES,
         times=_times(entries),
@@ -226,28 +229,6 @@ def _reviews(
                 what = f"{row.name}: {'; '.join(dict.fromkeys(text for _, text in remarks))}"
                 found.append(_Review(min(remarks)[0], name, kind, entry.link, what))
     return sorted(found, key=lambda one: one[:2])
-
-
-def _tiles(entries: Sequence[_Entry], found: ResultFolder) -> list[tuple[str, str, str, str]]:
-    """Head, value, remark and kind of each number at the top."""
-    rows = [row for entry in entries for row in entry.case.run.structures]
-    left = sum(one.state == LEFT for one in found.failures)
-    failed = len(found.failures) - left
-    tiles = [("cases with a result", str(len(entries)), f"{len(rows)} structures in all", "")]
-    if failed:
-        tiles.append(("cases without", str(failed), "see below", "failed"))
-    if left:
-        tiles.append(("cases left", str(left), "not done yet", ""))
-    counts = Counter(_quality(row)[0] for row in rows)
-    for verdict in VERDICTS:
-        percent = f"{100 * counts[verdict] / max(len(rows), 1):.0f} % of the structures"
-        tiles.append((verdict, str(counts[verdict]), percent, verdict if counts[verdict] else ""))
-    models = sorted({entry.case.run.model.name for entry in entries})
-    tiles.append(("model", ", ".join(models) or "-", "licence: see the end", ""))
-    times = [entry.case.total_seconds for entry in entries if entry.case.total_seconds is not None]
-    if times:
-        tiles.append(("time a case", duration(float(np.median(times))), f"median; {duration(sum(times))} in all", ""))
-    return tiles
 
 
 def _table(
@@ -324,23 +305,12 @@ def _distributions(
     volumes: Mapping[int, Distribution],
 ) -> list[dict[str, Any]]:
     """Volumes and agreement of each structure."""
-    links = {entry.case.name: entry.link for entry in entries}
     rows = []
     for value, name in names.items():
-        spread = volumes[value]
         agreed = ((entry.case.name, entry.agreement(value).atlas_model) for entry in entries)
         agreement = Distribution.of((case, number) for case, number in agreed if number is not None)
-        rows.append(
-            {
-                "name": name,
-                "color": colors[value],
-                "median": spread.median,
-                "quartiles": None if spread.median is None else spread.quartiles,
-                "volumes": plot(spread),
-                "agreement": plot(agreement, (0.0, 1.0)),
-                "outliers": [(one, links[one]) for one in spread.outlier_factors],
-            }
-        )
+        row = {"name": name, "color": colors[value], "spread": volumes[value], "volumes": plot(volumes[value])}
+        rows.append(row | {"agreement": plot(agreement, (0.0, 1.0))})
     return rows
 
 
@@ -359,9 +329,7 @@ def _times(entries: Sequence[_Entry]) -> dict[str, Any] | None:
         "stages": list(zip(medians, medians.values(), itertools.cycle(_STAGE_COLORS), strict=False)),
         "whole": sum(medians.values()) or 1.0,
         "plot": plot(spread),
-        "median": spread.median,
-        "longest": float(spread.values.max()),
-        "total": float(spread.values.sum()),
+        "spread": spread,
     }
 
 
