@@ -25,7 +25,6 @@ from .folder import ATLAS, CASE_PAGE, CASE_PICTURE, MODEL, Case, finite
 from .overview import draw_overview
 from .page import duration, flatten, sources_digest, write_page
 from .slices import (
-    SliceFigure,
     Window,
     acquisition_view,
     cut,
@@ -68,18 +67,6 @@ class CaseFacts(Record):
     agreement: dict[int, Agreement]
     thumbnail: dict[str, Any]  # empty for an empty result
     has_image: bool
-
-
-@dataclass(frozen=True)
-class _Section:
-    """Slices of one structure."""
-
-    name: str
-    color: tuple[int, int, int]
-    missing: bool
-    window: str
-    slices: tuple[SliceFigure, ...]
-    centre_mm: tuple[float, ...]  # where they meet, RAS+
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,7 +247,8 @@ def _thumbnail(maps: _Maps) -> dict[str, Any]:
     return thumbnail(maps.image, maps.result.data, colors, panel, maps.window(inside, whole))
 
 
-def _section(maps: _Maps, structure: Structure) -> _Section:
+def _section(maps: _Maps, structure: Structure) -> dict[str, Any]:
+    """Draw three slices of one structure, which meet in ``centre_mm`` (RAS+)."""
     value, grid = structure.value, maps.result.grid
     box = maps.boxes[value]
     masks = {kind: volume.data[box] == value for kind, volume in maps.labels.items()}
@@ -275,14 +263,14 @@ def _section(maps: _Maps, structure: Structure) -> _Section:
         shapes: dict[str, NDArray[np.bool_]] = {kind: cut(maps.labels[kind].data, panel) == value for kind in drawn}
         figures.append(slice_figure(maps.image, panel, window, shapes, grid.affine))
         ijk[panel.view.normal] = panel.index
-    return _Section(
-        structure.name,
-        structure.color,
-        not masks["result"].any(),
-        "" if window is None else window.name,
-        tuple(figures),
-        tuple(round(float(n), 2) for n in grid.voxel_to_world(ijk)),
-    )
+    return {
+        "name": structure.name,
+        "color": structure.color,
+        "missing": not masks["result"].any(),
+        "window": "" if window is None else window.name,
+        "slices": figures,
+        "centre_mm": grid.voxel_to_world(ijk).round(2).tolist(),
+    }
 
 
 def _notes(case: Case, maps: _Maps) -> list[str]:
@@ -294,12 +282,12 @@ def _notes(case: Case, maps: _Maps) -> list[str]:
     return [note for note in (*case.warnings, maps.image_note, no_maps) if note]
 
 
-def _viewer(maps: _Maps, size: Reduction, sections: Mapping[int, _Section]) -> dict[str, Any]:
+def _viewer(maps: _Maps, size: Reduction, sections: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     values = [one.value for one in maps.structures]
     volumes = {} if maps.image is None else {"scan": scan_payload(maps.image, size)}
     volumes |= {kind: labels_payload(volume, values, size) for kind, volume in maps.labels.items()}
     return {
         "structures": [{"value": s.value, "name": s.name, "color": list(s.color)} for s in maps.structures],
-        "centres": {value: one.centre_mm for value, one in sections.items()},
+        "centres": {value: one["centre_mm"] for value, one in sections.items()},
         "volumes": volumes,
     }

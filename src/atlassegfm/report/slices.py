@@ -88,19 +88,6 @@ class Window:
         return np.asarray(np.clip(fraction, 0, 1), np.float32)
 
 
-@dataclass(frozen=True)
-class SliceFigure:
-    """One slice with outlines, as a page draws it."""
-
-    uri: str
-    width_mm: float
-    height_mm: float
-    name: str
-    letters: tuple[str, str, str, str]  # at the left, right, top and bottom edge
-    bar_mm: int
-    outlines: tuple[tuple[str, str], ...]  # kind ("result", "atlas", "model") and SVG path in mm, the lowest first
-
-
 # Planes
 
 
@@ -313,18 +300,18 @@ def slice_figure(
     window: Window | None,
     masks: Mapping[str, NDArray[np.bool_]],
     affine: NDArray[np.float64],
-) -> SliceFigure:
+) -> dict[str, Any]:
     """Build a slice for a page from a canonical scan (grey without one), its affine and masks by kind, lowest first."""
     tilt = tilt_remark(affine, panel.view)
-    return SliceFigure(
-        uri=_picture(image, panel, window),
-        width_mm=panel.width_mm,
-        height_mm=panel.height_mm,
-        name=f"{panel.view.name} {panel.index + 1}" + (f", {tilt}" if tilt else ""),
-        letters=edge_letters(affine, panel.view),
-        bar_mm=bar_length_mm(panel.width_mm),
-        outlines=tuple((kind, path) for kind, mask in masks.items() if (path := outline(mask, panel))),
-    )
+    return {
+        "uri": _picture(image, panel, window),
+        "width_mm": panel.width_mm,
+        "height_mm": panel.height_mm,
+        "name": f"{panel.view.name} {panel.index + 1}" + (f", {tilt}" if tilt else ""),
+        "letters": edge_letters(affine, panel.view),
+        "bar_mm": bar_length_mm(panel.width_mm),
+        "outlines": [(kind, path) for kind, mask in masks.items() if (path := outline(mask, panel))],
+    }
 
 
 def thumbnail(
