@@ -283,7 +283,7 @@ def test_slices_shifted_sideways(tmp_path: Path) -> None:
         dataset.ImagePositionPatient[0] += 3.0 * (k == 5)
 
     folder = write_series(tmp_path / "scan", VALUES, AXIAL, change=shift)
-    with pytest.raises(InputError, match=r"scan: slices are shifted sideways by up to 3 mm"):
+    with pytest.raises(InputError, match=r"scan: slices are up to 3 mm shifted sideways"):
         load_series(folder)
 
 
@@ -431,11 +431,11 @@ def test_single_slice(tmp_path: Path) -> None:
         load_series(folder, "3")
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.8, 0.95])
-def test_truncated_file(share: float, folder: Path) -> None:
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.7, 0.8, 0.95])
+def test_truncated_file(fraction: float, folder: Path) -> None:
     path = sorted(folder.iterdir())[4]
     content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
+    path.write_bytes(content[: int(len(content) * fraction)])
     with pytest.raises(InputError, match=rf"{path.name}: .*(truncated|ends before|no usable)"):
         load_series(folder)
 

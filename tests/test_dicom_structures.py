@@ -119,8 +119,8 @@ def test_keyhole_contour_has_its_hole() -> None:
 
 def test_trace_and_fill_are_inverse() -> None:
     random = np.random.default_rng(0)
-    for share in (0.02, 0.3, 0.5, 0.7, 1.0):
-        mask = random.random((23, 31)) < share
+    for fraction in (0.02, 0.3, 0.5, 0.7, 1.0):
+        mask = random.random((23, 31)) < fraction
         assert np.array_equal(fill(trace(mask), mask.shape), mask)
         probability = random.random(mask.shape).astype(np.float32)  # at odds with the mask nearly everywhere
         contours = trace(mask, probability)
@@ -709,8 +709,8 @@ def test_truncated_rtstruct_and_seg(scan: Volume, tmp_path: Path) -> None:
         path = tmp_path / f"{form}.dcm"
         write(path, labels_on(scan), STRUCTURES, of(scan), PROVENANCE)
         content = path.read_bytes()
-        for share in (0.1, 0.5, 0.9, 0.99):
-            path.write_bytes(content[: int(share * len(content))])
+        for fraction in (0.1, 0.5, 0.9, 0.99):
+            path.write_bytes(content[: int(fraction * len(content))])
             with pytest.raises(InputError, match=rf"{form}\.dcm: "):
                 open_labels(path, scan)
 

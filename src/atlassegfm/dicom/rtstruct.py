@@ -85,8 +85,7 @@ def read_rtstruct(path: Path, on: Series | Grid, selection: Selection = EVERYTHI
     dataset = read_dataset(path)
     if not is_rtstruct(dataset):
         raise InputError(f"{path}: the modality is {text_of(dataset, 'Modality') or 'missing'}; expected an RTSTRUCT")
-    notes = check_belongs(path, on, **_references(dataset)) if isinstance(on, Series) else []
-    grid = on.grid if isinstance(on, Series) else on
+    grid, notes = (on.grid, check_belongs(path, on, **_references(dataset))) if isinstance(on, Series) else (on, [])
     rois = list(_read_rois(dataset, path))
     found = [(roi.number, roi.name, bool(roi.contours)) for roi in rois]
     order, left_out = selection.select(found, path, "closed contours")
@@ -164,10 +163,10 @@ def _references(dataset: Dataset) -> dict[str, Any]:
     series = [one for study in studies for one in items_of(study, "RTReferencedSeriesSequence")]
     images = [image for one in series for image in items_of(one, "ContourImageSequence")]
     rois = items_of(dataset, "StructureSetROISequence")
+    frame_uids = {text_of(one, "FrameOfReferenceUID") for one in frames}
     return {
         "patient_id": text_of(dataset, "PatientID"),
-        "frame_uids": {text_of(one, "FrameOfReferenceUID") for one in frames}
-        | {text_of(roi, "ReferencedFrameOfReferenceUID") for roi in rois},
+        "frame_uids": frame_uids | {text_of(roi, "ReferencedFrameOfReferenceUID") for roi in rois},
         "series_uids": {text_of(one, "SeriesInstanceUID") for one in series},
         "instance_uids": {text_of(image, "ReferencedSOPInstanceUID") for image in images},
     }

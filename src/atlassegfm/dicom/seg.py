@@ -96,15 +96,13 @@ def _read_segments(dataset: Dataset, path: Path) -> tuple[Grid, list[StructureMa
     """Read the grid of a file's frames, and each segment on it."""
     described = items_of(dataset, "SegmentSequence")
     per_frame = items_of(dataset, "PerFrameFunctionalGroupsSequence")
-    if not described or "PerFrameFunctionalGroupsSequence" not in dataset:
+    if not described or not per_frame:
         raise InputError(f"{path}: the DICOM-SEG does not say what its frames are; export it again")
     pixels = decode_pixels(dataset, path)
     if len(pixels) != len(per_frame):
         raise InputError(f"{path}: {len(pixels)} frames for {len(per_frame)} descriptions; export it again")
     shared = items_of(dataset, "SharedFunctionalGroupsSequence")[:1]
     frames = [[*shared, frame] for frame in per_frame]
-    if not frames:
-        raise InputError(f"{path}: the DICOM-SEG has no frames: all segments are empty")
     grid, slices = _grid_of_frames(frames, (pixels.shape[1], pixels.shape[2]), path)
     kind = text_of(dataset, "SegmentationType")
     if kind == "FRACTIONAL":
@@ -117,10 +115,8 @@ def _read_segments(dataset: Dataset, path: Path) -> tuple[Grid, list[StructureMa
             continue  # the background may be described as well
         mask = np.zeros(grid.shape[::-1], bool)
         for frame, of, k in zip(pixels, numbers, slices, strict=True):
-            if of is None:
-                mask[k] |= frame == number
-            elif of == number:
-                mask[k] |= frame.astype(bool)
+            if of in (None, number):
+                mask[k] |= frame == number if of is None else frame != 0
         tracking = re.fullmatch(rf"{_TRACKING}(\d+)", text_of(item, "TrackingID"))
         name = text_of(item, "SegmentLabel") or f"segment {number}"
         masks.append(_crop(int(tracking[1]) if tracking else number, name, _color(item), mask.transpose(2, 1, 0)))

@@ -95,9 +95,7 @@ def frames_of(files: Sequence[tuple[Path, Dataset]], folder: Path) -> tuple[list
         if has_image_type(header, "MOSAIC"):
             raise InputError(f"{path}: a mosaic of all slices, which is not supported; convert it with dcm2niix")
         if "ModalityLUTSequence" in header:
-            raise InputError(
-                f"{path}: has a table of values (Modality LUT); export it with rescale slope and intercept"
-            )
+            raise InputError(f"{path}: has a table of values (Modality LUT); export it with a rescale slope instead")
         frames += _frames_in(path, header, uid)
     copies = len(files) - len(seen)
     if copies:
@@ -165,10 +163,10 @@ def plane_of(
 
 
 def _volume_keys(groups: Sequence[Dataset]) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for group in groups:
         for dataset in (group, *(item for sequence in _KEY_SEQUENCES for item in items_of(group, sequence)[:1])):
-            found.update({keyword: text for keyword in VOLUME_KEYS if (text := text_of(dataset, keyword))})
+            found |= {keyword: text for keyword in VOLUME_KEYS if (text := text_of(dataset, keyword))}
     return found
 
 
@@ -180,9 +178,7 @@ def _by_position(frames: Sequence[Frame]) -> list[list[Frame]]:
     return [[frames[n] for n in group] for group in np.split(order, starts)]
 
 
-def pick_volume(
-    frames: list[Frame], folder: Path, volume: int | None, series: str
-) -> tuple[list[Frame], tuple[str, ...]]:
+def pick_volume(frames: list[Frame], folder: Path, volume: int | None, series: str) -> tuple[list[Frame], list[str]]:
     """Pick the slices of one volume of a 4-D series (from 1), and warn about it; ``series`` names it in messages."""
     _check_uniform(frames, folder)
     positions = _by_position(frames)
@@ -190,7 +186,7 @@ def pick_volume(
     if set(counts) == {1}:
         if volume is not None and volume != 1:
             raise InputError(f"{folder}: --series asks for volume {volume}, but the series has one volume only")
-        return frames, ()
+        return frames, []
     several = counts.most_common(1)[0][0]
     odd = [place for place in positions if len(place) != several]
     if odd:
@@ -210,7 +206,7 @@ def pick_volume(
         )
     if volume > several:
         raise InputError(f"{folder}: --series asks for volume {volume} of {several}; expected 1 to {several}")
-    return volumes[volume - 1], (f"volume {volume} of {several} of the series is used ({key})",)
+    return volumes[volume - 1], [f"volume {volume} of {several} of the series is used ({key})"]
 
 
 def _split_volumes(frames: Sequence[Frame], slices: int, several: int) -> tuple[str, list[list[Frame]]]:
@@ -287,9 +283,7 @@ def stack_frames(frames: Sequence[Frame], folder: Path) -> tuple[list[Frame], Gr
         raise InputError(f"{folder}: the slices are not evenly spaced ({apart}); export a series with even slices")
     sideways = float(np.linalg.norm(off - np.outer(off @ normal, normal), axis=1).max())
     if sideways > OFF_VOXEL * first.spacing_mm.min():
-        raise InputError(
-            f"{folder}: slices are shifted sideways by up to {sideways:.3g} mm; export the original series"
-        )
+        raise InputError(f"{folder}: slices are up to {sideways:.3g} mm shifted sideways; export the original series")
     notes = []
     if off_along > _OFF_REPORTED * usual:
         even = f"{np.linalg.norm(step):.4g} mm"

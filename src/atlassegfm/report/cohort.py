@@ -90,17 +90,15 @@ def write_report(
     options: ReportOptions | None = None,
     on_case: Callable[[int, int, str], None] | None = None,
 ) -> Written:
-    """Write the page of a cohort and of each of its cases.
+    """Write the page of a cohort and of each case of its folder, as ``segment -o`` writes it.
 
     Parameters
     ----------
-    folder : path
-        With a subfolder for each case, as ``segment -o`` writes it.
     path : path, optional
-        The page; ``report.html`` in the folder if left out.
+        The page of the cohort; ``report.html`` in the folder if left out.
     images : sequence of Path
-        The queries: files, DICOM folders, or folders that hold them. Results do not name these folders, as they may
-        name patients.
+        The queries: files, DICOM folders, or folders that hold them. Results do not name these, as they may name
+        patients.
     on_case : callable, optional
         Called with number, count and name before the page of each case.
 
@@ -264,6 +262,7 @@ def _table(
         for row in rows:
             verdict, reason, estimate = _quality(row)
             one, spread = entry.agreement(row.value), volumes[row.value]
+            factor = round(row.volume_ml / spread.median, 3) if spread.median and row.status == "present" else None
             structures.append(
                 {
                     "case": position,
@@ -272,9 +271,7 @@ def _table(
                     "estimate": estimate,
                     "status": row.status,
                     "volume": round(row.volume_ml, 3),
-                    "factor": round(row.volume_ml / spread.median, 3)
-                    if spread.median and row.status == "present"
-                    else None,
+                    "factor": factor,
                     "atlasModel": one.atlas_model,
                     "resultAtlas": one.result_atlas,
                     "remarks": reason or row.reason,

@@ -40,7 +40,7 @@ class Distribution:
         is_outlier = outliers(values) if find_outliers else np.zeros(len(values), bool)
         return cls([name for name, _ in listed], values, is_outlier)
 
-    @property
+    @cached_property
     def median(self) -> float | None:
         """None without values."""
         return float(np.median(self.values)) if len(self.values) else None
@@ -54,8 +54,9 @@ class Distribution:
     @cached_property
     def outlier_factors(self) -> dict[str, float]:
         """Name of each case whose value is an outlier, and its value over the median."""
-        values = zip(self.names, self.values.tolist(), self.is_outlier, strict=True)
-        return {name: value / float(np.median(self.values)) for name, value, is_outlier in values if is_outlier}
+        factors = (self.values / (self.median or 1.0)).tolist()
+        rows = zip(self.names, factors, self.is_outlier, strict=True)
+        return {name: factor for name, factor, is_outlier in rows if is_outlier}
 
 
 def outliers(volumes: NDArray[np.float64]) -> NDArray[np.bool_]:

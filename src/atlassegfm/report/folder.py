@@ -34,7 +34,7 @@ class Case:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Reasons to doubt the result as a whole."""
+        """Warnings about the result as a whole, without folders."""
         return tuple(map(shown_reason, self.status.warnings))
 
     @property
@@ -87,21 +87,21 @@ def read_folder(path: str | os.PathLike[str]) -> ResultFolder:
         there = "a file" if path.exists() else "nothing"
         raise InputError(f"{path}: found {there}, expected a folder of results as `atlassegfm segment -o` writes it")
     if (path / RUN).is_file():
-        raise InputError(f"{path}: is the result of a single case; give its folder, {path.resolve().parent}")
+        raise InputError(f"{path}: is the result of a single case; give the folder above: {path.resolve().parent}")
     try:
         folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise InputError(f"{path}: the folder cannot be read ({error.strerror}); check the permissions") from None
-    # Summaries first: what a folder says about its case counts.
-    summaries = [
-        failure for summary in sorted(path.glob(COHORTS), reverse=True) for failure in _cohort_failures(summary)
-    ]
-    found: dict[str, Case | Failure] = {failure.name: failure for failure in summaries}
+    # What the folder of a case says counts more than a summary.
+    found: dict[str, Case | Failure] = {}
+    for summary in sorted(path.glob(COHORTS), reverse=True):
+        found |= {failure.name: failure for failure in _cohort_failures(summary)}
     found |= {folder.name: case for folder in folders if (case := _read_case(folder)) is not None}
     if not found:
         raise InputError(f"{path}: no {RUN} in its subfolders; give the folder that `atlassegfm segment -o` wrote")
-    cases = [one for _, one in sorted(found.items()) if isinstance(one, Case)]
-    return ResultFolder(tuple(cases), tuple(one for _, one in sorted(found.items()) if isinstance(one, Failure)))
+    ordered = [found[name] for name in sorted(found)]
+    cases = tuple(one for one in ordered if isinstance(one, Case))
+    return ResultFolder(cases, tuple(one for one in ordered if isinstance(one, Failure)))
 
 
 def shown_reason(text: str) -> str:

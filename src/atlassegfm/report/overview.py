@@ -158,7 +158,7 @@ def _layout(panels: Sequence[Panel], top_px: float) -> list[_Rectangle]:
     row_height = min((width - 2 * _GAP_PX) / (first + second + third), _HIGHEST_PX)
     row_area = row_height**2 * (first + second + third)
 
-    # Side by side: h1 = w2 / second + gap + w2 / third, first * h1 + gap + w2 = width.
+    # Stacked: h1 = w2 / second + gap + w2 / third, first * h1 + gap + w2 = width.
     stacked = (width - _GAP_PX - first * _GAP_PX) / (1 + first * (1 / second + 1 / third))
     tall = stacked / second + _GAP_PX + stacked / third
     shrink = min(1.0, _HIGHEST_PX / tall)

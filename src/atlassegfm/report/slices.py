@@ -10,7 +10,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +24,9 @@ _LETTER_COSINE = 0.3
 _TILT = 3.0
 #: Lengths of scale bars, mm.
 _BARS_MM = (1, 2, 5, 10, 20, 50, 100, 200)
-#: Smallest view (mm) and margin as a fraction of the extent, around one structure and around all of them.
-_STRUCTURE_VIEW_MM, _STRUCTURE_MARGIN = 70.0, 0.35
+#: Smallest view (mm) and margin (fraction of the extent; at least, mm) around one structure, and around all of them.
+_STRUCTURE_VIEW_MM, _STRUCTURE_MARGIN, _MARGIN_MM = 70.0, 0.35, 20.0
 _OVERVIEW_MM, _OVERVIEW_MARGIN = 100.0, 0.22
-#: Smallest margin around one structure, mm.
-_MARGIN_MM = 20.0
 #: Width for which the outlines of a page are computed, px; tolerance of their simplification, mm.
 _PANEL_PX, _TOLERANCE_MM = 420.0, 0.08
 #: Width of a thumbnail, px.
@@ -41,12 +39,8 @@ _CT_WINDOWS = ((-400.0, "lung", -600.0, 1500.0), (200.0, "soft tissue", 40.0, 40
 _NO_SCAN_GREY = 24
 
 
-@dataclass(frozen=True)
-class View:
-    """One of the three planes of a canonical (RAS) volume.
-
-    The picture shows the negative direction of axis ``right`` along its rows and of axis ``down`` along its columns.
-    """
+class View(NamedTuple):
+    """One of the three planes of a canonical (RAS) volume: axes along the normal, against the rows and the columns."""
 
     name: str
     normal: int
