@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from atlassegfm.core.errors import InputError, OutputError
 from atlassegfm.core.geometry import Grid
-from atlassegfm.core.image import Volume
+from atlassegfm.core.image import Volume, label_boxes, label_positions
 from atlassegfm.core.labels import Structure
 from atlassegfm.core.mask import LocalMap
 from atlassegfm.dicom import (
@@ -143,6 +143,20 @@ def test_every_hole_is_a_contour_of_its_own() -> None:
     mask[2:4, 2:4] = mask[7:10, 5:9] = False
     mask[8, 6] = True
     assert len(trace(mask)) == 4
+
+
+@pytest.mark.parametrize("large", [300, 70_000])
+def test_positions_and_boxes_of_label_values(large: int) -> None:
+    labels = np.zeros((5, 6, 7), np.uint32)
+    labels[1:3, 2, 4] = large
+    labels[4, 5, 6] = 8
+    other = np.zeros_like(labels)
+    other[0, 2, 5] = large
+    assert np.array_equal(label_positions(labels, [large, 7]), labels == large)
+    assert label_positions(labels, [7, 8, large]).max() == 3
+    boxes = label_boxes([7, large], labels, other)
+    assert boxes == {large: (slice(0, 3), slice(2, 3), slice(4, 6))}
+    assert not label_positions(labels, []).any()
 
 
 # Out and in again

@@ -47,23 +47,16 @@ def open_labels(
     allow_empty: bool = False,
     tell: bool = True,
 ) -> Volume:
-    """Read a label map from an image file, an RTSTRUCT or a DICOM-SEG.
+    """Read a label map from an image file, an RTSTRUCT or a DICOM-SEG; InputError as their readers raise it.
 
     Parameters
     ----------
     on
         The scan it was drawn on; an RTSTRUCT needs it. Patient and frame of reference are compared with a series.
-    selection
-        Which structures of an RTSTRUCT or DICOM-SEG.
     allow_empty
         Accept an image file without any label.
     tell
         Log warnings about a DICOM file.
-
-    Raises
-    ------
-    InputError
-        As load_labels, read_rtstruct and read_segmentation do.
     """
     if not _is_dicom_file(path):
         if is_series_folder(path):

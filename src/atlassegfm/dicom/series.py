@@ -92,8 +92,8 @@ def load_series(folder: Path, choice: str | None = None, *, as_float: bool = Fal
     Raises
     ------
     InputError
-        If there is no series of slices, or several and none was chosen; if the slices do not form one even stack; if
-        files are damaged or cannot be decoded.
+        If no series of slices is there, or several and none was chosen; if slices do not form one even stack, or files
+        are damaged or cannot be decoded.
     """
     series, notes = find_series(folder, choice)
     for note in notes:

@@ -153,12 +153,10 @@ def write_case(case: Case, image: Path | None, options: CaseOptions, *, back: st
 
 def _subtitle(case: Case, maps: _Maps) -> str:
     judged = [row.quality.verdict for row in case.run.structures if row.quality is not None]
-    parts = [f"Model: {case.run.model.name}"]
-    if judged:
-        parts.append("verdicts: " + ", ".join(f"{n} {v}" for v in VERDICTS if (n := judged.count(v))))
-    if maps.image is None:
-        parts.append("the scan is missing: labels only")
-    return ". ".join(parts) + "."
+    verdicts = ", ".join(f"{n} {v}" for v in VERDICTS if (n := judged.count(v)))
+    missing = "the scan is missing: labels only" if maps.image is None else ""
+    parts = (f"Model: {case.run.model.name}", f"verdicts: {verdicts}" if judged else "", missing)
+    return ". ".join(filter(None, parts)) + "."
 
 
 def _fingerprint(folder: Path, image: Path | None, options: CaseOptions, back: str) -> str:

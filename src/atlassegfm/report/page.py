@@ -87,13 +87,8 @@ def is_non_commercial(model: ModelRecord) -> bool:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader(__package__),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
+    environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
     # Pages are the same bytes each time; JSON has no NaN.
     dumps = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False, "sort_keys": False}
     environment.policies["json.dumps_kwargs"] = dumps

@@ -157,9 +157,9 @@ def _panels(
 
 def cut(array: NDArray[Any], panel: Panel) -> NDArray[Any]:
     """Cut a slice as a picture: rows downwards, columns to the right."""
-    part = list(panel.box)
-    part[panel.view.normal] = slice(panel.index, panel.index + 1)
-    return np.squeeze(array[tuple(part)], axis=panel.view.normal)[::-1, ::-1].T
+    part: list[slice | int] = list(panel.box)
+    part[panel.view.normal] = panel.index
+    return array[tuple(part)][::-1, ::-1].T
 
 
 # Directions and lengths
@@ -337,11 +337,8 @@ def _picture(image: Volume | None, panel: Panel, window: Window | None, *, small
     if image is not None and window is not None:
         values = np.rint(255 * window.grey(cut(image.data, panel))).astype(np.uint8)
     picture, stream = Image.fromarray(np.ascontiguousarray(values)), io.BytesIO()
-    if small and image is not None:
+    kind = "jpeg" if small and image is not None else "png"
+    if kind == "jpeg":
         picture = picture.resize((_THUMBNAIL_PX, max(1, round(_THUMBNAIL_PX / panel.aspect))))
-        picture.save(stream, format="JPEG", quality=72)
-        kind = "jpeg"
-    else:
-        picture.save(stream, format="PNG", optimize=True)
-        kind = "png"
+    picture.save(stream, format=kind, quality=72, optimize=kind == "png")
     return f"data:image/{kind};base64," + base64.b64encode(stream.getvalue()).decode("ascii")
