@@ -33,6 +33,11 @@ def test_import_loads_nothing_heavy() -> None:
     assert not loaded & {"torch", "nibabel", "SimpleITK", "skimage", "matplotlib"}
 
 
+def test_functions_are_not_hidden_by_modules_of_their_name() -> None:
+    result = run_python("import atlassegfm.jobs, atlassegfm; print(callable(atlassegfm.segment))")
+    assert result.stdout.strip() == "True", result.stderr
+
+
 def test_geometry_and_files_need_no_torch() -> None:
     result = run_python(
         "import sys; import atlassegfm.core.image, atlassegfm.transforms.maps; print('torch' in sys.modules)"

@@ -252,7 +252,7 @@ def test_refusals_write_no_result(here: Path, run: Run) -> None:
             "--labels",
             "atlas",
         ): "atlas: a folder of DICOM files; expected one RTSTRUCT or DICOM-SEG file",
-        ("query", "--labels", "rs.dcm", "--atlas", "query"): "rs.dcm: belongs to another patient than the series in",
+        ("query", "--labels", "rs.dcm", "--atlas", "query"): "rs.dcm: has another patient ID than the scan in query",
     }
     for arguments, message in cases.items():
         refused = run(*base, *arguments)
@@ -322,10 +322,10 @@ def test_check_finds_what_is_wrong_with_series(here: Path, run: Run) -> None:
     (here / "atlas" / "IM00004").unlink()
     broken = run("check", "atlas", "query", "--json")
     assert broken.code == 2
-    assert "1 slice is missing: slices are 3 mm apart" in broken.json["files"][0]["findings"][0]["text"]
+    assert "1 slice is missing between -36.0 and -30.0 mm" in broken.json["files"][0]["findings"][0]["text"]
     foreign = run("check", "query", "rs.dcm", "--json")
     assert foreign.code == 2
-    assert "belongs to another patient" in foreign.json["files"][1]["findings"][0]["text"]
+    assert "has another patient ID" in foreign.json["files"][1]["findings"][0]["text"]
     alone = run("check", "rs.dcm")
     assert alone.code == 2
     assert "holds contours, no voxels" in alone.out
@@ -376,7 +376,7 @@ def test_evaluate_against_structures(here: Path, run: Run) -> None:
             assert outcome.code == 0, outcome.err
             found = {plain_name(one["structure"]): one["dice"] for one in outcome.json["scores"]}
             assert found == pytest.approx(expected)
-            assert ("is not checked" in outcome.err) == (not options)
+            assert ("not checked" in outcome.err) == (not options)
     both = ["evaluate", "--pred", "truth-seg.dcm", "--ref", "truth.dcm", "--json"]
     assert "both are DICOM objects; give the scan they lie on with --scan" in run(*both).err
     same = run(*both, "--scan", "query")
@@ -387,7 +387,7 @@ def test_evaluate_against_structures(here: Path, run: Run) -> None:
     refused = run("evaluate", "--pred", result, "--ref", "truth.nii.gz", "--scan", "query")
     assert "neither is an RTSTRUCT or DICOM-SEG" in refused.err
     wrong = run("evaluate", "--pred", result, "--ref", "truth.dcm", "--scan", "atlas")
-    assert "belongs to another patient" in wrong.err
+    assert "has another patient ID" in wrong.err
 
 
 # Real scans

@@ -217,7 +217,7 @@ def test_two_series_in_one_folder(folder: Path) -> None:
         load_series(folder, "knee")
 
 
-def test_series_told_apart_by_nothing_but_their_uid(folder: Path) -> None:
+def test_series_that_differ_in_nothing_but_their_uid(folder: Path) -> None:
     write_series(folder, VALUES, AXIAL, series_uid=OTHER, names="b{}".format)
     with pytest.raises(InputError, match=rf"2 series fit --series 3: .*\.\.\.{OTHER[-8:]}"):
         load_series(folder, "3")
@@ -228,7 +228,7 @@ def test_localisers_and_other_objects_are_no_choice(folder: Path, tmp_path: Path
     write_series(folder, VALUES[..., :2], AFFINES["sagittal"], names="s{}".format, **scout)
     assert load_series(folder).grid.shape == VALUES.shape
     only = write_series(tmp_path / "only", VALUES[..., :2], AXIAL, **scout)
-    with pytest.raises(InputError, match=r"only: no series of slices in this folder, only 1 \(localiser"):
+    with pytest.raises(InputError, match=r"only: expected a series of .* in this folder, found 1 \(localiser"):
         load_series(only)
 
 
@@ -249,12 +249,11 @@ def test_localiser_within_a_series_is_left_out(folder: Path, caplog: pytest.LogC
 
 def test_missing_slice(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "scan", VALUES, AXIAL, skip=[4])
-    message = r"scan: 1 slice is missing: slices are 2\.5 mm apart, but there is none between 14\.5 and 19\.5 mm"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=r"scan: 1 slice is missing between 14\.5 and 19\.5 mm .* 2\.5 mm apart"):
         load_series(folder)
     # SimpleITK would stretch the spacing and say nothing.
     several = write_series(tmp_path / "more", VALUES, AXIAL, skip=[2, 6, 7])
-    with pytest.raises(InputError, match=r"3 slices are missing: .* between 9\.5 and 14\.5, 19\.5 and 27\.0 mm"):
+    with pytest.raises(InputError, match=r"3 slices are missing between 9\.5 and 14\.5, 19\.5 and 27\.0 mm"):
         load_series(several)
 
 
@@ -263,11 +262,11 @@ def test_uneven_slices(tmp_path: Path) -> None:
         dataset.ImagePositionPatient[2] += 0.7 * (k > 4) * (k - 4)
 
     folder = write_series(tmp_path / "scan", VALUES, AXIAL, change=shift)
-    with pytest.raises(InputError, match=r"scan: the slices are not evenly spaced: 2\.5 to 3\.2 mm apart"):
+    with pytest.raises(InputError, match=r"scan: .* not evenly spaced \(2\.5 to 3\.2 mm apart"):
         load_series(folder)
 
 
-def test_rounded_positions_are_told_and_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rounded_positions_are_used_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def rounded(dataset: pydicom.Dataset, k: int) -> None:
         dataset.ImagePositionPatient[2] = round(dataset.ImagePositionPatient[2] + 0.05 * (k % 2), 1)
 
@@ -284,7 +283,7 @@ def test_slices_shifted_sideways(tmp_path: Path) -> None:
         dataset.ImagePositionPatient[0] += 3.0 * (k == 5)
 
     folder = write_series(tmp_path / "scan", VALUES, AXIAL, change=shift)
-    with pytest.raises(InputError, match=r"shifted sideways against each other by up to 3 mm, and not evenly"):
+    with pytest.raises(InputError, match=r"scan: slices are up to 3 mm shifted sideways"):
         load_series(folder)
 
 
@@ -301,13 +300,13 @@ def test_files_that_share_a_uid(tmp_path: Path) -> None:
         dataset.SOPInstanceUID = "1.2.3"
 
     folder = write_series(tmp_path / "scan", VALUES, AXIAL, change=same)
-    with pytest.raises(InputError, match="has the instance UID of an image at another position"):
+    with pytest.raises(InputError, match=r"IM0000\d: has the instance UID of an image elsewhere"):
         load_series(folder)
 
 
 def test_mosaics(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "scan", VALUES, AXIAL, image_type=("ORIGINAL", "PRIMARY", "M", "MOSAIC"))
-    with pytest.raises(InputError, match=r"IM0000\d: a mosaic .*, which is not supported; convert it with dcm2niix"):
+    with pytest.raises(InputError, match=r"IM0000\d: a mosaic .*; convert it with dcm2niix"):
         load_series(folder)
 
 
@@ -315,7 +314,7 @@ def test_double_slices(folder: Path) -> None:
     dataset = pydicom.dcmread(sorted(folder.iterdir())[3])
     dataset.SOPInstanceUID = "1.2.3.4"
     dataset.save_as(folder / "double")
-    with pytest.raises(InputError, match=r"1 of 9 slice positions hold another number of images than the rest \(2 "):
+    with pytest.raises(InputError, match=r"double or missing: 1 of 9 .* 2 images instead of 1"):
         load_series(folder)
 
 
@@ -344,7 +343,7 @@ def _renamed(dataset: pydicom.Dataset, _: int) -> None:
 
 
 def _phases(folder: Path, keyword: str | None) -> Path:
-    """Three volumes at the same places, told apart by one element or by their image numbers alone."""
+    """Three volumes at the same places that differ in one element or in their image numbers alone."""
     for phase in range(3):
 
         def mark(dataset: pydicom.Dataset, k: int, phase: int = phase) -> None:
@@ -360,10 +359,7 @@ def _phases(folder: Path, keyword: str | None) -> Path:
 
 def test_series_of_several_volumes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = _phases(tmp_path / "scan", "EchoTime")
-    message = (
-        r"scan: the series holds 3 volumes at the same place, told apart by EchoTime \(#1 = 4\.?0?, #2 = 30\.?0?, "
-        r"#3 = 100\.?0?\); pick one with --series '#1' to '#3'"
-    )
+    message = r"scan: .* 3 volumes .* EchoTime \(#1 = 4\.?0?, #2 = 30\.?0?, #3 = 100\.?0?\); .* --series '#1' to '#3'"
     with pytest.raises(InputError, match=message):
         load_series(folder)
     with caplog.at_level(logging.WARNING):
@@ -376,9 +372,9 @@ def test_series_of_several_volumes(tmp_path: Path, caplog: pytest.LogCaptureFixt
         load_series(folder, "#4")
 
 
-def test_volumes_told_apart_by_image_numbers(tmp_path: Path) -> None:
+def test_volumes_that_differ_in_image_numbers(tmp_path: Path) -> None:
     folder = _phases(tmp_path / "scan", None)
-    with pytest.raises(InputError, match="told apart by InstanceNumber"):
+    with pytest.raises(InputError, match="3 volumes that differ in InstanceNumber"):
         load_series(folder)
     assert np.array_equal(load_series(folder, "#3").data + 1024, VALUES + 2)
 
@@ -421,25 +417,25 @@ def test_no_image_series(tmp_path: Path) -> None:
         dataset.Modality = "DX"
 
     folder = write_series(tmp_path / "xray", VALUES[..., :2], AXIAL, change=xray)
-    with pytest.raises(InputError, match=r"no series of slices in this folder, only 3 \(DX.*2 images\)"):
+    with pytest.raises(InputError, match=r"expected a series .*, found 3 \(DX.*2 images\)"):
         load_series(folder)
-    with pytest.raises(InputError, match=r"is no scan this program reads; expected CT, MR, PT"):
+    with pytest.raises(InputError, match=r"3 .* is no scan; expected CT, MR, PT"):
         load_series(folder, "3")
 
 
 def test_single_slice(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "scan", VALUES[..., :1], AXIAL)
-    with pytest.raises(InputError, match="no series of slices"):
+    with pytest.raises(InputError, match="expected a series of at least two slices"):
         load_series(folder)
     with pytest.raises(InputError, match="the series has one slice only; expected at least two"):
         load_series(folder, "3")
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.8, 0.95])
-def test_truncated_file(share: float, folder: Path) -> None:
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.7, 0.8, 0.95])
+def test_truncated_file(fraction: float, folder: Path) -> None:
     path = sorted(folder.iterdir())[4]
     content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
+    path.write_bytes(content[: int(len(content) * fraction)])
     with pytest.raises(InputError, match=rf"{path.name}: .*(truncated|ends before|no usable)"):
         load_series(folder)
 
@@ -457,14 +453,14 @@ def test_pixels_missing(tmp_path: Path) -> None:
         del dataset.PixelData
 
     folder = write_series(tmp_path / "scan", VALUES, AXIAL, change=bare)
-    with pytest.raises(InputError, match=r"there is no complete pixel data: .* exported without its image"):
+    with pytest.raises(InputError, match=r"IM0000\d: no complete pixel data"):
         load_series(folder)
 
 
 @pytest.mark.parametrize(
     ("syntax", "message"),
     [
-        ("1.2.840.10008.1.2.4.201", r"which needs the package pylibjpeg-openjpeg; install it with: pip install pyl"),
+        ("1.2.840.10008.1.2.4.201", "pip install pylibjpeg-openjpeg"),
         ("1.2.840.10008.1.2.4.100", r"compressed as MPEG2.*, which no package here decodes; export the series unc"),
     ],
 )
@@ -480,11 +476,11 @@ def test_unsupported_transfer_syntax(syntax: str, message: str, tmp_path: Path) 
 
 def test_values_that_cannot_be_used(tmp_path: Path) -> None:
     changes: list[tuple[dict[str, Any], str]] = [
-        ({"ImagePositionPatient": None}, "no usable ImagePositionPatient, so that its position is not known"),
+        ({"ImagePositionPatient": None}, "no usable ImagePositionPatient"),
         ({"ImageOrientationPatient": [1, 0, 0, 1, 0, 0]}, "is not two unit vectors at right angles"),
         ({"PixelSpacing": [0, 1]}, r"the pixel spacing is \[0.0, 1.0\] mm; expected two numbers above 0"),
         ({"SamplesPerPixel": 3}, "the image is in colour"),
-        ({"ModalityLUTSequence": [pydicom.Dataset()]}, r"the values go through a table \(Modality LUT\)"),
+        ({"ModalityLUTSequence": [pydicom.Dataset()]}, r"a table of values \(Modality LUT\)"),
     ]
     for number, (elements, message) in enumerate(changes):
 
@@ -505,11 +501,11 @@ def test_several_frames_of_reference(tmp_path: Path) -> None:
         dataset.FrameOfReferenceUID = f"{FRAME}.{k // 5}"
 
     folder = write_series(tmp_path / "scan", VALUES, AXIAL, change=moved)
-    with pytest.raises(InputError, match="the slices belong to 2 frames of reference; expected one"):
+    with pytest.raises(InputError, match="the slices are in 2 frames of reference"):
         load_series(folder)
 
 
-def test_inverted_display_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_inverted_display_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def inverted(dataset: pydicom.Dataset, _: int) -> None:
         dataset.PhotometricInterpretation = "MONOCHROME1"
 

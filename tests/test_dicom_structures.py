@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from atlassegfm.core.errors import InputError, OutputError
 from atlassegfm.core.geometry import Grid
-from atlassegfm.core.image import Volume
+from atlassegfm.core.image import Volume, label_boxes, label_positions
 from atlassegfm.core.labels import Structure
 from atlassegfm.core.mask import LocalMap
 from atlassegfm.dicom import (
@@ -119,8 +119,8 @@ def test_keyhole_contour_has_its_hole() -> None:
 
 def test_trace_and_fill_are_inverse() -> None:
     random = np.random.default_rng(0)
-    for share in (0.02, 0.3, 0.5, 0.7, 1.0):
-        mask = random.random((23, 31)) < share
+    for fraction in (0.02, 0.3, 0.5, 0.7, 1.0):
+        mask = random.random((23, 31)) < fraction
         assert np.array_equal(fill(trace(mask), mask.shape), mask)
         probability = random.random(mask.shape).astype(np.float32)  # at odds with the mask nearly everywhere
         contours = trace(mask, probability)
@@ -143,6 +143,20 @@ def test_every_hole_is_a_contour_of_its_own() -> None:
     mask[2:4, 2:4] = mask[7:10, 5:9] = False
     mask[8, 6] = True
     assert len(trace(mask)) == 4
+
+
+@pytest.mark.parametrize("large", [300, 70_000])
+def test_positions_and_boxes_of_label_values(large: int) -> None:
+    labels = np.zeros((5, 6, 7), np.uint32)
+    labels[1:3, 2, 4] = large
+    labels[4, 5, 6] = 8
+    other = np.zeros_like(labels)
+    other[0, 2, 5] = large
+    assert np.array_equal(label_positions(labels, [large, 7]), labels == large)
+    assert label_positions(labels, [7, 8, large]).max() == 3
+    boxes = label_boxes([7, large], labels, other)
+    assert boxes == {large: (slice(0, 3), slice(2, 3), slice(4, 6))}
+    assert not label_positions(labels, []).any()
 
 
 # Out and in again
@@ -536,7 +550,7 @@ def test_contours_half_way_between_slices_stay_apart(scan: Volume, tmp_path: Pat
         assert (data == 1).sum() % 25 == 0
 
 
-def test_slices_without_contours_are_told(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_slices_without_contours_are_warnings(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = made_rtstruct(tmp_path / "rs.dcm", {"Gaps": boxes((5, 9), (5, 9), [2, 4, 6])}, grid=scan.grid)
     with caplog.at_level(logging.WARNING):
         open_labels(path, scan)
@@ -556,11 +570,11 @@ def test_single_empty_slices_are_interpolated(scan: Volume, tmp_path: Path, capl
 
     for k in (1, 6):
         assert np.abs(sides(k) - (sides(k - 1) + sides(k + 1)) / 2).max() <= 1
-        assert (sides(k) != sides(k - 1)).all()
+        assert (sides(k) != sides(k - 1)).any()
     assert caplog.text.count("2 slices") == 2
 
 
-def test_points_and_open_lines_are_told(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_points_and_open_lines_are_warnings(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = made_rtstruct(tmp_path / "rs.dcm", {"Isocentre": [np.array([[3.0, 3, 3]])]}, grid=scan.grid, kinds="POINT")
     with pytest.raises(InputError, match="none of its 1 structures has closed contours"):
         open_labels(path, scan)
@@ -577,8 +591,7 @@ def test_points_and_open_lines_are_told(scan: Volume, tmp_path: Path, caplog: py
 def test_overlapping_structures(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rois = {"Body": boxes((1, 30), (1, 30), range(2, 6)), "PTV": boxes((5, 9), (5, 9), range(3, 5))}
     path = made_rtstruct(tmp_path / "rs.dcm", rois, grid=scan.grid)
-    message = r"rs\.dcm: structures overlap, which a label map cannot hold: Body and PTV \(50 voxels\); choose"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=r"rs\.dcm: structures overlap: Body and PTV \(50 voxels\); .*--overlap"):
         open_labels(path, scan)
     assert (open_labels(path, scan, Selection(("PTV",))).data == 2).sum() == 50
     with caplog.at_level(logging.WARNING):
@@ -629,7 +642,7 @@ def test_bad_synonyms(text: str, message: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         read_synonyms(path)
-    with pytest.raises(InputError, match=r"none\.toml: no such file; expected a TOML file of synonyms"):
+    with pytest.raises(InputError, match=r"none\.toml: no such file; expected .*synonyms"):
         read_synonyms(tmp_path / "none.toml")
 
 
@@ -648,13 +661,13 @@ def test_another_patient_frame_or_series(scan: Volume, tmp_path: Path, caplog: p
     def made(**options: str) -> Path:
         return made_rtstruct(tmp_path / "rs.dcm", rois, grid=scan.grid, **options)
 
-    with pytest.raises(InputError, match=r"rs\.dcm: belongs to another patient than the series in .*axial") as error:
+    with pytest.raises(InputError, match=r"rs\.dcm: has another patient ID than .*axial") as error:
         open_labels(made(patient="SOMEBODY ELSE"), scan)
     assert "SOMEBODY" not in str(error.value)
     assert PATIENT not in str(error.value)
-    with pytest.raises(InputError, match="lies in another frame of reference than the series in"):
+    with pytest.raises(InputError, match=r"lies in another frame of reference than .*axial"):
         open_labels(made(frame="1.2.3"), scan)
-    with pytest.raises(InputError, match="was drawn on another series .* one frame of reference"):
+    with pytest.raises(InputError, match=r"was drawn on another series, of no known frame of reference"):
         open_labels(made(frame="", series="1.2.3"), scan)
     with caplog.at_level(logging.WARNING):
         open_labels(made(series="1.2.3"), scan)
@@ -670,7 +683,7 @@ def test_segments_of_another_patient(scans: dict[str, Volume], tmp_path: Path) -
     scan = scans["axial"]
     path = tmp_path / "seg.dcm"
     write_segmentation(path, labels_on(scan), STRUCTURES, of(scan), PROVENANCE)
-    with pytest.raises(InputError, match="belongs to another patient"):
+    with pytest.raises(InputError, match="another patient ID"):
         read_segmentation(path, replace(of(scan), patient_id="other"))
     with pytest.raises(InputError, match="lies in another frame of reference"):
         read_segmentation(path, replace(of(scan), frame_uid="1.2"))
@@ -684,15 +697,15 @@ def test_contours_outside_the_scan(scan: Volume, tmp_path: Path) -> None:
     def made(contours: list[NDArray[np.float64]]) -> Path:
         return made_rtstruct(tmp_path / "rs.dcm", {"Organ": contours}, grid=scan.grid)
 
-    with pytest.raises(InputError, match=r"'Organ' has contours up to 7\.5 mm beyond the first or last slice"):
+    with pytest.raises(InputError, match=r"'Organ' reaches 7\.5 mm out of the scan"):
         open_labels(made(boxes((5, 9), (5, 9), range(5, 12))), scan)
-    with pytest.raises(InputError, match=r"'Organ' reaches 4\.0 mm out of the scan's images"):
+    with pytest.raises(InputError, match=r"'Organ' reaches 4\.0 mm out of the scan"):
         open_labels(made(boxes((30, 44), (5, 9), [3, 4])), scan)
     inside = open_labels(made(boxes((30, 39.6), (5, 9), [3, 4])), scan)  # on the outside of border pixels
     assert (inside.data == 1).sum() == 2 * 10 * 5
     upright = np.array([[5.0, 5, 1], [9, 5, 1], [9, 5, 7], [5, 5, 7]])
     crooked = upright + [[0, 0, 0], [0, 3, 0], [0, 6, 0], [0, 3, 0]]
-    with pytest.raises(InputError, match="'Organ' has contours that do not lie in the slices of the scan"):
+    with pytest.raises(InputError, match="contours of 'Organ' do not lie in slices"):
         open_labels(made([crooked + [[0, 0, 0], [4, 0, 0], [0, 0, 0], [0, 0, 0]]]), scan)
 
 
@@ -709,7 +722,7 @@ def test_damaged_rtstructs(scan: Volume, tmp_path: Path) -> None:
     dataset = pydicom.dcmread(path)
     dataset.ROIContourSequence[0].ContourSequence[0].ContourData = [1.0, 2.0, 3.0, 4.0]
     dataset.save_as(path)
-    with pytest.raises(InputError, match="'Organ' has a contour of 4 numbers, not three finite ones a point"):
+    with pytest.raises(InputError, match="a contour of 'Organ' does not have three numbers a point"):
         open_labels(path, scan)
     dataset.ROIContourSequence[0].ReferencedROINumber = 99
     dataset.save_as(path)
@@ -718,7 +731,7 @@ def test_damaged_rtstructs(scan: Volume, tmp_path: Path) -> None:
     del dataset.StructureSetROISequence
     dataset.ROIContourSequence = []
     dataset.save_as(path)
-    with pytest.raises(InputError, match="the RTSTRUCT has no structures"):
+    with pytest.raises(InputError, match="none of its 0 structures has closed contours"):
         open_labels(path, scan)
 
 
@@ -727,8 +740,8 @@ def test_truncated_rtstruct_and_seg(scan: Volume, tmp_path: Path) -> None:
         path = tmp_path / f"{form}.dcm"
         write(path, labels_on(scan), STRUCTURES, of(scan), PROVENANCE)
         content = path.read_bytes()
-        for share in (0.1, 0.5, 0.9, 0.99):
-            path.write_bytes(content[: int(share * len(content))])
+        for fraction in (0.1, 0.5, 0.9, 0.99):
+            path.write_bytes(content[: int(fraction * len(content))])
             with pytest.raises(InputError, match=rf"{form}\.dcm: "):
                 open_labels(path, scan)
 
@@ -737,9 +750,9 @@ def test_files_that_hold_no_structures(scan: Volume, tmp_path: Path) -> None:
     image = of(scan).frames[0].path
     with pytest.raises(InputError, match="a DICOM image or another object; expected an RTSTRUCT or DICOM-SEG"):
         open_labels(image, scan)
-    with pytest.raises(InputError, match="no RTSTRUCT but an object of modality CT; expected structures"):
+    with pytest.raises(InputError, match="modality is CT; expected an RTSTRUCT"):
         read_rtstruct(image, of(scan))
-    with pytest.raises(InputError, match="no DICOM-SEG but an object of modality CT; expected segments"):
+    with pytest.raises(InputError, match="modality is CT; expected a DICOM-SEG"):
         read_segmentation(image, of(scan))
     with pytest.raises(InputError, match="a folder of DICOM files; expected one RTSTRUCT or DICOM-SEG file"):
         open_labels(image.parent, scan)
@@ -798,8 +811,8 @@ def test_contours_on_a_converted_scan(scans: dict[str, Volume], tmp_path: Path) 
         assert np.array_equal(open_labels(path, canonical, EVERYTHING).data, labels.canonical().data)
 
 
-def test_converted_scan_is_told(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_converted_scan_is_a_warning(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = made_rtstruct(tmp_path / "rs.dcm", {"Organ": boxes((5, 9), (5, 9), [2, 3])}, grid=scan.grid)
     with caplog.at_level(logging.WARNING):
         open_labels(path, Volume(scan.data, scan.grid))
-    assert "whether this belongs to it (patient, frame of reference) is not checked" in caplog.text
+    assert "patient and frame of reference are not checked" in caplog.text

@@ -269,6 +269,35 @@ def smallest_label_type(largest: int) -> np.dtype[Any]:
     raise InputError(f"the label value {largest} does not fit into 32 bits; renumber the labels")
 
 
+def label_positions(labels: NDArray[Any], values: Sequence[int]) -> NDArray[Any]:
+    """Replace label values by their position in ``values`` from 1, all others by 0."""
+    kind = smallest_label_type(len(values))
+    largest = max([int(labels.max(initial=0)), *values], default=0)
+    if largest < 1 << 16:  # a table is several times faster
+        table = np.zeros(largest + 1, kind)
+        table[list(values)] = np.arange(1, len(values) + 1)
+        return np.asarray(table[labels])
+    known, ranks = np.array([*sorted(values), largest + 1]), np.array([*(np.argsort(values) + 1), 0], kind)
+    place = np.searchsorted(known, labels)
+    return np.where(known[place] == labels, ranks[place], kind.type(0))
+
+
+def label_boxes(values: Sequence[int], *maps: NDArray[Any]) -> dict[int, tuple[slice, slice, slice]]:
+    """Find the bounding box of each label value over label maps of one shape; none for values without voxels."""
+    from scipy import ndimage
+
+    found: dict[int, tuple[slice, slice, slice]] = {}
+    for labels in maps:
+        # find_objects is fast with the axis that lies closest in memory last.
+        boxes = ndimage.find_objects(label_positions(labels, values).transpose(2, 1, 0))
+        for value, box in zip(values, boxes, strict=False):
+            if box is not None:
+                sides = zip(box[::-1], found.get(value, box[::-1]), strict=True)
+                i, j, k = (slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in sides)
+                found[value] = (i, j, k)
+    return found
+
+
 def save_volume(volume: Volume, path: PathLike, *, structures: Sequence[Structure] | None = None) -> None:
     """Write a volume in the format of the file name, under a temporary name first.
 

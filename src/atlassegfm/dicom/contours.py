@@ -1,8 +1,7 @@
 """Contours of masks on one slice, and masks of contours.
 
-Contours are (N, 2) voxel indices (i, j) of the slice, whole numbers at voxel centres. A voxel is inside if its centre
-is inside an odd number of contours: a contour within another is a hole, and so is one joined to it by a keyhole (a
-channel of no width).
+Contours are (N, 2) voxel indices (i, j), whole numbers at voxel centres. A voxel is inside if its centre is inside an
+odd number of contours: a contour within another is a hole, and so is one joined to it by a channel of no width.
 """
 
 from __future__ import annotations
@@ -12,8 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-#: Border values keep this distance from the level 0.5: vertices stay a tenth of a voxel off centres, so that rounding
-#: moves none across.
+#: Border values keep this distance from the level 0.5: vertices stay a tenth of a voxel off centres, despite rounding.
 _MARGIN = 0.05
 
 
@@ -23,21 +21,19 @@ def fill(contours: Sequence[NDArray[np.float64]], shape: tuple[int, int]) -> NDA
     Polygons may reach beyond the slice. A centre exactly on an edge belongs to the side of larger i (larger j), so that
     exactly one of two structures that share an edge has it (:func:`skimage.draw.polygon` gives it to both).
     """
+    nothing = np.zeros((0, 2))
+    start = np.concatenate([nothing, *contours])
+    stop = np.concatenate([nothing, *(np.roll(contour, -1, axis=0) for contour in contours)])
+    # Rows of voxels j that each edge crosses: low <= j < high.
+    low = np.ceil(np.minimum(start[:, 1], stop[:, 1])).astype(np.int64).clip(0, shape[1])
+    high = np.ceil(np.maximum(start[:, 1], stop[:, 1])).astype(np.int64).clip(0, shape[1])
+    count = high - low
+    edge = np.repeat(np.arange(len(start)), count)
+    row = np.arange(edge.size) - np.repeat(np.cumsum(count) - count, count) + low[edge]
+    slope = (stop[edge, 0] - start[edge, 0]) / (stop[edge, 1] - start[edge, 1])
+    at = start[edge, 0] + (row - start[edge, 1]) * slope
     crossings = np.zeros((shape[0] + 1, shape[1]), np.int32)
-    for contour in contours:
-        start, stop = contour, np.roll(contour, -1, axis=0)
-        # Rows of voxels j that each edge crosses: low <= j < high.
-        low = np.ceil(np.minimum(start[:, 1], stop[:, 1])).astype(np.int64).clip(0, shape[1])
-        high = np.ceil(np.maximum(start[:, 1], stop[:, 1])).astype(np.int64).clip(0, shape[1])
-        count = high - low
-        edge = np.repeat(np.arange(len(contour)), count)
-        if not edge.size:
-            continue
-        row = np.arange(edge.size) - np.repeat(np.cumsum(count) - count, count) + low[edge]
-        slope = (stop[edge, 0] - start[edge, 0]) / (stop[edge, 1] - start[edge, 1])
-        at = start[edge, 0] + (row - start[edge, 1]) * slope
-        first = np.ceil(at).clip(0, shape[0]).astype(np.int64)
-        np.add.at(crossings, (first, row), 1)
+    np.add.at(crossings, (np.ceil(at).clip(0, shape[0]).astype(np.int64), row), 1)
     return np.asarray(np.cumsum(crossings[:-1], axis=0) % 2 == 1)
 
 

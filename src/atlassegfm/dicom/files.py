@@ -1,12 +1,10 @@
 """One DICOM file: recognise it, read its header, decode its pixels.
 
-Warnings of pydicom (overlong values, unknown characters) are silenced; what matters for a scan is checked here and in
-:mod:`.stack`.
+Warnings of pydicom (overlong values, unknown characters) are silenced; what matters is checked here and in `stack`.
 """
 
 from __future__ import annotations
 
-import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,12 +19,10 @@ from ..core.errors import InputError, MissingExtraError
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-#: (4, 4) LPS mm, as DICOM has it, to RAS+ mm and back.
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 #: Files in the form of DICOM part 10 have "DICM" behind 128 bytes.
 _PREAMBLE_BYTES = 128
 #: High-throughput JPEG 2000 is decoded by no package of the extra.
-_HTJ2K = tuple(f"1.2.840.10008.1.2.4.{n}" for n in (201, 202, 203))
+_HTJ2K = ("1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.202", "1.2.840.10008.1.2.4.203")
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 _PIXEL_DATA = 0x7FE00010
 _DAMAGED = "the file is truncated or damaged; copy or export it again"
@@ -57,23 +53,17 @@ def is_dicom(path: Path) -> bool:
         raise InputError(f"{path}: cannot be opened ({error.strerror}); check the permissions") from None
     if start[_PREAMBLE_BYTES:] == b"DICM":
         return True
-    if len(start) < 8:
-        return False
-    group, element = struct.unpack("<HH", start[:4])
-    return bool(group == 0x0008 and element <= 0x0018)  # scanners older than part 10
+    # Files of scanners older than part 10 begin with an element of this group.
+    return len(start) >= 8 and start[:2] == b"\x08\x00" and int.from_bytes(start[2:4], "little") <= 0x0018
 
 
 def read_header(path: Path, keywords: Sequence[str] | None = None) -> Dataset:
     """Read all elements but the pixels, or only those named; raise InputError if the file is damaged."""
-    return _read(path, stop_before_pixels=True, specific_tags=None if keywords is None else list(keywords))
+    return read_dataset(path, stop_before_pixels=True, specific_tags=None if keywords is None else list(keywords))
 
 
-def read_dataset(path: Path) -> Dataset:
-    """Read a whole file; raise InputError if it is no DICOM file or damaged."""
-    return _read(path)
-
-
-def _read(path: Path, **options: Any) -> Dataset:
+def read_dataset(path: Path, **options: Any) -> Dataset:
+    """Read a file, with options of pydicom; raise InputError if it is no DICOM file or damaged."""
     require_dicom_extra()
     import pydicom
     from pydicom.uid import ImplicitVRLittleEndian
@@ -108,12 +98,7 @@ def _ends_early(dataset: Dataset) -> bool:
 
 
 def decode_pixels(dataset: Dataset, path: Path) -> NDArray[Any]:
-    """Decode the pixels of a whole file.
-
-    Returns
-    -------
-    array, (frames, rows, columns)
-        Stored values, not rescaled.
+    """Decode the pixels of a whole file to stored values, (frames, rows, columns), not rescaled.
 
     Raises
     ------
@@ -125,10 +110,7 @@ def decode_pixels(dataset: Dataset, path: Path) -> NDArray[Any]:
 
     check_one_sample(dataset, path)
     if "PixelData" not in dataset:
-        raise InputError(
-            f"{path}: there is no complete pixel data: the file is truncated or was exported without its image; "
-            "export it again"
-        )
+        raise InputError(f"{path}: no complete pixel data: truncated, or exported without its image; export it again")
     syntax = UID(dataset.file_meta.TransferSyntaxUID)
     frames, rows, columns = frame_count(dataset), int(dataset.Rows), int(dataset.Columns)
     if not syntax.is_encapsulated:
@@ -139,16 +121,11 @@ def decode_pixels(dataset: Dataset, path: Path) -> NDArray[Any]:
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
-        raise InputError(
-            f"{path}: the pixels are compressed as {name}, which no package here decodes; "
-            "export the series uncompressed"
-        ) from None
+        found = f"{path}: the pixels are compressed as {name}"
+        raise InputError(f"{found}, which no package here decodes; export the series uncompressed") from None
     if not decoder.is_available:
         package = "pylibjpeg-openjpeg" if syntax in _HTJ2K else "python-gdcm"
-        raise InputError(
-            f"{path}: the pixels are compressed as {name}, which needs the package {package}; "
-            f"install it with: pip install {package}"
-        )
+        raise InputError(f"{path}: the pixels are compressed as {name}; to decode them: pip install {package}")
     try:
         with no_warnings():
             pixels = np.asarray(dataset.pixel_array)
@@ -195,7 +172,7 @@ def numbers_of(dataset: Dataset, keyword: str, count: int) -> NDArray[np.float64
     if value is None:
         return None
     try:
-        numbers = np.atleast_1d(np.asarray([float(n) for n in np.atleast_1d(value)], dtype=np.float64))
+        numbers = np.array([float(n) for n in np.atleast_1d(value)])
     except (TypeError, ValueError):
         return None
     return numbers if numbers.shape == (count,) and np.isfinite(numbers).all() else None

@@ -29,41 +29,25 @@ SOFTWARE = "AtlasSegFM"
 LONGEST_NAME, LONGEST_TEXT = 64, 1024
 #: Elements of patient and study that every object must have, if only empty (types 1 and 2) ...
 _COPIED = (
-    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
+    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "PositionReferenceIndicator"),
     *("StudyInstanceUID", "StudyDate", "StudyTime", "ReferringPhysicianName", "StudyID", "AccessionNumber"),
 )
 #: ... and those it has where the series has them.
 _COPIED_IF_THERE = (
     *("IssuerOfPatientID", "PatientAge", "PatientSize", "PatientWeight", "PatientIdentityRemoved"),
-    *("DeidentificationMethod", "StudyDescription", "PositionReferenceIndicator"),
+    *("DeidentificationMethod", "StudyDescription"),
 )
-#: UIDs made from a UUID begin so (DICOM part 5, B.2).
-_UUID_ROOT = "2.25."
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """How new objects were made.
+    """How new objects were made. Equal provenance, series and labels give equal objects and UIDs."""
 
-    Parameters
-    ----------
-    model
-        Name of the segmentation model.
-    summary
-        Of the whole result, for the description of the object.
-    descriptions
-        Verdict of each structure by its label value.
-    when
-        Time of creation; left out of the objects if None. Equal times, series and labels give equal objects and UIDs.
-    version
-        Of this program.
-    """
-
-    model: str
-    summary: str = ""
-    descriptions: Mapping[int, str] = field(default_factory=dict)
-    when: datetime | None = None
-    version: str = __version__
+    model: str  # name of the segmentation model
+    summary: str = ""  # of the whole result, for the description of the object
+    descriptions: Mapping[int, str] = field(default_factory=dict)  # verdict of each structure by its label value
+    when: datetime | None = None  # time of creation; left out of the objects if None
+    version: str = __version__  # of this program
 
     @property
     def text(self) -> str:
@@ -93,7 +77,7 @@ def new_uid(*parts: str | bytes) -> str:
         content = part.encode() if isinstance(part, str) else part
         digest.update(len(content).to_bytes(8, "little"))
         digest.update(content)
-    return _UUID_ROOT + str(uuid.UUID(bytes=digest.digest()[:16], version=5).int)
+    return f"2.25.{uuid.UUID(bytes=digest.digest()[:16], version=5).int}"  # the root of UUIDs: DICOM part 5, B.2
 
 
 def fingerprint(series: Series, structures: Sequence[Structure], provenance: Provenance, data: NDArray[Any]) -> bytes:
@@ -116,16 +100,6 @@ def series_number(series: Series, offset: int) -> int:
     return (number if 0 < number < 10_000 else 10) * 100 + offset
 
 
-def frame_of(series: Series) -> str:
-    """Get the frame of reference UID of a series, or a new one, as new objects must have one."""
-    return series.frame_uid or new_uid("frame of reference", series.uid)
-
-
-def study_of(series: Series) -> str:
-    """Get the study UID of a series, or a new one, as new objects must have one."""
-    return series.study_uid or new_uid("study", series.uid)
-
-
 def dataset_of(**elements: Any) -> Dataset:
     """Make a dataset of some elements."""
     import pydicom
@@ -137,16 +111,15 @@ def dataset_of(**elements: Any) -> Dataset:
 
 
 def copy_identity(series: Series, to: Dataset) -> None:
-    """Copy patient, study and frame of reference of a series; the text becomes UTF-8."""
+    """Copy patient, study and frame of reference of a series, with new UIDs where it has none; text becomes UTF-8."""
     header = series.header()
     to.SpecificCharacterSet = "ISO_IR 192"
     for keyword in (*_COPIED, *_COPIED_IF_THERE):
         value = text_of(header, keyword)
         if value or keyword in _COPIED:
             setattr(to, keyword, value)
-    to.StudyInstanceUID, to.FrameOfReferenceUID = study_of(series), frame_of(series)
-    if "PositionReferenceIndicator" not in to:
-        to.PositionReferenceIndicator = ""
+    to.StudyInstanceUID = series.study_uid or new_uid("study", series.uid)
+    to.FrameOfReferenceUID = series.frame_uid or new_uid("frame of reference", series.uid)
 
 
 def check_belongs(
@@ -158,19 +131,9 @@ def check_belongs(
     series_uids: Iterable[str],
     instance_uids: Iterable[str] = (),
 ) -> list[str]:
-    """Check that structures were drawn on a series, or at least in its frame of reference.
+    """Check that structures were drawn on a series, or at least in its frame of reference, and give warnings.
 
-    Parameters
-    ----------
-    patient_id
-        Of the structures; empty where unknown.
-    frame_uids, series_uids, instance_uids
-        Frames of reference, series and images they refer to.
-
-    Returns
-    -------
-    list of str
-        Warnings.
+    UIDs are those of the frames of reference, series and images that the structures refer to; unknown ones are empty.
 
     Raises
     ------
@@ -178,23 +141,18 @@ def check_belongs(
         If they are of another patient or in another frame of reference.
     """
     frames, others = set(frame_uids) - {""}, set(series_uids) - {""}
+
+    def refusal(how: str) -> InputError:
+        return InputError(f"{path}: {how} than the scan in {series.folder}; give the series it was drawn on")
+
     if patient_id and series.patient_id and patient_id != series.patient_id:
-        raise InputError(
-            f"{path}: belongs to another patient than the series in {series.folder} (the patient IDs differ); give the "
-            "structures that were drawn on it"
-        )
+        raise refusal("has another patient ID")
     if frames and series.frame_uid and series.frame_uid not in frames:
-        raise InputError(
-            f"{path}: lies in another frame of reference than the series in {series.folder}, so that its structures "
-            "would be misplaced; give the series they were drawn on"
-        )
+        raise refusal("lies in another frame of reference")
     if series.uid in others or set(instance_uids) & {frame.uid for frame in series.frames}:
         return []
     if frames and series.frame_uid:
         return ["was drawn on another series in the same frame of reference"] if others else []
     if others:
-        raise InputError(
-            f"{path}: was drawn on another series than that in {series.folder}, and nothing says that both lie in one "
-            "frame of reference; give the series they were drawn on"
-        )
+        raise refusal("was drawn on another series, of no known frame of reference,")
     return ["it does not say which scan it belongs to: that is not checked"]

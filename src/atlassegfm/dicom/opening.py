@@ -48,14 +48,9 @@ def _is_dicom_file(path: Path) -> bool:
 
 
 def open_image(image: ImageLike, series: str | None = None) -> Volume:
-    """Read an image file, a DICOM folder or an image in memory as float32 intensities.
+    """Read an image file, a DICOM folder or an image in memory as float32 intensities; else InputError.
 
-    ``series`` chooses as in :func:`load_series`.
-
-    Raises
-    ------
-    InputError
-        As :func:`~atlassegfm.core.image.load_image` and :func:`~.series.load_series`.
+    ``series`` chooses one of a folder, as in :func:`~.series.load_series`.
     """
     if not isinstance(image, str | os.PathLike):
         return load_image(image)
@@ -77,7 +72,7 @@ def open_labels(
     allow_empty: bool = False,
     tell: bool = True,
 ) -> Volume:
-    """Read a label map.
+    """Read a label map from an image file, an RTSTRUCT or a DICOM-SEG; InputError as their readers raise it.
 
     Parameters
     ----------
@@ -91,12 +86,6 @@ def open_labels(
         Accept an image file without any label.
     tell
         Log warnings about a DICOM file.
-
-    Raises
-    ------
-    InputError
-        As :func:`~atlassegfm.core.image.load_labels`, :func:`~.rtstruct.read_rtstruct` and
-        :func:`~.seg.read_segmentation`.
     """
     if not isinstance(image, str | os.PathLike):
         return load_labels(image, allow_empty=allow_empty)
@@ -120,9 +109,7 @@ def open_labels(
         volume = read_rtstruct(path, target, selection)
     notes = list(volume.source.notes) if volume.source else []
     if target is not None and series is None:
-        notes.append(
-            "the scan is no DICOM series: whether this belongs to it (patient, frame of reference) is not checked"
-        )
+        notes.append("patient and frame of reference are not checked, as the scan is no DICOM series")
     for note in notes if tell else ():
         logger.warning("%s: %s", path, note)
     return volume

@@ -11,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import InputError, OutputError
-from ..core.image import Volume
+from ..core.image import Volume, label_boxes
 from ..core.labels import Structure, listed
 from .files import read_header
 from .rtstruct import is_rtstruct, read_rtstruct
 from .seg import read_segmentation
 from .series import Series
-from .structures import Box, label_boxes
+from .structures import Box
 
 #: Structures of more voxels than this must come back with LEAST_DICE; in smaller ones, one voxel is more than 1 %.
 COUNTED_VOXELS = 50
@@ -43,7 +43,7 @@ class RoundTrip:
 def check_round_trip(
     path: Path, labels: Volume, structures: Sequence[Structure], series: Series
 ) -> tuple[RoundTrip, ...]:
-    """Read a file back and compare it with the label map it was written from (the voxels of the series).
+    """Read a file back and compare it with the label map it was written from, on the voxels of the series.
 
     Raises
     ------
@@ -52,36 +52,30 @@ def check_round_trip(
     """
     read = read_rtstruct if is_rtstruct(read_header(path, ["SOPClassUID"])) else read_segmentation
     data = labels.turned_to(series.grid).data
-    boxes = label_boxes(data, structures)
+    values = [one.value for one in structures]
     back = np.zeros(data.shape, np.uint8)
-    if boxes:
+    if np.isin(data, values).any():
         try:
             back = read(path, series).data
         except InputError as error:
             raise OutputError(f"{path.name}: what was written cannot be read back ({error}); nothing is kept") from None
-    boxes_back = label_boxes(back, structures)
-    found = []
-    for one in structures:
-        both = [box for box in (boxes.get(one.value), boxes_back.get(one.value)) if box is not None]
-        found.append(_compare(data, back, one, both, series.grid.spacing_mm))
+    boxes = label_boxes(values, data, back)
+    found = [_compare(data, back, one, boxes.get(one.value), series.grid.spacing_mm) for one in structures]
     wrong = [f"{one.name} ({one.dice:.3f})" for one in found if one.voxels > COUNTED_VOXELS and one.dice < LEAST_DICE]
     if wrong:
-        raise OutputError(
-            f"{path.name}: read back, structures differ from the label map (Dice below {LEAST_DICE}: {listed(wrong)}); "
-            "nothing is kept: choose another format, and report this as a defect"
-        )
+        differ = f"read back, structures differ from the label map (Dice below {LEAST_DICE}: {listed(wrong)})"
+        raise OutputError(f"{path.name}: {differ}; nothing is kept: choose another format, and report this defect")
     return tuple(found)
 
 
 def _compare(
-    data: NDArray[Any], back: NDArray[Any], structure: Structure, boxes: Sequence[Box], spacing_mm: NDArray[np.float64]
+    data: NDArray[Any], back: NDArray[Any], structure: Structure, box: Box | None, spacing_mm: NDArray[np.float64]
 ) -> RoundTrip:
-    """Compare one structure within its boxes in both."""
+    """Compare one structure within its box over both; None if both are empty."""
     from scipy import ndimage
 
-    if not boxes:
+    if box is None:
         return RoundTrip(structure.value, structure.name, 0, 1.0, 0.0)
-    box = tuple(slice(min(n.start for n in axis), max(n.stop for n in axis)) for axis in zip(*boxes, strict=True))
     one, other = data[box] == structure.value, back[box] == structure.value
     first, second, both = (int(np.count_nonzero(mask)) for mask in (one, other, one & other))
     error = 0.0 if first and second else float("inf")

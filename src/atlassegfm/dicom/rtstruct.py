@@ -1,8 +1,7 @@
 """RTSTRUCT: structures as closed contours on slices, read as a label map and written from one.
 
-Reading: a voxel belongs to a structure if its centre is inside an odd number of its contours on the slice; contours
-between slices count for the nearest one. Writing: contours run between the voxels at level 0.5 in the planes of the
-slices, one for each hole.
+A voxel is read as inside if its centre is inside an odd number of contours on the slice; contours between slices count
+for the nearest one. Written contours run between the voxels at level 0.5 in the planes of the slices, one a hole.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import InputError
-from ..core.geometry import Grid
-from ..core.image import Volume
-from ..core.labels import Structure, listed
+from ..core.geometry import LPS_FLIP, Grid
+from ..core.image import Volume, label_boxes
+from ..core.labels import Structure
 from ..core.mask import LocalMap
 from .contours import fill, trace
-from .files import LPS_TO_RAS, items_of, no_warnings, read_dataset, text_of, value_of
+from .files import items_of, no_warnings, numbers_of, read_dataset, text_of, value_of
 from .identity import (
     LONGEST_NAME,
     SOFTWARE,
@@ -31,13 +30,12 @@ from .identity import (
     copy_identity,
     dataset_of,
     fingerprint,
-    frame_of,
     new_uid,
     series_number,
-    study_of,
 )
 from .series import Series
-from .structures import EVERYTHING, Box, Color, Selection, StructureMask, label_boxes, merge
+from .stack import Frame
+from .structures import EVERYTHING, Box, Color, Selection, StructureMask, merge
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -45,11 +43,9 @@ if TYPE_CHECKING:
 STORAGE = "1.2.840.10008.5.1.4.1.1.481.3"
 #: Types of contours that enclose an area; points and open lines do not.
 _CLOSED = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR", "")
-#: Fractions of the slice distance: points of a contour this near to each other lie in one slice,
-_IN_PLANE = 0.5
-#: contours this near to each other are on one plane,
-_SAME_PLANE = 0.02
-#: planes this near to half way between slices count as half way.
+#: Points of a contour within this fraction of the slice distance lie in one slice, contours on one plane.
+_IN_PLANE, _SAME_PLANE = 0.5, 0.02
+#: Planes within this fraction of the slice distance of half way between slices count as half way.
 _HALF_WAY = 1e-3
 #: Contours may leave the image by so many pixels: planning systems close them on the outside of border pixels.
 _BEYOND_VOXELS = 1.0
@@ -76,67 +72,48 @@ def is_rtstruct(dataset: Dataset) -> bool:
 
 
 def read_rtstruct(path: Path, on: Series | Grid, selection: Selection = EVERYTHING) -> Volume:
-    """Read an RTSTRUCT as a label map.
+    """Read the structures with closed contours of an RTSTRUCT as a label map, with ROI numbers as values.
 
-    Parameters
-    ----------
-    on
-        The scan the contours were drawn on; patient and frame of reference are compared with a series only.
-    selection
-        Which structures; without one, all that have closed contours.
-
-    Returns
-    -------
-    Volume
-        ROI numbers as label values, on the grid of the scan; names and colours are in its source.
+    ``on`` is the scan they were drawn on; patient and frame of reference are compared with a series only. Names and
+    colours are in the source of the volume.
 
     Raises
     ------
     InputError
-        If the file is no RTSTRUCT or damaged, of another patient or frame, a structure is not there or has no closed
-        contours, contours lie outside the scan or not in its slices, or structures overlap.
+        If the file is no RTSTRUCT or damaged, of another patient or frame, a wanted structure is not there or has no
+        closed contours, contours lie outside the scan or not in its slices, or structures overlap.
     """
     dataset = read_dataset(path)
     if not is_rtstruct(dataset):
-        modality = text_of(dataset, "Modality")
-        kind = f"an object of modality {modality}" if modality else "another DICOM object"
-        raise InputError(f"{path}: no RTSTRUCT but {kind}; expected structures")
-    notes = check_belongs(path, on, **_references(dataset)) if isinstance(on, Series) else []
-    grid = on.grid if isinstance(on, Series) else on
+        raise InputError(f"{path}: the modality is {text_of(dataset, 'Modality') or 'missing'}; expected an RTSTRUCT")
+    grid, notes = (on.grid, check_belongs(path, on, **_references(dataset))) if isinstance(on, Series) else (on, [])
     rois = list(_read_rois(dataset, path))
-    if not rois:
-        raise InputError(f"{path}: the RTSTRUCT has no structures; export it again")
-    order = selection.select([(roi.number, roi.name) for roi in rois], path)
-    if not selection.wanted:
-        bare = [rois[n].name for n in order if not rois[n].contours]
-        if bare:
-            notes.append(f"left out, as they have no closed contours: {listed(bare)}")
-        order = [n for n in order if rois[n].contours]
-        if not order:
-            raise InputError(f"{path}: none of its {len(rois)} structures has closed contours; export it again")
+    found = [(roi.number, roi.name, bool(roi.contours)) for roi in rois]
+    order, left_out = selection.select(found, path, "closed contours")
+    notes += left_out
     masks = []
     for roi in (rois[n] for n in order):
-        if not roi.contours:
-            raise InputError(f"{path}: the structure {roi.name!r} has no closed contours; leave it out of --structures")
         mask, roi_notes = _rasterise(roi, grid, path, selection.interpolate)
-        masks.append(replace(mask, name=selection.renamed(mask.name)))
+        masks.append(replace(mask, name=selection.renamed(roi.name)))
         notes += roi_notes
     return merge(masks, selection, on, path, notes)
 
 
 def _rasterise(roi: _Roi, grid: Grid, path: Path, interpolate: bool) -> tuple[StructureMask, list[str]]:
-    """Mark the voxels inside the contours of a structure, which lie in slices along any axis of the grid; and warn."""
-    name = f"{path}: the structure {roi.name!r}"
+    """Mark the voxels inside the contours of a structure, in slices along any axis of the grid; and give warnings."""
     contours = [grid.world_to_voxel(contour) for contour in roi.contours]
     spread = np.max([np.ptp(contour, axis=0) for contour in contours], axis=0)
     axis = next((n for n in (2, 1, 0) if spread[n] <= _IN_PLANE), None)
     if axis is None:
-        raise InputError(
-            f"{name} has contours that do not lie in the slices of the scan; give the series they were drawn on"
-        )
+        raise InputError(f"{path}: contours of {roi.name!r} do not lie in slices; give the series they were drawn on")
     across = [n for n in range(3) if n != axis]
     planes = np.array([contour[:, axis].mean() for contour in contours])
-    _check_inside(contours, planes, axis, grid, name)
+    for n, at in enumerate(np.concatenate(contours).T):
+        at, border, allowed = (planes, 0.0, 0.5 + _HALF_WAY) if n == axis else (at, 0.5, _BEYOND_VOXELS)
+        beyond = max(-border - at.min(), at.max() - (grid.shape[n] - 1 + border))
+        if beyond > allowed:
+            reach = f"{roi.name!r} reaches {beyond * grid.spacing_mm[n]:.1f} mm out of the scan"
+            raise InputError(f"{path}: {reach}; give the series it was drawn on, or leave it out with --structures")
     by_slice, notes = _planes_to_slices(planes, grid.shape[axis], float(grid.spacing_mm[axis]), roi.name)
     both = np.concatenate(contours)[:, across]
     low = np.floor(both.min(axis=0)).astype(int).clip(0)
@@ -151,13 +128,10 @@ def _rasterise(roi: _Roi, grid: Grid, path: Path, interpolate: bool) -> tuple[St
     if filled:
         notes.append(f"{roi.name}: {filled} slices without contours are filled by interpolation")
     if missing:
-        notes.append(
-            f"{roi.name}: {missing} slices between its first and its last have no contour and stay empty "
-            "(--interpolate-slices fills single ones)"
-        )
-    start = [0, 0, 0]
-    start[across[0]], start[across[1]], start[axis] = int(low[0]), int(low[1]), first
-    mask = StructureMask(roi.number, roi.name, roi.color, (start[0], start[1], start[2]), np.moveaxis(stack, 0, axis))
+        found = f"{missing} slices between its first and its last have no contour and stay empty"
+        notes.append(f"{roi.name}: {found} (--interpolate-slices fills single ones)")
+    i, j, k = np.insert(low, axis, first).tolist()
+    mask = StructureMask(roi.number, roi.name, roi.color, (i, j, k), np.moveaxis(stack, 0, axis))
     if roi.left_out:
         notes.append(f"{roi.name}: {roi.left_out} points or open lines are left out")
     return mask, notes
@@ -180,53 +154,25 @@ def _interpolated(stack: NDArray[np.bool_], drawn: Sequence[int]) -> int:
 def _planes_to_slices(
     planes: NDArray[np.float64], count: int, distance_mm: float, name: str
 ) -> tuple[dict[int, list[int]], list[str]]:
-    """The contours (positions in ``planes``) that count for each slice, and warnings."""
+    """Find the contours (positions in ``planes``) of the plane nearest to each slice, and give warnings."""
     notes = []
-    best: dict[int, float] = {}
     # Planes half way between slices all go to the lower one, whatever rounding did to each.
     nearest = np.floor(planes + 0.5 - _HALF_WAY).astype(int).clip(0, count - 1)
-    for place, plane in zip(nearest.tolist(), planes.tolist(), strict=True):
-        if place not in best or abs(plane - place) < abs(best[place] - place):
-            best[place] = plane
+    off = np.abs(planes - nearest)
     chosen: dict[int, list[int]] = {}
-    dropped = 0
-    for n, (place, plane) in enumerate(zip(nearest.tolist(), planes.tolist(), strict=True)):
-        if abs(plane - best[place]) <= _SAME_PLANE:
-            chosen.setdefault(place, []).append(n)
-        else:
-            dropped += 1
-    off = np.array([abs(plane - place) for place, plane in best.items()])
+    for n in np.argsort(off, kind="stable").tolist():
+        on_slice = chosen.setdefault(int(nearest[n]), [])
+        if not on_slice or abs(planes[n] - planes[on_slice[0]]) <= _SAME_PLANE:
+            on_slice.append(n)
+    off = off[[on_slice[0] for on_slice in chosen.values()]]
     between = int((off > _SAME_PLANE).sum())
     if between:
-        notes.append(
-            f"{name}: contours of {between} planes lie between slices, up to {off.max() * distance_mm:.2g} mm off; "
-            "they count for the nearest slice"
-        )
+        found = f"contours of {between} planes lie between slices, up to {off.max() * distance_mm:.2g} mm off"
+        notes.append(f"{name}: {found}; they count for the nearest slice")
+    dropped = len(planes) - sum(map(len, chosen.values()))
     if dropped:
         notes.append(f"{name}: {dropped} contours are left out, as others lie nearer to the same slice")
     return chosen, notes
-
-
-def _check_inside(
-    contours: Sequence[NDArray[np.float64]], planes: NDArray[np.float64], axis: int, grid: Grid, name: str
-) -> None:
-    """Refuse contours that leave the scan."""
-    last = grid.shape[axis] - 1
-    beyond = np.maximum(-planes, planes - last).max()
-    if beyond > 0.5 + _HALF_WAY:
-        raise InputError(
-            f"{name} has contours up to {beyond * grid.spacing_mm[axis]:.1f} mm beyond the first or last slice of the "
-            "scan; give the series they were drawn on, or leave it out with --structures"
-        )
-    points = np.concatenate(contours)
-    for other in {0, 1, 2} - {axis}:
-        low, high = points[:, other].min(), points[:, other].max()
-        outside = max(-0.5 - low, high - (grid.shape[other] - 0.5))
-        if outside > _BEYOND_VOXELS:
-            raise InputError(
-                f"{name} reaches {outside * grid.spacing_mm[other]:.1f} mm out of the scan's images; give the series "
-                "it was drawn on, or leave it out with --structures"
-            )
 
 
 def _references(dataset: Dataset) -> dict[str, Any]:
@@ -236,64 +182,49 @@ def _references(dataset: Dataset) -> dict[str, Any]:
     series = [one for study in studies for one in items_of(study, "RTReferencedSeriesSequence")]
     images = [image for one in series for image in items_of(one, "ContourImageSequence")]
     rois = items_of(dataset, "StructureSetROISequence")
+    frame_uids = {text_of(one, "FrameOfReferenceUID") for one in frames}
     return {
         "patient_id": text_of(dataset, "PatientID"),
-        "frame_uids": {text_of(one, "FrameOfReferenceUID") for one in frames}
-        | {text_of(roi, "ReferencedFrameOfReferenceUID") for roi in rois},
+        "frame_uids": frame_uids | {text_of(roi, "ReferencedFrameOfReferenceUID") for roi in rois},
         "series_uids": {text_of(one, "SeriesInstanceUID") for one in series},
         "instance_uids": {text_of(image, "ReferencedSOPInstanceUID") for image in images},
     }
 
 
 def _read_rois(dataset: Dataset, path: Path) -> Iterator[_Roi]:
-    names: dict[int, str] = {}
-    for roi in items_of(dataset, "StructureSetROISequence"):
-        number = value_of(roi, "ROINumber")
-        if number is None:
-            raise InputError(f"{path}: a structure has no number; export the RTSTRUCT again")
-        names[int(number)] = text_of(roi, "ROIName") or f"ROI {int(number)}"
-    drawn: dict[int, Dataset] = {}
-    for item in items_of(dataset, "ROIContourSequence"):
-        number = value_of(item, "ReferencedROINumber")
-        if number is None or int(number) not in names:
-            raise InputError(f"{path}: contours belong to no structure; export the RTSTRUCT again")
-        drawn[int(number)] = item
+    names = {
+        value_of(roi, "ROINumber"): text_of(roi, "ROIName") for roi in items_of(dataset, "StructureSetROISequence")
+    }
+    drawn = {value_of(item, "ReferencedROINumber"): item for item in items_of(dataset, "ROIContourSequence")}
+    if None in names:
+        raise InputError(f"{path}: a structure has no number; export the RTSTRUCT again")
+    if not drawn.keys() <= names.keys():
+        raise InputError(f"{path}: contours belong to no structure; export the RTSTRUCT again")
     for number, name in names.items():
-        color, contours, left_out = None, [], 0
-        if number in drawn:
-            channels = value_of(drawn[number], "ROIDisplayColor")
-            if channels is not None and len(channels) == 3:
-                color = (int(channels[0]), int(channels[1]), int(channels[2]))
-            for contour in items_of(drawn[number], "ContourSequence"):
-                points = _points(contour, f"{path}: the structure {name!r}")
-                if text_of(contour, "ContourGeometricType").upper() in _CLOSED and len(points) >= 3:
-                    contours.append(points)
-                else:
-                    left_out += 1
-        yield _Roi(number, name, color, tuple(contours), left_out)
+        name = name or f"ROI {number}"
+        item = drawn.get(number, dataset_of())
+        channels = numbers_of(item, "ROIDisplayColor", 3)
+        color = None if channels is None else (int(channels[0]), int(channels[1]), int(channels[2]))
+        contours = [
+            (text_of(contour, "ContourGeometricType").upper(), _points(contour, f"{path}: a contour of {name!r}"))
+            for contour in items_of(item, "ContourSequence")
+        ]
+        closed = tuple(points for kind, points in contours if kind in _CLOSED and len(points) >= 3)
+        yield _Roi(int(number), name, color, closed, len(contours) - len(closed))
 
 
 def _points(contour: Dataset, name: str) -> NDArray[np.float64]:
-    """(N, 3) points of a contour, RAS+ mm."""
-    from pydicom.dataelem import RawDataElement
-
-    element: Any = contour.get_item("ContourData") if "ContourData" in contour else None
+    """Read the points of a contour, (N, 3) RAS+ mm."""
+    # As bytes: pydicom makes an object of each number, which takes minutes for a large file.
+    raw: Any = contour.get_item("ContourData") if "ContourData" in contour else None
     try:
-        if isinstance(element, RawDataElement):
-            # pydicom makes an object of each number, which takes minutes for a large file.
-            text = (element.value or b"").decode("ascii").rstrip("\0 ")
-            numbers = np.array(text.split("\\") if text else [], dtype=np.float64)
-        else:
-            numbers = np.array([float(n) for n in (element.value if element is not None else ()) or ()])
+        text = (raw.value or b"").decode("ascii").rstrip("\0 ") if raw else ""
+        points = np.array(text.split("\\") if text else [], dtype=np.float64).reshape(-1, 3)
     except ValueError:
-        raise InputError(f"{name} has a contour that is not made of numbers; export the RTSTRUCT again") from None
-    if numbers.size % 3 or not np.isfinite(numbers).all():
-        raise InputError(
-            f"{name} has a contour of {numbers.size} numbers, not three finite ones a point; the file is damaged: "
-            "export it again"
-        )
-    points: NDArray[np.float64] = numbers.reshape(-1, 3) @ LPS_TO_RAS[:3, :3]
-    return points
+        points = np.full((1, 3), np.nan)
+    if not np.isfinite(points).all():
+        raise InputError(f"{name} does not have three numbers a point; export the RTSTRUCT again")
+    return np.asarray(points @ LPS_FLIP[:3, :3])
 
 
 def write_rtstruct(
@@ -304,29 +235,18 @@ def write_rtstruct(
     provenance: Provenance,
     probabilities: Mapping[int, tuple[Grid, LocalMap]] | None = None,
 ) -> None:
-    """Write a label map as an RTSTRUCT on a series.
+    """Write a label map as an RTSTRUCT on a series, whose patient, study and frame of reference are copied.
 
-    Parameters
-    ----------
-    labels
-        The voxels of the series, in any array order; patient, study and frame of reference are copied from it.
-    structures
-        What to write: label values become ROI numbers. One without voxels is named and has no contours.
-    probabilities
-        Probability of each label value, in [0, 1], and its grid (the voxels of the series in any array order). It moves
-        contours between voxels, never across a voxel's centre.
-
-    Raises
-    ------
-    ValueError
-        If the labels do not lie on the voxels of the series.
+    Labels, and the grid and probability in [0, 1] of label values, are on the voxels of the series in any array order;
+    else ValueError. Label values become ROI numbers; a structure without voxels has no contours. Probabilities move
+    contours between voxels, never across a voxel's centre.
     """
     import pydicom
     from pydicom.dataset import FileMetaDataset
     from pydicom.uid import ImplicitVRLittleEndian
 
     data = labels.turned_to(series.grid).data
-    boxes = label_boxes(data, structures)
+    boxes = label_boxes([one.value for one in structures], data)
     key = fingerprint(series, structures, provenance, data)
     maker = f"{SOFTWARE} {provenance.version}, model {provenance.model}"
     dataset = dataset_of(
@@ -348,19 +268,19 @@ def write_rtstruct(
         StructureSetDate=provenance.date,
         StructureSetTime=provenance.time,
         ApprovalStatus="UNAPPROVED",
-        ReferencedFrameOfReferenceSequence=[_frame_reference(series)],
         StructureSetROISequence=[],
         ROIContourSequence=[],
         RTROIObservationsSequence=[],
     )
     copy_identity(series, dataset)
+    dataset.ReferencedFrameOfReferenceSequence = [_frame_reference(series, dataset)]
     names = _unique_names(structures)
     for position, structure in enumerate(structures, start=1):
         value = structure.value
         dataset.StructureSetROISequence.append(
             dataset_of(
                 ROINumber=value,
-                ReferencedFrameOfReferenceUID=frame_of(series),
+                ReferencedFrameOfReferenceUID=dataset.FrameOfReferenceUID,
                 ROIName=names[value],
                 ROIDescription=provenance.describe(value, maker),
                 ROIGenerationAlgorithm="AUTOMATIC",
@@ -368,11 +288,9 @@ def write_rtstruct(
             )
         )
         drawn = dataset_of(ROIDisplayColor=list(structure.color), ReferencedROINumber=value)
-        probability = None if probabilities is None else probabilities.get(value)
-        outlines = _outlines(data, value, boxes.get(value), series.grid, probability)
-        contours = [_contour(points, series, k) for k, points in outlines]
-        if contours:
-            drawn.ContourSequence = contours
+        if value in boxes:
+            outlines = _outlines(data, value, boxes[value], series.grid, (probabilities or {}).get(value))
+            drawn.ContourSequence = [_contour(points, series, k) for k, points in outlines]
         dataset.ROIContourSequence.append(drawn)
         dataset.RTROIObservationsSequence.append(
             dataset_of(
@@ -387,7 +305,7 @@ def write_rtstruct(
 
 
 def _unique_names(structures: Sequence[Structure]) -> dict[int, str]:
-    """Names as long as the standard allows, each once."""
+    """Cut names to the length that the standard allows, each unique."""
     names: dict[int, str] = {}
     for one in structures:
         name = one.name.replace("\\", "/")[:LONGEST_NAME]
@@ -398,34 +316,25 @@ def _unique_names(structures: Sequence[Structure]) -> dict[int, str]:
     return names
 
 
-def _frame_reference(series: Series) -> Dataset:
-    images = {frame.uid: _image_reference(frame.uid, frame.class_uid) for frame in series.frames}
+def _frame_reference(series: Series, dataset: Dataset) -> Dataset:
+    images = {frame.uid: _image_reference(frame) for frame in series.frames}
     referenced = dataset_of(SeriesInstanceUID=series.uid, ContourImageSequence=list(images.values()))
     study = dataset_of(
         ReferencedSOPClassUID=_STUDY_CLASS,
-        ReferencedSOPInstanceUID=study_of(series),
+        ReferencedSOPInstanceUID=dataset.StudyInstanceUID,
         RTReferencedSeriesSequence=[referenced],
     )
-    return dataset_of(FrameOfReferenceUID=frame_of(series), RTReferencedStudySequence=[study])
+    return dataset_of(FrameOfReferenceUID=dataset.FrameOfReferenceUID, RTReferencedStudySequence=[study])
 
 
-def _image_reference(uid: str, class_uid: str, number: int | None = None) -> Dataset:
-    image = dataset_of(ReferencedSOPClassUID=class_uid, ReferencedSOPInstanceUID=uid)
-    if number is not None:
-        image.ReferencedFrameNumber = number
-    return image
+def _image_reference(frame: Frame) -> Dataset:
+    return dataset_of(ReferencedSOPClassUID=frame.class_uid, ReferencedSOPInstanceUID=frame.uid)
 
 
 def _outlines(
-    data: NDArray[Any],
-    value: int,
-    found: Box | None,
-    grid: Grid,
-    probability: tuple[Grid, LocalMap] | None,
+    data: NDArray[Any], value: int, found: Box, grid: Grid, probability: tuple[Grid, LocalMap] | None
 ) -> Iterator[tuple[int, NDArray[np.float64]]]:
-    """Slice and points, (N, 3) RAS+ mm, of each contour of a label within its box."""
-    if found is None:
-        return
+    """Trace the contours of a label within its box: slice and points, (N, 3) RAS+ mm."""
     i, j, slices = found
     # One more voxel on each side, where there is one: the probability there places the contour.
     low = np.maximum((i.start - 1, j.start - 1), 0)
@@ -447,13 +356,15 @@ def _contour(points: NDArray[np.float64], series: Series, k: int) -> Dataset:
     from pydicom.tag import Tag
 
     frame = series.frames[k]
-    several = sum(other.uid == frame.uid for other in series.frames[max(k - 1, 0) : k + 2]) > 1
+    image = _image_reference(frame)
+    if sum(other.uid == frame.uid for other in series.frames[max(k - 1, 0) : k + 2]) > 1:
+        image.ReferencedFrameNumber = frame.number + 1
     contour = dataset_of(
-        ContourImageSequence=[_image_reference(frame.uid, frame.class_uid, frame.number + 1 if several else None)],
+        ContourImageSequence=[image],
         ContourGeometricType="CLOSED_PLANAR",
         NumberOfContourPoints=len(points),
     )
-    numbers = (points @ LPS_TO_RAS[:3, :3]).round(_DECIMALS) + 0.0
+    numbers = (points @ LPS_FLIP[:3, :3]).round(_DECIMALS) + 0.0
     text = "\\".join([f"{n:.{_DECIMALS}f}" for n in numbers.ravel().tolist()]).encode("ascii")
     text += b" " * (len(text) % 2)
     # As bytes: an object for each number takes minutes for a large set.

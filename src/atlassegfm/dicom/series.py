@@ -19,7 +19,7 @@ from ..core.errors import InputError
 from ..core.geometry import Grid
 from ..core.image import Source, Volume
 from ..core.labels import listed, plain_name
-from .files import decode_pixels, frame_count, is_dicom, read_dataset, read_header, text_of
+from .files import decode_pixels, frame_count, is_dicom, read_dataset, read_header, text_of, value_of
 from .stack import VOLUME_KEYS, Frame, as_number, frames_of, has_image_type, pick_volume, stack_frames
 
 if TYPE_CHECKING:
@@ -79,35 +79,26 @@ def is_series_folder(path: Path) -> bool:
 
 
 def load_series(folder: Path, choice: str | None = None, *, as_float: bool = False) -> Volume:
-    """Read a series as a scan.
+    """Read a series of a folder as a scan, in HU for CT, in stored units otherwise; its source is a DicomSource.
 
     Parameters
     ----------
-    folder
-        Files of one or several series, in any order and of any names.
     choice
-        Which series: its number, part of its description, or its UID (or "..." and its end); "3#2" is the second
-        volume of series 3. Needed where there are several.
+        Which series, where there are several: its number, part of its description, or its UID (or "..." and its end);
+        "3#2" is the second volume of series 3.
     as_float
-        Give float32 in any case.
-
-    Returns
-    -------
-    Volume
-        Integers where all slices are rescaled by whole numbers, else float32; HU for CT, stored units otherwise. Its
-        source is a :class:`DicomSource`.
+        Give float32 even where all slices are rescaled by whole numbers, which gives integers.
 
     Raises
     ------
     InputError
-        If there is no series of slices, or several and none was chosen; if the slices do not form one even stack; if
-        files are damaged or cannot be decoded.
+        If no series of slices is there, or several and none was chosen; if slices do not form one even stack, or files
+        are damaged or cannot be decoded.
     """
     series, notes = find_series(folder, choice)
     for note in notes:
         logger.warning("%s: %s", folder, note)
-    data = _read_voxels(series, as_float)
-    return Volume(data, series.grid, DicomSource(folder, notes=notes, series=series))
+    return Volume(_read_voxels(series, as_float), series.grid, DicomSource(folder, notes=notes, series=series))
 
 
 def find_series(folder: Path, choice: str | None = None) -> tuple[Series, tuple[str, ...]]:
@@ -117,17 +108,13 @@ def find_series(folder: Path, choice: str | None = None) -> tuple[Series, tuple[
     chosen = _choose(candidates, wanted, folder)
     header = chosen.header
     if chosen.modality not in MODALITIES:
-        raise InputError(
-            f"{folder}: series {chosen.describe()} is no scan this program reads; expected {', '.join(MODALITIES)}"
-        )
+        raise InputError(f"{folder}: series {chosen.describe()} is no scan; expected {', '.join(MODALITIES)}")
     frames, notes = frames_of(chosen.files, folder)
     frames, volume_notes = pick_volume(frames, folder, volume, wanted)
     frames, grid, stack_notes = stack_frames(frames, folder)
     frame_uids = {text_of(one, "FrameOfReferenceUID") for _, one in chosen.files}
     if len(frame_uids) > 1:
-        raise InputError(
-            f"{folder}: the slices belong to {len(frame_uids)} frames of reference; expected one: export one scan"
-        )
+        raise InputError(f"{folder}: the slices are in {len(frame_uids)} frames of reference; export those of one scan")
     series = Series(
         folder,
         chosen.uid,
@@ -187,7 +174,7 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def _scan_folder(folder: Path) -> list[_Candidate]:
-    """Image series of a folder, in the order of their numbers."""
+    """List the image series of a folder in the order of their numbers."""
     if not folder.exists():
         raise InputError(f"{folder}: no such folder; check the path")
     if not folder.is_dir():
@@ -206,10 +193,7 @@ def _scan_folder(folder: Path) -> list[_Candidate]:
         if modality in _NO_IMAGES:
             continue
         if "Rows" not in header and modality in MODALITIES:
-            raise InputError(
-                f"{path}: the header has no image size: the file is truncated or no image; copy or export it again, or "
-                "take it out of the folder"
-            )
+            raise InputError(f"{path}: no image size: truncated or no image; export it again, or take it out")
         found.setdefault(uid, _Candidate(uid, header)).files.append((path, header))
     if not any_dicom:
         raise InputError(f"{folder}: no DICOM file in this folder; expected the files of a series")
@@ -219,7 +203,7 @@ def _scan_folder(folder: Path) -> list[_Candidate]:
 
 
 def _split_choice(choice: str | None) -> tuple[str, int | None]:
-    """Series and volume of what the user chose: "3#2" is the second volume of series 3."""
+    """Split "3#2" into series "3" and volume 2."""
     whole = (choice or "").strip()
     wanted, mark, volume = whole.rpartition("#")
     if not mark or not volume.isdecimal() or int(volume) < 1:
@@ -233,10 +217,8 @@ def _choose(candidates: Sequence[_Candidate], wanted: str, folder: Path) -> _Can
         if len(scans) == 1:
             return scans[0]
         if not scans:
-            raise InputError(
-                f"{folder}: no series of slices in this folder, only {_listing(candidates)}; expected at least two "
-                f"slices of {' or '.join(MODALITIES)}"
-            )
+            wanted = f"a series of at least two slices ({', '.join(MODALITIES)})"
+            raise InputError(f"{folder}: expected {wanted} in this folder, found {_listing(candidates)}")
         raise InputError(f"{folder}: {len(scans)} series in this folder; pick one with --series: {_listing(scans)}")
     tests = (
         lambda one: wanted == one.uid,
@@ -252,52 +234,36 @@ def _choose(candidates: Sequence[_Candidate], wanted: str, folder: Path) -> _Can
         if len(fitting) == 1:
             return fitting[0]
         if fitting:
-            raise InputError(
-                f"{folder}: {len(fitting)} series fit --series {wanted}: {_listing(fitting)}; give one of their UIDs, "
-                "or a number or description that only one has"
-            )
+            found = f"{len(fitting)} series fit --series {wanted}: {_listing(fitting)}"
+            raise InputError(f"{folder}: {found}; give a UID, number or description that only one has")
     raise InputError(f"{folder}: no series {wanted!r} in this folder; it holds {_listing(candidates)}")
 
 
 def _listing(candidates: Sequence[_Candidate]) -> str:
     names = [one.describe() for one in candidates]
-    count = Counter(names)
-    # Series alike in all else are told apart by the end of their UID.
+    count = Counter(names)  # where nothing else differs, the end of the UID is added
     return listed([f"{n} ...{one.uid[-8:]}" if count[n] > 1 else n for n, one in zip(names, candidates, strict=True)])
 
 
 def _read_voxels(series: Series, as_float: bool) -> NDArray[Any]:
-    """(I, J, K) rescaled values."""
-    rows, columns = series.frames[0].shape
-    whole = all(float(n).is_integer() for frame in series.frames for n in (frame.slope, frame.intercept))
-    out: NDArray[Any] = np.empty((len(series.frames), 0, 0))
+    """Read the rescaled values, (I, J, K)."""
+    out = np.empty((len(series.frames), *series.frames[0].shape), np.float32 if as_float else _value_type(series))
     path, pixels = None, np.zeros((0, 0, 0))
     for k, frame in enumerate(series.frames):
         if frame.path != path:
-            dataset = read_dataset(frame.path)
-            pixels, path = decode_pixels(dataset, frame.path), frame.path
-            if not out.size:
-                kind = np.dtype(np.float32) if as_float or not whole else _integer_type(series, dataset)
-                out = np.empty((len(series.frames), rows, columns), kind)
-        values = pixels[frame.number]
-        if not whole:
-            out[k] = values * frame.slope + frame.intercept
-            continue
-        # Integers wrap around and back: what fits at the end comes out right.
-        out[k] = values
-        if frame.slope != 1:
-            out[k] *= out.dtype.type(frame.slope)
-        if frame.intercept:
-            out[k] += out.dtype.type(frame.intercept)
+            path, pixels = frame.path, decode_pixels(read_dataset(frame.path), frame.path)
+        out[k] = pixels[frame.number] * frame.slope + frame.intercept
     return out.transpose(2, 1, 0)
 
 
-def _integer_type(series: Series, dataset: Dataset) -> np.dtype[Any]:
-    """int16 or int32, whichever holds all rescaled values; float32 where neither does."""
-    bits = int(dataset.BitsStored)
-    lowest, highest = (-(1 << bits - 1), (1 << bits - 1) - 1) if dataset.PixelRepresentation else (0, (1 << bits) - 1)
-    ends = [frame.slope * end + frame.intercept for frame in series.frames for end in (lowest, highest)]
-    for candidate in (np.int16, np.int32):
-        if np.iinfo(candidate).min <= min(ends) and max(ends) <= np.iinfo(candidate).max:
-            return np.dtype(candidate)
+def _value_type(series: Series) -> np.dtype[Any]:
+    """Choose int16 or int32 if it holds all rescaled values and these are whole, else float32."""
+    header = series.header()
+    bits, signed = int(value_of(header, "BitsStored") or 16), bool(value_of(header, "PixelRepresentation"))
+    lowest = -(1 << bits - 1) if signed else 0
+    ends = [frame.slope * n + frame.intercept for frame in series.frames for n in (lowest, lowest + (1 << bits) - 1)]
+    if all(float(n).is_integer() for frame in series.frames for n in (frame.slope, frame.intercept)):
+        for kind in (np.int16, np.int32):
+            if np.iinfo(kind).min <= min(ends) and max(ends) <= np.iinfo(kind).max:
+                return np.dtype(kind)
     return np.dtype(np.float32)

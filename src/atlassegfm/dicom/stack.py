@@ -7,9 +7,8 @@ above it: stacks with missing, double or uneven slices are refused.
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import InputError
-from ..core.geometry import Grid
+from ..core.geometry import LPS_FLIP, Grid
 from ..core.labels import listed
-from .files import LPS_TO_RAS, check_one_sample, frame_count, group_numbers, items_of, text_of, value_of
+from .files import check_one_sample, frame_count, group_numbers, items_of, text_of, value_of
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -41,7 +40,7 @@ VOLUME_KEYS = (
     *("TriggerTime", "NominalPercentageOfCardiacPhase", "AcquisitionNumber", "AcquisitionTime", "ImageType"),
     *("ContentTime", "SeriesTime"),
 )
-_KEY_SEQUENCES = (*("FrameContentSequence", "MREchoSequence", "MRDiffusionSequence", "CardiacSynchronizationSequence"),)
+_KEY_SEQUENCES = ("FrameContentSequence", "MREchoSequence", "MRDiffusionSequence", "CardiacSynchronizationSequence")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,35 +79,25 @@ def has_image_type(header: Dataset, kind: str) -> bool:
     return any(str(one).upper() == kind for one in np.atleast_1d(value_of(header, "ImageType") or ()))
 
 
-def frames_of(files: Iterable[tuple[Path, Dataset]], folder: Path) -> tuple[list[Frame], list[str]]:
+def frames_of(files: Sequence[tuple[Path, Dataset]], folder: Path) -> tuple[list[Frame], list[str]]:
     """Collect the slices of some files, without copies and localisers, and warnings about these."""
     frames: list[Frame] = []
     notes = []
-    positions: dict[str, str] = {}
-    copies = 0
+    seen: dict[str, str] = {}
     for path, header in files:
         uid, position = text_of(header, "SOPInstanceUID"), text_of(header, "ImagePositionPatient")
-        if uid in positions:
-            if positions[uid] != position:
-                raise InputError(
-                    f"{path}: has the instance UID of an image at another position, so that images cannot be told "
-                    "apart (an anonymiser may have done that); export the original series"
-                )
-            copies += 1
+        if seen.get(uid, position) != position:
+            raise InputError(f"{path}: has the instance UID of an image elsewhere; export the original series")
+        if uid in seen:
             continue
-        positions[uid] = position
+        seen[uid] = position
         check_one_sample(header, path)
         if has_image_type(header, "MOSAIC"):
-            raise InputError(
-                f"{path}: a mosaic (all slices of a volume tiled into one image), which is not supported; convert it "
-                "with dcm2niix, or export enhanced multi-frame"
-            )
+            raise InputError(f"{path}: a mosaic of all slices, which is not supported; convert it with dcm2niix")
         if "ModalityLUTSequence" in header:
-            raise InputError(
-                f"{path}: the values go through a table (Modality LUT), which is not supported; export the series with "
-                "a rescale slope and intercept"
-            )
+            raise InputError(f"{path}: has a table of values (Modality LUT); export it with a rescale slope instead")
         frames += _frames_in(path, header, uid)
+    copies = len(files) - len(seen)
     if copies:
         notes.append(f"{copies} {'file is a copy' if copies == 1 else 'files are copies'} of others and left out")
     slices = [frame for frame in frames if not frame.is_localiser]
@@ -126,24 +115,11 @@ def _frames_in(path: Path, header: Dataset, uid: str) -> list[Frame]:
     count = frame_count(header)
     per_frame = items_of(header, "PerFrameFunctionalGroupsSequence")
     if count > 1 and len(per_frame) != count:
-        raise InputError(
-            f"{path}: a multi-frame file of {count} images without the position of each; export the scan as one file "
-            "a slice, or as enhanced multi-frame"
-        )
+        raise InputError(f"{path}: a multi-frame file of {count} images without their positions; export single images")
     common = [header, *items_of(header, "SharedFunctionalGroupsSequence")[:1]]
     frames = []
     for number in range(count):
         groups = [*common, *per_frame[number : number + 1]]
-        position = _needed(groups, "PlanePositionSequence", "ImagePositionPatient", 3, path)
-        orientation = _needed(groups, "PlaneOrientationSequence", "ImageOrientationPatient", 6, path)
-        spacing = _needed(groups, "PixelMeasuresSequence", "PixelSpacing", 2, path)
-        if (spacing <= 0).any():
-            raise InputError(f"{path}: the pixel spacing is {spacing.tolist()} mm; expected two numbers above 0")
-        lengths = np.linalg.norm(orientation.reshape(2, 3), axis=1)
-        if not np.allclose(lengths, 1, atol=1e-2) or abs(orientation[:3] @ orientation[3:]) > 1e-2:
-            raise InputError(
-                f"{path}: the image orientation is not two unit vectors at right angles; export the series again"
-            )
         slope = group_numbers(groups, "PixelValueTransformationSequence", "RescaleSlope")
         intercept = group_numbers(groups, "PixelValueTransformationSequence", "RescaleIntercept")
         frames.append(
@@ -152,9 +128,7 @@ def _frames_in(path: Path, header: Dataset, uid: str) -> list[Frame]:
                 number,
                 uid,
                 text_of(header, "SOPClassUID"),
-                position,
-                orientation,
-                spacing,
+                *plane_of(groups, path),
                 (int(header.Rows), int(header.Columns)),
                 1.0 if slope is None else float(slope[0]),
                 0.0 if intercept is None else float(intercept[0]),
@@ -165,40 +139,46 @@ def _frames_in(path: Path, header: Dataset, uid: str) -> list[Frame]:
     return frames
 
 
-def _needed(groups: Sequence[Dataset], sequence: str, keyword: str, count: int, path: Path) -> NDArray[np.float64]:
-    numbers = group_numbers(groups, sequence, keyword, count)
-    if numbers is None:
-        raise InputError(
-            f"{path}: the image has no usable {keyword}, so that its position is not known; export the original "
-            "series, not a copy for viewing"
-        )
-    return numbers
+def plane_of(
+    groups: Sequence[Dataset], path: Path
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Read position, orientation and spacing of a frame, as :class:`Frame` has them, from its functional groups."""
+    found = []
+    for sequence, keyword, count in (
+        ("PlanePositionSequence", "ImagePositionPatient", 3),
+        ("PlaneOrientationSequence", "ImageOrientationPatient", 6),
+        ("PixelMeasuresSequence", "PixelSpacing", 2),
+    ):
+        numbers = group_numbers(groups, sequence, keyword, count)
+        if numbers is None:
+            raise InputError(f"{path}: no usable {keyword}, so its position is not known; export the original series")
+        found.append(numbers)
+    position, orientation, spacing = found
+    if (spacing <= 0).any():
+        raise InputError(f"{path}: the pixel spacing is {spacing.tolist()} mm; expected two numbers above 0")
+    axes = orientation.reshape(2, 3)
+    if np.abs(axes @ axes.T - np.eye(2)).max() > 1e-2:
+        raise InputError(f"{path}: the image orientation is not two unit vectors at right angles; export it again")
+    return position, orientation, spacing
 
 
 def _volume_keys(groups: Sequence[Dataset]) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for group in groups:
         for dataset in (group, *(item for sequence in _KEY_SEQUENCES for item in items_of(group, sequence)[:1])):
-            found.update({keyword: text for keyword in VOLUME_KEYS if (text := text_of(dataset, keyword))})
+            found |= {keyword: text for keyword in VOLUME_KEYS if (text := text_of(dataset, keyword))}
     return found
 
 
 def _by_position(frames: Sequence[Frame]) -> list[list[Frame]]:
-    """The frames at each position along the slices' normal, in ascending order."""
-    normal = frames[0].normal
-    along = np.array([frame.position_mm @ normal for frame in frames])
+    """Group the frames by position along the slices' normal, in ascending order."""
+    along = np.array([frame.position_mm @ frames[0].normal for frame in frames])
     order = np.argsort(along, kind="stable")
-    found: list[list[Frame]] = [[frames[order[0]]]]
-    for before, here in itertools.pairwise(order):
-        if along[here] - along[before] > SAME_POSITION_MM:
-            found.append([])
-        found[-1].append(frames[here])
-    return found
+    starts = np.flatnonzero(np.diff(along[order]) > SAME_POSITION_MM) + 1
+    return [[frames[n] for n in group] for group in np.split(order, starts)]
 
 
-def pick_volume(
-    frames: list[Frame], folder: Path, volume: int | None, series: str
-) -> tuple[list[Frame], tuple[str, ...]]:
+def pick_volume(frames: list[Frame], folder: Path, volume: int | None, series: str) -> tuple[list[Frame], list[str]]:
     """Pick the slices of one volume of a 4-D series (from 1), and warn about it; ``series`` names it in messages."""
     _check_uniform(frames, folder)
     positions = _by_position(frames)
@@ -206,35 +186,31 @@ def pick_volume(
     if set(counts) == {1}:
         if volume is not None and volume != 1:
             raise InputError(f"{folder}: --series asks for volume {volume}, but the series has one volume only")
-        return frames, ()
+        return frames, []
     several = counts.most_common(1)[0][0]
     odd = [place for place in positions if len(place) != several]
     if odd:
         where = listed([f"{place[0].position_mm @ place[0].normal:.1f}" for place in odd], 5)
         raise InputError(
-            f"{folder}: {len(odd)} of {len(positions)} slice positions hold another number of images than the rest "
-            f"({len(odd[0])} instead of {several}, at {where} mm): slices are double or missing; export the series "
-            "again"
+            f"{folder}: slices are double or missing: {len(odd)} of {len(positions)} positions (at {where} mm) hold "
+            f"{len(odd[0])} images instead of {several}; export the series again"
         )
     key, volumes = _split_volumes(frames, len(positions), several)
     if not volumes:
-        raise InputError(
-            f"{folder}: each slice position holds {several} images, and nothing tells which of them belong together; "
-            "export one volume of the series alone"
-        )
+        raise InputError(f"{folder}: no element sorts the {several} images a position into volumes; export one volume")
     if volume is None:
         values = [f"#{n} = {group[0].keys.get(key, '')}" for n, group in enumerate(volumes, start=1)]
         raise InputError(
-            f"{folder}: the series holds {several} volumes at the same place, told apart by {key} "
-            f"({listed(values, 6)}); pick one with --series '{series}#1' to '{series}#{several}'"
+            f"{folder}: the series holds {several} volumes that differ in {key} ({listed(values, 6)}); pick one with "
+            f"--series '{series}#1' to '{series}#{several}'"
         )
     if volume > several:
         raise InputError(f"{folder}: --series asks for volume {volume} of {several}; expected 1 to {several}")
-    return volumes[volume - 1], (f"volume {volume} of {several} of the series is used ({key})",)
+    return volumes[volume - 1], [f"volume {volume} of {several} of the series is used ({key})"]
 
 
 def _split_volumes(frames: Sequence[Frame], slices: int, several: int) -> tuple[str, list[list[Frame]]]:
-    """The first element that sorts the frames into whole volumes, and these in its order; none where none does."""
+    """Find the first element that sorts the frames into whole volumes, and these in its order; none if none does."""
     for key in VOLUME_KEYS:
         groups: dict[str, list[Frame]] = defaultdict(list)
         for frame in frames:
@@ -276,16 +252,7 @@ def _check_uniform(frames: Sequence[Frame], folder: Path) -> None:
 
 
 def stack_frames(frames: Sequence[Frame], folder: Path) -> tuple[list[Frame], Grid, list[str]]:
-    """Sort frames of different positions into a stack.
-
-    Returns
-    -------
-    frames : list of Frame
-        In the order of k.
-    grid : Grid
-        i along rows, j down columns, k along the slices' normal.
-    notes : list of str
-        Warnings.
+    """Sort frames of different positions into a stack; give its grid (k along the slices' normal) and warnings.
 
     Raises
     ------
@@ -303,33 +270,24 @@ def stack_frames(frames: Sequence[Frame], folder: Path) -> tuple[list[Frame], Gr
     if gaps.any() and (np.abs(wide - np.round(wide)) < _WHOLE_MULTIPLE).all():
         missing = int((np.round(wide[gaps]) - 1).sum())
         where = listed([f"{along[n]:.1f} and {along[n + 1]:.1f}" for n in np.flatnonzero(gaps)], 5)
-        slices = "1 slice is" if missing == 1 else f"{missing} slices are"
         raise InputError(
-            f"{folder}: {slices} missing: slices are {usual:.4g} mm apart, but there is none between {where} mm "
-            "(along the scan); export the whole series again"
+            f"{folder}: {missing} slice{' is' if missing == 1 else 's are'} missing between {where} mm along the scan "
+            f"(the others are {usual:.4g} mm apart); export the whole series again"
         )
-    count = len(ordered)
+    first, count = ordered[0], len(ordered)
     step = (positions[-1] - positions[0]) / (count - 1)
     off = positions - (positions[0] + np.arange(count)[:, None] * step)
     off_along = float(np.abs(off @ normal).max())
     if off_along > OFF_VOXEL * usual:
-        raise InputError(
-            f"{folder}: the slices are not evenly spaced: {steps.min():.4g} to {steps.max():.4g} mm apart; expected "
-            "one distance: export a series with even slices"
-        )
-    first = ordered[0]
+        apart = f"{steps.min():.4g} to {steps.max():.4g} mm apart"
+        raise InputError(f"{folder}: the slices are not evenly spaced ({apart}); export a series with even slices")
     sideways = float(np.linalg.norm(off - np.outer(off @ normal, normal), axis=1).max())
-    if sideways > OFF_VOXEL * frames[0].spacing_mm.min():
-        raise InputError(
-            f"{folder}: the slices are shifted sideways against each other by up to {sideways:.3g} mm, and not "
-            "evenly; expected one stack: export the original series"
-        )
+    if sideways > OFF_VOXEL * first.spacing_mm.min():
+        raise InputError(f"{folder}: slices are up to {sideways:.3g} mm shifted sideways; export the original series")
     notes = []
     if off_along > _OFF_REPORTED * usual:
-        notes.append(
-            f"slice positions are up to {off_along:.2g} mm off an even distance of {np.linalg.norm(step):.4g} mm, and "
-            "used as even"
-        )
+        even = f"{np.linalg.norm(step):.4g} mm"
+        notes.append(f"slice positions are up to {off_along:.2g} mm off an even distance of {even}, and used as even")
     try:
         grid = grid_of_slices(first.orientation, first.spacing_mm, step, positions[0], (*first.shape, count))
     except InputError as error:
@@ -346,9 +304,6 @@ def grid_of_slices(
 ) -> Grid:
     """Make the grid of (rows, columns, slices) from DICOM's orientation and PixelSpacing; step and first voxel LPS."""
     affine = np.eye(4)
-    affine[:3, 0] = orientation[:3] * spacing_mm[1]
-    affine[:3, 1] = orientation[3:] * spacing_mm[0]
-    affine[:3, 2] = step_mm
-    affine[:3, 3] = first_mm
+    affine[:3] = np.column_stack((orientation[:3] * spacing_mm[1], orientation[3:] * spacing_mm[0], step_mm, first_mm))
     rows, columns, slices = shape
-    return Grid((columns, rows, slices), LPS_TO_RAS @ affine)
+    return Grid((columns, rows, slices), LPS_FLIP @ affine)

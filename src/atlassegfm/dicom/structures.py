@@ -1,23 +1,22 @@
 """Structures of DICOM objects as a label map: selection, names and overlaps.
 
-RTSTRUCT and SEG hold one mask per structure, a label map one value per voxel. Structures that share voxels are refused
-unless the user says which one gets them.
+RTSTRUCT and SEG hold one mask a structure, a label map one value a voxel.
 """
 
 from __future__ import annotations
 
 import difflib
 import logging
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.config import load_toml
 from ..core.errors import InputError
 from ..core.geometry import Grid
 from ..core.image import Volume, label_values, smallest_label_type
@@ -38,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 Color = tuple[int, int, int]
 Box = tuple[slice, slice, slice]
-#: "refuse": an error that names them. "first", "last": the first or last of the selection (else of the file) wins.
+#: Structures that share voxels are an error, or the first or last of the selection (else of the file) gets them.
 Overlap = Literal["refuse", "first", "last"]
 OVERLAPS: tuple[Overlap, ...] = ("refuse", "first", "last")
 #: Label values are 1 to this (16 bits).
@@ -67,24 +66,12 @@ class StructureMask:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which structures of a file to read, and their names.
+    """Which structures of a file to read, and their names."""
 
-    Parameters
-    ----------
-    wanted
-        Names, shell patterns or numbers; all structures if empty. The first one wins where the overlap is "first".
-    synonyms
-        New name, and the names or patterns in files that it stands for.
-    overlap
-        Which structure gets shared voxels; see :data:`OVERLAPS`.
-    interpolate
-        Whether single slices without contours, between two that have some, are filled by shape interpolation.
-    """
-
-    wanted: Sequence[str] = ()
-    synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    overlap: Overlap = "refuse"
-    interpolate: bool = False
+    wanted: Sequence[str] = ()  # names, shell patterns or numbers, the first of which wins overlaps; empty for all
+    synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict)  # new name to names and patterns in files
+    overlap: Overlap = "refuse"  # which structure gets shared voxels
+    interpolate: bool = False  # fill single slices without contours between two with contours
 
     def __post_init__(self) -> None:
         if self.overlap not in OVERLAPS:
@@ -98,37 +85,44 @@ class Selection:
                 return new
         return name
 
-    def select(self, found: Sequence[tuple[int, str]], path: Path) -> list[int]:
-        """Find the positions of the wanted structures in ``found`` (numbers and names of a file), in their order.
+    def select(self, found: Sequence[tuple[int, str, bool]], path: Path, content: str) -> tuple[list[int], list[str]]:
+        """Find the positions of the wanted structures in ``found``, in their order, and give warnings.
+
+        Each has number and name in the file, and whether it has ``content``; those without are left out.
 
         Raises
         ------
         InputError
-            If one is not there (the nearest names are listed), or two get one name by synonyms.
+            If a wanted one is not there or has no content, two get one name by synonyms, or nothing is left.
         """
-        names = [self.renamed(name) for _, name in found]
+        names = [self.renamed(name) for _, name, _ in found]
         order: list[int] = []
         for one in self.wanted:
-            ranks = {}
-            for n, (number, name) in enumerate(found):
-                fits = [rank for known in (names[n], name) if (rank := match_rank(one, number, known)) is not None]
-                if fits:
-                    ranks[n] = min(fits)
-            if not ranks:
-                raise InputError(
-                    f"{path}: no structure {one!r}; {_near(one, [name for _, name in found])}: choose with --structures"
-                )
-            order += [n for n, rank in ranks.items() if rank == min(ranks.values()) and n not in order]
-        order = order if self.wanted else list(range(len(found)))
+            fitting = [
+                (rank, n)
+                for n, (number, name, _) in enumerate(found)
+                for known in (names[n], name)
+                if (rank := match_rank(one, number, known)) is not None
+            ]
+            if not fitting:
+                near = _near(one, [name for _, name, _ in found])
+                raise InputError(f"{path}: no structure {one!r}; {near}: choose with --structures")
+            best = min(rank for rank, _ in fitting)
+            order += [n for rank, n in fitting if rank == best]
+        order = list(dict.fromkeys(order)) if self.wanted else list(range(len(found)))
         seen: dict[str, int] = {}
         for n in order:
             other = seen.setdefault(plain_name(names[n]), n)
             if other != n and names[n] != found[n][1]:
-                raise InputError(
-                    f"{path}: {found[other][1]!r} and {found[n][1]!r} are both {names[n]!r} by the synonyms; narrow "
-                    "them, or choose one with --structures"
-                )
-        return order
+                both = f"{found[other][1]!r} and {found[n][1]!r} are both {names[n]!r} by the synonyms"
+                raise InputError(f"{path}: {both}; narrow them, or choose one with --structures")
+        empty = [found[n][1] for n in order if not found[n][2]]
+        if empty and self.wanted:
+            raise InputError(f"{path}: {empty[0]!r} has no {content}; leave it out of --structures")
+        if len(empty) == len(order):
+            raise InputError(f"{path}: none of its {len(found)} structures has {content}; export it again")
+        notes = [f"left out, as they have no {content}: {listed(empty)}"] if empty else []
+        return [n for n in order if found[n][2]], notes
 
 
 #: All structures, by their own names.
@@ -142,31 +136,16 @@ def _near(wanted: str, names: Sequence[str]) -> str:
 
 
 def read_synonyms(path: Path) -> dict[str, tuple[str, ...]]:
-    """Read a TOML table of names: ``Brainstem = ["brain stem", "BrStem*"]``.
-
-    Raises
-    ------
-    InputError
-        If the file is missing or no such table, or one name stands for two structures.
-    """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; expected a TOML file of synonyms") from None
-    except (OSError, UnicodeDecodeError):
-        raise InputError(f"{path}: not readable as text; expected a TOML file of synonyms") from None
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path}: not valid TOML ({error}); correct it") from None
+    """Read a TOML table of names, as ``Brainstem = ["brain stem", "BrStem*"]``; else InputError."""
     found: dict[str, tuple[str, ...]] = {}
     owners: dict[str, str] = {}
-    for name, others in content.items():
+    for name, others in load_toml(path, "names and their synonyms").items():
         others = [others] if isinstance(others, str) else others
         if not isinstance(others, list) or not all(isinstance(other, str) for other in others):
             raise InputError(f'{path}: {name} is {others!r}; expected a list of names, as Brainstem = ["brain stem"]')
-        for other in {plain_name(text) for text in (name, *others)}:
-            if other in owners:
+        for other in map(plain_name, (name, *others)):
+            if owners.setdefault(other, name) != name:
                 raise InputError(f"{path}: {other!r} stands for both {owners[other]} and {name}; expected one of them")
-            owners[other] = name
         found[name] = tuple(others)
     return found
 
@@ -174,10 +153,9 @@ def read_synonyms(path: Path) -> dict[str, tuple[str, ...]]:
 def merge(
     masks: Sequence[StructureMask], selection: Selection, on: Series | Grid, path: Path, notes: Sequence[str] = ()
 ) -> Volume:
-    """Merge structures, in the order of the selection, into a label map with their numbers as values.
+    """Merge structures, in the order of the selection, into a label map; names, colours and notes are in its source.
 
-    Names, colours and notes are in its source. Numbers that cannot be label values (0, repeated) are replaced by the
-    next free ones, with a note.
+    Values are their numbers; those that cannot be label values (0, repeated) are replaced by free ones.
 
     Raises
     ------
@@ -190,9 +168,7 @@ def merge(
     warnings += renamed
     for one in masks:
         if not one.mask.any():
-            raise InputError(
-                f"{path}: the structure {one.name!r} has no voxel on the scan; leave it out with --structures"
-            )
+            raise InputError(f"{path}: {one.name!r} has no voxel on the scan; leave it out with --structures")
     data = np.zeros(grid.shape, smallest_label_type(max((one.number for one in masks), default=0)))
     names = {one.number: one.name for one in masks}
     pairs = []
@@ -204,8 +180,8 @@ def merge(
         part[one.mask & ~taken if selection.overlap == "first" else one.mask] = one.number
     if pairs and selection.overlap == "refuse":
         raise InputError(
-            f"{path}: structures overlap, which a label map cannot hold: {listed(pairs, 6)}; choose structures "
-            "with --structures, or say with --overlap first or last which one gets shared voxels"
+            f"{path}: structures overlap: {listed(pairs, 6)}; choose some with --structures, or say with --overlap "
+            "first or last which one gets shared voxels"
         )
     if pairs:
         warnings.append(f"overlapping voxels go to the {selection.overlap} structure: {listed(pairs, 6)}")
@@ -225,48 +201,24 @@ def _told_apart(masks: Sequence[StructureMask]) -> tuple[list[StructureMask], li
 
 def _renumber(masks: Sequence[StructureMask]) -> tuple[list[StructureMask], list[str]]:
     """Replace numbers that cannot be label values."""
-    kept: list[StructureMask] = []
+    numbers: dict[int, StructureMask] = {}
     changed = []
     for one in masks:
-        number, used = one.number, {other.number for other in kept}
-        if not 0 < number <= _LARGEST_LABEL or number in used:
-            taken = used | {other.number for other in masks}
+        number = one.number
+        if not 0 < number <= _LARGEST_LABEL or number in numbers:
+            taken = numbers.keys() | {other.number for other in masks}
             number = next(n for n in range(1, _LARGEST_LABEL + 1) if n not in taken)
             changed.append(f"{one.name} ({one.number} to {number})")
-        kept.append(replace(one, number=number))
-    return kept, [f"numbers that cannot be label values were changed: {listed(changed, 6)}"] if changed else []
-
-
-def label_numbers(labels: NDArray[Any], structures: Sequence[Structure]) -> NDArray[np.uint16]:
-    """(I, J, K) position in ``structures`` from 1, where a voxel has the value of one, else 0."""
-    values = np.array([one.value for one in structures], np.int64)
-    if labels.max() <= _LARGEST_LABEL:
-        table = np.zeros(_LARGEST_LABEL + 1, np.uint16)
-        fits = values <= _LARGEST_LABEL
-        table[values[fits]] = np.flatnonzero(fits) + 1
-        found: NDArray[np.uint16] = table[labels]
-        return found
-    order = np.argsort(values)
-    place = np.searchsorted(values[order], labels).clip(0, len(values) - 1)
-    return np.where(values[order[place]] == labels, order[place] + 1, 0).astype(np.uint16)
-
-
-def label_boxes(labels: NDArray[Any], structures: Sequence[Structure]) -> dict[int, Box]:
-    """Find the box of each label value that has voxels."""
-    from scipy import ndimage
-
-    # find_objects is fast with the axis that lies closest in memory last.
-    found = ndimage.find_objects(label_numbers(labels, structures).transpose(2, 1, 0))
-    return {one.value: box[::-1] for one, box in zip(structures, found, strict=False) if box is not None}
+        numbers[number] = replace(one, number=number)
+    return list(numbers.values()), [
+        f"numbers that cannot be label values were changed: {listed(changed, 6)}"
+    ] if changed else []
 
 
 def structures_in(volume: Volume) -> tuple[Structure, ...]:
     """Get the names and colours of a label map that was read from DICOM."""
     table = {} if volume.source is None else volume.source.label_table
-    return tuple(
-        Structure(value, entry.name, entry.color or palette_color(n))
-        for n, (value, entry) in enumerate(sorted(table.items()))
-    )
+    return structures_of(table, [table])
 
 
 def with_structures(
@@ -291,7 +243,7 @@ def with_structures(
     """
     structures, data = structures_of(label_values(labels.data), tables), labels.data
     if selection != EVERYTHING:
-        order = selection.select([(one.value, one.name) for one in structures], Path(name))
+        order, _ = selection.select([(one.value, one.name, True) for one in structures], Path(name), "voxels")
         chosen = [structures[n] for n in sorted(order)]
         structures = tuple(replace(one, name=selection.renamed(one.name)) for one in chosen)
         data = np.where(np.isin(data, [one.value for one in structures]), data, data.dtype.type(0))

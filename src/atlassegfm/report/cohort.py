@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
 
 from ..core.errors import InputError
+from ..core.labels import palette_color
 from ..dicom import is_series_folder
 from ..quality.verdict import VERDICTS
 from ..records import ModelRecord, StructureRecord
@@ -25,12 +27,11 @@ from .folder import (
     Case,
     Failure,
     ResultFolder,
-    default_colors,
     finite,
     read_folder,
     shown_reason,
 )
-from .page import duration, flatten, write_page
+from .page import flatten, write_page
 
 #: Largest numbers of thumbnails, of cases to review at once, and behind "more".
 _MOST_PICTURES, _MOST_FIRST, _MOST_LISTED = 48, 12, 240
@@ -42,31 +43,21 @@ _STAGE_COLORS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2
 class ReportOptions:
     """Content of a report."""
 
-    cases: bool = True
-    """Whether each case gets a page."""
-
-    force: bool = False
-    """Whether pages that are up to date are made again."""
-
+    cases: bool = True  # whether each case gets a page
+    force: bool = False  # whether pages that are up to date are made again
     case: CaseOptions = field(default_factory=CaseOptions)
-    title: str = ""
-    """Empty for the name of the folder."""
+    title: str = ""  # empty for the name of the folder
 
 
 @dataclass(frozen=True)
 class Written:
     """A report that was written."""
 
-    path: Path
-    """Page of the cohort."""
-
+    path: Path  # page of the cohort
     cases: int
     failures: int
-    without_image: int
-    """Cases whose scan was not found; 0 without pages of cases."""
-
-    problems: tuple[str, ...]
-    """Cases without a page, and why."""
+    without_image: int  # cases whose scan was not found; 0 without pages of cases
+    problems: tuple[str, ...]  # cases without a page, and why
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,13 +72,12 @@ class _Entry:
         return Agreement() if self.facts is None else self.facts.agreement.get(value, Agreement())
 
 
-@dataclass(frozen=True)
-class _Review:
-    """One thing to review."""
+class _Review(NamedTuple):
+    """One thing to review; the lowest rank first."""
 
     rank: float
-    kind: str
     case: str
+    kind: str
     link: str
     what: str
 
@@ -100,18 +90,15 @@ def write_report(
     options: ReportOptions | None = None,
     on_case: Callable[[int, int, str], None] | None = None,
 ) -> Written:
-    """Write the page of a cohort and of each of its cases.
+    """Write the page of a cohort and of each case of its folder, as ``segment -o`` writes it.
 
     Parameters
     ----------
-    folder : path
-        With a subfolder for each case, as ``segment -o`` writes it.
     path : path, optional
-        The page; ``report.html`` in the folder if left out.
+        The page of the cohort; ``report.html`` in the folder if left out.
     images : sequence of Path
-        The queries: files, DICOM folders, or folders that hold them. Results do not name their folders, as these may
-        name patients.
-    options : ReportOptions, optional
+        The queries: files, DICOM folders, or folders that hold them. Results do not name these, as they may name
+        patients.
     on_case : callable, optional
         Called with number, count and name before the page of each case.
 
@@ -136,7 +123,8 @@ def write_report(
         if options.cases:
             if on_case is not None:
                 on_case(position, len(found.cases), case.name)
-            scan = None if case.query_name is None else scans.get(case.query_name)
+            query = case.run.inputs.query
+            scan = None if query is None else scans.get(query.file)
             back = _address(target, case.folder)
             try:
                 facts = write_case(case, scan, options.case, back=back, force=options.force)
@@ -167,19 +155,21 @@ def _scans(images: Sequence[Path]) -> dict[str, Path]:
 
 def _write(path: Path, title: str, entries: Sequence[_Entry], found: ResultFolder, problems: Sequence[str]) -> None:
     names = found.structure_names
-    colors: dict[int, Sequence[int]] = dict(default_colors(list(names)))
+    colors: dict[int, Sequence[int]] = {value: palette_color(n) for n, value in enumerate(sorted(names))}
     colors |= next((entry.facts.colors for entry in entries if entry.facts is not None), {})
     volumes = {value: _volumes(entries, value) for value in names}
     reviews = _reviews(entries, found.failures, volumes)
     pictures = [entry for entry in entries if entry.facts is not None and entry.facts.thumbnail]
     if len(pictures) > _MOST_PICTURES:
-        pictures = sorted(pictures, key=lambda entry: -VERDICTS.index(entry.case.verdict))[:_MOST_PICTURES]
+        pictures = sorted(pictures, key=lambda entry: -VERDICTS.index(entry.case.run.verdict))[:_MOST_PICTURES]
     write_page(
         path,
         "cohort.html.j2",
         title=title,
         version=entries[0].case.run.versions.get("atlassegfm", "") if entries else "",
-        tiles=_tiles(entries, found),
+        failed=sum(one.state != LEFT for one in found.failures),
+        left=sum(one.state == LEFT for one in found.failures),
+        judged=Counter(_quality(row)[0] for entry in entries for row in entry.case.run.structures),
         problems=list(map(shown_reason, problems)),
         reviews=reviews[:_MOST_FIRST],
         more_reviews=reviews[_MOST_FIRST:_MOST_LISTED],
@@ -189,6 +179,7 @@ def _write(path: Path, title: str, entries: Sequence[_Entry], found: ResultFolde
         names=names,
         verdicts=VERDICTS,
         distributions=_distributions(entries, names, colors, volumes),
+        links={entry.case.name: entry.link for entry in entries},
         outlier_z=OUTLIER_Z,
         fewest_cases=FEWEST_CASES,
         times=_times(entries),
@@ -215,58 +206,27 @@ def _reviews(
 ) -> list[_Review]:
     """List what to review, the worst first."""
     found = [
-        _Review(0.0, "failed", one.name, "", f"no result ({one.state}): {one.reason}")
+        _Review(0.0, one.name, "failed", "", f"no result ({one.state}): {one.reason}")
         for one in failures
         if one.state != LEFT
     ]
-    factors = {
-        (name, value): volume / np.median(spread.values)
-        for value, spread in volumes.items()
-        for name, volume, is_outlier in zip(spread.names, spread.values, spread.is_outlier, strict=True)
-        if is_outlier
-    }
     for entry in entries:
         name = entry.case.name
-        found += [_Review(0.5, "look", name, entry.link, warning) for warning in entry.case.warnings]
+        found += [_Review(0.5, name, "look", entry.link, warning) for warning in entry.case.warnings]
         for row in entry.case.run.structures:
             verdict, reason, estimate = _quality(row)
-            ranks, remarks = [], []
+            kind, remarks = "look", []
             if verdict in ("failed", "review"):
-                ranks.append((1.0 if verdict == "failed" else 2.0) + 0.9 * (estimate or 0.0))
-                remarks.append(reason or f"judged {verdict}")
+                kind, base = verdict, 1.0 if verdict == "failed" else 2.0
+                remarks.append((base + 0.9 * (estimate or 0.0), reason or f"judged {verdict}"))
             if row.status == "absent":
-                ranks.append(3.0)
-                remarks.append(row.reason or "not found")
-            if (name, row.value) in factors:
-                ranks.append(4.0)
-                remarks.append(f"volume {factors[name, row.value]:.2g} times the median of this cohort")
+                remarks.append((3.0, row.reason or "not found"))
+            if factor := volumes[row.value].outlier_factors.get(name):
+                remarks.append((4.0, f"volume {factor:.2g} times the median of this cohort"))
             if remarks:
-                kind = verdict if verdict in ("failed", "review") else "look"
-                what = f"{row.name}: {'; '.join(dict.fromkeys(remarks))}"
-                found.append(_Review(min(ranks), str(kind), name, entry.link, what))
-    return sorted(found, key=lambda one: (one.rank, one.case))
-
-
-def _tiles(entries: Sequence[_Entry], found: ResultFolder) -> list[tuple[str, str, str, str]]:
-    """Head, value, remark and kind of each number at the top."""
-    rows = [row for entry in entries for row in entry.case.run.structures]
-    left = sum(one.state == LEFT for one in found.failures)
-    failed = len(found.failures) - left
-    tiles = [("cases with a result", str(len(entries)), f"{len(rows)} structures in all", "")]
-    if failed:
-        tiles.append(("cases without", str(failed), "see below", "failed"))
-    if left:
-        tiles.append(("cases left", str(left), "not done yet", ""))
-    counts = Counter(_quality(row)[0] for row in rows)
-    for verdict in VERDICTS:
-        percent = f"{100 * counts[verdict] / max(len(rows), 1):.0f} % of the structures"
-        tiles.append((verdict, str(counts[verdict]), percent, verdict if counts[verdict] else ""))
-    models = sorted({entry.case.run.model.name for entry in entries})
-    tiles.append(("model", ", ".join(models) or "-", "licence: see the end", ""))
-    times = [entry.case.total_seconds for entry in entries if entry.case.total_seconds is not None]
-    if times:
-        tiles.append(("time a case", duration(float(np.median(times))), f"median; {duration(sum(times))} in all", ""))
-    return tiles
+                what = f"{row.name}: {'; '.join(dict.fromkeys(text for _, text in remarks))}"
+                found.append(_Review(min(remarks)[0], name, kind, entry.link, what))
+    return sorted(found, key=lambda one: one[:2])
 
 
 def _table(
@@ -277,8 +237,6 @@ def _table(
     failures: Sequence[Failure],
 ) -> dict[str, Any]:
     """Rows for ``cohort.js``, by name of column."""
-    far = {(name, value) for value, spread in volumes.items() for name in spread.outlier_names}
-    medians = {value: spread.median for value, spread in volumes.items()}
     cases: list[dict[str, Any]] = []
     structures: list[dict[str, Any]] = []
     for position, entry in enumerate(entries):
@@ -289,21 +247,22 @@ def _table(
             {
                 "name": case.name,
                 "link": entry.link,
-                "verdict": case.verdict,
+                "verdict": case.run.verdict,
                 **{verdict: sum(_quality(row)[0] == verdict for row in rows) for verdict in VERDICTS},
                 "present": sum(row.status == "present" for row in rows),
                 "structures": len(rows),
                 "agreement": min(agreed, default=None),
                 "confidence": finite(case.run.registration.confidence),
                 "seconds": None if total is None else round(total, 1),
-                "outliers": sum((case.name, row.value) in far for row in rows),
+                "outliers": sum(case.name in volumes[row.value].outlier_factors for row in rows),
                 "state": "done",
                 "reason": "",
             }
         )
         for row in rows:
             verdict, reason, estimate = _quality(row)
-            one, median = entry.agreement(row.value), medians[row.value]
+            one, spread = entry.agreement(row.value), volumes[row.value]
+            factor = round(row.volume_ml / spread.median, 3) if spread.median and row.status == "present" else None
             structures.append(
                 {
                     "case": position,
@@ -312,11 +271,11 @@ def _table(
                     "estimate": estimate,
                     "status": row.status,
                     "volume": round(row.volume_ml, 3),
-                    "factor": round(row.volume_ml / median, 3) if median and row.status == "present" else None,
+                    "factor": factor,
                     "atlasModel": one.atlas_model,
                     "resultAtlas": one.result_atlas,
                     "remarks": reason or row.reason,
-                    "outlier": (case.name, row.value) in far,
+                    "outlier": case.name in spread.outlier_factors,
                 }
             )
     nothing = {"link": "", "verdict": None, "good": 0, "review": 0, "failed": 0, "present": 0, "structures": 0}
@@ -343,23 +302,12 @@ def _distributions(
     volumes: Mapping[int, Distribution],
 ) -> list[dict[str, Any]]:
     """Volumes and agreement of each structure."""
-    links = {entry.case.name: entry.link for entry in entries}
     rows = []
     for value, name in names.items():
-        spread = volumes[value]
         agreed = ((entry.case.name, entry.agreement(value).atlas_model) for entry in entries)
         agreement = Distribution.of((case, number) for case, number in agreed if number is not None)
-        rows.append(
-            {
-                "name": name,
-                "color": colors[value],
-                "median": spread.median,
-                "quartiles": None if spread.median is None else spread.quartiles,
-                "volumes": plot(spread),
-                "agreement": plot(agreement, (0.0, 1.0)),
-                "outliers": [(one, links[one]) for one in spread.outlier_names],
-            }
-        )
+        row = {"name": name, "color": colors[value], "spread": volumes[value], "volumes": plot(volumes[value])}
+        rows.append(row | {"agreement": plot(agreement, (0.0, 1.0))})
     return rows
 
 
@@ -371,24 +319,14 @@ def _times(entries: Sequence[_Entry]) -> dict[str, Any] | None:
         return None
     stages: dict[str, list[float]] = {}
     for case in cases:
-        for name, seconds in case.seconds.items():
+        for name, seconds in case.status.seconds.items():
             stages.setdefault(name, []).append(seconds)
     medians = {name: float(np.median(seconds)) for name, seconds in stages.items()}
-    whole = sum(medians.values()) or 1.0
     return {
-        "stages": [
-            {
-                "name": name,
-                "seconds": seconds,
-                "percent": 100 * seconds / whole,
-                "color": _STAGE_COLORS[number % len(_STAGE_COLORS)],
-            }
-            for number, (name, seconds) in enumerate(medians.items())
-        ],
+        "stages": list(zip(medians, medians.values(), itertools.cycle(_STAGE_COLORS), strict=False)),
+        "whole": sum(medians.values()) or 1.0,
         "plot": plot(spread),
-        "median": spread.median,
-        "longest": float(spread.values.max()),
-        "total": float(spread.values.sum()),
+        "spread": spread,
     }
 
 
@@ -399,29 +337,20 @@ def _provenance(entries: Sequence[_Entry]) -> dict[str, Any] | None:
     runs = [entry.case.run for entry in entries]
     counts = Counter(run.model.name for run in runs)
     records: dict[str, ModelRecord] = {run.model.name: run.model for run in runs}
-    versions = _counted([run.versions | {"device": run.device} for run in runs])
-    settings = _counted([flatten(run.settings) for run in runs])
-    differing = sorted(key for key, values in settings.items() if len(values) > 1)
-    same = not differing and len(counts) == 1 and all(len(values) == 1 for values in versions.values())
+    versions = _values([run.versions | {"device": run.device} for run in runs])
+    settings = _values([flatten(run.settings) for run in runs])
+    differing = sorted(key for key, values in settings if len(values) > 1)
+    same = not differing and len(counts) == 1 and all(len(values) == 1 for _, values in versions)
     return {
         "models": [(records[name], count) for name, count in counts.most_common()],
-        "versions": _shown(versions, len(runs)),
-        "settings": _shown(settings, len(runs)),
+        "versions": versions,
+        "settings": settings,
         "differing": "" if same else ", ".join(differing[:6]) or "versions or models",
     }
 
 
-def _counted(rows: Sequence[Mapping[str, str]]) -> dict[str, Counter[str]]:
-    found: dict[str, Counter[str]] = {}
-    for row in rows:
-        for key, value in row.items():
-            found.setdefault(key, Counter())[value] += 1
-    return found
-
-
-def _shown(counted: Mapping[str, Counter[str]], count: int) -> list[tuple[str, list[tuple[str, int]]]]:
-    """Name and values, each with its number of cases; 0 where all cases have it."""
-    return [
-        (key, [(next(iter(values)), 0)] if len(values) == 1 and values.total() == count else values.most_common(4))
-        for key, values in counted.items()
-    ]
+def _values(rows: Sequence[Mapping[str, str]]) -> list[tuple[str, list[tuple[str, int]]]]:
+    """List the most common values of each key, each with its number of cases; 0 where all cases have it."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    counted = {key: Counter(row[key] for row in rows if key in row).most_common(4) for key in keys}
+    return [(key, [(found[0][0], 0)] if found[0][1] == len(rows) else found) for key, found in counted.items()]

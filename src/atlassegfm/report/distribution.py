@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +40,7 @@ class Distribution:
         is_outlier = outliers(values) if find_outliers else np.zeros(len(values), bool)
         return cls([name for name, _ in listed], values, is_outlier)
 
-    @property
+    @cached_property
     def median(self) -> float | None:
         """None without values."""
         return float(np.median(self.values)) if len(self.values) else None
@@ -49,20 +51,16 @@ class Distribution:
         low, high = np.percentile(self.values, (25, 75))
         return float(low), float(high)
 
-    @property
-    def outlier_names(self) -> list[str]:
-        """Names of the cases whose values are outliers."""
-        return [name for name, is_outlier in zip(self.names, self.is_outlier, strict=True) if is_outlier]
+    @cached_property
+    def outlier_factors(self) -> dict[str, float]:
+        """Name of each case whose value is an outlier, and its value over the median."""
+        factors = (self.values / (self.median or 1.0)).tolist()
+        rows = zip(self.names, factors, self.is_outlier, strict=True)
+        return {name: factor for name, factor, is_outlier in rows if is_outlier}
 
 
 def outliers(volumes: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Find volumes that differ from the others by a large factor; none among fewer than five.
-
-    Parameters
-    ----------
-    volumes : array, (N,)
-        Above 0, any unit.
-    """
+    """Find volumes, (N,) above 0, that differ from the others by a large factor; none among fewer than five."""
     if len(volumes) < FEWEST_CASES:
         return np.zeros(len(volumes), bool)
     logs = np.log(volumes)
@@ -71,8 +69,7 @@ def outliers(volumes: NDArray[np.float64]) -> NDArray[np.bool_]:
     return np.asarray(_Z_FACTOR * distance / deviation > OUTLIER_Z)
 
 
-@dataclass(frozen=True)
-class Dot:
+class Dot(NamedTuple):
     """One case in a plot, px."""
 
     x: float
@@ -90,22 +87,13 @@ class Plot:
     base: int
     quartiles: tuple[float, float, float]
     dots: tuple[Dot, ...]
-    columns: tuple[tuple[float, float, float], ...]
-    """Left edge, height and width of each."""
-
+    columns: tuple[tuple[float, float, float], ...]  # left edge, height and width of each
     first: str
     last: str
 
 
 def plot(found: Distribution, limits: tuple[float, float] | None = None) -> Plot | None:
-    """Lay out the plot of a distribution; None without values.
-
-    Parameters
-    ----------
-    found : Distribution
-    limits : tuple of float, optional
-        Range of the axis; that of the values if left out.
-    """
+    """Lay out the plot of a distribution, with ``limits`` or the range of its values; None without values."""
     values = found.values
     if not len(values):
         return None
@@ -121,23 +109,19 @@ def plot(found: Distribution, limits: tuple[float, float] | None = None) -> Plot
     low, middle, high = (x(float(v)) for v in np.percentile(values, (25, 50, 75)))
     as_dots = len(values) <= _MOST_DOTS
     # The row of a dot sets nearly equal values apart.
+    rows = [7 + (number * 5) % (base - 13) if as_dots else base - 4 for number in range(len(values))]
     dots = tuple(
-        Dot(
-            x(float(value)),
-            7 + (number * 5) % max(base - 13, 1) if as_dots else base - 4,
-            bool(far),
-            f"{name}: {value:.4g}",
-        )
-        for number, (name, value, far) in enumerate(zip(found.names, values, found.is_outlier, strict=True))
+        Dot(x(float(value)), row, bool(far), f"{name}: {value:.4g}")
+        for name, value, far, row in zip(found.names, values, found.is_outlier, rows, strict=True)
         if as_dots or far
     )
-    columns: list[tuple[float, float, float]] = []
-    if not as_dots:
-        counts, edges = np.histogram(values, _BINS, (first, last))
-        for count, edge in zip(counts, edges[:-1], strict=True):
-            if count:
-                columns.append((x(float(edge)), max(1.0, (base - 4) * count / counts.max()), inner / _BINS - 0.6))
-    return Plot(width, _HEIGHT, base, (low, middle, high), dots, tuple(columns), _tick(first), _tick(last))
+    counts, edges = np.histogram(values, _BINS, (first, last))
+    columns = tuple(
+        (x(float(edge)), max(1.0, (base - 4) * count / counts.max()), inner / _BINS - 0.6)
+        for count, edge in zip(counts, edges[:-1], strict=True)
+        if count and not as_dots
+    )
+    return Plot(width, _HEIGHT, base, (low, middle, high), dots, columns, _tick(first), _tick(last))
 
 
 def _tick(value: float) -> str:

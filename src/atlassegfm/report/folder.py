@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..core.labels import palette_color
-from ..quality.verdict import Verdict
 from ..records import RUN, STATUS, CohortRecord, RunRecord, StatusRecord
 
 #: Summary of a cohort, or one for each of its shards.
@@ -30,27 +27,15 @@ _FOLDERS = re.compile(r"(?:[A-Za-z]:)?[\\/](?:[^\\/:'\"<>|\n]+[\\/])+")
 class Case:
     """One case with a result."""
 
-    name: str
-    """Of its folder: the only identifier of the patient that is shown."""
-
+    name: str  # of its folder: the only identifier of the patient that is shown
     folder: Path
     run: RunRecord = field(repr=False)
     status: StatusRecord = field(repr=False)
 
     @property
-    def verdict(self) -> Verdict:
-        """Worst verdict of its structures."""
-        return self.run.verdict
-
-    @property
     def warnings(self) -> tuple[str, ...]:
-        """Reasons to doubt the result as a whole."""
+        """Warnings about the result as a whole, without folders."""
         return tuple(map(shown_reason, self.status.warnings))
-
-    @property
-    def seconds(self) -> Mapping[str, float]:
-        """Wall time of each stage."""
-        return self.status.seconds
 
     @property
     def total_seconds(self) -> float | None:
@@ -62,22 +47,14 @@ class Case:
         """Series of the DICOM folder that was segmented. Not to be shown."""
         return None if self.status.provenance is None else self.status.provenance.series
 
-    @property
-    def query_name(self) -> str | None:
-        """File name of the query, to find it. Not to be shown."""
-        return None if self.run.inputs.query is None else self.run.inputs.query.file
-
 
 @dataclass(frozen=True)
 class Failure:
     """One case without a result."""
 
     name: str
-    state: str
-    """"failed", "unreadable" or "left"."""
-
-    reason: str
-    """Without the folders of paths."""
+    state: str  # "failed", "unreadable" or "left"
+    reason: str  # without the folders of paths
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +75,7 @@ class ResultFolder:
 
 
 def read_folder(path: str | os.PathLike[str]) -> ResultFolder:
-    """Read a folder that holds a result folder for each case.
-
-    A case whose files cannot be read is listed as a failure; the others are read all the same.
+    """Read a folder that holds a result folder for each case; a case that cannot be read is a failure.
 
     Raises
     ------
@@ -109,36 +84,24 @@ def read_folder(path: str | os.PathLike[str]) -> ResultFolder:
     """
     path = Path(path)
     if not path.is_dir():
-        found = "a file" if path.exists() else "nothing"
-        raise InputError(f"{path}: found {found}, expected a folder of results as `atlassegfm segment -o` writes it")
+        there = "a file" if path.exists() else "nothing"
+        raise InputError(f"{path}: found {there}, expected a folder of results as `atlassegfm segment -o` writes it")
     if (path / RUN).is_file():
-        parent = path.resolve().parent
-        raise InputError(f"{path}: is the result of a single case; give the folder that holds it: {parent}")
+        raise InputError(f"{path}: is the result of a single case; give the folder above: {path.resolve().parent}")
     try:
         folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise InputError(f"{path}: the folder cannot be read ({error.strerror}); check the permissions") from None
-    cases: list[Case] = []
-    failures: dict[str, Failure] = {}
-    for folder in folders:
-        try:
-            found_case = _read_case(folder)
-        except InputError as error:
-            found_case = Failure(folder.name, "unreadable", str(error).replace(f"{folder}{os.sep}", ""))
-        if isinstance(found_case, Case):
-            cases.append(found_case)
-        elif found_case is not None:
-            failures[folder.name] = found_case
-    done = {case.name for case in cases}
-    for summary in sorted(path.glob(COHORTS)):
-        for failure in _cohort_failures(summary):
-            if failure.name not in done:
-                failures.setdefault(failure.name, failure)
-    if not cases and not failures:
-        raise InputError(
-            f"{path}: no result in its subfolders (no {RUN}); give the folder that `atlassegfm segment -o` wrote"
-        )
-    return ResultFolder(tuple(cases), tuple(failures[name] for name in sorted(failures)))
+    # What the folder of a case says counts more than a summary.
+    found: dict[str, Case | Failure] = {}
+    for summary in sorted(path.glob(COHORTS), reverse=True):
+        found |= {failure.name: failure for failure in _cohort_failures(summary)}
+    found |= {folder.name: case for folder in folders if (case := _read_case(folder)) is not None}
+    if not found:
+        raise InputError(f"{path}: no {RUN} in its subfolders; give the folder that `atlassegfm segment -o` wrote")
+    ordered = [found[name] for name in sorted(found)]
+    cases = tuple(one for one in ordered if isinstance(one, Case))
+    return ResultFolder(cases, tuple(one for one in ordered if isinstance(one, Failure)))
 
 
 def shown_reason(text: str) -> str:
@@ -151,19 +114,17 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def default_colors(values: Sequence[int]) -> dict[int, tuple[int, int, int]]:
-    """Choose colours (0 to 255) for label values whose files name none."""
-    return {value: palette_color(position) for position, value in enumerate(sorted(values))}
-
-
 def _read_case(folder: Path) -> Case | Failure | None:
     """Read one result folder; None if it is none."""
     has_run, has_status = ((folder / name).is_file() for name in (RUN, STATUS))
-    # A result that was copied without its status has no times.
-    status = StatusRecord.read(folder / STATUS) if has_status else StatusRecord(state="done")
-    if status.state == "failed":
-        return Failure(folder.name, status.state, shown_reason(status.reason))
-    return Case(folder.name, folder, RunRecord.read(folder / RUN), status) if has_run else None
+    try:
+        # A result that was copied without its status has no times.
+        status = StatusRecord.read(folder / STATUS) if has_status else StatusRecord(state="done")
+        if status.state == "failed":
+            return Failure(folder.name, status.state, shown_reason(status.reason))
+        return Case(folder.name, folder, RunRecord.read(folder / RUN), status) if has_run else None
+    except InputError as error:
+        return Failure(folder.name, "unreadable", str(error).replace(f"{folder}{os.sep}", ""))
 
 
 def _cohort_failures(path: Path) -> list[Failure]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,24 +12,22 @@ from numpy.typing import NDArray
 
 from ..core.errors import MissingExtraError
 from ..core.files import atomic_path
-from ..core.image import Volume
+from ..core.image import Volume, label_positions
 from ..core.labels import Structure
+from .page import millilitres
 from .slices import (
     Panel,
-    Window,
     bar_length_mm,
     cut,
     edge_letters,
     overview_panels,
     overview_window,
-    positions,
     smooth_mask,
     tilt_remark,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.text import Text
 
 #: Size of the picture and its parts, px; panels are limited in height so that the page fits one screen.
@@ -47,26 +44,12 @@ _FONT = "DejaVu Sans"
 _DASHES = (0, (4, 3))
 #: Upper limit of the grey scale: above 1, so that fills still tint the brightest voxels.
 _WHITE = 1.1
-
-
-@dataclass(frozen=True)
-class _Rectangle:
-    """Part of the picture, px from the upper left corner."""
-
-    left: float
-    top: float
-    width: float
-    height: float
+#: Left, top, width and height, px from the upper left corner of the picture.
+_Rectangle = tuple[float, float, float, float]
 
 
 def require_report_extra() -> None:
-    """Check that pictures can be drawn.
-
-    Raises
-    ------
-    MissingExtraError
-        If matplotlib is not installed.
-    """
+    """Raise MissingExtraError if matplotlib, which draws pictures, is not installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -90,17 +73,12 @@ def draw_overview(
 
     Parameters
     ----------
-    image : Volume
-    result : Volume
-        Labels on the voxels of ``image`` (the array order may differ): solid outlines.
+    result, reference : Volume
+        Labels on the voxels of ``image`` (the array order may differ): solid outlines, and dashed white ones.
     structures : sequence of Structure
         Labels to draw, with names and colours.
-    path : Path
-        PNG file.
     title, subtitle : str
         The only text that could identify a patient.
-    reference : Volume, optional
-        Reference labels on the voxels of ``image``: dashed white outlines.
     scores : mapping of int to float, optional
         Dice coefficient of each label value for the legend, in [0, 1] or NaN.
 
@@ -112,270 +90,216 @@ def draw_overview(
         If the label maps are not on the voxels of the image.
     """
     require_report_extra()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     scan = image.canonical()
     values = [one.value for one in structures]
-    labels = positions(result.turned_to(scan.grid).data, values)
-    truth = None if reference is None else positions(reference.turned_to(scan.grid).data, values)
+    colors = [np.array(one.color) / 255 for one in structures]
+    labels = label_positions(result.turned_to(scan.grid).data, values)
+    truth = None if reference is None else label_positions(reference.turned_to(scan.grid).data, values)
     drawn = labels if truth is None else np.where(labels > 0, labels, truth)
     panels = overview_panels(drawn, len(structures), scan.grid.spacing_mm)
     window = overview_window(scan.data, drawn, panels[0])
     bar_mm = bar_length_mm(min(panel.width_mm for panel in panels))
 
-    header_px = 76 + (26 * len(_wrapped(subtitle)) if subtitle else 0)
-    places, panels_bottom = _layout(panels, header_px)
-    entries = _legend_entries(labels, structures, scan.grid.voxel_volume_mm3, scores)
-    rows = -(-len(entries) // _LEGEND_COLUMNS)
-    legend_top = panels_bottom + 22
-    height = int(np.ceil(legend_top + _LEGEND_LINE_PX * (rows + 1) + 22))
-
-    figure = Figure(figsize=(_WIDTH_PX / _DPI, height / _DPI), dpi=_DPI, facecolor=_PAGE)
-    FigureCanvasAgg(figure)
-    _draw_header(figure, title, subtitle, height, [_rgb(s) for s in structures], reference is not None)
+    lines = textwrap.wrap(subtitle, 150)
+    places = _layout(panels, 76 + 26 * len(lines))
+    legend_top = places[0][1] + places[0][3] + 22
+    rows = -(-min(len(structures), _LEGEND_ROWS * _LEGEND_COLUMNS) // _LEGEND_COLUMNS)
+    canvas = _Canvas(int(np.ceil(legend_top + _LEGEND_LINE_PX * (rows + 1) + 22)))
+    _draw_header(canvas, title, lines)
+    if truth is not None:
+        _draw_line_key(canvas, colors[:3] or [_TEXT])
     for panel, place in zip(panels, places, strict=True):
-        axes = figure.add_axes(
-            (
-                place.left / _WIDTH_PX,
-                1 - (place.top + place.height) / height,
-                place.width / _WIDTH_PX,
-                place.height / height,
-            )
-        )
-        _draw_panel(axes, panel, place, scan, labels, truth, structures, window, bar_mm)
-    _draw_legend(figure, entries, legend_top, height)
+        px_per_mm = min(place[2] / panel.width_mm, place[3] / panel.height_mm)
+        axes = _draw_slice(canvas, place, panel, px_per_mm, window.grey(cut(scan.data, panel)))
+        _draw_outlines(axes, cut(labels, panel), panel, px_per_mm, colors)
+        if truth is not None:
+            _draw_outlines(axes, cut(truth, panel), panel, px_per_mm, None)
+        _draw_directions(axes, panel, px_per_mm, scan.grid.affine, bar_mm)
+    voxels = np.bincount(labels.ravel(order="K"), minlength=len(structures) + 1)[1:]
+    _draw_legend(canvas, legend_top, structures, voxels * scan.grid.voxel_volume_mm3 / 1000, scores or {})
     with atomic_path(path) as temporary:
         # Without matplotlib's version the file depends on the voxels alone.
-        figure.savefig(temporary, format="png", dpi=_DPI, facecolor=_PAGE, metadata={"Software": None})
+        canvas.figure.savefig(temporary, format="png", dpi=_DPI, facecolor=_PAGE, metadata={"Software": None})
 
 
-def _layout(panels: Sequence[Panel], top_px: float) -> tuple[list[_Rectangle], float]:
-    """Place the panels (one large, two stacked beside it, or a row; whichever is larger) and give their lower edge."""
+class _Canvas:
+    """A figure whose parts are placed in px from its upper left corner."""
+
+    def __init__(self, height_px: int) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.height_px = height_px
+        self.figure = Figure(figsize=(_WIDTH_PX / _DPI, height_px / _DPI), dpi=_DPI, facecolor=_PAGE)
+        FigureCanvasAgg(self.figure)
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        return x / _WIDTH_PX, 1 - y / self.height_px
+
+    def text(self, x: float, y: float, text: str, **style: Any) -> Text:
+        # A dollar sign in a name is no mathematics.
+        return self.figure.text(*self.at(x, y), text, family=_FONT, parse_math=False, **style)
+
+    def line(self, left: float, right: float, y: float, **style: Any) -> None:
+        from matplotlib.lines import Line2D
+
+        (first, at), (last, _) = self.at(left, y), self.at(right, y)
+        self.figure.add_artist(Line2D([first, last], [at, at], solid_capstyle="butt", **style))
+
+    def axes(self, place: _Rectangle) -> Axes:
+        left, top, width, height = place
+        return self.figure.add_axes((*self.at(left, top + height), width / _WIDTH_PX, height / self.height_px))
+
+
+def _layout(panels: Sequence[Panel], top_px: float) -> list[_Rectangle]:
+    """Place one large panel and two stacked beside it, or all in a row; whichever is larger."""
     width = _WIDTH_PX - 2 * _MARGIN_PX
     first, second, third = (panel.aspect for panel in panels)
+    row_height = min((width - 2 * _GAP_PX) / (first + second + third), _HIGHEST_PX)
+    row_area = row_height**2 * (first + second + third)
 
-    # Side by side: h1 = w2 / second + gap + w2 / third, first * h1 + gap + w2 = width.
+    # Stacked: h1 = w2 / second + gap + w2 / third, first * h1 + gap + w2 = width.
     stacked = (width - _GAP_PX - first * _GAP_PX) / (1 + first * (1 / second + 1 / third))
     tall = stacked / second + _GAP_PX + stacked / third
     shrink = min(1.0, _HIGHEST_PX / tall)
-    beside_area = shrink**2 * (first * tall**2 + stacked**2 * (1 / second + 1 / third))
-
-    row = (width - 2 * _GAP_PX) / (first + second + third)
-    row_height = min(row, _HIGHEST_PX)
-    row_area = row_height**2 * (first + second + third)
-
-    if beside_area >= row_area and stacked > 0:
+    stacked_area = shrink**2 * (first * tall**2 + stacked**2 * (1 / second + 1 / third))
+    if stacked_area >= row_area and stacked > 0:
         right = stacked * shrink + (1 - shrink) * width * 0.35
         left = width - _GAP_PX - right
         total = tall * shrink
         upper = (total - _GAP_PX) * (1 / second) / (1 / second + 1 / third)
         x = _MARGIN_PX + left + _GAP_PX
         return [
-            _Rectangle(_MARGIN_PX, top_px, left, total),
-            _Rectangle(x, top_px, right, upper),
-            _Rectangle(x, top_px + upper + _GAP_PX, right, total - _GAP_PX - upper),
-        ], top_px + total
+            (_MARGIN_PX, top_px, left, total),
+            (x, top_px, right, upper),
+            (x, top_px + upper + _GAP_PX, right, total - _GAP_PX - upper),
+        ]
     widths = np.array([first, second, third])
     widths = widths / widths.sum() * (width - 2 * _GAP_PX)
     lefts = _MARGIN_PX + np.concatenate([[0], np.cumsum(widths[:2] + _GAP_PX)])
-    return [_Rectangle(float(x), top_px, float(w), row_height) for x, w in zip(lefts, widths, strict=True)], (
-        top_px + row_height
-    )
+    return [(float(x), top_px, float(w), row_height) for x, w in zip(lefts, widths, strict=True)]
 
 
-def _draw_panel(
-    axes: Axes,
-    panel: Panel,
-    place: _Rectangle,
-    scan: Volume,
-    labels: NDArray[Any],
-    truth: NDArray[Any] | None,
-    structures: Sequence[Structure],
-    window: Window,
-    bar_mm: int,
-) -> None:
-    from matplotlib.patheffects import withStroke
+def _draw_header(canvas: _Canvas, title: str, lines: Sequence[str]) -> None:
+    head = textwrap.shorten(title, 90, placeholder=" …")
+    canvas.text(_MARGIN_PX, 46, head, color=_TEXT, fontsize=21, fontweight="bold")
+    for number, line in enumerate(lines):
+        canvas.text(_MARGIN_PX, 76 + 26 * number, line, color=_FAINT, fontsize=12)
 
-    width, height = panel.width_mm, panel.height_mm
-    px_per_mm = min(place.width / width, place.height / height)
-    view_width, view_height = place.width / px_per_mm, place.height / px_per_mm
-    left, top = (view_width - width) / 2, (view_height - height) / 2
-    axes.set_facecolor(_PANEL)
-    axes.set_xlim(0, view_width)
-    axes.set_ylim(view_height, 0)
-    axes.set_xticks([])
-    axes.set_yticks([])
+
+def _draw_line_key(canvas: _Canvas, colors: Sequence[Any]) -> None:
+    """Explain the lines of result and reference at the upper right."""
+    right = _WIDTH_PX - _MARGIN_PX
+    keys = (("reference", _DASHES, 1.2, ["white"]), ("result", "-", 2.4, colors))
+    for name, dashes, linewidth, shades in keys:
+        canvas.text(right, 46, name, color=_FAINT, fontsize=12, ha="right")
+        right -= 10 * len(name) + 8
+        piece = 42 / len(shades)
+        for number, shade in enumerate(reversed(shades)):
+            ends = right - piece * (number + 1), right - piece * number
+            canvas.line(*ends, 41, color=shade, linewidth=linewidth, linestyle=dashes)
+        right -= 70
+
+
+def _draw_slice(
+    canvas: _Canvas, place: _Rectangle, panel: Panel, px_per_mm: float, picture: NDArray[np.float32]
+) -> Axes:
+    """Draw a slice in the middle of its place; axes are mm from its upper left corner."""
+    axes = canvas.axes(place)
+    width, height = place[2] / px_per_mm, place[3] / px_per_mm
+    left, top = (width - panel.width_mm) / 2, (height - panel.height_mm) / 2
+    axes.set(facecolor=_PANEL, xlim=(-left, width - left), ylim=(height - top, -top), xticks=[], yticks=[])
     for spine in axes.spines.values():
         spine.set_color(_FRAME)
+    extent = (0, panel.width_mm, panel.height_mm, 0)
+    axes.imshow(picture, "gray", vmin=0, vmax=_WHITE, extent=extent, interpolation="bicubic", aspect="auto", zorder=0)
+    return axes
 
-    picture = window.grey(cut(scan.data, panel))
-    axes.imshow(
-        picture,
-        cmap="gray",
-        vmin=0,
-        vmax=_WHITE,
-        extent=(left, left + width, top + height, top),
-        interpolation="bicubic",
-        aspect="auto",
-        zorder=0,
-    )
-    axes.set_xlim(0, view_width)
-    axes.set_ylim(view_height, 0)
 
-    pixel_mm = (width / picture.shape[1], height / picture.shape[0])
+def _draw_outlines(
+    axes: Axes, shown: NDArray[Any], panel: Panel, px_per_mm: float, colors: Sequence[Any] | None
+) -> None:
+    """Draw the structures of a slice of label positions: filled outlines, or dashed white ones without colours."""
+    pixel_mm = panel.width_mm / shown.shape[1], panel.height_mm / shown.shape[0]
+    found = np.unique(shown[shown > 0])
+    alpha, linewidth = (0.20, 1.9) if len(found) < 25 else (0.24, 1.1)
+    for position in found.tolist():
+        lattice = smooth_mask(shown == position, pixel_mm, px_per_mm)
+        if colors is None:
+            axes.contour(*lattice, [0.5], colors=["white"], linewidths=0.9, linestyles=[_DASHES], zorder=3)
+        else:
+            color = colors[position - 1]
+            axes.contourf(*lattice, [0.5, 10], colors=[color], alpha=alpha, zorder=1)
+            axes.contour(*lattice, [0.5], colors=[color], linewidths=linewidth, zorder=2)
 
-    def lattices(indices: NDArray[Any]) -> Iterator[tuple[int, tuple[NDArray[Any], ...]]]:
-        shown = cut(indices, panel)
-        for position in np.unique(shown[shown > 0]):
-            xs, ys, level = smooth_mask(shown == position, pixel_mm, px_per_mm)
-            yield int(position), (xs + left, ys + top, level)
 
-    many = len(np.unique(cut(labels, panel))) > 25
-    for position, lattice in lattices(labels):
-        color = _rgb(structures[position - 1])
-        axes.contourf(*lattice, levels=[0.5, 10], colors=[color], alpha=0.24 if many else 0.20, zorder=1)
-        axes.contour(*lattice, levels=[0.5], colors=[color], linewidths=1.1 if many else 1.9, zorder=2)
-    for _, lattice in () if truth is None else lattices(truth):
-        axes.contour(*lattice, levels=[0.5], colors=["white"], linewidths=0.9, linestyles=[_DASHES], zorder=3)
+def _draw_directions(axes: Axes, panel: Panel, px_per_mm: float, affine: NDArray[np.float64], bar_mm: int) -> None:
+    """Draw the letters at the edges, the name of the plane and the scale bar."""
+    from matplotlib.patheffects import withStroke
 
     outline = [withStroke(linewidth=3, foreground="#000000b0")]
     style: dict[str, Any] = {"family": _FONT, "color": _TEXT, "path_effects": outline, "zorder": 5}
     inset = 14 / px_per_mm
-    at_left, at_right, at_top, at_bottom = edge_letters(scan.grid.affine, panel.view)
-    for x, y, letters, across, upright in (
-        (inset, view_height / 2, at_left, "left", "center"),
-        (view_width - inset, view_height / 2, at_right, "right", "center"),
-        (view_width / 2, inset, at_top, "center", "top"),
-        (view_width / 2, view_height - inset, at_bottom, "center", "bottom"),
-    ):
-        axes.text(x, y, letters, ha=across, va=upright, fontsize=12.5, fontweight="bold", **style)
-    tilt = tilt_remark(scan.grid.affine, panel.view)
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    middle, centre = (left + right) / 2, (top + bottom) / 2
+    left, right, top, bottom = left + inset, right - inset, top + inset, bottom - inset
+    places = ((left, centre), (right, centre), (middle, top), (middle, bottom))
+    sides = (("left", "center"), ("right", "center"), ("center", "top"), ("center", "bottom"))
+    for (x, y), letters, (ha, va) in zip(places, edge_letters(affine, panel.view), sides, strict=True):
+        axes.text(x, y, letters, ha=ha, va=va, fontsize=12.5, fontweight="bold", **style)
+    tilt = tilt_remark(affine, panel.view)
     name = panel.view.name + (f"  ({tilt})" if tilt else "")
-    axes.text(inset, inset, name, ha="left", va="top", fontsize=11.5, **{**style, "color": "#c9d1dc"})
-
-    x, y = inset, view_height - inset
-    axes.plot(
-        [x, x + bar_mm], [y, y], color=_TEXT, linewidth=2.6, solid_capstyle="butt", path_effects=outline, zorder=5
-    )
-    axes.text(x, y - 7 / px_per_mm, f"{bar_mm} mm", ha="left", va="bottom", fontsize=10.5, **style)
+    axes.text(left, top, name, ha="left", va="top", fontsize=11.5, **{**style, "color": "#c9d1dc"})
+    bar: dict[str, Any] = {"color": _TEXT, "linewidth": 2.6, "path_effects": outline, "zorder": 5}
+    axes.plot([left, left + bar_mm], [bottom, bottom], solid_capstyle="butt", **bar)
+    axes.text(left, bottom - 7 / px_per_mm, f"{bar_mm} mm", ha="left", va="bottom", fontsize=10.5, **style)
 
 
-def _rgb(structure: Structure) -> tuple[float, float, float]:
-    red, green, blue = structure.color
-    return red / 255, green / 255, blue / 255
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, 150)
-
-
-def _draw_header(
-    figure: Figure,
-    title: str,
-    subtitle: str,
-    height: int,
-    colors: Sequence[tuple[float, float, float]],
-    has_reference: bool,
-) -> None:
-    from matplotlib.lines import Line2D
-
-    left = _MARGIN_PX / _WIDTH_PX
-    head = textwrap.shorten(title, 90, placeholder=" …")
-    # A dollar sign in a name is no mathematics.
-    plain: dict[str, Any] = {"family": _FONT, "parse_math": False, "va": "baseline"}
-    figure.text(left, 1 - 46 / height, head, color=_TEXT, fontsize=21, fontweight="bold", ha="left", **plain)
-    for number, line in enumerate(_wrapped(subtitle)):
-        figure.text(left, 1 - (76 + 26 * number) / height, line, color=_FAINT, fontsize=12, ha="left", **plain)
-    right = _WIDTH_PX - _MARGIN_PX
-    if not has_reference:
-        return
-    keys: list[tuple[str, Any, float, Sequence[Any]]] = [
-        ("result", "-", 2.4, colors[:3] or [_TEXT]),
-        ("reference", _DASHES, 1.2, ["white"]),
-    ]
-    for name, dashes, linewidth, shades in reversed(keys):
-        figure.text(right / _WIDTH_PX, 1 - 46 / height, name, color=_FAINT, fontsize=12, ha="right", **plain)
-        right -= 10 * len(name) + 8
-        piece = 42 / len(shades)
-        y = 1 - 41 / height
-        style: dict[str, Any] = {"linewidth": linewidth, "linestyle": dashes, "solid_capstyle": "butt"}
-        for number, shade in enumerate(reversed(shades)):
-            ends = [(right - piece * (number + 1)) / _WIDTH_PX, (right - piece * number) / _WIDTH_PX]
-            figure.add_artist(Line2D(ends, [y, y], color=shade, transform=figure.transFigure, **style))
-        right -= 70
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """Line of the legend; a remark if it has no colour."""
-
-    name: str
-    color: tuple[float, float, float] | None = None
-    volume_ml: float = 0.0
-    score: float | None = None
-
-
-def _legend_entries(
-    labels: NDArray[Any],
+def _draw_legend(
+    canvas: _Canvas,
+    top_px: float,
     structures: Sequence[Structure],
-    voxel_volume_mm3: float,
-    scores: Mapping[int, float] | None,
-) -> list[_Entry]:
-    """List the structures in their order, or the largest and the number of others."""
-    voxels = np.bincount(labels.ravel(order="K"), minlength=len(structures) + 1)[1:]
-    room = _LEGEND_ROWS * _LEGEND_COLUMNS
-    kept = list(range(len(structures)))
-    if len(kept) > room:
-        largest = sorted(kept, key=lambda position: (-int(voxels[position]), position))[: room - 1]
-        kept = sorted(largest)
-    entries = [
-        _Entry(
-            structures[position].name,
-            _rgb(structures[position]),
-            float(voxels[position]) * voxel_volume_mm3 / 1000,
-            None if scores is None else scores.get(structures[position].value),
-        )
-        for position in kept
-    ]
-    if len(kept) < len(structures):
-        entries.append(_Entry(f"and {len(structures) - len(kept)} more"))
-    return entries
-
-
-def _draw_legend(figure: Figure, entries: Sequence[_Entry], top_px: float, height: int) -> None:
+    volumes_ml: NDArray[np.float64],
+    scores: Mapping[int, float],
+) -> None:
+    """Write colour, name, volume and score of the structures, or of the largest and the number of others."""
     from matplotlib.patches import Rectangle
 
-    rows = -(-len(entries) // _LEGEND_COLUMNS)
+    listed, room = list(range(len(structures))), _LEGEND_ROWS * _LEGEND_COLUMNS
+    if len(structures) > room:
+        listed = sorted(np.argsort(-volumes_ml, kind="stable")[: room - 1].tolist())
+    more = len(structures) - len(listed)
+    count = len(listed) + (more > 0)
+    rows = -(-count // _LEGEND_COLUMNS)
     column_px = (_WIDTH_PX - 2 * _MARGIN_PX + 30) / _LEGEND_COLUMNS
-    style: dict[str, Any] = {"family": _FONT, "parse_math": False, "va": "center_baseline"}
-    scored = any(entry.score is not None for entry in entries)
+    scored = any(structures[position].value in scores for position in listed)
     volume_px = _LEGEND_VOLUME_PX if scored else _LEGEND_SCORE_PX
-    heads = [(volume_px, "volume"), (_LEGEND_SCORE_PX, "Dice")] if scored else [(volume_px, "volume")]
-    for column in range(-(-len(entries) // max(rows, 1))):
-        for offset, head in heads:
+    style: dict[str, Any] = {"va": "center_baseline", "fontsize": 12.5}
+    heads = {volume_px: "volume"} | ({_LEGEND_SCORE_PX: "Dice"} if scored else {})
+    for column in range(-(-count // max(rows, 1))):
+        for offset, head in heads.items():
             x = _MARGIN_PX + column * column_px + offset
-            figure.text(x / _WIDTH_PX, 1 - (top_px + 6) / height, head, color=_FAINT, ha="right", fontsize=10, **style)
-    style["fontsize"] = 12.5
-    for number, entry in enumerate(entries):
+            canvas.text(x, top_px + 6, head, color=_FAINT, ha="right", **style | {"fontsize": 10})
+
+    def place(number: int) -> tuple[float, float]:
         column, row = divmod(number, rows)
-        x, y = _MARGIN_PX + column * column_px, top_px + _LEGEND_LINE_PX * (row + 1) + 2
-        at = 1 - y / height
-        if entry.color is None:
-            figure.text((x + 26) / _WIDTH_PX, at, entry.name, color=_FAINT, ha="left", **style)
-            continue
-        corner, size = (x / _WIDTH_PX, 1 - (y + 7) / height), (14 / _WIDTH_PX, 14 / height)
-        figure.add_artist(Rectangle(corner, *size, color=entry.color, linewidth=0, transform=figure.transFigure))
-        name = figure.text((x + 26) / _WIDTH_PX, at, entry.name, color=_TEXT, ha="left", **style)
-        volume = figure.text(
-            (x + volume_px) / _WIDTH_PX, at, _millilitres(entry.volume_ml), color=_FAINT, ha="right", **style
-        )
-        _shorten(name, volume.get_window_extent().x0 - 12)
-        if entry.score is not None:
-            text = "–" if np.isnan(entry.score) else f"{entry.score:.2f}"
-            figure.text(
-                (x + _LEGEND_SCORE_PX) / _WIDTH_PX, at, text, color=_TEXT, ha="right", fontweight="bold", **style
-            )
+        return _MARGIN_PX + column * column_px, top_px + _LEGEND_LINE_PX * (row + 1) + 2
+
+    for number, position in enumerate(listed):
+        (x, y), one = place(number), structures[position]
+        size = 14 / _WIDTH_PX, 14 / canvas.height_px
+        color = [channel / 255 for channel in one.color]
+        canvas.figure.add_artist(Rectangle(canvas.at(x, y + 7), *size, color=color, linewidth=0))
+        name = canvas.text(x + 26, y, one.name, color=_TEXT, **style)
+        volume = f"{millilitres(float(volumes_ml[position]))} ml"
+        right = canvas.text(x + volume_px, y, volume, color=_FAINT, ha="right", **style)
+        _shorten(name, right.get_window_extent().x0 - 12)
+        if one.value in scores:
+            score = "–" if np.isnan(scores[one.value]) else f"{scores[one.value]:.2f}"
+            canvas.text(x + _LEGEND_SCORE_PX, y, score, color=_TEXT, ha="right", fontweight="bold", **style)
+    if more:
+        x, y = place(len(listed))
+        canvas.text(x + 26, y, f"and {more} more", color=_FAINT, **style)
 
 
 def _shorten(text: Text, right_px: float) -> None:
@@ -385,7 +309,3 @@ def _shorten(text: Text, right_px: float) -> None:
         if text.get_window_extent().x1 <= right_px:
             return
         text.set_text(full[: kept - kept // 2] + "…" + full[len(full) - kept // 2 :])
-
-
-def _millilitres(volume_ml: float) -> str:
-    return f"{volume_ml:.0f} ml" if volume_ml >= 99.5 else f"{volume_ml:.3g} ml"

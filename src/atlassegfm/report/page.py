@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import hashlib
 import json
 from collections.abc import Mapping
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ..core.files import atomic_path
+from ..core.version import __version__
 from ..records import ModelRecord
 from .folder import finite
 
@@ -28,6 +30,16 @@ def asset(name: str) -> str:
 def packed_asset(name: str) -> str:
     """Read an asset, compressed and in base64."""
     return base64.b64encode(gzip.compress(asset(name).encode(), mtime=0)).decode("ascii")
+
+
+@cache
+def sources_digest() -> str:
+    """Hash everything that pages are made of except their results: version, templates, styles and scripts."""
+    found = hashlib.sha256(__version__.encode())
+    for folder in ("templates", "assets"):
+        for file in sorted((resources.files(__package__) / folder).iterdir(), key=lambda one: one.name):
+            found.update(file.read_bytes())
+    return found.hexdigest()
 
 
 def write_page(path: Path, template: str, **values: Any) -> None:
@@ -75,24 +87,11 @@ def is_non_commercial(model: ModelRecord) -> bool:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader(__package__),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
+    environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = True
     # Pages are the same bytes each time; JSON has no NaN.
-    environment.policies["json.dumps_kwargs"] = {
-        "ensure_ascii": False,
-        "separators": (",", ":"),
-        "allow_nan": False,
-        "sort_keys": False,
-    }
+    dumps = {"ensure_ascii": False, "separators": (",", ":"), "allow_nan": False, "sort_keys": False}
+    environment.policies["json.dumps_kwargs"] = dumps
     environment.filters |= {"score": score, "millilitres": millilitres, "duration": duration, "finite": finite}
-    environment.globals |= {
-        "asset": asset,
-        "packed_asset": packed_asset,
-        "is_non_commercial": is_non_commercial,
-    }
+    environment.globals |= {"asset": asset, "packed_asset": packed_asset, "is_non_commercial": is_non_commercial}
     return environment

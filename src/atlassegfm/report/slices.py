@@ -1,7 +1,7 @@
 """Slices through a scan in radiological display: planes, intensity windows, outlines, edge letters.
 
-Slices follow the voxel axes of the scan as acquired: nothing is interpolated between thick slices. The letters at the
-edges give the anatomical direction, two where it lies between two axes, as in DICOM.
+Slices follow the voxel axes as acquired: nothing is interpolated between thick slices. The letters at the edges give
+the anatomical direction, two where it lies between two axes, as in DICOM.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from ..core.image import Volume, smallest_label_type
+from ..core.image import Volume
 
 #: Cosine above which a direction gets a letter: an edge within 17 degrees of an axis has one letter.
 _LETTER_COSINE = 0.3
@@ -24,11 +24,9 @@ _LETTER_COSINE = 0.3
 _TILT = 3.0
 #: Lengths of scale bars, mm.
 _BARS_MM = (1, 2, 5, 10, 20, 50, 100, 200)
-#: Smallest view (mm) and margin as a fraction of the extent, around one structure and around all of them.
-_STRUCTURE_VIEW_MM, _STRUCTURE_MARGIN = 70.0, 0.35
+#: Smallest view (mm) and margin (fraction of the extent; at least, mm) around one structure, and around all of them.
+_STRUCTURE_VIEW_MM, _STRUCTURE_MARGIN, _MARGIN_MM = 70.0, 0.35, 20.0
 _OVERVIEW_MM, _OVERVIEW_MARGIN = 100.0, 0.22
-#: Smallest margin around one structure, mm.
-_MARGIN_MM = 20.0
 #: Width for which the outlines of a page are computed, px; tolerance of their simplification, mm.
 _PANEL_PX, _TOLERANCE_MM = 420.0, 0.08
 #: Width of a thumbnail, px.
@@ -41,12 +39,8 @@ _CT_WINDOWS = ((-400.0, "lung", -600.0, 1500.0), (200.0, "soft tissue", 40.0, 40
 _NO_SCAN_GREY = 24
 
 
-@dataclass(frozen=True)
-class View:
-    """One of the three planes of a canonical (RAS) volume.
-
-    The picture shows the negative direction of axis ``right`` along its rows and of axis ``down`` along its columns.
-    """
+class View(NamedTuple):
+    """One of the three planes of a canonical (RAS) volume: axes along the normal, against the rows and the columns."""
 
     name: str
     normal: int
@@ -88,22 +82,6 @@ class Window:
         return np.asarray(np.clip(fraction, 0, 1), np.float32)
 
 
-@dataclass(frozen=True)
-class SliceFigure:
-    """One slice with outlines, as a page draws it. Outlines are SVG paths in mm, the lowest first."""
-
-    uri: str
-    width_mm: float
-    height_mm: float
-    name: str
-    letters: tuple[str, str, str, str]
-    """At the left, right, top and bottom edge."""
-
-    bar_mm: int
-    outlines: tuple[tuple[str, str], ...]
-    """Kind ("result", "atlas" or "model") and path."""
-
-
 # Planes
 
 
@@ -112,50 +90,25 @@ def structure_panels(
 ) -> list[Panel]:
     """Choose three slices through a structure, each where its area is largest.
 
-    Parameters
-    ----------
-    mask : array of bool
-        The structure in its bounding box; not empty.
-    offset : sequence of int, (3,)
-        First voxel of that box in the scan.
-    shape : sequence of int, (3,)
-        Of the scan.
-    spacing_mm : array, (3,)
+    ``mask`` is the structure, not empty, in its bounding box that begins at voxel ``offset`` of a scan of some shape.
     """
-    first = np.array(offset)
     size_mm = np.array(mask.shape) * spacing_mm
-    margin = np.maximum(np.maximum(_STRUCTURE_MARGIN * size_mm.max(), _MARGIN_MM), (_STRUCTURE_VIEW_MM - size_mm) / 2)
-    start = np.maximum(np.floor(first - margin / spacing_mm).astype(int), 0)
-    stop = np.minimum(np.ceil(first + mask.shape + margin / spacing_mm).astype(int), shape)
-    indices = []
-    for view in VIEWS:
-        areas = mask.sum(axis=(view.right, view.down))
-        best = np.flatnonzero(areas == areas.max())
-        indices.append(int(first[view.normal] + best[len(best) // 2]))
-    return _panels(indices, start, stop, spacing_mm)
+    margin_mm = np.maximum(max(_STRUCTURE_MARGIN * size_mm.max(), _MARGIN_MM), (_STRUCTURE_VIEW_MM - size_mm) / 2)
+    areas = [mask.sum(axis=(view.right, view.down))[:, None] for view in VIEWS]
+    indices = [offset[view.normal] + best_slice(area) for view, area in zip(VIEWS, areas, strict=True)]
+    box = [slice(first, first + count) for first, count in zip(offset, mask.shape, strict=True)]
+    return _panels(indices, box, margin_mm, shape, spacing_mm)
 
 
 def overview_panels(labels: NDArray[Any], count: int, spacing_mm: NDArray[np.float64]) -> list[Panel]:
-    """Choose three slices through all structures, the plane of acquisition first.
-
-    Parameters
-    ----------
-    labels : array of int
-        Positions of structures from 1 to ``count``; 0 is background.
-    count : int
-    spacing_mm : array, (3,)
-    """
-    shape = np.array(labels.shape)
-    start, stop = np.zeros(3, int), shape
-    boxes = ndimage.find_objects((labels > 0).astype(np.uint8))
-    if boxes:
-        low, high = (np.array([getattr(side, end) for side in boxes[0]]) * spacing_mm for end in ("start", "stop"))
-        margin = np.maximum(_OVERVIEW_MARGIN * float((high - low).max()), (_OVERVIEW_MM - (high - low)) / 2)
-        start = np.maximum(np.floor((low - margin) / spacing_mm).astype(int), 0)
-        stop = np.minimum(np.ceil((high + margin) / spacing_mm).astype(int), shape)
+    """Choose three slices through structures 1 to ``count``, the plane of acquisition first."""
+    boxes = ndimage.find_objects((labels > 0).astype(np.uint8)) or [tuple(slice(0, count) for count in labels.shape)]
+    size_mm = np.array([side.stop - side.start for side in boxes[0]]) * spacing_mm
+    margin_mm = np.maximum(_OVERVIEW_MARGIN * size_mm.max(), (_OVERVIEW_MM - size_mm) / 2)
     indices = [best_slice(_areas(labels, count, view.normal)) for view in VIEWS]
+    panels = _panels(indices, boxes[0], margin_mm, labels.shape, spacing_mm)
     acquired = acquisition_view(spacing_mm)
-    return sorted(_panels(indices, start, stop, spacing_mm), key=lambda panel: panel.view is not acquired)
+    return sorted(panels, key=lambda panel: panel.view is not acquired)
 
 
 def acquisition_view(spacing_mm: NDArray[np.float64]) -> View:
@@ -164,13 +117,9 @@ def acquisition_view(spacing_mm: NDArray[np.float64]) -> View:
 
 
 def best_slice(areas: NDArray[np.int64]) -> int:
-    """Find the slice that shows most of most structures; the middle one if there are none.
+    """Find the slice that shows most of most structures by their areas, (slices, structures); the middle one if none.
 
     Each structure votes with the root of its area relative to its largest section, whatever its size.
-
-    Parameters
-    ----------
-    areas : array, (slices, structures)
     """
     largest = areas.max(axis=0, initial=0)
     present = largest > 0
@@ -188,28 +137,29 @@ def _areas(labels: NDArray[Any], count: int, axis: int) -> NDArray[np.int64]:
 
 
 def _panels(
-    indices: Sequence[int], start: NDArray[np.int_], stop: NDArray[np.int_], spacing_mm: NDArray[np.float64]
+    indices: Sequence[int],
+    box: Sequence[slice],
+    margin_mm: NDArray[np.float64],
+    shape: Sequence[int],
+    spacing_mm: NDArray[np.float64],
 ) -> list[Panel]:
-    size_mm = (stop - start) * spacing_mm
-    box = tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
+    """Show a box and a margin around it within the scan, on one slice of each plane."""
+    margin = margin_mm / spacing_mm
+    start = [max(int(np.floor(side.start - more)), 0) for side, more in zip(box, margin, strict=True)]
+    stop = [min(int(np.ceil(side.stop + more)), count) for side, more, count in zip(box, margin, shape, strict=True)]
+    shown = tuple(map(slice, start, stop))
+    width = (np.array(stop) - start) * spacing_mm
     return [
-        Panel(view, index, box, float(size_mm[view.right]), float(size_mm[view.down]))
+        Panel(view, index, shown, float(width[view.right]), float(width[view.down]))
         for view, index in zip(VIEWS, indices, strict=True)
     ]
 
 
 def cut(array: NDArray[Any], panel: Panel) -> NDArray[Any]:
     """Cut a slice as a picture: rows downwards, columns to the right."""
-    part = list(panel.box)
-    part[panel.view.normal] = slice(panel.index, panel.index + 1)
-    return np.squeeze(array[tuple(part)], axis=panel.view.normal)[::-1, ::-1].T
-
-
-def positions(labels: NDArray[Any], values: Sequence[int]) -> NDArray[Any]:
-    """Replace label values by their position in ``values`` from 1, all others by 0."""
-    table = np.zeros(max([int(labels.max(initial=0)), *values], default=0) + 1, smallest_label_type(len(values)))
-    table[list(values)] = np.arange(1, len(values) + 1)
-    return np.asarray(table[labels])
+    part: list[slice | int] = list(panel.box)
+    part[panel.view.normal] = panel.index
+    return array[tuple(part)][::-1, ::-1].T
 
 
 # Directions and lengths
@@ -248,31 +198,20 @@ def bar_length_mm(width_mm: float) -> int:
 
 def is_hounsfield(image: Volume) -> bool:
     """Check whether intensities look like CT in HU: air, and bone above it."""
-    low, high = (float(v) for v in np.percentile(_subsample(image.data), (1, 99.9)))
+    low, high = _percentiles(image.data, 1, 99.9)
     return low < _AIR_HU and high - low > _CT_RANGE_HU
 
 
 def structure_window(image: Volume, inside: NDArray[np.bool_], box: tuple[slice, ...], *, hounsfield: bool) -> Window:
-    """Choose the window for one structure and its surroundings.
-
-    Parameters
-    ----------
-    image : Volume
-    inside : array of bool
-        The structure, on the voxels of ``box``.
-    box : tuple of slice, (3,)
-        Voxels that are shown.
-    hounsfield : bool
-        Whether to use the CT windows.
-    """
+    """Choose the window for one structure, a mask on the shown box, and its surroundings; a CT window for HU."""
     part = np.asarray(image.data[box], dtype=np.float32)
     values = part[inside] if inside.any() else part.ravel()
     if hounsfield:
         middle = float(np.median(values))
         _, name, level, width = next(row for row in _CT_WINDOWS if middle <= row[0])
         return Window(level - width / 2, level + width / 2, f"{name}, L {level:.0f} W {width:.0f} HU")
-    low, dark, bright, high = (float(v) for v in np.percentile(_subsample(part), (0.5, 20, 85, 99.7)))
-    first, last = (float(v) for v in np.percentile(values, (3, 97)))
+    low, dark, bright, high = _percentiles(part, 0.5, 20, 85, 99.7)
+    first, last = np.percentile(values, (3, 97)).tolist()
     # The structure's range and as much on both sides, but most of its surroundings too.
     span = max(last - first, 0.15 * (high - low))
     low, high = max(low, min(dark, first - 1.2 * span)), min(high, max(bright, last + 0.8 * span))
@@ -284,22 +223,23 @@ def structure_window(image: Volume, inside: NDArray[np.bool_], box: tuple[slice,
 
 def overview_window(data: NDArray[Any], labels: NDArray[Any], panel: Panel) -> Window:
     """Choose the window for all structures: percentiles of the view, narrowed to the range of the structures."""
-    shown = _subsample(data[panel.box])
-    low, high = (float(v) for v in np.percentile(shown, (1.0, 99.9)))
-    inside = _subsample(data[labels > 0])
+    low, high = _percentiles(data[panel.box], 1.0, 99.9)
+    inside = data[labels > 0]
     if inside.size:
-        first, last = (float(v) for v in np.percentile(inside, (3, 97)))
+        first, last = _percentiles(inside, 3, 97)
         span = max(last - first, 0.08 * (high - low))
         low, high = max(low, first - 1.6 * span), min(high, last + 0.8 * span)
     if not high > low:
-        low, high = float(shown.min()), float(shown.max())
+        low, high = _percentiles(data[panel.box], 0, 100)
     return Window(low, high) if high > low else Window(low - 1, low + 1)
 
 
-def _subsample(values: NDArray[Any]) -> NDArray[Any]:
-    """Take every nth value so that about a million remain, for percentiles."""
-    step = int(np.ceil((values.size / 1e6) ** (1 / values.ndim))) if values.size else 1
-    return np.asarray(values[(slice(None, None, step),) * values.ndim], dtype=np.float32)
+def _percentiles(values: NDArray[Any], *percents: float) -> list[float]:
+    """Compute percentiles of every nth value, about a million."""
+    step = int(np.ceil((values.size / 1e6) ** (1 / values.ndim)))
+    part = np.asarray(values[(slice(None, None, step),) * values.ndim], dtype=np.float32)
+    found: list[float] = np.percentile(part, percents).tolist()
+    return found
 
 
 # Outlines
@@ -308,23 +248,10 @@ def _subsample(values: NDArray[Any]) -> NDArray[Any]:
 def smooth_mask(
     mask: NDArray[np.bool_], pixel_mm: tuple[float, float], px_per_mm: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float32]]:
-    """Upsample a mask for outlines without staircase; the value at every voxel centre stays.
+    """Upsample a mask, not empty, for outlines without staircase; the value at every voxel centre stays.
 
-    Parameters
-    ----------
-    mask : array of bool, (rows, columns)
-        Not empty.
-    pixel_mm : tuple of float
-        Width and height of a voxel.
-    px_per_mm : float
-        Scale at which it is drawn.
-
-    Returns
-    -------
-    x, y : array, (W,) and (H,)
-        mm from the left and upper edge of the slice.
-    level : array, (H, W)
-        0.5 on the border.
+    ``pixel_mm`` is width and height of a voxel. Returns x, (W,), and y, (H,), in mm from the left and upper edge of the
+    slice, and the level, (H, W), which is 0.5 on the border.
     """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     margin = 3
@@ -367,31 +294,18 @@ def slice_figure(
     window: Window | None,
     masks: Mapping[str, NDArray[np.bool_]],
     affine: NDArray[np.float64],
-) -> SliceFigure:
-    """Build a slice for a page.
-
-    Parameters
-    ----------
-    image : Volume or None
-        Canonical scan; grey without one.
-    panel : Panel
-    window : Window or None
-        None without a scan.
-    masks : mapping of str to array of bool
-        Slices from :func:`cut` by kind, the lowest first.
-    affine : array, (4, 4)
-        Of the canonical scan.
-    """
+) -> dict[str, Any]:
+    """Build a slice for a page from a canonical scan (grey without one), its affine and masks by kind, lowest first."""
     tilt = tilt_remark(affine, panel.view)
-    return SliceFigure(
-        uri=_picture(image, panel, window),
-        width_mm=panel.width_mm,
-        height_mm=panel.height_mm,
-        name=f"{panel.view.name} {panel.index + 1}" + (f", {tilt}" if tilt else ""),
-        letters=edge_letters(affine, panel.view),
-        bar_mm=bar_length_mm(panel.width_mm),
-        outlines=tuple((kind, path) for kind, mask in masks.items() if (path := outline(mask, panel))),
-    )
+    return {
+        "uri": _picture(image, panel, window),
+        "width_mm": panel.width_mm,
+        "height_mm": panel.height_mm,
+        "name": f"{panel.view.name} {panel.index + 1}" + (f", {tilt}" if tilt else ""),
+        "letters": edge_letters(affine, panel.view),
+        "bar_mm": bar_length_mm(panel.width_mm),
+        "outlines": [(kind, path) for kind, mask in masks.items() if (path := outline(mask, panel))],
+    }
 
 
 def thumbnail(
@@ -423,11 +337,8 @@ def _picture(image: Volume | None, panel: Panel, window: Window | None, *, small
     if image is not None and window is not None:
         values = np.rint(255 * window.grey(cut(image.data, panel))).astype(np.uint8)
     picture, stream = Image.fromarray(np.ascontiguousarray(values)), io.BytesIO()
-    if small and image is not None:
+    kind = "jpeg" if small and image is not None else "png"
+    if kind == "jpeg":
         picture = picture.resize((_THUMBNAIL_PX, max(1, round(_THUMBNAIL_PX / panel.aspect))))
-        picture.save(stream, format="JPEG", quality=72)
-        kind = "jpeg"
-    else:
-        picture.save(stream, format="PNG", optimize=True)
-        kind = "png"
+    picture.save(stream, format=kind, quality=72, optimize=kind == "png")
     return f"data:image/{kind};base64," + base64.b64encode(stream.getvalue()).decode("ascii")

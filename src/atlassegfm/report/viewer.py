@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.geometry import Grid
-from ..core.image import Volume
-from .slices import positions
+from ..core.image import Volume, label_positions
 
 #: Percentiles of the scan that the 8 bits of the view cover.
 _LOWEST, _HIGHEST = 0.2, 99.9
@@ -28,11 +27,6 @@ class Reduction:
     factors: tuple[int, int, int]
     shape: tuple[int, int, int]
 
-    @property
-    def is_none(self) -> bool:
-        """Whether every voxel is kept."""
-        return self.factors == (1, 1, 1)
-
 
 def reduction(grid: Grid, most_voxels: int) -> Reduction:
     """Choose block sizes that bring a grid below a number of voxels, the finest axes first."""
@@ -40,9 +34,9 @@ def reduction(grid: Grid, most_voxels: int) -> Reduction:
     while np.prod(np.ceil(np.array(grid.shape) / factors)) > most_voxels:
         spacing = np.where(factors < grid.shape, grid.spacing_mm * factors, np.inf)
         factors[spacing <= _SAME_SPACING * spacing.min()] += 1
-    i, j, k = (int(n) for n in factors)
-    shape = tuple(-(-n // f) for n, f in zip(grid.shape, (i, j, k), strict=True))
-    return Reduction((i, j, k), (shape[0], shape[1], shape[2]))
+    i, j, k = factors.tolist()
+    x, y, z = (-(-np.array(grid.shape) // factors)).tolist()
+    return Reduction((i, j, k), (x, y, z))
 
 
 def scan_payload(image: Volume, size: Reduction) -> str:
@@ -55,7 +49,7 @@ def scan_payload(image: Volume, size: Reduction) -> str:
             shape = (*data.shape[:axis], data.shape[axis] // factor, factor, *data.shape[axis + 1 :])
             data = data.reshape(shape).mean(axis=axis + 1, dtype=np.float32)
     step = max(1, int((data.size / 2e6) ** (1 / 3)))
-    low, high = (float(v) for v in np.percentile(data[::step, ::step, ::step], (_LOWEST, _HIGHEST)))
+    low, high = np.percentile(data[::step, ::step, ::step], (_LOWEST, _HIGHEST)).tolist()
     slope = (high - low) / 255 if high > low else 1.0
     stored = np.rint(np.clip((data - low) / slope, 0, 255)).astype(np.uint8)
     return _packed(stored, _reduced_grid(image.grid, size), slope, low)
@@ -63,13 +57,10 @@ def scan_payload(image: Volume, size: Reduction) -> str:
 
 def labels_payload(labels: Volume, values: Sequence[int], size: Reduction) -> str:
     """Encode a label map as .nii.gz in base64, each value replaced by its position in ``values`` from 1."""
-    i, j, k = (factor // 2 for factor in size.factors)
     # The middle voxel of each block.
-    padded = labels.data
-    for axis, (factor, first) in enumerate(zip(size.factors, (i, j, k), strict=True)):
-        index = np.minimum(np.arange(size.shape[axis]) * factor + first, labels.data.shape[axis] - 1)
-        padded = np.take(padded, index, axis=axis)
-    return _packed(positions(padded, values), _reduced_grid(labels.grid, size), 1.0, 0.0)
+    sides = zip(size.shape, size.factors, labels.data.shape, strict=True)
+    middle = [np.minimum(np.arange(blocks) * factor + factor // 2, count - 1) for blocks, factor, count in sides]
+    return _packed(label_positions(labels.data[np.ix_(*middle)], values), _reduced_grid(labels.grid, size))
 
 
 def _reduced_grid(grid: Grid, size: Reduction) -> Grid:
@@ -80,7 +71,7 @@ def _reduced_grid(grid: Grid, size: Reduction) -> Grid:
     return Grid(size.shape, affine)
 
 
-def _packed(data: NDArray[Any], grid: Grid, slope: float, intercept: float) -> str:
+def _packed(data: NDArray[Any], grid: Grid, slope: float = 1.0, intercept: float = 0.0) -> str:
     import nibabel as nib
 
     # A new header: the scan's may identify the patient.
