@@ -18,17 +18,7 @@ _BOX_STEP = 8
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """The two scans to be registered.
-
-    Parameters
-    ----------
-    fixed, moving : Volume
-        Query and atlas as they came: float32 intensities of any range, RAS+ world.
-    fixed_scan, moving_scan : Scan
-        The same prepared: normalised, reduced to what the finest level needs.
-    moving_labels : Volume or None
-        Labels of the atlas, on its grid.
-    """
+    """Query and atlas as they came (float32, any range), prepared for the finest level, and the atlas's labels."""
 
     fixed: Volume
     moving: Volume
@@ -50,14 +40,9 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """The displacement a deformable engine starts from.
+    """The displacement a deformable engine starts from: in the fixed world, applied before the linear stages.
 
-    Parameters
-    ----------
-    field : DisplacementField
-        In the fixed world, applied before the linear stages.
-    without_brightness : callable or None
-        Finds such a field anew, or None, by features invariant to contrast.
+    ``without_brightness`` finds such a field anew, or None, by features invariant to contrast.
     """
 
     field: DisplacementField

@@ -58,8 +58,7 @@ class Registration:
     @property
     def fixed_to_moving(self) -> Transform:
         """All stages composed: query world to atlas world."""
-        stages = (self.local, self.field, self.linear)
-        return Chain(tuple(stage for stage in stages if stage is not None))
+        return Chain(tuple(stage for stage in (self.local, self.field, self.linear) if stage is not None))
 
     @property
     def members(self) -> tuple[Transform, ...]:
