@@ -21,7 +21,7 @@ from ..core.image import Volume
 from ..core.mask import LocalMap
 from ..transforms.maps import Affine, DisplacementField
 from ..transforms.resample import warp_labels
-from .affine import affine_maps
+from .affine import affine_maps, homogeneous
 from .features import mind_ssc
 from .pyramid import Level, Scan, axes_of, frame_grid, on_grid
 from .structure_search import (
@@ -175,9 +175,7 @@ class _StructureFit:
             if float(mind_difference[best]) > unmoved:
                 return None
             matrix, offset = affine_maps(found[best : best + 1], sample.centre)
-        to_query = np.eye(4)
-        to_query[:3, :3], to_query[:3, 3] = matrix[0].cpu().numpy(), offset[0].cpu().numpy()
-        return to_query, float(cost[best])
+        return homogeneous(matrix[0], offset[0]), float(cost[best])
 
     def _optimise(self, start: Tensor, sample: _Sample) -> Tensor:
         """(n, 12) parameters after Adam's steps."""
