@@ -75,7 +75,7 @@ def crude_cost(
     mind = seen = 0.0
     here, there, weights = [], [], []
     for ijk in np.ndindex(*weight.shape):
-        at = tuple(int(n + s) for n, s in zip(ijk, patch.start, strict=True))
+        at = tuple(int(n + s) for n, s in zip(ijk, (side.start for side in patch.box), strict=True))
         to = tuple(n + s for n, s in zip(at, shift, strict=True))
         within = all(0 <= n < size for n, size in zip(to, q_image.shape, strict=True))
         described = q_mind[:, *to] if within else np.zeros(12)

@@ -1,9 +1,8 @@
 """One linear map for each labelled structure, blended to one smooth field that starts the deformable fit.
 
-Between two people organs lie centimetres apart relative to each other, are turned and of other size; a smooth
-deformable fit started from the affine cannot cross that distance. Each structure, with the tissue right around it, is
-matched at every translation within reach (:mod:`.structure_search`); a linear map is fitted from the best of them; the
-one that matches best in the end is kept.
+Between two people organs lie centimetres apart, are turned and of other size: too far for a smooth deformable fit that
+starts from the affine. Each structure is matched at every translation within reach (:mod:`.structure_search`); linear
+maps are fitted from the best of them; the one that matches best in the end is kept.
 """
 
 from __future__ import annotations
@@ -84,22 +83,19 @@ def fit(
     where the contrast of organs differs between the scans.
     """
     grid = frame_grid(fixed.intensity.grid, axes_of(fixed.intensity.grid), spacing_mm)
-    query = on_grid(fixed, grid, device)
-    atlas = on_grid(moving, grid, device, linear)
+    query, atlas = on_grid(fixed, grid, device), on_grid(moving, grid, device, linear)
     size_mm = float(np.prod(np.array(grid.shape) * spacing_mm)) ** (1 / 3)
     values = [int(value) for value in np.unique(labels.data) if value]
     # What the linear map puts outside the query's grid is not searched for.
     maps = {value: mask for value, mask in warp_labels(labels, values, grid, linear).items() if not mask.is_empty}
     large = sorted(maps, key=lambda value: -float(maps[value].values.sum()))[:_MOST_STRUCTURES]
     structures = _StructureFit(query, atlas, spacing_mm, size_mm, brightness=brightness)
-    found = (
-        structures.fit(maps[value]) for value in sorted(large) if (maps[value].values >= 0.5).sum() >= _FEWEST_VOXELS
-    )
-    placed = [one for one in found if one is not None]
-    if not placed:
+    masks = (maps[value] for value in sorted(large))
+    found = [structures.fit(mask) for mask in masks if (mask.values >= 0.5).sum() >= _FEWEST_VOXELS]
+    matched = [one for one in found if one is not None]
+    if not matched:
         return None
-    along_axes = _blend(placed, size_mm / spacing_mm)
-    world = np.einsum("wa,aijk->wijk", grid.affine[:3, :3], along_axes)
+    world = np.einsum("wa,aijk->wijk", grid.affine[:3, :3], _blend(matched, size_mm / spacing_mm))
     return DisplacementField(grid, world.astype(np.float32))
 
 
@@ -128,8 +124,8 @@ class _StructureFit:
     def fit(self, mask: LocalMap) -> _StructureMap | None:
         """Fit the map of a structure of the warped atlas: the best of those from all candidate places.
 
-        None if the structure is outside the atlas's field of view, the best map takes it out of view, or MIND-SSC alone
-        is lower without any map than at the best translation or with the best map: then brightness was misleading.
+        None if the structure is out of the atlas's view or the best map takes it out of the query's, or if MIND-SSC
+        alone is lower without any map than at the best translation or with the best map: brightness was misleading.
         """
         patch = self._search.patch(mask)
         if patch is None:
@@ -140,8 +136,8 @@ class _StructureFit:
             return None
         to_query, cost = found
         back = np.linalg.inv(to_query)
-        shape = (self._query.shape[2], self._query.shape[3], self._query.shape[4])
-        moved = ndimage.affine_transform(mask.on_box((0, 0, 0), shape), back[:3, :3], back[:3, 3], order=1)
+        whole = mask.on_box((0, 0, 0), self._query.shape[2:])
+        moved = ndimage.affine_transform(whole, back[:3, :3], back[:3, 3], order=1)
         return _StructureMap(to_query, moved.astype(np.float32), cost) if moved.any() else None
 
     def _sample(self, patch: Patch) -> _Sample:
@@ -153,7 +149,7 @@ class _StructureFit:
             inside = inside[torch.from_numpy(drawn).to(device)]
         weight = patch.weight[inside.unbind(dim=1)]
         weight = weight / weight.sum()
-        points = inside + torch.tensor(patch.start, device=device)
+        points = inside + torch.tensor([side.start for side in patch.box], device=device)
         i, j, k = points.unbind(dim=1)
         centre = (points * weight[:, None]).sum(dim=0)
         return _Sample(points.float(), weight, self._atlas_image[i, j, k], self._atlas_mind[:, i, j, k], centre)
@@ -163,9 +159,8 @@ class _StructureFit:
         start = torch.zeros((len(shifts) + 1, 12), device=shifts.device)
         start[:-1, :3] = shifts
         with torch.no_grad():
-            differences = self._terms(start, sample)[0]
-        unmoved = float(differences[-1])
-        if float(differences[0]) > unmoved:
+            first, *_, unmoved = self._terms(start, sample)[0].tolist()
+        if first > unmoved:
             return None
         found = self._optimise(start, sample)
         with torch.no_grad():
@@ -179,11 +174,8 @@ class _StructureFit:
 
     def _optimise(self, start: Tensor, sample: _Sample) -> Tensor:
         """(n, 12) parameters after Adam's steps."""
-        shift = start[:, :3].clone().requires_grad_(True)
-        shape = start[:, 3:].clone().requires_grad_(True)
-        optimizer = torch.optim.Adam(
-            [{"params": [shift], "lr": _SHIFT_STEP}, {"params": [shape], "lr": _SHAPE_STEP}],
-        )
+        shift, shape = (part.clone().requires_grad_(True) for part in (start[:, :3], start[:, 3:]))
+        optimizer = torch.optim.Adam([{"params": [shift], "lr": _SHIFT_STEP}, {"params": [shape], "lr": _SHAPE_STEP}])
         for _ in range(_ITERATIONS):
             _, cost = self._terms(torch.cat((shift, shape), dim=1), sample)
             optimizer.zero_grad()
@@ -233,19 +225,14 @@ def _blend(structures: list[_StructureMap], size: float) -> NDArray[np.float32]:
     trust = [np.float32(np.exp(_DISTRUST * (least - one.cost))) for one in structures]
 
     def smooth(values: NDArray[np.float32], fraction: float) -> NDArray[np.float32]:
-        filtered: NDArray[np.float32] = ndimage.gaussian_filter(values, fraction * size, truncate=3)
-        return filtered
+        return np.asarray(ndimage.gaussian_filter(values, fraction * size, truncate=3))
 
     def wanted(one: _StructureMap, axis: int) -> NDArray[np.float32]:
         """Displacement along one axis that the structure's own map asks for, everywhere."""
         back = np.linalg.inv(one.to_query) - np.eye(4)
-        total: NDArray[np.float32] = np.float32(back[axis, 3]) + np.tensordot(
-            back[axis, :3].astype(np.float32), nodes, axes=1
-        )
-        return total
+        return np.asarray(np.float32(back[axis, 3]) + np.tensordot(back[axis, :3].astype(np.float32), nodes, axes=1))
 
-    displacement = np.zeros((3, *shape), np.float32)
-    nearness = np.zeros(shape, np.float32)
+    displacement, nearness = np.zeros((3, *shape), np.float32), np.zeros(shape, np.float32)
     for one, trusted in zip(structures, trust, strict=True):
         # Large organs count more, not in proportion to their volume: a kidney keeps its own map beside the liver.
         influence = smooth(one.mask * (trusted / np.sqrt(one.mask.sum())), _BLENDING_FRACTION)
@@ -253,15 +240,11 @@ def _blend(structures: list[_StructureMap], size: float) -> NDArray[np.float32]:
         for axis in range(3):
             displacement[axis] += influence * wanted(one, axis)
     displacement /= nearness + np.float32(_FADING) * nearness.max()
-    inside = np.zeros(shape, np.float32)
-    for one, trusted in zip(structures, trust, strict=True):
-        inside += trusted * one.mask
+    masks, nothing = [a * one.mask for a, one in zip(trust, structures, strict=True)], np.zeros(shape, np.float32)
     for fraction in _CORRECTION_FRACTIONS:
-        weight = smooth(inside, fraction)
+        weight = smooth(sum(masks, nothing), fraction)
         weight += np.float32(_CORRECTION_FADING) * weight.max()
         for axis in range(3):
-            lacking = np.zeros(shape, np.float32)
-            for one, trusted in zip(structures, trust, strict=True):
-                lacking += trusted * one.mask * (wanted(one, axis) - displacement[axis])
-            displacement[axis] += smooth(lacking, fraction) / weight
+            lacking = (m * (wanted(one, axis) - displacement[axis]) for m, one in zip(masks, structures, strict=True))
+            displacement[axis] += smooth(sum(lacking, nothing), fraction) / weight
     return displacement

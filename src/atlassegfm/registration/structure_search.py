@@ -1,8 +1,7 @@
 """Candidate places of one structure of the atlas in the query: all translations within reach at once, by FFT.
 
-The structure is matched together with the tissue right around it. Several translations are returned: at this
-resolution an organ of another size, turned a little, often matches something else as well, and
-:mod:`.structure_affine` decides between them.
+A structure is matched together with the tissue around it. Several translations are returned: at this resolution an
+organ of another size, turned a little, often matches something else too; :mod:`.structure_affine` decides.
 """
 
 from __future__ import annotations
@@ -38,27 +37,20 @@ _NEIGHBOURHOOD = 2
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """A structure of the atlas with the tissue around it.
+    """A structure of the atlas with the tissue around it, on a box of the grid.
 
-    ``start`` is the first voxel of its box; ``weight``, (A, B, C), is 1 in the structure, falling to 0 with the
-    distance from it, and 0 outside the atlas's field of view.
+    ``weight``, (A, B, C), is 1 in the structure, falling to 0 with the distance from it, and 0 outside the atlas's
+    field of view.
     """
 
-    start: tuple[int, int, int]
+    box: tuple[slice, ...]
     weight: Tensor
-
-    @property
-    def box(self) -> tuple[slice, slice, slice]:
-        """Slices of the box on the grid."""
-        i, j, k = (slice(first, first + n) for first, n in zip(self.start, self.weight.shape, strict=True))
-        return i, j, k
 
 
 class TranslationSearch:
-    """Match patches of the atlas in the query at all translations within reach.
+    """Match patches of the atlas in the query, on one grid, at all translations within reach.
 
-    ``query`` and ``atlas`` are on one grid of ``spacing_mm``; ``size_mm`` is the cube root of the field of view's
-    volume.
+    ``size_mm`` is the cube root of the field of view's volume.
     """
 
     def __init__(self, query: Level, atlas: Level, spacing_mm: float, size_mm: float) -> None:
@@ -69,9 +61,8 @@ class TranslationSearch:
         steps = (torch.arange(-self._reach, self._reach + 1, device=query.image.device) / sigma) ** 2
         self._prior = 0.5 * (steps[:, None, None] + steps[None, :, None] + steps[None, None, :])
         # What lies outside the query is zero in every channel, and counted by the last one.
-        padding = [self._reach] * 6
-        ones = torch.ones_like(query.image)
-        self._query = F.pad(torch.cat((query.image, query.image**2, ones, mind_ssc(query.image)), dim=1), padding)[0]
+        channels = (query.image, query.image**2, torch.ones_like(query.image), mind_ssc(query.image))
+        self._query = F.pad(torch.cat(channels, dim=1), [self._reach] * 6)[0]
         self._query_mind_norm = self._query[3:].pow(2).sum(dim=0)
         self._atlas_image, self._atlas_inside = atlas.image[0, 0], atlas.inside[0, 0]
         self._atlas_mind = mind_ssc(atlas.image)[0]
@@ -83,19 +74,18 @@ class TranslationSearch:
         stop = [min(n, last + margin) for last, n in zip(mask.stop, self._atlas_image.shape, strict=True)]
         distance_mm = ndimage.distance_transform_edt(mask.on_box(start, stop) < 0.5) * self._spacing_mm
         closeness = np.clip(1 - distance_mm / self._surroundings_mm, 0, 1).astype(np.float32)
-        found = Patch((start[0], start[1], start[2]), torch.from_numpy(closeness).to(self._atlas_image.device))
-        weight = found.weight * self._atlas_inside[found.box]
-        return Patch(found.start, weight) if float(weight.sum()) > 0 else None
+        box = tuple(slice(first, last) for first, last in zip(start, stop, strict=True))
+        weight = torch.from_numpy(closeness).to(self._atlas_image.device) * self._atlas_inside[box]
+        return Patch(box, weight) if float(weight.sum()) > 0 else None
 
     def candidates(self, patch: Patch, count: int, *, brightness: bool = True) -> Tensor:
-        """Find at most ``count`` translations from warped atlas to query, (n, 3) voxels: the lowest minima, best first.
+        """Find the ``count`` best translations from warped atlas to query, (n, 3) voxels: lowest minima, best first.
 
         Without ``brightness``, by MIND-SSC alone.
         """
         cost = self._costs(patch, brightness=brightness)
-        width = 2 * _NEIGHBOURHOOD + 1
-        lowest_near = -F.max_pool3d(-cost[None, None], width, stride=1, padding=_NEIGHBOURHOOD)[0, 0]
-        places = torch.nonzero(cost == lowest_near)
+        lowest = -F.max_pool3d(-cost[None, None], 2 * _NEIGHBOURHOOD + 1, stride=1, padding=_NEIGHBOURHOOD)[0, 0]
+        places = torch.nonzero(cost == lowest)
         order = torch.argsort(cost[places.unbind(dim=1)], stable=True)[:count]
         return (places[order] - self._reach).float()
 
@@ -104,9 +94,8 @@ class TranslationSearch:
         weight = patch.weight / patch.weight.sum()
         image, mind = self._atlas_image[patch.box], self._atlas_mind[:, *patch.box]
         window = tuple(slice(part.start, part.stop + 2 * self._reach) for part in patch.box)
-        query = self._query[:, *window]
+        query, around = self._query[:, *window], 2 * self._reach + 1
         size = tuple(query.shape[1:])
-        around = 2 * self._reach + 1
 
         def spectrum(values: Tensor) -> Tensor:
             return cast("Tensor", torch.fft.rfftn(values, s=size))
