@@ -1,4 +1,4 @@
-"""Differentiable sampling of volumes, and integration of velocity fields."""
+"""Differentiable sampling of volumes, integration of velocities, regularisation of displacements."""
 
 from __future__ import annotations
 
@@ -45,3 +45,9 @@ def integrate_velocity(velocity: Tensor, squarings: int) -> Tensor:
     for _ in range(squarings):
         displacement = displacement + sample_displaced(displacement, displacement)
     return displacement
+
+
+def gradient_penalty(displacement: Tensor) -> Tensor:
+    """Sum the mean squared forward differences (diffusion regularisation) of (1, 3, I, J, K) along the three axes."""
+    squares = (displacement.diff(dim=axis).pow(2).mean() for axis in (2, 3, 4))
+    return sum(squares, torch.zeros((), device=displacement.device))

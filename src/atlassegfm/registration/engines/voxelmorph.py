@@ -1,9 +1,9 @@
-"""The deformable engine ``voxelmorph``: the paper's, a VoxelMorph U-Net optimised on the one pair.
+"""The deformable engine ``voxelmorph``: the paper's (arXiv 2512.18176), a VoxelMorph U-Net optimised on the one pair.
 
 The network sees both scans and gives the displacement; it is not trained beforehand. Architecture: Balakrishnan et al.,
 "VoxelMorph: A Learning Framework for Deformable Medical Image Registration", IEEE TMI 2019, as in the authors' PyTorch
 code (``VxmDense``); its diffeomorphic variant: Dalca et al., "Unsupervised Learning of Probabilistic Diffeomorphic
-Registration for Images and Surfaces", MedIA 2019. Optimisation on the pair: AtlasSegFM (arXiv 2512.18176), "the paper".
+Registration for Images and Surfaces", MedIA 2019.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ...transforms.maps import Affine, DisplacementField
 from .. import pyramid
 from ..features import LocalCorrelation
 from ..result import Registration
-from ..sampling import integrate_velocity, sample_displaced
+from ..sampling import gradient_penalty, integrate_velocity, sample_displaced
 
 if TYPE_CHECKING:
     from ...settings import RegistrationSettings, VoxelmorphSettings
@@ -39,22 +39,11 @@ _CORRELATION_RADIUS = 4
 _WARM_UP = 0.05
 
 
-def fit(
-    pair: Pair,
-    linear: Affine,
-    start: Start | None,  # noqa: ARG001
-    settings: RegistrationSettings,
-    device: str,
-) -> Registration:
-    """Optimise the network on one pair.
+def fit(pair: Pair, linear: Affine, _: Start | None, settings: RegistrationSettings, device: str) -> Registration:
+    """Optimise the network on one pair, on an isotropic grid over the query's field of view.
 
-    ``linear``, fixed to moving world, is applied after the field, which lies on an isotropic grid over the query's
-    field of view. No ``start`` is taken: the paper has no search for structures.
-
-    Raises
-    ------
-    RegistrationError
-        If the optimisation diverges, or the GPU's memory does not suffice.
+    ``linear``, fixed to moving world, is applied after the field. No start is taken: the paper has no search for
+    structures. Raises :class:`.RegistrationError` if the optimisation diverges or the GPU's memory does not suffice.
     """
     options = settings.voxelmorph
     voxels = options.cpu_voxels if device == "cpu" else options.cuda_voxels
@@ -87,7 +76,7 @@ class Network(nn.Module):
     ``channels`` at full resolution, twice as many on the levels below; one 3 x 3 x 3 convolution a level and LeakyReLU;
     down by max-pooling, up by nearest neighbour with skip connections; then three convolutions at full resolution (2 c,
     c, c) and one to the displacement. 16 channels on 5 levels are VoxelMorph's default (327 331 parameters), 32 the
-    paper's (1 304 387). The generator draws the weights, so that the global one stays as it is.
+    paper's (1 304 387).
     """
 
     def __init__(self, levels: int, channels: int, generator: torch.Generator) -> None:
@@ -96,15 +85,14 @@ class Network(nn.Module):
         down = [channels] + [wide] * (levels - 2)
         self.encoder, self.decoder, self.last = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         width = 2
-        for features in down:
-            self.encoder.append(_convolution(width, features, generator))
-            width = features
-        for skipped in reversed(down):
-            self.decoder.append(_convolution(width, wide, generator))
-            width = wide + skipped
-        for features in (wide, channels, channels):
-            self.last.append(_convolution(width, features, generator))
-            width = features
+        layers = [
+            *((self.encoder, features, 0) for features in down),
+            *((self.decoder, wide, skipped) for skipped in reversed(down)),
+            *((self.last, features, 0) for features in (wide, channels, channels)),
+        ]
+        for part, features, skipped in layers:
+            part.append(_convolution(width, features, generator))
+            width = features + skipped
         self.flow = _convolution(width, 3, generator)
         nn.init.normal_(self.flow.weight, 0, _FLOW_DEVIATION, generator=generator)
         self.flow.bias = nn.Parameter(torch.zeros(3))
@@ -114,10 +102,8 @@ class Network(nn.Module):
 
         With ``half``, convolutions are in bfloat16; the displacement is float32 either way.
         """
-        values = scans
-        if half:
-            # The order in which tensor cores and AMX read; others would be rearranged at each layer.
-            values = values.to(memory_format=torch.channels_last_3d)
+        # In half precision in the order in which tensor cores and AMX read; others would be rearranged at each layer.
+        values = scans.to(memory_format=torch.channels_last_3d) if half else scans
         with torch.autocast(scans.device.type, torch.bfloat16, enabled=half):
             skips = []
             for layer in self.encoder:
@@ -138,7 +124,7 @@ class Network(nn.Module):
 
 
 def _convolution(before: int, after: int, generator: torch.Generator) -> nn.Conv3d:
-    """A layer with PyTorch's usual first weights, drawn from a generator of our own."""
+    """A layer with PyTorch's usual first weights, drawn from a generator of our own; the global one stays as it is."""
     layer: nn.Conv3d = nn.utils.skip_init(nn.Conv3d, before, after, 3, padding=1)
     nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
     bound = 1 / math.sqrt(before * 27)
@@ -151,7 +137,9 @@ def _optimise(
 ) -> tuple[NDArray[np.float32], int]:
     """Displacement, (3, I, J, K) in voxels, of a new network optimised on one pair, and its parameter count."""
     device = query.image.device
-    half = _uses_half(options, device)
+    half = options.half_precision == "on"
+    if options.half_precision == "auto":
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     network = Network(options.levels, options.channels, torch.Generator().manual_seed(_SEED)).to(device)
     scans = torch.cat((atlas.image, query.image), dim=1)
     dissimilarity = _Dissimilarity(query, atlas, options)
@@ -166,10 +154,8 @@ def _optimise(
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * _rate(options.schedule, iteration, options.iterations)
         displacement, regularised = predicted()
-        # The published code's penalty: mean over the axes of the squared forward differences, in voxels.
-        squares = (regularised.diff(dim=axis).pow(2).mean() for axis in (2, 3, 4))
-        gradient_penalty = sum(squares, torch.zeros((), device=device)) / 3
-        loss = dissimilarity(displacement) + options.smoothness * gradient_penalty
+        gradient = gradient_penalty(regularised) / 3  # a mean over the axes, as in the published code
+        loss = dissimilarity(displacement) + options.smoothness * gradient
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -186,8 +172,7 @@ class _Dissimilarity:
     """
 
     def __init__(self, query: pyramid.Level, atlas: pyramid.Level, options: VoxelmorphSettings) -> None:
-        self.loss = options.loss
-        self.query = query.image
+        self.loss, self.query = options.loss, query.image
         # The paper's MSE is over all voxels. Local correlation compares the noise of air with itself: body only.
         self.weight = query.inside if self.loss == "mse" else query.weight
         if self.loss == "lncc":
@@ -226,9 +211,3 @@ def _rate(schedule: str, iteration: int, iterations: int) -> float:
     if iteration < rise:
         return (iteration + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (iteration - rise) / max(1, iterations - rise)))
-
-
-def _uses_half(options: VoxelmorphSettings, device: torch.device) -> bool:
-    if options.half_precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return options.half_precision == "on"
