@@ -1,8 +1,7 @@
 """Table of deformable engines: one row here and one file each.
 
 Engines of other packages run in a process of their own (:mod:`.external`): a crash of their C++ code is one failed
-pair, and packages that cannot be installed beside this one, or whose licence keeps them apart, can be used all the
-same.
+pair, and packages can be used that cannot be installed beside this one, or whose licence keeps them apart.
 """
 
 from __future__ import annotations
@@ -67,12 +66,8 @@ ENGINES: Mapping[str, Engine] = {
 def require_engine(settings: RegistrationSettings) -> None:
     """Check that the engine chosen can run here, before hours of work that need it.
 
-    Raises
-    ------
-    InputError
-        If a setting or an environment variable names a Python for it that is no program.
-    MissingExtraError
-        If it is another package's, and that is not installed.
+    Raises :class:`.MissingExtraError` if it is another package's that is not installed, and :class:`.InputError` if a
+    setting or an environment variable names a Python for it that is no program.
     """
     if ENGINES[settings.engine].is_external:
         importlib.import_module(".external", __name__).require(settings)
