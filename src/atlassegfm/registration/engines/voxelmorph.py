@@ -39,7 +39,7 @@ _CORRELATION_RADIUS = 4
 _WARM_UP = 0.05
 
 
-def fit(pair: Pair, linear: Affine, _: Start | None, settings: RegistrationSettings, device: str) -> Registration:
+def fit(pair: Pair, linear: Affine, _start: Start | None, settings: RegistrationSettings, device: str) -> Registration:
     """Optimise the network on one pair, on an isotropic grid over the query's field of view.
 
     ``linear``, fixed to moving world, is applied after the field. No start is taken: the paper has no search for
