@@ -35,22 +35,8 @@ def train_gate_on_atlas(
     """Train the gate on simulated registration errors of the atlas.
 
     Each structure's label is warped at random with an error of realistic size, the model is prompted with it on the
-    atlas's image, and the gate is trained on these masks against the atlas's labels.
-
-    Parameters
-    ----------
-    atlas : Atlas
-    model : Segmenter
-    prompt : {"click", "box", "mask", "region"}
-    settings : Settings
-        ``fusion`` and ``seed`` are used.
-    device : {"cpu", "cuda"}
-    on_structure : callable
-        Called with the name of each structure.
-
-    Returns
-    -------
-    Gate
+    atlas's image, and the gate is trained on these masks against the atlas's labels. Of the settings ``fusion`` and
+    ``seed`` are used; ``on_structure`` is called with the name of each structure.
     """
     labels, image, options = atlas.numbered, atlas.image, settings.fusion
     boxes = ndimage.find_objects(labels.data)
@@ -100,5 +86,4 @@ def train_gate_on_atlas(
 
 def _label_mask(labels: NDArray[Any], box: tuple[slice, slice, slice], number: int) -> LocalMap:
     """Mask (0 and 1) of one structure of a label map."""
-    i, j, k = (int(side.start) for side in box)
-    return LocalMap((i, j, k), (labels[box] == number).astype(np.float32))
+    return LocalMap(tuple(side.start for side in box), (labels[box] == number).astype(np.float32))
