@@ -49,11 +49,9 @@ def remove_islands(
             continue
         islands = find_islands(labels[box] == number, parts[number])
         if islands.any():
-            first, last = zip(*((side.start, side.stop) for side in box), strict=True)
-            start, stop = np.minimum(fused[number].start, first).tolist(), np.maximum(fused[number].stop, last).tolist()
-            values = fused[number].on_box(start, stop)
-            values[tuple(slice(a - s, b - s) for a, b, s in zip(first, last, start, strict=True))][islands] = 0
-            masks[number] = LocalMap(tuple(start), values)
+            start, values = fused[number].start, fused[number].values.copy()
+            values[tuple(slice(side.start - s, side.stop - s) for side, s in zip(box, start, strict=True))][islands] = 0
+            masks[number] = LocalMap(start, values)
     changed = any(masks[n] is not mask for n, mask in fused.items())
     return masks, label_map(masks, labels.shape, warped) if changed else labels
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import ndimage
 
 from ..atlas import Atlas
@@ -40,7 +38,10 @@ def train_gate_on_atlas(
     """
     labels, image, options = atlas.numbered, atlas.image, settings.fusion
     boxes = ndimage.find_objects(labels.data)
-    truths = {n: _label_mask(labels.data, box, n) for n, box in enumerate(boxes, start=1)}
+    truths = {
+        n: LocalMap(tuple(side.start for side in box), (labels.data[box] == n).astype(np.float32))
+        for n, box in enumerate(boxes, start=1)
+    }
     scan = PromptedScan(model, prompt, image, atlas.names)
     sizes = options.simulation.sizes
     samples: list[dict[int, GateSample]] = []
@@ -82,8 +83,3 @@ def train_gate_on_atlas(
         return best_smoothing(trials, image.grid)
 
     return replace(gate, correction=correction, smoothing=tuple(parallel_map(smoothing, truths)))
-
-
-def _label_mask(labels: NDArray[Any], box: tuple[slice, slice, slice], number: int) -> LocalMap:
-    """Mask (0 and 1) of one structure of a label map."""
-    return LocalMap(tuple(side.start for side in box), (labels[box] == number).astype(np.float32))
