@@ -18,7 +18,7 @@ from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.registration import Registration, affine, features, pyramid, register, sampling, structure_affine
 from atlassegfm.registration.engines import instance
-from atlassegfm.registration.pair import Pair, Start
+from atlassegfm.registration.pyramid import Pair, Start
 from atlassegfm.settings import InstanceSettings, RegistrationSettings
 from atlassegfm.transforms.maps import Affine, DisplacementField
 from atlassegfm.transforms.resample import resample

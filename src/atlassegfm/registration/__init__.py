@@ -6,19 +6,25 @@ PyTorch is loaded by the first registration, not by importing this package.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
+from ..core.errors import InputError
 from ..core.image import Volume
 from ..core.progress import StageClock
 from ..settings import RegistrationSettings
-from ..transforms.jacobian import deformation_statistics
-from ..transforms.maps import Affine
+from ..transforms.jacobian import deformation_statistics, nodes_in
+from ..transforms.maps import Affine, Transform, stages_of
 from .engines import ENGINES, require_engine
 from .result import Registration
 
-__all__ = ["ENGINES", "Registration", "register", "require_engine"]
+__all__ = ["ENGINES", "Registration", "register", "registration_from", "require_engine"]
+
+#: Points along each axis of the query's field of view at which a given transform is tried.
+_TRIED_POINTS = 16
 
 
 def register(
@@ -31,22 +37,11 @@ def register(
     device: str = "cpu",
     on_stage: Callable[[str], None] | None = None,
 ) -> Registration:
-    """Register the atlas to the query.
+    """Register the atlas to the query, both float32 intensities in any array order and any field of view.
 
-    Parameters
-    ----------
-    fixed, moving : Volume
-        Query and atlas: float32 intensities in any array order and any field of view.
-    settings : RegistrationSettings, optional
-        Defaults if left out.
-    moving_labels : Volume, optional
-        Labels of the atlas, on its grid. Similarity weighs more near labelled structures, and each structure is
-        searched for on its own.
-    initial : Affine, optional
-        Replaces the linear stages.
-    device : {"cpu", "cuda"}
-    on_stage : callable, optional
-        Called with the name of each stage as it begins.
+    With ``moving_labels`` on the atlas's grid similarity weighs more near labelled structures, and each structure is
+    searched for on its own. ``initial`` replaces the linear stages. ``device`` is "cpu" or "cuda". ``on_stage`` is
+    called with the name of each stage as it begins.
 
     Raises
     ------
@@ -56,11 +51,9 @@ def register(
         If the engine is another package's, and that is not installed.
     """
     from . import affine, dissimilarity, pyramid, structure_affine
-    from .pair import Pair, Start
 
     settings = settings or RegistrationSettings()
-    engine = ENGINES[settings.engine]
-    clock = StageClock(on_stage)
+    engine, clock = ENGINES[settings.engine], StageClock(on_stage)
     with clock.stage("prepare"):
         spacings = pyramid.level_spacings_mm(fixed.grid, (settings.coarse_voxels, settings.fine_voxels))
         query = pyramid.prepare(fixed, None, spacings[-1], "query")
@@ -78,9 +71,9 @@ def register(
             search = partial(structure_affine.fit, query, atlas, moving_labels, found.linear, spacings[-1], device)
             with clock.stage("structures"):
                 field = search(brightness=True)
-            start = None if field is None else Start(field, partial(search, brightness=False))
+            start = None if field is None else pyramid.Start(field, partial(search, brightness=False))
         with clock.stage("deformable"):
-            pair = Pair(fixed, moving, query, atlas, moving_labels)
+            pair = pyramid.Pair(fixed, moving, query, atlas, moving_labels)
             fitted = engine.load()(pair, None if by_engine else found.linear, start, settings, device)
         found = replace(fitted, parameter_count={**found.parameter_count, **fitted.parameter_count})
     with clock.stage("assess"):
@@ -89,3 +82,39 @@ def register(
         if found.field is not None:
             folding, jacobian = deformation_statistics(found.field, found.local, query.body)
     return replace(found, seconds=clock.seconds, dissimilarity=measured, folding=folding, jacobian=jacobian)
+
+
+def registration_from(
+    transforms: Sequence[Transform], fixed: Volume, moving: Volume, settings: RegistrationSettings | None = None
+) -> Registration:
+    """Describe given transforms from query to atlas world, RAS+ mm, as a registration.
+
+    The first transform is the one reported; labels are averaged over all. Scans are compared at the fine level of the
+    settings; folding and volume changes are those of the field of view, not of the body.
+
+    Raises
+    ------
+    InputError
+        If the first transform maps no point of the query into the atlas.
+    RegistrationError
+        If one of the scans holds nothing but background.
+    """
+    from . import dissimilarity, pyramid
+
+    settings = settings or RegistrationSettings()
+    transform, view = transforms[0], fixed.grid
+    axes = [np.linspace(-0.5, n - 0.5, _TRIED_POINTS) for n in view.shape]
+    points = view.voxel_to_world(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3))
+    if not moving.grid.contains(transform.map(points)).any():
+        raise InputError(
+            "the transform maps no point of the query into the atlas; expected one from query points to atlas points: "
+            "check that it belongs to these two scans and is not the inverse"
+        )
+    local, field, linear = stages_of(transform, view)
+    folding, jacobian = 0.0, None
+    if field is not None:
+        folding, jacobian = deformation_statistics(field, local, lambda nodes: nodes_in(view, nodes))
+    spacing_mm = pyramid.level_spacings_mm(view, (settings.coarse_voxels, settings.fine_voxels))[-1]
+    query, atlas = pyramid.prepare(fixed, None, spacing_mm, "query"), pyramid.prepare(moving, None, spacing_mm, "atlas")
+    measured = dissimilarity.measure(query, atlas, transform, spacing_mm)
+    return Registration(linear, field, local, {}, measured, folding, jacobian, further_members=tuple(transforms[1:]))

@@ -8,9 +8,9 @@ more near its labelled structures.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,12 +18,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..settings import RegistrationSettings
 from ..transforms.maps import Affine
-from .features import MIND_CHANNELS, mind_ssc
+from .features import mind_ssc
 from .pyramid import Level, Scan, axes_of, frame_grid, on_grid
-
-if TYPE_CHECKING:
-    from ..settings import RegistrationSettings
 
 #: Penalty of foreground on background: the median dissimilarity (sum over 12 channels) of two misplaced abdomens.
 MISMATCH_PENALTY = 2.2
@@ -53,11 +51,13 @@ def fit(
     centre = torch.as_tensor(fixed.intensity.grid.centre_mm, dtype=torch.float32, device=device)
     parameters, costs = torch.zeros((1, 12), device=device), torch.full((1,), torch.inf, device=device)
     for number, spacing in enumerate(spacings_mm):
-        query = _WeightedScan(on_grid(fixed, frame_grid(fixed.intensity.grid, axes, spacing), device), 0.0)
-        moving_level = on_grid(moving, frame_grid(moving.intensity.grid, axes, spacing), device)
-        atlas = _WeightedScan(moving_level, _STRUCTURE_EMPHASIS)
-        objective = _Objective(query, atlas, centre, _COARSE_POINTS if number == 0 else _FINE_POINTS)
-        minimise = partial(objective.minimise, iterations=settings.linear_iterations, spacing_mm=spacing)
+        points = _COARSE_POINTS if number == 0 else _FINE_POINTS
+        query, atlas = (
+            _WeightedScan(on_grid(scan, frame_grid(scan.intensity.grid, axes, spacing), device), emphasis, points)
+            for scan, emphasis in ((fixed, 0.0), (moving, _STRUCTURE_EMPHASIS))
+        )
+        cost = partial(_cost, query=query, atlas=atlas, centre_mm=centre)
+        minimise = partial(_minimise, cost=cost, spacing_mm=spacing, iterations=settings.linear_iterations)
         if number == 0 and settings.rigid:
             shifts_mm = search_translations(query, atlas, settings.candidates)
             start = F.pad(torch.as_tensor(shifts_mm, dtype=torch.float32, device=device), (0, 9))
@@ -112,98 +112,77 @@ def search_translations(query: _WeightedScan, atlas: _WeightedScan, count: int) 
 
 
 class _WeightedScan:
-    """One scan on one level with its features and weights."""
+    """One scan on one level: its features and weights, and foreground voxels drawn in proportion to their weight."""
 
-    def __init__(self, level: Level, emphasis: float) -> None:
-        self.level = level
-        self.features = mind_ssc(level.image)[0]
-        self.weight = level.weight[0, 0]
+    def __init__(self, level: Level, emphasis: float = 0.0, points: int = _COARSE_POINTS) -> None:
+        self.level, self.features, self.weight = level, mind_ssc(level.image)[0], level.weight[0, 0]
         if level.labelled is not None:
             self.weight = self.weight * (1 + emphasis * level.labelled[0, 0])
         # (14, I, J, K): features times foreground, foreground, field of view.
         self.channels = torch.cat((self.features * level.weight[0], level.weight[0], level.inside[0]))
-
-
-@dataclass(frozen=True, eq=False)
-class _Points:
-    """Foreground voxels drawn from one scan."""
-
-    world_mm: Tensor
-    features: Tensor
-
-    @classmethod
-    def draw(cls, side: _WeightedScan, count: int) -> _Points:
-        """Draw voxels without repetition, in proportion to their weight."""
         # An evenly spaced comb through the cumulative weight: deterministic, and even over the body.
-        cumulative = torch.cumsum(side.weight.flatten().double().cpu(), dim=0)
-        comb = (torch.arange(count, dtype=torch.float64) + 0.5) * (float(cumulative[-1]) / count)
+        cumulative = torch.cumsum(self.weight.flatten().double().cpu(), dim=0)
+        comb = (torch.arange(points, dtype=torch.float64) + 0.5) * (float(cumulative[-1]) / points)
         index = torch.unique(torch.searchsorted(cumulative, comb).clamp_max(len(cumulative) - 1))
-        ijk = torch.stack(torch.unravel_index(index, side.level.grid.shape), dim=1).numpy()
-        device = side.features.device
-        world = torch.as_tensor(side.level.grid.voxel_to_world(ijk), dtype=torch.float32, device=device)
-        return cls(world, side.features.flatten(1)[:, index.to(device)])
+        ijk = torch.stack(torch.unravel_index(index, level.grid.shape), dim=1).numpy()
+        self.points_mm = torch.as_tensor(level.grid.voxel_to_world(ijk), dtype=torch.float32).to(self.features.device)
+        self.point_features = self.features.flatten(1)[:, index.to(self.features.device)]
+
+    def penalty_of(self, other: _WeightedScan, matrix: Tensor, offset: Tensor) -> Tensor:
+        """(B,) mean penalty of another scan's points, mapped into this one."""
+        mapped = other.points_mm @ matrix.transpose(1, 2) + offset[:, None]
+        inverse = torch.as_tensor(self.level.grid.inverse_affine, dtype=torch.float32, device=mapped.device)
+        ijk = mapped @ inverse[:3, :3].T + inverse[:3, 3]
+        last = torch.tensor(self.level.grid.shape, dtype=torch.float32, device=mapped.device) - 1
+        where = (ijk / last * 2 - 1).flip(-1)[:, None, None]
+        volumes = self.channels.expand(len(matrix), -1, -1, -1, -1)
+        sampled = F.grid_sample(volumes, where, padding_mode="zeros", align_corners=True)[:, :, 0, 0]
+        features, foreground, inside = sampled[:, :-2], sampled[:, -2], sampled[:, -1]
+        # Sampled features have the foreground fraction as a factor; divided out once, it weights the difference.
+        difference = foreground[:, None] * other.point_features - features
+        penalty = difference.pow(2).sum(dim=1) / foreground.clamp_min(0.05)
+        penalty = penalty + MISMATCH_PENALTY * (inside - foreground).clamp_min(0) + _OUTSIDE_PENALTY * (1 - inside)
+        return penalty.mean(dim=1)
 
 
-class _Objective:
-    """The cost of linear maps on one level, and its minimisation over several starts at once."""
-
-    def __init__(self, query: _WeightedScan, atlas: _WeightedScan, centre_mm: Tensor, points: int) -> None:
-        self.query, self.atlas, self.centre_mm = query, atlas, centre_mm
-        self.query_points, self.atlas_points = _Points.draw(query, points), _Points.draw(atlas, points)
-
-    def cost(self, parameters: Tensor) -> Tensor:
-        """(B, 12) parameters to (B,) costs."""
-        matrix, offset = affine_maps(parameters, self.centre_mm)
-        inverse = torch.linalg.inv(matrix)
-        inverse_offset = -(inverse @ offset[..., None])[..., 0]
-        query_penalty = _mean_penalty(self.query_points, self.atlas, matrix, offset)
-        atlas_penalty = _mean_penalty(self.atlas_points, self.query, inverse, inverse_offset)
-        prior = (
-            (parameters[:, 3:6] / _PRIOR_ROTATION).pow(2).sum(dim=1)
-            + (parameters[:, 6:9] / _PRIOR_SCALE).pow(2).sum(dim=1)
-            + (parameters[:, 9:12] / _PRIOR_SHEAR).pow(2).sum(dim=1)
-        )
-        return query_penalty + atlas_penalty + _PRIOR_WEIGHT * prior
-
-    def minimise(self, start: Tensor, *, iterations: int, spacing_mm: float, rigid: bool) -> tuple[Tensor, Tensor]:
-        """Adam from several starts at once; the best parameters seen, (B, 12), and their costs, (B,)."""
-        # Steps in natural units: half a voxel, and the angle or stretch that moves the border of the body as far.
-        steps = torch.tensor([0.5 * spacing_mm] * 3 + [0.02] * 3 + [0.015] * 6, device=start.device)
-        if rigid:
-            steps[6:] = 0
-        moves = torch.zeros_like(start, requires_grad=True)
-        optimizer = torch.optim.Adam([moves], lr=1.0, betas=(0.8, 0.95))
-        best_cost = torch.full((len(start),), torch.inf, device=start.device)
-        best = start.clone()
-        for iteration in range(iterations):
-            for group in optimizer.param_groups:
-                group["lr"] = 1 - 0.9 * iteration / iterations
-            parameters = start + moves * steps
-            costs = self.cost(parameters)
-            with torch.no_grad():
-                better = costs < best_cost
-                best_cost = torch.where(better, costs, best_cost)
-                best = torch.where(better[:, None], parameters, best)
-            optimizer.zero_grad()
-            costs.sum().backward()
-            optimizer.step()
-        return best.detach(), best_cost.detach()
+def _cost(parameters: Tensor, query: _WeightedScan, atlas: _WeightedScan, centre_mm: Tensor) -> Tensor:
+    """(B, 12) parameters to (B,) costs."""
+    matrix, offset = affine_maps(parameters, centre_mm)
+    inverse = torch.linalg.inv(matrix)
+    agreement = atlas.penalty_of(query, matrix, offset)
+    agreement = agreement + query.penalty_of(atlas, inverse, -(inverse @ offset[..., None])[..., 0])
+    prior = (
+        (parameters[:, 3:6] / _PRIOR_ROTATION).pow(2).sum(dim=1)
+        + (parameters[:, 6:9] / _PRIOR_SCALE).pow(2).sum(dim=1)
+        + (parameters[:, 9:12] / _PRIOR_SHEAR).pow(2).sum(dim=1)
+    )
+    return agreement + _PRIOR_WEIGHT * prior
 
 
-def _mean_penalty(points: _Points, scan: _WeightedScan, matrix: Tensor, offset: Tensor) -> Tensor:
-    """(B,) mean penalty of one scan's points in the other scan."""
-    mapped = points.world_mm @ matrix.transpose(1, 2) + offset[:, None]
-    inverse = torch.as_tensor(scan.level.grid.inverse_affine, dtype=torch.float32, device=mapped.device)
-    ijk = mapped @ inverse[:3, :3].T + inverse[:3, 3]
-    last = torch.tensor(scan.level.grid.shape, dtype=torch.float32, device=mapped.device) - 1
-    where = (ijk / last * 2 - 1).flip(-1)[:, None, None]
-    volumes = scan.channels.expand(len(matrix), -1, -1, -1, -1)
-    sampled = F.grid_sample(volumes, where, mode="bilinear", padding_mode="zeros", align_corners=True)[:, :, 0, 0]
-    features, foreground, inside = sampled[:, :MIND_CHANNELS], sampled[:, MIND_CHANNELS], sampled[:, MIND_CHANNELS + 1]
-    # Sampled features carry the foreground fraction as a factor; divided out once, the difference is weighted by it.
-    difference = (foreground[:, None] * points.features - features).pow(2).sum(dim=1) / foreground.clamp_min(0.05)
-    penalty = difference + MISMATCH_PENALTY * (inside - foreground).clamp_min(0) + _OUTSIDE_PENALTY * (1 - inside)
-    return penalty.mean(dim=1)
+def _minimise(
+    start: Tensor, cost: Callable[[Tensor], Tensor], spacing_mm: float, iterations: int, *, rigid: bool
+) -> tuple[Tensor, Tensor]:
+    """Adam from several starts at once; the best parameters seen, (B, 12), and their costs, (B,)."""
+    # Steps in natural units: half a voxel, and the angle or stretch that moves the border of the body as far.
+    steps = torch.tensor([0.5 * spacing_mm] * 3 + [0.02] * 3 + [0.015] * 6, device=start.device)
+    if rigid:
+        steps[6:] = 0
+    moves = torch.zeros_like(start, requires_grad=True)
+    optimizer = torch.optim.Adam([moves], lr=1.0, betas=(0.8, 0.95))
+    best, best_cost = start.clone(), torch.full((len(start),), torch.inf, device=start.device)
+    for iteration in range(iterations):
+        for group in optimizer.param_groups:
+            group["lr"] = 1 - 0.9 * iteration / iterations
+        parameters = start + moves * steps
+        costs = cost(parameters)
+        with torch.no_grad():
+            better = costs < best_cost
+            best_cost = torch.where(better, costs, best_cost)
+            best = torch.where(better[:, None], parameters, best)
+        optimizer.zero_grad()
+        costs.sum().backward()
+        optimizer.step()
+    return best.detach(), best_cost.detach()
 
 
 def affine_maps(parameters: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:

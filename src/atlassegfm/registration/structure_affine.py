@@ -20,19 +20,11 @@ from ..core.image import Volume
 from ..core.mask import LocalMap
 from ..transforms.maps import Affine, DisplacementField
 from ..transforms.resample import warp_labels
+from . import structure_search as search
 from .affine import affine_maps, homogeneous
 from .features import mind_ssc
 from .pyramid import Level, Scan, axes_of, frame_grid, on_grid
-from .structure_search import (
-    CORRELATION_WEIGHT,
-    INTENSITY_WEIGHT,
-    OUTSIDE_PENALTY,
-    PRIOR_FRACTION,
-    PRIOR_WEIGHT,
-    VARIANCE_FLOOR,
-    Patch,
-    TranslationSearch,
-)
+from .structure_search import Patch, TranslationSearch
 
 #: Translations from which a linear map is fitted, besides none: the right place is often the second or third.
 _CANDIDATES = 8
@@ -119,7 +111,7 @@ class _StructureFit:
         # What lies outside the query is zero in every channel, and counted by the second one.
         self._query = torch.cat((query.image, torch.ones_like(query.image), mind_ssc(query.image)), dim=1)
         self._atlas_image, self._atlas_mind = atlas.image[0, 0], mind_ssc(atlas.image)[0]
-        self._prior_voxels = PRIOR_FRACTION * size_mm / spacing_mm
+        self._prior_voxels = search.PRIOR_FRACTION * size_mm / spacing_mm
 
     def fit(self, mask: LocalMap) -> _StructureMap | None:
         """Fit the map of a structure of the warped atlas: the best of those from all candidate places.
@@ -162,18 +154,6 @@ class _StructureFit:
             first, *_, unmoved = self._terms(start, sample)[0].tolist()
         if first > unmoved:
             return None
-        found = self._optimise(start, sample)
-        with torch.no_grad():
-            mind_difference, cost = self._terms(found, sample)
-            cost = cost + PRIOR_WEIGHT * 0.5 * (found[:, :3] / self._prior_voxels).pow(2).sum(dim=1)
-            best = int(cost.argmin())
-            if float(mind_difference[best]) > unmoved:
-                return None
-            matrix, offset = affine_maps(found[best : best + 1], sample.centre)
-        return homogeneous(matrix[0], offset[0]), float(cost[best])
-
-    def _optimise(self, start: Tensor, sample: _Sample) -> Tensor:
-        """(n, 12) parameters after Adam's steps."""
         shift, shape = (part.clone().requires_grad_(True) for part in (start[:, :3], start[:, 3:]))
         optimizer = torch.optim.Adam([{"params": [shift], "lr": _SHIFT_STEP}, {"params": [shape], "lr": _SHAPE_STEP}])
         for _ in range(_ITERATIONS):
@@ -181,7 +161,15 @@ class _StructureFit:
             optimizer.zero_grad()
             cost.sum().backward()
             optimizer.step()
-        return torch.cat((shift, shape), dim=1).detach()
+        found = torch.cat((shift, shape), dim=1).detach()
+        with torch.no_grad():
+            mind_difference, cost = self._terms(found, sample)
+            cost = cost + search.PRIOR_WEIGHT * 0.5 * (found[:, :3] / self._prior_voxels).pow(2).sum(dim=1)
+            best = int(cost.argmin())
+            if float(mind_difference[best]) > unmoved:
+                return None
+            matrix, offset = affine_maps(found[best : best + 1], sample.centre)
+        return homogeneous(matrix[0], offset[0]), float(cost[best])
 
     def _terms(self, parameters: Tensor, sample: _Sample) -> tuple[Tensor, Tensor]:
         """MIND-SSC difference and cost without the prior on the shift, (n,) each."""
@@ -198,7 +186,7 @@ class _StructureFit:
         squares = parameters[:, 3:].pow(2)
         cost = (
             mind_difference
-            + OUTSIDE_PENALTY * (1 - seen)
+            + search.OUTSIDE_PENALTY * (1 - seen)
             + _ROTATION_PENALTY * squares[:, :3].sum(dim=1)
             + _STRETCH_PENALTY * squares[:, 3:6].sum(dim=1)
             + _SHEAR_PENALTY * squares[:, 6:].sum(dim=1)
@@ -208,9 +196,10 @@ class _StructureFit:
         own_centred = sample.image - (sample.image * weight).sum()
         centred = image - (image * weight).sum(dim=1, keepdim=True)
         variance = (centred.pow(2) * weight).sum(dim=1) * (own_centred.pow(2) * weight).sum()
-        correlation = (centred * own_centred * weight).sum(dim=1) / torch.sqrt(variance + VARIANCE_FLOOR)
+        correlation = (centred * own_centred * weight).sum(dim=1) / torch.sqrt(variance + search.VARIANCE_FLOOR)
         squared_difference = ((image - sample.image).pow(2) * weight).sum(dim=1)
-        return mind_difference, cost + CORRELATION_WEIGHT * (1 - correlation) + INTENSITY_WEIGHT * squared_difference
+        cost = cost + search.CORRELATION_WEIGHT * (1 - correlation)
+        return mind_difference, cost + search.INTENSITY_WEIGHT * squared_difference
 
 
 def _blend(structures: list[_StructureMap], size: float) -> NDArray[np.float32]:

@@ -9,30 +9,19 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ...settings import RegistrationSettings
-    from ..result import Registration
+from ...settings import RegistrationSettings
+from ..result import Registration
 
 
 @dataclass(frozen=True)
 class Engine:
     """One row of the table of engines.
 
-    Parameters
-    ----------
-    module : str
-        Of this package; has ``fit(pair, linear, start, settings, device) -> Registration``. ``linear`` is None if it
-        does the linear stages too, ``start`` a :class:`..pair.Start` or None.
-    takes_start : bool
-        Whether it can start from the displacements found for the structures.
-    title : str
-        Of an external engine, for messages.
-    distribution : str
-        Package that an external engine is from, as ``pip install`` knows it; empty for our own engines.
-    extra : str
-        Extra of this package that installs it; empty where it cannot be installed beside this package.
+    ``module`` of this package has ``fit(pair, linear, start, settings, device) -> Registration``: ``linear`` is None if
+    it does the linear stages too; ``start``, a :class:`.pyramid.Start` or None, goes to engines that take one. Of
+    external engines, ``title`` is for messages, ``distribution`` the package that ``pip install`` knows and ``extra``
+    the extra of this package that installs it, empty where it cannot be installed beside this package.
     """
 
     module: str

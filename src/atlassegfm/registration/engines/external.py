@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,13 +28,10 @@ from ...core.image import Volume
 from ...settings import RegistrationSettings
 from ...transforms.maps import Affine, DisplacementField
 from ...transforms.resample import resample
-from .. import pyramid
+from ..pyramid import Pair, Start, axes_of, frame_grid
 from ..result import Registration
 from . import ENGINES
 from .external_process import MISSING
-
-if TYPE_CHECKING:
-    from ..pair import Pair, Start
 
 _PROGRAM = Path(__file__).with_name("external_process.py")
 #: The last line of an engine's output is cut to this many characters.
@@ -49,7 +46,11 @@ def require(settings: RegistrationSettings) -> None:
 
 
 def fit(
-    pair: Pair, linear: Affine | None, _start: Start | None, settings: RegistrationSettings, _device: str
+    pair: Pair,
+    linear: Affine | None,
+    _start: Start | None,
+    settings: RegistrationSettings,
+    _device: str,
 ) -> Registration:
     """Register one pair by the engine ``settings.engine``, on the CPU; the field lies on the engine's grid.
 
@@ -133,7 +134,7 @@ def working_grid(grid: Grid, spacing_mm: float) -> Grid:
     An axis coarser than ``spacing_mm`` gets the geometric mean of both: 7.7 mm at 2.4 mm become 4.3 mm. So windows of
     local correlation, which count voxels, are not drawn out, and little is interpolated.
     """
-    return pyramid.frame_grid(grid, pyramid.axes_of(grid), _axis_spacings(grid.canonical().spacing_mm, spacing_mm))
+    return frame_grid(grid, axes_of(grid), _axis_spacings(grid.canonical().spacing_mm, spacing_mm))
 
 
 def _axis_spacings(native_mm: NDArray[np.float64], spacing_mm: float) -> NDArray[np.float64]:
@@ -147,11 +148,9 @@ def _on_grid(scan: Volume, grid: Grid) -> NDArray[np.float32]:
     data = scan.data - scan.data.min()
     # Half the ratio of spacings, less the half voxel that sampling itself blurs by, as for our own engines.
     ratio = 0.5 * grid.spacing_mm / scan.grid.spacing_mm
-    for axis, sigma in enumerate(np.sqrt(np.maximum(ratio**2 - 0.25, 0))):
-        # Spacings that differ by rounding alone are the same.
-        if sigma > 0.05:
-            data = ndimage.gaussian_filter1d(data, sigma, axis=axis, mode="nearest")
-    return resample(Volume(data, scan.grid), grid)
+    sigma = np.sqrt(np.maximum(ratio**2 - 0.25, 0))
+    sigma[sigma <= 0.05] = 0  # spacings that differ by rounding alone are the same
+    return resample(Volume(ndimage.gaussian_filter(data, sigma, mode="nearest"), scan.grid), grid)
 
 
 def _python(settings: RegistrationSettings) -> tuple[str, str]:

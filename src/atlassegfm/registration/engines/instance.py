@@ -16,7 +16,6 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,16 +25,13 @@ from torch import Tensor
 
 from ...core.geometry import Grid
 from ...core.image import Volume
+from ...settings import InstanceSettings, RegistrationSettings
 from ...transforms.maps import Affine, Chain, DisplacementField, Transform, displacement_on
 from ...transforms.resample import resample, warp_labels
 from ..features import LocalCorrelation, mind_ssc
-from ..pyramid import Scan, axes_of, level_grid, on_grid
+from ..pyramid import Pair, Scan, Start, axes_of, level_grid, on_grid
 from ..result import Registration
 from ..sampling import gradient_penalty, integrate_velocity, sample_at
-
-if TYPE_CHECKING:
-    from ...settings import InstanceSettings, RegistrationSettings
-    from ..pair import Pair, Start
 
 logger = logging.getLogger(__name__)
 
@@ -141,11 +137,11 @@ class _Member:
         scans, (iterations, weights) = (pair.fixed_scan, pair.moving_scan), self._weights(number, self.contrast_robust)
         if begin is None or not self.options.diffeomorphic:
             level = _Level(*scans, grid, self.linear, self.options, self.device)
-            return level.fit(begin, weights, iterations), level.parameter_count
+            return level.fit(begin, weights, iterations)
         # Sums of maps that can be undone may fold; maps one after the other do not.
         level = _Level(*scans, grid, Chain((begin, self.linear)), self.options, self.device)
-        added = level.fit(None, weights, iterations)
-        return displacement_on(Chain((added, begin)), grid), level.parameter_count
+        added, count = level.fit(None, weights, iterations)
+        return displacement_on(Chain((added, begin)), grid), count
 
     def fit_labels_box(self, field: DisplacementField) -> tuple[DisplacementField | None, int]:
         """Fit the last level, in the labels' box; None if there is none."""
@@ -155,7 +151,7 @@ class _Member:
             return None, 0
         level = _Level(*self.pair.crop(box, transform), box, transform, self.options, self.device)
         iterations, weights = self._weights(len(self.options.level_voxels))
-        return level.fit(None, weights, iterations, fixed_border=True), level.parameter_count
+        return level.fit(None, weights, iterations, fixed_border=True)
 
     def _labels_box(self, field: DisplacementField, transform: Transform) -> Grid | None:
         """Grid of the last level: around the warped labels, no finer than the query; None if they are out of view."""
@@ -233,18 +229,10 @@ class _Level:
         nodes = [torch.arange(n, dtype=torch.float32, device=device) for n in grid.shape]
         self.nodes = torch.stack(torch.meshgrid(*nodes, indexing="ij"))[None]
 
-    @property
-    def parameter_count(self) -> int:
-        """Number of parameters optimised."""
-        return 3 * int(np.prod(self.control_shape))
-
     def fit(
         self, start: DisplacementField | None, weights: _Weights, iterations: int, *, fixed_border: bool = False
-    ) -> DisplacementField:
-        """Optimise an addition to ``start``; their sum on the level's grid.
-
-        With ``fixed_border`` the addition is 0 at the border of the grid.
-        """
+    ) -> tuple[DisplacementField, int]:
+        """Optimise an addition to ``start``, with ``fixed_border`` 0 at the grid's border; their sum on the grid."""
         shape, base = list(self.grid.shape), self._in_voxels(start)
         coarse_base = F.interpolate(base, self.control_shape, mode="trilinear", align_corners=True)
         places = self.nodes + base
@@ -270,7 +258,7 @@ class _Level:
         if fixed_border:
             voxels = _zero_border(voxels, 1)
         world = np.einsum("wv,vijk->wijk", self.grid.affine[:3, :3], voxels[0].cpu().numpy())
-        return DisplacementField(self.grid, world.astype(np.float32))
+        return DisplacementField(self.grid, world.astype(np.float32)), control.numel()
 
     def _addition(self, control: Tensor) -> Tensor:
         """(1, 3, I, J, K) displacements of the control points, in voxels of the grid."""
@@ -317,10 +305,8 @@ class _Level:
 
 def _zero_border(values: Tensor, width: int) -> Tensor:
     """(1, C, I, J, K) with zeros in the outermost planes, ``width`` on each side."""
-    kept = torch.zeros_like(values)
-    inner = (slice(None), slice(None), *(slice(width, n - width) for n in values.shape[2:]))
-    kept[inner] = values[inner]
-    return kept
+    inner = slice(width, -width)
+    return F.pad(values[:, :, inner, inner, inner], [width] * 6)
 
 
 def _folding_penalty(displacement: Tensor) -> Tensor:

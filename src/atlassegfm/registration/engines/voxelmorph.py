@@ -9,7 +9,7 @@ Registration for Images and Surfaces", MedIA 2019.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,15 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...core.errors import RegistrationError
+from ...settings import RegistrationSettings, VoxelmorphSettings
 from ...transforms.maps import Affine, DisplacementField
-from .. import pyramid
 from ..features import LocalCorrelation
+from ..pyramid import Level, Pair, Start, axes_of, frame_grid, level_spacings_mm, on_grid, prepare
 from ..result import Registration
 from ..sampling import gradient_penalty, integrate_velocity, sample_displaced
-
-if TYPE_CHECKING:
-    from ...settings import RegistrationSettings, VoxelmorphSettings
-    from ..pair import Pair, Start
 
 #: Of the generator that draws the weights; any will do.
 _SEED = 0
@@ -47,12 +44,12 @@ def fit(pair: Pair, linear: Affine, _start: Start | None, settings: Registration
     """
     options = settings.voxelmorph
     voxels = options.cpu_voxels if device == "cpu" else options.cuda_voxels
-    spacing_mm = pyramid.level_spacings_mm(pair.fixed.grid, (voxels,))[-1]
-    grid = pyramid.frame_grid(pair.fixed.grid, pyramid.axes_of(pair.fixed.grid), spacing_mm)
+    spacing_mm = level_spacings_mm(pair.fixed.grid, (voxels,))[-1]
+    grid = frame_grid(pair.fixed.grid, axes_of(pair.fixed.grid), spacing_mm)
     # Afresh from the scans as they came: the other stages' levels may be coarser.
-    fixed = pyramid.prepare(pair.fixed, None, spacing_mm, "query")
-    moving = pyramid.prepare(pair.moving, None, spacing_mm, "atlas")
-    query, atlas = pyramid.on_grid(fixed, grid, device), pyramid.on_grid(moving, grid, device, linear)
+    fixed = prepare(pair.fixed, None, spacing_mm, "query")
+    moving = prepare(pair.moving, None, spacing_mm, "atlas")
+    query, atlas = on_grid(fixed, grid, device), on_grid(moving, grid, device, linear)
     try:
         displacement, parameter_count = _optimise(query, atlas, options)
     except torch.cuda.OutOfMemoryError as error:
@@ -83,17 +80,12 @@ class Network(nn.Module):
         super().__init__()
         wide = 2 * channels
         down = [channels] + [wide] * (levels - 2)
-        self.encoder, self.decoder, self.last = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        width = 2
-        layers = [
-            *((self.encoder, features, 0) for features in down),
-            *((self.decoder, wide, skipped) for skipped in reversed(down)),
-            *((self.last, features, 0) for features in (wide, channels, channels)),
-        ]
-        for part, features, skipped in layers:
-            part.append(_convolution(width, features, generator))
-            width = features + skipped
-        self.flow = _convolution(width, 3, generator)
+        joined = [wide + skipped for skipped in reversed(down)]
+        self.encoder = nn.ModuleList(_convolution(a, b, generator) for a, b in pairwise((2, *down)))
+        self.decoder = nn.ModuleList(_convolution(a, wide, generator) for a in (down[-1], *joined[:-1]))
+        last = pairwise((joined[-1], wide, channels, channels))
+        self.last = nn.ModuleList(_convolution(a, b, generator) for a, b in last)
+        self.flow = _convolution(channels, 3, generator)
         nn.init.normal_(self.flow.weight, 0, _FLOW_DEVIATION, generator=generator)
         self.flow.bias = nn.Parameter(torch.zeros(3))
 
@@ -132,9 +124,7 @@ def _convolution(before: int, after: int, generator: torch.Generator) -> nn.Conv
     return layer
 
 
-def _optimise(
-    query: pyramid.Level, atlas: pyramid.Level, options: VoxelmorphSettings
-) -> tuple[NDArray[np.float32], int]:
+def _optimise(query: Level, atlas: Level, options: VoxelmorphSettings) -> tuple[NDArray[np.float32], int]:
     """Displacement, (3, I, J, K) in voxels, of a new network optimised on one pair, and its parameter count."""
     device = query.image.device
     half = options.half_precision == "on"
@@ -171,7 +161,7 @@ class _Dissimilarity:
     No gradient goes through the field of view, lest pushing what does not match out of it lowers the loss.
     """
 
-    def __init__(self, query: pyramid.Level, atlas: pyramid.Level, options: VoxelmorphSettings) -> None:
+    def __init__(self, query: Level, atlas: Level, options: VoxelmorphSettings) -> None:
         self.loss, self.query = options.loss, query.image
         # The paper's MSE is over all voxels. Local correlation compares the noise of air with itself: body only.
         self.weight = query.inside if self.loss == "mse" else query.weight
