@@ -16,7 +16,7 @@ import scenes
 from atlassegfm.core.errors import RegistrationError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
-from atlassegfm.registration import Registration, affine, features, pyramid, register, sampling, structure_affine
+from atlassegfm.registration import Registration, affine, features, pyramid, register, sampling, structures
 from atlassegfm.registration.engines import instance
 from atlassegfm.registration.pyramid import Pair, Start
 from atlassegfm.settings import InstanceSettings, RegistrationSettings
@@ -549,13 +549,13 @@ def test_where_contrast_differs_the_fit_is_contrast_robust(monkeypatch: pytest.M
     organs = scenes.QUERY.labels(grid)
     fixed = scenes.QUERY.scan(grid)
     dark = Volume(np.where(organs.data == 1, fixed.data / 4, fixed.data).astype(np.float32), grid)
-    fit, asked = structure_affine.fit, []
+    fit, asked = structures.fit, []
 
     def noted(*args: Any, brightness: bool = True) -> DisplacementField | None:
         asked.append(brightness)
         return fit(*args, brightness=brightness)
 
-    monkeypatch.setattr(structure_affine, "fit", noted)
+    monkeypatch.setattr(structures, "fit", noted)
 
     def fitted(query: Volume, *, contrast_robust: bool) -> tuple[NDArray[np.float32], list[bool]]:
         asked.clear()

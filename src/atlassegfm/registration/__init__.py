@@ -50,7 +50,7 @@ def register(
     MissingExtraError
         If the engine is another package's, and that is not installed.
     """
-    from . import affine, dissimilarity, pyramid, structure_affine
+    from . import affine, dissimilarity, pyramid, structures
 
     settings = settings or RegistrationSettings()
     engine, clock = ENGINES[settings.engine], StageClock(on_stage)
@@ -68,7 +68,7 @@ def register(
     if settings.deformable or by_engine:
         start = None
         if settings.structure_search and moving_labels is not None and engine.takes_start:
-            search = partial(structure_affine.fit, query, atlas, moving_labels, found.linear, spacings[-1], device)
+            search = partial(structures.fit, query, atlas, moving_labels, found.linear, spacings[-1], device)
             with clock.stage("structures"):
                 field = search(brightness=True)
             start = None if field is None else pyramid.Start(field, partial(search, brightness=False))

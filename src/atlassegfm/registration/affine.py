@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import cast
 
 import numpy as np
 import torch
@@ -72,13 +71,8 @@ def fit(
 def search_translations(query: _WeightedScan, atlas: _WeightedScan, count: int) -> NDArray[np.float64]:
     """Find the best translations by whole voxels by FFT: (n, 3) mm (RAS+) from query to atlas world, best first."""
     query_shape, atlas_shape = np.array(query.level.grid.shape), np.array(atlas.level.grid.shape)
-    size = tuple(int(n) for n in query_shape + atlas_shape - 1)
-
-    def spectrum(values: Tensor) -> Tensor:
-        return cast("Tensor", torch.fft.rfftn(values, s=size))
-
-    def correlation(product: Tensor) -> Tensor:
-        return cast("Tensor", torch.fft.irfftn(product, s=size))
+    size = (query_shape + atlas_shape - 1).tolist()
+    spectrum, correlation = partial(torch.fft.rfftn, s=size), partial(torch.fft.irfftn, s=size)
 
     def one_sided(query_weight: Tensor, atlas_weight: Tensor, *, atlas_pays: bool) -> Tensor:
         w_query, w_atlas = spectrum(query_weight), spectrum(atlas_weight)
@@ -93,7 +87,8 @@ def search_translations(query: _WeightedScan, atlas: _WeightedScan, count: int) 
         else:
             total, inside = float(query_weight.sum()), w_query.conj() * spectrum(atlas.level.inside[0, 0])
         seen = correlation(inside)
-        return (difference + MISMATCH_PENALTY * (seen - both) + _OUTSIDE_PENALTY * (total - seen)) / max(total, 1e-6)
+        penalty: Tensor = difference + MISMATCH_PENALTY * (seen - both) + _OUTSIDE_PENALTY * (total - seen)
+        return penalty / max(total, 1e-6)
 
     cost = one_sided(query.weight, atlas.weight, atlas_pays=True)
     costs = (cost + one_sided(query.weight, atlas.level.weight[0, 0], atlas_pays=False)).cpu().numpy()

@@ -136,7 +136,7 @@ def prepare_part(
     last = np.array(scan.grid.shape) - 1
     start = np.clip(np.floor(ijk.min(axis=0)) - 1, 0, last).astype(int)
     stop = np.clip(np.ceil(ijk.max(axis=0)) + 1, start, last).astype(int) + 1
-    box = tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
+    box = tuple(map(slice, start, stop))
     grid = scan.grid.crop(start, stop)
     part = _downsample(Volume(scan.data[box], grid), finest_mm)
     return _normalise(part, None if labels is None else Volume(labels.data[box], grid), finest_mm, whole.window)

@@ -22,10 +22,9 @@ class Registration:
     ----------
     linear : Affine
         Query world to atlas world by the linear stages alone.
-    field : DisplacementField or None
-        In the query world, applied before ``linear``; None where the deformable stage is off.
-    local : DisplacementField or None
-        In the query world, applied before ``field``: the finer fit in the labels' box, 0 at its border and beyond.
+    field, local : DisplacementField or None
+        In the query world, ``local`` applied first, ``linear`` last. ``field`` is None where the deformable stage is
+        off; ``local`` is the finer fit in the labels' box, 0 at its border and beyond.
     seconds : mapping of str to float
         Wall time of each stage that ran.
     dissimilarity : Dissimilarity or None

@@ -18,12 +18,8 @@ def register(fixed: Any, moving: Any, given: Any, request: dict[str, Any]) -> tu
     import ants
 
     def image(one: Any) -> Any:
-        return ants.from_numpy(
-            np.asarray(one.data, dtype=np.float32),
-            origin=one.origin.tolist(),
-            spacing=one.spacing.tolist(),
-            direction=one.direction,
-        )
+        geometry = {"origin": one.origin.tolist(), "spacing": one.spacing.tolist(), "direction": one.direction}
+        return ants.from_numpy(np.asarray(one.data, dtype=np.float32), **geometry)
 
     options = request["options"]
 
@@ -48,10 +44,7 @@ def register(fixed: Any, moving: Any, given: Any, request: dict[str, Any]) -> tu
     transforms: list[str] = []
     if given is not None:
         lps = fixed.flip(given)
-        start = ants.create_ants_transform(
-            transform_type="AffineTransform", dimension=3, matrix=lps[:3, :3], offset=lps[:3, 3]
-        )
-        ants.write_transform(start, "given.mat")
+        ants.write_transform(ants.create_ants_transform(matrix=lps[:3, :3], offset=lps[:3, 3]), "given.mat")
         transforms = run("SyNOnly", "syn_", ["given.mat"])
     elif request["deformable"] and request["affine"]:
         transforms = run("SyNRA" if request["rigid"] else "SyN", "all_", None)

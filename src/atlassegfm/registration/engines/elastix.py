@@ -25,11 +25,10 @@ def register(fixed: Any, moving: Any, given: Any, request: dict[str, Any]) -> tu
         made.SetDirection(itk.matrix_from_array(np.ascontiguousarray(one.direction)))
         return made
 
-    options = request["options"]
-    query, atlas = image(fixed), image(moving)
-    final_mm = options["grid_voxels"] * float(fixed.spacing.min())
+    options, query, atlas = request["options"], image(fixed), image(moving)
 
     def parameters(kind: str) -> Any:
+        final_mm = options["grid_voxels"] * float(fixed.spacing.min())
         defaults = itk.ParameterObject.New().GetDefaultParameterMap(kind, options["resolutions"], final_mm)
         centred = kind != "bspline" and request["rigid"]
         return {
@@ -69,14 +68,12 @@ def register(fixed: Any, moving: Any, given: Any, request: dict[str, Any]) -> tu
         field = np.transpose(itk.array_from_image(engine.GetOutputDeformationField()), (2, 1, 0, 3))
         return fixed.to_ras(field)
 
-    maps: list[Any] = []
+    linear, maps = given, [] if given is None else [_affine_map(fixed, given)]
     if given is None:
         for name in ("rigid", "affine"):
             if request[name]:
                 maps = run(name, maps)
         linear = _fitted_matrix(fixed, displacements(maps))
-    else:
-        linear, maps = given, [_affine_map(fixed, given)]
     displacement, count = None, 0
     if request["deformable"]:
         maps = run("bspline", maps)

@@ -46,11 +46,7 @@ def require(settings: RegistrationSettings) -> None:
 
 
 def fit(
-    pair: Pair,
-    linear: Affine | None,
-    _start: Start | None,
-    settings: RegistrationSettings,
-    _device: str,
+    pair: Pair, linear: Affine | None, _start: Start | None, settings: RegistrationSettings, _device: str
 ) -> Registration:
     """Register one pair by the engine ``settings.engine``, on the CPU; the field lies on the engine's grid.
 

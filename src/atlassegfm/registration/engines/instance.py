@@ -13,7 +13,6 @@ differ, and the mean of the labels warped by all of them is as near to the truth
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from ...core.geometry import Grid
 from ...core.image import Volume
+from ...prompts import INSIDE
 from ...settings import InstanceSettings, RegistrationSettings
 from ...transforms.maps import Affine, Chain, DisplacementField, Transform, displacement_on
 from ...transforms.resample import resample, warp_labels
@@ -55,8 +55,6 @@ _LABELLED_FRACTION = 0.05
 _SQUARINGS = 7
 #: Contrast is compared in the largest structures, and in those with at least so many voxels on the coarse level.
 _MOST_STRUCTURES, _FEWEST_VOXELS = 32, 8
-#: A voxel is in a structure from this fraction on.
-_INSIDE_FRACTION = 0.5
 #: Reach of the emphasis beyond a structure's border, as a fraction of the grid's size (its volume's cube root).
 _EMPHASIS_REACH = 0.03
 
@@ -175,17 +173,15 @@ class _Member:
 
     def _weights(self, level: int, robust: bool = False) -> tuple[int, _Weights]:
         """Iterations and weights of one level; the last value of a list holds for all levels after it."""
-        options, factors = self.options, self.factors
-
-        def of(values: Sequence[float]) -> float:
-            return values[min(level, len(values) - 1)]
-
-        correlation = options.contrast_robust_correlation_weight if robust else options.correlation_weight
-        return int(of(options.iterations)), _Weights(
-            of(options.contrast_robust_mind_weight if robust else options.mind_weight) * factors.mind,
-            of(correlation) * factors.correlation,
-            of(options.contrast_robust_smoothness if robust else options.smoothness) * factors.smoothness,
-            options.structure_emphasis * factors.emphasis,
+        prefix, factors = "contrast_robust_" if robust else "", self.factors
+        names = ("mind_weight", "correlation_weight", "smoothness")
+        lists = (self.options.iterations, *(getattr(self.options, prefix + name) for name in names))
+        iterations, mind, correlation, smoothness = (values[min(level, len(values) - 1)] for values in lists)
+        return iterations, _Weights(
+            mind * factors.mind,
+            correlation * factors.correlation,
+            smoothness * factors.smoothness,
+            self.options.structure_emphasis * factors.emphasis,
         )
 
 
@@ -204,7 +200,7 @@ def _contrast_difference(pair: Pair, labels: Volume, field: DisplacementField, l
     values = sorted(sizes, key=lambda value: -sizes[value])[:_MOST_STRUCTURES]
     differences, volumes = [], []
     for mask in warp_labels(labels, values, field.grid, transform).values():
-        inside = mask.values >= _INSIDE_FRACTION
+        inside = mask.values >= INSIDE
         if inside.sum() >= _FEWEST_VOXELS:
             volumes.append(int(inside.sum()))
             differences.append(abs(float(np.median(fixed[mask.box][inside]) - np.median(moving[mask.box][inside]))))

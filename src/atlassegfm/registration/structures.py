@@ -1,13 +1,15 @@
 """One linear map for each labelled structure, blended to one smooth field that starts the deformable fit.
 
 Between two people organs lie centimetres apart, are turned and of other size: too far for a smooth deformable fit that
-starts from the affine. Each structure is matched at every translation within reach (:mod:`.structure_search`); linear
-maps are fitted from the best of them; the one that matches best in the end is kept.
+starts from the affine. Each structure, with the tissue around it, is matched at all translations within reach at once
+(by FFT). At this resolution an organ of another size, turned a little, often matches something else too: linear maps
+are fitted from the best of them, and the one that matches best in the end is kept.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,12 +22,24 @@ from ..core.image import Volume
 from ..core.mask import LocalMap
 from ..transforms.maps import Affine, DisplacementField
 from ..transforms.resample import warp_labels
-from . import structure_search as search
 from .affine import affine_maps, homogeneous
 from .features import mind_ssc
 from .pyramid import Level, Scan, axes_of, frame_grid, on_grid
-from .structure_search import Patch, TranslationSearch
 
+#: Standard deviation of the prior on a translation, as a fraction of the field of view's size (its volume's cube root).
+_PRIOR_FRACTION = 0.1
+#: Standard deviations of the prior within which translations are searched.
+_REACH = 2.0
+#: Tissue around a structure that is matched with it, as a fraction of the field of view's size.
+_SURROUNDINGS_FRACTION = 0.03
+#: Weights of correlation, squared intensity difference and prior beside the MIND-SSC difference (1).
+_CORRELATION_WEIGHT, _INTENSITY_WEIGHT, _PRIOR_WEIGHT = 2.0, 5.0, 0.2
+#: Penalty of the part of a structure that a translation takes out of the field of view.
+_OUTSIDE_PENALTY = 1.0
+#: Added to products of variances, against division by zero where all is of one brightness.
+_VARIANCE_FLOOR = 1e-5
+#: Voxels on each side within which a minimum must be the lowest.
+_NEIGHBOURHOOD = 2
 #: Translations from which a linear map is fitted, besides none: the right place is often the second or third.
 _CANDIDATES = 8
 #: Voxels of a patch that are compared, drawn at random from larger ones.
@@ -92,6 +106,90 @@ def fit(
 
 
 @dataclass(frozen=True, eq=False)
+class Patch:
+    """A structure of the atlas with the tissue around it, on a box of the grid.
+
+    ``weight``, (A, B, C), is 1 in the structure, falling to 0 with the distance from it, and 0 outside the atlas's
+    field of view.
+    """
+
+    box: tuple[slice, ...]
+    weight: Tensor
+
+
+class TranslationSearch:
+    """Match patches of the atlas in the query, on one grid, at all translations within reach.
+
+    ``size_mm`` is the cube root of the field of view's volume.
+    """
+
+    def __init__(self, query: Level, atlas: Level, spacing_mm: float, size_mm: float) -> None:
+        self._spacing_mm = spacing_mm
+        self._surroundings_mm = max(_SURROUNDINGS_FRACTION * size_mm, spacing_mm)
+        self.prior_voxels = _PRIOR_FRACTION * size_mm / spacing_mm
+        self._reach = max(1, int(np.ceil(_REACH * self.prior_voxels)))
+        steps = (torch.arange(-self._reach, self._reach + 1, device=query.image.device) / self.prior_voxels) ** 2
+        self._prior = 0.5 * (steps[:, None, None] + steps[None, :, None] + steps[None, None, :])
+        # What lies outside the query is zero in every channel, and counted by the last one.
+        channels = (query.image, query.image**2, torch.ones_like(query.image), mind_ssc(query.image))
+        self._query = F.pad(torch.cat(channels, dim=1), [self._reach] * 6)[0]
+        self._query_mind_norm = self._query[3:].pow(2).sum(dim=0)
+        self.atlas_image, self.atlas_mind = atlas.image[0, 0], mind_ssc(atlas.image)[0]
+        self._atlas_inside = atlas.inside[0, 0]
+
+    def patch(self, mask: LocalMap) -> Patch | None:
+        """Cut out the patch of a structure; None if it is outside the atlas's field of view."""
+        margin = int(np.ceil(self._surroundings_mm / self._spacing_mm))
+        start = [max(0, first - margin) for first in mask.start]
+        stop = [min(n, last + margin) for last, n in zip(mask.stop, self.atlas_image.shape, strict=True)]
+        distance_mm = ndimage.distance_transform_edt(mask.on_box(start, stop) < 0.5) * self._spacing_mm
+        closeness = np.clip(1 - distance_mm / self._surroundings_mm, 0, 1).astype(np.float32)
+        box = tuple(map(slice, start, stop))
+        weight = torch.from_numpy(closeness).to(self.atlas_image.device) * self._atlas_inside[box]
+        return Patch(box, weight) if float(weight.sum()) > 0 else None
+
+    def candidates(self, patch: Patch, count: int, *, brightness: bool = True) -> Tensor:
+        """Find the ``count`` best translations from warped atlas to query, (n, 3) voxels: lowest minima, best first.
+
+        Without ``brightness``, by MIND-SSC alone.
+        """
+        cost = self._costs(patch, brightness=brightness)
+        lowest = -F.max_pool3d(-cost[None, None], 2 * _NEIGHBOURHOOD + 1, stride=1, padding=_NEIGHBOURHOOD)[0, 0]
+        places = torch.nonzero(cost == lowest)
+        order = torch.argsort(cost[places.unbind(dim=1)], stable=True)[:count]
+        return (places[order] - self._reach).float()
+
+    def _costs(self, patch: Patch, *, brightness: bool) -> Tensor:
+        """Cost of every translation within reach, (2 reach + 1) cubed."""
+        weight = patch.weight / patch.weight.sum()
+        image, mind = self.atlas_image[patch.box], self.atlas_mind[:, *patch.box]
+        window = tuple(slice(part.start, part.stop + 2 * self._reach) for part in patch.box)
+        query, shifts = self._query[:, *window], slice(2 * self._reach + 1)
+        size = query.shape[1:]
+        spectrum = partial(torch.fft.rfftn, s=size)
+
+        def at_shifts(product: Tensor) -> Tensor:
+            costs: Tensor = torch.fft.irfftn(product, s=size)[shifts, shifts, shifts]
+            return costs
+
+        kernel, scene = spectrum(weight).conj(), spectrum(query, dim=(1, 2, 3))
+        mean, square, seen = (at_shifts(kernel * scene[channel]) for channel in range(3))
+        cross = kernel * spectrum(self._query_mind_norm[window])
+        for channel in range(len(mind)):
+            cross = cross - 2 * spectrum(weight * mind[channel]).conj() * scene[3 + channel]
+        cost = at_shifts(cross) + (weight * mind.pow(2).sum(dim=0)).sum()
+        cost = cost + _OUTSIDE_PENALTY * (1 - seen) + _PRIOR_WEIGHT * self._prior
+        if not brightness:
+            return cost
+        product = at_shifts(spectrum(weight * image).conj() * scene[0])
+        own_mean, own_square = (weight * image).sum(), (weight * image**2).sum()
+        variance = (square - mean**2).clamp_min(0) * (own_square - own_mean**2).clamp_min(0)
+        correlation = (product - mean * own_mean) / torch.sqrt(variance + _VARIANCE_FLOOR)
+        squared_difference = square - 2 * product + own_square
+        return cost + _CORRELATION_WEIGHT * (1 - correlation) + _INTENSITY_WEIGHT * squared_difference
+
+
+@dataclass(frozen=True, eq=False)
 class _Sample:
     """The N voxels of a structure and its surroundings that are compared, in the warped atlas."""
 
@@ -110,8 +208,6 @@ class _StructureFit:
         self._search = TranslationSearch(query, atlas, spacing_mm, size_mm)
         # What lies outside the query is zero in every channel, and counted by the second one.
         self._query = torch.cat((query.image, torch.ones_like(query.image), mind_ssc(query.image)), dim=1)
-        self._atlas_image, self._atlas_mind = atlas.image[0, 0], mind_ssc(atlas.image)[0]
-        self._prior_voxels = search.PRIOR_FRACTION * size_mm / spacing_mm
 
     def fit(self, mask: LocalMap) -> _StructureMap | None:
         """Fit the map of a structure of the warped atlas: the best of those from all candidate places.
@@ -144,7 +240,8 @@ class _StructureFit:
         points = inside + torch.tensor([side.start for side in patch.box], device=device)
         i, j, k = points.unbind(dim=1)
         centre = (points * weight[:, None]).sum(dim=0)
-        return _Sample(points.float(), weight, self._atlas_image[i, j, k], self._atlas_mind[:, i, j, k], centre)
+        image, mind = self._search.atlas_image[i, j, k], self._search.atlas_mind[:, i, j, k]
+        return _Sample(points.float(), weight, image, mind, centre)
 
     def _best(self, sample: _Sample, shifts: Tensor) -> tuple[NDArray[np.float64], float] | None:
         """The best map from warped atlas to query, in voxels, and its cost, from (n, 3) translations, best first."""
@@ -164,7 +261,7 @@ class _StructureFit:
         found = torch.cat((shift, shape), dim=1).detach()
         with torch.no_grad():
             mind_difference, cost = self._terms(found, sample)
-            cost = cost + search.PRIOR_WEIGHT * 0.5 * (found[:, :3] / self._prior_voxels).pow(2).sum(dim=1)
+            cost = cost + _PRIOR_WEIGHT * 0.5 * (found[:, :3] / self._search.prior_voxels).pow(2).sum(dim=1)
             best = int(cost.argmin())
             if float(mind_difference[best]) > unmoved:
                 return None
@@ -186,7 +283,7 @@ class _StructureFit:
         squares = parameters[:, 3:].pow(2)
         cost = (
             mind_difference
-            + search.OUTSIDE_PENALTY * (1 - seen)
+            + _OUTSIDE_PENALTY * (1 - seen)
             + _ROTATION_PENALTY * squares[:, :3].sum(dim=1)
             + _STRETCH_PENALTY * squares[:, 3:6].sum(dim=1)
             + _SHEAR_PENALTY * squares[:, 6:].sum(dim=1)
@@ -196,10 +293,10 @@ class _StructureFit:
         own_centred = sample.image - (sample.image * weight).sum()
         centred = image - (image * weight).sum(dim=1, keepdim=True)
         variance = (centred.pow(2) * weight).sum(dim=1) * (own_centred.pow(2) * weight).sum()
-        correlation = (centred * own_centred * weight).sum(dim=1) / torch.sqrt(variance + search.VARIANCE_FLOOR)
+        correlation = (centred * own_centred * weight).sum(dim=1) / torch.sqrt(variance + _VARIANCE_FLOOR)
         squared_difference = ((image - sample.image).pow(2) * weight).sum(dim=1)
-        cost = cost + search.CORRELATION_WEIGHT * (1 - correlation)
-        return mind_difference, cost + search.INTENSITY_WEIGHT * squared_difference
+        cost = cost + _CORRELATION_WEIGHT * (1 - correlation)
+        return mind_difference, cost + _INTENSITY_WEIGHT * squared_difference
 
 
 def _blend(structures: list[_StructureMap], size: float) -> NDArray[np.float32]:
