@@ -95,8 +95,7 @@ def crude_cost(
     )
     if brightness:
         cost += (
-            structures._CORRELATION_WEIGHT * (1 - correlation)
-            + structures._INTENSITY_WEIGHT * ((a - q) ** 2 * w).sum()
+            structures._CORRELATION_WEIGHT * (1 - correlation) + structures._INTENSITY_WEIGHT * ((a - q) ** 2 * w).sum()
         )
     return float(cost)
 

@@ -1,7 +1,7 @@
 """Simulated registration errors: each label of the atlas, warped by a smooth random field of its own.
 
 The field is white noise smoothed by a Gaussian. Its size is a fraction of the structure's radius (of a ball of the same
-volume): in this unit the errors of real registrations are alike for structures as different as hippocampus and liver.
+volume): in this unit the errors of real registrations are similar for structures as different as hippocampus and liver.
 """
 
 from __future__ import annotations

@@ -43,12 +43,8 @@ def register(
     searched for on its own. ``initial`` replaces the linear stages. ``device`` is "cpu" or "cuda". ``on_stage`` is
     called with the name of each stage as it begins.
 
-    Raises
-    ------
-    RegistrationError
-        If one of the scans holds nothing but background, or an external engine fails.
-    MissingExtraError
-        If the engine is another package's, and that is not installed.
+    Raises :class:`.RegistrationError` if one of the scans holds nothing but background or an external engine fails, and
+    :class:`.MissingExtraError` if the engine is another package's that is not installed.
     """
     from . import affine, dissimilarity, pyramid, structures
 
@@ -92,12 +88,8 @@ def registration_from(
     The first transform is the one reported; labels are averaged over all. Scans are compared at the fine level of the
     settings; folding and volume changes are those of the field of view, not of the body.
 
-    Raises
-    ------
-    InputError
-        If the first transform maps no point of the query into the atlas.
-    RegistrationError
-        If one of the scans holds nothing but background.
+    Raises :class:`.InputError` if the first transform maps no point of the query into the atlas, and
+    :class:`.RegistrationError` if one of the scans holds nothing but background.
     """
     from . import dissimilarity, pyramid
 

@@ -30,16 +30,9 @@ _BOX_STEP = 8
 class Scan:
     """One scan prepared for registration, reduced to no more than the finest level needs; float32.
 
-    Parameters
-    ----------
-    intensity : Volume
-        0 to 1 between the 1st and 99th percentile of the foreground, clipped.
-    foreground : Volume
-        Fraction of each voxel that is foreground, on the same grid.
-    labelled : Volume or None
-        Fraction of each voxel inside any labelled structure, where labels were given.
-    window : tuple of float
-        Intensities of the scan that became 0 and 1, and the threshold of the foreground.
+    ``intensity`` is 0 to 1 between the 1st and 99th percentile of the foreground, clipped. ``foreground`` is the
+    fraction of each voxel that is foreground, ``labelled`` that inside any structure, where labels were given.
+    ``window`` are the intensities of the scan that became 0 and 1, and the threshold of the foreground.
     """
 
     intensity: Volume

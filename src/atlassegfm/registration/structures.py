@@ -130,7 +130,7 @@ class TranslationSearch:
         self._reach = max(1, int(np.ceil(_REACH * self.prior_voxels)))
         steps = (torch.arange(-self._reach, self._reach + 1, device=query.image.device) / self.prior_voxels) ** 2
         self._prior = 0.5 * (steps[:, None, None] + steps[None, :, None] + steps[None, None, :])
-        # What lies outside the query is zero in every channel, and counted by the last one.
+        # What lies outside the query is zero in every channel, and counted by the third.
         channels = (query.image, query.image**2, torch.ones_like(query.image), mind_ssc(query.image))
         self._query = F.pad(torch.cat(channels, dim=1), [self._reach] * 6)[0]
         self._query_mind_norm = self._query[3:].pow(2).sum(dim=0)
@@ -149,10 +149,7 @@ class TranslationSearch:
         return Patch(box, weight) if float(weight.sum()) > 0 else None
 
     def candidates(self, patch: Patch, count: int, *, brightness: bool = True) -> Tensor:
-        """Find the ``count`` best translations from warped atlas to query, (n, 3) voxels: lowest minima, best first.
-
-        Without ``brightness``, by MIND-SSC alone.
-        """
+        """Find the ``count`` best translations from warped atlas to query: lowest minima, (n, 3) voxels, best first."""
         cost = self._costs(patch, brightness=brightness)
         lowest = -F.max_pool3d(-cost[None, None], 2 * _NEIGHBOURHOOD + 1, stride=1, padding=_NEIGHBOURHOOD)[0, 0]
         places = torch.nonzero(cost == lowest)
@@ -206,7 +203,7 @@ class _StructureFit:
     def __init__(self, query: Level, atlas: Level, spacing_mm: float, size_mm: float, *, brightness: bool) -> None:
         self._brightness = brightness
         self._search = TranslationSearch(query, atlas, spacing_mm, size_mm)
-        # What lies outside the query is zero in every channel, and counted by the second one.
+        # What lies outside the query is zero in every channel, and counted by the second.
         self._query = torch.cat((query.image, torch.ones_like(query.image), mind_ssc(query.image)), dim=1)
 
     def fit(self, mask: LocalMap) -> _StructureMap | None:

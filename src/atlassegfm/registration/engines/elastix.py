@@ -65,8 +65,7 @@ def register(fixed: Any, moving: Any, given: Any, request: dict[str, Any]) -> tu
         engine.SetTransformParameterObject(object_of(maps))
         engine.SetComputeDeformationField(True)
         engine.UpdateLargestPossibleRegion()
-        field = np.transpose(itk.array_from_image(engine.GetOutputDeformationField()), (2, 1, 0, 3))
-        return fixed.to_ras(field)
+        return fixed.to_ras(np.transpose(itk.array_from_image(engine.GetOutputDeformationField()), (2, 1, 0, 3)))
 
     linear, maps = given, [] if given is None else [_affine_map(fixed, given)]
     if given is None:
@@ -91,8 +90,7 @@ def _fitted_matrix(fixed: Any, displacement: Any) -> Any:
     points = fixed.nodes()[few].reshape(3, -1).T
     moved = points + displacement[few].reshape(3, -1).T
     centre = points.mean(axis=0)
-    homogeneous = np.c_[points - centre, np.ones(len(points))]
-    solution = np.linalg.lstsq(homogeneous, moved, rcond=None)[0]
+    solution = np.linalg.lstsq(np.c_[points - centre, np.ones(len(points))], moved, rcond=None)[0]
     matrix = np.eye(4)
     matrix[:3, :3], matrix[:3, 3] = solution[:3].T, solution[3] - solution[:3].T @ centre
     return matrix

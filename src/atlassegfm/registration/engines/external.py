@@ -52,12 +52,8 @@ def fit(
 
     ``linear``, fixed to moving world, is kept; None if the engine does those linear stages that are switched on.
 
-    Raises
-    ------
-    InputError, MissingExtraError
-        If the Python named for the engine is no program, or has not the engine's package.
-    RegistrationError
-        If the engine gives up, or gives no usable result.
+    Raises :class:`.InputError` if the Python named for the engine is no program, :class:`.MissingExtraError` if it has
+    not the engine's package, and :class:`.RegistrationError` if the engine gives up or gives no usable result.
     """
     title, threads = ENGINES[settings.engine].title, torch.get_num_threads()
     python, origin = _python(settings)
@@ -104,10 +100,7 @@ def fit(
 
 
 def working_spacing_mm(grid: Grid, voxels: int) -> float:
-    """Compute the spacing of the finest axes for at most about ``voxels`` voxels over a scan, no finer than its own.
-
-    :func:`working_grid` says what becomes of coarser axes.
-    """
+    """Compute the spacing of the finest axes at which a scan has at most about ``voxels``, never below its own."""
     native: NDArray[np.float64] = grid.spacing_mm
     extent = np.array(grid.shape) * native
 

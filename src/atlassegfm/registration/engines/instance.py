@@ -122,10 +122,10 @@ class _Member:
 
     def fit_levels(self, begin: DisplacementField | None) -> tuple[DisplacementField, int]:
         """Fit over the whole field of view, coarse to fine."""
-        last = len(self.options.level_voxels) - 1
-        first = 0 if begin is None else min(1, last)
+        levels = range(len(self.options.level_voxels))
+        first, *finer = levels if begin is None else levels[1:] or levels
         field, count = self._fit_level(first, begin)
-        for number in range(first + 1, last + 1):
+        for number in finer:
             field, count = self._fit_level(number, field)
         return field, count
 
@@ -278,7 +278,7 @@ class _Level:
         """Dissimilarity of query and atlas read at displaced voxels, (1, 3, I, J, K); MIND-SSC at the step's voxels."""
         where = (displaced.movedim(1, -1) * self.to_unit - 1).flip(-1)
         warped = sample_at(self.atlas, where)
-        # Outside the atlas nothing is compared; no gradient here, lest leaving it lowers the loss.
+        # Outside the atlas nothing is compared; no gradient here: leaving it would lower the loss.
         counted = weight * warped[:, 1:].detach()
         loss = torch.zeros((), device=displaced.device)
         if weights.correlation:

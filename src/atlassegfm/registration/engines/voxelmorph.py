@@ -62,9 +62,8 @@ def fit(pair: Pair, linear: Affine, _start: Start | None, settings: Registration
             "the optimisation of the network diverged; lower registration.voxelmorph.learning_rate "
             f"(now {options.learning_rate:g})"
         )
-    world = np.einsum("wv,vijk->wijk", grid.affine[:3, :3], displacement)
-    field = DisplacementField(grid, world.astype(np.float32))
-    return Registration(linear, field, parameter_count={"deformable": parameter_count})
+    world = np.einsum("wv,vijk->wijk", grid.affine[:3, :3], displacement).astype(np.float32)
+    return Registration(linear, DisplacementField(grid, world), parameter_count={"deformable": parameter_count})
 
 
 class Network(nn.Module):
@@ -151,14 +150,13 @@ def _optimise(query: Level, atlas: Level, options: VoxelmorphSettings) -> tuple[
         optimizer.step()
     with torch.no_grad():
         displacement, _ = predicted()
-    found: NDArray[np.float32] = displacement[0].cpu().numpy()
-    return found, sum(parameter.numel() for parameter in network.parameters())
+    return displacement[0].cpu().numpy(), sum(parameter.numel() for parameter in network.parameters())
 
 
 class _Dissimilarity:
     """Dissimilarity of query and displaced atlas, inside the atlas's field of view alone; 0 where they are the same.
 
-    No gradient goes through the field of view, lest pushing what does not match out of it lowers the loss.
+    No gradient goes through the field of view: pushing what does not match out of it would lower the loss.
     """
 
     def __init__(self, query: Level, atlas: Level, options: VoxelmorphSettings) -> None:
