@@ -27,7 +27,7 @@ from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.registration import ENGINES, Registration, pyramid, register, require_engine
 from atlassegfm.registration.engines import elastix, external, external_process
-from atlassegfm.registration.pair import Pair
+from atlassegfm.registration.pyramid import Pair
 from atlassegfm.settings import RegistrationSettings
 from atlassegfm.transforms.maps import Affine, Chain, DisplacementField, Transform
 from atlassegfm.transforms.resample import resample

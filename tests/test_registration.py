@@ -16,9 +16,9 @@ import scenes
 from atlassegfm.core.errors import RegistrationError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
-from atlassegfm.registration import Registration, affine, features, pyramid, register, sampling, structure_affine
+from atlassegfm.registration import Registration, affine, features, pyramid, register, sampling, structures
 from atlassegfm.registration.engines import instance
-from atlassegfm.registration.pair import Pair, Start
+from atlassegfm.registration.pyramid import Pair, Start
 from atlassegfm.settings import InstanceSettings, RegistrationSettings
 from atlassegfm.transforms.maps import Affine, DisplacementField
 from atlassegfm.transforms.resample import resample
@@ -204,18 +204,17 @@ def test_frame_covers_the_field_of_view(affine: NDArray[np.float64], other: NDAr
 def test_blocks_lie_where_their_voxels_do(affine: NDArray[np.float64]) -> None:
     grid, factors = Grid((6, 8, 3), affine), (2, 4, 1)
     world = grid.voxel_to_world(np.moveaxis(np.indices(grid.shape), 0, -1))
-    reduced = pyramid._downsampled_grid(grid, factors)
-    assert reduced.shape == (3, 2, 3)
-    expected = reduced.voxel_to_world(np.moveaxis(np.indices(reduced.shape), 0, -1))
     for axis in range(3):
-        means = pyramid._block_means(np.ascontiguousarray(world[..., axis], dtype=np.float32), factors)
-        np.testing.assert_allclose(means, expected[..., axis], atol=1e-4)
+        means = pyramid._block_means(Volume(np.ascontiguousarray(world[..., axis], dtype=np.float32), grid), factors)
+        assert means.grid.shape == (3, 2, 3)
+        expected = means.grid.voxel_to_world(np.moveaxis(np.indices(means.grid.shape), 0, -1))
+        np.testing.assert_allclose(means.data, expected[..., axis], atol=1e-4)
 
 
 def test_an_incomplete_block_repeats_its_last_plane() -> None:
     data = np.arange(5, dtype=np.float32)[:, None, None]
-    np.testing.assert_array_equal(pyramid._block_means(data, (2, 1, 1)).ravel(), [0.5, 2.5, 4])
-    assert pyramid._downsampled_grid(Grid((5, 1, 1), np.eye(4)), (2, 1, 1)).shape == (3, 1, 1)
+    means = pyramid._block_means(Volume(data, Grid((5, 1, 1), np.eye(4))), (2, 1, 1))
+    np.testing.assert_array_equal(means.data.ravel(), [0.5, 2.5, 4])
 
 
 def test_prepare_parts_body_from_air() -> None:
@@ -550,13 +549,13 @@ def test_where_contrast_differs_the_fit_is_contrast_robust(monkeypatch: pytest.M
     organs = scenes.QUERY.labels(grid)
     fixed = scenes.QUERY.scan(grid)
     dark = Volume(np.where(organs.data == 1, fixed.data / 4, fixed.data).astype(np.float32), grid)
-    fit, asked = structure_affine.fit, []
+    fit, asked = structures.fit, []
 
     def noted(*args: Any, brightness: bool = True) -> DisplacementField | None:
         asked.append(brightness)
         return fit(*args, brightness=brightness)
 
-    monkeypatch.setattr(structure_affine, "fit", noted)
+    monkeypatch.setattr(structures, "fit", noted)
 
     def fitted(query: Volume, *, contrast_robust: bool) -> tuple[NDArray[np.float32], list[bool]]:
         asked.clear()

@@ -16,7 +16,7 @@ from scipy.spatial.transform import Rotation
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap
-from atlassegfm.registration import pyramid, structure_affine, structure_search
+from atlassegfm.registration import pyramid, structures
 from atlassegfm.registration.affine import affine_maps
 from atlassegfm.registration.features import mind_ssc
 from atlassegfm.transforms.maps import Affine
@@ -62,7 +62,7 @@ def level_of(image: NDArray[np.float32], inside: NDArray[np.float32] | None = No
 def crude_cost(
     query: pyramid.Level,
     atlas: pyramid.Level,
-    patch: structure_search.Patch,
+    patch: structures.Patch,
     shift: tuple[int, int, int],
     sigma: float,
     *,
@@ -75,7 +75,7 @@ def crude_cost(
     mind = seen = 0.0
     here, there, weights = [], [], []
     for ijk in np.ndindex(*weight.shape):
-        at = tuple(int(n + s) for n, s in zip(ijk, patch.start, strict=True))
+        at = tuple(int(n + s) for n, s in zip(ijk, (side.start for side in patch.box), strict=True))
         to = tuple(n + s for n, s in zip(at, shift, strict=True))
         within = all(0 <= n < size for n, size in zip(to, q_image.shape, strict=True))
         described = q_mind[:, *to] if within else np.zeros(12)
@@ -87,16 +87,15 @@ def crude_cost(
     a, q, w = (np.array(values) for values in (here, there, weights))
     centred_a, centred_q = a - (a * w).sum(), q - (q * w).sum()
     variance = (centred_a**2 * w).sum() * (centred_q**2 * w).sum()
-    correlation = (centred_a * centred_q * w).sum() / np.sqrt(variance + structure_search.VARIANCE_FLOOR)
+    correlation = (centred_a * centred_q * w).sum() / np.sqrt(variance + structures._VARIANCE_FLOOR)
     cost = (
         mind
-        + structure_search.OUTSIDE_PENALTY * (1 - seen)
-        + structure_search.PRIOR_WEIGHT * 0.5 * (np.array(shift) ** 2).sum() / sigma**2
+        + structures._OUTSIDE_PENALTY * (1 - seen)
+        + structures._PRIOR_WEIGHT * 0.5 * (np.array(shift) ** 2).sum() / sigma**2
     )
     if brightness:
         cost += (
-            structure_search.CORRELATION_WEIGHT * (1 - correlation)
-            + structure_search.INTENSITY_WEIGHT * ((a - q) ** 2 * w).sum()
+            structures._CORRELATION_WEIGHT * (1 - correlation) + structures._INTENSITY_WEIGHT * ((a - q) ** 2 * w).sum()
         )
     return float(cost)
 
@@ -116,10 +115,10 @@ def small_pair(
 @pytest.mark.parametrize("brightness", [True, False])
 def test_costs_of_shifts_are_those_of_a_cruder_search(brightness: bool) -> None:
     query, atlas, mask = small_pair()
-    found = structure_search.TranslationSearch(query, atlas, 1.0, 12.0)
+    found = structures.TranslationSearch(query, atlas, 1.0, 12.0)
     patch = found.patch(mask)
     assert patch is not None
-    sigma = structure_search.PRIOR_FRACTION * 12.0
+    sigma = structures._PRIOR_FRACTION * 12.0
     costs = found._costs(patch, brightness=brightness).numpy()
     reach = (costs.shape[0] - 1) // 2
     assert reach == 3
@@ -130,7 +129,7 @@ def test_costs_of_shifts_are_those_of_a_cruder_search(brightness: bool) -> None:
 
 def test_candidates_are_the_lowest_minima_in_order() -> None:
     query, atlas, mask = small_pair((30, 30, 30))
-    found = structure_search.TranslationSearch(query, atlas, 1.0, 50.0)
+    found = structures.TranslationSearch(query, atlas, 1.0, 50.0)
     patch = found.patch(mask)
     assert patch is not None
     costs = found._costs(patch, brightness=True).numpy()
@@ -144,7 +143,7 @@ def test_candidates_are_the_lowest_minima_in_order() -> None:
 
 def test_what_the_atlas_has_not_imaged_has_no_patch() -> None:
     query, atlas, _ = small_pair()
-    found = structure_search.TranslationSearch(query, atlas, 1.0, 12.0)
+    found = structures.TranslationSearch(query, atlas, 1.0, 12.0)
     assert found.patch(LocalMap((4, 4, 9), np.ones((2, 2, 1), np.float32))) is None
     partly = found.patch(LocalMap((4, 4, 5), np.ones((2, 2, 4), np.float32)))
     assert partly is not None
@@ -185,8 +184,8 @@ def dice(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
 
 def best_map(
     query: NDArray[np.float32], atlas: NDArray[np.float32], mask: NDArray[np.float32], *, brightness: bool = True
-) -> structure_affine._StructureMap | None:
-    fit = structure_affine._StructureFit(level_of(query), level_of(atlas), 1.0, float(SIZE), brightness=brightness)
+) -> structures._StructureMap | None:
+    fit = structures._StructureFit(level_of(query), level_of(atlas), 1.0, float(SIZE), brightness=brightness)
     return fit.fit(LocalMap((0, 0, 0), mask))
 
 
@@ -216,7 +215,7 @@ def test_of_two_places_the_one_that_fits_in_the_end_is_kept() -> None:
     decoy, decoy_mask = organ(about_the_middle(np.eye(3), (0.0, 0.0, -6.0)), stripes=False)
     query = np.where(decoy_mask > 0, decoy, query)
     levels = level_of(query), level_of(atlas)
-    places = structure_search.TranslationSearch(*levels, 1.0, float(SIZE))
+    places = structures.TranslationSearch(*levels, 1.0, float(SIZE))
     patch = places.patch(LocalMap((0, 0, 0), mask))
     assert patch is not None
     assert places.candidates(patch, 8)[0, 2] < 0
@@ -251,7 +250,7 @@ def test_dark_organ_that_moved_is_found_without_brightness() -> None:
 
 def test_what_the_atlas_has_not_imaged_has_no_map() -> None:
     query, atlas, _ = small_pair()
-    fit = structure_affine._StructureFit(query, atlas, 1.0, 12.0, brightness=True)
+    fit = structures._StructureFit(query, atlas, 1.0, 12.0, brightness=True)
     assert fit.fit(LocalMap((4, 4, 9), np.ones((2, 2, 1), np.float32))) is None
 
 
@@ -263,14 +262,14 @@ def ball(centre: tuple[float, float, float], radius: float = 6.0) -> NDArray[np.
 
 def moved_ball(
     centre: tuple[float, float, float], shift: tuple[float, float, float], cost: float = 0.5
-) -> structure_affine._StructureMap:
-    return structure_affine._StructureMap(affine_of(np.eye(3), shift), ball(centre), cost)
+) -> structures._StructureMap:
+    return structures._StructureMap(affine_of(np.eye(3), shift), ball(centre), cost)
 
 
 def test_blending_gives_each_structure_its_own_shift() -> None:
     first, second = (4.0, 0.0, -2.0), (-3.0, 2.0, 1.0)
     pair = [moved_ball((12, 20, 20), first), moved_ball((28, 20, 20), second)]
-    field = structure_affine._blend(pair, float(SIZE))
+    field = structures._blend(pair, float(SIZE))
     for one, shift in zip(pair, (first, second), strict=True):
         inside = field[:, one.mask > 0]
         # From the query back to the atlas; two voxels apart they cannot both be met to the border.
@@ -281,7 +280,7 @@ def test_blending_gives_each_structure_its_own_shift() -> None:
 
 
 def test_far_from_all_structures_nothing_moves() -> None:
-    field = structure_affine._blend([moved_ball((8, 8, 8), (3.0, 3.0, 3.0))], 20.0)
+    field = structures._blend([moved_ball((8, 8, 8), (3.0, 3.0, 3.0))], 20.0)
     assert np.abs(field[:, 8, 8, 8] + 3).max() < 0.2
     assert np.abs(field[:, 34:, 34:, 34:]).max() < 0.05
 
@@ -289,7 +288,7 @@ def test_far_from_all_structures_nothing_moves() -> None:
 def test_a_structure_that_matches_badly_counts_less() -> None:
     def shift_between(cost: float) -> float:
         pair = [moved_ball((20, 20, 12), (0, 0, 4.0)), moved_ball((20, 20, 28), (0, 0, -4.0), cost)]
-        return float(structure_affine._blend(pair, float(SIZE))[2, 20, 20, 20])
+        return float(structures._blend(pair, float(SIZE))[2, 20, 20, 20])
 
     assert abs(shift_between(0.5)) < 0.1
     assert shift_between(2.5) < -0.5
@@ -329,7 +328,7 @@ def test_search_moves_each_structure_in_world_mm(name: str) -> None:
     there = [here[0] + (4.0, 10.0, 18.0), here[1] + (-6.0, -12.0, -14.0)]
     moving, labels = scan(grid_along(np.eye(3)), here)
     fixed, _ = scan(grid_along(axes), there)
-    field = structure_affine.fit(
+    field = structures.fit(
         pyramid.prepare(fixed, None, 5.0, "query"),
         pyramid.prepare(moving, labels, 5.0, "atlas"),
         labels,
@@ -348,4 +347,4 @@ def test_no_structure_in_view_gives_no_field() -> None:
     scan, labels = Volume(atlas, grid), Volume(mask.astype(np.uint8), grid)
     prepared = pyramid.prepare(scan, None, 1.0, "query"), pyramid.prepare(scan, labels, 1.0, "atlas")
     away = Affine(affine_of(np.eye(3), (200.0, 0.0, 0.0)))
-    assert structure_affine.fit(*prepared, labels, away, 1.0, "cpu") is None
+    assert structures.fit(*prepared, labels, away, 1.0, "cpu") is None

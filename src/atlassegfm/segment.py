@@ -30,8 +30,7 @@ from .prompts import INSIDE, used_prompt
 from .quality.coverage import outside_fractions
 from .quality.evidence import Case, Evidence, gather
 from .quality.verdict import StructureQuality, Verdict, judge
-from .registration import Registration, register
-from .registration.given import registration_from
+from .registration import Registration, register, registration_from
 from .result import Segmentation, Status, StructureMaps, StructureResult
 from .settings import Settings
 from .transforms.maps import Transform

@@ -33,11 +33,7 @@ _FILES = frozenset({ATLAS, LABELS, QUERY, REFERENCE})
 class DemoScore:
     """Dice coefficients of one structure against the true labels, in [0, 1]; NaN where neither side has it.
 
-    Parameters
-    ----------
-    structure : Structure
-    atlas, model, fused : float or None
-        Warped atlas, model (None without one) and final result.
+    They are those of warped atlas, model (None without one) and final result.
     """
 
     structure: Structure
@@ -56,8 +52,11 @@ class DemoOutcome:
     def means(self) -> tuple[float, float | None, float]:
         """Mean Dice over the structures: atlas, model, fused."""
         models = [score.model for score in self.scores if score.model is not None]
-        atlas, fused = ([getattr(score, name) for score in self.scores] for name in ("atlas", "fused"))
-        return float(np.nanmean(atlas)), float(np.nanmean(models)) if models else None, float(np.nanmean(fused))
+        return (
+            float(np.nanmean([score.atlas for score in self.scores])),
+            float(np.nanmean(models)) if models else None,
+            float(np.nanmean([score.fused for score in self.scores])),
+        )
 
 
 def run_demo(
@@ -70,40 +69,28 @@ def run_demo(
 ) -> DemoOutcome:
     """Segment the embedded query by the embedded atlas, and score the result.
 
-    Parameters
-    ----------
-    folder : Path
-        Gets ``data`` (the scans), ``result`` and ``demo.png``; replaces an earlier demo.
-    settings : Settings
-    device : {"auto", "cpu", "cuda"}
-    picture : bool
-        Whether to draw ``demo.png``; needs the extra "report".
-    on_stage : callable, optional
-        Called with the name of each stage as it begins.
+    ``folder`` gets ``data`` (the scans), ``result`` and, with a ``picture``, ``demo.png``; an earlier demo is replaced.
+    ``on_stage`` is called with the name of each stage as it begins.
 
     Raises
     ------
     MissingExtraError
-        If the picture cannot be drawn; before anything is computed.
+        If the picture cannot be drawn, which needs the extra "report"; before anything is computed.
     InputError
         If the folder cannot be written or holds something else.
     """
     if picture:
         require_report_extra()
-    check_replaceable(folder / "result" / RESULT, RESULT_NAMES)
-    with (
-        output_folder(folder),
-        replaced_folder(folder / "data", _FILES) as data,
-        output_folder(folder / "result"),
-    ):
+    data_folder, result_folder = folder / "data", folder / "result"
+    check_replaceable(result_folder / RESULT, RESULT_NAMES)
+    with output_folder(folder), replaced_folder(data_folder, _FILES) as data, output_folder(result_folder):
         for name in sorted(_FILES):
             shutil.copyfile(demo.PAIR / name, data / name)
         context = Context.from_files(data / ATLAS, data / LABELS, settings=settings)
         query, reference = load_image(data / QUERY), load_labels(data / REFERENCE)
         result = segment(context, query, device=device, on_stage=on_stage)
-        scores = _scores(result, reference)
-        run = write_result(result, RunInputs(context, query), folder / "result" / RESULT, StatusRecord(state="done"))
-        outcome = DemoOutcome(scores, run)
+        run = write_result(result, RunInputs(context, query), result_folder / RESULT, StatusRecord(state="done"))
+        outcome = DemoOutcome(_scores(result, reference), run)
         if picture:
             if on_stage is not None:
                 on_stage("drawing the picture")
@@ -115,26 +102,23 @@ def run_demo(
                 title="AtlasSegFM demo: one annotated scan segments another",
                 subtitle=_subtitle(outcome),
                 reference=reference,
-                scores={score.structure.value: score.fused for score in scores},
+                scores={score.structure.value: score.fused for score in outcome.scores},
             )
     return outcome
 
 
 def _scores(result: Segmentation, reference: Volume) -> tuple[DemoScore, ...]:
     structures = [one.structure for one in result.structures]
-    atlas, model, fused = (
-        None if labels is None else dice_per_structure(labels.data, reference.data, [one.value for one in structures])
-        for labels in (result.atlas_labels, result.model_labels, result.labels)
-    )
-    assert atlas is not None
-    assert fused is not None
-    return tuple(
-        DemoScore(one, atlas[one.value], None if model is None else model[one.value], fused[one.value])
-        for one in structures
-    )
+
+    def dice(labels: Volume) -> dict[int, float]:
+        return dice_per_structure(labels.data, reference.data, [one.value for one in structures])
+
+    atlas, fused = dice(result.atlas_labels), dice(result.labels)
+    model = {} if result.model_labels is None else dice(result.model_labels)
+    return tuple(DemoScore(one, atlas[one.value], model.get(one.value), fused[one.value]) for one in structures)
 
 
 def _subtitle(outcome: DemoOutcome) -> str:
     atlas, model, fused = outcome.means()
-    parts = [f"warped atlas {atlas:.3f}", *([] if model is None else [f"model {model:.3f}"]), f"fused {fused:.3f}"]
-    return f"Mean Dice against the true labels: {', '.join(parts)}. Synthetic scans."
+    of_model = "" if model is None else f"model {model:.3f}, "
+    return f"Mean Dice against the true labels: warped atlas {atlas:.3f}, {of_model}fused {fused:.3f}. Synthetic scans."

@@ -1,8 +1,8 @@
 """Correction of fused masks near their borders by a small network: the first step of the default gate after fusion.
 
-The paper's gate (:mod:`.gate`) can only choose between two masks. The correction adds to the log-odds of each voxel
-near the border what a network learned on the atlas's own scan from simulated masks (:mod:`.simulation`), where the
-truth is known. :mod:`.correction_features` computes its inputs, :mod:`.correction_training` trains it.
+The correction adds to the log-odds of each voxel near the border what a network learned on the atlas's own scan from
+simulated masks (:mod:`.simulation`). :mod:`.correction_features` has its inputs, :mod:`.correction_training` its
+training.
 """
 
 from __future__ import annotations
@@ -24,24 +24,20 @@ from .correction_features import Array, border_features, downsample, log_odds, u
 HIDDEN_WIDTH, EMBEDDING_WIDTH = 32, 8
 #: Voxels kept of a training sample; of more, as many are drawn at random.
 _SAMPLE_VOXELS = 5000
+#: Arrays of a correction, as they are saved.
+_NAMES = (
+    *("mean", "deviation", "strength", "embedding"),
+    *(f"{part}_{layer}" for part in ("weights", "biases") for layer in range(3)),
+)
 #: Voxels corrected at a time, which bounds memory.
 _CHUNK = 1 << 16
 
 
 @dataclass(frozen=True, eq=False)
 class TrainingSample:
-    """One simulated mask of one structure.
+    """N voxels near the border of one simulated mask of one structure; its number counts from 1.
 
-    Parameters
-    ----------
-    number : int
-        Number of the structure, from 1.
-    features : array, (N, F) float32
-        Features of N voxels near the border.
-    log_odds : array, (N,) float32
-        Log-odds of the mask to be corrected.
-    truth : array, (N,) float32
-        Fraction of the voxel inside the structure, in [0, 1].
+    Features are (N, F), the mask's log-odds (N,), the truth (N,) the fraction inside the structure, in [0, 1]; float32.
     """
 
     number: int
@@ -89,8 +85,7 @@ class Correction:
         """Compare all numbers exactly."""
         if not isinstance(other, Correction):
             return NotImplemented
-        pairs = zip(self.arrays().values(), other.arrays().values(), strict=True)
-        return all(np.array_equal(one, another) for one, another in pairs)
+        return all(map(np.array_equal, self.arrays().values(), other.arrays().values()))
 
     def __hash__(self) -> int:
         return hash(tuple(one.tobytes() for one in self.arrays().values()))
@@ -102,40 +97,23 @@ class Correction:
 
     def arrays(self) -> dict[str, Array]:
         """Return all numbers as named arrays, for :meth:`from_arrays`."""
-        layers = {f"weights_{n}": one for n, one in enumerate(self.weights)}
-        layers |= {f"biases_{n}": one for n, one in enumerate(self.biases)}
-        scales = {"mean": self.mean, "deviation": self.deviation, "strength": np.array(self.strength, np.float32)}
-        return {**scales, "embedding": self.embedding, **layers}
+        numbers = (self.mean, self.deviation, np.array(self.strength, np.float32), self.embedding)
+        return dict(zip(_NAMES, (*numbers, *self.weights, *self.biases), strict=True))
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> Correction:
         """Build a correction from the result of :meth:`arrays`.
 
-        Raises
-        ------
-        KeyError, ValueError
-            If an array is missing or has another shape.
+        Raises :class:`KeyError` or :class:`ValueError` if an array is missing or has another shape.
         """
-
-        def array(name: str) -> Array:
-            return np.asarray(arrays[name], np.float32)
-
-        return cls(
-            mean=array("mean"),
-            deviation=array("deviation"),
-            embedding=array("embedding"),
-            weights=(array("weights_0"), array("weights_1"), array("weights_2")),
-            biases=(array("biases_0"), array("biases_1"), array("biases_2")),
-            strength=float(array("strength")),
-        )
+        numbers = (np.asarray(arrays[name], np.float32) for name in _NAMES)
+        mean, deviation, strength, embedding, w0, w1, w2, b0, b1, b2 = numbers
+        return cls(mean, deviation, embedding, (w0, w1, w2), (b0, b1, b2), float(strength))
 
     def apply(self, image: Volume, number: int, atlas: LocalMap, masks: Mapping[int, LocalMap]) -> LocalMap:
         """Correct the mask of one structure; parameters as of :func:`.border_features`.
 
-        Returns
-        -------
-        LocalMap
-            float32 in [0, 1]; the mask itself if it has no border.
+        The result is float32 in [0, 1]; the mask itself if it has no border.
         """
         mask = masks[number]
         near = border_features(image, number, atlas, masks)
@@ -164,23 +142,10 @@ class Correction:
 def make_training_sample(
     image: Volume, number: int, atlas: LocalMap, masks: Mapping[int, LocalMap], truth: LocalMap, *, seed: Sequence[int]
 ) -> TrainingSample | None:
-    """Make a training sample of one simulated mask.
+    """Make a training sample of one simulated mask on the atlas's scan; None if the mask has no border.
 
-    Parameters
-    ----------
-    image : Volume
-        The atlas's scan.
-    number, atlas, masks
-        As of :func:`.border_features`; ``atlas`` is the simulated mask.
-    truth : LocalMap
-        The atlas's label, 0 or 1.
-    seed : sequence of int
-        Seed of the choice of voxels.
-
-    Returns
-    -------
-    TrainingSample or None
-        None if the mask has no border.
+    ``number``, ``atlas`` and ``masks`` are as of :func:`.border_features`, ``atlas`` being the simulated mask;
+    ``truth`` is the atlas's label, 0 or 1; ``seed`` is that of the choice of voxels.
     """
     near = border_features(image, number, atlas, masks)
     if near is None:

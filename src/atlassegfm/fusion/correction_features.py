@@ -6,12 +6,12 @@ expected errors of the border. What is learned on one scan therefore holds on th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from scipy.special import logit
 
@@ -39,17 +39,10 @@ _MIN_CONTRAST = 0.05
 
 @dataclass(frozen=True, eq=False)
 class BorderFeatures:
-    """Features of one structure.
+    """Features of one structure near its border.
 
-    Parameters
-    ----------
-    start, stop : tuple of int, (3,)
-        Box on the scan's grid.
-    strides : tuple of int, (3,)
-        Downsampling of the box along each axis.
-    band : array of bool
-        The N voxels of the downsampled box near a border.
-    values : array, (N, F) float32
+    ``start`` and ``stop`` are the box on the scan's grid, ``strides`` its downsampling along each axis, ``band`` the N
+    voxels of the downsampled box near a border, (A, B, C) bool; ``values`` are (N, F) float32.
     """
 
     start: tuple[int, int, int]
@@ -62,33 +55,20 @@ class BorderFeatures:
 def border_features(
     image: Volume, number: int, atlas: LocalMap, masks: Mapping[int, LocalMap]
 ) -> BorderFeatures | None:
-    """Compute the features of the voxels near the border of one structure.
+    """Compute the features of the voxels near the border of one structure; None if it has no border.
 
-    Parameters
-    ----------
-    image : Volume
-        The scan.
-    number : int
-        Number of the structure.
-    atlas : LocalMap
-        Its warped mask on the scan's grid, in [0, 1].
-    masks : mapping of int to LocalMap
-        Fused masks of all structures by number, in [0, 1].
-
-    Returns
-    -------
-    BorderFeatures or None
-        None if the structure has no border.
+    ``atlas`` is its warped mask on the scan's grid, ``masks`` are the fused masks of all structures by number, all in
+    [0, 1].
     """
     mask = masks[number]
     if not (mask.values >= INSIDE).any() or not (atlas.values >= INSIDE).any():
         return None
     grid = image.grid
     margin = np.ceil(_MARGIN_MM / grid.spacing_mm).astype(int)
-    i, j, k = (int(n) for n in np.maximum(np.minimum(atlas.start, mask.start) - margin, 0))
-    x, y, z = (int(n) for n in np.minimum(np.maximum(atlas.stop, mask.stop) + margin, grid.shape))
-    start, stop = (i, j, k), (x, y, z)
-    strides = block_strides((x - i, y - j, z - k), grid.spacing_mm)
+    start = tuple(np.maximum(np.minimum(atlas.start, mask.start) - margin, 0).tolist())
+    stop = tuple(np.minimum(np.maximum(atlas.stop, mask.stop) + margin, grid.shape).tolist())
+    box = tuple(slice(first, last) for first, last in zip(start, stop, strict=True))
+    strides = block_strides(np.subtract(stop, start), grid.spacing_mm)
     spacing_mm = grid.spacing_mm * strides
 
     def on_blocks(values: LocalMap) -> Array:
@@ -97,7 +77,7 @@ def border_features(
     warped, own = on_blocks(atlas), on_blocks(mask)
     others = np.zeros_like(own)
     for other, values in masks.items():
-        if other != number and _boxes_meet(values, start, stop):
+        if other != number and (np.less(values.start, stop) & np.less(start, values.stop)).all():
             np.maximum(others, on_blocks(values), out=others)
     inside_atlas, inside = warped >= INSIDE, own >= INSIDE
     if not inside_atlas.any() or not inside.any():
@@ -107,21 +87,11 @@ def border_features(
     to_atlas = (signed_distance_mm(inside_atlas, spacing_mm) / error_mm).clip(-9, 9)
     to_mask = (signed_distance_mm(inside, spacing_mm) / error_mm).clip(-9, 9)
     band = (np.abs(to_atlas) < _ATLAS_BAND) | (np.abs(to_mask) < _MASK_BAND)
-    near = to_atlas > -_ATLAS_BAND - 1
-    if not near.any() or not band.any():
+    if not band.any():
         return None
-    view = _View(
-        scan=downsample(image.data[i:x, j:y, k:z].astype(np.float32), strides),
-        warped=warped,
-        own=own,
-        others=others,
-        to_atlas=to_atlas,
-        to_mask=to_mask,
-        band=band,
-        near=near,
-        spacing_mm=spacing_mm,
-        error_mm=error_mm,
-    )
+    near = to_atlas > -_ATLAS_BAND - 1
+    scan = downsample(image.data[box].astype(np.float32), strides)
+    view = _View(scan, warped, own, others, to_atlas, to_mask, band, near, spacing_mm, error_mm)
     columns = [*_image_features(view), *_mask_features(view)]
     return BorderFeatures(start, stop, strides, band, np.stack(columns, axis=1).astype(np.float32))
 
@@ -142,8 +112,7 @@ class _View:
     error_mm: float
 
     def smooth(self, values: Array, sigma_mm: float) -> Array:
-        result: Array = ndimage.gaussian_filter(values, sigma_mm / self.spacing_mm, truncate=2.5)
-        return result
+        return np.asarray(ndimage.gaussian_filter(values, sigma_mm / self.spacing_mm, truncate=2.5))
 
     def gradient(self, values: Array) -> Array:
         """(3, N) derivatives along the axes, per mm; 0 along an axis of one voxel."""
@@ -184,9 +153,7 @@ def _image_features(view: _View) -> Iterator[Array]:
 def _mask_features(view: _View) -> Iterator[Array]:
     """(N,) each: the masks of this structure and of the others, at the voxel and around it."""
     band, error_mm = view.band, view.error_mm
-    odds = log_odds(view.own)
-    to_atlas = view.to_atlas.clip(-4, 4)
-    disagreement = view.own - view.warped
+    odds, to_atlas, disagreement = log_odds(view.own), view.to_atlas.clip(-4, 4), view.own - view.warped
     yield odds[band] / 3
     yield view.smooth(odds, 2 * float(view.spacing_mm.min()))[band] / 3
     yield view.smooth(odds, error_mm)[band] / 3
@@ -202,18 +169,15 @@ def _mask_features(view: _View) -> Iterator[Array]:
 
 def log_odds(probability: Array) -> Array:
     """Compute log-odds of probabilities clipped to [0.01, 0.99]."""
-    odds: Array = logit(probability.clip(_MIN_PROBABILITY, 1 - _MIN_PROBABILITY))
-    return odds
+    return np.asarray(logit(probability.clip(_MIN_PROBABILITY, 1 - _MIN_PROBABILITY)))
 
 
-def block_strides(shape: Sequence[int], spacing_mm: NDArray[np.float64]) -> tuple[int, int, int]:
+def block_strides(shape: ArrayLike, spacing_mm: NDArray[np.float64]) -> tuple[int, int, int]:
     """Choose the downsampling of a box: powers of 2 along its finest axes, until at most a million voxels are left."""
     strides = np.ones(3, int)
     while np.prod(np.ceil(np.array(shape) / strides)) > _MAX_VOXELS:
-        finest = (spacing_mm * strides).min()
-        strides[spacing_mm * strides < 1.5 * finest] *= 2
-    i, j, k = (int(stride) for stride in strides)
-    return i, j, k
+        strides[spacing_mm * strides < 1.5 * (spacing_mm * strides).min()] *= 2
+    return tuple(strides.tolist())
 
 
 def downsample(values: Array, strides: tuple[int, int, int]) -> Array:
@@ -222,8 +186,7 @@ def downsample(values: Array, strides: tuple[int, int, int]) -> Array:
         if stride > 1:
             first = np.arange(0, values.shape[axis], stride)
             sizes = np.diff(first, append=values.shape[axis]).astype(np.float32)
-            along = [1, 1, 1]
-            along[axis] = len(sizes)
+            along = [-1 if n == axis else 1 for n in range(3)]
             values = np.add.reduceat(values, first, axis=axis) / sizes.reshape(along)
     return values
 
@@ -234,23 +197,12 @@ def upsample(values: Array, strides: tuple[int, int, int], shape: tuple[int, ...
         return values
     step = np.array(strides, float)
     # The centre of voxel v lies at (v + 1/2) / stride - 1/2 blocks.
-    result: Array = ndimage.affine_transform(
-        values, 1 / step, offset=0.5 / step - 0.5, output_shape=tuple(shape), order=1, mode="nearest"
-    )
-    return result
-
-
-def _boxes_meet(mask: LocalMap, start: Sequence[int], stop: Sequence[int]) -> bool:
-    """Whether the box of the mask overlaps the box ``start`` to ``stop``."""
-    if not mask.values.size:
-        return False
-    sides = zip(mask.start, mask.stop, start, stop, strict=True)
-    return all(first < other_last and other_first < last for first, last, other_first, other_last in sides)
+    offset = 0.5 / step - 0.5
+    return np.asarray(ndimage.affine_transform(values, 1 / step, offset, shape, order=1, mode="nearest"))
 
 
 def _moments(image: Array, weight: Array) -> tuple[Any, Any]:
     """Weighted mean and standard deviation; 0 and 0.02 where all weights are 0."""
     total = weight.sum() + np.float32(1e-6)
     mean = (weight * image).sum() / total
-    deviation = np.sqrt((weight * (image - mean) ** 2).sum() / total) + np.float32(0.02)
-    return mean, deviation
+    return mean, np.sqrt((weight * (image - mean) ** 2).sum() / total) + np.float32(0.02)

@@ -20,23 +20,9 @@ _MIN_DEVIATION = 0.05
 def train_correction(
     samples: Sequence[TrainingSample], structures: int, settings: CorrectionSettings | None = None, *, seed: int
 ) -> Correction | None:
-    """Train one network for all structures.
+    """Train one network for all structures, numbered from 1 to ``structures``; None without samples.
 
-    Parameters
-    ----------
-    samples : sequence of TrainingSample
-        Some of each structure.
-    structures : int
-        Number of structures; they are numbered from 1 to this.
-    settings : CorrectionSettings, optional
-        Defaults if left out.
-    seed : int
-        Seed of initialisation, batches and noise.
-
-    Returns
-    -------
-    Correction or None
-        None without samples.
+    ``samples`` has some of each structure; ``seed`` is that of initialisation, batches and noise.
     """
     settings = settings or CorrectionSettings()
     if not samples:
@@ -44,10 +30,8 @@ def train_correction(
     stacked = np.concatenate([one.features for one in samples])
     mean, deviation = stacked.mean(axis=0), stacked.std(axis=0) + np.float32(_MIN_DEVIATION)
     del stacked
-    tensors = [
-        (torch.from_numpy((one.features - mean) / deviation), *map(torch.from_numpy, (one.log_odds, one.truth)))
-        for one in samples
-    ]
+    arrays = (((one.features - mean) / deviation, one.log_odds, one.truth) for one in samples)
+    tensors = [tuple(map(torch.from_numpy, parts)) for parts in arrays]
     generator, random = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     network = _Network(len(mean), structures, generator)
     optimiser = torch.optim.AdamW(network.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
@@ -74,9 +58,8 @@ class _Network(nn.Module):
 
     def __init__(self, features: int, structures: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.embedding = nn.Embedding.from_pretrained(
-            torch.randn((structures, EMBEDDING_WIDTH), generator=generator), freeze=False
-        )
+        rows = torch.randn((structures, EMBEDDING_WIDTH), generator=generator)
+        self.embedding = nn.Embedding.from_pretrained(rows, freeze=False)
         inputs = (features + EMBEDDING_WIDTH, HIDDEN_WIDTH)
         self.hidden = nn.ModuleList([skip_init(nn.Linear, width, HIDDEN_WIDTH) for width in inputs])
         self.output = skip_init(nn.Linear, HIDDEN_WIDTH, 1)
@@ -103,7 +86,6 @@ class _Network(nn.Module):
     def export(self, mean: np.ndarray, deviation: np.ndarray, strength: float) -> Correction:
         """The trained network as arrays."""
         layers = (*self.hidden, self.output)
-        one, two, three = (np.ascontiguousarray(layer.weight.detach().numpy().T) for layer in layers)
-        first, second, third = (layer.bias.detach().numpy() for layer in layers)
-        embedding = self.embedding.weight.detach().numpy()
-        return Correction(mean, deviation, embedding, (one, two, three), (first, second, third), strength)
+        w0, w1, w2 = (np.ascontiguousarray(layer.weight.detach().numpy().T) for layer in layers)
+        b0, b1, b2 = (layer.bias.detach().numpy() for layer in layers)
+        return Correction(mean, deviation, self.embedding.weight.detach().numpy(), (w0, w1, w2), (b0, b1, b2), strength)

@@ -25,24 +25,10 @@ def fuse_structures(
     *,
     device: str = "cpu",
 ) -> dict[int, LocalMap]:
-    """Fuse each structure: gate (eq. 4), then the default gate's correction and smoothing.
+    """Fuse each structure of a scan: gate (eq. 4), then the default gate's correction and smoothing.
 
-    Parameters
-    ----------
-    image : Volume
-        The query, float32, RAS-canonical array order.
-    warped : mapping of int to LocalMap
-        Warped atlas masks by number of the structure, in [0, 1].
-    predicted : mapping of int to LocalMap
-        The model's predictions. Where one is empty, the warped atlas is kept: of 138 structures on OASIS two or three a
-        scan, of 10 to 150 voxels, would be lost.
-    gate : Gate
-    device : {"cpu", "cuda"}
-
-    Returns
-    -------
-    dict of int to LocalMap
-        The numbers of ``predicted``.
+    Masks are in [0, 1], by number of the structure; the result has the numbers of ``predicted``. Where the model
+    predicts nothing, the warped atlas is kept: small structures would be lost.
     """
     fused = {
         n: warped[n] if is_empty_prediction(mask) else fuse(warped[n], mask, gate, device=device)

@@ -7,10 +7,10 @@ For each structure
 where g max-pools both masks over 3, 5 and 7 voxels and mixes the six results by learned weights and a bias. K = 1 takes
 the atlas alone, K = 0 the model alone.
 
-The gate is trained on the atlas's own scan, on simulated registration errors (:mod:`.simulation`). At the paper's
-learning rate it ends near where it starts, which the paper leaves open: here at the constant K that is best on the
-training samples. One gate serves all structures, each counting the same. The default gate then corrects borders
-(:mod:`.correction`) and smooths (:mod:`.smoothing`).
+One gate serves all structures, each counting the same. It is trained on the atlas's own scan, on simulated registration
+errors (:mod:`.simulation`). At the paper's learning rate it ends near its start, which the paper leaves open: here the
+constant K that is best on the training samples. The default gate then corrects borders (:mod:`.correction`) and smooths
+(:mod:`.smoothing`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from .correction import Correction
 if TYPE_CHECKING:
     import torch
 
-
 #: Constant gates tried as the start.
 _STARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 #: K of a constant gate stays this far from 0 and 1, where its logit is infinite.
@@ -45,16 +44,10 @@ _TIE_DIGITS = 6
 
 @dataclass(frozen=True, eq=False)
 class GateSample:
-    """One structure of the atlas's scan, as a gate would meet it on a query, and its truth.
+    """One structure of the atlas's scan, as a gate would meet it on a query.
 
-    Parameters
-    ----------
-    atlas : LocalMap
-        Simulated mask on the atlas's grid, in [0, 1].
-    model : LocalMap
-        The model's answer on the atlas's image, prompted with ``atlas``, in [0, 1].
-    truth : LocalMap
-        The atlas's label, 0 or 1.
+    ``atlas`` is the simulated mask and ``model`` the model's answer to it as a prompt, both in [0, 1]; ``truth`` is the
+    atlas's label, 0 or 1.
     """
 
     atlas: LocalMap
@@ -83,8 +76,7 @@ class Gate:
     correction : Correction or None
         Correction after fusion; None for the paper's gate.
     smoothing : tuple of float
-        Sigma that smooths each structure after that, by number, as a fraction of the structure's radius; empty for the
-        paper's gate.
+        Sigma that smooths each structure after that, as a fraction of its radius; empty for the paper's gate.
     """
 
     kernels: tuple[int, ...]
@@ -129,30 +121,18 @@ class Gate:
 
     def _weight_map(self, atlas: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
         """K of eq. 5, (I, J, K), for two masks of that shape."""
-        import torch
-
-        logit = torch.full_like(atlas, self.bias)
-        for mask, weights in ((atlas, self.weights[: len(self.kernels)]), (model, self.weights[len(self.kernels) :])):
-            for pooled, weight in zip(_max_pool(mask, self.kernels), weights, strict=True):
-                logit.add_(pooled, alpha=weight)
+        logit = atlas.new_full(atlas.shape, self.bias)
+        pooled = (one for mask in (atlas, model) for one in _max_pool(mask, self.kernels))
+        for values, weight in zip(pooled, self.weights, strict=True):
+            logit.add_(values, alpha=weight)
         return logit.sigmoid_()
 
 
 def train_gate(samples: Iterable[GateSample], settings: FusionSettings | None = None, *, device: str = "cpu") -> Gate:
-    """Train one gate on the structures of the atlas's scan.
+    """Train one gate on one or several samples of each structure of the atlas's scan.
 
-    Parameters
-    ----------
-    samples : iterable of GateSample
-        One or several of each structure. Those without truth, or whose masks are equal, are left out.
-    settings : FusionSettings, optional
-        Defaults if left out.
-    device : {"cpu", "cuda"}
-
-    Returns
-    -------
-    Gate
-        Without usable samples a constant one: of K = 1/2, or of the ``start`` in the settings.
+    Samples without truth, or whose masks are equal, are left out. Without others the gate is a constant: K = 1/2, or
+    the ``start`` in the settings.
     """
     settings = settings or FusionSettings()
     limit = _MAX_VOXELS if settings.gate == "default" else None
@@ -166,17 +146,8 @@ def train_gate(samples: Iterable[GateSample], settings: FusionSettings | None = 
 def fuse(atlas: LocalMap, model: LocalMap, gate: Gate, *, device: str = "cpu") -> LocalMap:
     """Fuse one structure's warped mask and the model's answer voxel by voxel (eq. 4).
 
-    Parameters
-    ----------
-    atlas, model : LocalMap
-        In [0, 1], on the same grid; their boxes may differ or be empty.
-    gate : Gate
-    device : {"cpu", "cuda"}
-
-    Returns
-    -------
-    LocalMap
-        float32 in [0, 1], on the box that holds both.
+    Both are in [0, 1] on the same grid; their boxes may differ or be empty. The result is float32 in [0, 1], on the box
+    that holds both.
     """
     start, stop = _bounding_box(atlas, model)
     one, other = (_tensor(mask, start, stop, device) for mask in (atlas, model))
@@ -242,11 +213,7 @@ def _prepare(sample: GateSample, kernels: Sequence[int], device: str, limit: int
         model_truth=float((model * truth).sum(dtype=torch.float64)),
         # Truth outside both masks is missed by any gate, and counts.
         total=float(model.sum(dtype=torch.float64)) + float(sample.truth.values.sum(dtype=np.float64)),
-        agreed=(
-            int(agreed.sum()),
-            int((agreed & (truth >= INSIDE)).sum()),
-            int(np.count_nonzero(sample.truth.values >= INSIDE)),
-        ),
+        agreed=(int(agreed.sum()), int((agreed & (truth >= INSIDE)).sum()), int((sample.truth.values >= INSIDE).sum())),
     )
 
 
@@ -255,13 +222,12 @@ def _best_start(samples: Sequence[_TrainingData]) -> float:
 
     Of masks thresholded as the result is: the soft Dice of constant gates is always best at K = 0 or K = 1.
     """
-    if not samples:
-        return 0.5
-    scores = []
-    for weight in _STARTS:
-        score = math.fsum(_constant_dice(one, weight) for one in samples) / len(samples)
-        scores.append((round(score, _TIE_DIGITS), -abs(weight - 0.5), weight))
-    return max(scores)[-1]
+
+    def rank(weight: float) -> tuple[float, float]:
+        score = math.fsum(_constant_dice(one, weight) for one in samples) / max(len(samples), 1)
+        return round(score, _TIE_DIGITS), -abs(weight - 0.5)
+
+    return max(reversed(_STARTS), key=rank)
 
 
 def _constant_dice(sample: _TrainingData, weight: float) -> float:
@@ -298,14 +264,10 @@ def _soft_dice(sample: _TrainingData, parameters: torch.Tensor) -> tuple[float, 
     With the sums P of K step truth and Q of K step it is 2 (model_truth + P) / (total + Q). The gradients of both sums
     are taken along with them, so that the features are read once.
     """
-    import torch
-
-    mixture = parameters.to(sample.features.device, torch.float32)
-    sums = torch.zeros(2, dtype=torch.float64)
-    slopes = torch.zeros((len(parameters), 2), dtype=torch.float64)
+    mixture = parameters.to(sample.features)
+    sums, slopes = parameters.new_zeros(2), parameters.new_zeros(len(parameters), 2)
     for first in range(0, sample.step.numel(), _CHUNK):
-        features = sample.features[:, first : first + _CHUNK]
-        sides = sample.sides[:, first : first + _CHUNK]
+        features, sides = (values[:, first : first + _CHUNK] for values in (sample.features, sample.sides))
         weight = (mixture @ features).sigmoid_()
         sums += (sides @ weight).cpu()
         slopes += (features @ (sides * (weight - weight.square())).T).cpu()
@@ -320,19 +282,15 @@ def _max_pool(mask: torch.Tensor, kernels: Sequence[int]) -> list[torch.Tensor]:
 
     Taken axis by axis and from smaller to larger cubes: a few passes instead of 7^3 comparisons a voxel.
     """
-    import torch
-
     by_size: dict[int, torch.Tensor] = {}
     current, size = mask, 1
     for kernel in sorted(set(kernels)):
         while size < kernel:
             for axis in range(3):
-                n = current.shape[axis]
-                wider = current.clone()
-                if n > 1:
-                    one, other = wider.narrow(axis, 0, n - 1), wider.narrow(axis, 1, n - 1)
-                    torch.maximum(one, current.narrow(axis, 1, n - 1), out=one)
-                    torch.maximum(other, current.narrow(axis, 0, n - 1), out=other)
+                wider, n = current.clone(), current.shape[axis] - 1
+                if n > 0:
+                    wider.narrow(axis, 0, n).clamp_min_(current.narrow(axis, 1, n))
+                    wider.narrow(axis, 1, n).clamp_min_(current.narrow(axis, 0, n))
                 current = wider
             size += 2
         by_size[kernel] = current
@@ -341,11 +299,9 @@ def _max_pool(mask: torch.Tensor, kernels: Sequence[int]) -> list[torch.Tensor]:
 
 def _bounding_box(*masks: LocalMap) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """First voxel and one past the last of the box that holds all masks; of no voxels if all are empty."""
-    boxes = [(mask.start, mask.stop) for mask in masks if mask.values.size]
-    if not boxes:
-        return (0, 0, 0), (0, 0, 0)
-    i, j, k = (min(int(start[axis]) for start, _ in boxes) for axis in range(3))
-    x, y, z = (max(int(stop[axis]) for _, stop in boxes) for axis in range(3))
+    filled = [mask for mask in masks if mask.values.size] or [LocalMap.empty()]
+    i, j, k = (min(axis) for axis in zip(*(mask.start for mask in filled), strict=True))
+    x, y, z = (max(axis) for axis in zip(*(mask.stop for mask in filled), strict=True))
     return (i, j, k), (x, y, z)
 
 

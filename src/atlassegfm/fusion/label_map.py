@@ -57,18 +57,17 @@ def label_map(
     if not maps:
         return labels
     # On the box that holds all structures: most of a large scan has none.
-    start = tuple(min(local.start[axis] for local in maps.values()) for axis in range(3))
-    stop = tuple(max(local.stop[axis] for local in maps.values()) for axis in range(3))
-    found = labels[tuple(slice(first, last) for first, last in zip(start, stop, strict=True))]
-    best = np.zeros(found.shape, np.float32)
-    background = np.ones(found.shape, np.float32)
+    start = [min(local.start[axis] for local in maps.values()) for axis in range(3)]
+    stop = [max(local.stop[axis] for local in maps.values()) for axis in range(3)]
+    found = labels[tuple(map(slice, start, stop))]
+    best, background = np.zeros(found.shape, np.float32), np.ones(found.shape, np.float32)
     for value, local in maps.items():
         sides = zip(local.start, local.stop, start, strict=True)
         box = tuple(slice(first - origin, last - origin) for first, last, origin in sides)
         score = local.values
         if warped is not None and value in warped:
-            weight = np.where(score >= INSIDE, np.float32(_WARPED_WEIGHT), np.float32(0))
-            score = np.asarray(score + weight * warped[value].on_box(local.start, local.stop), np.float32)
+            weight = (score >= INSIDE).astype(np.float32) * np.float32(_WARPED_WEIGHT)
+            score = score + weight * warped[value].on_box(local.start, local.stop)
         better = score > best[box]
         best[box][better] = score[better]
         found[box][better] = value

@@ -1,7 +1,7 @@
 """Simulated registration errors: each label of the atlas, warped by a smooth random field of its own.
 
 The field is white noise smoothed by a Gaussian. Its size is a fraction of the structure's radius (of a ball of the same
-volume): in this unit the errors of real registrations are alike for structures as different as hippocampus and liver.
+volume): in this unit the errors of real registrations are similar for structures as different as hippocampus and liver.
 """
 
 from __future__ import annotations
@@ -41,10 +41,9 @@ def simulate_mask(
         Box that holds all voxels of the structure.
     value : int
         Label value; occurs in ``box``.
-    size : float
-        Standard deviation of the displacement along each axis, as a fraction of the structure's radius.
-    sigma : float
-        Sigma of the Gaussian that smooths it, likewise.
+    size, sigma : float
+        Standard deviation of the displacement along each axis, and sigma of the Gaussian that smooths it, as fractions
+        of the structure's radius.
     seed : sequence of int
         Seed of the random field.
 
@@ -63,24 +62,14 @@ def simulate_mask(
     field = random_field(onto, size * radius_mm, sigma * radius_mm, np.random.default_rng(list(seed)))
     alone = Volume(inside.astype(np.uint8), labels.grid.crop(first, last))
     warped = warp_labels(alone, (1,), onto, field)[1]
-    if warped.is_empty:
-        return warped
-    i, j, k = (int(a + b) for a, b in zip(warped.start, start, strict=True))
-    return LocalMap((i, j, k), warped.values)
+    return warped if warped.is_empty else LocalMap(tuple((warped.start + start).tolist()), warped.values)
 
 
 def random_field(view: Grid, size_mm: float, sigma_mm: float, random: np.random.Generator) -> DisplacementField:
-    """Draw a smooth random displacement of mean 0.
+    """Draw a smooth random displacement of mean 0 over a field of view.
 
-    Parameters
-    ----------
-    view : Grid
-        Field of view to be covered.
-    size_mm : float
-        Standard deviation of each component.
-    sigma_mm : float
-        Sigma of the Gaussian that smooths white noise: points d mm apart correlate by exp(-d² / (4 sigma²)).
-    random : numpy.random.Generator
+    ``size_mm`` is the standard deviation of each component, ``sigma_mm`` that of the Gaussian that smooths white noise:
+    points d mm apart correlate by exp(-d² / (4 sigma²)).
     """
     extent_mm = np.array(view.shape) * view.spacing_mm
     node_mm = max(sigma_mm / _NODES_PER_SIGMA, float(extent_mm.prod() / _MAX_NODES) ** (1 / 3))
@@ -95,4 +84,4 @@ def random_field(view: Grid, size_mm: float, sigma_mm: float, random: np.random.
     for axis in (1, 2, 3):
         noise = ndimage.correlate1d(noise, kernel, axis=axis, mode="constant")
     inner = noise[:, reach:-reach, reach:-reach, reach:-reach] * np.float32(size_mm)
-    return DisplacementField(Grid((int(count[0]), int(count[1]), int(count[2])), affine), inner)
+    return DisplacementField(Grid(tuple(count), affine), inner)

@@ -30,61 +30,37 @@ _TRUNCATE = 3.0
 
 
 def smooth(mask: LocalMap, sigma_mm: float, grid: Grid) -> LocalMap:
-    """Smooth a mask by a Gaussian.
+    """Smooth a mask, in [0, 1], by a Gaussian of a sigma in mm; 0 leaves it as it is.
 
-    Parameters
-    ----------
-    mask : LocalMap
-        In [0, 1], on ``grid``. Beyond the border of the scan it goes on as at the border.
-    sigma_mm : float
-        Standard deviation along every axis; 0 leaves the mask as it is.
-    grid : Grid
-        The scan's grid.
-
-    Returns
-    -------
-    LocalMap
-        float32 in [0, 1], on a box larger by 3 sigmas.
+    The result is float32 in [0, 1], on a box larger by 3 sigmas. Beyond the border of the scan's grid the mask goes on
+    as at the border.
     """
     if sigma_mm <= 0 or not mask.values.size:
         return mask
     margin = np.ceil(_TRUNCATE * sigma_mm / grid.spacing_mm).astype(int)
-    i, j, k = np.maximum(np.array(mask.start) - margin, 0).tolist()
-    stop = np.minimum(np.array(mask.stop) + margin, grid.shape).tolist()
-    return LocalMap((i, j, k), _gaussian(mask.on_box((i, j, k), stop), sigma_mm, grid.spacing_mm))
+    start = tuple(np.maximum(mask.start - margin, 0).tolist())
+    stop = np.minimum(mask.stop + margin, grid.shape).tolist()
+    return LocalMap(start, _gaussian(mask.on_box(start, stop), sigma_mm, grid.spacing_mm))
 
 
 def smoothing_sigma_mm(fraction: float, mask: LocalMap, grid: Grid) -> float:
-    """Convert a sigma from a fraction of the radius of a ball of the mask's volume to mm.
-
-    Returns
-    -------
-    float
-        At most 8; 0 if nothing lies inside the mask.
-    """
+    """Convert a sigma from a fraction of the radius of a ball of the mask's volume to mm: at most 8, 0 if empty."""
     volume_mm3 = np.count_nonzero(mask.values >= INSIDE) * grid.voxel_volume_mm3
     return min(fraction * ball_radius_mm(volume_mm3), _MAX_SIGMA_MM)
 
 
 def best_smoothing(trials: Iterable[tuple[LocalMap, LocalMap]], grid: Grid) -> float:
-    """Choose the sigma of one structure, as a fraction of its radius.
+    """Choose the sigma of one structure, as a fraction of its radius: 0, 0.04 or 0.08.
 
-    Parameters
-    ----------
-    trials : iterable of (LocalMap, LocalMap)
-        Unsmoothed masks in [0, 1], each with its truth, 0 or 1; on ``grid``.
-
-    Returns
-    -------
-    float
-        One of 0, 0.04 and 0.08; 0 without trials, or where smoothing does not raise the mean Dice.
+    ``trials`` are unsmoothed masks in [0, 1], each with its truth, 0 or 1, on ``grid``. The sigma is 0 without trials,
+    or where smoothing does not raise the mean Dice.
     """
     scores = np.zeros(len(_TRIED_SIGMAS))
     for mask, truth in trials:
         if not mask.values.size or truth.is_empty:
             continue
         start, stop = np.minimum(mask.start, truth.start), np.maximum(mask.stop, truth.stop)
-        strides = block_strides((stop - start).tolist(), grid.spacing_mm)
+        strides = block_strides(stop - start, grid.spacing_mm)
         coarse = tuple(slice(None, None, stride) for stride in strides)
         values, inside = (one.on_box(start.tolist(), stop.tolist())[coarse] for one in (mask, truth))
         for n, fraction in enumerate(_TRIED_SIGMAS):

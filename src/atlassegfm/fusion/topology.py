@@ -26,18 +26,7 @@ _LARGE_FRACTION = 0.3
 
 
 def count_parts(labels: NDArray[Any]) -> dict[int, int]:
-    """Count the connected parts of each structure of a label map.
-
-    Parameters
-    ----------
-    labels : array, (I, J, K) of a small integer type
-        Numbers of the structures, 0 for background.
-
-    Returns
-    -------
-    dict of int to int
-        By number, at least 1.
-    """
+    """Count the connected parts of each structure, at least 1, of a label map of numbers from 1, 0 for background."""
     counts = {}
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
         if box is not None:
@@ -51,21 +40,8 @@ def remove_islands(
 ) -> tuple[dict[int, LocalMap], NDArray[Any]]:
     """Remove parts of each structure beyond the number that the atlas has.
 
-    Parameters
-    ----------
-    fused, warped : mapping of int to LocalMap
-        Fused and warped masks, in [0, 1].
-    labels : array, (I, J, K)
-        Label map of ``fused``.
-    parts : mapping of int to int
-        Connected parts wanted, by number of the structure; others stay as they are.
-
-    Returns
-    -------
-    masks : dict of int to LocalMap
-        ``fused``, 0 on islands.
-    labels : array, (I, J, K)
-        Label map of ``masks``.
+    ``fused`` and ``warped`` are masks in [0, 1], ``labels`` is the label map of ``fused``; structures without a number
+    in ``parts`` stay as they are. Returns the masks, 0 on islands, and their label map.
     """
     masks = dict(fused)
     for number, box in enumerate(ndimage.find_objects(labels), start=1):
@@ -73,15 +49,11 @@ def remove_islands(
             continue
         islands = find_islands(labels[box] == number, parts[number])
         if islands.any():
-            first, last = zip(*((side.start, side.stop) for side in box), strict=True)
-            start, stop = np.minimum(fused[number].start, first).tolist(), np.maximum(fused[number].stop, last).tolist()
-            values = fused[number].on_box(start, stop)
-            values[tuple(slice(a - s, b - s) for a, b, s in zip(first, last, start, strict=True))][islands] = 0
-            masks[number] = LocalMap((start[0], start[1], start[2]), values)
-    if all(masks[n] is mask for n, mask in fused.items()):
-        return masks, labels
-    i, j, k = labels.shape
-    return masks, label_map(masks, (i, j, k), warped)
+            start, values = fused[number].start, fused[number].values.copy()
+            values[tuple(slice(side.start - s, side.stop - s) for side, s in zip(box, start, strict=True))][islands] = 0
+            masks[number] = LocalMap(start, values)
+    changed = any(masks[n] is not mask for n, mask in fused.items())
+    return masks, label_map(masks, labels.shape, warped) if changed else labels
 
 
 def find_islands(mask: NDArray[np.bool_], parts: int) -> NDArray[np.bool_]:
@@ -95,5 +67,4 @@ def find_islands(mask: NDArray[np.bool_], parts: int) -> NDArray[np.bool_]:
     by_size = np.argsort(-sizes, kind="stable")
     small = sizes <= _LARGE_FRACTION * sizes[by_size[parts - 1]]
     small[0] = False
-    islands: NDArray[np.bool_] = small[part_of]
-    return islands
+    return np.asarray(small[part_of])

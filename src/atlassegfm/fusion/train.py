@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import ndimage
 
 from ..atlas import Atlas
@@ -35,26 +33,15 @@ def train_gate_on_atlas(
     """Train the gate on simulated registration errors of the atlas.
 
     Each structure's label is warped at random with an error of realistic size, the model is prompted with it on the
-    atlas's image, and the gate is trained on these masks against the atlas's labels.
-
-    Parameters
-    ----------
-    atlas : Atlas
-    model : Segmenter
-    prompt : {"click", "box", "mask", "region"}
-    settings : Settings
-        ``fusion`` and ``seed`` are used.
-    device : {"cpu", "cuda"}
-    on_structure : callable
-        Called with the name of each structure.
-
-    Returns
-    -------
-    Gate
+    atlas's image, and the gate is trained on these masks against the atlas's labels. Of the settings ``fusion`` and
+    ``seed`` are used; ``on_structure`` is called with the name of each structure.
     """
     labels, image, options = atlas.numbered, atlas.image, settings.fusion
     boxes = ndimage.find_objects(labels.data)
-    truths = {n: _label_mask(labels.data, box, n) for n, box in enumerate(boxes, start=1)}
+    truths = {
+        n: LocalMap(tuple(side.start for side in box), (labels.data[box] == n).astype(np.float32))
+        for n, box in enumerate(boxes, start=1)
+    }
     scan = PromptedScan(model, prompt, image, atlas.names)
     sizes = options.simulation.sizes
     samples: list[dict[int, GateSample]] = []
@@ -96,9 +83,3 @@ def train_gate_on_atlas(
         return best_smoothing(trials, image.grid)
 
     return replace(gate, correction=correction, smoothing=tuple(parallel_map(smoothing, truths)))
-
-
-def _label_mask(labels: NDArray[Any], box: tuple[slice, slice, slice], number: int) -> LocalMap:
-    """Mask (0 and 1) of one structure of a label map."""
-    i, j, k = (int(side.start) for side in box)
-    return LocalMap((i, j, k), (labels[box] == number).astype(np.float32))

@@ -6,41 +6,25 @@ PyTorch is loaded by the first registration, not by importing this package.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
+import numpy as np
+
+from ..core.errors import InputError
 from ..core.image import Volume
+from ..core.progress import StageClock
 from ..settings import RegistrationSettings
-from ..transforms.maps import Affine, Transform
+from ..transforms.jacobian import deformation_statistics, nodes_in
+from ..transforms.maps import Affine, Transform, stages_of
 from .engines import ENGINES, require_engine
 from .result import Registration
 
-if TYPE_CHECKING:
-    from .dissimilarity import Dissimilarity
+__all__ = ["ENGINES", "Registration", "register", "registration_from", "require_engine"]
 
-__all__ = ["ENGINES", "Registration", "compare", "register", "require_engine"]
-
-
-def compare(
-    fixed: Volume, moving: Volume, fixed_to_moving: Transform, settings: RegistrationSettings | None = None
-) -> Dissimilarity:
-    """Measure the dissimilarity of query and atlas through a given transform, at the fine level of the settings.
-
-    Raises
-    ------
-    RegistrationError
-        If one of the scans holds nothing but background.
-    """
-    from . import dissimilarity, pyramid
-
-    settings = settings or RegistrationSettings()
-    spacing_mm = pyramid.level_spacings_mm(fixed.grid, (settings.coarse_voxels, settings.fine_voxels))[-1]
-    query, atlas = pyramid.prepare(fixed, None, spacing_mm, "query"), pyramid.prepare(moving, None, spacing_mm, "atlas")
-    return dissimilarity.measure(query, atlas, fixed_to_moving, spacing_mm)
+#: Points along each axis of the query's field of view at which a given transform is tried.
+_TRIED_POINTS = 16
 
 
 def register(
@@ -53,47 +37,20 @@ def register(
     device: str = "cpu",
     on_stage: Callable[[str], None] | None = None,
 ) -> Registration:
-    """Register the atlas to the query.
+    """Register the atlas to the query, both float32 intensities in any array order and any field of view.
 
-    Parameters
-    ----------
-    fixed, moving : Volume
-        Query and atlas: float32 intensities in any array order and any field of view.
-    settings : RegistrationSettings, optional
-        Defaults if left out.
-    moving_labels : Volume, optional
-        Labels of the atlas, on its grid. Similarity weighs more near labelled structures, and each structure is
-        searched for on its own.
-    initial : Affine, optional
-        Replaces the linear stages.
-    device : {"cpu", "cuda"}
-        Where to compute.
-    on_stage : callable, optional
-        Called with the name of each stage as it begins.
+    With ``moving_labels`` on the atlas's grid similarity weighs more near labelled structures, and each structure is
+    searched for on its own. ``initial`` replaces the linear stages. ``device`` is "cpu" or "cuda". ``on_stage`` is
+    called with the name of each stage as it begins.
 
-    Raises
-    ------
-    RegistrationError
-        If one of the scans holds nothing but background, or an external engine fails.
-    MissingExtraError
-        If the engine is another package's, and that is not installed.
+    Raises :class:`.RegistrationError` if one of the scans holds nothing but background or an external engine fails, and
+    :class:`.MissingExtraError` if the engine is another package's that is not installed.
     """
-    from . import affine, dissimilarity, pyramid, structure_affine
-    from .pair import Pair, Start
+    from . import affine, dissimilarity, pyramid, structures
 
     settings = settings or RegistrationSettings()
-    engine = ENGINES[settings.engine]
-    seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(name: str) -> Iterator[None]:
-        if on_stage is not None:
-            on_stage(name)
-        begin = time.perf_counter()
-        yield
-        seconds[name] = time.perf_counter() - begin
-
-    with stage("prepare"):
+    engine, clock = ENGINES[settings.engine], StageClock(on_stage)
+    with clock.stage("prepare"):
         spacings = pyramid.level_spacings_mm(fixed.grid, (settings.coarse_voxels, settings.fine_voxels))
         query = pyramid.prepare(fixed, None, spacings[-1], "query")
         atlas = pyramid.prepare(moving, moving_labels, spacings[-1], "atlas")
@@ -101,23 +58,55 @@ def register(
     by_engine = wants_linear and engine.is_external and settings.peer_linear
     found = Registration(initial or Affine.identity(), None)
     if wants_linear and not by_engine:
-        with stage("linear"):
+        with clock.stage("linear"):
             linear, _ = affine.fit(query, atlas, spacings, settings, device)
         found = Registration(linear, None, parameter_count={"linear": 12 if settings.affine else 6})
     if settings.deformable or by_engine:
         start = None
         if settings.structure_search and moving_labels is not None and engine.takes_start:
-            search = partial(structure_affine.fit, query, atlas, moving_labels, found.linear, spacings[-1], device)
-            with stage("structures"):
+            search = partial(structures.fit, query, atlas, moving_labels, found.linear, spacings[-1], device)
+            with clock.stage("structures"):
                 field = search(brightness=True)
-            start = None if field is None else Start(field, partial(search, brightness=False))
-        with stage("deformable"):
-            pair = Pair(fixed, moving, query, atlas, moving_labels)
+            start = None if field is None else pyramid.Start(field, partial(search, brightness=False))
+        with clock.stage("deformable"):
+            pair = pyramid.Pair(fixed, moving, query, atlas, moving_labels)
             fitted = engine.load()(pair, None if by_engine else found.linear, start, settings, device)
         found = replace(fitted, parameter_count={**found.parameter_count, **fitted.parameter_count})
-    with stage("assess"):
+    with clock.stage("assess"):
         measured = dissimilarity.measure(query, atlas, found.fixed_to_moving, spacings[-1])
         folding, jacobian = 0.0, None
         if found.field is not None:
-            folding, jacobian = pyramid.volume_changes(found.field, found.local, query)
-    return replace(found, seconds=seconds, dissimilarity=measured, folding=folding, jacobian=jacobian)
+            folding, jacobian = deformation_statistics(found.field, found.local, query.body)
+    return replace(found, seconds=clock.seconds, dissimilarity=measured, folding=folding, jacobian=jacobian)
+
+
+def registration_from(
+    transforms: Sequence[Transform], fixed: Volume, moving: Volume, settings: RegistrationSettings | None = None
+) -> Registration:
+    """Describe given transforms from query to atlas world, RAS+ mm, as a registration.
+
+    The first transform is the one reported; labels are averaged over all. Scans are compared at the fine level of the
+    settings; folding and volume changes are those of the field of view, not of the body.
+
+    Raises :class:`.InputError` if the first transform maps no point of the query into the atlas, and
+    :class:`.RegistrationError` if one of the scans holds nothing but background.
+    """
+    from . import dissimilarity, pyramid
+
+    settings = settings or RegistrationSettings()
+    transform, view = transforms[0], fixed.grid
+    axes = [np.linspace(-0.5, n - 0.5, _TRIED_POINTS) for n in view.shape]
+    points = view.voxel_to_world(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3))
+    if not moving.grid.contains(transform.map(points)).any():
+        raise InputError(
+            "the transform maps no point of the query into the atlas; expected one from query points to atlas points: "
+            "check that it belongs to these two scans and is not the inverse"
+        )
+    local, field, linear = stages_of(transform, view)
+    folding, jacobian = 0.0, None
+    if field is not None:
+        folding, jacobian = deformation_statistics(field, local, lambda nodes: nodes_in(view, nodes))
+    spacing_mm = pyramid.level_spacings_mm(view, (settings.coarse_voxels, settings.fine_voxels))[-1]
+    query, atlas = pyramid.prepare(fixed, None, spacing_mm, "query"), pyramid.prepare(moving, None, spacing_mm, "atlas")
+    measured = dissimilarity.measure(query, atlas, transform, spacing_mm)
+    return Registration(linear, field, local, {}, measured, folding, jacobian, further_members=tuple(transforms[1:]))

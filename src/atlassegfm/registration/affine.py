@@ -8,8 +8,8 @@ more near its labelled structures.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,12 +17,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..settings import RegistrationSettings
 from ..transforms.maps import Affine
-from .features import MIND_CHANNELS, mind_ssc
+from .features import mind_ssc
 from .pyramid import Level, Scan, axes_of, frame_grid, on_grid
-
-if TYPE_CHECKING:
-    from ..settings import RegistrationSettings
 
 #: Penalty of foreground on background: the median dissimilarity (sum over 12 channels) of two misplaced abdomens.
 MISMATCH_PENALTY = 2.2
@@ -43,76 +41,57 @@ _FINE_CANDIDATES = 2
 def fit(
     fixed: Scan, moving: Scan, spacings_mm: tuple[float, ...], settings: RegistrationSettings, device: str
 ) -> tuple[Affine, float]:
-    """Fit the linear map from fixed to moving world, by search, rigid and affine fit, coarse to fine.
+    """Fit the linear map from fixed to moving world, by search, rigid and affine fit, coarse to fine; and its cost.
 
-    Without the rigid stage there is no search, and the affine fit starts from the scanner's coordinates. The cost
-    beside it, mean penalty of both scans plus priors, compares between fits of the same atlas on the same levels only;
-    it is infinite where neither stage is on.
+    Without the rigid stage there is no search, and the affine fit starts from the scanner's coordinates. Costs, mean
+    penalties of both scans plus priors, compare between fits of the same atlas on the same levels only.
     """
     axes = axes_of(fixed.intensity.grid)
     centre = torch.as_tensor(fixed.intensity.grid.centre_mm, dtype=torch.float32, device=device)
-    parameters, costs = torch.zeros(0), torch.full((1,), torch.inf)
+    parameters, costs = torch.zeros((1, 12), device=device), torch.full((1,), torch.inf, device=device)
     for number, spacing in enumerate(spacings_mm):
-        query = _WeightedScan(on_grid(fixed, frame_grid(fixed.intensity.grid, axes, spacing), device), 0.0)
-        moving_level = on_grid(moving, frame_grid(moving.intensity.grid, axes, spacing), device)
-        atlas = _WeightedScan(moving_level, _STRUCTURE_EMPHASIS)
-        objective = _Objective(query, atlas, centre, _COARSE_POINTS if number == 0 else _FINE_POINTS)
-        if number == 0 and not settings.rigid:
-            parameters, costs = torch.zeros((1, 12), device=device), torch.full((1,), torch.inf, device=device)
-        elif number == 0:
+        points = _COARSE_POINTS if number == 0 else _FINE_POINTS
+        query, atlas = (
+            _WeightedScan(on_grid(scan, frame_grid(scan.intensity.grid, axes, spacing), device), emphasis, points)
+            for scan, emphasis in ((fixed, 0.0), (moving, _STRUCTURE_EMPHASIS))
+        )
+        cost = partial(_cost, query=query, atlas=atlas, centre_mm=centre)
+        minimise = partial(_minimise, cost=cost, spacing_mm=spacing, iterations=settings.linear_iterations)
+        if number == 0 and settings.rigid:
             shifts_mm = search_translations(query, atlas, settings.candidates)
-            parameters = torch.zeros((len(shifts_mm), 12), device=device)
-            parameters[:, :3] = torch.as_tensor(shifts_mm, dtype=torch.float32, device=device)
-            parameters, costs = objective.minimise(parameters, settings.linear_iterations, spacing, rigid=True)
-        if settings.affine:
-            parameters, costs = objective.minimise(parameters, settings.linear_iterations, spacing, rigid=False)
-        elif number > 0:
-            parameters, costs = objective.minimise(parameters, settings.linear_iterations, spacing, rigid=True)
+            start = F.pad(torch.as_tensor(shifts_mm, dtype=torch.float32, device=device), (0, 9))
+            parameters, costs = minimise(start, rigid=True)
+        if number > 0 or settings.affine:
+            parameters, costs = minimise(parameters, rigid=not settings.affine)
         parameters = parameters[torch.argsort(costs, stable=True)[:_FINE_CANDIDATES]]
     matrix, offset = affine_maps(parameters[:1], centre)
-    homogeneous = np.eye(4)
-    homogeneous[:3, :3] = matrix[0].double().cpu().numpy()
-    homogeneous[:3, 3] = offset[0].double().cpu().numpy()
-    return Affine(homogeneous), float(costs.min())
+    return Affine(homogeneous(matrix[0], offset[0])), float(costs.min())
 
 
 def search_translations(query: _WeightedScan, atlas: _WeightedScan, count: int) -> NDArray[np.float64]:
     """Find the best translations by whole voxels by FFT: (n, 3) mm (RAS+) from query to atlas world, best first."""
     query_shape, atlas_shape = np.array(query.level.grid.shape), np.array(atlas.level.grid.shape)
-    size = tuple(int(n) for n in query_shape + atlas_shape - 1)
-
-    def spectrum(values: Tensor) -> Tensor:
-        return cast("Tensor", torch.fft.rfftn(values, s=size))
-
-    def correlation(product: Tensor) -> Tensor:
-        return cast("Tensor", torch.fft.irfftn(product, s=size))
-
-    query_inside, atlas_inside = spectrum(query.level.inside[0, 0]), spectrum(atlas.level.inside[0, 0])
+    size = (query_shape + atlas_shape - 1).tolist()
+    spectrum, correlation = partial(torch.fft.rfftn, s=size), partial(torch.fft.irfftn, s=size)
 
     def one_sided(query_weight: Tensor, atlas_weight: Tensor, *, atlas_pays: bool) -> Tensor:
         w_query, w_atlas = spectrum(query_weight), spectrum(atlas_weight)
         # sum of w w' (f - f')^2 = w f^2 * w' + w * w' f'^2 - 2 sum over channels of (w f) * (w' f')
         product = spectrum(query_weight * query.features.pow(2).sum(dim=0)).conj() * w_atlas
         product += w_query.conj() * spectrum(atlas_weight * atlas.features.pow(2).sum(dim=0))
-        for channel in range(MIND_CHANNELS):
-            product -= 2 * (
-                spectrum(query_weight * query.features[channel]).conj()
-                * spectrum(atlas_weight * atlas.features[channel])
-            )
+        for mine, other in zip(query.features, atlas.features, strict=True):
+            product -= 2 * (spectrum(query_weight * mine).conj() * spectrum(atlas_weight * other))
         difference, both = correlation(product), correlation(w_query.conj() * w_atlas)
         if atlas_pays:
-            total = float(atlas_weight.sum())
-            inside = correlation(query_inside.conj() * w_atlas)
+            total, inside = float(atlas_weight.sum()), spectrum(query.level.inside[0, 0]).conj() * w_atlas
         else:
-            total = float(query_weight.sum())
-            inside = correlation(w_query.conj() * atlas_inside)
-        return (difference + MISMATCH_PENALTY * (inside - both) + _OUTSIDE_PENALTY * (total - inside)) / max(
-            total, 1e-6
-        )
+            total, inside = float(query_weight.sum()), w_query.conj() * spectrum(atlas.level.inside[0, 0])
+        seen = correlation(inside)
+        penalty: Tensor = difference + MISMATCH_PENALTY * (seen - both) + _OUTSIDE_PENALTY * (total - seen)
+        return penalty / max(total, 1e-6)
 
-    plain = atlas.level.weight[0, 0]
-    cost = one_sided(query.weight, atlas.weight, atlas_pays=True) + one_sided(query.weight, plain, atlas_pays=False)
-    costs = cost.cpu().numpy()
+    cost = one_sided(query.weight, atlas.weight, atlas_pays=True)
+    costs = (cost + one_sided(query.weight, atlas.level.weight[0, 0], atlas_pays=False)).cpu().numpy()
     reach = max(1, round(_CANDIDATE_DISTANCE * float(query_shape.max())))
     shifts = []
     for _ in range(count):
@@ -128,105 +107,77 @@ def search_translations(query: _WeightedScan, atlas: _WeightedScan, count: int) 
 
 
 class _WeightedScan:
-    """One scan on one level with its features and weights."""
+    """One scan on one level: its features and weights, and foreground voxels drawn in proportion to their weight."""
 
-    def __init__(self, level: Level, emphasis: float) -> None:
-        self.level = level
-        self.features = mind_ssc(level.image)[0]
-        self.weight = level.weight[0, 0]
+    def __init__(self, level: Level, emphasis: float = 0.0, points: int = _COARSE_POINTS) -> None:
+        self.level, self.features, self.weight = level, mind_ssc(level.image)[0], level.weight[0, 0]
         if level.labelled is not None:
             self.weight = self.weight * (1 + emphasis * level.labelled[0, 0])
-
-    def sampling_volume(self) -> Tensor:
-        """(1, 14, I, J, K): features times foreground, foreground, field of view."""
-        plain = self.level.weight[0]
-        return torch.cat((self.features * plain, plain, self.level.inside[0]))[None]
-
-
-@dataclass(frozen=True, eq=False)
-class _Points:
-    """Foreground voxels drawn from one scan."""
-
-    world_mm: Tensor
-    features: Tensor
-
-    @classmethod
-    def draw(cls, side: _WeightedScan, count: int) -> _Points:
-        """Draw voxels without repetition, in proportion to their weight; deterministic."""
-        weight = side.weight.flatten().double().cpu()
+        # (14, I, J, K): features times foreground, foreground, field of view.
+        self.channels = torch.cat((self.features * level.weight[0], level.weight[0], level.inside[0]))
         # An evenly spaced comb through the cumulative weight: deterministic, and even over the body.
-        cumulative = torch.cumsum(weight, dim=0)
-        total = float(cumulative[-1])
-        comb = (torch.arange(count, dtype=torch.float64) + 0.5) * (total / count)
-        index = torch.unique(torch.searchsorted(cumulative, comb).clamp_max(len(weight) - 1))
-        ijk = torch.stack(torch.unravel_index(index, side.level.grid.shape), dim=1).numpy()
-        world = torch.as_tensor(side.level.grid.voxel_to_world(ijk), dtype=torch.float32)
-        device = side.features.device
-        return cls(world.to(device), side.features.flatten(1)[:, index.to(device)])
+        cumulative = torch.cumsum(self.weight.flatten().double().cpu(), dim=0)
+        comb = (torch.arange(points, dtype=torch.float64) + 0.5) * (float(cumulative[-1]) / points)
+        index = torch.unique(torch.searchsorted(cumulative, comb).clamp_max(len(cumulative) - 1))
+        ijk = torch.stack(torch.unravel_index(index, level.grid.shape), dim=1).numpy()
+        self.points_mm = torch.as_tensor(level.grid.voxel_to_world(ijk), dtype=torch.float32).to(self.features.device)
+        self.point_features = self.features.flatten(1)[:, index.to(self.features.device)]
+
+    def penalty_of(self, other: _WeightedScan, matrix: Tensor, offset: Tensor) -> Tensor:
+        """(B,) mean penalty of another scan's points, mapped into this one."""
+        mapped = other.points_mm @ matrix.transpose(1, 2) + offset[:, None]
+        inverse = torch.as_tensor(self.level.grid.inverse_affine, dtype=torch.float32, device=mapped.device)
+        ijk = mapped @ inverse[:3, :3].T + inverse[:3, 3]
+        last = torch.tensor(self.level.grid.shape, dtype=torch.float32, device=mapped.device) - 1
+        where = (ijk / last * 2 - 1).flip(-1)[:, None, None]
+        volumes = self.channels.expand(len(matrix), -1, -1, -1, -1)
+        sampled = F.grid_sample(volumes, where, padding_mode="zeros", align_corners=True)[:, :, 0, 0]
+        features, foreground, inside = sampled[:, :-2], sampled[:, -2], sampled[:, -1]
+        # Sampled features have the foreground fraction as a factor; divided out once, it weights the difference.
+        difference = foreground[:, None] * other.point_features - features
+        penalty = difference.pow(2).sum(dim=1) / foreground.clamp_min(0.05)
+        penalty = penalty + MISMATCH_PENALTY * (inside - foreground).clamp_min(0) + _OUTSIDE_PENALTY * (1 - inside)
+        return penalty.mean(dim=1)
 
 
-class _Objective:
-    """The cost of linear maps on one level, and its minimisation over several starts at once."""
-
-    def __init__(self, query: _WeightedScan, atlas: _WeightedScan, centre_mm: Tensor, points: int) -> None:
-        self.query, self.atlas, self.centre_mm = query, atlas, centre_mm
-        self.query_points, self.atlas_points = _Points.draw(query, points), _Points.draw(atlas, points)
-        self.query_volume, self.atlas_volume = query.sampling_volume(), atlas.sampling_volume()
-
-    def cost(self, parameters: Tensor) -> Tensor:
-        """(B, 12) parameters to (B,) costs."""
-        matrix, offset = affine_maps(parameters, self.centre_mm)
-        inverse = torch.linalg.inv(matrix)
-        inverse_offset = -(inverse @ offset[..., None])[..., 0]
-        agreement = _mean_penalty(
-            self.query_points, self.atlas_volume, self.atlas.level, matrix, offset
-        ) + _mean_penalty(self.atlas_points, self.query_volume, self.query.level, inverse, inverse_offset)
-        prior = (
-            (parameters[:, 3:6] / _PRIOR_ROTATION).pow(2).sum(dim=1)
-            + (parameters[:, 6:9] / _PRIOR_SCALE).pow(2).sum(dim=1)
-            + (parameters[:, 9:12] / _PRIOR_SHEAR).pow(2).sum(dim=1)
-        )
-        return agreement + _PRIOR_WEIGHT * prior
-
-    def minimise(self, start: Tensor, iterations: int, spacing_mm: float, *, rigid: bool) -> tuple[Tensor, Tensor]:
-        """Adam from several starts at once; the best parameters seen, (B, 12), and their costs, (B,)."""
-        # Steps in natural units: half a voxel, and the angle or stretch that moves the border of the body as far.
-        steps = torch.tensor([0.5 * spacing_mm] * 3 + [0.02] * 3 + [0.015] * 6, device=start.device)
-        if rigid:
-            steps[6:] = 0
-        moves = torch.zeros_like(start, requires_grad=True)
-        optimizer = torch.optim.Adam([moves], lr=1.0, betas=(0.8, 0.95))
-        best_cost = torch.full((len(start),), torch.inf, device=start.device)
-        best = start.clone()
-        for iteration in range(iterations):
-            for group in optimizer.param_groups:
-                group["lr"] = 1 - 0.9 * iteration / iterations
-            parameters = start + moves * steps
-            costs = self.cost(parameters)
-            with torch.no_grad():
-                better = costs < best_cost
-                best_cost = torch.where(better, costs, best_cost)
-                best = torch.where(better[:, None], parameters, best)
-            optimizer.zero_grad()
-            costs.sum().backward()
-            optimizer.step()
-        return best.detach(), best_cost.detach()
+def _cost(parameters: Tensor, query: _WeightedScan, atlas: _WeightedScan, centre_mm: Tensor) -> Tensor:
+    """(B, 12) parameters to (B,) costs."""
+    matrix, offset = affine_maps(parameters, centre_mm)
+    inverse = torch.linalg.inv(matrix)
+    agreement = atlas.penalty_of(query, matrix, offset)
+    agreement = agreement + query.penalty_of(atlas, inverse, -(inverse @ offset[..., None])[..., 0])
+    prior = (
+        (parameters[:, 3:6] / _PRIOR_ROTATION).pow(2).sum(dim=1)
+        + (parameters[:, 6:9] / _PRIOR_SCALE).pow(2).sum(dim=1)
+        + (parameters[:, 9:12] / _PRIOR_SHEAR).pow(2).sum(dim=1)
+    )
+    return agreement + _PRIOR_WEIGHT * prior
 
 
-def _mean_penalty(points: _Points, volume: Tensor, level: Level, matrix: Tensor, offset: Tensor) -> Tensor:
-    """(B,) mean penalty of one scan's points in the other scan."""
-    mapped = points.world_mm @ matrix.transpose(1, 2) + offset[:, None]
-    inverse = torch.as_tensor(level.grid.inverse_affine, dtype=torch.float32, device=mapped.device)
-    ijk = mapped @ inverse[:3, :3].T + inverse[:3, 3]
-    last = torch.tensor(level.grid.shape, dtype=torch.float32, device=mapped.device) - 1
-    where = (ijk / last * 2 - 1).flip(-1)[:, None, None]
-    volumes = volume.expand(len(matrix), -1, -1, -1, -1)
-    sampled = F.grid_sample(volumes, where, mode="bilinear", padding_mode="zeros", align_corners=True)[:, :, 0, 0]
-    features, foreground, inside = sampled[:, :MIND_CHANNELS], sampled[:, MIND_CHANNELS], sampled[:, MIND_CHANNELS + 1]
-    # Sampled features carry the foreground fraction as a factor; divided out once, the difference is weighted by it.
-    difference = (foreground[:, None] * points.features - features).pow(2).sum(dim=1) / foreground.clamp_min(0.05)
-    penalty = difference + MISMATCH_PENALTY * (inside - foreground).clamp_min(0) + _OUTSIDE_PENALTY * (1 - inside)
-    return penalty.mean(dim=1)
+def _minimise(
+    start: Tensor, cost: Callable[[Tensor], Tensor], spacing_mm: float, iterations: int, *, rigid: bool
+) -> tuple[Tensor, Tensor]:
+    """Adam from several starts at once; the best parameters seen, (B, 12), and their costs, (B,)."""
+    # Steps in natural units: half a voxel, and the angle or stretch that moves the border of the body as far.
+    steps = torch.tensor([0.5 * spacing_mm] * 3 + [0.02] * 3 + [0.015] * 6, device=start.device)
+    if rigid:
+        steps[6:] = 0
+    moves = torch.zeros_like(start, requires_grad=True)
+    optimizer = torch.optim.Adam([moves], lr=1.0, betas=(0.8, 0.95))
+    best, best_cost = start.clone(), torch.full((len(start),), torch.inf, device=start.device)
+    for iteration in range(iterations):
+        for group in optimizer.param_groups:
+            group["lr"] = 1 - 0.9 * iteration / iterations
+        parameters = start + moves * steps
+        costs = cost(parameters)
+        with torch.no_grad():
+            better = costs < best_cost
+            best_cost = torch.where(better, costs, best_cost)
+            best = torch.where(better[:, None], parameters, best)
+        optimizer.zero_grad()
+        costs.sum().backward()
+        optimizer.step()
+    return best.detach(), best_cost.detach()
 
 
 def affine_maps(parameters: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,18 +187,16 @@ def affine_maps(parameters: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     without translation leaves ``centre`` in place. Returns matrices, (B, 3, 3) of positive determinant, and offsets,
     (B, 3).
     """
-    shift, turn, scale, shear = parameters.split(3, dim=1)
-    zero = torch.zeros_like(turn[:, 0])
-    skew = torch.stack(
-        (zero, -turn[:, 2], turn[:, 1], turn[:, 2], zero, -turn[:, 0], -turn[:, 1], turn[:, 0], zero), dim=1
-    ).reshape(-1, 3, 3)
-    stretch = torch.stack(
-        (
-            *(scale[:, 0], shear[:, 0], shear[:, 1]),
-            *(shear[:, 0], scale[:, 1], shear[:, 2]),
-            *(shear[:, 1], shear[:, 2], scale[:, 2]),
-        ),
-        dim=1,
-    ).reshape(-1, 3, 3)
+    a, b, c, x, y, z, xy, xz, yz = parameters[:, 3:].unbind(dim=1)
+    zero = torch.zeros_like(a)
+    skew = torch.stack((zero, -c, b, c, zero, -a, -b, a, zero), dim=1).reshape(-1, 3, 3)
+    stretch = torch.stack((x, xy, xz, xy, y, yz, xz, yz, z), dim=1).reshape(-1, 3, 3)
     matrix = torch.matrix_exp(skew) @ torch.matrix_exp(stretch)
-    return matrix, centre + shift - (matrix @ centre[:, None])[..., 0]
+    return matrix, centre + parameters[:, :3] - (matrix @ centre[:, None])[..., 0]
+
+
+def homogeneous(matrix: Tensor, offset: Tensor) -> NDArray[np.float64]:
+    """(4, 4) of a (3, 3) matrix and a (3,) offset."""
+    whole = np.eye(4)
+    whole[:3, :3], whole[:3, 3] = matrix.double().cpu().numpy(), offset.double().cpu().numpy()
+    return whole

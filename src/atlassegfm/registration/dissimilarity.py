@@ -17,16 +17,11 @@ from .pyramid import Scan, axes_of, frame_grid, on_grid
 
 @dataclass(frozen=True, eq=False)
 class Dissimilarity:
-    """MIND-SSC dissimilarity of query and warped atlas.
+    """MIND-SSC dissimilarity of query and warped atlas, (I, J, K) float32 each.
 
-    Parameters
-    ----------
-    grid : Grid
-        Over the query's field of view, about as fine as the fine level of the registration.
-    values : array, (I, J, K) float32
-        Sum of squared differences over the channels: 0 where the scans are the same.
-    weight : array, (I, J, K) float32
-        Fraction of each voxel that is foreground in both scans, in [0, 1].
+    ``grid`` covers the query's field of view, about as fine as the fine level of the registration. ``values`` are sums
+    of squared differences over the channels, 0 where the scans are the same; ``weight`` is the fraction of each voxel
+    that is foreground in both scans, in [0, 1].
     """
 
     grid: Grid
@@ -35,9 +30,8 @@ class Dissimilarity:
 
     def mean(self, around: LocalMap | None = None) -> float:
         """Mean over the common foreground, or over a soft mask on the grid; 0 where there is none."""
-        if around is None:
-            values, weight = self.values, self.weight
-        else:
+        values, weight = self.values, self.weight
+        if around is not None:
             values, weight = self.values[around.box], around.values
         total = float(weight.sum(dtype=np.float64))
         return float((values * weight).sum(dtype=np.float64)) / total if total > 0 else 0.0

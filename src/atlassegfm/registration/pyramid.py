@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,6 @@ from torch import Tensor
 from ..core.errors import RegistrationError
 from ..core.geometry import Grid
 from ..core.image import Volume
-from ..transforms.jacobian import JacobianStatistics, deformation_statistics
 from ..transforms.maps import DisplacementField, Transform
 from ..transforms.resample import resample
 
@@ -23,22 +22,17 @@ from ..transforms.resample import resample
 _FOREGROUND_FRACTION = 0.1
 #: A node is in the body where this fraction of it is foreground.
 _BODY_FRACTION = 0.5
+#: Voxels between the points at which a box is mapped.
+_BOX_STEP = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Scan:
-    """One scan prepared for registration, reduced to no more than the finest level needs.
+    """One scan prepared for registration, reduced to no more than the finest level needs; float32.
 
-    Parameters
-    ----------
-    intensity : Volume
-        float32, 0 to 1 between the 1st and 99th percentile of the foreground, clipped.
-    foreground : Volume
-        float32, fraction of each voxel that is foreground, on the same grid.
-    labelled : Volume or None
-        float32, fraction of each voxel inside any labelled structure, where labels were given.
-    window : tuple of float
-        Intensities of the scan that became 0 and 1, and the threshold of the foreground.
+    ``intensity`` is 0 to 1 between the 1st and 99th percentile of the foreground, clipped. ``foreground`` is the
+    fraction of each voxel that is foreground, ``labelled`` that inside any structure, where labels were given.
+    ``window`` are the intensities of the scan that became 0 and 1, and the threshold of the foreground.
     """
 
     intensity: Volume
@@ -46,20 +40,57 @@ class Scan:
     labelled: Volume | None
     window: tuple[float, float, float] = (0.0, 1.0, 0.0)
 
+    def body(self, grid: Grid) -> NDArray[np.bool_]:
+        """Find the nodes of a grid that are in the body."""
+        return resample(self.foreground, grid) > _BODY_FRACTION
+
 
 @dataclass(frozen=True, eq=False)
 class Level:
-    """One scan on the grid of one level; tensors are (1, 1, I, J, K)."""
+    """One scan on the grid of one level, (1, 1, I, J, K) float32 in [0, 1].
+
+    ``inside`` is 1 in the scan's field of view, else 0; ``weight`` the fraction of foreground, 0 out of view;
+    ``labelled`` the fraction inside labelled structures.
+    """
 
     grid: Grid
-    #: Intensity, 0 to 1.
     image: Tensor
-    #: 1 inside the scan's field of view, else 0.
     inside: Tensor
-    #: Fraction of foreground, 0 outside the field of view.
     weight: Tensor
-    #: Fraction inside labelled structures.
     labelled: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """The input of an engine: query and atlas as they came and prepared for the finest level, the atlas's labels."""
+
+    fixed: Volume
+    moving: Volume
+    fixed_scan: Scan
+    moving_scan: Scan
+    moving_labels: Volume | None
+
+    def crop(self, box: Grid, fixed_to_moving: Transform) -> tuple[Scan, Scan]:
+        """Prepare both scans around a box in the fixed world, reduced no further than the box's grid needs."""
+        # Every few voxels and the corners: a deformed box is no box, and what it leaves counts as out of view.
+        axes = [np.unique(np.r_[0:n:_BOX_STEP, n - 1]) for n in box.shape]
+        points = box.voxel_to_world(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3))
+        finest = float(box.spacing_mm.min())
+        return (
+            prepare_part(self.fixed, None, points, finest, self.fixed_scan),
+            prepare_part(self.moving, self.moving_labels, fixed_to_moving.map(points), finest, self.moving_scan),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """The displacement a deformable engine starts from: in the fixed world, applied before the linear stages.
+
+    ``without_brightness`` finds such a field anew, or None, by features invariant to contrast.
+    """
+
+    field: DisplacementField
+    without_brightness: Callable[[], DisplacementField | None] | None = None
 
 
 def level_spacings_mm(grid: Grid, voxels: Sequence[int]) -> tuple[float, ...]:
@@ -78,10 +109,7 @@ def level_spacings_mm(grid: Grid, voxels: Sequence[int]) -> tuple[float, ...]:
 def prepare(scan: Volume, labels: Volume | None, finest_mm: float, name: str) -> Scan:
     """Normalise a scan and downsample it by whole factors as far as ``finest_mm`` allows.
 
-    Raises
-    ------
-    RegistrationError
-        If there is no foreground; ``name`` says of which scan.
+    Raises :class:`.RegistrationError` if there is no foreground; ``name`` says of which scan.
     """
     reduced = _downsample(scan, finest_mm)
     low, high = np.percentile(reduced.data, (1, 99))
@@ -101,7 +129,7 @@ def prepare_part(
     last = np.array(scan.grid.shape) - 1
     start = np.clip(np.floor(ijk.min(axis=0)) - 1, 0, last).astype(int)
     stop = np.clip(np.ceil(ijk.max(axis=0)) + 1, start, last).astype(int) + 1
-    box = tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
+    box = tuple(map(slice, start, stop))
     grid = scan.grid.crop(start, stop)
     part = _downsample(Volume(scan.data[box], grid), finest_mm)
     return _normalise(part, None if labels is None else Volume(labels.data[box], grid), finest_mm, whole.window)
@@ -121,8 +149,7 @@ def _normalise(reduced: Volume, labels: Volume | None, finest_mm: float, window:
 def level_grid(grid: Grid, axes: NDArray[np.float64], voxels: int, *, finest_mm: float | None = None) -> Grid:
     """Make an isotropic grid of at most about ``voxels`` voxels over the field of view of ``grid``.
 
-    Isotropic for thick slices too. Never finer than ``finest_mm``, the finest spacing of ``grid`` if left out;
-    ``axes`` as for :func:`frame_grid`.
+    Never finer than ``finest_mm``, the finest spacing of ``grid`` if left out; ``axes`` as for :func:`frame_grid`.
     """
     smallest = float(grid.spacing_mm.min()) if finest_mm is None else finest_mm
     extent = np.ptp(grid.corners_mm @ axes, axis=0) + smallest
@@ -143,7 +170,7 @@ def frame_grid(grid: Grid, axes: NDArray[np.float64], spacing_mm: ArrayLike) -> 
     affine = np.eye(4)
     affine[:3, :3] = orthogonal * spacing_mm
     affine[:3, 3] = orthogonal @ ((low + high) / 2 - (shape - 1) / 2 * spacing_mm)
-    return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
+    return Grid(tuple(shape), affine)
 
 
 def axes_of(grid: Grid) -> NDArray[np.float64]:
@@ -155,32 +182,17 @@ def axes_of(grid: Grid) -> NDArray[np.float64]:
 
 def on_grid(scan: Scan, grid: Grid, device: str, fixed_to_moving: Transform | None = None) -> Level:
     """Smooth a scan against aliasing and sample it on a grid, through a transform where given."""
-    image = resample(_smooth(scan.intensity, grid), grid, fixed_to_moving, outside=-1)
-    inside = (image >= 0).astype(np.float32)
-    weight = resample(_smooth(scan.foreground, grid), grid, fixed_to_moving)
-    labelled = None if scan.labelled is None else resample(_smooth(scan.labelled, grid), grid, fixed_to_moving)
 
     def tensor(values: NDArray[np.float32]) -> Tensor:
         return torch.from_numpy(values).to(device)[None, None]
 
-    return Level(
-        grid,
-        tensor(np.maximum(image, 0)),
-        tensor(inside),
-        tensor(np.clip(weight, 0, 1) * inside),
-        None if labelled is None else tensor(labelled),
-    )
-
-
-def volume_changes(
-    field: DisplacementField, local: DisplacementField | None, fixed: Scan
-) -> tuple[float, JacobianStatistics]:
-    """Measure folding and Jacobian statistics of a deformation in the foreground of the fixed scan.
-
-    ``local``, where there is one, is applied first. Returns the fraction of the foreground that folds, in [0, 1], and
-    the statistics: in the local field's box where there is one, else everywhere.
-    """
-    return deformation_statistics(field, local, lambda grid: resample(fixed.foreground, grid) > _BODY_FRACTION)
+    image = resample(_smooth(scan.intensity, grid), grid, fixed_to_moving, outside=-1)
+    inside = (image >= 0).astype(np.float32)
+    weight = np.clip(resample(_smooth(scan.foreground, grid), grid, fixed_to_moving), 0, 1) * inside
+    labelled = None
+    if scan.labelled is not None:
+        labelled = tensor(resample(_smooth(scan.labelled, grid), grid, fixed_to_moving))
+    return Level(grid, tensor(np.maximum(image, 0)), tensor(inside), tensor(weight), labelled)
 
 
 def _smooth(volume: Volume, onto: Grid) -> Volume:
@@ -198,29 +210,22 @@ def _smooth(volume: Volume, onto: Grid) -> Volume:
     return Volume(ndimage.gaussian_filter(volume.data, sigma, mode="nearest"), volume.grid)
 
 
-def _block_means(data: NDArray[np.float32], factors: Sequence[int]) -> NDArray[np.float32]:
+def _downsample(scan: Volume, finest_mm: float) -> Volume:
+    """Block means, by whole factors, of voxels no longer than ``finest_mm``."""
+    return _block_means(scan, [max(1, int(finest_mm / spacing)) for spacing in scan.grid.spacing_mm])
+
+
+def _block_means(scan: Volume, factors: Sequence[int]) -> Volume:
     """Means over blocks of voxels; an incomplete last block is padded with its last plane."""
+    data: NDArray[np.float32] = scan.data
     for axis, factor in enumerate(factors):
-        if factor == 1:
-            continue
         rest = -data.shape[axis] % factor
         if rest:
             data = np.pad(data, [(0, rest if n == axis else 0) for n in range(3)], mode="edge")
-        shape = (*data.shape[:axis], data.shape[axis] // factor, factor, *data.shape[axis + 1 :])
-        data = data.reshape(shape).mean(axis=axis + 1, dtype=np.float32)
-    return np.ascontiguousarray(data, dtype=np.float32)
-
-
-def _downsample(scan: Volume, finest_mm: float) -> Volume:
-    """Block means, by whole factors, of voxels no longer than ``finest_mm``."""
-    factors = tuple(max(1, int(finest_mm / spacing)) for spacing in scan.grid.spacing_mm)
-    return Volume(_block_means(scan.data, factors), _downsampled_grid(scan.grid, factors))
-
-
-def _downsampled_grid(grid: Grid, factors: Sequence[int]) -> Grid:
-    scale = np.array(factors, dtype=np.float64)
-    affine = grid.affine.copy()
-    affine[:3, :3] = grid.affine[:3, :3] * scale
-    affine[:3, 3] = grid.voxel_to_world((scale - 1) / 2)
-    i, j, k = (-(-n // factor) for n, factor in zip(grid.shape, factors, strict=True))
-    return Grid((i, j, k), affine)
+        if factor > 1:
+            shape = (*data.shape[:axis], -1, factor, *data.shape[axis + 1 :])
+            data = data.reshape(shape).mean(axis=axis + 1, dtype=np.float32)
+    affine = scan.grid.affine.copy()
+    affine[:3, :3] *= np.array(factors)
+    affine[:3, 3] = scan.grid.voxel_to_world((np.array(factors) - 1) / 2)
+    return Volume(np.ascontiguousarray(data, dtype=np.float32), Grid(data.shape, affine))

@@ -22,10 +22,9 @@ class Registration:
     ----------
     linear : Affine
         Query world to atlas world by the linear stages alone.
-    field : DisplacementField or None
-        In the query world, applied before ``linear``; None where the deformable stage is off.
-    local : DisplacementField or None
-        In the query world, applied before ``field``: the finer fit in the labels' box, 0 at its border and beyond.
+    field, local : DisplacementField or None
+        In the query world, ``local`` applied first, ``linear`` last. ``field`` is None where the deformable stage is
+        off; ``local`` is the finer fit in the labels' box, 0 at its border and beyond.
     seconds : mapping of str to float
         Wall time of each stage that ran.
     dissimilarity : Dissimilarity or None
@@ -58,8 +57,7 @@ class Registration:
     @property
     def fixed_to_moving(self) -> Transform:
         """All stages composed: query world to atlas world."""
-        stages = (self.local, self.field, self.linear)
-        return Chain(tuple(stage for stage in stages if stage is not None))
+        return Chain(tuple(stage for stage in (self.local, self.field, self.linear) if stage is not None))
 
     @property
     def members(self) -> tuple[Transform, ...]:

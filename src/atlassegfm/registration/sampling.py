@@ -1,4 +1,4 @@
-"""Differentiable sampling of volumes, and integration of velocity fields."""
+"""Differentiable sampling of volumes, integration of velocities, regularisation of displacements."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from torch import Tensor
 
 
 def sample_at(channels: Tensor, where: Tensor) -> Tensor:
-    """Sample a volume at points by linear interpolation; border values beyond the border.
+    """Sample (1, C, I, J, K) at points, (1, A, B, D, 3), by linear interpolation; border values beyond the border.
 
-    PyTorch samples one volume with one thread on a CPU; cut into as many slabs as there are threads, it uses them all,
-    with identical results.
-
-    ``channels`` are (1, C, I, J, K), ``where`` (1, A, B, D, 3) as :func:`torch.nn.functional.grid_sample` takes it: -1
-    to 1, the last axis first. Returns (1, C, A, B, D).
+    Points are as :func:`torch.nn.functional.grid_sample` takes them: -1 to 1, the last axis first. PyTorch samples one
+    volume with one thread on a CPU; cut into slabs it uses all threads, with identical results.
     """
     planes = where.shape[1]
     slabs = min(torch.get_num_threads(), planes) if channels.device.type == "cpu" else 1
@@ -48,3 +45,9 @@ def integrate_velocity(velocity: Tensor, squarings: int) -> Tensor:
     for _ in range(squarings):
         displacement = displacement + sample_displaced(displacement, displacement)
     return displacement
+
+
+def gradient_penalty(displacement: Tensor) -> Tensor:
+    """Sum the mean squared forward differences (diffusion regularisation) of (1, 3, I, J, K) along the three axes."""
+    squares = (displacement.diff(dim=axis).pow(2).mean() for axis in (2, 3, 4))
+    return sum(squares, torch.zeros((), device=displacement.device))

@@ -1,8 +1,7 @@
 """Table of deformable engines: one row here and one file each.
 
 Engines of other packages run in a process of their own (:mod:`.external`): a crash of their C++ code is one failed
-pair, and packages that cannot be installed beside this one, or whose licence keeps them apart, can be used all the
-same.
+pair, and packages can be used that cannot be installed beside this one, or whose licence keeps them apart.
 """
 
 from __future__ import annotations
@@ -10,30 +9,19 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ...settings import RegistrationSettings
-    from ..result import Registration
+from ...settings import RegistrationSettings
+from ..result import Registration
 
 
 @dataclass(frozen=True)
 class Engine:
     """One row of the table of engines.
 
-    Parameters
-    ----------
-    module : str
-        Of this package; has ``fit(pair, linear, start, settings, device) -> Registration``. ``linear`` is None if it
-        does the linear stages too, ``start`` a :class:`..pair.Start` or None.
-    takes_start : bool
-        Whether it can start from the displacements found for the structures.
-    title : str
-        Of an external engine, for messages.
-    distribution : str
-        Package that an external engine is from, as ``pip install`` knows it; empty for our own engines.
-    extra : str
-        Extra of this package that installs it; empty where it cannot be installed beside this package.
+    ``module`` of this package has ``fit(pair, linear, start, settings, device) -> Registration``: ``linear`` is None if
+    it does the linear stages too; ``start``, a :class:`.pyramid.Start` or None, goes to engines that take one. Of
+    external engines, ``title`` is for messages, ``distribution`` the package that ``pip install`` knows and ``extra``
+    the extra of this package that installs it, empty where it cannot be installed beside this package.
     """
 
     module: str
@@ -67,12 +55,8 @@ ENGINES: Mapping[str, Engine] = {
 def require_engine(settings: RegistrationSettings) -> None:
     """Check that the engine chosen can run here, before hours of work that need it.
 
-    Raises
-    ------
-    InputError
-        If a setting or an environment variable names a Python for it that is no program.
-    MissingExtraError
-        If it is another package's, and that is not installed.
+    Raises :class:`.MissingExtraError` if it is another package's that is not installed, and :class:`.InputError` if a
+    setting or an environment variable names a Python for it that is no program.
     """
     if ENGINES[settings.engine].is_external:
         importlib.import_module(".external", __name__).require(settings)

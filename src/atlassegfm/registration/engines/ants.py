@@ -1,8 +1,7 @@
 """Run ANTs (antspyx).
 
 Its matrices are LPS about a centre, fixed to moving; its warp LPS, on the fixed grid, applied before the matrices.
-Runs inside the process of :mod:`.external_process`, which describes the arguments of ``register``: nothing of this
-package is imported, and nothing newer than Python 3.9 is used.
+Runs inside the process of :mod:`.external_process`, which describes ``register`` and what may be imported here.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-#: Modules that must be installed.
 MODULES = ("ants",)
 
 
@@ -20,17 +18,12 @@ def register(fixed: Any, moving: Any, given: Any, request: dict[str, Any]) -> tu
     import ants
 
     def image(one: Any) -> Any:
-        return ants.from_numpy(
-            np.asarray(one.data, dtype=np.float32),
-            origin=one.origin.tolist(),
-            spacing=one.spacing.tolist(),
-            direction=one.direction,
-        )
+        geometry = {"origin": one.origin.tolist(), "spacing": one.spacing.tolist(), "direction": one.direction}
+        return ants.from_numpy(np.asarray(one.data, dtype=np.float32), **geometry)
 
     options = request["options"]
-    query, atlas = image(fixed), image(moving)
 
-    def register(kind: str, prefix: str, initial: Any) -> list[str]:
+    def run(kind: str, prefix: str, initial: Any) -> list[str]:
         result = ants.registration(
             query,
             atlas,
@@ -47,23 +40,20 @@ def register(fixed: Any, moving: Any, given: Any, request: dict[str, Any]) -> tu
         )
         return list(result["fwdtransforms"])
 
-    if given is None:
-        stages = [name for name in ("rigid", "affine") if request[name]]
-        if request["deformable"] and request["affine"]:
-            transforms = register("SyNRA" if request["rigid"] else "SyN", "all_", None)
-        else:
-            transforms = []
-            for name in stages:
-                transforms = register(name.capitalize(), f"{name}_", transforms or None)
-            if request["deformable"]:
-                transforms = register("SyNOnly", "syn_", transforms)
-    else:
+    query, atlas = image(fixed), image(moving)
+    transforms: list[str] = []
+    if given is not None:
         lps = fixed.flip(given)
-        start = ants.create_ants_transform(
-            transform_type="AffineTransform", dimension=3, matrix=lps[:3, :3], offset=lps[:3, 3]
-        )
-        ants.write_transform(start, "given.mat")
-        transforms = register("SyNOnly", "syn_", ["given.mat"])
+        ants.write_transform(ants.create_ants_transform(matrix=lps[:3, :3], offset=lps[:3, 3]), "given.mat")
+        transforms = run("SyNOnly", "syn_", ["given.mat"])
+    elif request["deformable"] and request["affine"]:
+        transforms = run("SyNRA" if request["rigid"] else "SyN", "all_", None)
+    else:
+        for name in ("rigid", "affine"):
+            if request[name]:
+                transforms = run(name.capitalize(), f"{name}_", transforms or None)
+        if request["deformable"]:
+            transforms = run("SyNOnly", "syn_", transforms)
     linear, displacement = np.eye(4), None
     for name in transforms:
         if name.endswith(".mat"):
@@ -71,8 +61,7 @@ def register(fixed: Any, moving: Any, given: Any, request: dict[str, Any]) -> tu
             lps, centre = np.eye(4), np.array(found.fixed_parameters)
             lps[:3, :3] = np.array(found.parameters)[:9].reshape(3, 3)
             lps[:3, 3] = np.array(found.parameters)[9:12] + centre - lps[:3, :3] @ centre
-            # Points go through the list from first to last.
-            linear = fixed.flip(lps) @ linear
+            linear = fixed.flip(lps) @ linear  # points go through the list from first to last
         else:
             displacement = fixed.to_ras(ants.image_read(name).numpy())
     return linear, displacement, 3 * fixed.data.size

@@ -1,8 +1,7 @@
 """Run elastix (itk-elastix).
 
 Its maps are LPS, fixed to moving, the linear stages before the B-spline; so its field is taken as a whole.
-Runs inside the process of :mod:`.external_process`, which describes the arguments of ``register``: nothing of this
-package is imported, and nothing newer than Python 3.9 is used.
+Runs inside the process of :mod:`.external_process`, which describes ``register`` and what may be imported here.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-#: Modules that must be installed; "itk" alone is the toolkit without elastix.
+#: "itk" alone is the toolkit without elastix.
 MODULES = ("itk", "itk.itkElastixRegistrationMethodPython")
 
 
@@ -26,67 +25,61 @@ def register(fixed: Any, moving: Any, given: Any, request: dict[str, Any]) -> tu
         made.SetDirection(itk.matrix_from_array(np.ascontiguousarray(one.direction)))
         return made
 
-    options = request["options"]
-    query, atlas = image(fixed), image(moving)
-    final_mm = options["grid_voxels"] * float(fixed.spacing.min())
+    options, query, atlas = request["options"], image(fixed), image(moving)
 
     def parameters(kind: str) -> Any:
+        final_mm = options["grid_voxels"] * float(fixed.spacing.min())
+        defaults = itk.ParameterObject.New().GetDefaultParameterMap(kind, options["resolutions"], final_mm)
+        centred = kind != "bspline" and request["rigid"]
+        return {
+            **defaults,
+            "MaximumNumberOfIterations": [str(options["iterations"])],
+            "NumberOfSpatialSamples": [str(options["samples"])],
+            "RandomSeed": [str(request["seed"])],
+            "AutomaticTransformInitialization": ["true" if centred else "false"],
+            "AutomaticTransformInitializationMethod": ["GeometricalCenter"],
+            # Where the field of view ends, samples are few; elastix gives up at a quarter of those asked for.
+            "RequiredRatioOfValidSamples": ["0.05"],
+            "ResampleInterpolator": ["FinalLinearInterpolator"],
+        }
+
+    def object_of(maps: list[Any]) -> Any:
         made = itk.ParameterObject.New()
-        table = dict(made.GetDefaultParameterMap(kind, options["resolutions"], final_mm))
-        table["MaximumNumberOfIterations"] = [str(options["iterations"])]
-        table["NumberOfSpatialSamples"] = [str(options["samples"])]
-        table["RandomSeed"] = [str(request["seed"])]
-        table["AutomaticTransformInitialization"] = ["true" if kind != "bspline" and request["rigid"] else "false"]
-        table["AutomaticTransformInitializationMethod"] = ["GeometricalCenter"]
-        # Where the field of view ends, samples are few; elastix gives up at a quarter of those asked for.
-        table["RequiredRatioOfValidSamples"] = ["0.05"]
-        table["ResampleInterpolator"] = ["FinalLinearInterpolator"]
-        return table
+        for one in maps:
+            made.AddParameterMap(one)
+        return made
 
     def run(kind: str, before: list[Any]) -> list[Any]:
-        wanted = itk.ParameterObject.New()
-        wanted.AddParameterMap(parameters(kind))
         engine = itk.ElastixRegistrationMethod.New(query, atlas)
-        engine.SetParameterObject(wanted)
+        engine.SetParameterObject(object_of([parameters(kind)]))
         engine.SetNumberOfThreads(request["threads"])
         engine.SetLogToConsole(False)
         if before:
-            initial = itk.ParameterObject.New()
-            for one in before:
-                initial.AddParameterMap(one)
-            engine.SetInitialTransformParameterObject(initial)
+            engine.SetInitialTransformParameterObject(object_of(before))
         engine.UpdateLargestPossibleRegion()
         found = engine.GetTransformParameterObject()
-        return before + [dict(found.GetParameterMap(n)) for n in range(found.GetNumberOfParameterMaps())][-1:]
+        return [*before, dict(found.GetParameterMap(found.GetNumberOfParameterMaps() - 1))]
 
     def displacements(maps: list[Any]) -> Any:
-        chain = itk.ParameterObject.New()
-        for one in maps:
-            chain.AddParameterMap(one)
         engine = itk.TransformixFilter.New(atlas)
-        engine.SetTransformParameterObject(chain)
+        engine.SetTransformParameterObject(object_of(maps))
         engine.SetComputeDeformationField(True)
         engine.UpdateLargestPossibleRegion()
-        field = np.transpose(itk.array_from_image(engine.GetOutputDeformationField()), (2, 1, 0, 3))
-        return fixed.to_ras(field)
+        return fixed.to_ras(np.transpose(itk.array_from_image(engine.GetOutputDeformationField()), (2, 1, 0, 3)))
 
-    maps: list[Any] = []
+    linear, maps = given, [] if given is None else [_affine_map(fixed, given)]
     if given is None:
         for name in ("rigid", "affine"):
             if request[name]:
                 maps = run(name, maps)
         linear = _fitted_matrix(fixed, displacements(maps))
-    else:
-        linear = given
-        maps = [_affine_map(fixed, given)]
     displacement, count = None, 0
     if request["deformable"]:
         maps = run("bspline", maps)
         count = int(maps[-1]["NumberOfParameters"][0])
-        whole = fixed.nodes() + displacements(maps)
-        back = np.linalg.inv(linear)
-        displacement = np.einsum("ab,bijk->aijk", back[:3, :3], whole) + back[:3, 3][:, None, None, None]
-        displacement -= fixed.nodes()
+        back, nodes = np.linalg.inv(linear), fixed.nodes()
+        displacement = np.einsum("ab,bijk->aijk", back[:3, :3], nodes + displacements(maps))
+        displacement = displacement + back[:3, 3][:, None, None, None] - nodes
     return linear, displacement, count
 
 
@@ -97,11 +90,9 @@ def _fitted_matrix(fixed: Any, displacement: Any) -> Any:
     points = fixed.nodes()[few].reshape(3, -1).T
     moved = points + displacement[few].reshape(3, -1).T
     centre = points.mean(axis=0)
-    homogeneous = np.c_[points - centre, np.ones(len(points))]
-    solution = np.linalg.lstsq(homogeneous, moved, rcond=None)[0]
+    solution = np.linalg.lstsq(np.c_[points - centre, np.ones(len(points))], moved, rcond=None)[0]
     matrix = np.eye(4)
-    matrix[:3, :3] = solution[:3].T
-    matrix[:3, 3] = solution[3] - matrix[:3, :3] @ centre
+    matrix[:3, :3], matrix[:3, 3] = solution[:3].T, solution[3] - solution[:3].T @ centre
     return matrix
 
 
@@ -121,18 +112,10 @@ def _affine_map(fixed: Any, matrix: Any) -> dict[str, list[str]]:
         "HowToCombineTransforms": ["Compose"],
         "FixedImageDimension": ["3"],
         "MovingImageDimension": ["3"],
-        "FixedInternalImagePixelType": ["float"],
-        "MovingInternalImagePixelType": ["float"],
         "UseDirectionCosines": ["true"],
         "Size": [str(n) for n in fixed.data.shape],
         "Index": ["0", "0", "0"],
         "Spacing": text(fixed.spacing),
         "Origin": text(fixed.origin),
-        # In columns: ITK reads it transposed.
-        "Direction": text(fixed.direction.T),
-        "Resampler": ["DefaultResampler"],
-        "ResampleInterpolator": ["FinalLinearInterpolator"],
-        "DefaultPixelValue": ["0"],
-        "ResultImageFormat": ["nii"],
-        "ResultImagePixelType": ["float"],
+        "Direction": text(fixed.direction.T),  # in columns: ITK reads it transposed
     }

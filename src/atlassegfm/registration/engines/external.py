@@ -1,7 +1,7 @@
 """Engines of other packages (greedy, ANTs, elastix), each pair in a process of its own.
 
 It is run by this Python or another one that has the package; arrays and matrices are exchanged in files of a temporary
-folder (:mod:`.external_process`). An engine sees both scans on straight grids of about its own setting ``voxels``.
+folder (:mod:`.external_process`). An engine sees both scans on orthogonal grids of about its setting ``voxels``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,20 +25,15 @@ from scipy import ndimage
 from ...core.errors import InputError, MissingExtraError, RegistrationError
 from ...core.geometry import Grid
 from ...core.image import Volume
-from ...settings import AntsSettings, ElastixSettings, GreedySettings, RegistrationSettings
+from ...settings import RegistrationSettings
 from ...transforms.maps import Affine, DisplacementField
 from ...transforms.resample import resample
-from .. import pyramid
+from ..pyramid import Pair, Start, axes_of, frame_grid
 from ..result import Registration
 from . import ENGINES
 from .external_process import MISSING
 
-if TYPE_CHECKING:
-    from ..pair import Pair, Start
-
 _PROGRAM = Path(__file__).with_name("external_process.py")
-#: Settings that say where and on what an engine runs; all others are handed on to it.
-_OURS = ("python", "voxels", "seed")
 #: The last line of an engine's output is cut to this many characters.
 _LONGEST_LINE = 300
 
@@ -51,41 +46,30 @@ def require(settings: RegistrationSettings) -> None:
 
 
 def fit(
-    pair: Pair,
-    linear: Affine | None,
-    start: Start | None,  # noqa: ARG001
-    settings: RegistrationSettings,
-    device: str,  # noqa: ARG001
+    pair: Pair, linear: Affine | None, _start: Start | None, settings: RegistrationSettings, _device: str
 ) -> Registration:
     """Register one pair by the engine ``settings.engine``, on the CPU; the field lies on the engine's grid.
 
     ``linear``, fixed to moving world, is kept; None if the engine does those linear stages that are switched on.
 
-    Raises
-    ------
-    InputError
-        If the Python named for the engine is no program.
-    MissingExtraError
-        If it is not installed there.
-    RegistrationError
-        If it gives up, or gives no usable result.
+    Raises :class:`.InputError` if the Python named for the engine is no program, :class:`.MissingExtraError` if it has
+    not the engine's package, and :class:`.RegistrationError` if the engine gives up or gives no usable result.
     """
-    title, options = ENGINES[settings.engine].title, _options(settings)
+    title, threads = ENGINES[settings.engine].title, torch.get_num_threads()
     python, origin = _python(settings)
-    spacing = working_spacing_mm(pair.fixed.grid, options.voxels)
+    options = dataclasses.asdict(getattr(settings, settings.engine))
+    del options["python"]
+    spacing, seed = working_spacing_mm(pair.fixed.grid, options.pop("voxels")), options.pop("seed")
     fixed, moving = working_grid(pair.fixed.grid, spacing), working_grid(pair.moving.grid, spacing)
-    threads = torch.get_num_threads()
     request = {
         "engine": settings.engine,
         "threads": threads,
-        "seed": options.seed,
-        "rigid": settings.rigid,
-        "affine": settings.affine,
-        "deformable": settings.deformable,
+        "seed": seed,
+        **{stage: getattr(settings, stage) for stage in ("rigid", "affine", "deformable")},
         "linear": None if linear is None else linear.matrix.tolist(),
         "fixed_affine": fixed.affine.tolist(),
         "moving_affine": moving.affine.tolist(),
-        "options": {name: value for name, value in dataclasses.asdict(options).items() if name not in _OURS},
+        "options": options,
     }
     with tempfile.TemporaryDirectory(prefix="atlassegfm-engine-") as name:
         folder = Path(name)
@@ -94,7 +78,7 @@ def fit(
         (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
         log = folder / "log.txt"
         with log.open("wb") as file:
-            code = _run([python, str(_PROGRAM), name], file, _environment(python, threads, options.seed))
+            code = _run([python, str(_PROGRAM), name], file, _environment(python, threads, seed))
         if code == MISSING:
             raise _missing(settings.engine, python, origin)
         if code:
@@ -116,10 +100,7 @@ def fit(
 
 
 def working_spacing_mm(grid: Grid, voxels: int) -> float:
-    """Compute the spacing in mm along the finest axes that gives at most about ``voxels`` voxels over a field of view.
-
-    Never below the finest spacing of the scan. See :func:`working_grid` for the coarser axes.
-    """
+    """Compute the spacing of the finest axes at which a scan has at most about ``voxels``, never below its own."""
     native: NDArray[np.float64] = grid.spacing_mm
     extent = np.array(grid.shape) * native
 
@@ -142,8 +123,7 @@ def working_grid(grid: Grid, spacing_mm: float) -> Grid:
     An axis coarser than ``spacing_mm`` gets the geometric mean of both: 7.7 mm at 2.4 mm become 4.3 mm. So windows of
     local correlation, which count voxels, are not drawn out, and little is interpolated.
     """
-    spacing = _axis_spacings(grid.canonical().spacing_mm, spacing_mm)
-    return pyramid.frame_grid(grid, pyramid.axes_of(grid), spacing)
+    return frame_grid(grid, axes_of(grid), _axis_spacings(grid.canonical().spacing_mm, spacing_mm))
 
 
 def _axis_spacings(native_mm: NDArray[np.float64], spacing_mm: float) -> NDArray[np.float64]:
@@ -157,31 +137,22 @@ def _on_grid(scan: Volume, grid: Grid) -> NDArray[np.float32]:
     data = scan.data - scan.data.min()
     # Half the ratio of spacings, less the half voxel that sampling itself blurs by, as for our own engines.
     ratio = 0.5 * grid.spacing_mm / scan.grid.spacing_mm
-    for axis, sigma in enumerate(np.sqrt(np.maximum(ratio**2 - 0.25, 0))):
-        # Spacings that differ by rounding alone are the same.
-        if sigma > 0.05:
-            data = ndimage.gaussian_filter1d(data, sigma, axis=axis, mode="nearest")
-    return resample(Volume(data, scan.grid), grid)
-
-
-def _options(settings: RegistrationSettings) -> GreedySettings | AntsSettings | ElastixSettings:
-    options: GreedySettings | AntsSettings | ElastixSettings = getattr(settings, settings.engine)
-    return options
+    sigma = np.sqrt(np.maximum(ratio**2 - 0.25, 0))
+    sigma[sigma <= 0.05] = 0  # spacings that differ by rounding alone are the same
+    return resample(Volume(ndimage.gaussian_filter(data, sigma, mode="nearest"), scan.grid), grid)
 
 
 def _python(settings: RegistrationSettings) -> tuple[str, str]:
     """The Python that runs the engine, and the setting or variable that names it; empty if it is this one."""
-    variable = f"ATLASSEGFM_{settings.engine.upper()}_PYTHON"
-    named = (
-        (_options(settings).python, f"registration.{settings.engine}.python"),
-        (os.environ.get(variable, ""), variable),
-    )
-    for python, origin in named:
-        if python:
-            if not os.access(python, os.X_OK) or Path(python).is_dir():
-                raise InputError(f"{origin} is {python!r}; expected the path of a Python, such as /opt/env/bin/python")
-            return python, origin
-    return sys.executable, ""
+    python, origin = getattr(settings, settings.engine).python, f"registration.{settings.engine}.python"
+    if not python:
+        origin = f"ATLASSEGFM_{settings.engine.upper()}_PYTHON"
+        python = os.environ.get(origin)
+    if not python:
+        return sys.executable, ""
+    if not os.access(python, os.X_OK) or Path(python).is_dir():
+        raise InputError(f"{origin} is {python!r}; expected the path of a Python, such as /opt/env/bin/python")
+    return python, origin
 
 
 @functools.cache
@@ -192,29 +163,22 @@ def _is_installed(engine: str, python: str) -> bool:
 
 def _missing(engine: str, python: str, origin: str) -> MissingExtraError:
     """The error for an engine that is not installed, with the remedy."""
-    row = ENGINES[engine]
-    feature = f"the engine {engine!r}"
+    row, remedy = ENGINES[engine], ""
     if origin:
-        return MissingExtraError(feature, row.extra, f"{python} -m pip install {row.distribution}")
-    if row.extra:
-        return MissingExtraError(feature, row.extra)
-    folder = f"{engine}-env"
-    return MissingExtraError(
-        feature,
-        row.extra,
-        f"python3 -m venv {folder} && {folder}/bin/pip install {row.distribution} && "
-        f"export ATLASSEGFM_{engine.upper()}_PYTHON=$PWD/{folder}/bin/python "
-        "(an environment of its own, because it needs older packages than this one)",
-    )
+        remedy = f"{python} -m pip install {row.distribution}"
+    elif not row.extra:
+        remedy = (
+            f"python3 -m venv {engine}-env && {engine}-env/bin/pip install {row.distribution} && "
+            f"export ATLASSEGFM_{engine.upper()}_PYTHON=$PWD/{engine}-env/bin/python "
+            "(an environment of its own, because it needs older packages than this one)"
+        )
+    return MissingExtraError(f"the engine {engine!r}", row.extra, remedy)
 
 
 def _environment(python: str, threads: int, seed: int) -> dict[str, str]:
-    environment = dict(os.environ)
-    if python != sys.executable:
-        # They are about packages built for this Python.
-        environment.pop("PYTHONPATH", None)
-        environment.pop("PYTHONHOME", None)
-    return environment | {
+    # These are about packages built for this Python.
+    ours = () if python == sys.executable else ("PYTHONPATH", "PYTHONHOME")
+    return {name: value for name, value in os.environ.items() if name not in ours} | {
         "OMP_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": str(threads),
         "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": str(threads),
@@ -236,6 +200,4 @@ def _ending(code: int, log: Path) -> str:
     """Last line of a program's output, and the signal that ended it."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     said = lines[-1][:_LONGEST_LINE] if lines else "it said nothing"
-    if code < 0:
-        return f"ended by {signal.Signals(-code).name}; it said last: {said}"
-    return said
+    return f"ended by {signal.Signals(-code).name}; it said last: {said}" if code < 0 else said

@@ -1,8 +1,8 @@
 """Run one registration by an engine of another package, in a process of its own.
 
-Run as ``python external_process.py FOLDER`` by whichever Python has the engine's package installed; so nothing but
-numpy, the standard library and that package is imported, and nothing newer than Python 3.9 is used. All geometry in the
-files is RAS+ mm with homogeneous 4 x 4 matrices. ``FOLDER`` holds
+Run as ``python external_process.py FOLDER`` by whichever Python has the engine's package installed, so with nothing but
+numpy, the standard library and that package, and nothing newer than Python 3.9. Geometry is RAS+ mm, matrices are
+homogeneous, 4 x 4. ``FOLDER`` holds
 
 - ``request.json``: ``engine``, ``threads``, ``seed``, ``rigid``, ``affine``, ``deformable``, ``linear`` (fixed to
   moving world, or null: the engine fits it), ``fixed_affine``, ``moving_affine`` (voxel to world, axes at right angles)
@@ -12,12 +12,12 @@ files is RAS+ mm with homogeneous 4 x 4 matrices. ``FOLDER`` holds
 It gets ``linear.npy`` (4, 4), ``parameters.json`` (parameters optimised by stage), and where wanted
 ``displacement.npy``, (3, I, J, K) float32 on the fixed grid, applied before ``linear``.
 
-``python external_process.py --check ENGINE`` only tests whether the package can be imported. The exit code is 0 on
-success, :data:`MISSING` if the package is not installed.
+``python external_process.py --check ENGINE`` only tests whether the package is installed. The exit code is 0 on
+success, :data:`MISSING` if it is not.
 
-The file of the same folder named after the engine has ``MODULES`` and ``register(fixed, moving, given, request)``: two
-:class:`Image`, the linear map given or None, and the request; it returns the linear map (RAS+), the displacement (RAS+)
-or None, and the parameter count of the deformable stage.
+The file beside this one named after the engine has ``MODULES``, which must be installed, and ``register(fixed, moving,
+given, request)``: two :class:`Image`, the linear map given or None, and the request; it returns the linear map (RAS+),
+the displacement (RAS+) or None, and the parameter count of the deformable stage.
 """
 
 from __future__ import annotations
@@ -45,12 +45,10 @@ class Image:
     """An array and its geometry as ITK has it: LPS origin, spacing and unit axes in columns; ``affine`` is RAS+."""
 
     def __init__(self, data: Any, affine: Any) -> None:
-        self.data = data
+        self.data, self.affine = data, affine
         lps = _FLIP @ affine
         self.spacing = np.sqrt((lps[:3, :3] ** 2).sum(axis=0))
-        self.direction = lps[:3, :3] / self.spacing
-        self.origin = lps[:3, 3]
-        self.affine = affine
+        self.direction, self.origin = lps[:3, :3] / self.spacing, lps[:3, 3]
 
     def nodes(self) -> Any:
         """(3, I, J, K) voxel centres, RAS+ mm."""
@@ -70,18 +68,17 @@ class Image:
 
 def main(arguments: list[str]) -> int:
     """Check for an engine or run the request of a folder; the exit code."""
-    if arguments[:1] == ["--check"]:
-        return 0 if is_installed(load(arguments[1])) else MISSING
-    folder = Path(arguments[0])
-    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    engine = load(request["engine"])
-    if not is_installed(engine):
+    only_check, folder = arguments[0] == "--check", Path(arguments[0])
+    request = {} if only_check else json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    engine = load(arguments[1] if only_check else request["engine"])
+    if any(importlib.util.find_spec(module) is None for module in engine.MODULES):
         return MISSING
+    if only_check:
+        return 0
     fixed = Image(np.load(folder / "fixed.npy"), np.array(request["fixed_affine"]))
     moving = Image(np.load(folder / "moving.npy"), np.array(request["moving_affine"]))
     given = None if request["linear"] is None else np.array(request["linear"])
-    # Engines leave files where they run.
-    os.chdir(folder)
+    os.chdir(folder)  # engines leave files where they run
     linear, displacement, parameter_count = engine.register(fixed, moving, given, request)
     counts = {} if given is not None else {"linear": 12 if request["affine"] else 6}
     if displacement is not None:
@@ -101,11 +98,6 @@ def load(engine: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def is_installed(engine: Any) -> bool:
-    """Whether all modules of an engine can be found."""
-    return all(importlib.util.find_spec(module) is not None for module in engine.MODULES)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """Run greedy (picsl_greedy).
 
 Its matrices are RAS+, fixed to moving; its warps LPS, on the fixed grid, applied before the matrix.
-Runs inside the process of :mod:`.external_process`, which describes the arguments of ``register``: nothing of this
-package is imported, and nothing newer than Python 3.9 is used.
+Runs inside the process of :mod:`.external_process`, which describes ``register`` and what may be imported here.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-#: Modules that must be installed.
 MODULES = ("picsl_greedy",)
 
 
@@ -32,11 +30,10 @@ def register(fixed: Any, moving: Any, given: Any, request: dict[str, Any]) -> tu
     common = f"-threads {request['threads']} -seed {request['seed']}"
     fit = f"{common} -i fixed moving -m WNCC {'x'.join(3 * [str(options['metric_radius'])])} -n {options['iterations']}"
     images = {"fixed": image(fixed), "moving": image(moving)}
-    linear = np.eye(4) if given is None else given
+    linear = given
     if given is None:
-        start = "-ia-identity"
+        start, turn = "-ia-identity", options["search_rotation_deg"]
         if request["rigid"]:
-            turn = options["search_rotation_deg"]
             turn = "any" if turn >= 180 else f"{turn:g}"
             start = f"-ia-image-centers -search {options['search_tries']} {turn} {options['search_shift_mm']:g}"
         degrees = 12 if request["affine"] else 6

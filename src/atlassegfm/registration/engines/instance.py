@@ -1,10 +1,10 @@
 """The deformable engine ``instance``: the displacement field itself is optimised on the pair, coarse to fine.
 
-Each level adds to the displacement of the levels before it. The addition lives on a control grid of every second
-voxel, is smoothed by two passes of a 3-voxel cube and interpolated to the voxels (in effect a B-spline). Adam lowers
-the MIND-SSC difference, one minus the local correlation, the squared gradient of the addition and a Jacobian penalty
-(cf. Siebert, Hansen & Heinrich, "Fast 3D Registration with Accurate Optimisation and Little Learning for Learn2Reg
-2021"). The last level covers only the box of the labels, at up to the query's own resolution.
+Each level adds to the displacement of the levels before it, on a control grid of every second voxel that is smoothed
+and interpolated to the voxels (in effect a B-spline). Adam lowers the MIND-SSC difference, one minus the local
+correlation, the squared gradient of the addition and a Jacobian penalty (cf. Siebert, Hansen & Heinrich, "Fast 3D
+Registration with Accurate Optimisation and Little Learning for Learn2Reg 2021"). The last level covers only the box of
+the labels, at up to the query's own resolution.
 
 An ensemble of such fits has other weights in each member. Where the scans leave the correspondence open the members
 differ, and the mean of the labels warped by all of them is as near to the truth as the best member's, or nearer.
@@ -13,9 +13,8 @@ differ, and the mean of the labels warped by all of them is as near to the truth
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,16 +24,14 @@ from torch import Tensor
 
 from ...core.geometry import Grid
 from ...core.image import Volume
+from ...prompts import INSIDE
+from ...settings import InstanceSettings, RegistrationSettings
 from ...transforms.maps import Affine, Chain, DisplacementField, Transform, displacement_on
 from ...transforms.resample import resample, warp_labels
 from ..features import LocalCorrelation, mind_ssc
-from ..pyramid import Scan, axes_of, level_grid, on_grid
+from ..pyramid import Pair, Scan, Start, axes_of, level_grid, on_grid
 from ..result import Registration
-from ..sampling import integrate_velocity, sample_at
-
-if TYPE_CHECKING:
-    from ...settings import InstanceSettings, RegistrationSettings
-    from ..pair import Pair, Start
+from ..sampling import gradient_penalty, integrate_velocity, sample_at
 
 logger = logging.getLogger(__name__)
 
@@ -58,15 +55,13 @@ _LABELLED_FRACTION = 0.05
 _SQUARINGS = 7
 #: Contrast is compared in the largest structures, and in those with at least so many voxels on the coarse level.
 _MOST_STRUCTURES, _FEWEST_VOXELS = 32, 8
-#: A voxel is in a structure from this fraction on.
-_INSIDE_FRACTION = 0.5
 #: Reach of the emphasis beyond a structure's border, as a fraction of the grid's size (its volume's cube root).
 _EMPHASIS_REACH = 0.03
 
 
 @dataclass(frozen=True)
-class _WeightFactors:
-    """Factors of one member's weights; see the settings of the same names."""
+class _Weights:
+    """Weights of one level, or one member's factors of them; see the settings of the same names."""
 
     mind: float = 1.0
     correlation: float = 1.0
@@ -76,23 +71,10 @@ class _WeightFactors:
 
 #: Members of the ensemble after the first: smoother, mostly MIND-SSC, mostly correlation.
 _FURTHER_MEMBERS = (
-    _WeightFactors(smoothness=3.0, emphasis=0.25),
-    _WeightFactors(mind=2.0, correlation=0.3),
-    _WeightFactors(mind=0.4, correlation=2.0),
+    _Weights(smoothness=3.0, emphasis=0.25),
+    _Weights(mind=2.0, correlation=0.3),
+    _Weights(mind=0.4, correlation=2.0),
 )
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """Iterations and weights of one level; see the settings of the same names."""
-
-    iterations: int
-    mind: float
-    correlation: float
-    smoothness: float
-    folding: float
-    emphasis: float
-    diffeomorphic: bool
 
 
 def fit(pair: Pair, linear: Affine, start: Start | None, settings: RegistrationSettings, device: str) -> Registration:
@@ -102,9 +84,10 @@ def fit(pair: Pair, linear: Affine, start: Start | None, settings: RegistrationS
     would undo much of it. The field lies on the grid of the finest level over the whole field of view, the local field
     on that of the level in the labels' box.
     """
-    options = settings.instance
-    begin, robust = None if start is None else start.field, False
-    first = _Member(pair, linear, options, device)
+    options, robust = settings.instance, False
+    member = partial(_Member, pair, linear, options, device)
+    begin = None if start is None else start.field
+    first = member()
     field, count = first.fit_levels(begin)
     if options.contrast_robust and pair.moving_labels is not None:
         difference = _contrast_difference(pair, pair.moving_labels, field, linear)
@@ -113,14 +96,14 @@ def fit(pair: Pair, linear: Affine, start: Start | None, settings: RegistrationS
         if robust:
             if start is not None and start.without_brightness is not None:
                 begin = start.without_brightness()
-            first = _Member(pair, linear, options, device, contrast_robust=True)
+            first = member(contrast_robust=True)
             field, count = first.fit_levels(begin)
     local, local_count = first.fit_labels_box(field)
     further: list[Transform] = []
     for factors in _FURTHER_MEMBERS[: options.ensemble - 1]:
-        member = _Member(pair, linear, options, device, factors, contrast_robust=robust)
-        other, _ = member.fit_levels(begin)
-        near, _ = member.fit_labels_box(other)
+        another = member(factors, contrast_robust=robust)
+        other, _ = another.fit_levels(begin)
+        near, _ = another.fit_labels_box(other)
         further.append(Chain((other, linear) if near is None else (near, other, linear)))
     counts = {"deformable": (count + local_count) * options.ensemble}
     return Registration(linear, field, local, parameter_count=counts, further_members=tuple(further))
@@ -134,66 +117,72 @@ class _Member:
     linear: Affine
     options: InstanceSettings
     device: str
-    factors: _WeightFactors = _WeightFactors()
+    factors: _Weights = _Weights()
     contrast_robust: bool = False
 
     def fit_levels(self, begin: DisplacementField | None) -> tuple[DisplacementField, int]:
         """Fit over the whole field of view, coarse to fine."""
-        last = len(self.options.level_voxels) - 1
-        first = 0 if begin is None else min(1, last)
+        levels = range(len(self.options.level_voxels))
+        first, *finer = levels if begin is None else levels[1:] or levels
         field, count = self._fit_level(first, begin)
-        for number in range(first + 1, last + 1):
+        for number in finer:
             field, count = self._fit_level(number, field)
         return field, count
 
     def _fit_level(self, number: int, begin: DisplacementField | None) -> tuple[DisplacementField, int]:
         pair, view = self.pair, self.pair.fixed.grid
         grid = level_grid(view, axes_of(view), self.options.level_voxels[number])
-        weights = self._weights(number, robust=self.contrast_robust)
-        if not self.options.diffeomorphic or begin is None:
-            level = _Level(pair.fixed_scan, pair.moving_scan, grid, self.linear, self.device)
-            return level.fit(begin, weights, fixed_border=False), level.parameter_count
+        scans, (iterations, weights) = (pair.fixed_scan, pair.moving_scan), self._weights(number, self.contrast_robust)
+        if begin is None or not self.options.diffeomorphic:
+            level = _Level(*scans, grid, self.linear, self.options, self.device)
+            return level.fit(begin, weights, iterations)
         # Sums of maps that can be undone may fold; maps one after the other do not.
-        level = _Level(pair.fixed_scan, pair.moving_scan, grid, Chain((begin, self.linear)), self.device)
-        added = level.fit(None, weights, fixed_border=False)
-        return displacement_on(Chain((added, begin)), grid), level.parameter_count
+        level = _Level(*scans, grid, Chain((begin, self.linear)), self.options, self.device)
+        added, count = level.fit(None, weights, iterations)
+        return displacement_on(Chain((added, begin)), grid), count
 
     def fit_labels_box(self, field: DisplacementField) -> tuple[DisplacementField | None, int]:
         """Fit the last level, in the labels' box; None if there is none."""
-        pair, transform = self.pair, Chain((field, self.linear))
-        voxels = _local_voxels(self.options, pair.moving_labels)
-        box = _labels_box(pair.moving_scan, field, transform, pair.fixed.grid, voxels)
+        transform = Chain((field, self.linear))
+        box = self._labels_box(field, transform)
         if box is None:
             return None, 0
-        fixed, moving = pair.crop(box, transform)
-        level = _Level(fixed, moving, box, transform, self.device)
-        weights = self._weights(len(self.options.level_voxels), robust=False)
-        return level.fit(None, weights, fixed_border=True), level.parameter_count
+        level = _Level(*self.pair.crop(box, transform), box, transform, self.options, self.device)
+        iterations, weights = self._weights(len(self.options.level_voxels))
+        return level.fit(None, weights, iterations, fixed_border=True)
 
-    def _weights(self, level: int, *, robust: bool) -> _Weights:
-        """Weights of one level; the last value of a list holds for all levels after it."""
+    def _labels_box(self, field: DisplacementField, transform: Transform) -> Grid | None:
+        """Grid of the last level: around the warped labels, no finer than the query; None if they are out of view."""
+        options, labels, view = self.options, self.pair.moving_labels, self.pair.fixed.grid
+        if self.pair.moving_scan.labelled is None or labels is None or not options.local_voxels:
+            return None
+        wanted = max(options.local_voxels, len(_sizes(labels)) * options.voxels_per_structure)
+        voxels = min(wanted, options.most_local_voxels)
+        nodes = np.argwhere(resample(self.pair.moving_scan.labelled, field.grid, transform) >= _LABELLED_FRACTION)
+        if not len(nodes):
+            return None
+        first, last, axes = nodes.min(axis=0), nodes.max(axis=0), axes_of(view)
+        grid = field.grid.crop(first, last + 1)
+        # The margin is in voxels of the level, whose size follows from the box with its margin: three rounds settle it.
+        for _ in range(3):
+            margin = np.ceil(_MARGIN_VOXELS * grid.spacing_mm / field.grid.spacing_mm).astype(int)
+            outer = field.grid.crop(np.maximum(first - margin, 0), np.minimum(last + margin + 1, field.grid.shape))
+            grid = level_grid(outer, axes, voxels, finest_mm=float(view.spacing_mm.min()))
+        # Nothing is free to move in a box that is all border.
+        return grid if min(grid.shape) > 2 * _STRIDE * _FIXED_BORDER else None
 
-        def of(values: Sequence[float]) -> float:
-            return values[min(level, len(values) - 1)]
-
-        options, factors = self.options, self.factors
-        correlation = options.contrast_robust_correlation_weight if robust else options.correlation_weight
-        return _Weights(
-            int(of(options.iterations)),
-            of(options.contrast_robust_mind_weight if robust else options.mind_weight) * factors.mind,
-            of(correlation) * factors.correlation,
-            of(options.contrast_robust_smoothness if robust else options.smoothness) * factors.smoothness,
-            options.folding_penalty,
-            options.structure_emphasis * factors.emphasis,
-            options.diffeomorphic,
+    def _weights(self, level: int, robust: bool = False) -> tuple[int, _Weights]:
+        """Iterations and weights of one level; the last value of a list holds for all levels after it."""
+        prefix, factors = "contrast_robust_" if robust else "", self.factors
+        names = ("mind_weight", "correlation_weight", "smoothness")
+        lists = (self.options.iterations, *(getattr(self.options, prefix + name) for name in names))
+        iterations, mind, correlation, smoothness = (values[min(level, len(values) - 1)] for values in lists)
+        return iterations, _Weights(
+            mind * factors.mind,
+            correlation * factors.correlation,
+            smoothness * factors.smoothness,
+            self.options.structure_emphasis * factors.emphasis,
         )
-
-
-def _local_voxels(options: InstanceSettings, labels: Volume | None) -> int:
-    """Voxels of the level in the labels' box; 0 if there is to be none."""
-    if labels is None or not options.local_voxels:
-        return 0
-    return min(max(options.local_voxels, len(_sizes(labels)) * options.voxels_per_structure), options.most_local_voxels)
 
 
 def _sizes(labels: Volume) -> dict[int, int]:
@@ -211,36 +200,20 @@ def _contrast_difference(pair: Pair, labels: Volume, field: DisplacementField, l
     values = sorted(sizes, key=lambda value: -sizes[value])[:_MOST_STRUCTURES]
     differences, volumes = [], []
     for mask in warp_labels(labels, values, field.grid, transform).values():
-        inside = mask.values >= _INSIDE_FRACTION
+        inside = mask.values >= INSIDE
         if inside.sum() >= _FEWEST_VOXELS:
             volumes.append(int(inside.sum()))
             differences.append(abs(float(np.median(fixed[mask.box][inside]) - np.median(moving[mask.box][inside]))))
     return float(np.average(differences, weights=volumes)) if differences else 0.0
 
 
-def _labels_box(moving: Scan, field: DisplacementField, transform: Transform, view: Grid, voxels: int) -> Grid | None:
-    """Grid of the last level: around the warped labels, no finer than the query; None if they are out of view."""
-    if moving.labelled is None or not voxels:
-        return None
-    nodes = np.argwhere(resample(moving.labelled, field.grid, transform) >= _LABELLED_FRACTION)
-    if not len(nodes):
-        return None
-    first, last, axes = nodes.min(axis=0), nodes.max(axis=0), axes_of(view)
-    grid = field.grid.crop(first, last + 1)
-    # The margin is in voxels of the level, and their size follows from the box with its margin: three rounds settle it.
-    for _ in range(3):
-        margin = np.ceil(_MARGIN_VOXELS * grid.spacing_mm / field.grid.spacing_mm).astype(int)
-        outer = field.grid.crop(np.maximum(first - margin, 0), np.minimum(last + margin + 1, field.grid.shape))
-        grid = level_grid(outer, axes, voxels, finest_mm=float(view.spacing_mm.min()))
-    # Nothing is free to move in a box that is all border.
-    return grid if min(grid.shape) > 2 * _STRIDE * _FIXED_BORDER else None
-
-
 class _Level:
     """One pair on one grid in the fixed world, through the transform found before this level."""
 
-    def __init__(self, fixed: Scan, moving: Scan, grid: Grid, transform: Transform, device: str) -> None:
-        self.grid, self.device = grid, device
+    def __init__(
+        self, fixed: Scan, moving: Scan, grid: Grid, transform: Transform, options: InstanceSettings, device: str
+    ) -> None:
+        self.grid, self.options, self.device = grid, options, device
         self.labelled, self.transform = moving.labelled, transform
         query, atlas = on_grid(fixed, grid, device), on_grid(moving, grid, device, transform)
         self.query_mind, self.atlas_mind = mind_ssc(query.image), mind_ssc(atlas.image)
@@ -248,23 +221,15 @@ class _Level:
         self.atlas = torch.cat((atlas.image, atlas.inside), dim=1)
         self.weight = query.weight
         self.control_shape = [-(-n // _STRIDE) + 1 for n in grid.shape]
-        size = torch.tensor(grid.shape, dtype=torch.float32, device=device)
-        self.to_unit = 2 / (size - 1).clamp_min(1)
+        self.to_unit = 2 / (torch.tensor(grid.shape, dtype=torch.float32, device=device) - 1).clamp_min(1)
         nodes = [torch.arange(n, dtype=torch.float32, device=device) for n in grid.shape]
         self.nodes = torch.stack(torch.meshgrid(*nodes, indexing="ij"))[None]
 
-    @property
-    def parameter_count(self) -> int:
-        """Number of parameters optimised."""
-        return 3 * int(np.prod(self.control_shape))
-
-    def fit(self, start: DisplacementField | None, weights: _Weights, *, fixed_border: bool) -> DisplacementField:
-        """Optimise an addition to ``start``; their sum on the level's grid.
-
-        With ``fixed_border`` the addition is 0 at the border of the grid.
-        """
-        shape = list(self.grid.shape)
-        base = self._in_voxels(start)
+    def fit(
+        self, start: DisplacementField | None, weights: _Weights, iterations: int, *, fixed_border: bool = False
+    ) -> tuple[DisplacementField, int]:
+        """Optimise an addition to ``start``, with ``fixed_border`` 0 at the grid's border; their sum on the grid."""
+        shape, base = list(self.grid.shape), self._in_voxels(start)
         coarse_base = F.interpolate(base, self.control_shape, mode="trilinear", align_corners=True)
         places = self.nodes + base
         control = torch.zeros_like(coarse_base, requires_grad=True)
@@ -273,36 +238,37 @@ class _Level:
         if fixed_border:
             free = _zero_border(free, _FIXED_BORDER)
         optimizer = torch.optim.Adam([control], lr=_STEP_VOXELS)
-        for step in range(weights.iterations):
-            addition = self._addition(control * free, weights)
+        for step in range(iterations):
+            addition = self._addition(control * free)
             displaced = places + F.interpolate(addition, shape, mode="trilinear", align_corners=True)
-            total = coarse_base + addition
-            gradient = _gradient_penalty(addition / _STRIDE)
-            loss = self._dissimilarity(displaced, weight, weights, step) + weights.smoothness * gradient
-            if weights.folding:
-                loss = loss + weights.folding * _folding_penalty(total / _STRIDE)
+            loss = self._dissimilarity(displaced, weight, weights, step)
+            loss = loss + weights.smoothness * gradient_penalty(addition / _STRIDE)
+            if self.options.folding_penalty:
+                loss = loss + self.options.folding_penalty * _folding_penalty((coarse_base + addition) / _STRIDE)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         with torch.no_grad():
-            addition = self._addition(control * free, weights)
+            addition = self._addition(control * free)
             voxels = base + F.interpolate(addition, shape, mode="trilinear", align_corners=True)
         if fixed_border:
             voxels = _zero_border(voxels, 1)
         world = np.einsum("wv,vijk->wijk", self.grid.affine[:3, :3], voxels[0].cpu().numpy())
-        return DisplacementField(self.grid, world.astype(np.float32))
+        return DisplacementField(self.grid, world.astype(np.float32)), control.numel()
 
-    def _addition(self, control: Tensor, weights: _Weights) -> Tensor:
+    def _addition(self, control: Tensor) -> Tensor:
         """(1, 3, I, J, K) displacements of the control points, in voxels of the grid."""
-        smooth = _smooth(control)
-        return integrate_velocity(smooth / _STRIDE, _SQUARINGS) * _STRIDE if weights.diffeomorphic else smooth
+        # Two passes of a mean over 3 x 3 x 3 control points: about a cubic B-spline.
+        for _ in range(2):
+            control = F.avg_pool3d(F.pad(control, [1] * 6, mode="replicate"), 3, stride=1)
+        return integrate_velocity(control / _STRIDE, _SQUARINGS) * _STRIDE if self.options.diffeomorphic else control
 
     def _weight(self, start: DisplacementField | None, emphasis: float) -> Tensor:
         """(1, 1, I, J, K) voxel weights, 1 in sum: the query's foreground, more near the atlas's structures."""
         weight = self.weight
         if emphasis and self.labelled is not None:
-            placed = self.transform if start is None else Chain((start, self.transform))
-            near = resample(self.labelled, self.grid, placed)
+            transform = self.transform if start is None else Chain((start, self.transform))
+            near = resample(self.labelled, self.grid, transform)
             size_mm = float(np.prod(np.array(self.grid.shape) * self.grid.spacing_mm)) ** (1 / 3)
             near = ndimage.gaussian_filter(near, _EMPHASIS_REACH * size_mm / self.grid.spacing_mm)
             weight = weight * (1 + emphasis * torch.from_numpy(near).to(self.device)[None, None])
@@ -312,7 +278,7 @@ class _Level:
         """Dissimilarity of query and atlas read at displaced voxels, (1, 3, I, J, K); MIND-SSC at the step's voxels."""
         where = (displaced.movedim(1, -1) * self.to_unit - 1).flip(-1)
         warped = sample_at(self.atlas, where)
-        # Outside the atlas nothing is compared; no gradient here, lest leaving it lowers the loss.
+        # Outside the atlas nothing is compared; no gradient here: leaving it would lower the loss.
         counted = weight * warped[:, 1:].detach()
         loss = torch.zeros((), device=displaced.device)
         if weights.correlation:
@@ -335,41 +301,18 @@ class _Level:
 
 def _zero_border(values: Tensor, width: int) -> Tensor:
     """(1, C, I, J, K) with zeros in the outermost planes, ``width`` on each side."""
-    kept = torch.zeros_like(values)
-    inner = (slice(None), slice(None), *(slice(width, n - width) for n in values.shape[2:]))
-    kept[inner] = values[inner]
-    return kept
-
-
-def _gradient_penalty(displacement: Tensor) -> Tensor:
-    """Mean squared gradient (diffusion regularisation) of (1, 3, I, J, K) in units of its own grid's spacing."""
-    total = torch.zeros((), device=displacement.device)
-    for axis in (2, 3, 4):
-        total = total + displacement.diff(dim=axis).pow(2).mean()
-    return total
+    inner = slice(width, -width)
+    return F.pad(values[:, :, inner, inner, inner], [width] * 6)
 
 
 def _folding_penalty(displacement: Tensor) -> Tensor:
-    """Mean squared shortfall of the Jacobian determinant below :data:`_LEAST_VOLUME`, of (1, 3, I, J, K) as above."""
-    rows = []
-    for axis in (2, 3, 4):
-        row = displacement.diff(dim=axis)
-        # Forward differences, cut to the nodes that have all three.
-        for other in (2, 3, 4):
-            if other != axis:
-                row = row.narrow(other, 0, row.shape[other] - 1)
-        rows.append(row[0])
-    x, y, z = rows
+    """Mean squared shortfall of the Jacobian determinant below :data:`_LEAST_VOLUME`, of (1, 3, I, J, K) in voxels."""
+    i, j, k = (n - 1 for n in displacement.shape[2:])
+    # Forward differences at the nodes that have all three.
+    x, y, z = (displacement.diff(dim=axis)[0, :, :i, :j, :k] for axis in (2, 3, 4))
     determinant = (
         (1 + x[0]) * ((1 + y[1]) * (1 + z[2]) - y[2] * z[1])
         - x[1] * (y[0] * (1 + z[2]) - y[2] * z[0])
         + x[2] * (y[0] * z[1] - (1 + y[1]) * z[0])
     )
     return (_LEAST_VOLUME - determinant).clamp_min(0).pow(2).mean()
-
-
-def _smooth(control: Tensor) -> Tensor:
-    """Two passes of a mean over 3 x 3 x 3 control points: about a cubic B-spline."""
-    for _ in range(2):
-        control = F.avg_pool3d(F.pad(control, [1] * 6, mode="replicate"), 3, stride=1)
-    return control

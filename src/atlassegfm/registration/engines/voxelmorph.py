@@ -1,15 +1,15 @@
-"""The deformable engine ``voxelmorph``: the paper's, a VoxelMorph U-Net optimised on the one pair.
+"""The deformable engine ``voxelmorph``: the paper's (arXiv 2512.18176), a VoxelMorph U-Net optimised on the one pair.
 
 The network sees both scans and gives the displacement; it is not trained beforehand. Architecture: Balakrishnan et al.,
 "VoxelMorph: A Learning Framework for Deformable Medical Image Registration", IEEE TMI 2019, as in the authors' PyTorch
 code (``VxmDense``); its diffeomorphic variant: Dalca et al., "Unsupervised Learning of Probabilistic Diffeomorphic
-Registration for Images and Surfaces", MedIA 2019. Optimisation on the pair: AtlasSegFM (arXiv 2512.18176), "the paper".
+Registration for Images and Surfaces", MedIA 2019.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,15 +18,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...core.errors import RegistrationError
+from ...settings import RegistrationSettings, VoxelmorphSettings
 from ...transforms.maps import Affine, DisplacementField
-from .. import pyramid
 from ..features import LocalCorrelation
+from ..pyramid import Level, Pair, Start, axes_of, frame_grid, level_spacings_mm, on_grid, prepare
 from ..result import Registration
-from ..sampling import integrate_velocity, sample_displaced
-
-if TYPE_CHECKING:
-    from ...settings import RegistrationSettings, VoxelmorphSettings
-    from ..pair import Pair, Start
+from ..sampling import gradient_penalty, integrate_velocity, sample_displaced
 
 #: Of the generator that draws the weights; any will do.
 _SEED = 0
@@ -39,31 +36,20 @@ _CORRELATION_RADIUS = 4
 _WARM_UP = 0.05
 
 
-def fit(
-    pair: Pair,
-    linear: Affine,
-    start: Start | None,  # noqa: ARG001
-    settings: RegistrationSettings,
-    device: str,
-) -> Registration:
-    """Optimise the network on one pair.
+def fit(pair: Pair, linear: Affine, _start: Start | None, settings: RegistrationSettings, device: str) -> Registration:
+    """Optimise the network on one pair, on an isotropic grid over the query's field of view.
 
-    ``linear``, fixed to moving world, is applied after the field, which lies on an isotropic grid over the query's
-    field of view. No ``start`` is taken: the paper has no search for structures.
-
-    Raises
-    ------
-    RegistrationError
-        If the optimisation diverges, or the GPU's memory does not suffice.
+    ``linear``, fixed to moving world, is applied after the field. No start is taken: the paper has no search for
+    structures. Raises :class:`.RegistrationError` if the optimisation diverges or the GPU's memory does not suffice.
     """
     options = settings.voxelmorph
     voxels = options.cpu_voxels if device == "cpu" else options.cuda_voxels
-    spacing_mm = pyramid.level_spacings_mm(pair.fixed.grid, (voxels,))[-1]
-    grid = pyramid.frame_grid(pair.fixed.grid, pyramid.axes_of(pair.fixed.grid), spacing_mm)
+    spacing_mm = level_spacings_mm(pair.fixed.grid, (voxels,))[-1]
+    grid = frame_grid(pair.fixed.grid, axes_of(pair.fixed.grid), spacing_mm)
     # Afresh from the scans as they came: the other stages' levels may be coarser.
-    fixed = pyramid.prepare(pair.fixed, None, spacing_mm, "query")
-    moving = pyramid.prepare(pair.moving, None, spacing_mm, "atlas")
-    query, atlas = pyramid.on_grid(fixed, grid, device), pyramid.on_grid(moving, grid, device, linear)
+    fixed = prepare(pair.fixed, None, spacing_mm, "query")
+    moving = prepare(pair.moving, None, spacing_mm, "atlas")
+    query, atlas = on_grid(fixed, grid, device), on_grid(moving, grid, device, linear)
     try:
         displacement, parameter_count = _optimise(query, atlas, options)
     except torch.cuda.OutOfMemoryError as error:
@@ -76,9 +62,8 @@ def fit(
             "the optimisation of the network diverged; lower registration.voxelmorph.learning_rate "
             f"(now {options.learning_rate:g})"
         )
-    world = np.einsum("wv,vijk->wijk", grid.affine[:3, :3], displacement)
-    field = DisplacementField(grid, world.astype(np.float32))
-    return Registration(linear, field, parameter_count={"deformable": parameter_count})
+    world = np.einsum("wv,vijk->wijk", grid.affine[:3, :3], displacement).astype(np.float32)
+    return Registration(linear, DisplacementField(grid, world), parameter_count={"deformable": parameter_count})
 
 
 class Network(nn.Module):
@@ -87,25 +72,19 @@ class Network(nn.Module):
     ``channels`` at full resolution, twice as many on the levels below; one 3 x 3 x 3 convolution a level and LeakyReLU;
     down by max-pooling, up by nearest neighbour with skip connections; then three convolutions at full resolution (2 c,
     c, c) and one to the displacement. 16 channels on 5 levels are VoxelMorph's default (327 331 parameters), 32 the
-    paper's (1 304 387). The generator draws the weights, so that the global one stays as it is.
+    paper's (1 304 387).
     """
 
     def __init__(self, levels: int, channels: int, generator: torch.Generator) -> None:
         super().__init__()
         wide = 2 * channels
         down = [channels] + [wide] * (levels - 2)
-        self.encoder, self.decoder, self.last = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        width = 2
-        for features in down:
-            self.encoder.append(_convolution(width, features, generator))
-            width = features
-        for skipped in reversed(down):
-            self.decoder.append(_convolution(width, wide, generator))
-            width = wide + skipped
-        for features in (wide, channels, channels):
-            self.last.append(_convolution(width, features, generator))
-            width = features
-        self.flow = _convolution(width, 3, generator)
+        joined = [wide + skipped for skipped in reversed(down)]
+        self.encoder = nn.ModuleList(_convolution(a, b, generator) for a, b in pairwise((2, *down)))
+        self.decoder = nn.ModuleList(_convolution(a, wide, generator) for a in (down[-1], *joined[:-1]))
+        last = pairwise((joined[-1], wide, channels, channels))
+        self.last = nn.ModuleList(_convolution(a, b, generator) for a, b in last)
+        self.flow = _convolution(channels, 3, generator)
         nn.init.normal_(self.flow.weight, 0, _FLOW_DEVIATION, generator=generator)
         self.flow.bias = nn.Parameter(torch.zeros(3))
 
@@ -114,10 +93,8 @@ class Network(nn.Module):
 
         With ``half``, convolutions are in bfloat16; the displacement is float32 either way.
         """
-        values = scans
-        if half:
-            # The order in which tensor cores and AMX read; others would be rearranged at each layer.
-            values = values.to(memory_format=torch.channels_last_3d)
+        # In half precision in the order in which tensor cores and AMX read; others would be rearranged at each layer.
+        values = scans.to(memory_format=torch.channels_last_3d) if half else scans
         with torch.autocast(scans.device.type, torch.bfloat16, enabled=half):
             skips = []
             for layer in self.encoder:
@@ -138,7 +115,7 @@ class Network(nn.Module):
 
 
 def _convolution(before: int, after: int, generator: torch.Generator) -> nn.Conv3d:
-    """A layer with PyTorch's usual first weights, drawn from a generator of our own."""
+    """A layer with PyTorch's usual first weights, drawn from a generator of our own; the global one stays as it is."""
     layer: nn.Conv3d = nn.utils.skip_init(nn.Conv3d, before, after, 3, padding=1)
     nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5), generator=generator)
     bound = 1 / math.sqrt(before * 27)
@@ -146,12 +123,12 @@ def _convolution(before: int, after: int, generator: torch.Generator) -> nn.Conv
     return layer
 
 
-def _optimise(
-    query: pyramid.Level, atlas: pyramid.Level, options: VoxelmorphSettings
-) -> tuple[NDArray[np.float32], int]:
+def _optimise(query: Level, atlas: Level, options: VoxelmorphSettings) -> tuple[NDArray[np.float32], int]:
     """Displacement, (3, I, J, K) in voxels, of a new network optimised on one pair, and its parameter count."""
     device = query.image.device
-    half = _uses_half(options, device)
+    half = options.half_precision == "on"
+    if options.half_precision == "auto":
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     network = Network(options.levels, options.channels, torch.Generator().manual_seed(_SEED)).to(device)
     scans = torch.cat((atlas.image, query.image), dim=1)
     dissimilarity = _Dissimilarity(query, atlas, options)
@@ -166,28 +143,24 @@ def _optimise(
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * _rate(options.schedule, iteration, options.iterations)
         displacement, regularised = predicted()
-        # The published code's penalty: mean over the axes of the squared forward differences, in voxels.
-        squares = (regularised.diff(dim=axis).pow(2).mean() for axis in (2, 3, 4))
-        gradient_penalty = sum(squares, torch.zeros((), device=device)) / 3
-        loss = dissimilarity(displacement) + options.smoothness * gradient_penalty
+        gradient = gradient_penalty(regularised) / 3  # a mean over the axes, as in the published code
+        loss = dissimilarity(displacement) + options.smoothness * gradient
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     with torch.no_grad():
         displacement, _ = predicted()
-    found: NDArray[np.float32] = displacement[0].cpu().numpy()
-    return found, sum(parameter.numel() for parameter in network.parameters())
+    return displacement[0].cpu().numpy(), sum(parameter.numel() for parameter in network.parameters())
 
 
 class _Dissimilarity:
     """Dissimilarity of query and displaced atlas, inside the atlas's field of view alone; 0 where they are the same.
 
-    No gradient goes through the field of view, lest pushing what does not match out of it lowers the loss.
+    No gradient goes through the field of view: pushing what does not match out of it would lower the loss.
     """
 
-    def __init__(self, query: pyramid.Level, atlas: pyramid.Level, options: VoxelmorphSettings) -> None:
-        self.loss = options.loss
-        self.query = query.image
+    def __init__(self, query: Level, atlas: Level, options: VoxelmorphSettings) -> None:
+        self.loss, self.query = options.loss, query.image
         # The paper's MSE is over all voxels. Local correlation compares the noise of air with itself: body only.
         self.weight = query.inside if self.loss == "mse" else query.weight
         if self.loss == "lncc":
@@ -226,9 +199,3 @@ def _rate(schedule: str, iteration: int, iterations: int) -> float:
     if iteration < rise:
         return (iteration + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (iteration - rise) / max(1, iterations - rise)))
-
-
-def _uses_half(options: VoxelmorphSettings, device: torch.device) -> bool:
-    if options.half_precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return options.half_precision == "on"

@@ -1,14 +1,15 @@
 """One linear map for each labelled structure, blended to one smooth field that starts the deformable fit.
 
-Between two people organs lie centimetres apart relative to each other, are turned and of other size; a smooth
-deformable fit started from the affine cannot cross that distance. Each structure, with the tissue right around it, is
-matched at every translation within reach (:mod:`.structure_search`); a linear map is fitted from the best of them; the
-one that matches best in the end is kept.
+Between two people organs lie centimetres apart, are turned and of other size: too far for a smooth deformable fit that
+starts from the affine. Each structure, with the tissue around it, is matched at all translations within reach at once
+(by FFT). At this resolution an organ of another size, turned a little, often matches something else too: linear maps
+are fitted from the best of them, and the one that matches best in the end is kept.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,20 +22,24 @@ from ..core.image import Volume
 from ..core.mask import LocalMap
 from ..transforms.maps import Affine, DisplacementField
 from ..transforms.resample import warp_labels
-from .affine import affine_maps
+from .affine import affine_maps, homogeneous
 from .features import mind_ssc
 from .pyramid import Level, Scan, axes_of, frame_grid, on_grid
-from .structure_search import (
-    CORRELATION_WEIGHT,
-    INTENSITY_WEIGHT,
-    OUTSIDE_PENALTY,
-    PRIOR_FRACTION,
-    PRIOR_WEIGHT,
-    VARIANCE_FLOOR,
-    Patch,
-    TranslationSearch,
-)
 
+#: Standard deviation of the prior on a translation, as a fraction of the field of view's size (its volume's cube root).
+_PRIOR_FRACTION = 0.1
+#: Standard deviations of the prior within which translations are searched.
+_REACH = 2.0
+#: Tissue around a structure that is matched with it, as a fraction of the field of view's size.
+_SURROUNDINGS_FRACTION = 0.03
+#: Weights of correlation, squared intensity difference and prior beside the MIND-SSC difference (1).
+_CORRELATION_WEIGHT, _INTENSITY_WEIGHT, _PRIOR_WEIGHT = 2.0, 5.0, 0.2
+#: Penalty of the part of a structure that a translation takes out of the field of view.
+_OUTSIDE_PENALTY = 1.0
+#: Added to products of variances, against division by zero where all is of one brightness.
+_VARIANCE_FLOOR = 1e-5
+#: Voxels on each side within which a minimum must be the lowest.
+_NEIGHBOURHOOD = 2
 #: Translations from which a linear map is fitted, besides none: the right place is often the second or third.
 _CANDIDATES = 8
 #: Voxels of a patch that are compared, drawn at random from larger ones.
@@ -84,23 +89,101 @@ def fit(
     where the contrast of organs differs between the scans.
     """
     grid = frame_grid(fixed.intensity.grid, axes_of(fixed.intensity.grid), spacing_mm)
-    query = on_grid(fixed, grid, device)
-    atlas = on_grid(moving, grid, device, linear)
+    query, atlas = on_grid(fixed, grid, device), on_grid(moving, grid, device, linear)
     size_mm = float(np.prod(np.array(grid.shape) * spacing_mm)) ** (1 / 3)
     values = [int(value) for value in np.unique(labels.data) if value]
     # What the linear map puts outside the query's grid is not searched for.
     maps = {value: mask for value, mask in warp_labels(labels, values, grid, linear).items() if not mask.is_empty}
     large = sorted(maps, key=lambda value: -float(maps[value].values.sum()))[:_MOST_STRUCTURES]
     structures = _StructureFit(query, atlas, spacing_mm, size_mm, brightness=brightness)
-    found = (
-        structures.fit(maps[value]) for value in sorted(large) if (maps[value].values >= 0.5).sum() >= _FEWEST_VOXELS
-    )
-    placed = [one for one in found if one is not None]
-    if not placed:
+    masks = (maps[value] for value in sorted(large))
+    found = [structures.fit(mask) for mask in masks if (mask.values >= 0.5).sum() >= _FEWEST_VOXELS]
+    matched = [one for one in found if one is not None]
+    if not matched:
         return None
-    along_axes = _blend(placed, size_mm / spacing_mm)
-    world = np.einsum("wa,aijk->wijk", grid.affine[:3, :3], along_axes)
+    world = np.einsum("wa,aijk->wijk", grid.affine[:3, :3], _blend(matched, size_mm / spacing_mm))
     return DisplacementField(grid, world.astype(np.float32))
+
+
+@dataclass(frozen=True, eq=False)
+class Patch:
+    """A structure of the atlas with the tissue around it, on a box of the grid.
+
+    ``weight``, (A, B, C), is 1 in the structure, falling to 0 with the distance from it, and 0 outside the atlas's
+    field of view.
+    """
+
+    box: tuple[slice, ...]
+    weight: Tensor
+
+
+class TranslationSearch:
+    """Match patches of the atlas in the query, on one grid, at all translations within reach.
+
+    ``size_mm`` is the cube root of the field of view's volume.
+    """
+
+    def __init__(self, query: Level, atlas: Level, spacing_mm: float, size_mm: float) -> None:
+        self._spacing_mm = spacing_mm
+        self._surroundings_mm = max(_SURROUNDINGS_FRACTION * size_mm, spacing_mm)
+        self.prior_voxels = _PRIOR_FRACTION * size_mm / spacing_mm
+        self._reach = max(1, int(np.ceil(_REACH * self.prior_voxels)))
+        steps = (torch.arange(-self._reach, self._reach + 1, device=query.image.device) / self.prior_voxels) ** 2
+        self._prior = 0.5 * (steps[:, None, None] + steps[None, :, None] + steps[None, None, :])
+        # What lies outside the query is zero in every channel, and counted by the third.
+        channels = (query.image, query.image**2, torch.ones_like(query.image), mind_ssc(query.image))
+        self._query = F.pad(torch.cat(channels, dim=1), [self._reach] * 6)[0]
+        self._query_mind_norm = self._query[3:].pow(2).sum(dim=0)
+        self.atlas_image, self.atlas_mind = atlas.image[0, 0], mind_ssc(atlas.image)[0]
+        self._atlas_inside = atlas.inside[0, 0]
+
+    def patch(self, mask: LocalMap) -> Patch | None:
+        """Cut out the patch of a structure; None if it is outside the atlas's field of view."""
+        margin = int(np.ceil(self._surroundings_mm / self._spacing_mm))
+        start = [max(0, first - margin) for first in mask.start]
+        stop = [min(n, last + margin) for last, n in zip(mask.stop, self.atlas_image.shape, strict=True)]
+        distance_mm = ndimage.distance_transform_edt(mask.on_box(start, stop) < 0.5) * self._spacing_mm
+        closeness = np.clip(1 - distance_mm / self._surroundings_mm, 0, 1).astype(np.float32)
+        box = tuple(map(slice, start, stop))
+        weight = torch.from_numpy(closeness).to(self.atlas_image.device) * self._atlas_inside[box]
+        return Patch(box, weight) if float(weight.sum()) > 0 else None
+
+    def candidates(self, patch: Patch, count: int, *, brightness: bool = True) -> Tensor:
+        """Find the ``count`` best translations from warped atlas to query: lowest minima, (n, 3) voxels, best first."""
+        cost = self._costs(patch, brightness=brightness)
+        lowest = -F.max_pool3d(-cost[None, None], 2 * _NEIGHBOURHOOD + 1, stride=1, padding=_NEIGHBOURHOOD)[0, 0]
+        places = torch.nonzero(cost == lowest)
+        order = torch.argsort(cost[places.unbind(dim=1)], stable=True)[:count]
+        return (places[order] - self._reach).float()
+
+    def _costs(self, patch: Patch, *, brightness: bool) -> Tensor:
+        """Cost of every translation within reach, (2 reach + 1) cubed."""
+        weight = patch.weight / patch.weight.sum()
+        image, mind = self.atlas_image[patch.box], self.atlas_mind[:, *patch.box]
+        window = tuple(slice(part.start, part.stop + 2 * self._reach) for part in patch.box)
+        query, shifts = self._query[:, *window], slice(2 * self._reach + 1)
+        size = query.shape[1:]
+        spectrum = partial(torch.fft.rfftn, s=size)
+
+        def at_shifts(product: Tensor) -> Tensor:
+            costs: Tensor = torch.fft.irfftn(product, s=size)[shifts, shifts, shifts]
+            return costs
+
+        kernel, scene = spectrum(weight).conj(), spectrum(query, dim=(1, 2, 3))
+        mean, square, seen = (at_shifts(kernel * scene[channel]) for channel in range(3))
+        cross = kernel * spectrum(self._query_mind_norm[window])
+        for channel in range(len(mind)):
+            cross = cross - 2 * spectrum(weight * mind[channel]).conj() * scene[3 + channel]
+        cost = at_shifts(cross) + (weight * mind.pow(2).sum(dim=0)).sum()
+        cost = cost + _OUTSIDE_PENALTY * (1 - seen) + _PRIOR_WEIGHT * self._prior
+        if not brightness:
+            return cost
+        product = at_shifts(spectrum(weight * image).conj() * scene[0])
+        own_mean, own_square = (weight * image).sum(), (weight * image**2).sum()
+        variance = (square - mean**2).clamp_min(0) * (own_square - own_mean**2).clamp_min(0)
+        correlation = (product - mean * own_mean) / torch.sqrt(variance + _VARIANCE_FLOOR)
+        squared_difference = square - 2 * product + own_square
+        return cost + _CORRELATION_WEIGHT * (1 - correlation) + _INTENSITY_WEIGHT * squared_difference
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,16 +203,14 @@ class _StructureFit:
     def __init__(self, query: Level, atlas: Level, spacing_mm: float, size_mm: float, *, brightness: bool) -> None:
         self._brightness = brightness
         self._search = TranslationSearch(query, atlas, spacing_mm, size_mm)
-        # What lies outside the query is zero in every channel, and counted by the second one.
+        # What lies outside the query is zero in every channel, and counted by the second.
         self._query = torch.cat((query.image, torch.ones_like(query.image), mind_ssc(query.image)), dim=1)
-        self._atlas_image, self._atlas_mind = atlas.image[0, 0], mind_ssc(atlas.image)[0]
-        self._prior_voxels = PRIOR_FRACTION * size_mm / spacing_mm
 
     def fit(self, mask: LocalMap) -> _StructureMap | None:
         """Fit the map of a structure of the warped atlas: the best of those from all candidate places.
 
-        None if the structure is outside the atlas's field of view, the best map takes it out of view, or MIND-SSC alone
-        is lower without any map than at the best translation or with the best map: then brightness was misleading.
+        None if the structure is out of the atlas's view or the best map takes it out of the query's, or if MIND-SSC
+        alone is lower without any map than at the best translation or with the best map: brightness was misleading.
         """
         patch = self._search.patch(mask)
         if patch is None:
@@ -140,8 +221,8 @@ class _StructureFit:
             return None
         to_query, cost = found
         back = np.linalg.inv(to_query)
-        shape = (self._query.shape[2], self._query.shape[3], self._query.shape[4])
-        moved = ndimage.affine_transform(mask.on_box((0, 0, 0), shape), back[:3, :3], back[:3, 3], order=1)
+        whole = mask.on_box((0, 0, 0), self._query.shape[2:])
+        moved = ndimage.affine_transform(whole, back[:3, :3], back[:3, 3], order=1)
         return _StructureMap(to_query, moved.astype(np.float32), cost) if moved.any() else None
 
     def _sample(self, patch: Patch) -> _Sample:
@@ -153,45 +234,36 @@ class _StructureFit:
             inside = inside[torch.from_numpy(drawn).to(device)]
         weight = patch.weight[inside.unbind(dim=1)]
         weight = weight / weight.sum()
-        points = inside + torch.tensor(patch.start, device=device)
+        points = inside + torch.tensor([side.start for side in patch.box], device=device)
         i, j, k = points.unbind(dim=1)
         centre = (points * weight[:, None]).sum(dim=0)
-        return _Sample(points.float(), weight, self._atlas_image[i, j, k], self._atlas_mind[:, i, j, k], centre)
+        image, mind = self._search.atlas_image[i, j, k], self._search.atlas_mind[:, i, j, k]
+        return _Sample(points.float(), weight, image, mind, centre)
 
     def _best(self, sample: _Sample, shifts: Tensor) -> tuple[NDArray[np.float64], float] | None:
         """The best map from warped atlas to query, in voxels, and its cost, from (n, 3) translations, best first."""
         start = torch.zeros((len(shifts) + 1, 12), device=shifts.device)
         start[:-1, :3] = shifts
         with torch.no_grad():
-            differences = self._terms(start, sample)[0]
-        unmoved = float(differences[-1])
-        if float(differences[0]) > unmoved:
+            first, *_, unmoved = self._terms(start, sample)[0].tolist()
+        if first > unmoved:
             return None
-        found = self._optimise(start, sample)
-        with torch.no_grad():
-            mind_difference, cost = self._terms(found, sample)
-            cost = cost + PRIOR_WEIGHT * 0.5 * (found[:, :3] / self._prior_voxels).pow(2).sum(dim=1)
-            best = int(cost.argmin())
-            if float(mind_difference[best]) > unmoved:
-                return None
-            matrix, offset = affine_maps(found[best : best + 1], sample.centre)
-        to_query = np.eye(4)
-        to_query[:3, :3], to_query[:3, 3] = matrix[0].cpu().numpy(), offset[0].cpu().numpy()
-        return to_query, float(cost[best])
-
-    def _optimise(self, start: Tensor, sample: _Sample) -> Tensor:
-        """(n, 12) parameters after Adam's steps."""
-        shift = start[:, :3].clone().requires_grad_(True)
-        shape = start[:, 3:].clone().requires_grad_(True)
-        optimizer = torch.optim.Adam(
-            [{"params": [shift], "lr": _SHIFT_STEP}, {"params": [shape], "lr": _SHAPE_STEP}],
-        )
+        shift, shape = (part.clone().requires_grad_(True) for part in (start[:, :3], start[:, 3:]))
+        optimizer = torch.optim.Adam([{"params": [shift], "lr": _SHIFT_STEP}, {"params": [shape], "lr": _SHAPE_STEP}])
         for _ in range(_ITERATIONS):
             _, cost = self._terms(torch.cat((shift, shape), dim=1), sample)
             optimizer.zero_grad()
             cost.sum().backward()
             optimizer.step()
-        return torch.cat((shift, shape), dim=1).detach()
+        found = torch.cat((shift, shape), dim=1).detach()
+        with torch.no_grad():
+            mind_difference, cost = self._terms(found, sample)
+            cost = cost + _PRIOR_WEIGHT * 0.5 * (found[:, :3] / self._search.prior_voxels).pow(2).sum(dim=1)
+            best = int(cost.argmin())
+            if float(mind_difference[best]) > unmoved:
+                return None
+            matrix, offset = affine_maps(found[best : best + 1], sample.centre)
+        return homogeneous(matrix[0], offset[0]), float(cost[best])
 
     def _terms(self, parameters: Tensor, sample: _Sample) -> tuple[Tensor, Tensor]:
         """MIND-SSC difference and cost without the prior on the shift, (n,) each."""
@@ -208,7 +280,7 @@ class _StructureFit:
         squares = parameters[:, 3:].pow(2)
         cost = (
             mind_difference
-            + OUTSIDE_PENALTY * (1 - seen)
+            + _OUTSIDE_PENALTY * (1 - seen)
             + _ROTATION_PENALTY * squares[:, :3].sum(dim=1)
             + _STRETCH_PENALTY * squares[:, 3:6].sum(dim=1)
             + _SHEAR_PENALTY * squares[:, 6:].sum(dim=1)
@@ -218,9 +290,10 @@ class _StructureFit:
         own_centred = sample.image - (sample.image * weight).sum()
         centred = image - (image * weight).sum(dim=1, keepdim=True)
         variance = (centred.pow(2) * weight).sum(dim=1) * (own_centred.pow(2) * weight).sum()
-        correlation = (centred * own_centred * weight).sum(dim=1) / torch.sqrt(variance + VARIANCE_FLOOR)
+        correlation = (centred * own_centred * weight).sum(dim=1) / torch.sqrt(variance + _VARIANCE_FLOOR)
         squared_difference = ((image - sample.image).pow(2) * weight).sum(dim=1)
-        return mind_difference, cost + CORRELATION_WEIGHT * (1 - correlation) + INTENSITY_WEIGHT * squared_difference
+        cost = cost + _CORRELATION_WEIGHT * (1 - correlation)
+        return mind_difference, cost + _INTENSITY_WEIGHT * squared_difference
 
 
 def _blend(structures: list[_StructureMap], size: float) -> NDArray[np.float32]:
@@ -235,19 +308,14 @@ def _blend(structures: list[_StructureMap], size: float) -> NDArray[np.float32]:
     trust = [np.float32(np.exp(_DISTRUST * (least - one.cost))) for one in structures]
 
     def smooth(values: NDArray[np.float32], fraction: float) -> NDArray[np.float32]:
-        filtered: NDArray[np.float32] = ndimage.gaussian_filter(values, fraction * size, truncate=3)
-        return filtered
+        return np.asarray(ndimage.gaussian_filter(values, fraction * size, truncate=3))
 
     def wanted(one: _StructureMap, axis: int) -> NDArray[np.float32]:
         """Displacement along one axis that the structure's own map asks for, everywhere."""
         back = np.linalg.inv(one.to_query) - np.eye(4)
-        total: NDArray[np.float32] = np.float32(back[axis, 3]) + np.tensordot(
-            back[axis, :3].astype(np.float32), nodes, axes=1
-        )
-        return total
+        return np.asarray(np.float32(back[axis, 3]) + np.tensordot(back[axis, :3].astype(np.float32), nodes, axes=1))
 
-    displacement = np.zeros((3, *shape), np.float32)
-    nearness = np.zeros(shape, np.float32)
+    displacement, nearness = np.zeros((3, *shape), np.float32), np.zeros(shape, np.float32)
     for one, trusted in zip(structures, trust, strict=True):
         # Large organs count more, not in proportion to their volume: a kidney keeps its own map beside the liver.
         influence = smooth(one.mask * (trusted / np.sqrt(one.mask.sum())), _BLENDING_FRACTION)
@@ -255,15 +323,11 @@ def _blend(structures: list[_StructureMap], size: float) -> NDArray[np.float32]:
         for axis in range(3):
             displacement[axis] += influence * wanted(one, axis)
     displacement /= nearness + np.float32(_FADING) * nearness.max()
-    inside = np.zeros(shape, np.float32)
-    for one, trusted in zip(structures, trust, strict=True):
-        inside += trusted * one.mask
+    masks, nothing = [a * one.mask for a, one in zip(trust, structures, strict=True)], np.zeros(shape, np.float32)
     for fraction in _CORRECTION_FRACTIONS:
-        weight = smooth(inside, fraction)
+        weight = smooth(sum(masks, nothing), fraction)
         weight += np.float32(_CORRECTION_FADING) * weight.max()
         for axis in range(3):
-            lacking = np.zeros(shape, np.float32)
-            for one, trusted in zip(structures, trust, strict=True):
-                lacking += trusted * one.mask * (wanted(one, axis) - displacement[axis])
-            displacement[axis] += smooth(lacking, fraction) / weight
+            lacking = (m * (wanted(one, axis) - displacement[axis]) for m, one in zip(masks, structures, strict=True))
+            displacement[axis] += smooth(sum(lacking, nothing), fraction) / weight
     return displacement
