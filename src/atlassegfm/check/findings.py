@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from ..core.labels import listed
 
 Severity = Literal["error", "warning", "note"]
 Kind = Literal["scan", "labels", "unreadable"]
+#: From worst to best.
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Finding:
     Parameters
     ----------
     severity : {"error", "warning", "note"}
-        "error": the program refuses the file so. "warning": the result would suffer. "note": good to know.
+        "error": the program refuses the file. "warning": the result would suffer. "note": good to know.
     text : str
         What was found, and what it would do to the result.
     remedy : str
@@ -38,17 +41,12 @@ class LabelReport:
     Parameters
     ----------
     value : int
-        As stored.
     name : str
-        From the file's header or the nnU-Net dataset it lies in, else made of the value.
+        From the file's header or its nnU-Net dataset, else made of the value.
     voxels : int
-        How many have the value.
     volume_ml : float
-        Their volume in millilitres.
-    parts : int
-        Connected components (26 neighbours).
-    stray : int
-        Of these, islands of less than 5 % of the structure.
+    parts, stray : int
+        Connected components (26 neighbours), and those of less than 5 % of the structure.
     """
 
     value: int
@@ -61,14 +59,13 @@ class LabelReport:
 
 @dataclass(frozen=True)
 class AtlasReport:
-    """A scan against the annotated scan.
+    """Comparison of a scan with the atlas; fields as of :class:`~atlassegfm.quality.mirror.AtlasFit`.
 
     Parameters
     ----------
     mirrored_gain : float
-        How much better the scan's mirror image fits than the scan itself: natural logarithm of the ratio of costs.
     correlation : float or None
-        Of the intensities where both show body, in [-1, 1]; None where they share none.
+        None where no body overlaps.
     inside_percent : dict of str to float
         How much of each structure lies in the scan's field of view, by name.
     """
@@ -91,9 +88,7 @@ class FileReport:
     findings : tuple of Finding
         Errors first.
     shape : tuple of int, (3,)
-        Voxels along i, j, k.
     spacing_mm : tuple of float, (3,)
-        Along i, j, k.
     axes : str
         Where i, j, k point: "RAS", "LPS", ...
     oblique_deg, sheared_deg : float
@@ -110,7 +105,7 @@ class FileReport:
     labels : tuple of LabelReport
         Of a label map, by value.
     atlas : AtlasReport or None
-        Of a scan, where an annotated scan was given and the two could be fitted.
+        Of a scan, where an atlas was given and the two could be fitted.
     """
 
     name: str
@@ -161,33 +156,21 @@ class PairReport:
 
 @dataclass(frozen=True)
 class Check:
-    """What :func:`check` found.
-
-    Parameters
-    ----------
-    files : tuple of FileReport
-        In the order given.
-    pairs : tuple of PairReport
-        Each two readable files.
-    """
+    """Reports on files in the order given, and on each pair of readable files."""
 
     files: tuple[FileReport, ...]
     pairs: tuple[PairReport, ...]
 
     @property
     def worst(self) -> Severity | None:
-        """The gravest severity found, None where there is nothing to say."""
-        findings = [report.findings for report in self.files] + [pair.findings for pair in self.pairs]
-        found = {finding.severity for finding in itertools.chain.from_iterable(findings)}
-        return next((severity for severity in SEVERITIES if severity in found), None)
+        """The worst severity found, None without findings."""
+        reports: tuple[FileReport | PairReport, ...] = (*self.files, *self.pairs)
+        found = {finding.severity for report in reports for finding in report.findings}
+        return min(found, key=SEVERITIES.index, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report in plain lists, numbers and texts, for JSON."""
-        plain: dict[str, Any] = {"worst": self.worst, **dataclasses.asdict(self)}
-        return plain
-
-
-SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
+        return {"worst": self.worst, **dataclasses.asdict(self)}
 
 
 def sort_findings(findings: Sequence[Finding]) -> tuple[Finding, ...]:
@@ -195,8 +178,6 @@ def sort_findings(findings: Sequence[Finding]) -> tuple[Finding, ...]:
     return tuple(sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)))
 
 
-def list_items(items: Sequence[object], most: int = 8) -> str:
-    """List items for a message, the first few of many."""
-    """A few of them as words: "3, 4, 5 and 7 more"."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(str(item) for item in items[:most]) + more
+def list_items(items: Sequence[object]) -> str:
+    """List items for a message, the first 8 of many."""
+    return listed([str(item) for item in items], 8)
