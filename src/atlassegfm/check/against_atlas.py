@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
+from ..atlas import Atlas
 from ..core.errors import AtlasSegError
 from ..core.image import Volume
-from .findings import AtlasReport, Finding, list_items
+from ..quality import mirror
+from .findings import AtlasReport, Finding, list_items, note, warning
 from .intensity import inversion_findings
-
-if TYPE_CHECKING:
-    from ..atlas import Atlas
 
 #: A structure counts as outside from this fraction out of view on, and as cut by the border between the two.
 _OUTSIDE, _CUT = 0.9, 0.1
@@ -24,33 +22,12 @@ LEAST_CORRELATION = -0.3
 
 def compare_with_atlas(volume: Volume, atlas: Atlas, name: str) -> tuple[AtlasReport | None, list[Finding]]:
     """Compare a scan with an atlas: sides, contrast and structures in view; no report where they cannot be fitted."""
-    from ..quality.mirror import fit_to_atlas
-
     findings = inversion_findings(volume)
-    inverted = bool(findings)
     try:
-        found = fit_to_atlas(volume, atlas, name=name)
+        found = mirror.fit_to_atlas(volume, atlas, name=name)
     except AtlasSegError as error:
-        return None, [*findings, Finding("warning", f"the scan could not be fitted to the atlas: {error}")]
-    if found.mirrored_gain > MIRRORED_GAIN:
-        percent = 100 * math.expm1(found.mirrored_gain)
-        findings.append(
-            Finding(
-                "warning",
-                f"the mirror image fits the atlas better by {percent:.1f} %: left and right of the scan seem to be "
-                "swapped (or those of the atlas); organs would be looked for, and labelled, on the wrong side",
-                "compare with the original DICOM or a known side (liver, heart, a marker), and convert the scan again",
-            )
-        )
-    if not inverted and found.correlation < LEAST_CORRELATION:  # NaN, where no body overlaps, is not
-        findings.append(
-            Finding(
-                "warning",
-                f"what is bright in the atlas is dark in the scan (correlation {found.correlation:.2f}): if both are "
-                "of the same modality, the intensities seem to be inverted, and the model would be misled",
-                "turn them round (largest value minus each), unless it is another modality or sequence",
-            )
-        )
+        return None, [*findings, warning(f"the scan could not be fitted to the atlas: {error}")]
+    findings += _fit_findings(found, inverted=bool(findings))
     outside = [(one.name, found.outside[one.value]) for one in atlas.structures]
     report = AtlasReport(
         round(found.mirrored_gain, 4),
@@ -60,20 +37,34 @@ def compare_with_atlas(volume: Volume, atlas: Atlas, name: str) -> tuple[AtlasRe
     return report, [*findings, *_view_findings(outside)]
 
 
+def _fit_findings(found: mirror.AtlasFit, *, inverted: bool) -> Iterator[Finding]:
+    """Findings on sides and contrast; ``inverted``: the scan alone shows that already."""
+    if found.mirrored_gain > MIRRORED_GAIN:
+        percent = 100 * math.expm1(found.mirrored_gain)
+        yield warning(
+            f"the mirror image fits the atlas better by {percent:.1f} %: left and right of the scan seem to be swapped "
+            "(or those of the atlas); organs would be looked for, and labelled, on the wrong side",
+            "compare with the original DICOM or a known side (liver, heart, a marker), and convert the scan again",
+        )
+    if not inverted and found.correlation < LEAST_CORRELATION:  # NaN, where no body overlaps, is not
+        yield warning(
+            f"what is bright in the atlas is dark in the scan (correlation {found.correlation:.2f}): if both are "
+            "of the same modality, the intensities seem to be inverted, and the model would be misled",
+            "turn them round (largest value minus each), unless it is another modality or sequence",
+        )
+
+
 def _view_findings(outside: Sequence[tuple[str, float]]) -> Iterator[Finding]:
     """Findings on structures out of view, from the name and the fraction out of view of each."""
     gone = [name for name, fraction in outside if fraction >= _OUTSIDE]
     cut = [f"{name} ({100 * (1 - part):.0f} % in view)" for name, part in outside if _CUT <= part < _OUTSIDE]
     text = f"outside the field of view, by a linear fit: {list_items(gone)}"
     if len(gone) == len(outside):
-        yield Finding(
-            "warning", f"{text}; nothing of the atlas would be found", "check that it is the same part of the body"
-        )
+        yield warning(f"{text}; nothing of the atlas would be found", "check that it is the same part of the body")
     elif gone:
-        yield Finding("note", f"{text}; they will be missing from the result", "take a scan that shows them, if needed")
+        yield note(f"{text}; they will be missing from the result", "take a scan that shows them, if needed")
     if cut:
-        yield Finding(
-            "note",
+        yield note(
             f"cut by the border of the field of view, by a linear fit: {list_items(cut)}; only that part can be "
             "found, and volumes are too small",
         )

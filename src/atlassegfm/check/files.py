@@ -6,22 +6,19 @@ import itertools
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..atlas import Atlas
 from ..core.errors import InputError, MissingExtraError
 from ..core.geometry import Grid
 from ..core.image import Volume, load_volume
 from ..dicom import Selection, Series, is_dicom_input, is_series_folder, load_series, open_labels, series_of
 from .against_atlas import compare_with_atlas
-from .findings import AtlasReport, Check, FileReport, Finding, Kind, LabelReport, sort_findings
+from .findings import AtlasReport, Check, FileReport, Kind, LabelReport, error, sort_findings
 from .geometry import compare_grids, grid_findings, header_findings, oblique_deg, sheared_deg
 from .intensity import PERCENTS, SAMPLED_VOXELS, intensity_findings, inversion_findings
 from .labels import label_reports, looks_like_labels
-
-if TYPE_CHECKING:
-    from ..atlas import Atlas
 
 
 def check_files(
@@ -60,13 +57,13 @@ def _load(path: Path, scans: list[Series], choice: str | None) -> Volume:
         return volume
     if not is_dicom_input(path):
         return load_volume(path)
-    errors = []
+    refusals = []
     for scan in scans or (None,):
         try:
             return open_labels(path, scan, Selection(overlap="last"))  # overlaps matter to later use only
-        except InputError as error:
-            errors.append(error)
-    raise errors[0]
+        except InputError as refusal:
+            refusals.append(refusal)
+    raise refusals[0]
 
 
 def _examine(
@@ -76,10 +73,10 @@ def _examine(
     name = path.name or path.resolve().name
     try:
         volume = _load(path, scans, choice)
-    except (InputError, MissingExtraError) as error:
+    except (InputError, MissingExtraError) as refusal:
         # The sentence begins with the whole path and holds its own remedy.
-        text = str(error).removeprefix(f"{path}: ").replace(str(path), name)
-        return FileReport(name, "unreadable", (Finding("error", text),)), None
+        text = str(refusal).removeprefix(f"{path}: ").replace(str(path), name)
+        return FileReport(name, "unreadable", (error(text),)), None
     grid, header = volume.grid, volume.source.nifti_header if volume.source else None
     findings = [*header_findings(volume), *grid_findings(grid)]
     finite = np.isfinite(volume.data)
@@ -87,7 +84,7 @@ def _examine(
     values = volume.data[finite] if bad else volume.data
     if bad:
         text = f"{bad} of {volume.data.size} voxels are NaN or infinite: the program refuses the file"
-        findings.append(Finding("error", text, "replace them by the background value"))
+        findings.append(error(text, "replace them by the background value"))
     value_range: tuple[float, ...] = (float(values.min()), float(values.max())) if values.size else ()
     constant = len(set(value_range)) == 1
     kind: Kind = "labels" if looks_like_labels(volume, value_range) else "scan"
@@ -97,7 +94,7 @@ def _examine(
     if constant:
         what = "an empty label map or a blank scan" if value_range[0] == 0 else "a blank scan"
         text = f"all voxels have the value {value_range[0]:g}: {what}, which the program refuses"
-        findings.append(Finding("error", text, "export the file again"))
+        findings.append(error(text, "export the file again"))
     elif kind == "labels":
         labels, more = label_reports(volume, path)
         findings += more

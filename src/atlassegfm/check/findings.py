@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 from ..core.labels import listed
@@ -17,141 +18,70 @@ SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing about a file or a pair that a user should know.
+    """One thing about a file or a pair that a user should know."""
 
-    Parameters
-    ----------
-    severity : {"error", "warning", "note"}
-        "error": the program refuses the file. "warning": the result would suffer. "note": good to know.
-    text : str
-        What was found, and what it would do to the result.
-    remedy : str
-        How to mend it; empty where there is nothing to do.
-    """
+    severity: Severity  # error: the program refuses the file; warning: the result would suffer; note: good to know
+    text: str  # what was found, and what it would do to the result
+    remedy: str = ""  # empty where there is nothing to do
 
-    severity: Severity
-    text: str
-    remedy: str = ""
+
+#: Findings by severity: ``warning(text, remedy)``.
+error, warning, note = (partial(Finding, severity) for severity in SEVERITIES)
 
 
 @dataclass(frozen=True)
 class LabelReport:
-    """One value of a label map.
-
-    Parameters
-    ----------
-    value : int
-    name : str
-        From the file's header or its nnU-Net dataset, else made of the value.
-    voxels : int
-    volume_ml : float
-    parts, stray : int
-        Connected components (26 neighbours), and those of less than 5 % of the structure.
-    """
+    """One value of a label map."""
 
     value: int
-    name: str
+    name: str  # from the file's header or its nnU-Net dataset, else made of the value
     voxels: int
     volume_ml: float
-    parts: int
-    stray: int
+    parts: int  # connected components (26 neighbours)
+    stray: int  # of these, islands of less than 5 % of the structure
 
 
 @dataclass(frozen=True)
 class AtlasReport:
-    """Comparison of a scan with the atlas; fields as of :class:`~atlassegfm.quality.mirror.AtlasFit`.
+    """Comparison of a scan with the atlas."""
 
-    Parameters
-    ----------
-    mirrored_gain : float
-    correlation : float or None
-        None where no body overlaps.
-    inside_percent : dict of str to float
-        How much of each structure lies in the scan's field of view, by name.
-    """
-
-    mirrored_gain: float
-    correlation: float | None
-    inside_percent: dict[str, float]
+    mirrored_gain: float  # of the fit of the mirror image: natural logarithm of the ratio of costs
+    correlation: float | None  # of intensities where both show body, in [-1, 1]; None where none overlaps
+    inside_percent: dict[str, float]  # how much of each structure lies in the scan's field of view, by name
 
 
 @dataclass(frozen=True)
 class FileReport:
-    """One file. Everything but ``name``, ``kind`` and ``findings`` is None or empty where it is unreadable.
+    """One file; everything but ``name``, ``kind`` and ``findings`` is None or empty where it is unreadable."""
 
-    Parameters
-    ----------
-    name : str
-        File name without its folder.
-    kind : {"scan", "labels", "unreadable"}
-        What its values look like.
-    findings : tuple of Finding
-        Errors first.
-    shape : tuple of int, (3,)
-    spacing_mm : tuple of float, (3,)
-    axes : str
-        Where i, j, k point: "RAS", "LPS", ...
-    oblique_deg, sheared_deg : float
-        Largest angle between a voxel axis and the patient's nearest one, and largest deviation of two voxel axes
-        from a right angle.
-    stored_type : str
-        Number type in the file, before the header's scaling.
-    sform_code, qform_code : int or None
-        Of NIfTI headers.
-    value_range : tuple of float, (2,)
-        Smallest and largest finite value.
-    percentiles : tuple of float, (3,)
-        1st, 50th and 99th percentile of a scan's values.
-    labels : tuple of LabelReport
-        Of a label map, by value.
-    atlas : AtlasReport or None
-        Of a scan, where an atlas was given and the two could be fitted.
-    """
-
-    name: str
-    kind: Kind
-    findings: tuple[Finding, ...]
+    name: str  # without its folder
+    kind: Kind  # what its values look like
+    findings: tuple[Finding, ...]  # errors first
     shape: tuple[int, ...] = ()
     spacing_mm: tuple[float, ...] = ()
-    axes: str = ""
-    oblique_deg: float | None = None
-    sheared_deg: float | None = None
-    stored_type: str = ""
+    axes: str = ""  # where i, j, k point: "RAS", "LPS", ...
+    oblique_deg: float | None = None  # largest angle between a voxel axis and the patient's nearest one
+    sheared_deg: float | None = None  # largest deviation of two voxel axes from a right angle
+    stored_type: str = ""  # number type in the file, before the header's scaling
     sform_code: int | None = None
     qform_code: int | None = None
-    value_range: tuple[float, ...] = ()
-    percentiles: tuple[float, ...] = ()
-    labels: tuple[LabelReport, ...] = ()
-    atlas: AtlasReport | None = None
+    value_range: tuple[float, ...] = ()  # smallest and largest finite value
+    percentiles: tuple[float, ...] = ()  # 1st, 50th and 99th percentile of a scan's values
+    labels: tuple[LabelReport, ...] = ()  # by value
+    atlas: AtlasReport | None = None  # of a scan, where an atlas was given and the two could be fitted
 
 
 @dataclass(frozen=True)
 class PairReport:
-    """Two files of one check, in the order they were given.
+    """Two files of one check, in the order they were given."""
 
-    Parameters
-    ----------
-    first, second : str
-        File names.
-    same_grid : bool
-        Whether voxel (i, j, k) of one is voxel (i, j, k) of the other.
-    distance_mm : float or None
-        Largest distance between corresponding corners, where both have the same shape.
-    centres_mm : float
-        Distance between the centres of both fields of view.
-    overlap_percent : tuple of float, (2,)
-        How much of the first field of view lies in the second, and the other way round.
-    findings : tuple of Finding
-        Errors first.
-    """
-
-    first: str
+    first: str  # file name
     second: str
-    same_grid: bool
-    distance_mm: float | None
-    centres_mm: float
-    overlap_percent: tuple[float, float]
-    findings: tuple[Finding, ...]
+    same_grid: bool  # whether voxel (i, j, k) of one is voxel (i, j, k) of the other
+    distance_mm: float | None  # largest between corresponding corners, where both have the same shape
+    centres_mm: float  # distance between the centres of both fields of view
+    overlap_percent: tuple[float, float]  # of the first field of view in the second, and the other way round
+    findings: tuple[Finding, ...]  # errors first
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from ..core.geometry import Grid
 from ..core.image import Volume, image_stem
 from ..dicom import DicomSource
-from .findings import FileReport, Finding, PairReport, sort_findings
+from .findings import FileReport, Finding, PairReport, note, sort_findings, warning
 
 #: Least ratio of slice distance and in-plane spacing to warn of: T2 abdomens of CHAOS have 6, thin-slice CT below 4.
 _ANISOTROPIC = 4.0
@@ -45,12 +45,12 @@ _HEADER_NOTES = {
 
 def header_findings(volume: Volume) -> Iterator[Finding]:
     """Find what is odd about the header's geometry, from the notes made on reading."""
-    for note in volume.source.notes if volume.source else ():
+    for remark in volume.source.notes if volume.source else ():
         if isinstance(volume.source, DicomSource):
-            yield Finding("warning", note)
+            yield warning(remark)
         else:
-            effect, remedy = next(found for word, found in _HEADER_NOTES.items() if word in note)
-            yield Finding("warning", f"{note}: {effect}", remedy)
+            effect, remedy = next(found for word, found in _HEADER_NOTES.items() if word in remark)
+            yield warning(f"{remark}: {effect}", remedy)
 
 
 def grid_findings(grid: Grid) -> Iterator[Finding]:
@@ -64,39 +64,34 @@ def grid_findings(grid: Grid) -> Iterator[Finding]:
             suspicion = "too small for a part of a person: is the spacing in metres or centimetres?"
         else:
             suspicion = "too large for a person: is the spacing in micrometres?"
-        yield Finding(
-            "warning",
+        yield warning(
             f"the field of view is {size} mm, {suspicion} All distances in mm (smoothing, margins, error sizes) "
             "would be wrong",
             "correct the spacing or the unit in the header",
         )
     elif np.allclose(spacing, 1, atol=1e-6) and np.sort(grid.shape)[1] >= _WIDEST_AT_UNIT_SPACING:
-        yield Finding(
-            "warning",
+        yield warning(
             f"the spacing is 1 x 1 x 1 mm and the field of view {size} mm: the true spacing seems to be lost, and "
             "the scan would be registered at a wrong size and shape",
             "convert the file from DICOM again, or set the true spacing in the header",
         )
     ratio = float(spacing[2] / spacing[1])
     if ratio > _ANISOTROPIC:
-        yield Finding(
-            "warning",
+        yield warning(
             f"slices are {spacing[2]:.3g} mm apart, {ratio:.1f} times the in-plane spacing: structures thinner "
             f"than {2 * spacing[2]:.3g} mm lie in one or two slices, and no end is placed better than to a slice",
             "prefer a thin-slice series, above all as the atlas; do not interpolate slices beforehand",
         )
     sheared = sheared_deg(grid)
     if sheared > _SHEARED_DEG:
-        yield Finding(
-            "note",
+        yield note(
             f"the voxel axes are {sheared:.1f} degrees off a right angle (a tilted gantry?): handled here, but "
             "NRRD, MetaImage and programs built on ITK cannot hold such a grid",
             "give results to those programs after resampling scan and result to right-angled axes",
         )
     oblique = oblique_deg(grid)
     if oblique > _OBLIQUE_DEG:
-        yield Finding(
-            "note",
+        yield note(
             f"the slices are turned by {oblique:.1f} degrees against the patient's axes: handled here; programs "
             "that ignore the rotation show the result beside the anatomy",
         )
@@ -129,28 +124,24 @@ def _pair_findings(pair: PairReport, first: FileReport, second: FileReport, reor
     """Findings on two grids; ``reordered``: they have the same voxels in some array order."""
     distance_mm, overlap = pair.distance_mm, pair.overlap_percent
     if not pair.same_grid and reordered:
-        yield Finding(
-            "note",
+        yield note(
             f"the same voxels in another order ({first.axes} and {second.axes}): handled here; programs that pair "
             "arrays by index mix them up",
         )
     elif not pair.same_grid and (first.kind == "labels") != (second.kind == "labels"):
         if distance_mm is not None and (min(overlap) >= _SAME_VIEW_PERCENT or _same_case(pair.first, pair.second)):
-            yield Finding(
-                "warning",
+            yield warning(
                 f"the same shape, but corners up to {distance_mm:.3g} mm apart: if the labels were drawn on this "
                 "scan, one of the headers is wrong, and the two are refused as an atlas",
                 "find out which header is right, and copy its geometry to the other file",
             )
         else:
-            yield Finding(
-                "note",
+            yield note(
                 "a scan and a label map on different grids: refused as an atlas, fine for different patients",
                 "if the labels belong to this scan, resample them to it with nearest neighbour",
             )
     if max(overlap) == 0:
-        yield Finding(
-            "note",
+        yield note(
             f"no common field of view in scanner coordinates (centres {pair.centres_mm:.0f} mm apart): usual for "
             "different patients, and the search of the registration copes; not if its rigid stage is switched off",
         )

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..core.image import Volume
 from ..quality.mirror import is_inverted
-from .findings import Finding
+from .findings import Finding, note, warning
 
 #: Percentiles of the intensities that are reported, and the number of voxels they are taken from.
 PERCENTS = (1.0, 50.0, 99.0)
@@ -25,8 +25,7 @@ def intensity_findings(
     """Find what is odd about intensities."""
     low, high = value_range
     if np.issubdtype(volume.data.dtype, np.integer) and low >= 0 and high <= 255:
-        yield Finding(
-            "note",
+        yield note(
             "8-bit intensities (0 to 255): contrast was cut off or coarsened on export; if this is CT, Hounsfield "
             "units are lost, which some models expect",
             "use the original export where there is one",
@@ -34,16 +33,14 @@ def intensity_findings(
     if low <= _AIR_HU and high > 0:
         text = "CT-like intensities (air near -1000)"
         if low < _PADDING_HU:
-            yield Finding(
-                "note",
+            yield note(
                 f"{text}, with values down to {low:g} outside the scanner's circle",
                 "set values below -1024 to -1024 if a model reacts to them",
             )
         else:
-            yield Finding("note", text)
+            yield note(text)
     if percentiles[0] == percentiles[2]:
-        yield Finding(
-            "warning",
+        yield warning(
             f"98 % of the voxels have the value {percentiles[0]:g}: there is next to nothing to register",
             "crop the scan to the anatomy, and check that the right series was exported",
         )
@@ -54,8 +51,7 @@ def inversion_findings(volume: Volume) -> list[Finding]:
     if not is_inverted(volume):
         return []
     return [
-        Finding(
-            "warning",
+        warning(
             "what surrounds the body is the brightest there is: the intensities seem to be inverted (DICOM "
             "MONOCHROME1, or a negative); air would be taken for the body, by the registration and by the models",
             "turn them round (largest value minus each) and write the scan again",

@@ -13,7 +13,7 @@ from scipy import ndimage
 from ..core.errors import InputError
 from ..core.image import Volume
 from ..core.labels import LabelTable, dataset_json_of, read_names_file, structures_of
-from .findings import Finding, LabelReport, list_items
+from .findings import Finding, LabelReport, error, list_items, note, warning
 
 #: Most different values of a label map.
 _MOST_LABELS = 1024
@@ -67,16 +67,16 @@ def label_reports(volume: Volume, path: Path) -> tuple[tuple[LabelReport, ...], 
         data = np.round(np.where(np.isfinite(data), data, 0)).astype(np.int64)
     if data.min() < 0:
         text = f"the label map has the value {int(data.min())}: the program refuses it"
-        findings.append(Finding("error", text, "renumber it"))
+        findings.append(error(text, "renumber it"))
     values, numbers = _numbered(data)
     tables = [volume.source.label_table] if volume.source else []
     dataset = dataset_json_of(path)
     if dataset is not None:
         try:
             tables.append(read_names_file(dataset))
-        except InputError as error:
-            reason = str(error).replace(str(dataset), dataset.name)
-            findings.append(Finding("warning", f"the names of the labels are not readable ({reason})"))
+        except InputError as refusal:
+            reason = str(refusal).replace(str(dataset), dataset.name)
+            findings.append(warning(f"the names of the labels are not readable ({reason})"))
     findings += _name_findings(values.tolist(), tables)
     structures = structures_of(values.tolist(), tables)
     reports, cut = [], []
@@ -99,15 +99,13 @@ def _type_findings(data: NDArray[Any]) -> Iterator[Finding]:
     finite = np.isfinite(data)
     fractions = int(np.count_nonzero(finite & (data != np.round(np.where(finite, data, 0)))))
     if fractions:
-        yield Finding(
-            "error",
+        yield error(
             f"{fractions} voxels of what looks like a label map are not whole numbers: it was resampled "
             "smoothly, which invents labels between neighbours, and the program refuses it",
             "resample the original labels with nearest neighbour",
         )
     else:
-        yield Finding(
-            "note",
+        yield note(
             f"the labels are stored as {data.dtype}: they are read as whole numbers, and results are written "
             "in the smallest integer type that holds them",
         )
@@ -116,14 +114,13 @@ def _type_findings(data: NDArray[Any]) -> Iterator[Finding]:
 def _name_findings(values: Sequence[int], tables: Sequence[LabelTable]) -> Iterator[Finding]:
     unnamed = [value for value in values if not any(value in table for table in tables)]
     if unnamed and len(unnamed) < len(values):
-        yield Finding(
-            "warning",
+        yield warning(
             f"no name for label {list_items(unnamed)} although others have one: are they meant?",
             "add them to the names, or remove them from the label map",
         )
     elif unnamed:
         text = "neither the header nor a dataset.json names the labels"
-        yield Finding("note", text, "give a names file with --names")
+        yield note(text, "give a names file with --names")
 
 
 def _structure_findings(reports: Sequence[LabelReport], cut: Sequence[str]) -> Iterator[Finding]:
@@ -132,28 +129,24 @@ def _structure_findings(reports: Sequence[LabelReport], cut: Sequence[str]) -> I
     islands = [f"{one.name} ({one.stray})" for one in reports if one.stray]
     several = [f"{one.name} ({one.parts - one.stray})" for one in reports if one.parts - one.stray > 1]
     if tiny:
-        yield Finding(
-            "warning",
+        yield warning(
             f"fewer than {_FEW_VOXELS} voxels: {list_items(tiny)}; half a voxel of misregistration loses them",
             "annotate them on a finer scan, or remove stray clicks",
         )
     if cut:
-        yield Finding(
-            "warning",
+        yield warning(
             f"cut off by the border of the field of view: {list_items(cut)}; as an atlas, this scan can only find "
             "the part it shows",
             "take an atlas that shows them whole, where there is one",
         )
     if islands:
-        yield Finding(
-            "note",
+        yield note(
             f"stray islands of less than {_STRAY_FRACTION:.0%} of their structure: {list_items(islands)}; they are "
             "carried over to the results",
             "remove them if they are not meant",
         )
     if several:
-        yield Finding(
-            "note",
+        yield note(
             f"several large parts: {list_items(several)}; a click or a box prompts the model for the largest only",
             "give left and right values of their own, or use mask prompts",
         )

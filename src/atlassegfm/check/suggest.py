@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import AvgPool3d
 
 from ..atlas import canonical_scan
 from ..core.errors import AtlasSegError, InputError
@@ -32,8 +32,8 @@ from ..transforms.maps import Transform
 ALL_PAIRS = 12
 #: In larger folders, how many others each scan is registered to, and how many of the best to all.
 LANDMARKS, FINALISTS = 8, 3
-#: Half width in voxels of the window of the local correlation: 5 voxels of the coarse level, about 45 mm of an abdomen.
-_RADIUS = 2
+#: Mean over the window of the local correlation: 5 voxels of the coarse level, about 45 mm of an abdomen.
+_WINDOW_MEAN = AvgPool3d(5, stride=1, padding=2, count_include_pad=False)
 #: Variance below which a window has no contrast to compare; intensities are 0 to 1.
 _FLAT = 1e-5
 #: Least relative difference of two scores that says anything.
@@ -44,61 +44,27 @@ _LEAST_INSIDE = 0.01
 
 @dataclass(frozen=True)
 class Candidate:
-    """One scan as an atlas.
+    """One scan as an atlas."""
 
-    Parameters
-    ----------
-    name : str
-        Of its file, without the suffix.
-    path : Path
-    score : float
-        Mean similarity to the others it was compared with, in [0, 1]; where these are not all, corrected for how easy
-        they are to reach.
-    lowest : float
-        The smallest of these similarities.
-    furthest : str
-        The scan it has that similarity to.
-    compared : int
-        Number of others.
-    """
-
-    name: str
+    name: str  # of its file, without the suffix
     path: Path
-    score: float
-    lowest: float
-    furthest: str
-    compared: int
+    score: float  # mean similarity to those it was compared with, in [0, 1]; if not all, corrected for their ease
+    lowest: float  # the smallest of these similarities
+    furthest: str  # the scan it has that similarity to
+    compared: int  # number of others
 
 
 @dataclass(frozen=True, eq=False)
 class Suggestion:
-    """The ranking of a folder.
+    """The ranking of a folder."""
 
-    Parameters
-    ----------
-    candidates : tuple of Candidate
-        The best first.
-    names : tuple of str
-        Of all scans, in the order of ``similarity``.
-    similarity : array, (N, N)
-        In [0, 1], symmetric; NaN for pairs that were not registered, and on the diagonal.
-    positions : array, (N, 2)
-        Map on which similar scans are near each other; no unit.
-    failures : tuple of (str, str)
-        Files that could not be used, and why.
-    pairs : int
-        Number registered.
-    seconds : float
-        Wall time.
-    """
-
-    candidates: tuple[Candidate, ...]
-    names: tuple[str, ...]
-    similarity: NDArray[np.float64]
-    positions: NDArray[np.float64]
-    failures: tuple[tuple[str, str], ...]
-    pairs: int
-    seconds: float
+    candidates: tuple[Candidate, ...]  # the best first
+    names: tuple[str, ...]  # of all scans, in the order of ``similarity``
+    similarity: NDArray[np.float64]  # (N, N), in [0, 1], symmetric; NaN if not registered, and on the diagonal
+    positions: NDArray[np.float64]  # (N, 2) map on which similar scans are near each other; no unit
+    failures: tuple[tuple[str, str], ...]  # files that could not be used, and why
+    pairs: int  # number registered
+    seconds: float  # wall time
 
     @property
     def differs(self) -> bool:
@@ -254,10 +220,11 @@ def _correlation(fixed: Scan, moving: Scan, fixed_to_moving: Transform, spacing_
     grid = frame_grid(fixed.intensity.grid, axes_of(fixed.intensity.grid), spacing_mm)
     one, other = on_grid(fixed, grid, "cpu"), on_grid(moving, grid, "cpu", fixed_to_moving)
     inside = one.inside * other.inside
-    fraction = _window_mean(inside).clamp_min(_LEAST_INSIDE)
+    fraction = _WINDOW_MEAN(inside).clamp_min(_LEAST_INSIDE)
 
     def mean(values: Tensor) -> Tensor:
-        return _window_mean(values * inside) / fraction
+        found: Tensor = _WINDOW_MEAN(values * inside) / fraction
+        return found
 
     first, second = mean(one.image), mean(other.image)
     variance = (mean(one.image**2) - first**2).clamp_min(_FLAT) * (mean(other.image**2) - second**2).clamp_min(_FLAT)
@@ -265,10 +232,6 @@ def _correlation(fixed: Scan, moving: Scan, fixed_to_moving: Transform, spacing_
     weight = one.weight * other.weight
     total = float(weight.sum())
     return float((weight * squared).sum()) / total if total >= 1 else 0.0
-
-
-def _window_mean(values: Tensor) -> Tensor:
-    return F.avg_pool3d(values, 2 * _RADIUS + 1, 1, _RADIUS, count_include_pad=False)
 
 
 def _positions(similarity: NDArray[np.float64], drawn: NDArray[np.int64]) -> NDArray[np.float64]:

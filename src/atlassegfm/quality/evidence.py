@@ -20,16 +20,14 @@ from ..transforms.resample import warp_labels
 
 #: Percentiles of a scan's intensities that become brightness 0 and 1, taken over about so many voxels.
 _RANGE_PERCENT, _RANGE_VOXELS = (1.0, 99.0), 1_000_000
-#: Thickness of the shells inside and outside a border whose brightness is compared, mm.
-_SHELL_MM = 5.0
+#: Thickness of the shells inside and outside a border whose brightness is compared, mm; quantiles compared in pairs.
+_SHELL_MM, _QUANTILES = 5.0, 500
 #: Brightness is sampled on at most about so many voxels of a structure's box.
 _BOX_VOXELS = 300_000
-#: Quantiles of each shell that are compared in pairs.
-_QUANTILES = 500
 #: Sigma of the neighbourhood of a structure in which dissimilarity is averaged, in voxels of its grid.
 _AROUND_VOXELS = 1.5
 #: Probabilities above this count for the model's certainty.
-_ANSWER = 0.05
+_LEAST_PROBABILITY = 0.05
 #: Ranges and dissimilarities stay this far from 0.
 _TINY = 1e-6
 
@@ -40,89 +38,39 @@ class Evidence:
 
     Brightness is intensity scaled to the range of its scan (1st to 99th percentile). Differences are absolute, between
     the result on the query and the atlas's label on the atlas's scan.
-
-    Parameters
-    ----------
-    agreement : float
-        Dice of the warped atlas's mask and the result, in [0, 1]; 1 without a model.
-    certainty : float
-        Twice the mean distance of the model's probabilities from 1/2, in [0, 1]; 0 without a model.
-    volume_change : float
-        Logarithm of the result's volume over the atlas's after the linear registration.
-    abs_volume_change : float
-        Its absolute value.
-    log_volume : float
-        Logarithm of the result's volume in mm^3.
-    brightness_difference : float
-        Difference of the median brightness.
-    brightness_iqr : float
-        Interquartile range of brightness in the result.
-    iqr_difference : float
-        Difference of the interquartile ranges.
-    contrast_difference : float
-        Difference of the contrasts: of median brightness within 5 mm inside and outside the border.
-    separation_difference : float
-        Difference of the separations: the fraction of pairs of a voxel inside and one outside of which the inner one is
-        brighter.
-    separation_product : float
-        Product of the separations, each less 1/2: negative where the contrast is reversed, near 0 where there is none.
-    dissimilarity : float
-        Mean MIND-SSC difference of the scans around the structure.
-    dissimilarity_relative : float
-        The same over that of the whole foreground.
-    dissimilarity_overall : float
-        Mean MIND-SSC difference of the whole foreground.
-    displacement : float
-        Shift of the centroid by the deformation, over the cube root of the volume.
-    offset : float
-        Distance of the result's centroid from that of the warped mask, likewise.
     """
 
-    agreement: float
-    certainty: float
-    volume_change: float
+    agreement: float  # Dice of the warped atlas's mask and the result, in [0, 1]; 1 without a model
+    certainty: float  # twice the mean distance of the model's probabilities from 1/2, in [0, 1]; 0 without a model
+    volume_change: float  # logarithm of the result's volume over the atlas's after the linear registration
     abs_volume_change: float
-    log_volume: float
-    brightness_difference: float
-    brightness_iqr: float
+    log_volume: float  # logarithm of the result's volume in mm^3
+    brightness_difference: float  # of the medians
+    brightness_iqr: float  # interquartile range of brightness in the result
     iqr_difference: float
-    contrast_difference: float
-    separation_difference: float
-    separation_product: float
-    dissimilarity: float
-    dissimilarity_relative: float
-    dissimilarity_overall: float
-    displacement: float
-    offset: float
+    contrast_difference: float  # contrast: median brightness within 5 mm inside the border less that outside
+    separation_difference: (
+        float  # separation: fraction of pairs of voxels inside and outside with the inner one brighter
+    )
+    separation_product: float  # of separations less 1/2: below 0 for reversed contrast, near 0 for none
+    dissimilarity: float  # mean MIND-SSC difference of the scans around the structure
+    dissimilarity_relative: float  # the same over that of the whole foreground
+    dissimilarity_overall: float  # mean MIND-SSC difference of the whole foreground
+    displacement: float  # shift of the centroid by the deformation, over the cube root of the volume
+    offset: float  # distance of the result's centroid from that of the warped mask, likewise
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A result and what it was made of, in RAS-canonical array order, structures by number.
-
-    Parameters
-    ----------
-    query, atlas : Volume
-        Scans.
-    atlas_labels : Volume
-        Numbers on the atlas's grid.
-    registration : Registration
-        Query to atlas.
-    warped : mapping of int to LocalMap
-        The atlas's masks on the query.
-    answers : mapping of int to LocalMap
-        The model's answers; empty without a model.
-    labels : array, (I, J, K)
-        The result: numbers on the query's grid.
-    """
+    """A result and what it was made of, in RAS-canonical array order, structures by number."""
 
     query: Volume
     atlas: Volume
-    atlas_labels: Volume
-    registration: Registration
-    warped: Mapping[int, LocalMap]
-    answers: Mapping[int, LocalMap]
-    labels: NDArray[Any]
+    atlas_labels: Volume  # numbers on the atlas's grid
+    registration: Registration  # query to atlas
+    warped: Mapping[int, LocalMap]  # the atlas's masks on the query
+    answers: Mapping[int, LocalMap]  # the model's predictions; empty without a model
+    labels: NDArray[Any]  # (I, J, K) the result: numbers on the query's grid
 
 
 @dataclass(frozen=True)
@@ -212,7 +160,7 @@ def _agreement(one: LocalMap, other: LocalMap) -> float:
 def _certainty(answer: LocalMap | None) -> float:
     if answer is None:
         return 0.0
-    probabilities = answer.values[answer.values > _ANSWER]
+    probabilities = answer.values[answer.values > _LEAST_PROBABILITY]
     return float(2 * np.abs(probabilities - 0.5).mean()) if len(probabilities) else 0.0
 
 
@@ -239,7 +187,7 @@ def _brightness(
     margin = np.ceil(1.2 * _SHELL_MM / spacing_mm).astype(int)
     first = np.maximum([side.start for side in box] - margin, 0)
     last = np.minimum([side.stop for side in box] + margin, image.data.shape)
-    # Large boxes are sampled in steps, wider along fine axes, where neighbours are most alike.
+    # Large boxes are sampled in steps, wider along fine axes, where neighbours are most similar.
     step = np.ones(3, int)
     while np.prod(np.ceil((last - first) / step)) > _BOX_VOXELS:
         step[int((spacing_mm * step).argmin())] += 1
