@@ -12,14 +12,14 @@ from typing import Any
 
 from ..core.labels import listed, read_names_file
 from .labelling import DicomInputs, PairReader, find_structures, pick_structures
-from .pairing import FilePair, find_pairs
+from .pairing import find_pairs
 from .scores import CaseScore, score_volumes
 from .summary import Summary, plain_row, score_row, summarise, write_scores
 from .tolerances import PRESETS, Tolerances, uniform
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["CaseScore", "DicomInputs", "Evaluation", "EvaluationOptions", "evaluate", "score_files", "score_volumes"]
+__all__ = ["CaseScore", "DicomInputs", "Evaluation", "EvaluationOptions", "evaluate", "score_volumes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,17 +120,6 @@ def evaluate(
     if not isinstance(tolerances, Tolerances):
         tolerances = uniform(tolerances)
     pairs = find_pairs(Path(result), Path(reference), partial=options.partial)
-    return Evaluation(tuple(score_files(pairs, tolerances, options, on_case=on_case)), tolerances)
-
-
-def score_files(
-    pairs: Sequence[FilePair],
-    tolerances: Tolerances,
-    options: EvaluationOptions,
-    *,
-    on_case: Callable[[int, int, str], None] | None = None,
-) -> list[CaseScore]:
-    """Score pairs of files (at least one), as :func:`evaluate` does."""
     reader = PairReader(options.dicom, None if options.names is None else read_names_file(options.names))
     names = find_structures(pairs, reader, strict=not options.labels)
     unmatched = tolerances.unmatched(names.items())
@@ -143,7 +132,7 @@ def score_files(
     for number, pair in enumerate(pairs, start=1):
         if on_case is not None:
             on_case(number, len(pairs), pair.case)
-        result, reference = reader.read(pair)
-        scores = score_volumes({"": result}, reference, names, tolerances, centreline=thin)[""]
+        labels, truth = reader.read(pair)
+        scores = score_volumes({"": labels}, truth, names, tolerances, centreline=thin)[""]
         scored += [CaseScore(pair.case, value, names[value], one) for value, one in scores.items()]
-    return scored
+    return Evaluation(tuple(scored), tolerances)

@@ -21,16 +21,9 @@ _FIRST_CHANNEL = "_0000"
 
 @dataclass(frozen=True)
 class FilePair:
-    """Label map, RTSTRUCT or DICOM-SEG of a result, and of its reference.
+    """Label map, RTSTRUCT or DICOM-SEG of a result, and of its reference."""
 
-    Parameters
-    ----------
-    case : str
-        Name of the reference without its suffix.
-    result, reference : Path
-    """
-
-    case: str
+    case: str  # name of the reference without its suffix
     result: Path
     reference: Path
 
@@ -41,8 +34,8 @@ def find_pairs(result: Path, reference: Path, *, partial: bool = False) -> list[
     Parameters
     ----------
     result, reference : Path
-        Two files, or two folders of files with the same names. The folder of results may be one that ``segment``
-        wrote, with a folder for each query. A result of CASE_0000 belongs to the reference CASE.
+        Two files, or two folders of files with the same names. Results may be in the folder that ``segment`` wrote,
+        with a folder for each query. A result of CASE_0000 belongs to the reference CASE.
     partial : bool
         Whether references without a result are left out with a warning instead of refused.
 
@@ -91,12 +84,12 @@ def _label_files(folder: Path, *, nested: bool) -> dict[str, Path]:
     for path in entries:
         if path.is_dir():
             stem, file = path.name, path / RESULT_FILE
-            if not (nested and file.is_file()):
-                continue
+            wanted = nested and file.is_file()
         else:
             stem, file = image_stem(path), path
-            if image_suffix(path) is None and path.suffix.lower() != _DICOM_SUFFIX:
-                continue
+            wanted = image_suffix(path) is not None or path.suffix.lower() == _DICOM_SUFFIX
+        if not wanted:
+            continue
         if stem in found:
             raise InputError(f"{file}: {found[stem]} has the same name; remove one")
         found[stem] = file

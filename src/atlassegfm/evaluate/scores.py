@@ -30,7 +30,6 @@ class CaseScore:
     case : str
         Name of the reference without its suffix.
     value : int
-        Label value.
     structure : str
     scores : StructureScores
     """
@@ -49,7 +48,7 @@ def score_volumes(
     *,
     centreline: Collection[int] = (),
 ) -> dict[str, dict[int, StructureScores]]:
-    """Score label maps of several methods against one reference.
+    """Score label maps of several methods against one reference: by method, then by label value.
 
     On axes that are not at right angles (tilted gantry) volumes are exact and distances are not: a warning says so.
 
@@ -59,23 +58,18 @@ def score_volumes(
         By method, on the reference's voxels in any array order.
     reference : Volume
     names : mapping of int to str
-        Name of each label value to score.
+        Name of each label value to score, in the order of the result.
     tolerances : Tolerances
         Of the NSD.
     centreline : collection of int
         Label values to score by clDice too.
-
-    Returns
-    -------
-    dict of str to dict of int to StructureScores
-        By method, then by label value in the order of ``names``.
 
     Raises
     ------
     InputError
         If a result has other voxels than the reference.
     """
-    spacing_mm = tuple(float(step) for step in reference.grid.spacing_mm)
+    spacing_mm = reference.grid.spacing_mm.tolist()
     diagonal = diagonal_mm(reference.grid.shape, spacing_mm)
     voxel_ml = reference.grid.voxel_volume_mm3 / 1000
     if voxel_ml < (1 - _SHEARED) * math.prod(spacing_mm) / 1000:
@@ -83,33 +77,24 @@ def score_volumes(
         logger.warning("%s: its axes are not at right angles; distances are measured as if they were", name)
     shapes = {}
     for method, result in results.items():
-        _check_grids(result, reference)
+        if result.grid.axes_relative_to(reference.grid) is None:
+            raise InputError(
+                f"{_name(result, 'the result')}: not on the voxels of {_name(reference, 'the reference')}: "
+                f"{_difference(result.grid, reference.grid)}; results are scored on the reference's voxels: resample "
+                "with nearest neighbour, or give the right file"
+            )
         shapes[method] = label_shapes(result.turned_to(reference.grid).data, names, spacing_mm)
     references = label_shapes(reference.data, names, spacing_mm)
     scores: dict[str, dict[int, StructureScores]] = {method: {} for method in results}
     for value, name in names.items():
         shape = references.pop(value)  # its surfaces serve all methods, and are then freed
         for method, own in shapes.items():
-            one = compare(
-                own.pop(value),
-                shape,
-                tolerance_mm=tolerances.of(value, name),
-                diagonal_mm=diagonal,
-                centreline=value in centreline,
-            )
+            tolerance_mm, thin = tolerances.of(value, name), value in centreline
+            one = compare(own.pop(value), shape, tolerance_mm=tolerance_mm, diagonal_mm=diagonal, centreline=thin)
             # The comparison multiplies the spacing, which is too much on sheared axes.
             result_ml, reference_ml = (n * voxel_ml for n in (one.result_voxels, one.reference_voxels))
             scores[method][value] = replace(one, result_ml=result_ml, reference_ml=reference_ml)
     return scores
-
-
-def _check_grids(result: Volume, reference: Volume) -> None:
-    if result.grid.axes_relative_to(reference.grid) is None:
-        raise InputError(
-            f"{_name(result, 'the result')}: not on the voxels of {_name(reference, 'the reference')}: "
-            f"{_difference(result.grid, reference.grid)}; results are scored on the reference's voxels: resample "
-            "with nearest neighbour, or give the right file"
-        )
 
 
 def _name(volume: Volume, fallback: str) -> str:

@@ -30,7 +30,6 @@ class StructureScores:
     ----------
     status : Status
     dice : float
-        Twice the common voxels over the sum of both.
     nsd : float
         Normalized surface Dice: fraction of the area of both surfaces that is within the tolerance of the other.
     tolerance_mm : float
@@ -69,7 +68,7 @@ def compare(
     Parameters
     ----------
     result, reference : Shape
-        On one grid, from :func:`label_shapes`.
+        On one grid.
     tolerance_mm : float
         Of the normalized surface Dice, at least 0.
     diagonal_mm : float
@@ -89,16 +88,11 @@ def compare(
         )
     if not 0 <= tolerance_mm < math.inf:
         raise ValueError(f"the tolerance is 0 mm or more, not {tolerance_mm}")
-    status: Status
+    status: Status = "ok"
     cldice, note = None, ""
     if result.voxels and reference.voxels:
-        status = "ok"
         dice = 2 * result.common_voxels(reference) / (result.voxels + reference.voxels)
-        nsd, hd95 = _surface_scores(result, reference, tolerance_mm)
-        hd95_voxel = max(
-            float(np.percentile(distances_mm(one.surface_voxels, other.surface_voxels), PERCENT))
-            for one, other in ((result, reference), (reference, result))
-        )
+        nsd, hd95, hd95_voxel = _surface_scores(result, reference, tolerance_mm)
         if centreline:
             cldice, note = _cldice(result, reference)
     else:
@@ -106,8 +100,7 @@ def compare(
         status = "both_empty" if not either else "hallucinated" if result.voxels else "missed"
         dice = nsd = 0.0 if either else math.nan
         hd95 = hd95_voxel = diagonal_mm if either else math.nan
-        if centreline:
-            cldice = dice
+        cldice = dice if centreline else None
     return StructureScores(
         status=status,
         dice=dice,
@@ -150,8 +143,7 @@ def score_labels(
     Raises
     ------
     ValueError
-        If the label maps differ in shape or do not hold whole numbers, the spacing is not three positive numbers,
-        or a tolerance is missing or not a finite number of at least 0.
+        As of :func:`label_shapes` and :func:`compare`, or if the shapes differ or a tolerance is missing.
     """
     if result.shape != reference.shape:
         raise ValueError(f"arrays of shape {result.shape} and {reference.shape} are not on one grid")
@@ -192,16 +184,18 @@ def diagonal_mm(shape: Sequence[int], spacing_mm: Sequence[float]) -> float:
     return math.hypot(*(count * step for count, step in zip(shape, spacing_mm, strict=True)))
 
 
-def _surface_scores(result: Shape, reference: Shape, tolerance_mm: float) -> tuple[float, float]:
-    """Normalized surface Dice, and robust Hausdorff distance in mm."""
-    (result_points, result_mm2), (reference_points, reference_mm2) = result.surfels, reference.surfels
-    to_reference = distances_mm(result_points, reference_points)
-    to_result = distances_mm(reference_points, result_points)
-    within = area_within(to_reference, result_mm2, tolerance_mm) + area_within(to_result, reference_mm2, tolerance_mm)
-    return (
-        within / (float(result_mm2.sum()) + float(reference_mm2.sum())),
-        max(robust_distance_mm(to_reference, result_mm2), robust_distance_mm(to_result, reference_mm2)),
-    )
+def _surface_scores(result: Shape, reference: Shape, tolerance_mm: float) -> tuple[float, float, float]:
+    """Normalized surface Dice, and both robust Hausdorff distances in mm: by area and by voxels."""
+    within = total = hd95 = hd95_voxel = 0.0
+    for one, other in ((result, reference), (reference, result)):
+        points, area_mm2 = one.surfels
+        to_other = distances_mm(points, other.surfels[0])
+        within += area_within(to_other, area_mm2, tolerance_mm)
+        total += float(area_mm2.sum())
+        hd95 = max(hd95, robust_distance_mm(to_other, area_mm2))
+        by_voxels = distances_mm(one.surface_voxels, other.surface_voxels)
+        hd95_voxel = max(hd95_voxel, float(np.percentile(by_voxels, PERCENT)))
+    return within / total, hd95, hd95_voxel
 
 
 def _cldice(result: Shape, reference: Shape) -> tuple[float, str]:
@@ -209,11 +203,10 @@ def _cldice(result: Shape, reference: Shape) -> tuple[float, str]:
     precision = result.skeleton.fraction_in(reference.cells(result.skeleton.cell_mm))
     sensitivity = reference.skeleton.fraction_in(result.cells(reference.skeleton.cell_mm))
     both = precision + sensitivity
-    notes: list[str] = []
-    for whose, skeleton in (("result", result.skeleton), ("reference", reference.skeleton)):
-        for part in filter(None, skeleton.note.split("; ")):
-            # Resampling is the same for both; a lost skeleton is one mask's.
-            text = part if part.startswith("resampled") else f"{whose}: {part}"
-            if text not in notes:
-                notes.append(text)
+    # Resampling is the same for both; a lost skeleton is one mask's.
+    notes = dict.fromkeys(
+        part if part.startswith("resampled") else f"{whose}: {part}"
+        for whose, skeleton in (("result", result.skeleton), ("reference", reference.skeleton))
+        for part in filter(None, skeleton.note.split("; "))
+    )
     return 2 * precision * sensitivity / both if both else 0.0, "; ".join(notes)

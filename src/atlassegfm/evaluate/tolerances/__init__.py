@@ -37,34 +37,23 @@ _KEYS = ("default_mm", "tolerance_mm", "source")
 class Tolerances:
     """NSD tolerance of every structure.
 
-    Parameters
-    ----------
-    default_mm : float
-        For structures that no pattern matches.
-    patterns : tuple of (str, float)
-        Label value, name or shell pattern, and its tolerance in mm.
-    origin : str
-        To be printed with every NSD: "2 mm for all", "preset flare22" or a file.
-    source : str
-        Source of the numbers, as the file says.
-
     Raises
     ------
     InputError
         If a tolerance is not a finite number of at least 0, or a pattern is empty or given twice.
     """
 
-    default_mm: float
-    patterns: tuple[tuple[str, float], ...]
-    origin: str
-    source: str = ""
+    default_mm: float  # for structures that no pattern matches
+    patterns: tuple[tuple[str, float], ...]  # label value, name or shell pattern, and its tolerance in mm
+    origin: str  # to be printed with every NSD: "2 mm for all", "preset flare22" or a file
+    source: str = ""  # source of the numbers, as the file says
 
     def __post_init__(self) -> None:
         numbers: tuple[tuple[str, Any], ...] = (("default_mm", self.default_mm), *self.patterns)
         for key, tolerance_mm in numbers:
             # From a file: may be anything, and bool is an int in Python.
             is_number = isinstance(tolerance_mm, int | float) and not isinstance(tolerance_mm, bool)
-            if not (is_number and math.isfinite(tolerance_mm) and tolerance_mm >= 0):
+            if not (is_number and 0 <= tolerance_mm < math.inf):
                 raise InputError(
                     f"{self.origin}: the tolerance of {key!r} is {tolerance_mm!r}; expected a finite number of mm, "
                     "at least 0"
@@ -84,13 +73,10 @@ class Tolerances:
 
     def of(self, value: int, name: str) -> float:
         """Look up the tolerance of a structure by label value and name, mm."""
-        fitting = [
-            (rank, tolerance_mm)
-            for pattern, tolerance_mm in self.patterns
-            if (rank := match_rank(pattern, value, name)) is not None
-        ]
+        ranked = [(match_rank(pattern, value, name), tolerance_mm) for pattern, tolerance_mm in self.patterns]
+        fitting = [(rank, tolerance_mm) for rank, tolerance_mm in ranked if rank is not None]
         # Of equal ranks, min gives the one written first.
-        return float(min(fitting, key=lambda one: one[0])[1] if fitting else self.default_mm)
+        return float(min(fitting, key=lambda one: one[0], default=(0, self.default_mm))[1])
 
     def unmatched(self, structures: Iterable[tuple[int, str]]) -> tuple[str, ...]:
         """Find patterns that match none of these structures (label value, name): probably misspelt."""
@@ -104,12 +90,7 @@ def uniform(tolerance_mm: float) -> Tolerances:
 
 
 def load_tolerances(name_or_file: str) -> Tolerances:
-    """Read tolerances from a preset or a file.
-
-    Parameters
-    ----------
-    name_or_file : str
-        One of :data:`PRESETS`, or a TOML file as in this module's docstring ("./flare22" for a file named so).
+    """Read tolerances from one of :data:`PRESETS`, or a TOML file as in this module's docstring ("./flare22").
 
     Raises
     ------
