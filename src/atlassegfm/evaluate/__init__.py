@@ -34,8 +34,7 @@ class EvaluationOptions:
     centreline : sequence of str
         The same for clDice.
     names : Path, optional
-        File with names of the labels. They come before those of the references' files, and these before those of
-        the results'.
+        File with names of the labels; they come before those of the references' files, those before the results'.
     partial : bool
         Whether references without a result are left out with a warning instead of refused.
     dicom : DicomInputs
@@ -51,15 +50,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of results against references.
-
-    Parameters
-    ----------
-    scores : tuple of CaseScore
-        Case by case, structures in ascending order of their values.
-    tolerances : Tolerances
-        Of the NSD.
-    """
+    """Scores of results against references: case by case, structures in ascending order of their values."""
 
     scores: tuple[CaseScore, ...]
     tolerances: Tolerances

@@ -12,7 +12,7 @@ import numpy as np
 from ..core.errors import InputError
 from ..core.geometry import Grid
 from ..core.image import Volume
-from .metrics import StructureScores, compare, diagonal_mm, label_shapes
+from .metrics import StructureScores, compare, label_shapes
 from .tolerances import Tolerances
 
 logger = logging.getLogger(__name__)
@@ -23,16 +23,7 @@ _SHEARED = 1e-3
 
 @dataclass(frozen=True)
 class CaseScore:
-    """Scores of one structure of one case.
-
-    Parameters
-    ----------
-    case : str
-        Name of the reference without its suffix.
-    value : int
-    structure : str
-    scores : StructureScores
-    """
+    """Scores of one structure (label value and name) of one case (the reference's file name without suffix)."""
 
     case: str
     value: int
@@ -70,7 +61,6 @@ def score_volumes(
         If a result has other voxels than the reference.
     """
     spacing_mm = reference.grid.spacing_mm.tolist()
-    diagonal = diagonal_mm(reference.grid.shape, spacing_mm)
     voxel_ml = reference.grid.voxel_volume_mm3 / 1000
     if voxel_ml < (1 - _SHEARED) * math.prod(spacing_mm) / 1000:
         name = _name(reference, "the reference")
@@ -89,8 +79,8 @@ def score_volumes(
     for value, name in names.items():
         shape = references.pop(value)  # its surfaces serve all methods, and are then freed
         for method, own in shapes.items():
-            tolerance_mm, thin = tolerances.of(value, name), value in centreline
-            one = compare(own.pop(value), shape, tolerance_mm=tolerance_mm, diagonal_mm=diagonal, centreline=thin)
+            tolerance_mm = tolerances.of(value, name)
+            one = compare(own.pop(value), shape, tolerance_mm=tolerance_mm, centreline=value in centreline)
             # The comparison multiplies the spacing, which is too much on sheared axes.
             result_ml, reference_ml = (n * voxel_ml for n in (one.result_voxels, one.reference_voxels))
             scores[method][value] = replace(one, result_ml=result_ml, reference_ml=reference_ml)

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import InputError
 from ..core.files import atomic_path
 from .metrics import StructureScores
 from .scores import CaseScore
@@ -110,8 +109,6 @@ def write_scores(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         If the file cannot be written.
     """
     rows = list(rows)
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: the folder {path.parent} does not exist; make it, or choose another place")
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
@@ -132,24 +129,24 @@ def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _summary_of(scored: Sequence[CaseScore], names: Sequence[str]) -> StructureSummary:
-    columns: dict[str, list[float]] = {}
-    with_empty: dict[str, list[float]] = {}
+    scores, with_empty = {}, {}
     for name in names:
         values = [getattr(one.scores, name) for one in scored]
-        columns[name] = [math.nan if value is None else value for value in values]
+        numbers = [math.nan if value is None else value for value in values]
+        scores[name] = spread(numbers)
         # None was not asked for, and is not perfect where both masks are empty.
-        with_empty[name] = [
+        with_empty[name] = mean_of(
             PERFECT[name] if one.scores.status == "both_empty" and value is not None else number
-            for one, value, number in zip(scored, values, columns[name], strict=True)
-        ]
+            for one, value, number in zip(scored, values, numbers, strict=True)
+        )
     return StructureSummary(
         value=scored[0].value,
         structure=scored[0].structure,
         counts=_counts(scored),
         tolerance_mm=scored[0].scores.tolerance_mm,
         reference_ml=mean_of(one.scores.reference_ml for one in scored if one.scores.reference_voxels),
-        scores={name: spread(column) for name, column in columns.items()},
-        with_empty={name: mean_of(column) for name, column in with_empty.items()},
+        scores=scores,
+        with_empty=with_empty,
     )
 
 

@@ -60,21 +60,8 @@ class StructureScores:
     cldice_note: str
 
 
-def compare(
-    result: Shape, reference: Shape, *, tolerance_mm: float, diagonal_mm: float, centreline: bool = False
-) -> StructureScores:
-    """Score one structure.
-
-    Parameters
-    ----------
-    result, reference : Shape
-        On one grid.
-    tolerance_mm : float
-        Of the normalized surface Dice, at least 0.
-    diagonal_mm : float
-        Distance for a structure that only one of them has.
-    centreline : bool
-        Whether to compute clDice.
+def compare(result: Shape, reference: Shape, *, tolerance_mm: float, centreline: bool = False) -> StructureScores:
+    """Score one structure, by clDice only with ``centreline``.
 
     Raises
     ------
@@ -99,7 +86,7 @@ def compare(
         either = result.voxels or reference.voxels
         status = "both_empty" if not either else "hallucinated" if result.voxels else "missed"
         dice = nsd = 0.0 if either else math.nan
-        hd95 = hd95_voxel = diagonal_mm if either else math.nan
+        hd95 = hd95_voxel = math.hypot(*np.multiply(result.grid_shape, result.spacing_mm)) if either else math.nan
         cldice = dice if centreline else None
     return StructureScores(
         status=status,
@@ -151,18 +138,12 @@ def score_labels(
     if missing:
         raise ValueError(f"no tolerance for the values {missing}")
     results, references = (label_shapes(labels, values, spacing_mm) for labels in (result, reference))
-    diagonal = diagonal_mm(result.shape, spacing_mm)
-    # Each pair is freed as soon as it is scored: all surfaces at once would take much more memory.
-    return {
-        value: compare(
-            results.pop(value),
-            references.pop(value),
-            tolerance_mm=tolerances_mm[value],
-            diagonal_mm=diagonal,
-            centreline=value in centreline,
-        )
-        for value in list(results)
-    }
+    scores = {}
+    for value in list(results):
+        # Each pair is freed as soon as it is scored: all surfaces at once would take much more memory.
+        one, other = results.pop(value), references.pop(value)
+        scores[value] = compare(one, other, tolerance_mm=tolerances_mm[value], centreline=value in centreline)
+    return scores
 
 
 def score_masks(
@@ -174,14 +155,8 @@ def score_masks(
     centreline: bool = False,
 ) -> StructureScores:
     """Score one mask, (I, J, K), inside where it is not 0; arguments and errors as of :func:`score_labels`."""
-    return score_labels(
-        result != 0, reference != 0, [1], spacing_mm, {1: tolerance_mm}, centreline=[1] if centreline else ()
-    )[1]
-
-
-def diagonal_mm(shape: Sequence[int], spacing_mm: Sequence[float]) -> float:
-    """Compute an image's diagonal, from the outer corner of its first voxel to that of its last, mm."""
-    return math.hypot(*(count * step for count, step in zip(shape, spacing_mm, strict=True)))
+    thin = [1] if centreline else []
+    return score_labels(result != 0, reference != 0, [1], spacing_mm, {1: tolerance_mm}, centreline=thin)[1]
 
 
 def _surface_scores(result: Shape, reference: Shape, tolerance_mm: float) -> tuple[float, float, float]:
