@@ -28,11 +28,9 @@ class EvaluationOptions:
 
     Parameters
     ----------
-    labels : sequence of str
-        Label values, names or shell patterns to score; "*" is all that either side has. If empty, both sides must
-        have the same structures.
-    centreline : sequence of str
-        The same for clDice.
+    labels, centreline : sequence of str
+        Label values, names or shell patterns to score, and to score by clDice too; "*" is all that either side has.
+        Without ``labels`` both sides must have the same structures.
     names : Path, optional
         File with names of the labels; they come before those of the references' files, those before the results'.
     partial : bool

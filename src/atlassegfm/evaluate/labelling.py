@@ -34,11 +34,9 @@ class DicomInputs:
 
     Parameters
     ----------
-    scan : Path, optional
-        Scan they lie on: folder of a DICOM series, or image file. Default: the voxels of the other side, if that is
-        an image file.
-    series : str, optional
-        Which series of the folder.
+    scan, series : optional
+        Scan they lie on: folder of a DICOM series (and which one of it), or image file. Default: the voxels of the
+        other side, if that is an image file.
     selection : Selection
         Which structures, and their names.
     """
@@ -49,10 +47,7 @@ class DicomInputs:
 
 
 class PairReader:
-    """Reads pairs of label maps; structures of DICOM files get the values of those of the same name.
-
-    ``names`` are the user's, and come before those of files.
-    """
+    """Reads pairs of label maps; structures of DICOM files get values by name, the user's ``names`` first."""
 
     def __init__(self, dicom: DicomInputs, names: LabelTable | None = None) -> None:
         self.names = names
@@ -68,8 +63,7 @@ class PairReader:
         Raises
         ------
         InputError
-            If a file cannot be used, options for DICOM are given without a DICOM file, or both are DICOM files
-            without a scan.
+            If a file cannot be used, DICOM options are given without such a file, or two such files without a scan.
         """
         paths = (pair.result, pair.reference)
         foreign = [is_dicom_input(path) for path in paths]
@@ -185,13 +179,7 @@ def find_structures(pairs: Sequence[FilePair], reader: PairReader, *, strict: bo
 
 
 def pick_structures(names: Mapping[int, str], wanted: Sequence[str]) -> dict[int, str]:
-    """Pick structures by value, name or shell pattern; values come before names, names before patterns.
-
-    Raises
-    ------
-    InputError
-        If nothing matches.
-    """
+    """Pick structures by value, else name, else shell pattern; an :class:`InputError` where nothing matches."""
     picked: set[int] = set()
     for one in wanted:
         ranks = {value: rank for value, name in names.items() if (rank := match_rank(one, value, name)) is not None}
@@ -213,10 +201,8 @@ def label_values(volume: Volume) -> set[int]:
 
 def _place(paths: Sequence[Path]) -> str:
     """The file of one side, or the folder of its files."""
-    first = paths[0]
-    if len(paths) == 1:
-        return str(first)
-    return str(first.parent.parent if first.name == RESULT_FILE else first.parent)
+    levels = 0 if len(paths) == 1 else 2 if paths[0].name == RESULT_FILE else 1
+    return str([paths[0], *paths[0].parents][levels])
 
 
 def _check_values(result: LabelTable, reference: LabelTable, place: str, other: str) -> None:

@@ -49,9 +49,8 @@ def score_volumes(
         By method, on the reference's voxels in any array order.
     reference : Volume
     names : mapping of int to str
-        Name of each label value to score, in the order of the result.
+        Label values to score, and their names.
     tolerances : Tolerances
-        Of the NSD.
     centreline : collection of int
         Label values to score by clDice too.
 

@@ -83,11 +83,6 @@ def paired_bootstrap(
         A structure of a case counts where neither score is NaN.
     *clusters : sequence, (cases,)
         Query of each case, atlas of each case. What is the same for all cases is not resampled.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not fit.
     """
     one, other = (np.asarray(array, np.float64) for array in (first, second))
     if one.ndim != 2 or one.shape != other.shape or any(len(cluster) != one.shape[1] for cluster in clusters):
@@ -113,9 +108,7 @@ def paired_bootstrap(
         return Interval(estimate, math.nan, math.nan, min(counts, default=1))
     with np.errstate(invalid="ignore"):
         means = (weights @ difference.T) / (weights @ known.T)  # (resamples, structures); NaN where none was drawn
-    drawn_any = ~np.isnan(means)
-    usable = drawn_any.any(axis=1)
-    totals = np.where(drawn_any, means, 0).sum(axis=1)[usable] / drawn_any.sum(axis=1)[usable]
+    totals = np.nanmean(means[~np.isnan(means).all(axis=1)], axis=1)
     tail = 100 * (1 - LEVEL) / 2
     low, high = (float(n) for n in np.percentile(totals, [tail, 100 - tail]))
     return Interval(estimate, low, high, min(counts))

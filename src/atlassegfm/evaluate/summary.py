@@ -101,13 +101,7 @@ def score_row(scores: StructureScores) -> dict[str, Any]:
 
 
 def write_scores(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a table as CSV, whole or not at all: numbers to 6 decimals, NaN and None as empty cells.
-
-    Raises
-    ------
-    InputError
-        If the file cannot be written.
-    """
+    """Write a table as CSV, whole or not at all (:class:`InputError`): 6 decimals, NaN and None as empty cells."""
     rows = list(rows)
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")

@@ -30,10 +30,8 @@ class StructureScores:
     ----------
     status : Status
     dice : float
-    nsd : float
-        Normalized surface Dice: fraction of the area of both surfaces that is within the tolerance of the other.
-    tolerance_mm : float
-        Of ``nsd``.
+    nsd, tolerance_mm : float
+        Normalized surface Dice: fraction of the area of both surfaces within the tolerance of the other.
     hd95_mm : float
         Robust Hausdorff distance: 95 % of the surface's area is no farther from the other; the larger direction.
     hd95_voxel_mm : float
@@ -68,11 +66,9 @@ def compare(result: Shape, reference: Shape, *, tolerance_mm: float, centreline:
     ValueError
         If the shapes are not on one grid or the tolerance is not a finite number of at least 0.
     """
-    if (result.grid_shape, result.spacing_mm) != (reference.grid_shape, reference.spacing_mm):
-        raise ValueError(
-            f"shapes on grids of {result.grid_shape} voxels of {result.spacing_mm} mm and "
-            f"{reference.grid_shape} voxels of {reference.spacing_mm} mm are not on one grid"
-        )
+    grids = [f"{one.grid_shape} voxels of {one.spacing_mm} mm" for one in (result, reference)]
+    if grids[0] != grids[1]:
+        raise ValueError(f"shapes on {grids[0]} and on {grids[1]} are not on one grid")
     if not 0 <= tolerance_mm < math.inf:
         raise ValueError(f"the tolerance is 0 mm or more, not {tolerance_mm}")
     status: Status = "ok"

@@ -79,14 +79,9 @@ class Shape:
 
 
 def label_shapes(labels: NDArray[Any], values: Iterable[int], spacing_mm: Sequence[float]) -> dict[int, Shape]:
-    """Find structures in a label map, in one pass over the voxels.
+    """Find structures in a label map, (I, J, K) of an integer type, in one pass over the voxels.
 
-    Parameters
-    ----------
-    labels : array of an integer type, (I, J, K)
-    values : iterable of int
-        Label values in the order of the result; others are background. Those that are missing get empty shapes.
-    spacing_mm : sequence of float, (3,)
+    Other values than ``values`` are background; those that are missing get empty shapes.
 
     Raises
     ------

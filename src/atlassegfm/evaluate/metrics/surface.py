@@ -29,7 +29,7 @@ PERCENT = 95
 _SINGLE_PRECISION = 1e-6
 #: Points searched for first, to time the tree.
 _SAMPLE = 256
-#: s. Searches expected to end within this time are left to the tree.
+#: Searches expected to end within this time are left to the tree, s.
 _PATIENCE_S = 2.0
 #: Distance transform: seconds for each point of its box, and the most points (13 bytes each).
 _TRANSFORM_S, _LARGEST_TRANSFORM = 1.6e-7, 1 << 27
@@ -54,7 +54,8 @@ def distances_mm(start: Points, end: Points, *, workers: int = -1) -> NDArray[np
 
     Both are on one lattice, neither empty; ``workers`` are threads of the search, -1 for all cores.
     """
-    low, size = _box(start.index, end.index)
+    low = np.minimum(start.index.min(axis=0), end.index.min(axis=0))
+    size = np.maximum(start.index.max(axis=0), end.index.max(axis=0)) - low + 1
     one, other = (np.ravel_multi_index(tuple((points.index - low).T), tuple(size)) for points in (start, end))
     # Both ascend, as points are in C order. Points common to both surfaces, often most of them, need no search.
     place = np.searchsorted(other, one).clip(max=len(other) - 1)
@@ -63,35 +64,31 @@ def distances_mm(start: Points, end: Points, *, workers: int = -1) -> NDArray[np
     if len(apart):
         index = start.index[apart]
         # From whole steps along each axis, free of the tree's rounding.
-        steps = (index - _nearest(index, end, workers)) * np.array(start.spacing_mm)
+        steps = (index - _nearest(index, end, low, size, workers)) * np.array(start.spacing_mm)
         found[apart] = np.sqrt((steps**2).sum(axis=1))
     return found
 
 
-def _nearest(index: NDArray[np.int32], end: Points, workers: int) -> NDArray[np.int32]:
-    """(N, 3) point of ``end`` nearest to each lattice point ``index``, (N, 3)."""
+def _nearest(
+    index: NDArray[np.int32], end: Points, low: NDArray[np.int32], size: NDArray[np.int32], workers: int
+) -> NDArray[np.int32]:
+    """(N, 3) point of ``end`` nearest to each lattice point ``index``, (N, 3); all lie in the box from ``low`` on."""
     spacing = np.array(end.spacing_mm)
-    tree = end.tree
     sample = index[:: -(-len(index) // _SAMPLE)] * spacing
+    tree = end.tree
     begun = time.perf_counter()
     tree.query(sample, workers=workers)
     expected_s = (time.perf_counter() - begun) * len(index) / len(sample)
-    low, size = _box(index, end.index)
     count = int(np.prod(size, dtype=np.int64))
-    if expected_s <= max(_PATIENCE_S, count * _TRANSFORM_S) or count > _LARGEST_TRANSFORM:
-        by_tree: NDArray[np.int32] = end.index[tree.query(index * spacing, workers=workers)[1]]
-        return by_tree
-    off = np.ones(tuple(size), bool)
-    off[tuple((end.index - low).T)] = False
-    found = ndimage.distance_transform_edt(off, end.spacing_mm, return_distances=False, return_indices=True)
-    by_transform: NDArray[np.int32] = found[(slice(None), *(index - low).T)].T + low
-    return by_transform
-
-
-def _box(one: NDArray[np.int32], other: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """First point, (3,), and size, (3,), of the box of two sets of lattice points."""
-    low = np.minimum(one.min(axis=0), other.min(axis=0))
-    return low, np.maximum(one.max(axis=0), other.max(axis=0)) - low + 1
+    nearest: NDArray[np.int32]
+    if expected_s > max(_PATIENCE_S, count * _TRANSFORM_S) and count <= _LARGEST_TRANSFORM:
+        off = np.ones(tuple(size), bool)
+        off[tuple((end.index - low).T)] = False
+        found = ndimage.distance_transform_edt(off, end.spacing_mm, return_distances=False, return_indices=True)
+        nearest = found[(slice(None), *(index - low).T)].T + low
+    else:
+        nearest = end.index[tree.query(index * spacing, workers=workers)[1]]
+    return nearest
 
 
 def surfels(inside: Mask, first: tuple[int, ...], spacing_mm: Spacing) -> tuple[Points, NDArray[np.float64]]:
@@ -112,13 +109,8 @@ def surfels(inside: Mask, first: tuple[int, ...], spacing_mm: Spacing) -> tuple[
 
 def surface_voxels(inside: Mask, first: tuple[int, ...], spacing_mm: Spacing) -> Points:
     """Find the centres of voxels with a face to the outside or to the image's border; arguments as of surfels()."""
-    core = inside.copy()
-    for axis in range(3):
-        along, eroded = np.moveaxis(inside, axis, 0), np.moveaxis(core, axis, 0)
-        eroded[1:] &= along[:-1]
-        eroded[:-1] &= along[1:]
-        eroded[:1] = eroded[-1:] = False
-    return _points(np.flatnonzero(inside & ~core), inside.shape, first, spacing_mm)
+    border = np.flatnonzero(inside & ~ndimage.binary_erosion(inside))
+    return _points(border, inside.shape, first, spacing_mm)
 
 
 def surfel_areas_mm2(spacing_mm: Spacing) -> NDArray[np.float64]:
@@ -164,7 +156,4 @@ def robust_distance_mm(distance_mm: NDArray[np.float64], area_mm2: NDArray[np.fl
 
 
 def _points(flat: NDArray[np.intp], shape: tuple[int, ...], first: tuple[int, ...], spacing_mm: Spacing) -> Points:
-    index = np.empty((len(flat), 3), np.int32)
-    for axis, along in enumerate(np.unravel_index(flat, shape)):
-        index[:, axis] = along + first[axis]
-    return Points(index, spacing_mm)
+    return Points((np.stack(np.unravel_index(flat, shape), axis=1) + first).astype(np.int32), spacing_mm)

@@ -50,13 +50,11 @@ class Tolerances:
 
     def __post_init__(self) -> None:
         numbers: tuple[tuple[str, Any], ...] = (("default_mm", self.default_mm), *self.patterns)
-        for key, tolerance_mm in numbers:
+        for key, number in numbers:
             # From a file: may be anything, and bool is an int in Python.
-            is_number = isinstance(tolerance_mm, int | float) and not isinstance(tolerance_mm, bool)
-            if not (is_number and 0 <= tolerance_mm < math.inf):
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
                 raise InputError(
-                    f"{self.origin}: the tolerance of {key!r} is {tolerance_mm!r}; expected a finite number of mm, "
-                    "at least 0"
+                    f"{self.origin}: the tolerance of {key!r} is {number!r}; expected a finite number of mm, at least 0"
                 )
         seen: dict[str, str] = {}
         for key, _ in self.patterns:
