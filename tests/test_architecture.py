@@ -33,6 +33,13 @@ def test_import_loads_nothing_heavy() -> None:
     assert not loaded & {"torch", "nibabel", "SimpleITK", "skimage", "matplotlib"}
 
 
+def test_evaluate_is_a_public_name_without_torch() -> None:
+    result = run_python(
+        "import sys; from atlassegfm import evaluate as f; print(f.__module__, f.__name__, 'torch' in sys.modules)"
+    )
+    assert result.stdout.split() == ["atlassegfm.evaluate", "evaluate", "False"], result.stderr
+
+
 def test_geometry_and_files_need_no_torch() -> None:
     result = run_python(
         "import sys; import atlassegfm.core.image, atlassegfm.transforms.maps; print('torch' in sys.modules)"

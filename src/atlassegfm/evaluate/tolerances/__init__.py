@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -95,18 +94,14 @@ def load_tolerances(name_or_file: str) -> Tolerances:
     InputError
         If there is neither such a preset nor such a file, or the file has another form.
     """
-    if name_or_file in PRESETS:
-        with resources.as_file(resources.files(__name__) / PRESETS[name_or_file]) as path:
-            return _from_table(load_toml(path, "a file of tolerances"), f"preset {name_or_file}")
-    path = Path(name_or_file)
+    is_preset = name_or_file in PRESETS
+    path = Path(__file__).with_name(PRESETS[name_or_file]) if is_preset else Path(name_or_file)
+    origin = f"preset {name_or_file}" if is_preset else name_or_file
     if not path.exists():
         raise InputError(
             f"{name_or_file}: neither a preset nor a file; expected {', '.join(PRESETS)} or a TOML file of tolerances"
         )
-    return _from_table(load_toml(path, "a file of tolerances"), name_or_file)
-
-
-def _from_table(table: Mapping[str, Any], origin: str) -> Tolerances:
+    table = load_toml(path, "a file of tolerances")
     unknown = [key for key in table if key not in _KEYS]
     if unknown:
         raise InputError(
