@@ -127,12 +127,9 @@ def suggest(
         Scans of one kind; no labels.
     settings : RegistrationSettings, optional
         Of the linear stages; defaults if left out.
-    landmarks : int
-        Number of others that each of more than :data:`ALL_PAIRS` scans is compared with.
-    finalists : int
-        How many of the best are then compared with all.
-    seed : int
-        Of the draw of the landmarks.
+    landmarks, finalists : int
+        Number of others, drawn by ``seed``, that each of more than :data:`ALL_PAIRS` scans is compared with, and number
+        of the best that are then compared with all.
     device : {"cpu", "cuda"}
     on_pair : callable, optional
         Called with number and count of each pair as it begins.

@@ -33,13 +33,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def draw_suggestion(suggestion: Suggestion, path: Path) -> None:
-    """Draw ranking, similarities, and the best and the worst scans as a PNG.
-
-    Raises
-    ------
-    MissingExtraError
-        If matplotlib is not installed.
-    """
+    """Draw ranking, similarities, and the best and the worst scans as a PNG (needs matplotlib)."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -49,9 +49,7 @@ class Evidence:
     brightness_iqr: float  # interquartile range of brightness in the result
     iqr_difference: float
     contrast_difference: float  # contrast: median brightness within 5 mm inside the border less that outside
-    separation_difference: (
-        float  # separation: fraction of pairs of voxels inside and outside with the inner one brighter
-    )
+    separation_difference: float  # separation: fraction of (inside, outside) voxel pairs with the inner one brighter
     separation_product: float  # of separations less 1/2: below 0 for reversed contrast, near 0 for none
     dissimilarity: float  # mean MIND-SSC difference of the scans around the structure
     dissimilarity_relative: float  # the same over that of the whole foreground
@@ -98,19 +96,16 @@ def gather(case: Case) -> dict[int, Evidence]:
     growth = abs(float(np.linalg.det(to_query.matrix[:3, :3])))
     evidence = {}
     for n in present:
-        mask = LocalMap(_first_voxel(boxes[n - 1]), (case.labels[boxes[n - 1]] == n).astype(np.float32))
-        label_box = atlas_boxes[n - 1]
-        label = case.atlas_labels.data[label_box] == n
+        warped, mask = case.warped[n], _mask(case.labels, n, boxes[n - 1])
+        label = _mask(case.atlas_labels.data, n, atlas_boxes[n - 1])
         found = _brightness(case.query, case.labels, n, mask.box, query_range)
-        expected = _brightness(case.atlas, case.atlas_labels.data, n, label_box, atlas_range)
+        expected = _brightness(case.atlas, case.atlas_labels.data, n, label.box, atlas_range)
         volume_mm3 = float(mask.values.sum()) * case.query.grid.voxel_volume_mm3
-        expected_mm3 = np.count_nonzero(label) * case.atlas.grid.voxel_volume_mm3 * growth
+        expected_mm3 = np.count_nonzero(label.values) * case.atlas.grid.voxel_volume_mm3 * growth
         change = float(np.log(volume_mm3 / expected_mm3))
         size_mm = expected_mm3 ** (1 / 3)
-        linear_centre = to_query.map(_centroid_mm(label, _first_voxel(label_box), case.atlas.grid))
-        warped = case.warped[n]
-        warped_centre = _centroid_mm(warped.values >= INSIDE, warped.start, case.query.grid)
-        centre = _centroid_mm(mask.values > 0, mask.start, case.query.grid)
+        linear_centre = to_query.map(_centroid_mm(label, case.atlas.grid))
+        warped_centre, centre = (_centroid_mm(one, case.query.grid) for one in (warped, mask))
         dissimilarity = 0.0 if difference is None else difference.mean(near[n])
         evidence[n] = Evidence(
             agreement=_agreement(warped, mask),
@@ -133,9 +128,9 @@ def gather(case: Case) -> dict[int, Evidence]:
     return evidence
 
 
-def _first_voxel(box: tuple[slice, slice, slice]) -> tuple[int, int, int]:
+def _mask(labels: NDArray[Any], number: int, box: tuple[slice, slice, slice]) -> LocalMap:
     i, j, k = (int(side.start) for side in box)
-    return i, j, k
+    return LocalMap((i, j, k), (labels[box] == number).astype(np.float32))
 
 
 def _intensity_range(data: NDArray[Any]) -> tuple[float, float]:
@@ -145,10 +140,9 @@ def _intensity_range(data: NDArray[Any]) -> tuple[float, float]:
     return float(low), max(float(high), float(low) + _TINY)
 
 
-def _centroid_mm(mask: NDArray[np.bool_], start: tuple[int, int, int], grid: Grid) -> NDArray[np.float64]:
+def _centroid_mm(mask: LocalMap, grid: Grid) -> NDArray[np.float64]:
     """(1, 3) RAS+ mm."""
-    voxels = np.argwhere(mask)
-    return grid.voxel_to_world((voxels.mean(axis=0) + start)[None])
+    return grid.voxel_to_world((np.argwhere(mask.values >= INSIDE).mean(axis=0) + mask.start)[None])
 
 
 def _agreement(one: LocalMap, other: LocalMap) -> float:

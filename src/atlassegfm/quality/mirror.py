@@ -47,15 +47,7 @@ def fit_to_atlas(
 ) -> AtlasFit:
     """Fit a scan to an atlas, as it is and mirrored.
 
-    Parameters
-    ----------
-    scan : Volume
-        Intensities in any array order; inverted first where :func:`is_inverted`.
-    atlas : Atlas
-    settings : RegistrationSettings, optional
-        Of the linear stages; defaults if left out.
-    name : str
-        Of the scan, for messages.
+    The scan may be in any array order; its intensities are inverted first where :func:`is_inverted`. ``settings`` are those of the linear stages, defaults if left out; ``name`` is the scan's in messages.
 
     Raises
     ------
