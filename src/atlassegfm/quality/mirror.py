@@ -47,7 +47,8 @@ def fit_to_atlas(
 ) -> AtlasFit:
     """Fit a scan to an atlas, as it is and mirrored.
 
-    The scan may be in any array order; its intensities are inverted first where :func:`is_inverted`. ``settings`` are those of the linear stages, defaults if left out; ``name`` is the scan's in messages.
+    The scan may be in any array order; its intensities are inverted first where :func:`is_inverted`. ``settings`` are
+    those of the linear stages, defaults if left out; ``name`` is the scan's in messages.
 
     Raises
     ------
