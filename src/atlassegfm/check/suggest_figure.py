@@ -40,8 +40,8 @@ def draw_suggestion(suggestion: Suggestion, path: Path) -> None:
 
     best, others = suggestion.candidates[0], len(suggestion.names) - 1
     text = (
-        f"It looks most like the other {others} scans after a coarse linear registration: similarity {best.score:.3f} "
-        f"on the average, {best.lowest:.3f} to the one least like it ({_short(best.furthest, 30)}). "
+        f"Similarity to the other {others} scans after a coarse linear registration: mean {best.score:.3f}, lowest "
+        f"{best.lowest:.3f} ({_short(best.furthest, 22)}). "
         + ("" if suggestion.differs else "The scans differ little: others would do as well. ")
         + f"{suggestion.pairs} pairs in {suggestion.seconds:.0f} s."
     )
@@ -89,7 +89,7 @@ def _draw_matrix(axes: Any, suggestion: Suggestion) -> None:
     axes.set_xticks(ticks, names[: len(ticks)], rotation=60, ha="right", rotation_mode="anchor")
     axes.set_yticks(ticks, names[: len(ticks)])
     axes.figure.colorbar(image, ax=axes, fraction=0.045, pad=0.03).outline.set_visible(False)
-    axes.set_title("Who is like whom, by rank" + (" (grey: not compared)" if len(names) > ALL_PAIRS else ""))
+    axes.set_title("Similarity, by rank" + (" (grey: not compared)" if len(names) > ALL_PAIRS else ""))
 
 
 def _draw_map(axes: Any, suggestion: Suggestion) -> None:
@@ -104,7 +104,7 @@ def _draw_map(axes: Any, suggestion: Suggestion) -> None:
         axes.text(points[n, 0], points[n, 1] + above, _short(names[n], 16), size=9, ha="center")
     axes.margins(0.16)
     axes.set_aspect("equal", adjustable="datalim")
-    axes.set(xticks=[], yticks=[], title="Map: near scans look alike")
+    axes.set(xticks=[], yticks=[], title="Map: near scans are similar")
 
 
 def _draw_thumbnails(figure: Any, suggestion: Suggestion) -> None:

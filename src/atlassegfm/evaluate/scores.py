@@ -7,10 +7,7 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from ..core.errors import InputError
-from ..core.geometry import Grid
 from ..core.image import Volume
 from .metrics import StructureScores, compare, label_shapes
 from .tolerances import Tolerances
@@ -67,10 +64,14 @@ def score_volumes(
     shapes = {}
     for method, result in results.items():
         if result.grid.axes_relative_to(reference.grid) is None:
+            found, expected = result.grid.canonical(), reference.grid.canonical()
+            apart = (
+                f", corners up to {found.distance_mm(expected):.1f} mm apart" if found.shape == expected.shape else ""
+            )
             raise InputError(
                 f"{_name(result, 'the result')}: not on the voxels of {_name(reference, 'the reference')}: "
-                f"{_difference(result.grid, reference.grid)}; results are scored on the reference's voxels: resample "
-                "with nearest neighbour, or give the right file"
+                f"{found.describe()} instead of {expected.describe()}{apart}; resample it with nearest neighbour, or "
+                "give the right file"
             )
         shapes[method] = label_shapes(result.turned_to(reference.grid).data, names, spacing_mm)
     references = label_shapes(reference.data, names, spacing_mm)
@@ -88,15 +89,3 @@ def score_volumes(
 
 def _name(volume: Volume, fallback: str) -> str:
     return fallback if volume.source is None else str(volume.source.path)
-
-
-def _difference(one: Grid, other: Grid) -> str:
-    """How two grids differ, in words."""
-    a, b = one.canonical(), other.canonical()
-    if a.shape != b.shape:
-        sizes = [" x ".join(str(n) for n in grid.shape) for grid in (a, b)]
-        return f"it has {sizes[0]} voxels instead of {sizes[1]}"
-    if not np.allclose(a.spacing_mm, b.spacing_mm, rtol=1e-3):
-        sizes = [" x ".join(f"{n:.4g}" for n in grid.spacing_mm) for grid in (a, b)]
-        return f"its voxels are {sizes[0]} mm instead of {sizes[1]} mm"
-    return f"its corners lie up to {a.distance_mm(b):.1f} mm away (origin or direction differ)"
