@@ -17,7 +17,7 @@ import pytest
 
 from atlassegfm.core.errors import InputError
 from atlassegfm.core.geometry import Grid
-from atlassegfm.core.image import Volume, save_volume
+from atlassegfm.core.image import IMAGE_SUFFIXES, Volume, save_volume
 from atlassegfm.core.labels import Structure
 from atlassegfm.evaluate import EvaluationOptions, evaluate
 from atlassegfm.evaluate.labelling import label_values
@@ -346,7 +346,7 @@ def test_paths_that_cannot_be_paired_are_refused(tmp_path: Path) -> None:
     with refused(absent, "no such file or folder", "references"):
         find_pairs(full, absent)
     empty = touch(tmp_path / "empty", "run.json", "a/segmentation.nii.gz")
-    endings = ".nii.gz, .nii, .nrrd, .nhdr, .mha, .mhd"
+    endings = ", ".join(IMAGE_SUFFIXES)
     with refused(empty, "no label map", endings):
         find_pairs(full, empty)  # folders of segment are results, not references
     (empty / "a" / "segmentation.nii.gz").unlink()
