@@ -3,7 +3,7 @@
 python benchmarks/suggest_validation.py DATASET RESULTS
 
 DATASET is a folder in nnU-Net raw layout; RESULTS is the ``results.csv`` that ``atlassegfm benchmark`` wrote for it, by
-the protocol all-pairs. The figures in docs/suggest.md are from it.
+the protocol all-pairs. The figures in docs/how-to/choose-an-atlas.md are from it.
 """
 
 from __future__ import annotations

@@ -34,8 +34,17 @@ def test_import_loads_nothing_heavy() -> None:
 
 
 def test_functions_are_not_hidden_by_modules_of_their_name() -> None:
-    result = run_python("import atlassegfm.jobs, atlassegfm; print(callable(atlassegfm.segment))")
-    assert result.stdout.strip() == "True", result.stderr
+    result = run_python(
+        "import atlassegfm.jobs, atlassegfm.evaluate.metrics, atlassegfm as a; print(a.segment, a.evaluate)"
+    )
+    assert result.stdout.count("<function") == 2, result.stderr
+
+
+def test_evaluate_is_a_public_name_without_torch() -> None:
+    result = run_python(
+        "import sys; from atlassegfm import evaluate as f; print(f.__module__, f.__name__, 'torch' in sys.modules)"
+    )
+    assert result.stdout.split() == ["atlassegfm.evaluate", "evaluate", "False"], result.stderr
 
 
 def test_geometry_and_files_need_no_torch() -> None:

@@ -14,7 +14,7 @@ import pytest
 import SimpleITK as sitk
 
 from atlassegfm.atlas import Atlas
-from atlassegfm.check import check_files as check
+from atlassegfm.check import check_files
 from atlassegfm.check.findings import Check, FileReport, Finding
 from atlassegfm.cli.check_table import as_table
 from atlassegfm.core.errors import RegistrationError
@@ -62,7 +62,7 @@ def labels(tmp_path: Path) -> Path:
 
 
 def only(path: Path) -> FileReport:
-    (report,) = check([path]).files
+    (report,) = check_files([path]).files
     return report
 
 
@@ -94,7 +94,7 @@ def test_a_scan_that_is_well(scan: Path) -> None:
     data = scan_data()
     assert report.value_range == (data.min(), data.max())
     assert report.percentiles == pytest.approx(np.percentile(data, (1, 50, 99)))
-    assert check([scan]).worst is None
+    assert check_files([scan]).worst is None
 
 
 def test_labels_that_are_well(labels: Path) -> None:
@@ -120,7 +120,7 @@ def test_other_formats(tmp_path: Path) -> None:
 
 class TestRefused:
     def test_a_missing_file(self, tmp_path: Path) -> None:
-        result = check([tmp_path / "gone.nii"])
+        result = check_files([tmp_path / "gone.nii"])
         (report,) = result.files
         assert report.kind == "unreadable"
         assert report.findings == (Finding("error", "no such file; check the path"),)
@@ -133,7 +133,7 @@ class TestRefused:
     def test_a_damaged_file_among_good_ones(self, scan: Path, tmp_path: Path) -> None:
         broken = tmp_path / "broken.nii.gz"
         broken.write_bytes(scan.read_bytes()[:2000])
-        result = check([broken, scan])
+        result = check_files([broken, scan])
         assert [report.kind for report in result.files] == ["unreadable", "scan"]
         assert finding(result.files[0], "truncated or damaged").severity == "error"
         assert result.pairs == ()
@@ -333,7 +333,7 @@ class TestLabels:
 
 class TestPairs:
     def test_same_grid(self, scan: Path, labels: Path) -> None:
-        (pair,) = check([scan, labels]).pairs
+        (pair,) = check_files([scan, labels]).pairs
         assert (pair.first, pair.second) == ("scan.nii.gz", "labels.nii.gz")
         assert pair.same_grid
         assert pair.distance_mm == pytest.approx(0, abs=1e-3)
@@ -344,7 +344,7 @@ class TestPairs:
         volume = Volume(scan_data(), Grid(SHAPE, WELL))
         flipped = volume.grid.affine @ np.diag([-1, 1, 1, 1])
         flipped[:3, 3] = volume.grid.voxel_to_world((SHAPE[0] - 1, 0, 0))
-        (pair,) = check([scan, nifti(tmp_path / "b.nii", volume.data[::-1], flipped)]).pairs
+        (pair,) = check_files([scan, nifti(tmp_path / "b.nii", volume.data[::-1], flipped)]).pairs
         assert not pair.same_grid
         assert finding(pair, "another order (RAS and LAS)").severity == "note"
 
@@ -353,7 +353,7 @@ class TestPairs:
         # 12 mm of 80 mm: apart enough to be another patient, unless the names say otherwise.
         shifted = WELL.copy()
         shifted[2, 3] += 12
-        (pair,) = check([scan, nifti(tmp_path / name, label_data(), shifted)]).pairs
+        (pair,) = check_files([scan, nifti(tmp_path / name, label_data(), shifted)]).pairs
         assert pair.distance_mm == pytest.approx(12)
         if name == "scan_labels.nii":
             assert finding(pair, "corners up to 12 mm apart").severity == "warning"
@@ -363,14 +363,14 @@ class TestPairs:
     def test_half_a_voxel_beside(self, scan: Path, tmp_path: Path) -> None:
         shifted = WELL.copy()
         shifted[0, 3] += 0.75
-        (pair,) = check([scan, nifti(tmp_path / "labels.nii", label_data(), shifted)]).pairs
+        (pair,) = check_files([scan, nifti(tmp_path / "labels.nii", label_data(), shifted)]).pairs
         assert finding(pair, "corners up to 0.75 mm apart").severity == "warning"
 
-    def test_share_of_the_field_of_view(self, scan: Path, tmp_path: Path) -> None:
+    def test_overlap_of_the_fields_of_view(self, scan: Path, tmp_path: Path) -> None:
         # The upper half of the scan, and a second scan that holds it whole.
         upper = WELL.copy()
         upper[2, 3] += 40
-        (pair,) = check([scan, nifti(tmp_path / "b.nii", scan_data((30, 28, 10)), upper)]).pairs
+        (pair,) = check_files([scan, nifti(tmp_path / "b.nii", scan_data((30, 28, 10)), upper)]).pairs
         assert pair.overlap_percent == (pytest.approx(50), pytest.approx(100))
         assert pair.distance_mm is None
         assert pair.centres_mm == pytest.approx(20)
@@ -379,14 +379,14 @@ class TestPairs:
     def test_nothing_in_common(self, scan: Path, tmp_path: Path) -> None:
         away = WELL.copy()
         away[1, 3] += 1000
-        (pair,) = check([scan, nifti(tmp_path / "b.nii", scan_data(), away)]).pairs
+        (pair,) = check_files([scan, nifti(tmp_path / "b.nii", scan_data(), away)]).pairs
         assert pair.overlap_percent == (0, 0)
         assert finding(pair, "centres 1000 mm apart").severity == "note"
 
 
 class TestReport:
     def test_plain_for_json(self, scan: Path, labels: Path, tmp_path: Path) -> None:
-        result = check([scan, labels, tmp_path / "gone.nii"])
+        result = check_files([scan, labels, tmp_path / "gone.nii"])
         plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))
         assert plain["worst"] == "error"
         assert [report["name"] for report in plain["files"]] == ["scan.nii.gz", "labels.nii.gz", "gone.nii"]
@@ -395,19 +395,19 @@ class TestReport:
         assert str(tmp_path) not in json.dumps(plain)
 
     def test_table(self, scan: Path, labels: Path, tmp_path: Path) -> None:
-        text = terminal(check([scan, labels]))
+        text = terminal(check_files([scan, labels]))
         for words in ("scan.nii.gz", "labels: 2", "30 x 28 x 20", "1.5 x 2 x 4", "liver", "100 % / 100 %"):
             assert words in text
         assert "nothing to complain about" in text
-        assert "error  gone.nii: no such file" in terminal(check([tmp_path / "gone.nii"]))
+        assert "error  gone.nii: no such file" in terminal(check_files([tmp_path / "gone.nii"]))
 
-    def test_findings_of_many_files_are_told_once(self, factory: Callable[[str], Path]) -> None:
-        text = terminal(check([factory("a.nii"), factory("b.nii")]), width=1000)
+    def test_findings_of_many_files_are_listed_once(self, factory: Callable[[str], Path]) -> None:
+        text = terminal(check_files([factory("a.nii"), factory("b.nii")]), width=1000)
         assert text.count("times the in-plane spacing") == 1
         assert "warning  a.nii, b.nii: slices" in text
 
     def test_names_are_no_markup(self, factory: Callable[[str], Path]) -> None:
-        assert "[red]a.nii" in terminal(check([factory("[red]a.nii")]))
+        assert "[red]a.nii" in terminal(check_files([factory("[red]a.nii")]))
 
     def test_gravest_first(self, tmp_path: Path) -> None:
         data = scan_data().astype(np.float32) - 1000
@@ -455,7 +455,7 @@ def saved(volume: Volume, folder: Path) -> Path:
 
 
 def against(path: Path, atlas: Atlas) -> FileReport:
-    (report,) = check([path], None, atlas).files
+    (report,) = check_files([path], None, atlas).files
     return report
 
 
@@ -551,7 +551,7 @@ class TestAgainstAnAtlas:
         assert against(path, atlas).atlas is None
 
     def test_numbers_for_json(self, atlas: Atlas, tmp_path: Path) -> None:
-        result = check([saved(OTHER.scan(ROOM), tmp_path)], None, atlas)
+        result = check_files([saved(OTHER.scan(ROOM), tmp_path)], None, atlas)
         plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))["files"][0]["atlas"]
         assert plain["inside_percent"].keys() == {"liver", "kidney", "node"}
         assert plain["correlation"] > 0.5
@@ -574,7 +574,7 @@ def test_the_scan_fitted_is_left_as_it_was(atlas: Atlas) -> None:
 
 
 @pytest.mark.slow
-def test_real_files_are_told_apart(data_dir: Path) -> None:
+def test_real_scans_and_labels_are_recognised(data_dir: Path) -> None:
     for dataset in sorted(data_dir.glob("Dataset*")):
         for kind, folder in (("scan", "imagesTr"), ("labels", "labelsTr")):
             for path in sorted((dataset / folder).glob("*.nii.gz"))[:3]:

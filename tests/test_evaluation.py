@@ -17,7 +17,7 @@ import pytest
 
 from atlassegfm.core.errors import InputError
 from atlassegfm.core.geometry import Grid
-from atlassegfm.core.image import Volume, save_volume
+from atlassegfm.core.image import IMAGE_SUFFIXES, Volume, save_volume
 from atlassegfm.core.labels import Structure
 from atlassegfm.evaluate import EvaluationOptions, evaluate
 from atlassegfm.evaluate.labelling import label_values
@@ -215,26 +215,20 @@ def test_centrelines_are_compared_for_wanted_structures_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "difference"),
+    ("grid", "facts"),
     [
-        (GRID.crop((0, 0, 0), (10, 9, 10)), "it has 10 x 9 x 10 voxels instead of 10 x 10 x 10"),
-        (straight_grid((10, 10, 10), (1.0, 2.0, 2.5)), "its voxels are 1 x 2 x 2.5 mm instead of 1 x 2 x 2 mm"),
-        (Grid(GRID.shape, GRID.affine @ np.diag([1, 1.05, 1, 1.0])), "its voxels are 1 x 2.1 x 2 mm instead of 1 x 2"),
-        (
-            Grid(GRID.shape, GRID.affine + np.outer([0, 0, 1, 0], [0, 0, 0, 12.5])),
-            "its corners lie up to 12.5 mm away (origin or direction differ)",
-        ),
+        (GRID.crop((0, 0, 0), (10, 9, 10)), ["10 x 9 x 10 voxels of", "instead of 10 x 10 x 10 voxels"]),
+        (straight_grid((10, 10, 10), (1.0, 2.0, 2.5)), ["of 1 x 2 x 2.5 mm", "of 1 x 2 x 2 mm"]),
+        (Grid(GRID.shape, GRID.affine @ np.diag([1, 1.05, 1, 1.0])), ["of 1 x 2.1 x 2 mm", "of 1 x 2 x 2 mm"]),
+        (Grid(GRID.shape, GRID.affine + np.outer([0, 0, 1, 0], [0, 0, 0, 12.5])), ["corners up to 12.5 mm apart"]),
         # Mirrored: the voxels run from -4 to 5 mm instead of -5 to 4 mm.
-        (
-            Grid(GRID.shape, np.diag([-1.0, 1, 1, 1]) @ GRID.affine),
-            "its corners lie up to 1.0 mm away (origin or direction differ)",
-        ),
+        (Grid(GRID.shape, np.diag([-1.0, 1, 1, 1]) @ GRID.affine), ["corners up to 1.0 mm apart"]),
     ],
 )
-def test_results_elsewhere_are_refused(tmp_path: Path, grid: Grid, difference: str) -> None:
+def test_results_elsewhere_are_refused(tmp_path: Path, grid: Grid, facts: list[str]) -> None:
     result = write(tmp_path / "out" / "case.nii", {1: LIVER}, grid=grid)
     reference = write(tmp_path / "truth" / "case.nii", {1: LIVER})
-    with refused(result, reference, difference):
+    with refused(result, reference, *facts):
         evaluated(result, reference)
 
 
@@ -250,14 +244,14 @@ def test_a_small_difference_of_the_spacing_is_called_one() -> None:
     one = Grid((200, 4, 4), np.diag([1.0, 2.0, 2.0, 1.0]))
     other = Grid((200, 4, 4), np.diag([1.005, 2.0, 2.0, 1.0]))
     result, reference = (Volume(np.ones(grid.shape, np.uint8), grid) for grid in (other, one))
-    with refused("the result", "the reference", "1.005 x 2 x 2 mm instead of 1 x 2 x 2"):
+    with refused("the result", "the reference", "of 1.005 x 2 x 2 mm", "of 1 x 2 x 2 mm"):
         score_volumes({"": result}, reference, {1: "a"}, TOLERANCES)
 
 
 def test_one_result_elsewhere_among_several_is_refused() -> None:
     reference = boxes({1: LIVER})
     other = boxes({}, straight_grid((10, 10, 9), (1.0, 2.0, 2.0)))
-    with refused("the result", "10 x 10 x 9 voxels instead of 10 x 10 x 10"):
+    with refused("the result", "10 x 10 x 9 voxels", "instead of 10 x 10 x 10 voxels"):
         score_volumes({"good": reference, "bad": other}, reference, {1: "liver"}, TOLERANCES)
 
 
@@ -352,7 +346,7 @@ def test_paths_that_cannot_be_paired_are_refused(tmp_path: Path) -> None:
     with refused(absent, "no such file or folder", "references"):
         find_pairs(full, absent)
     empty = touch(tmp_path / "empty", "run.json", "a/segmentation.nii.gz")
-    endings = ".nii.gz, .nii, .nrrd, .nhdr, .mha, .mhd"
+    endings = ", ".join(IMAGE_SUFFIXES)
     with refused(empty, "no label map", endings):
         find_pairs(full, empty)  # folders of segment are results, not references
     (empty / "a" / "segmentation.nii.gz").unlink()
@@ -602,7 +596,7 @@ def test_other_names_for_the_same_values_are_no_conflict(tmp_path: Path) -> None
     assert names_of(result, reference) == {1: "liver"}
 
 
-def test_a_tolerance_for_no_structure_is_told(
+def test_a_tolerance_for_no_structure_is_warned_of(
     tmp_path: Path, kidneys: tuple[Path, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -808,7 +802,7 @@ def test_tables_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_text() == "case\nnew\n"
 
 
-def test_tables_that_cannot_be_written_are_told(tmp_path: Path) -> None:
+def test_tables_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "absent" / "scores.csv"
     with refused(path, path.parent):
         write_scores(path, [{"case": "a"}])

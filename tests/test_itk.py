@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-import atlassegfm.segment as method
 from atlassegfm.atlas import Atlas
 from atlassegfm.context import Context
 from atlassegfm.core.config import with_overrides
@@ -30,6 +30,9 @@ from atlassegfm.transforms.maps import Affine, Chain, DisplacementField, Transfo
 from atlassegfm.transforms.resample import resample, warp_labels
 from conftest import ORIENTATIONS, SHEARED, Run, affine_of, rotation
 from scenes import ATLAS, PAPER_GATE, QUERY, STRUCTURES, UNREGISTERED, straight_grid
+
+#: The module: the package shows the function of this name.
+method = importlib.import_module("atlassegfm.segment")
 
 Factory = Callable[..., Volume]
 

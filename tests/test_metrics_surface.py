@@ -20,7 +20,6 @@ from atlassegfm.core.overlap import dice, dice_per_structure
 from atlassegfm.evaluate.metrics import (
     StructureScores,
     compare,
-    diagonal_mm,
     label_shapes,
     score_labels,
     score_masks,
@@ -266,7 +265,7 @@ def test_one_reference_for_many_results() -> None:
     kept = reference.surfels
     for other in labels[1:]:
         result = label_shapes(other, [1], (1, 1, 2))[1]
-        shared = compare(result, reference, tolerance_mm=1, diagonal_mm=diagonal_mm((8, 8, 8), (1, 1, 2)))
+        shared = compare(result, reference, tolerance_mm=1)
         assert shared == score_masks(other == 1, labels[0] == 1, (1, 1, 2), tolerance_mm=1)
     assert reference.surfels is kept
 
@@ -321,4 +320,4 @@ def test_label_maps_are_checked() -> None:
         score_labels(ones, ones, [1, 2], (1, 1, 1), {1: 1})
     one, other = (label_shapes(ones, [1], (1, 1, step))[1] for step in (1, 2))
     with pytest.raises(ValueError, match="not on one grid"):
-        compare(one, other, tolerance_mm=1, diagonal_mm=1)
+        compare(one, other, tolerance_mm=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 from collections.abc import Mapping
@@ -13,7 +14,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-import atlassegfm.segment as method
 from atlassegfm.atlas import Atlas
 from atlassegfm.benchmark.pairs import fused_by
 from atlassegfm.context import Context, customize
@@ -36,6 +36,9 @@ from atlassegfm.transforms.maps import Affine, Chain, DisplacementField, displac
 from atlassegfm.transforms.resample import resample
 from conftest import rotation
 from scenes import ATLAS, PAPER_GATE, QUERY, QUICK_GATE, STRUCTURES, UNREGISTERED, straight_grid
+
+#: The module: the package shows the function of this name.
+method = importlib.import_module("atlassegfm.segment")
 
 GRID = straight_grid()
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .core.geometry import Grid
     from .core.image import Volume, load_image, load_labels, save_volume
     from .core.labels import Structure
+    from .evaluate import evaluate
     from .registration import Registration, register
     from .result import Segmentation
     from .segment import segment
@@ -38,6 +39,7 @@ __all__ = [
     "Volume",
     "__version__",
     "customize",
+    "evaluate",
     "load_image",
     "load_labels",
     "register",
@@ -57,6 +59,7 @@ _HOME = {
     "Structure": "core.labels",
     "Volume": "core.image",
     "customize": "context",
+    "evaluate": "evaluate",
     "load_image": "core.image",
     "load_labels": "core.image",
     "register": "registration",

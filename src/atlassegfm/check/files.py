@@ -1,4 +1,4 @@
-"""Check of files: one by one, against an atlas, and in pairs."""
+"""Check files one by one, against an atlas, and in pairs."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ import itertools
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..atlas import Atlas
 from ..core.errors import InputError, MissingExtraError
 from ..core.geometry import Grid
 from ..core.image import Volume, load_volume
 from ..dicom import Selection, Series, is_dicom_input, is_series_folder, load_series, open_labels, series_of
 from .against_atlas import compare_with_atlas
-from .findings import AtlasReport, Check, FileReport, Finding, Kind, LabelReport, sort_findings
+from .findings import AtlasReport, Check, FileReport, Kind, LabelReport, error, sort_findings
 from .geometry import compare_grids, grid_findings, header_findings, oblique_deg, sheared_deg
 from .intensity import PERCENTS, SAMPLED_VOXELS, intensity_findings, inversion_findings
 from .labels import label_reports, looks_like_labels
-
-if TYPE_CHECKING:
-    from ..atlas import Atlas
 
 
 def check_files(
@@ -45,14 +42,14 @@ def check_files(
     # Scans first, as structures need them.
     for position in sorted(range(len(files)), key=lambda n: is_dicom_input(files[n]) and not files[n].is_dir()):
         found[position] = _examine(files[position], scans, series, atlas)
-    reports = [found[position][0] for position in range(len(files))]
-    readable = [(report, grid) for report, grid in (found[n] for n in range(len(files))) if grid is not None]
+    examined = [found[position] for position in range(len(files))]
+    readable = [(report, grid) for report, grid in examined if grid is not None]
     pairs = tuple(compare_grids(*one, *other) for one, other in itertools.combinations(readable, 2))
-    return Check(tuple(reports), pairs)
+    return Check(tuple(report for report, _ in examined), pairs)
 
 
 def _load(path: Path, scans: list[Series], choice: str | None) -> Volume:
-    """A scan, or structures on that of the series they belong to; a series is added to the others."""
+    """Load a scan, adding a series to ``scans``, or structures on that of ``scans`` they belong to."""
     if is_series_folder(path):
         volume = load_series(path, choice)
         series = series_of(volume)
@@ -60,69 +57,56 @@ def _load(path: Path, scans: list[Series], choice: str | None) -> Volume:
         return volume
     if not is_dicom_input(path):
         return load_volume(path)
-    refused: InputError | None = None
-    for series in scans:
+    refusals = []
+    for scan in scans or (None,):
         try:
-            # Structures may overlap here: that is for the use of them to decide.
-            return open_labels(path, series, Selection(overlap="last"))
-        except InputError as error:
-            refused = refused or error
-    if refused is not None:
-        raise refused
-    return open_labels(path, None, Selection(overlap="last"))
+            return open_labels(path, scan, Selection(overlap="last"))  # overlaps matter to later use only
+        except InputError as refusal:
+            refusals.append(refusal)
+    raise refusals[0]
 
 
 def _examine(
     path: Path, scans: list[Series], choice: str | None, atlas: Atlas | None
 ) -> tuple[FileReport, Grid | None]:
-    """The report on one file, and its grid if it has one."""
+    """Report on one file; its grid too if it has one."""
     name = path.name or path.resolve().name
     try:
         volume = _load(path, scans, choice)
-    except (InputError, MissingExtraError) as error:
+    except (InputError, MissingExtraError) as refusal:
         # The sentence begins with the whole path and holds its own remedy.
-        text = str(error).removeprefix(f"{path}: ").replace(str(path), name)
-        return FileReport(name, "unreadable", (Finding("error", text),)), None
+        text = str(refusal).removeprefix(f"{path}: ").replace(str(path), name)
+        return FileReport(name, "unreadable", (error(text),)), None
     grid, header = volume.grid, volume.source.nifti_header if volume.source else None
     findings = [*header_findings(volume), *grid_findings(grid)]
     finite = np.isfinite(volume.data)
     bad = int(volume.data.size - np.count_nonzero(finite))
     values = volume.data[finite] if bad else volume.data
     if bad:
-        findings.append(
-            Finding(
-                "error",
-                f"{bad} of {volume.data.size} voxels are NaN or infinite: the program refuses the file",
-                "replace them by the background value",
-            )
-        )
-    value_range = (float(values.min()), float(values.max())) if values.size else ()
+        text = f"{bad} of {volume.data.size} voxels are NaN or infinite: the program refuses the file"
+        findings.append(error(text, "replace them by the background value"))
+    value_range: tuple[float, ...] = (float(values.min()), float(values.max())) if values.size else ()
+    constant = len(set(value_range)) == 1
     kind: Kind = "labels" if looks_like_labels(volume, value_range) else "scan"
     labels: tuple[LabelReport, ...] = ()
     percentiles: tuple[float, ...] = ()
-    if value_range and value_range[0] == value_range[1]:
+    against: AtlasReport | None = None
+    if constant:
         what = "an empty label map or a blank scan" if value_range[0] == 0 else "a blank scan"
-        findings.append(
-            Finding(
-                "error",
-                f"all voxels have the value {value_range[0]:g}: {what}, which the program refuses",
-                "export the file again",
-            )
-        )
+        text = f"all voxels have the value {value_range[0]:g}: {what}, which the program refuses"
+        findings.append(error(text, "export the file again"))
     elif kind == "labels":
-        labels, label_findings = label_reports(volume, path)
-        findings += label_findings
+        labels, more = label_reports(volume, path)
+        findings += more
     elif value_range:
         sample = values.ravel()[:: max(1, values.size // SAMPLED_VOXELS)]
         percentiles = tuple(float(p) for p in np.percentile(sample, PERCENTS))
         findings += intensity_findings(volume, value_range, percentiles)
-    against: AtlasReport | None = None
-    if kind == "scan" and not bad and value_range and value_range[0] < value_range[1]:
-        if atlas is None:
+        if not bad and atlas is None:
             findings += inversion_findings(volume)
-        else:
-            against, placed = compare_with_atlas(volume, atlas, name)
-            findings += placed
+        elif not bad and atlas is not None:
+            against, more = compare_with_atlas(volume, atlas, name)
+            findings += more
     report = FileReport(
         name=name,
         kind=kind,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from ..core.image import Volume
 from ..quality.mirror import is_inverted
-from .findings import Finding
+from .findings import Finding, note, warning
 
 #: Percentiles of the intensities that are reported, and the number of voxels they are taken from.
 PERCENTS = (1.0, 50.0, 99.0)
@@ -17,50 +19,39 @@ _AIR_HU = -900.0
 _PADDING_HU = -1100.0
 
 
-def intensity_findings(volume: Volume, value_range: tuple[float, ...], percentiles: tuple[float, ...]) -> list[Finding]:
+def intensity_findings(
+    volume: Volume, value_range: tuple[float, ...], percentiles: tuple[float, ...]
+) -> Iterator[Finding]:
     """Find what is odd about intensities."""
-    findings = []
     low, high = value_range
-    whole = np.issubdtype(volume.data.dtype, np.integer)
-    if whole and low >= 0 and high <= 255:
-        findings.append(
-            Finding(
-                "note",
-                "8-bit intensities (0 to 255): contrast was cut off or coarsened on export; if this is CT, Hounsfield "
-                "units are lost, which some models expect",
-                "use the original export where there is one",
-            )
+    if np.issubdtype(volume.data.dtype, np.integer) and low >= 0 and high <= 255:
+        yield note(
+            "8-bit intensities (0 to 255): contrast was cut off or coarsened on export; if this is CT, Hounsfield "
+            "units are lost, which some models expect",
+            "use the original export where there is one",
         )
     if low <= _AIR_HU and high > 0:
         text = "CT-like intensities (air near -1000)"
         if low < _PADDING_HU:
-            findings.append(
-                Finding(
-                    "note",
-                    f"{text}, with values down to {low:g} outside the scanner's circle",
-                    "set values below -1024 to -1024 if a model reacts to them",
-                )
+            yield note(
+                f"{text}, with values down to {low:g} outside the scanner's circle",
+                "set values below -1024 to -1024 if a model reacts to them",
             )
         else:
-            findings.append(Finding("note", text))
+            yield note(text)
     if percentiles[0] == percentiles[2]:
-        findings.append(
-            Finding(
-                "warning",
-                f"98 % of the voxels have the value {percentiles[0]:g}: there is next to nothing to register",
-                "crop the scan to the anatomy, and check that the right series was exported",
-            )
+        yield warning(
+            f"98 % of the voxels have the value {percentiles[0]:g}: there is next to nothing to register",
+            "crop the scan to the anatomy, and check that the right series was exported",
         )
-    return findings
 
 
 def inversion_findings(volume: Volume) -> list[Finding]:
-    """Whether the scan alone tells that its contrast is inverted."""
+    """Find inverted contrast, as far as the scan alone shows it."""
     if not is_inverted(volume):
         return []
     return [
-        Finding(
-            "warning",
+        warning(
             "what surrounds the body is the brightest there is: the intensities seem to be inverted (DICOM "
             "MONOCHROME1, or a negative); air would be taken for the body, by the registration and by the models",
             "turn them round (largest value minus each) and write the scan again",

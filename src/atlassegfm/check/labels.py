@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,177 +12,156 @@ from scipy import ndimage
 
 from ..core.errors import InputError
 from ..core.image import Volume
-from ..core.labels import dataset_json_of, read_names_file, structures_of
-from .findings import Finding, LabelReport, list_items
+from ..core.labels import LabelTable, dataset_json_of, read_names_file, structures_of
+from .findings import Finding, LabelReport, error, list_items, note, warning
 
-#: At most this many different values make a label map (OASIS has 139 of them).
+#: Most different values of a label map.
 _MOST_LABELS = 1024
-#: So few values are a label map wherever they lie: scans of five bits are not made.
+#: So few values are a label map whatever their neighbours: scans of five bits are not made.
 _FEW_LABELS = 32
-#: Share of neighbouring voxels, background left out, that are equal: 0.74 and above in label maps (hippocampus to
-#: abdomen), 0.10 and below in scans, of all five development sets.
-_LABELS_ALIKE = 0.5
-#: Whole numbers among the values inside: a label map that was resampled smoothly keeps them in its middles.
+#: Least fraction of neighbouring voxels, background left out, that are equal in a label map.
+_LEAST_EQUAL = 0.5
+#: Least fraction of whole numbers among nonzero values: label maps that were resampled smoothly keep them inside.
 _MOSTLY_WHOLE = 0.5
-#: A part counts as a stray island when it is smaller than this share of its structure.
-_STRAY_SHARE = 0.05
+#: A part is a stray island below this fraction of its structure.
+_STRAY_FRACTION = 0.05
 #: Structures of fewer voxels are lost by half a voxel of misregistration.
 _FEW_VOXELS = 20
 
 
 def looks_like_labels(volume: Volume, value_range: tuple[float, ...]) -> bool:
-    """Whether values are names rather than amounts, by header and by how they lie."""
-    source = volume.source
-    if source is not None and source.label_table:
-        return True
-    if source is not None and source.nifti_header is not None and int(source.nifti_header["intent_code"]) == 1002:
-        return True
+    """Decide whether values are names rather than amounts, by header, number and neighbours."""
+    source, data = volume.source, volume.data
+    if source is not None:
+        header = source.nifti_header
+        if source.label_table or (header is not None and int(header["intent_code"]) == 1002):
+            return True
     if not value_range or value_range[0] < 0 or value_range[0] == value_range[1]:
         return False
-    data = volume.data
-    if not np.issubdtype(data.dtype, np.integer) and data.dtype != bool:
+    if data.dtype.kind not in "iub":
         inside = data[data != 0]
         whole = np.isfinite(inside) & (inside == np.round(inside))
         if np.count_nonzero(whole) < _MOSTLY_WHOLE * inside.size:
             return False
         data = np.where(np.isfinite(data), np.round(data), 0)
-    # Fewer values than this in a part are not more in the whole by orders of magnitude, and a part is fast.
+    # A part has nearly as many different values as the whole, and is fast.
     different = len(np.unique(data[tuple(slice(None, None, 1 + n // 128) for n in data.shape)]))
     if different <= _FEW_LABELS:
         return True
-    return different <= _MOST_LABELS and max(_alike(data, axis) for axis in range(3)) >= _LABELS_ALIKE
+    return different <= _MOST_LABELS and max(_equal_fraction(data, axis) for axis in range(3)) >= _LEAST_EQUAL
 
 
-def _alike(data: NDArray[Any], axis: int) -> float:
-    """Share of neighbours along an axis, not both background, that have one value."""
-    if data.shape[axis] < 2:
-        return 0.0
-    one = data[tuple(slice(None, -1) if n == axis else slice(None) for n in range(3))]
-    other = data[tuple(slice(1, None) if n == axis else slice(None) for n in range(3))]
-    counted = np.count_nonzero((one != 0) | (other != 0))
-    return float(np.count_nonzero((one == other) & (one != 0)) / counted) if counted else 0.0
+def _equal_fraction(data: NDArray[Any], axis: int) -> float:
+    """Fraction of neighbours along an axis, not both background, that have one value."""
+    along = np.moveaxis(data, axis, 0)
+    one, other = along[:-1], along[1:]
+    counted = int(np.count_nonzero((one != 0) | (other != 0)))
+    return int(np.count_nonzero((one == other) & (one != 0))) / max(counted, 1)
 
 
 def label_reports(volume: Volume, path: Path) -> tuple[tuple[LabelReport, ...], list[Finding]]:
-    """Each structure of a label map, and what there is to say about them."""
+    """Describe the structures of a label map, and find what is odd about it."""
     data, grid = volume.data, volume.grid
-    findings = []
-    if not np.issubdtype(data.dtype, np.integer) and data.dtype != bool:
-        finite = np.isfinite(data)
-        fractions = int(np.count_nonzero(finite & (data != np.round(np.where(finite, data, 0)))))
-        if fractions:
-            findings.append(
-                Finding(
-                    "error",
-                    f"{fractions} voxels of what looks like a label map are not whole numbers: it was resampled "
-                    "smoothly, which invents labels between neighbours, and the program refuses it",
-                    "resample the original labels with nearest neighbour",
-                )
-            )
-        else:
-            findings.append(
-                Finding(
-                    "note",
-                    f"the labels are stored as {data.dtype}: they are read as whole numbers, and results are written "
-                    "in the smallest integer type that holds them",
-                )
-            )
-        data = np.round(np.where(finite, data, 0)).astype(np.int64)
+    findings = [*_type_findings(data)]
+    if data.dtype.kind not in "iub":
+        data = np.round(np.where(np.isfinite(data), data, 0)).astype(np.int64)
     if data.min() < 0:
-        findings.append(
-            Finding("error", f"the label map has the value {int(data.min())}: the program refuses it", "renumber it")
-        )
-    values, ranks = _numbered(data)
-    positive = values.tolist()
+        text = f"the label map has the value {int(data.min())}: the program refuses it"
+        findings.append(error(text, "renumber it"))
+    values, numbers = _numbered(data)
     tables = [volume.source.label_table] if volume.source else []
     dataset = dataset_json_of(path)
     if dataset is not None:
         try:
             tables.append(read_names_file(dataset))
-        except InputError as error:
-            text = str(error).replace(str(dataset), dataset.name)
-            findings.append(Finding("warning", f"the names of the labels are not readable ({text})"))
-    structures = structures_of(positive, tables)
-    unnamed = [value for value in positive if not any(value in table for table in tables)]
-    if unnamed and len(unnamed) < len(positive):
-        findings.append(
-            Finding(
-                "warning",
-                f"no name for label {list_items(unnamed)} although others have one: are they meant?",
-                "add them to the names, or remove them from the label map",
-            )
-        )
-    elif unnamed:
-        findings.append(
-            Finding("note", "neither the header nor a dataset.json names the labels", "give a names file with --names")
-        )
-    reports = []
-    tiny, cut, islands, several = [], [], [], []
-    for number, (structure, box) in enumerate(zip(structures, ndimage.find_objects(ranks), strict=True), start=1):
-        mask = ranks[box] == number
-        components, parts = ndimage.label(mask, structure=np.ones((3, 3, 3)))
+        except InputError as refusal:
+            reason = str(refusal).replace(str(dataset), dataset.name)
+            findings.append(warning(f"the names of the labels are not readable ({reason})"))
+    findings += _name_findings(values.tolist(), tables)
+    structures = structures_of(values.tolist(), tables)
+    reports, cut = [], []
+    for number, (structure, box) in enumerate(zip(structures, ndimage.find_objects(numbers), strict=True), start=1):
+        components, parts = ndimage.label(numbers[box] == number, structure=np.ones((3, 3, 3)))
         sizes = np.bincount(components.ravel())[1:]
         voxels = int(sizes.sum())
-        stray = int(np.count_nonzero(sizes < _STRAY_SHARE * voxels))
-        if voxels < _FEW_VOXELS:
-            tiny.append(f"{structure.name} ({voxels})")
-        if stray:
-            islands.append(f"{structure.name} ({stray})")
-        if parts - stray > 1:
-            several.append(f"{structure.name} ({parts - stray})")
+        stray = int(np.count_nonzero(sizes < _STRAY_FRACTION * voxels))
+        volume_ml = voxels * grid.voxel_volume_mm3 / 1000
+        reports.append(LabelReport(structure.value, structure.name, voxels, volume_ml, parts, stray))
         if any(side.start == 0 or side.stop == n for side, n in zip(box, grid.shape, strict=True) if n > 1):
             cut.append(structure.name)
-        reports.append(
-            LabelReport(structure.value, structure.name, voxels, voxels * grid.voxel_volume_mm3 / 1000, parts, stray)
+    return tuple(reports), [*findings, *_structure_findings(reports, cut)]
+
+
+def _type_findings(data: NDArray[Any]) -> Iterator[Finding]:
+    """Findings on labels stored as floating-point numbers."""
+    if data.dtype.kind in "iub":
+        return
+    finite = np.isfinite(data)
+    fractions = int(np.count_nonzero(finite & (data != np.round(np.where(finite, data, 0)))))
+    if fractions:
+        yield error(
+            f"{fractions} voxels of what looks like a label map are not whole numbers: it was resampled "
+            "smoothly, which invents labels between neighbours, and the program refuses it",
+            "resample the original labels with nearest neighbour",
         )
+    else:
+        yield note(
+            f"the labels are stored as {data.dtype}: they are read as whole numbers, and results are written "
+            "in the smallest integer type that holds them",
+        )
+
+
+def _name_findings(values: Sequence[int], tables: Sequence[LabelTable]) -> Iterator[Finding]:
+    unnamed = [value for value in values if not any(value in table for table in tables)]
+    if unnamed and len(unnamed) < len(values):
+        yield warning(
+            f"no name for label {list_items(unnamed)} although others have one: are they meant?",
+            "add them to the names, or remove them from the label map",
+        )
+    elif unnamed:
+        text = "neither the header nor a dataset.json names the labels"
+        yield note(text, "give a names file with --names")
+
+
+def _structure_findings(reports: Sequence[LabelReport], cut: Sequence[str]) -> Iterator[Finding]:
+    """Findings on sizes, borders and parts; ``cut`` names the structures at the border of the field of view."""
+    tiny = [f"{one.name} ({one.voxels})" for one in reports if one.voxels < _FEW_VOXELS]
+    islands = [f"{one.name} ({one.stray})" for one in reports if one.stray]
+    several = [f"{one.name} ({one.parts - one.stray})" for one in reports if one.parts - one.stray > 1]
     if tiny:
-        findings.append(
-            Finding(
-                "warning",
-                f"fewer than {_FEW_VOXELS} voxels: {list_items(tiny)}; half a voxel of misregistration loses them",
-                "annotate them on a finer scan, or remove stray clicks",
-            )
+        yield warning(
+            f"fewer than {_FEW_VOXELS} voxels: {list_items(tiny)}; half a voxel of misregistration loses them",
+            "annotate them on a finer scan, or remove stray clicks",
         )
     if cut:
-        findings.append(
-            Finding(
-                "warning",
-                f"cut off by the border of the field of view: {list_items(cut)}; as an atlas, this scan can only find "
-                "the part it shows",
-                "take an atlas that shows them whole, where there is one",
-            )
+        yield warning(
+            f"cut off by the border of the field of view: {list_items(cut)}; as an atlas, this scan can only find "
+            "the part it shows",
+            "take an atlas that shows them whole, where there is one",
         )
     if islands:
-        findings.append(
-            Finding(
-                "note",
-                f"stray islands of less than {_STRAY_SHARE:.0%} of their structure: {list_items(islands)}; they are "
-                "carried over to the results",
-                "remove them if they are not meant",
-            )
+        yield note(
+            f"stray islands of less than {_STRAY_FRACTION:.0%} of their structure: {list_items(islands)}; they are "
+            "carried over to the results",
+            "remove them if they are not meant",
         )
     if several:
-        findings.append(
-            Finding(
-                "note",
-                f"several large parts: {list_items(several)}; a click or a box prompts the model for the largest only",
-                "give left and right values of their own, or use mask prompts",
-            )
+        yield note(
+            f"several large parts: {list_items(several)}; a click or a box prompts the model for the largest only",
+            "give left and right values of their own, or use mask prompts",
         )
-    return tuple(reports), findings
 
 
 def _numbered(data: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Label values above 0 in ascending order, (N,), and the map of their positions from 1, (I, J, K).
 
-    So that values of 32 bits need no table of that size, and 0 is whatever is no label. Slice by slice, because
-    sorting a whole large scan takes minutes.
+    Slice by slice, because sorting a whole large scan takes minutes; values of 32 bits need no table of that size.
     """
     slices = range(data.shape[2])
     found = np.unique(np.concatenate([np.unique(data[:, :, k]) for k in slices]).astype(np.int64))
     values = found[found > 0]
-    ranks = np.zeros(data.shape, np.int32)
+    numbers = np.zeros(data.shape, np.int32)
     for k in slices:
         one = data[:, :, k]
-        ranks[:, :, k] = np.where(one > 0, np.searchsorted(values, one) + 1, 0)
-    return values, ranks
+        numbers[:, :, k] = np.where(one > 0, np.searchsorted(values, one) + 1, 0)
+    return values, numbers

@@ -77,21 +77,22 @@ def evaluate(options: EvaluateOptions) -> None:
             raise InputError(f"{out}: the scores are written as CSV; give a file ending in .csv")
         if out is not None and not out.parent.is_dir():
             raise InputError(f"{out}: the folder {out.parent} does not exist; make it, or choose another place")
-        from .. import evaluate as room
+        from ..evaluate import DicomInputs, EvaluationOptions
+        from ..evaluate import evaluate as score
 
         def begin(number: int, count: int, case: str) -> None:
             session.begin(number, count, case)
             session.progress("scoring")
 
         session.progress("reading labels")
-        wanted = room.EvaluationOptions(
+        wanted = EvaluationOptions(
             labels=split_list(options.labels, "--labels"),
             centreline=split_list(options.cldice, "--cldice"),
             names=options.names,
             partial=options.partial,
-            dicom=room.DicomInputs(options.scan, options.series, options.selection()),
+            dicom=DicomInputs(options.scan, options.series, options.selection()),
         )
-        evaluation = room.evaluate(options.pred, options.ref, tolerances, wanted, on_case=begin)
+        evaluation = score(options.pred, options.ref, tolerances, wanted, on_case=begin)
         if out is not None:
             evaluation.write_csv(out)
     if options.as_json:

@@ -12,14 +12,14 @@ from typing import Any
 
 from ..core.labels import listed, read_names_file
 from .labelling import DicomInputs, PairReader, find_structures, pick_structures
-from .pairing import FilePair, find_pairs
+from .pairing import find_pairs
 from .scores import CaseScore, score_volumes
 from .summary import Summary, plain_row, score_row, summarise, write_scores
 from .tolerances import PRESETS, Tolerances, uniform
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["CaseScore", "DicomInputs", "Evaluation", "EvaluationOptions", "evaluate", "score_files", "score_volumes"]
+__all__ = ["CaseScore", "DicomInputs", "Evaluation", "EvaluationOptions", "evaluate", "score_volumes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +28,11 @@ class EvaluationOptions:
 
     Parameters
     ----------
-    labels : sequence of str
-        Label values, names or shell patterns to score; "*" is all that either side has. If empty, both sides must
-        have the same structures.
-    centreline : sequence of str
-        The same for clDice.
+    labels, centreline : sequence of str
+        Label values, names or shell patterns to score, and to score by clDice too; "*" is all that either side has.
+        Without ``labels`` both sides must have the same structures.
     names : Path, optional
-        File with names of the labels. They come before those of the references' files, and these before those of
-        the results'.
+        File with names of the labels; they come before those of the references' files, those before the results'.
     partial : bool
         Whether references without a result are left out with a warning instead of refused.
     dicom : DicomInputs
@@ -51,15 +48,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of results against references.
-
-    Parameters
-    ----------
-    scores : tuple of CaseScore
-        Case by case, structures in ascending order of their values.
-    tolerances : Tolerances
-        Of the NSD.
-    """
+    """Scores of results against references: case by case, structures in ascending order of their values."""
 
     scores: tuple[CaseScore, ...]
     tolerances: Tolerances
@@ -120,17 +109,6 @@ def evaluate(
     if not isinstance(tolerances, Tolerances):
         tolerances = uniform(tolerances)
     pairs = find_pairs(Path(result), Path(reference), partial=options.partial)
-    return Evaluation(tuple(score_files(pairs, tolerances, options, on_case=on_case)), tolerances)
-
-
-def score_files(
-    pairs: Sequence[FilePair],
-    tolerances: Tolerances,
-    options: EvaluationOptions,
-    *,
-    on_case: Callable[[int, int, str], None] | None = None,
-) -> list[CaseScore]:
-    """Score pairs of files (at least one), as :func:`evaluate` does."""
     reader = PairReader(options.dicom, None if options.names is None else read_names_file(options.names))
     names = find_structures(pairs, reader, strict=not options.labels)
     unmatched = tolerances.unmatched(names.items())
@@ -143,7 +121,7 @@ def score_files(
     for number, pair in enumerate(pairs, start=1):
         if on_case is not None:
             on_case(number, len(pairs), pair.case)
-        result, reference = reader.read(pair)
-        scores = score_volumes({"": result}, reference, names, tolerances, centreline=thin)[""]
+        labels, truth = reader.read(pair)
+        scores = score_volumes({"": labels}, truth, names, tolerances, centreline=thin)[""]
         scored += [CaseScore(pair.case, value, names[value], one) for value, one in scores.items()]
-    return scored
+    return Evaluation(tuple(scored), tolerances)

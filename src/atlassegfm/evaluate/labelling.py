@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +34,9 @@ class DicomInputs:
 
     Parameters
     ----------
-    scan : Path, optional
-        Scan they lie on: folder of a DICOM series, or image file. Default: the voxels of the other side, if that is
-        an image file.
-    series : str, optional
-        Which series of the folder.
+    scan, series : optional
+        Scan they lie on: folder of a DICOM series (and which one of it), or image file. Default: the voxels of the
+        other side, if that is an image file.
     selection : Selection
         Which structures, and their names.
     """
@@ -48,19 +47,11 @@ class DicomInputs:
 
 
 class PairReader:
-    """Reads pairs of label maps; structures of DICOM files get the values of those of the same name.
-
-    Parameters
-    ----------
-    dicom : DicomInputs
-    names : LabelTable, optional
-        Names given by the user, which come first.
-    """
+    """Reads pairs of label maps; structures of DICOM files get values by name, the user's ``names`` first."""
 
     def __init__(self, dicom: DicomInputs, names: LabelTable | None = None) -> None:
         self.names = names
         self._dicom = dicom
-        self._scan: Series | Volume | None = None
         self._reported: set[Path] = set()
         #: Values of structures that the other side does not have, the same for all pairs.
         self._values: dict[str, int] = {}
@@ -72,60 +63,65 @@ class PairReader:
         Raises
         ------
         InputError
-            If a file cannot be used, options for DICOM are given without a DICOM file, or both are DICOM files
-            without a scan.
+            If a file cannot be used, DICOM options are given without such a file, or two such files without a scan.
         """
         paths = (pair.result, pair.reference)
         foreign = [is_dicom_input(path) for path in paths]
-        if not any(foreign):
-            if self._dicom.scan is not None or self._dicom.selection != EVERYTHING:
-                raise InputError(
-                    f"{pair.result}, {pair.reference}: neither is an RTSTRUCT or DICOM-SEG, which --scan, "
-                    "--structures, --synonyms and --overlap are for; leave them out (--labels says what to score)"
-                )
-            return load_labels(pair.result, allow_empty=True), load_labels(pair.reference, allow_empty=True)
-        scan = self._load_scan()
-        if scan is None and all(foreign):
+        scan = self._scan if any(foreign) else None
+        if not any(foreign) and (self._dicom.scan is not None or self._dicom.selection != EVERYTHING):
+            raise InputError(
+                f"{pair.result}, {pair.reference}: neither is an RTSTRUCT or DICOM-SEG, which --scan, --structures, "
+                "--synonyms and --overlap are for; leave them out (--labels says what to score)"
+            )
+        if all(foreign) and scan is None:
             raise InputError(
                 f"{pair.result}, {pair.reference}: both are DICOM objects; give the scan they lie on with --scan"
             )
-        read: dict[int, Volume] = {}
-        for side in sorted((0, 1), key=lambda side: foreign[side]):
-            path = paths[side]
-            if not foreign[side]:
-                read[side] = load_labels(path, allow_empty=True)
-                continue
-            on = scan if scan is not None else read[1 - side]
-            read[side] = open_labels(path, on, self._dicom.selection, tell=path not in self._reported)
-            self._reported.add(path)
+        images = [
+            None if is_dicom else load_labels(path, allow_empty=True)
+            for path, is_dicom in zip(paths, foreign, strict=True)
+        ]
+        result, reference = (
+            self._read_dicom(path, other if scan is None else scan) if image is None else image
+            for path, image, other in zip(paths, images, reversed(images), strict=True)
+        )
         # Values in DICOM files are those of the program that wrote them.
-        changed = 0 if foreign[0] else 1
-        table = {**self.table(read[1 - changed], paths[1 - changed]), **(self.names or {})}
-        read[changed] = self._renumbered(read[changed], table)
-        return read[0], read[1]
+        if foreign[0]:
+            result = self._renumbered(result, self.table(reference, pair.reference))
+        elif foreign[1]:
+            reference = self._renumbered(reference, self.table(result, pair.result))
+        return result, reference
 
     def table(self, volume: Volume, path: Path) -> LabelTable:
         """Names in a file's header, then those of the dataset.json of its folder."""
         own = {} if volume.source is None else volume.source.label_table
         dataset = dataset_json_of(path)
-        if dataset is not None and dataset not in self._dataset_names:
+        if dataset is None:
+            return own
+        if dataset not in self._dataset_names:
             try:
                 self._dataset_names[dataset] = read_names_file(dataset)
             except InputError as error:
                 # The user did not name this file: it may have regions, or belong to something else.
                 logger.warning("%s; its names are not used", error)
                 self._dataset_names[dataset] = {}
-        return {**(self._dataset_names[dataset] if dataset is not None else {}), **own}
+        return {**self._dataset_names[dataset], **own}
 
-    def _load_scan(self) -> Series | Volume | None:
+    @cached_property
+    def _scan(self) -> Series | Volume | None:
         path = self._dicom.scan
-        if self._scan is None and path is not None:
-            self._scan = find_series(path, self._dicom.series)[0] if is_series_folder(path) else load_volume(path)
-        return self._scan
+        if path is None:
+            return None
+        return find_series(path, self._dicom.series)[0] if is_series_folder(path) else load_volume(path)
 
-    def _renumbered(self, volume: Volume, table: LabelTable) -> Volume:
-        """Label map with the values that ``table`` has for its names; unchanged if that is empty."""
-        source = volume.source
+    def _read_dicom(self, path: Path, scan: Series | Volume | None) -> Volume:
+        volume = open_labels(path, scan, self._dicom.selection, tell=path not in self._reported)
+        self._reported.add(path)
+        return volume
+
+    def _renumbered(self, volume: Volume, other: LabelTable) -> Volume:
+        """Label map with the values of the user's names, then of the other side's; unchanged if both are empty."""
+        source, table = volume.source, {**other, **(self.names or {})}
         if not table or source is None:
             return volume
         by_name = {plain_name(entry.name): value for value, entry in sorted(table.items(), reverse=True)}
@@ -145,21 +141,13 @@ class PairReader:
 
 
 def find_structures(pairs: Sequence[FilePair], reader: PairReader, *, strict: bool) -> dict[int, str]:
-    """Name each label value that results or references have.
-
-    Parameters
-    ----------
-    pairs : sequence of FilePair
-        At least one.
-    reader : PairReader
-    strict : bool
-        Whether both sides must have the same structures.
+    """Name each label value that results or references of the pairs (at least one) have.
 
     Raises
     ------
     InputError
-        If a file cannot be used, all voxels are 0, a name has another value on the other side, or both sides have
-        other structures.
+        If a file cannot be used, all voxels are 0, a name has another value on the other side, or (``strict``) both
+        sides have other structures.
     """
     present: tuple[set[int], set[int]] = (set(), set())
     tables: list[LabelTable] = [{}, {}]
@@ -167,38 +155,31 @@ def find_structures(pairs: Sequence[FilePair], reader: PairReader, *, strict: bo
         for side, (volume, path) in enumerate(zip(reader.read(pair), (pair.result, pair.reference), strict=True)):
             present[side].update(label_values(volume))
             tables[side] = {**reader.table(volume, path), **tables[side]}
-    place, other = (_place([getattr(pair, role) for pair in pairs]) for role in ("result", "reference"))
+    results, references = (_place([getattr(pair, role) for pair in pairs]) for role in ("result", "reference"))
     if reader.names is None:
-        _check_values(tables[0], tables[1], place, other)
+        _check_values(tables[0], tables[1], results, references)
     values = present[0] | present[1]
     if not values:
-        raise InputError(f"{place}: no structure here or in {other} (all voxels are 0); give the right files")
+        raise InputError(f"{results}: no structure here or in {references} (all voxels are 0); give the right files")
     names = {one.value: one.name for one in structures_of(values, [reader.names or {}, tables[1], tables[0]])}
-    if strict:
-        # What a side's own table names may be absent from its voxels.
-        extra = sorted(present[0] - present[1] - tables[1].keys())
-        lacking = sorted(present[1] - present[0] - tables[0].keys())
-        differences = [
-            f"{one} has {_labelled(values, names)}, which {another} lacks"
-            for values, one, another in ((extra, place, other), (lacking, other, place))
-            if values
-        ]
-        if differences:
-            raise InputError(
-                f"{'; '.join(differences)}: the label sets differ; say what to score with --labels "
-                "(values or names with commas between, or '*' for all)"
-            )
+    # What a side's own table names may be absent from its voxels.
+    extra = sorted(present[0] - present[1] - tables[1].keys())
+    lacking = sorted(present[1] - present[0] - tables[0].keys())
+    differences = [
+        f"{one} has {_labelled(values, names)}, which {other} lacks"
+        for values, one, other in ((extra, results, references), (lacking, references, results))
+        if values
+    ]
+    if strict and differences:
+        raise InputError(
+            f"{'; '.join(differences)}: the label sets differ; say what to score with --labels "
+            "(values or names with commas between, or '*' for all)"
+        )
     return names
 
 
 def pick_structures(names: Mapping[int, str], wanted: Sequence[str]) -> dict[int, str]:
-    """Pick structures by value, name or shell pattern; values come before names, names before patterns.
-
-    Raises
-    ------
-    InputError
-        If nothing matches.
-    """
+    """Pick structures by value, else name, else shell pattern; an :class:`InputError` where nothing matches."""
     picked: set[int] = set()
     for one in wanted:
         ranks = {value: rank for value, name in names.items() if (rank := match_rank(one, value, name)) is not None}
@@ -220,10 +201,8 @@ def label_values(volume: Volume) -> set[int]:
 
 def _place(paths: Sequence[Path]) -> str:
     """The file of one side, or the folder of its files."""
-    first = paths[0]
-    if len(paths) == 1:
-        return str(first)
-    return str(first.parent.parent if first.name == RESULT_FILE else first.parent)
+    levels = 0 if len(paths) == 1 else 2 if paths[0].name == RESULT_FILE else 1
+    return str([paths[0], *paths[0].parents][levels])
 
 
 def _check_values(result: LabelTable, reference: LabelTable, place: str, other: str) -> None:

@@ -14,23 +14,15 @@ logger = logging.getLogger(__name__)
 
 #: File of a result in the folder that ``segment`` writes for each query.
 RESULT_FILE = "segmentation.nii.gz"
-_DICOM_SUFFIX = ".dcm"
 #: nnU-Net's mark of the first channel: a result of CASE_0000 belongs to the reference CASE.
 _FIRST_CHANNEL = "_0000"
 
 
 @dataclass(frozen=True)
 class FilePair:
-    """Label map, RTSTRUCT or DICOM-SEG of a result, and of its reference.
+    """Label map, RTSTRUCT or DICOM-SEG of a result, and of its reference."""
 
-    Parameters
-    ----------
-    case : str
-        Name of the reference without its suffix.
-    result, reference : Path
-    """
-
-    case: str
+    case: str  # name of the reference without its suffix
     result: Path
     reference: Path
 
@@ -38,13 +30,9 @@ class FilePair:
 def find_pairs(result: Path, reference: Path, *, partial: bool = False) -> list[FilePair]:
     """Match results to references, sorted by case.
 
-    Parameters
-    ----------
-    result, reference : Path
-        Two files, or two folders of files with the same names. The folder of results may be one that ``segment``
-        wrote, with a folder for each query. A result of CASE_0000 belongs to the reference CASE.
-    partial : bool
-        Whether references without a result are left out with a warning instead of refused.
+    Both are files, or folders of files with the same names. Results may be in the folder that ``segment`` wrote, with a
+    folder for each query; a result of CASE_0000 belongs to the reference CASE. References without a result are left out
+    with a warning if ``partial``.
 
     Raises
     ------
@@ -91,12 +79,12 @@ def _label_files(folder: Path, *, nested: bool) -> dict[str, Path]:
     for path in entries:
         if path.is_dir():
             stem, file = path.name, path / RESULT_FILE
-            if not (nested and file.is_file()):
-                continue
+            wanted = nested and file.is_file()
         else:
             stem, file = image_stem(path), path
-            if image_suffix(path) is None and path.suffix.lower() != _DICOM_SUFFIX:
-                continue
+            wanted = image_suffix(path) is not None or path.suffix.lower() == ".dcm"
+        if not wanted:
+            continue
         if stem in found:
             raise InputError(f"{file}: {found[stem]} has the same name; remove one")
         found[stem] = file

@@ -7,12 +7,9 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from ..core.errors import InputError
-from ..core.geometry import Grid
 from ..core.image import Volume
-from .metrics import StructureScores, compare, diagonal_mm, label_shapes
+from .metrics import StructureScores, compare, label_shapes
 from .tolerances import Tolerances
 
 logger = logging.getLogger(__name__)
@@ -23,17 +20,7 @@ _SHEARED = 1e-3
 
 @dataclass(frozen=True)
 class CaseScore:
-    """Scores of one structure of one case.
-
-    Parameters
-    ----------
-    case : str
-        Name of the reference without its suffix.
-    value : int
-        Label value.
-    structure : str
-    scores : StructureScores
-    """
+    """Scores of one structure (label value and name) of one case (the reference's file name without suffix)."""
 
     case: str
     value: int
@@ -49,7 +36,7 @@ def score_volumes(
     *,
     centreline: Collection[int] = (),
 ) -> dict[str, dict[int, StructureScores]]:
-    """Score label maps of several methods against one reference.
+    """Score label maps of several methods against one reference: by method, then by label value.
 
     On axes that are not at right angles (tilted gantry) volumes are exact and distances are not: a warning says so.
 
@@ -59,70 +46,46 @@ def score_volumes(
         By method, on the reference's voxels in any array order.
     reference : Volume
     names : mapping of int to str
-        Name of each label value to score.
+        Label values to score, and their names.
     tolerances : Tolerances
-        Of the NSD.
     centreline : collection of int
         Label values to score by clDice too.
-
-    Returns
-    -------
-    dict of str to dict of int to StructureScores
-        By method, then by label value in the order of ``names``.
 
     Raises
     ------
     InputError
         If a result has other voxels than the reference.
     """
-    spacing_mm = tuple(float(step) for step in reference.grid.spacing_mm)
-    diagonal = diagonal_mm(reference.grid.shape, spacing_mm)
+    spacing_mm = reference.grid.spacing_mm.tolist()
     voxel_ml = reference.grid.voxel_volume_mm3 / 1000
     if voxel_ml < (1 - _SHEARED) * math.prod(spacing_mm) / 1000:
         name = _name(reference, "the reference")
         logger.warning("%s: its axes are not at right angles; distances are measured as if they were", name)
     shapes = {}
     for method, result in results.items():
-        _check_grids(result, reference)
+        if result.grid.axes_relative_to(reference.grid) is None:
+            found, expected = result.grid.canonical(), reference.grid.canonical()
+            apart = (
+                f", corners up to {found.distance_mm(expected):.1f} mm apart" if found.shape == expected.shape else ""
+            )
+            raise InputError(
+                f"{_name(result, 'the result')}: not on the voxels of {_name(reference, 'the reference')}: "
+                f"{found.describe()} instead of {expected.describe()}{apart}; resample it with nearest neighbour, or "
+                "give the right file"
+            )
         shapes[method] = label_shapes(result.turned_to(reference.grid).data, names, spacing_mm)
     references = label_shapes(reference.data, names, spacing_mm)
     scores: dict[str, dict[int, StructureScores]] = {method: {} for method in results}
     for value, name in names.items():
         shape = references.pop(value)  # its surfaces serve all methods, and are then freed
         for method, own in shapes.items():
-            one = compare(
-                own.pop(value),
-                shape,
-                tolerance_mm=tolerances.of(value, name),
-                diagonal_mm=diagonal,
-                centreline=value in centreline,
-            )
+            tolerance_mm = tolerances.of(value, name)
+            one = compare(own.pop(value), shape, tolerance_mm=tolerance_mm, centreline=value in centreline)
             # The comparison multiplies the spacing, which is too much on sheared axes.
             result_ml, reference_ml = (n * voxel_ml for n in (one.result_voxels, one.reference_voxels))
             scores[method][value] = replace(one, result_ml=result_ml, reference_ml=reference_ml)
     return scores
 
 
-def _check_grids(result: Volume, reference: Volume) -> None:
-    if result.grid.axes_relative_to(reference.grid) is None:
-        raise InputError(
-            f"{_name(result, 'the result')}: not on the voxels of {_name(reference, 'the reference')}: "
-            f"{_difference(result.grid, reference.grid)}; results are scored on the reference's voxels: resample "
-            "with nearest neighbour, or give the right file"
-        )
-
-
 def _name(volume: Volume, fallback: str) -> str:
     return fallback if volume.source is None else str(volume.source.path)
-
-
-def _difference(one: Grid, other: Grid) -> str:
-    """How two grids differ, in words."""
-    a, b = one.canonical(), other.canonical()
-    if a.shape != b.shape:
-        sizes = [" x ".join(str(n) for n in grid.shape) for grid in (a, b)]
-        return f"it has {sizes[0]} voxels instead of {sizes[1]}"
-    if not np.allclose(a.spacing_mm, b.spacing_mm, rtol=1e-3):
-        sizes = [" x ".join(f"{n:.4g}" for n in grid.spacing_mm) for grid in (a, b)]
-        return f"its voxels are {sizes[0]} mm instead of {sizes[1]} mm"
-    return f"its corners lie up to {a.distance_mm(b):.1f} mm away (origin or direction differ)"

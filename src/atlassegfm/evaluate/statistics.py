@@ -7,7 +7,7 @@ much as one that all have.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,21 +21,11 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Spread:
-    """Distribution of scores; NaN where there are none.
+    """Distribution of scores; NaN where there are none."""
 
-    Parameters
-    ----------
-    count : int
-        Scores that are not NaN.
-    mean, sd : float
-        Standard deviation of a sample (n - 1); NaN for fewer than two scores.
-    low, quartile, median, upper_quartile, high : float
-        Minimum, 25th, 50th and 75th percentile, maximum.
-    """
-
-    count: int
+    count: int  # without those that are NaN
     mean: float
-    sd: float
+    sd: float  # of a sample (n - 1); NaN for fewer than two scores
     low: float
     quartile: float
     median: float
@@ -45,28 +35,17 @@ class Spread:
 
 @dataclass(frozen=True)
 class Interval:
-    """Difference of two methods with its bootstrap interval; NaN where nothing can be compared.
+    """Difference of two methods with its bootstrap interval; NaN where nothing can be compared."""
 
-    Parameters
-    ----------
-    difference : float
-        First less second.
-    low, high : float
-        Percentile interval at :data:`LEVEL`.
-    clusters : int
-        Smallest number of independent units resampled (queries, or atlases where there are several).
-    """
-
-    difference: float
-    low: float
+    difference: float  # first less second
+    low: float  # percentile interval at :data:`LEVEL`
     high: float
-    clusters: int
+    clusters: int  # smallest number of independent units resampled (queries, or atlases where there are several)
 
 
 def spread(values: ArrayLike) -> Spread:
     """Describe scores, (N,), without those that are NaN."""
-    numbers = np.asarray(values, np.float64).ravel()
-    numbers = numbers[~np.isnan(numbers)]
+    numbers = _known(np.asarray(values, np.float64).ravel())
     if not len(numbers):
         return Spread(0, *(7 * [math.nan]))
     sd = float(numbers.std(ddof=1)) if len(numbers) > 1 else math.nan
@@ -74,10 +53,15 @@ def spread(values: ArrayLike) -> Spread:
     return Spread(len(numbers), float(numbers.mean()), sd, low, quartile, median, upper, high)
 
 
+def mean_of(values: Iterable[float]) -> float:
+    """Average scores without those that are NaN; NaN if none is left."""
+    numbers = _known(np.array([*values], np.float64))
+    return float(numbers.mean()) if len(numbers) else math.nan
+
+
 def macro_mean(table: ArrayLike) -> float:
     """Average (structures, cases) scores over cases, then over structures; NaN are left out."""
-    means = [row[~np.isnan(row)].mean() for row in np.asarray(table, np.float64) if not np.isnan(row).all()]
-    return float(np.mean(means)) if means else math.nan
+    return mean_of(mean_of(row) for row in np.asarray(table, np.float64))
 
 
 def paired_bootstrap(
@@ -99,14 +83,6 @@ def paired_bootstrap(
         A structure of a case counts where neither score is NaN.
     *clusters : sequence, (cases,)
         Query of each case, atlas of each case. What is the same for all cases is not resampled.
-    seed : int
-    resamples : int
-        Number of draws.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not fit.
     """
     one, other = (np.asarray(array, np.float64) for array in (first, second))
     if one.ndim != 2 or one.shape != other.shape or any(len(cluster) != one.shape[1] for cluster in clusters):
@@ -121,26 +97,22 @@ def paired_bootstrap(
     weights = np.ones((resamples, len(counting)))
     counts = []
     for cluster in clusters:
-        members, index = _indices([cluster[case] for case in counting])
-        if members > 1:
-            counts.append(members)
-            drawn = random.multinomial(members, np.full(members, 1 / members), size=resamples)
-            weights *= drawn[:, index]
+        members = [cluster[case] for case in counting]
+        index = {member: n for n, member in enumerate(dict.fromkeys(members))}
+        if len(index) > 1:
+            counts.append(len(index))
+            drawn = random.multinomial(len(index), np.full(len(index), 1 / len(index)), size=resamples)
+            weights *= drawn[:, [index[member] for member in members]]
     estimate = macro_mean(np.where(known, difference, np.nan))
     if not counts or math.isnan(estimate):
         return Interval(estimate, math.nan, math.nan, min(counts, default=1))
     with np.errstate(invalid="ignore"):
         means = (weights @ difference.T) / (weights @ known.T)  # (resamples, structures); NaN where none was drawn
-    drawn_any = ~np.isnan(means)
-    usable = drawn_any.any(axis=1)
-    totals = np.where(drawn_any, means, 0).sum(axis=1)[usable] / drawn_any.sum(axis=1)[usable]
+    totals = np.nanmean(means[~np.isnan(means).all(axis=1)], axis=1)
     tail = 100 * (1 - LEVEL) / 2
     low, high = (float(n) for n in np.percentile(totals, [tail, 100 - tail]))
     return Interval(estimate, low, high, min(counts))
 
 
-def _indices(cluster: Sequence[Hashable]) -> tuple[int, NDArray[np.int64]]:
-    """Number of members of a cluster, and (cases,) index of each case's."""
-    numbers: dict[Hashable, int] = {}
-    index = np.array([numbers.setdefault(member, len(numbers)) for member in cluster], np.int64)
-    return len(numbers), index
+def _known(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return values[~np.isnan(values)]

@@ -11,17 +11,14 @@ import csv
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..core.errors import InputError
 from ..core.files import atomic_path
 from .metrics import StructureScores
 from .scores import CaseScore
-from .statistics import Spread, spread
+from .statistics import Spread, mean_of, spread
 
 #: ml. Structures with a smaller mean volume form a group of their own in reports: single voxels decide their scores.
 SMALL_ML = 1.0
@@ -33,32 +30,15 @@ STATUSES = ("ok", "missed", "hallucinated", "both_empty")
 
 @dataclass(frozen=True)
 class StructureSummary:
-    """Scores of one structure over all cases.
-
-    Parameters
-    ----------
-    value : int
-        Label value.
-    structure : str
-    counts : mapping of str to int
-        Cases of each status.
-    tolerance_mm : float
-        Of the NSD.
-    reference_ml : float
-        Mean volume in the references that have it; NaN where none has.
-    scores : mapping of str to Spread
-        By score, without cases in which both masks are empty.
-    with_empty : mapping of str to float
-        Mean of each score with these cases counted as perfect.
-    """
+    """Scores of one structure over all cases."""
 
     value: int
     structure: str
-    counts: Mapping[str, int]
+    counts: Mapping[str, int]  # cases of each status
     tolerance_mm: float
-    reference_ml: float
-    scores: Mapping[str, Spread]
-    with_empty: Mapping[str, float]
+    reference_ml: float  # mean volume in the references that have it; NaN where none has
+    scores: Mapping[str, Spread]  # by score, without cases in which both masks are empty
+    with_empty: Mapping[str, float]  # mean of each score with these cases counted as perfect
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -74,33 +54,15 @@ class StructureSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """Scores of all structures over all cases.
-
-    Parameters
-    ----------
-    cases : int
-        Number of cases.
-    structures : tuple of StructureSummary
-        Ascending by value.
-    means : mapping of str to float
-        Mean of each score over structures, without cases in which both masks are empty; NaN where none is left.
-    means_with_empty : mapping of str to float
-        The same with these cases counted as perfect.
-    counts : mapping of str to int
-        Structures of cases by status.
-    small : tuple of str
-        Names of structures below :data:`SMALL_ML`.
-    small_means : mapping of str to float
-        ``means`` over these alone.
-    """
+    """Scores of all structures over all cases."""
 
     cases: int
-    structures: tuple[StructureSummary, ...]
-    means: Mapping[str, float]
-    means_with_empty: Mapping[str, float]
-    counts: Mapping[str, int]
-    small: tuple[str, ...]
-    small_means: Mapping[str, float]
+    structures: tuple[StructureSummary, ...]  # ascending by value
+    means: Mapping[str, float]  # of each score over structures, without cases of both masks empty; NaN if none is left
+    means_with_empty: Mapping[str, float]  # the same with these cases counted as perfect
+    counts: Mapping[str, int]  # structures of cases by status
+    small: tuple[str, ...]  # names of structures below :data:`SMALL_ML`
+    small_means: Mapping[str, float]  # ``means`` over these alone
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -125,30 +87,22 @@ def summarise(scored: Sequence[CaseScore]) -> Summary:
     return Summary(
         cases=len({one.case for one in scored}),
         structures=structures,
-        means={name: _mean(one.scores[name].mean for one in structures) for name in names},
-        means_with_empty={name: _mean(one.with_empty[name] for one in structures) for name in names},
+        means={name: mean_of(one.scores[name].mean for one in structures) for name in names},
+        means_with_empty={name: mean_of(one.with_empty[name] for one in structures) for name in names},
         counts=_counts(scored),
         small=tuple(one.structure for one in small),
-        small_means={name: _mean(one.scores[name].mean for one in small) for name in names},
+        small_means={name: mean_of(one.scores[name].mean for one in small) for name in names},
     )
 
 
 def score_row(scores: StructureScores) -> dict[str, Any]:
     """Columns of a table."""
-    return {field.name: getattr(scores, field.name) for field in fields(scores)}
+    return dict(vars(scores))
 
 
 def write_scores(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write a table as CSV, whole or not at all: numbers to 6 decimals, NaN and None as empty cells.
-
-    Raises
-    ------
-    InputError
-        If the file cannot be written.
-    """
+    """Write a table as CSV, whole or not at all (:class:`InputError`): 6 decimals, NaN and None as empty cells."""
     rows = list(rows)
-    if not path.parent.is_dir():
-        raise InputError(f"{path}: the folder {path.parent} does not exist; make it, or choose another place")
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [], lineterminator="\n")
         writer.writeheader()
@@ -169,36 +123,30 @@ def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _summary_of(scored: Sequence[CaseScore], names: Sequence[str]) -> StructureSummary:
-    columns: dict[str, list[float]] = {}
-    with_empty: dict[str, list[float]] = {}
+    scores, with_empty = {}, {}
     for name in names:
         values = [getattr(one.scores, name) for one in scored]
-        columns[name] = [math.nan if value is None else value for value in values]
+        numbers = [math.nan if value is None else value for value in values]
+        scores[name] = spread(numbers)
         # None was not asked for, and is not perfect where both masks are empty.
-        with_empty[name] = [
+        with_empty[name] = mean_of(
             PERFECT[name] if one.scores.status == "both_empty" and value is not None else number
-            for one, value, number in zip(scored, values, columns[name], strict=True)
-        ]
-    volumes = [one.scores.reference_ml for one in scored if one.scores.reference_voxels]
+            for one, value, number in zip(scored, values, numbers, strict=True)
+        )
     return StructureSummary(
         value=scored[0].value,
         structure=scored[0].structure,
         counts=_counts(scored),
         tolerance_mm=scored[0].scores.tolerance_mm,
-        reference_ml=float(np.mean(volumes)) if volumes else math.nan,
-        scores={name: spread(column) for name, column in columns.items()},
-        with_empty={name: _mean(column) for name, column in with_empty.items()},
+        reference_ml=mean_of(one.scores.reference_ml for one in scored if one.scores.reference_voxels),
+        scores=scores,
+        with_empty=with_empty,
     )
 
 
 def _counts(scored: Iterable[CaseScore]) -> dict[str, int]:
     found: Counter[str] = Counter(one.scores.status for one in scored)
     return {status: found[status] for status in (*STATUSES, *sorted(found.keys() - set(STATUSES)))}
-
-
-def _mean(values: Iterable[float]) -> float:
-    kept = [value for value in values if not math.isnan(value)]
-    return float(np.mean(kept)) if kept else math.nan
 
 
 def _cell(value: Any) -> Any:

@@ -13,20 +13,9 @@ _CHUNK_VOXELS = 1_000_000
 
 
 def outside_fractions(atlas: Atlas, query_to_atlas: Affine, view: Grid) -> tuple[float, ...]:
-    """Compute the fraction of each structure that lies outside the query's field of view.
+    """Compute the fraction of each structure of the atlas outside the grid ``view`` of the query, in [0, 1].
 
-    Parameters
-    ----------
-    atlas : Atlas
-    query_to_atlas : Affine
-        Linear stages of the registration: out of view nothing guides a displacement field.
-    view : Grid
-        Of the query.
-
-    Returns
-    -------
-    tuple of float
-        In [0, 1], in the order of ``atlas.structures``.
+    ``query_to_atlas`` is from the linear stages of the registration: out of view nothing guides a displacement field.
     """
     atlas_to_query, labels = query_to_atlas.inverse(), atlas.numbered
     count = np.zeros(len(atlas.structures) + 1, np.int64)

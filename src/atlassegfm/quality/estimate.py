@@ -30,22 +30,12 @@ class Term:
 
 @dataclass(frozen=True)
 class Regression:
-    """A linear estimate of the Dice coefficient.
+    """A linear estimate of the Dice coefficient."""
 
-    Parameters
-    ----------
-    level : float
-        Mean Dice in the calibration.
-    below, above : float
-        Widths of the 80 % interval below and above the estimate, from pairs left out of the fit.
-    terms : mapping of str to Term
-        By field of :class:`.Evidence`.
-    """
-
-    level: float
-    below: float
-    above: float
-    terms: Mapping[str, Term]
+    level: float  # mean Dice in the calibration
+    below: float  # width of the 80 % interval below the estimate, from pairs left out of the fit
+    above: float  # the same above it
+    terms: Mapping[str, Term]  # by field of :class:`.Evidence`
 
     def contributions(self, evidence: Evidence) -> dict[str, float]:
         """Compute what each piece of evidence adds to the level."""

@@ -20,16 +20,14 @@ from ..transforms.resample import warp_labels
 
 #: Percentiles of a scan's intensities that become brightness 0 and 1, taken over about so many voxels.
 _RANGE_PERCENT, _RANGE_VOXELS = (1.0, 99.0), 1_000_000
-#: Thickness of the shells inside and outside a border whose brightness is compared, mm.
-_SHELL_MM = 5.0
+#: Thickness of the shells inside and outside a border whose brightness is compared, mm; quantiles compared in pairs.
+_SHELL_MM, _QUANTILES = 5.0, 500
 #: Brightness is sampled on at most about so many voxels of a structure's box.
 _BOX_VOXELS = 300_000
-#: Quantiles of each shell that are compared in pairs.
-_QUANTILES = 500
 #: Sigma of the neighbourhood of a structure in which dissimilarity is averaged, in voxels of its grid.
 _AROUND_VOXELS = 1.5
 #: Probabilities above this count for the model's certainty.
-_ANSWER = 0.05
+_LEAST_PROBABILITY = 0.05
 #: Ranges and dissimilarities stay this far from 0.
 _TINY = 1e-6
 
@@ -40,89 +38,37 @@ class Evidence:
 
     Brightness is intensity scaled to the range of its scan (1st to 99th percentile). Differences are absolute, between
     the result on the query and the atlas's label on the atlas's scan.
-
-    Parameters
-    ----------
-    agreement : float
-        Dice of the warped atlas's mask and the result, in [0, 1]; 1 without a model.
-    certainty : float
-        Twice the mean distance of the model's probabilities from 1/2, in [0, 1]; 0 without a model.
-    volume_change : float
-        Logarithm of the result's volume over the atlas's after the linear registration.
-    abs_volume_change : float
-        Its absolute value.
-    log_volume : float
-        Logarithm of the result's volume in mm^3.
-    brightness_difference : float
-        Difference of the median brightness.
-    brightness_iqr : float
-        Interquartile range of brightness in the result.
-    iqr_difference : float
-        Difference of the interquartile ranges.
-    contrast_difference : float
-        Difference of the contrasts: of median brightness within 5 mm inside and outside the border.
-    separation_difference : float
-        Difference of the separations: the fraction of pairs of a voxel inside and one outside of which the inner one is
-        brighter.
-    separation_product : float
-        Product of the separations, each less 1/2: negative where the contrast is reversed, near 0 where there is none.
-    dissimilarity : float
-        Mean MIND-SSC difference of the scans around the structure.
-    dissimilarity_relative : float
-        The same over that of the whole foreground.
-    dissimilarity_overall : float
-        Mean MIND-SSC difference of the whole foreground.
-    displacement : float
-        Shift of the centroid by the deformation, over the cube root of the volume.
-    offset : float
-        Distance of the result's centroid from that of the warped mask, likewise.
     """
 
-    agreement: float
-    certainty: float
-    volume_change: float
+    agreement: float  # Dice of the warped atlas's mask and the result, in [0, 1]; 1 without a model
+    certainty: float  # twice the mean distance of the model's probabilities from 1/2, in [0, 1]; 0 without a model
+    volume_change: float  # logarithm of the result's volume over the atlas's after the linear registration
     abs_volume_change: float
-    log_volume: float
-    brightness_difference: float
-    brightness_iqr: float
+    log_volume: float  # logarithm of the result's volume in mm^3
+    brightness_difference: float  # of the medians
+    brightness_iqr: float  # interquartile range of brightness in the result
     iqr_difference: float
-    contrast_difference: float
-    separation_difference: float
-    separation_product: float
-    dissimilarity: float
-    dissimilarity_relative: float
-    dissimilarity_overall: float
-    displacement: float
-    offset: float
+    contrast_difference: float  # contrast: median brightness within 5 mm inside the border less that outside
+    separation_difference: float  # separation: fraction of (inside, outside) voxel pairs with the inner one brighter
+    separation_product: float  # of separations less 1/2: below 0 for reversed contrast, near 0 for none
+    dissimilarity: float  # mean MIND-SSC difference of the scans around the structure
+    dissimilarity_relative: float  # the same over that of the whole foreground
+    dissimilarity_overall: float  # mean MIND-SSC difference of the whole foreground
+    displacement: float  # shift of the centroid by the deformation, over the cube root of the volume
+    offset: float  # distance of the result's centroid from that of the warped mask, likewise
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A result and what it was made of, in RAS-canonical array order, structures by number.
-
-    Parameters
-    ----------
-    query, atlas : Volume
-        Scans.
-    atlas_labels : Volume
-        Numbers on the atlas's grid.
-    registration : Registration
-        Query to atlas.
-    warped : mapping of int to LocalMap
-        The atlas's masks on the query.
-    answers : mapping of int to LocalMap
-        The model's answers; empty without a model.
-    labels : array, (I, J, K)
-        The result: numbers on the query's grid.
-    """
+    """A result and what it was made of, in RAS-canonical array order, structures by number."""
 
     query: Volume
     atlas: Volume
-    atlas_labels: Volume
-    registration: Registration
-    warped: Mapping[int, LocalMap]
-    answers: Mapping[int, LocalMap]
-    labels: NDArray[Any]
+    atlas_labels: Volume  # numbers on the atlas's grid
+    registration: Registration  # query to atlas
+    warped: Mapping[int, LocalMap]  # the atlas's masks on the query
+    answers: Mapping[int, LocalMap]  # the model's predictions; empty without a model
+    labels: NDArray[Any]  # (I, J, K) the result: numbers on the query's grid
 
 
 @dataclass(frozen=True)
@@ -150,19 +96,16 @@ def gather(case: Case) -> dict[int, Evidence]:
     growth = abs(float(np.linalg.det(to_query.matrix[:3, :3])))
     evidence = {}
     for n in present:
-        mask = LocalMap(_first_voxel(boxes[n - 1]), (case.labels[boxes[n - 1]] == n).astype(np.float32))
-        label_box = atlas_boxes[n - 1]
-        label = case.atlas_labels.data[label_box] == n
+        warped, mask = case.warped[n], _mask(case.labels, n, boxes[n - 1])
+        label = _mask(case.atlas_labels.data, n, atlas_boxes[n - 1])
         found = _brightness(case.query, case.labels, n, mask.box, query_range)
-        expected = _brightness(case.atlas, case.atlas_labels.data, n, label_box, atlas_range)
+        expected = _brightness(case.atlas, case.atlas_labels.data, n, label.box, atlas_range)
         volume_mm3 = float(mask.values.sum()) * case.query.grid.voxel_volume_mm3
-        expected_mm3 = np.count_nonzero(label) * case.atlas.grid.voxel_volume_mm3 * growth
+        expected_mm3 = np.count_nonzero(label.values) * case.atlas.grid.voxel_volume_mm3 * growth
         change = float(np.log(volume_mm3 / expected_mm3))
         size_mm = expected_mm3 ** (1 / 3)
-        linear_centre = to_query.map(_centroid_mm(label, _first_voxel(label_box), case.atlas.grid))
-        warped = case.warped[n]
-        warped_centre = _centroid_mm(warped.values >= INSIDE, warped.start, case.query.grid)
-        centre = _centroid_mm(mask.values > 0, mask.start, case.query.grid)
+        linear_centre = to_query.map(_centroid_mm(label, case.atlas.grid))
+        warped_centre, centre = (_centroid_mm(one, case.query.grid) for one in (warped, mask))
         dissimilarity = 0.0 if difference is None else difference.mean(near[n])
         evidence[n] = Evidence(
             agreement=_agreement(warped, mask),
@@ -185,9 +128,9 @@ def gather(case: Case) -> dict[int, Evidence]:
     return evidence
 
 
-def _first_voxel(box: tuple[slice, slice, slice]) -> tuple[int, int, int]:
+def _mask(labels: NDArray[Any], number: int, box: tuple[slice, slice, slice]) -> LocalMap:
     i, j, k = (int(side.start) for side in box)
-    return i, j, k
+    return LocalMap((i, j, k), (labels[box] == number).astype(np.float32))
 
 
 def _intensity_range(data: NDArray[Any]) -> tuple[float, float]:
@@ -197,10 +140,9 @@ def _intensity_range(data: NDArray[Any]) -> tuple[float, float]:
     return float(low), max(float(high), float(low) + _TINY)
 
 
-def _centroid_mm(mask: NDArray[np.bool_], start: tuple[int, int, int], grid: Grid) -> NDArray[np.float64]:
+def _centroid_mm(mask: LocalMap, grid: Grid) -> NDArray[np.float64]:
     """(1, 3) RAS+ mm."""
-    voxels = np.argwhere(mask)
-    return grid.voxel_to_world((voxels.mean(axis=0) + start)[None])
+    return grid.voxel_to_world((np.argwhere(mask.values >= INSIDE).mean(axis=0) + mask.start)[None])
 
 
 def _agreement(one: LocalMap, other: LocalMap) -> float:
@@ -212,7 +154,7 @@ def _agreement(one: LocalMap, other: LocalMap) -> float:
 def _certainty(answer: LocalMap | None) -> float:
     if answer is None:
         return 0.0
-    probabilities = answer.values[answer.values > _ANSWER]
+    probabilities = answer.values[answer.values > _LEAST_PROBABILITY]
     return float(2 * np.abs(probabilities - 0.5).mean()) if len(probabilities) else 0.0
 
 
@@ -239,7 +181,7 @@ def _brightness(
     margin = np.ceil(1.2 * _SHELL_MM / spacing_mm).astype(int)
     first = np.maximum([side.start for side in box] - margin, 0)
     last = np.minimum([side.stop for side in box] + margin, image.data.shape)
-    # Large boxes are sampled in steps, wider along fine axes, where neighbours are most alike.
+    # Large boxes are sampled in steps, wider along fine axes, where neighbours are most similar.
     step = np.ones(3, int)
     while np.prod(np.ceil((last - first) / step)) > _BOX_VOXELS:
         step[int((spacing_mm * step).argmin())] += 1

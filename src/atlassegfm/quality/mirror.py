@@ -1,7 +1,7 @@
-"""How a scan lies against an atlas: mirrored or not, inverted or not, and which structures it shows whole.
+"""Fit of a scan to an atlas: mirrored or not, inverted or not, and which structures it shows whole.
 
-The linear stages of the registration alone, twice: with the scan as it is, and with the scan mirrored left-right. A
-body is not its mirror image, so that one of them fits better.
+The linear stages of the registration are run twice, on the scan and on its left-right mirror image. Bodies are not
+symmetric, so that one of them fits better.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..atlas import Atlas, canonical_scan
 from ..core.image import Volume
@@ -22,36 +21,25 @@ from ..transforms.maps import Affine
 if TYPE_CHECKING:
     from ..registration.pyramid import Scan
 
-#: A voxel counts as in both bodies from this product of the shares of foreground on.
-_SHARED = 0.25
-#: Percentiles that are taken for the ends of a scan's intensities; noise is beyond.
+#: Least product of the foreground fractions of a voxel in both scans to count as body of both.
+_BOTH_BODIES = 0.25
+#: Percentiles taken for the ends of a scan's intensities; noise is beyond.
 _ENDS = (1.0, 99.0)
-#: Background is what is within this share of the range from its end: noise of air is below it.
+#: Background is within this fraction of the intensity range from its end.
 _NEAR_END = 0.1
-#: So much of a face of the field of view is air where it is beside the body, and so many faces are, of six.
-_FACE_SHARE, _FACES = 0.6, 2
-#: Less than this share of the scan's middle is like the air outside.
-_MIDDLE_SHARE = 0.5
+#: Fraction of a face of the field of view that is air where it is beside the body, and how many of six faces are.
+_FACE_AIR, _FACES = 0.6, 2
+#: Fraction of the scan's middle that air stays below.
+_MIDDLE_AIR = 0.5
 
 
 @dataclass(frozen=True, eq=False)
 class AtlasFit:
-    """Linear fit of a scan to an atlas.
+    """Linear fit of a scan to an atlas."""
 
-    Parameters
-    ----------
-    mirrored_gain : float
-        Natural logarithm of the cost of the linear fit of the scan as it is over that of its mirror image: above 0
-        where the mirror image fits better. 0.02 is about 2 %.
-    correlation : float
-        Of the intensities where both show body, in [-1, 1]; NaN where they share no body.
-    outside : mapping of int to float
-        Fraction of each structure of the atlas outside the scan's field of view, in [0, 1], by label value.
-    """
-
-    mirrored_gain: float
-    correlation: float
-    outside: Mapping[int, float]
+    mirrored_gain: float  # natural logarithm of its cost over that of its mirror image: above 0, the latter fits better
+    correlation: float  # of intensities where both show body, in [-1, 1]; NaN where no body overlaps
+    outside: Mapping[int, float]  # fraction of each structure out of the field of view, in [0, 1], by label value
 
 
 def fit_to_atlas(
@@ -59,15 +47,8 @@ def fit_to_atlas(
 ) -> AtlasFit:
     """Fit a scan to an atlas, as it is and mirrored.
 
-    Parameters
-    ----------
-    scan : Volume
-        Intensities in any array order. Where :func:`is_inverted` says so, they are fitted turned round.
-    atlas : Atlas
-    settings : RegistrationSettings, optional
-        Of the linear stages; defaults if left out.
-    name : str
-        What to call the scan in messages.
+    The scan may be in any array order; its intensities are inverted first where :func:`is_inverted`. ``settings`` are
+    those of the linear stages, defaults if left out; ``name`` is the scan's in messages.
 
     Raises
     ------
@@ -76,7 +57,7 @@ def fit_to_atlas(
     RegistrationError
         If it shows nothing but background.
     """
-    # PyTorch comes with them, and a scan alone is looked at without.
+    # Late: is_inverted() needs no PyTorch.
     from ..registration.affine import fit
     from ..registration.pyramid import level_spacings_mm, prepare
     from .coverage import outside_fractions
@@ -87,55 +68,43 @@ def fit_to_atlas(
     data = scan.data.max() - scan.data if inverted else scan.data
     spacings = level_spacings_mm(scan.grid, (settings.coarse_voxels, settings.fine_voxels))
     annotated = prepare(atlas.image, atlas.labels, spacings[-1], "atlas")
-    # The same grid: what is at the patient's right comes to the left, as if the header said the opposite.
+    # Both on one grid, which is its own mirror image, as if the header had the sides swapped.
     sides = [
         prepare(Volume(one, scan.grid), None, spacings[-1], name) for one in (data, np.ascontiguousarray(data[::-1]))
     ]
-    (as_it_is, cost), (mirrored, mirrored_cost) = (fit(side, annotated, spacings, settings, "cpu") for side in sides)
+    (straight, cost), (mirrored, mirrored_cost) = (fit(side, annotated, spacings, settings, "cpu") for side in sides)
     gain = math.log(max(cost, 1e-9) / max(mirrored_cost, 1e-9))
-    # The field of view is its own mirror image.
-    better, side = (mirrored, sides[1]) if gain > 0 else (as_it_is, sides[0])
+    better, side = (mirrored, sides[1]) if gain > 0 else (straight, sides[0])
     correlation = _correlation(side, annotated, better, spacings[-1])
-    return AtlasFit(
-        gain,
-        -correlation if inverted else correlation,
-        dict(zip(atlas.values, outside_fractions(atlas, better, scan.grid), strict=True)),
-    )
+    outside = dict(zip(atlas.values, outside_fractions(atlas, better, scan.grid), strict=True))
+    return AtlasFit(gain, -correlation if inverted else correlation, outside)
 
 
 def is_inverted(scan: Volume) -> bool:
-    """Whether what surrounds the body is the brightest there is: air, in an inverted scan.
+    """Decide whether the surroundings of the body, air, are brightest; never so for crops without air.
 
-    Parameters
-    ----------
-    scan : Volume
-        Finite intensities. Crops without any air tell nothing, and are not called inverted.
+    Intensities must be finite.
     """
     data = scan.data
-    sample = data.ravel()[:: max(1, data.size // 500_000)]
-    low, high = (float(p) for p in np.percentile(sample, _ENDS))
+    low, high = np.percentile(data.ravel()[:: max(1, data.size // 500_000)], _ENDS)
     if high <= low:
         return False
-    bright = high - _NEAR_END * (high - low)
+    bright = float(high) - _NEAR_END * (float(high) - float(low))
     faces = [data.take(end, axis=axis) for axis in range(3) for end in (0, -1)]
-    if sum(_share_above(face, bright) >= _FACE_SHARE for face in faces) < _FACES:
+    if sum(np.mean(face >= bright) >= _FACE_AIR for face in faces) < _FACES:
         return False
     middle = data[tuple(slice(n // 4, max(n - n // 4, n // 4 + 1)) for n in data.shape)]
-    return _share_above(middle, bright) < _MIDDLE_SHARE
-
-
-def _share_above(values: NDArray[Any], bound: float) -> float:
-    return float(np.count_nonzero(values >= bound)) / values.size
+    return bool(np.mean(middle >= bright) < _MIDDLE_AIR)
 
 
 def _correlation(query: Scan, atlas: Scan, query_to_atlas: Affine, spacing_mm: float) -> float:
-    """Pearson's, of intensities where both scans show body."""
+    """Pearson correlation of intensities where both scans show body; NaN if undefined."""
     from ..registration.pyramid import axes_of, frame_grid, on_grid
 
     grid = frame_grid(query.intensity.grid, axes_of(query.intensity.grid), spacing_mm)
     one, other = on_grid(query, grid, "cpu"), on_grid(atlas, grid, "cpu", query_to_atlas)
-    shared = (one.weight * other.weight >= _SHARED)[0, 0].numpy()
-    first, second = one.image[0, 0].numpy()[shared], other.image[0, 0].numpy()[shared]
+    both = (one.weight * other.weight >= _BOTH_BODIES).numpy()
+    first, second = one.image.numpy()[both], other.image.numpy()[both]
     if len(first) < 2 or first.std() == 0 or second.std() == 0:
         return math.nan
     return float(np.corrcoef(first, second)[0, 1])

@@ -13,12 +13,12 @@ from .evidence import Evidence
 Verdict = Literal["good", "review", "failed"]
 #: From best to worst.
 VERDICTS: tuple[Verdict, ...] = ("good", "review", "failed")
-#: Estimated Dice from which on a structure is good, and below which it failed: in the calibration
-#: they flag most structures below 0.7 without flagging every second one.
+#: Estimated Dice from which on a structure is good, and below which it failed: in the calibration they flag most
+#: structures below 0.7, and less than half of all.
 GOOD_FROM, FAILED_BELOW = 0.78, 0.62
 #: Confidence of a registration below which the scans probably show different parts of the body.
 LEAST_CONFIDENCE = 0.45
-#: What a piece of evidence says against a structure; {value} is it, {factor} the change of volume.
+#: Objection to a structure by piece of evidence; {value} is the evidence, {factor} the change of volume.
 _REASONS = {
     "agreement": "warped atlas and result overlap by {value:.2f} only",
     "certainty": "the model is not sure of it (certainty {value:.2f})",
@@ -67,13 +67,7 @@ class StructureQuality:
 def judge(evidence: Evidence, model: str, confidence: float) -> StructureQuality:
     """Estimate the Dice of one structure and give a verdict.
 
-    Parameters
-    ----------
-    evidence : Evidence
-    model : str
-        Name of the model, or "none".
-    confidence : float
-        Confidence of the registration, in [0, 1].
+    ``model`` is the model's name or "none", ``confidence`` that of the registration, in [0, 1].
     """
     regression = regressions().get(model, regressions()["model"])
     estimate = regression.estimate(evidence)
@@ -92,7 +86,7 @@ def judge(evidence: Evidence, model: str, confidence: float) -> StructureQuality
 
 
 def explain(name: str, evidence: Evidence) -> str:
-    """Say in words what the piece of evidence called ``name`` has against a structure."""
+    """Describe the objection to a structure by the piece of evidence called ``name``."""
     return _REASONS[name].format(value=getattr(evidence, name), factor=math.exp(evidence.volume_change))
 
 

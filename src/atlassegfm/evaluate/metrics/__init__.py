@@ -6,7 +6,7 @@ A structure that neither of them has gives NaN, never 1: means must say how thos
 from __future__ import annotations
 
 from ...core.overlap import dice, dice_per_structure
-from .scores import Status, StructureScores, compare, diagonal_mm, score_labels, score_masks
+from .scores import Status, StructureScores, compare, score_labels, score_masks
 from .shape import Shape, label_shapes
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "Status",
     "StructureScores",
     "compare",
-    "diagonal_mm",
     "dice",
     "dice_per_structure",
     "label_shapes",

@@ -17,6 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+from .surface import Mask, Spacing
 
 #: Largest ratio of voxel edges that is thinned without resampling: thinning takes neighbours as equally far.
 _MOST_ANISOTROPY = 1.05
@@ -27,24 +31,18 @@ _MOST_CELLS = 1 << 26
 _REACH, _REACH_CELLS = 2.0, 2.0
 #: Cells looked up at once, to bound the memory of 64-bit coordinates.
 _CHUNK = 1 << 20
+#: Neighbours of a voxel: 26.
+_NEIGHBOURS = np.ones((3, 3, 3))
 
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """Mask on the lattice it is thinned on.
+    """Mask on the lattice it is thinned on."""
 
-    Parameters
-    ----------
-    inside : array of bool, (I, J, K)
-        Crop that holds the whole mask.
-    first : tuple of int, (3,)
-        First cell of the crop on the lattice of the whole image.
-    """
+    inside: Mask  # (I, J, K) crop that holds the whole mask
+    first: tuple[int, ...]  # first cell of the crop on the lattice of the whole image
 
-    inside: NDArray[np.bool_]
-    first: tuple[int, ...]
-
-    def at(self, index: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def at(self, index: NDArray[np.int64]) -> Mask:
         """(N,) whether each cell ``index``, (N, 3), of the image is inside."""
         place = index - self.first
         within = np.all((place >= 0) & (place < self.inside.shape), axis=1)
@@ -55,25 +53,13 @@ class Cells:
 
 @dataclass(frozen=True, eq=False)
 class Skeleton:
-    """Points of a centreline.
+    """Points of a centreline, each midway between two cells of the image, which are equal at the centre of a cell."""
 
-    Parameters
-    ----------
-    low, high : array of int64, (N, 3)
-        Cells of the image that a point lies midway between; equal at the centre of a cell.
-    weight : array of float64, (N,)
-        1, or 1/2 on the lattice of half cells, which has twice as many points for the same length.
-    cell_mm : float or None
-        Size of the cells; None for voxels.
-    note : str
-        What was done besides thinning; "" for nothing.
-    """
-
-    low: NDArray[np.int64]
-    high: NDArray[np.int64]
-    weight: NDArray[np.float64]
-    cell_mm: float | None
-    note: str
+    low: NDArray[np.int64]  # (N, 3)
+    high: NDArray[np.int64]  # (N, 3)
+    weight: NDArray[np.float64]  # (N,) 1, or 1/2 on half cells, which have twice as many points for the same length
+    cell_mm: float | None  # size of the cells; None for voxels
+    note: str  # what was done besides thinning; "" for nothing
 
     def fraction_in(self, cells: Cells) -> float:
         """Compute the fraction of the length inside a mask of this skeleton's cells.
@@ -87,22 +73,8 @@ class Skeleton:
         return float((np.mean(corners, axis=0) * self.weight).sum() / self.weight.sum())
 
 
-def cell_size_mm(shape: tuple[int, ...], spacing_mm: tuple[float, float, float]) -> tuple[float | None, str]:
-    """Choose the cell size for a mask.
-
-    Parameters
-    ----------
-    shape : tuple of int, (3,)
-        Voxels of the mask's box.
-    spacing_mm : tuple of float, (3,)
-
-    Returns
-    -------
-    cell_mm : float or None
-        None for the voxels themselves.
-    note : str
-        Remark on resampling; "" for none.
-    """
+def cell_size_mm(shape: tuple[int, ...], spacing_mm: Spacing) -> tuple[float | None, str]:
+    """Choose the cell size for a mask's box of ``shape`` voxels: None for the voxels; with a remark on resampling."""
     finest = min(spacing_mm)
     least = float(np.prod(np.array(shape) * spacing_mm) / _MOST_CELLS) ** (1 / 3)
     if least > finest:
@@ -112,23 +84,11 @@ def cell_size_mm(shape: tuple[int, ...], spacing_mm: tuple[float, float, float])
     return None, ""
 
 
-def make_cells(
-    inside: NDArray[np.bool_],
-    first: tuple[int, ...],
-    spacing_mm: tuple[float, float, float],
-    cell_mm: float | None,
-) -> Cells:
-    """Resample a mask to cells; cell 0 of the image is centred on voxel 0, whatever the crop.
+def make_cells(inside: Mask, first: tuple[int, ...], spacing_mm: Spacing, cell_mm: float | None) -> Cells:
+    """Resample a mask to cells of the size from :func:`cell_size_mm`.
 
-    Parameters
-    ----------
-    inside : array of bool, (I, J, K)
-        Crop of the image that holds the whole mask.
-    first : tuple of int, (3,)
-        Voxel of the image that the crop begins at.
-    spacing_mm : tuple of float, (3,)
-    cell_mm : float or None
-        From :func:`cell_size_mm`.
+    ``inside``, (I, J, K), is a crop from voxel ``first`` of the image on that holds the whole mask. Cell 0 of the image
+    is centred on voxel 0, whatever the crop.
     """
     if cell_mm is None or not inside.size:
         return Cells(inside, first)
@@ -139,32 +99,23 @@ def make_cells(
             cells = np.arange(int((start - 1) / ratio) - 1, int((stop + 1) / ratio) + 2)
             voxel = np.floor(cells * ratio + 0.5).astype(np.int64)
             wanted = (voxel >= start) & (voxel < stop)
-            inside = np.take(inside, voxel[wanted] - start, axis=axis)
-            starts.append(int(cells[wanted][0]))
+            inside, cells = np.take(inside, voxel[wanted] - start, axis=axis), cells[wanted]
         else:
             cells, edges = np.unique(np.floor(np.arange(start, stop) / ratio + 0.5), return_index=True)
             inside = np.logical_or.reduceat(inside, edges, axis=axis)
-            starts.append(int(cells[0]))
+        starts.append(int(cells[0]))
     return Cells(np.ascontiguousarray(inside), tuple(starts))
 
 
 def make_skeleton(cells: Cells, cell_mm: float | None, note: str) -> Skeleton:
-    """Thin a mask to its centreline; every component keeps a part of it.
+    """Thin a mask that is not empty to its centreline; every component keeps a part of it.
 
-    Parameters
-    ----------
-    cells : Cells
-        Not empty.
-    cell_mm, note
-        From :func:`cell_size_mm`. The skeleton's note adds what plain thinning would have lost.
+    ``cell_mm`` and ``note`` are from :func:`cell_size_mm`; the skeleton's note adds what plain thinning had lost.
     """
-    from scipy import ndimage
-
-    inside = cells.inside
-    thin = np.argwhere(_thin(inside))
+    thin = np.argwhere(_thin(cells.inside))
     low, high, weight = [thin], [thin], [np.ones(len(thin))]
-    lost, whole, stretches = _lost(inside, thin)
-    parts, _ = ndimage.label(lost, structure=np.ones((3, 3, 3)))
+    lost, whole, stretches = _lost(cells.inside, thin)
+    parts, _ = ndimage.label(lost, structure=_NEIGHBOURS)
     for number, box in enumerate(ndimage.find_objects(parts), start=1):
         ends, weights = _thin_doubled(parts[box] == number)
         start = [along.start for along in box]
@@ -172,36 +123,27 @@ def make_skeleton(cells: Cells, cell_mm: float | None, note: str) -> Skeleton:
         high.append(ends[1] + start)
         weight.append(weights)
     notes = [note] if note else []
-    for count, kind in ((whole, "component"), (stretches, "stretch")):
+    for count, one, several in ((whole, "component", "components"), (stretches, "stretch", "stretches")):
         if count:
-            plural = "" if count == 1 else "s" if kind == "component" else "es"
-            notes.append(f"skeleton of {count} {kind}{plural} rebuilt on a doubled lattice")
-    return Skeleton(
-        np.concatenate(low) + cells.first,
-        np.concatenate(high) + cells.first,
-        np.concatenate(weight),
-        cell_mm,
-        "; ".join(notes),
-    )
+            notes.append(f"skeleton of {count} {one if count == 1 else several} rebuilt on a doubled lattice")
+    begin, end = (np.concatenate(points) + cells.first for points in (low, high))
+    return Skeleton(begin, end, np.concatenate(weight), cell_mm, "; ".join(notes))
 
 
-def _lost(inside: NDArray[np.bool_], thin: NDArray[np.int64]) -> tuple[NDArray[np.bool_], int, int]:
+def _lost(inside: Mask, thin: NDArray[np.int64]) -> tuple[Mask, int, int]:
     """(I, J, K) cells without a centreline, and the number of whole components and of stretches among them."""
-    from scipy import ndimage
-    from scipy.spatial import cKDTree
-
-    components, count = ndimage.label(inside, structure=np.ones((3, 3, 3)))
+    components, count = ndimage.label(inside, structure=_NEIGHBOURS)
     has_points = np.zeros(count + 1, bool)
     has_points[0] = True
     has_points[components[tuple(thin.T)]] = True
-    lost: NDArray[np.bool_] = ~has_points[components]
+    lost: Mask = ~has_points[components]
     whole = int(np.count_nonzero(~has_points))
     del components
     if not len(thin):
         return lost, whole, 0
     # Distance to the outside: to the nearest outer cell that touches the mask, less half a cell.
     border = np.pad(inside, 1)
-    border = ndimage.binary_dilation(border, structure=np.ones((3, 3, 3))) & ~border
+    border = ndimage.binary_dilation(border, structure=_NEIGHBOURS) & ~border
     depth = cKDTree(np.argwhere(border) - 1).query(thin)[0] - 0.5
     reach = _REACH * depth + _REACH_CELLS
     tree = cKDTree(thin)
@@ -211,22 +153,19 @@ def _lost(inside: NDArray[np.bool_], thin: NDArray[np.int64]) -> tuple[NDArray[n
         chunk = flat[start : start + _CHUNK]
         distance, nearest = tree.query(np.stack(np.unravel_index(chunk, inside.shape), axis=1), workers=-1)
         astray.ravel()[chunk] = distance > reach[nearest]
-    stretches = ndimage.label(astray, structure=np.ones((3, 3, 3)))[1] if astray.any() else 0
-    return lost | astray, whole, stretches
+    return lost | astray, whole, ndimage.label(astray, structure=_NEIGHBOURS)[1]
 
 
-def _thin(inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def _thin(inside: Mask) -> Mask:
     from skimage.morphology import skeletonize
 
     # Named, as scikit-image otherwise takes an array one cell thick for a 2-D image.
-    thinned: NDArray[np.bool_] = skeletonize(inside, method="lee") > 0
+    thinned: Mask = skeletonize(inside, method="lee") > 0
     return thinned
 
 
-def _thin_doubled(part: NDArray[np.bool_]) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]:
+def _thin_doubled(part: Mask) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]:
     """Ends, (N, 3) each, and weights, (N,), of the points of a part that thinning has lost."""
-    from scipy import ndimage
-
     # Half cell p spans the doubled cells p and p + 1, of which both must be inside on all axes.
     half = part
     for axis in range(3):

@@ -30,11 +30,8 @@ class StructureScores:
     ----------
     status : Status
     dice : float
-        Twice the common voxels over the sum of both.
-    nsd : float
-        Normalized surface Dice: fraction of the area of both surfaces that is within the tolerance of the other.
-    tolerance_mm : float
-        Of ``nsd``.
+    nsd, tolerance_mm : float
+        Normalized surface Dice: fraction of the area of both surfaces within the tolerance of the other.
     hd95_mm : float
         Robust Hausdorff distance: 95 % of the surface's area is no farther from the other; the larger direction.
     hd95_voxel_mm : float
@@ -61,53 +58,32 @@ class StructureScores:
     cldice_note: str
 
 
-def compare(
-    result: Shape, reference: Shape, *, tolerance_mm: float, diagonal_mm: float, centreline: bool = False
-) -> StructureScores:
-    """Score one structure.
-
-    Parameters
-    ----------
-    result, reference : Shape
-        On one grid, from :func:`label_shapes`.
-    tolerance_mm : float
-        Of the normalized surface Dice, at least 0.
-    diagonal_mm : float
-        Distance for a structure that only one of them has.
-    centreline : bool
-        Whether to compute clDice.
+def compare(result: Shape, reference: Shape, *, tolerance_mm: float, centreline: bool = False) -> StructureScores:
+    """Score one structure, by clDice only with ``centreline``.
 
     Raises
     ------
     ValueError
         If the shapes are not on one grid or the tolerance is not a finite number of at least 0.
     """
-    if (result.grid_shape, result.spacing_mm) != (reference.grid_shape, reference.spacing_mm):
-        raise ValueError(
-            f"shapes on grids of {result.grid_shape} voxels of {result.spacing_mm} mm and "
-            f"{reference.grid_shape} voxels of {reference.spacing_mm} mm are not on one grid"
-        )
+    grids = [f"{one.grid_shape} voxels of {one.spacing_mm} mm" for one in (result, reference)]
+    if grids[0] != grids[1]:
+        raise ValueError(f"shapes on {grids[0]} and on {grids[1]} are not on one grid")
     if not 0 <= tolerance_mm < math.inf:
         raise ValueError(f"the tolerance is 0 mm or more, not {tolerance_mm}")
-    status: Status
+    status: Status = "ok"
     cldice, note = None, ""
     if result.voxels and reference.voxels:
-        status = "ok"
         dice = 2 * result.common_voxels(reference) / (result.voxels + reference.voxels)
-        nsd, hd95 = _surface_scores(result, reference, tolerance_mm)
-        hd95_voxel = max(
-            float(np.percentile(distances_mm(one.surface_voxels, other.surface_voxels), PERCENT))
-            for one, other in ((result, reference), (reference, result))
-        )
+        nsd, hd95, hd95_voxel = _surface_scores(result, reference, tolerance_mm)
         if centreline:
             cldice, note = _cldice(result, reference)
     else:
         either = result.voxels or reference.voxels
         status = "both_empty" if not either else "hallucinated" if result.voxels else "missed"
         dice = nsd = 0.0 if either else math.nan
-        hd95 = hd95_voxel = diagonal_mm if either else math.nan
-        if centreline:
-            cldice = dice
+        hd95 = hd95_voxel = math.hypot(*np.multiply(result.grid_shape, result.spacing_mm)) if either else math.nan
+        cldice = dice if centreline else None
     return StructureScores(
         status=status,
         dice=dice,
@@ -150,8 +126,7 @@ def score_labels(
     Raises
     ------
     ValueError
-        If the label maps differ in shape or do not hold whole numbers, the spacing is not three positive numbers,
-        or a tolerance is missing or not a finite number of at least 0.
+        As of :func:`label_shapes` and :func:`compare`, or if the shapes differ or a tolerance is missing.
     """
     if result.shape != reference.shape:
         raise ValueError(f"arrays of shape {result.shape} and {reference.shape} are not on one grid")
@@ -159,18 +134,12 @@ def score_labels(
     if missing:
         raise ValueError(f"no tolerance for the values {missing}")
     results, references = (label_shapes(labels, values, spacing_mm) for labels in (result, reference))
-    diagonal = diagonal_mm(result.shape, spacing_mm)
-    # Each pair is freed as soon as it is scored: all surfaces at once would take much more memory.
-    return {
-        value: compare(
-            results.pop(value),
-            references.pop(value),
-            tolerance_mm=tolerances_mm[value],
-            diagonal_mm=diagonal,
-            centreline=value in centreline,
-        )
-        for value in list(results)
-    }
+    scores = {}
+    for value in list(results):
+        # Each pair is freed as soon as it is scored: all surfaces at once would take much more memory.
+        one, other = results.pop(value), references.pop(value)
+        scores[value] = compare(one, other, tolerance_mm=tolerances_mm[value], centreline=value in centreline)
+    return scores
 
 
 def score_masks(
@@ -182,26 +151,22 @@ def score_masks(
     centreline: bool = False,
 ) -> StructureScores:
     """Score one mask, (I, J, K), inside where it is not 0; arguments and errors as of :func:`score_labels`."""
-    return score_labels(
-        result != 0, reference != 0, [1], spacing_mm, {1: tolerance_mm}, centreline=[1] if centreline else ()
-    )[1]
+    thin = [1] if centreline else []
+    return score_labels(result != 0, reference != 0, [1], spacing_mm, {1: tolerance_mm}, centreline=thin)[1]
 
 
-def diagonal_mm(shape: Sequence[int], spacing_mm: Sequence[float]) -> float:
-    """Compute an image's diagonal, from the outer corner of its first voxel to that of its last, mm."""
-    return math.hypot(*(count * step for count, step in zip(shape, spacing_mm, strict=True)))
-
-
-def _surface_scores(result: Shape, reference: Shape, tolerance_mm: float) -> tuple[float, float]:
-    """Normalized surface Dice, and robust Hausdorff distance in mm."""
-    (result_points, result_mm2), (reference_points, reference_mm2) = result.surfels, reference.surfels
-    to_reference = distances_mm(result_points, reference_points)
-    to_result = distances_mm(reference_points, result_points)
-    within = area_within(to_reference, result_mm2, tolerance_mm) + area_within(to_result, reference_mm2, tolerance_mm)
-    return (
-        within / (float(result_mm2.sum()) + float(reference_mm2.sum())),
-        max(robust_distance_mm(to_reference, result_mm2), robust_distance_mm(to_result, reference_mm2)),
-    )
+def _surface_scores(result: Shape, reference: Shape, tolerance_mm: float) -> tuple[float, float, float]:
+    """Normalized surface Dice, and both robust Hausdorff distances in mm: by area and by voxels."""
+    within = total = hd95 = hd95_voxel = 0.0
+    for one, other in ((result, reference), (reference, result)):
+        points, area_mm2 = one.surfels
+        to_other = distances_mm(points, other.surfels[0])
+        within += area_within(to_other, area_mm2, tolerance_mm)
+        total += float(area_mm2.sum())
+        hd95 = max(hd95, robust_distance_mm(to_other, area_mm2))
+        by_voxels = distances_mm(one.surface_voxels, other.surface_voxels)
+        hd95_voxel = max(hd95_voxel, float(np.percentile(by_voxels, PERCENT)))
+    return within / total, hd95, hd95_voxel
 
 
 def _cldice(result: Shape, reference: Shape) -> tuple[float, str]:
@@ -209,11 +174,10 @@ def _cldice(result: Shape, reference: Shape) -> tuple[float, str]:
     precision = result.skeleton.fraction_in(reference.cells(result.skeleton.cell_mm))
     sensitivity = reference.skeleton.fraction_in(result.cells(reference.skeleton.cell_mm))
     both = precision + sensitivity
-    notes: list[str] = []
-    for whose, skeleton in (("result", result.skeleton), ("reference", reference.skeleton)):
-        for part in filter(None, skeleton.note.split("; ")):
-            # Resampling is the same for both; a lost skeleton is one mask's.
-            text = part if part.startswith("resampled") else f"{whose}: {part}"
-            if text not in notes:
-                notes.append(text)
+    # Resampling is the same for both; a lost skeleton is one mask's.
+    notes = dict.fromkeys(
+        part if part.startswith("resampled") else f"{whose}: {part}"
+        for whose, skeleton in (("result", result.skeleton), ("reference", reference.skeleton))
+        for part in filter(None, skeleton.note.split("; "))
+    )
     return 2 * precision * sensitivity / both if both else 0.0, "; ".join(notes)

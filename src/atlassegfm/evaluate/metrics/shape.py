@@ -9,41 +9,26 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from .centreline import Cells, Skeleton, cell_size_mm, make_cells, make_skeleton
-from .surface import Points, surface_voxels, surfels
+from .surface import Mask, Points, Spacing, surface_voxels, surfels
 
 #: Label values up to here are searched as they are; larger ones are renumbered first.
 _LARGEST_SEARCHED = 1 << 16
 
 
 class Shape:
-    """One structure of one label map.
+    """One structure of one label map, from :func:`label_shapes`.
 
     Surfaces and centreline are computed on first use and kept, so that one reference serves many results. The label
-    map is not copied: it must not change.
-
-    Parameters
-    ----------
-    labels : array of an integer type, (I, J, K)
-    value : int
-        Label value.
-    box : tuple of slice, (3,)
-        Part of the label map that holds the whole structure.
-    spacing_mm : tuple of float, (3,)
+    map is not copied: it must not change. ``box`` is a part of it that holds the whole structure.
     """
 
-    def __init__(
-        self,
-        labels: NDArray[Any],
-        value: int,
-        box: tuple[slice, ...],
-        spacing_mm: tuple[float, float, float],
-    ) -> None:
+    def __init__(self, labels: NDArray[Any], value: int, box: tuple[slice, ...], spacing_mm: Spacing) -> None:
         self.grid_shape: tuple[int, ...] = labels.shape
         self.spacing_mm = spacing_mm
-        self._labels = labels
-        self._value = value
+        self._labels, self._value = labels, value
         self._first = tuple(along.start for along in box)
         self._stop = tuple(along.stop for along in box)
 
@@ -84,38 +69,25 @@ class Shape:
         stop = tuple(max(begin, min(ends)) for begin, *ends in zip(first, self._stop, other._stop, strict=True))
         return int(np.count_nonzero(self._inside(first, stop) & other._inside(first, stop)))
 
-    def _inside(self, first: tuple[int, ...], stop: tuple[int, ...]) -> NDArray[np.bool_]:
-        box = tuple(map(slice, first, stop))
-        inside: NDArray[np.bool_] = self._labels[box] == self._value
+    def _inside(self, first: tuple[int, ...], stop: tuple[int, ...]) -> Mask:
+        inside: Mask = self._labels[tuple(map(slice, first, stop))] == self._value
         return inside
 
-    def _crop(self) -> NDArray[np.bool_]:
+    def _crop(self) -> Mask:
         """(I, J, K) the box in C order, which sorts the points made from it."""
         return np.ascontiguousarray(self._inside(self._first, self._stop))
 
 
 def label_shapes(labels: NDArray[Any], values: Iterable[int], spacing_mm: Sequence[float]) -> dict[int, Shape]:
-    """Find structures in a label map, in one pass over the voxels.
+    """Find structures in a label map, (I, J, K) of an integer type, in one pass over the voxels.
 
-    Parameters
-    ----------
-    labels : array of an integer type, (I, J, K)
-    values : iterable of int
-        Label values to find; others are background.
-    spacing_mm : sequence of float, (3,)
-
-    Returns
-    -------
-    dict of int to Shape
-        In the order of ``values``; empty shapes for values that the label map lacks.
+    Other values than ``values`` are background; those that are missing get empty shapes.
 
     Raises
     ------
     ValueError
         If the array does not hold whole numbers on three axes, or the spacing is not three positive numbers.
     """
-    from scipy import ndimage
-
     if labels.ndim != 3:
         raise ValueError(f"a label map has three axes, not {labels.ndim}")
     if labels.dtype == bool:

@@ -18,14 +18,18 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
+from scipy.spatial import cKDTree
 
+Mask = NDArray[np.bool_]
+Spacing = tuple[float, float, float]
 #: Percentage of the surface within the robust Hausdorff distance.
 PERCENT = 95
 #: Relative rounding of 32-bit spacings in headers: three voxels of 0.8 mm are 2.4000000358 mm, yet within 2.4 mm.
 _SINGLE_PRECISION = 1e-6
 #: Points searched for first, to time the tree.
 _SAMPLE = 256
-#: s. Searches expected to end within this time are left to the tree.
+#: Searches expected to end within this time are left to the tree, s.
 _PATIENCE_S = 2.0
 #: Distance transform: seconds for each point of its box, and the most points (13 bytes each).
 _TRANSFORM_S, _LARGEST_TRANSFORM = 1.6e-7, 1 << 27
@@ -33,23 +37,14 @@ _TRANSFORM_S, _LARGEST_TRANSFORM = 1.6e-7, 1 << 27
 
 @dataclass(frozen=True, eq=False)
 class Points:
-    """Points on a lattice: corners of voxels or their centres.
+    """Points on a lattice: corners of voxels or their centres."""
 
-    Parameters
-    ----------
-    index : array of int32, (N, 3)
-        On the lattice of the whole image, in C order.
-    spacing_mm : tuple of float, (3,)
-    """
-
-    index: NDArray[np.int32]
-    spacing_mm: tuple[float, float, float]
+    index: NDArray[np.int32]  # (N, 3) on the lattice of the whole image, in C order
+    spacing_mm: Spacing
 
     @cached_property
     def tree(self) -> Any:
         """k-d tree of the points, in mm."""
-        from scipy.spatial import cKDTree
-
         # Tight nodes are slower where surfaces are far apart.
         return cKDTree(self.index * np.array(self.spacing_mm), balanced_tree=False, compact_nodes=False)
 
@@ -57,12 +52,7 @@ class Points:
 def distances_mm(start: Points, end: Points, *, workers: int = -1) -> NDArray[np.float64]:
     """Compute the distance from each point of ``start`` to the nearest point of ``end``, (N,).
 
-    Parameters
-    ----------
-    start, end : Points
-        On one lattice, neither empty.
-    workers : int
-        Threads of the search; -1 for all cores.
+    Both are on one lattice, neither empty; ``workers`` are threads of the search, -1 for all cores.
     """
     low = np.minimum(start.index.min(axis=0), end.index.min(axis=0))
     size = np.maximum(start.index.max(axis=0), end.index.max(axis=0)) - low + 1
@@ -74,59 +64,38 @@ def distances_mm(start: Points, end: Points, *, workers: int = -1) -> NDArray[np
     if len(apart):
         index = start.index[apart]
         # From whole steps along each axis, free of the tree's rounding.
-        steps = (index - _nearest(index, end, workers)) * np.array(start.spacing_mm)
+        steps = (index - _nearest(index, end, low, size, workers)) * np.array(start.spacing_mm)
         found[apart] = np.sqrt((steps**2).sum(axis=1))
     return found
 
 
-def _nearest(index: NDArray[np.int32], end: Points, workers: int) -> NDArray[np.int32]:
-    """(N, 3) point of ``end`` nearest to each lattice point ``index``, (N, 3)."""
+def _nearest(
+    index: NDArray[np.int32], end: Points, low: NDArray[np.int32], size: NDArray[np.int32], workers: int
+) -> NDArray[np.int32]:
+    """(N, 3) point of ``end`` nearest to each lattice point ``index``, (N, 3); all lie in the box from ``low`` on."""
     spacing = np.array(end.spacing_mm)
-    tree = end.tree
     sample = index[:: -(-len(index) // _SAMPLE)] * spacing
+    tree = end.tree
     begun = time.perf_counter()
     tree.query(sample, workers=workers)
     expected_s = (time.perf_counter() - begun) * len(index) / len(sample)
-    low = np.minimum(index.min(axis=0), end.index.min(axis=0))
-    size = np.maximum(index.max(axis=0), end.index.max(axis=0)) - low + 1
-    box = int(np.prod(size, dtype=np.int64))
-    if expected_s > max(_PATIENCE_S, box * _TRANSFORM_S) and box <= _LARGEST_TRANSFORM:
-        return _nearest_by_transform(index, end, low, size)
-    nearest: NDArray[np.int32] = end.index[tree.query(index * spacing, workers=workers)[1]]
+    count = int(np.prod(size, dtype=np.int64))
+    nearest: NDArray[np.int32]
+    if expected_s > max(_PATIENCE_S, count * _TRANSFORM_S) and count <= _LARGEST_TRANSFORM:
+        off = np.ones(tuple(size), bool)
+        off[tuple((end.index - low).T)] = False
+        found = ndimage.distance_transform_edt(off, end.spacing_mm, return_distances=False, return_indices=True)
+        nearest = found[(slice(None), *(index - low).T)].T + low
+    else:
+        nearest = end.index[tree.query(index * spacing, workers=workers)[1]]
     return nearest
 
 
-def _nearest_by_transform(
-    index: NDArray[np.int32], end: Points, low: NDArray[np.int32], size: NDArray[np.int32]
-) -> NDArray[np.int32]:
-    """The same from the box of ``size`` points from ``low`` on, which holds all."""
-    from scipy import ndimage
+def surfels(inside: Mask, first: tuple[int, ...], spacing_mm: Spacing) -> tuple[Points, NDArray[np.float64]]:
+    """Compute the surface elements of a mask, and the area of each, (N,), in mm².
 
-    off = np.ones(tuple(size), bool)
-    off[tuple((end.index - low).T)] = False
-    found = ndimage.distance_transform_edt(off, end.spacing_mm, return_distances=False, return_indices=True)
-    nearest: NDArray[np.int32] = found[(slice(None), *(index - low).T)].T + low
-    return nearest
-
-
-def surfels(
-    inside: NDArray[np.bool_], first: tuple[int, ...], spacing_mm: tuple[float, float, float]
-) -> tuple[Points, NDArray[np.float64]]:
-    """Compute the surface elements of a mask.
-
-    Parameters
-    ----------
-    inside : array of bool, (I, J, K)
-        Crop of the image that holds the whole mask.
-    first : tuple of int, (3,)
-        Voxel of the image that the crop begins at.
-    spacing_mm : tuple of float, (3,)
-
-    Returns
-    -------
-    points : Points, (N,)
-        Corner n of the lattice lies before voxel n on each axis.
-    area_mm2 : array of float64, (N,)
+    ``inside``, (I, J, K), is a crop from voxel ``first`` of the image on that holds the whole mask. Corner n of the
+    lattice lies before voxel n on each axis.
     """
     # Bit 4 di + 2 dj + dk of a corner's code is its voxel (di, dj, dk), gathered one axis after another.
     code = np.pad(inside, 1).view(np.uint8)
@@ -138,18 +107,13 @@ def surfels(
     return _points(corners, code.shape, first, spacing_mm), surfel_areas_mm2(spacing_mm)[code.ravel()[corners]]
 
 
-def surface_voxels(inside: NDArray[np.bool_], first: tuple[int, ...], spacing_mm: tuple[float, float, float]) -> Points:
+def surface_voxels(inside: Mask, first: tuple[int, ...], spacing_mm: Spacing) -> Points:
     """Find the centres of voxels with a face to the outside or to the image's border; arguments as of surfels()."""
-    core = inside.copy()
-    for axis in range(3):
-        along, eroded = np.moveaxis(inside, axis, 0), np.moveaxis(core, axis, 0)
-        eroded[1:] &= along[:-1]
-        eroded[:-1] &= along[1:]
-        eroded[:1] = eroded[-1:] = False
-    return _points(np.flatnonzero(inside & ~core), inside.shape, first, spacing_mm)
+    border = np.flatnonzero(inside & ~ndimage.binary_erosion(inside))
+    return _points(border, inside.shape, first, spacing_mm)
 
 
-def surfel_areas_mm2(spacing_mm: tuple[float, float, float]) -> NDArray[np.float64]:
+def surfel_areas_mm2(spacing_mm: Spacing) -> NDArray[np.float64]:
     """Compute the area of the surface in each of the 256 neighbourhoods of a corner, (256,)."""
     i, j, k = spacing_mm
     across = np.array((j * k, i * k, i * j))
@@ -191,10 +155,5 @@ def robust_distance_mm(distance_mm: NDArray[np.float64], area_mm2: NDArray[np.fl
     return float(distance_mm[order[place]])
 
 
-def _points(
-    flat: NDArray[np.intp], shape: tuple[int, ...], first: tuple[int, ...], spacing_mm: tuple[float, float, float]
-) -> Points:
-    index = np.empty((len(flat), 3), np.int32)
-    for axis, along in enumerate(np.unravel_index(flat, shape)):
-        index[:, axis] = along + first[axis]
-    return Points(index, spacing_mm)
+def _points(flat: NDArray[np.intp], shape: tuple[int, ...], first: tuple[int, ...], spacing_mm: Spacing) -> Points:
+    return Points((np.stack(np.unravel_index(flat, shape), axis=1) + first).astype(np.int32), spacing_mm)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -37,37 +36,24 @@ _KEYS = ("default_mm", "tolerance_mm", "source")
 class Tolerances:
     """NSD tolerance of every structure.
 
-    Parameters
-    ----------
-    default_mm : float
-        For structures that no pattern matches.
-    patterns : tuple of (str, float)
-        Label value, name or shell pattern, and its tolerance in mm.
-    origin : str
-        To be printed with every NSD: "2 mm for all", "preset flare22" or a file.
-    source : str
-        Source of the numbers, as the file says.
-
     Raises
     ------
     InputError
         If a tolerance is not a finite number of at least 0, or a pattern is empty or given twice.
     """
 
-    default_mm: float
-    patterns: tuple[tuple[str, float], ...]
-    origin: str
-    source: str = ""
+    default_mm: float  # for structures that no pattern matches
+    patterns: tuple[tuple[str, float], ...]  # label value, name or shell pattern, and its tolerance in mm
+    origin: str  # to be printed with every NSD: "2 mm for all", "preset flare22" or a file
+    source: str = ""  # source of the numbers, as the file says
 
     def __post_init__(self) -> None:
         numbers: tuple[tuple[str, Any], ...] = (("default_mm", self.default_mm), *self.patterns)
-        for key, tolerance_mm in numbers:
+        for key, number in numbers:
             # From a file: may be anything, and bool is an int in Python.
-            is_number = isinstance(tolerance_mm, int | float) and not isinstance(tolerance_mm, bool)
-            if not (is_number and math.isfinite(tolerance_mm) and tolerance_mm >= 0):
+            if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < math.inf:
                 raise InputError(
-                    f"{self.origin}: the tolerance of {key!r} is {tolerance_mm!r}; expected a finite number of mm, "
-                    "at least 0"
+                    f"{self.origin}: the tolerance of {key!r} is {number!r}; expected a finite number of mm, at least 0"
                 )
         seen: dict[str, str] = {}
         for key, _ in self.patterns:
@@ -84,13 +70,10 @@ class Tolerances:
 
     def of(self, value: int, name: str) -> float:
         """Look up the tolerance of a structure by label value and name, mm."""
-        fitting = [
-            (rank, tolerance_mm)
-            for pattern, tolerance_mm in self.patterns
-            if (rank := match_rank(pattern, value, name)) is not None
-        ]
+        ranked = [(match_rank(pattern, value, name), tolerance_mm) for pattern, tolerance_mm in self.patterns]
+        fitting = [(rank, tolerance_mm) for rank, tolerance_mm in ranked if rank is not None]
         # Of equal ranks, min gives the one written first.
-        return float(min(fitting, key=lambda one: one[0])[1] if fitting else self.default_mm)
+        return float(min(fitting, key=lambda one: one[0], default=(0, self.default_mm))[1])
 
     def unmatched(self, structures: Iterable[tuple[int, str]]) -> tuple[str, ...]:
         """Find patterns that match none of these structures (label value, name): probably misspelt."""
@@ -104,30 +87,21 @@ def uniform(tolerance_mm: float) -> Tolerances:
 
 
 def load_tolerances(name_or_file: str) -> Tolerances:
-    """Read tolerances from a preset or a file.
-
-    Parameters
-    ----------
-    name_or_file : str
-        One of :data:`PRESETS`, or a TOML file as in this module's docstring ("./flare22" for a file named so).
+    """Read tolerances from one of :data:`PRESETS`, or a TOML file as in this module's docstring ("./flare22").
 
     Raises
     ------
     InputError
         If there is neither such a preset nor such a file, or the file has another form.
     """
-    if name_or_file in PRESETS:
-        with resources.as_file(resources.files(__name__) / PRESETS[name_or_file]) as path:
-            return _from_table(load_toml(path, "a file of tolerances"), f"preset {name_or_file}")
-    path = Path(name_or_file)
+    is_preset = name_or_file in PRESETS
+    path = Path(__file__).with_name(PRESETS[name_or_file]) if is_preset else Path(name_or_file)
+    origin = f"preset {name_or_file}" if is_preset else name_or_file
     if not path.exists():
         raise InputError(
             f"{name_or_file}: neither a preset nor a file; expected {', '.join(PRESETS)} or a TOML file of tolerances"
         )
-    return _from_table(load_toml(path, "a file of tolerances"), name_or_file)
-
-
-def _from_table(table: Mapping[str, Any], origin: str) -> Tolerances:
+    table = load_toml(path, "a file of tolerances")
     unknown = [key for key in table if key not in _KEYS]
     if unknown:
         raise InputError(
