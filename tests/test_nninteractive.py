@@ -28,7 +28,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from atlassegfm import models
 from atlassegfm.atlas import Atlas
 from atlassegfm.context import Context
 from atlassegfm.core.config import with_overrides
@@ -428,7 +427,7 @@ def test_folder_is_found_among_all_weights(tmp_path: Path, monkeypatch: pytest.M
         for file in published.files
     ]
     row = replace(MODELS["nninteractive"], weights=replace(published, files=tuple(tiny)))
-    monkeypatch.setattr(models, "MODELS", {**MODELS, "nninteractive": row})
+    monkeypatch.setitem(MODELS, "nninteractive", row)
     accept_licence("nninteractive")
     assert load_model("nninteractive", "cpu").provenance["weights"]["folder"] == folder.name
 

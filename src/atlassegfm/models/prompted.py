@@ -10,23 +10,12 @@ from typing import Any
 from ..core.image import Volume
 from ..core.mask import LocalMap
 from ..prompts import Prompt, PromptKind, make_prompt
-from . import Segmenter
+from .base import Segmenter
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """Prompts and predicted probabilities, by number of the structure.
-
-    Parameters
-    ----------
-    kind : {"click", "box", "mask", "region"}
-    prompts : mapping of int to Prompt
-        Without structures whose mask is empty.
-    masks : mapping of int to LocalMap
-        In [0, 1], for the same structures.
-    provenance : mapping of str to Any
-        Where the model's weights come from.
-    """
+    """Prompts and predicted probabilities in [0, 1], by number of the structure; none for empty masks."""
 
     kind: PromptKind
     prompts: Mapping[int, Prompt]

@@ -1,17 +1,16 @@
 """nnInteractive (Isensee, Rokuss, Krämer et al. 2025, arXiv 2503.08373) by its own inference session.
 
-The session computes in this process, or on a server that is given the scan. Either way it sees the scan as its
-training data were stored: unresampled, arrays in the order (z, y, x) of a RAS scan, which is (k, j, i) here. It
-normalises intensities itself.
-
-A box is the rectangle of the prompt on its axial slice: the published network takes boxes of one slice.
+The session computes in this process, or on a server that gets the scan. Either way it sees the scan as its training
+data were stored: not resampled, arrays in the order (z, y, x) of a RAS scan, which is (k, j, i) here. It normalises
+intensities itself. A box is the rectangle of the prompt on its axial slice: the published network takes boxes of one
+slice.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,61 +20,52 @@ from ...core.image import Volume
 from ...core.mask import LocalMap
 from ...prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, RegionPrompt
 from ...settings import ModelSettings
-from .. import OnPrompt
+from ..base import OnPrompt, in_turn
 from ..inputs import intensities, scan_name
 from ..weights import LocalWeights
 
 Field = NDArray[np.float32]
-#: Puts one prompt to a session, so that the session answers it.
+#: Gives one prompt to a session, which then predicts.
 Put = Callable[[Any], None]
 
 
-class Backend(Protocol):
-    """Where an nnInteractive session runs; arrays and voxels are in the order (k, j, i)."""
+class Backend(ABC):
+    """An nnInteractive session and the scan it holds; arrays and voxels are in the order (k, j, i)."""
+
+    #: Local or remote: both have the same methods.
+    session: Any
+    _shown: Field | None = None
+    _mask: NDArray[np.uint8]
 
     @property
-    def session(self) -> Any:
-        """The session, local or remote: both have the same methods."""
-        ...
-
-    @property
+    @abstractmethod
     def provenance(self) -> Mapping[str, Any]:
         """As :attr:`~atlassegfm.models.Segmenter.provenance`."""
-        ...
 
+    @abstractmethod
     def answer(self, scan: Field, put: Put) -> LocalMap:
-        """Probability of what one prompt on a scan points at.
+        """Predict the probability for one prompt on a scan."""
 
-        The scan is handed to the session where it is not the one, by identity, of the last answer.
-        """
-        ...
-
+    @abstractmethod
     def close(self) -> None:
-        """Give back threads, or the place on the server."""
-        ...
+        """Release threads, or the place on the server."""
 
-
-@dataclass(frozen=True, eq=False)
-class NnInteractiveEncoding:
-    """An encoded scan; the session holds one scan at a time.
-
-    Parameters
-    ----------
-    scan : array, (K, J, I) float32
-        Intensities, finite and not constant; a view of the volume's data.
-    """
-
-    scan: Field
+    def ask(self, scan: Field, put: Put) -> NDArray[np.uint8]:
+        """Give the session one prompt, and the scan if it is another one than the last; return the session's mask."""
+        known, self._shown = self._shown is scan, None
+        if known:
+            self.session.reset_interactions()
+        else:
+            self.session.set_image(np.ascontiguousarray(scan)[None])
+            self._mask = np.zeros(scan.shape, np.uint8)
+            self.session.set_target_buffer(self._mask)
+        put(self.session)
+        self._shown = scan
+        return self._mask
 
 
 class NnInteractiveSegmenter:
-    """Model behind :class:`~atlassegfm.models.Segmenter`.
-
-    Parameters
-    ----------
-    backend : Backend
-        Where its session runs.
-    """
+    """Model behind :class:`~atlassegfm.models.Segmenter`."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
@@ -85,8 +75,8 @@ class NnInteractiveSegmenter:
         """The weights, or the server."""
         return self.backend.provenance
 
-    def encode(self, image: Volume) -> NnInteractiveEncoding:
-        """Take in one scan (RAS-canonical array order).
+    def encode(self, image: Volume) -> Field:
+        """Return (K, J, I) float32 intensities of one scan (RAS-canonical array order), a view.
 
         Raises
         ------
@@ -102,27 +92,19 @@ class NnInteractiveSegmenter:
                 f"{scan_name(image)}: all voxels but those of value 0 around them have the value {box.flat[0]:g}; "
                 "expected a scan with contrast for the model 'nninteractive'"
             )
-        return NnInteractiveEncoding(data.T)
+        return data.T
 
     def predict(
-        self, encoded: NnInteractiveEncoding, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
+        self, encoded: Field, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
     ) -> dict[int, LocalMap]:
         """Predict the structures one after the other, independently; see :class:`~atlassegfm.models.Segmenter`.
 
-        Raises
-        ------
-        ModelError
-            If the session, or the server, fails, or the network does not take this kind of prompt.
+        Raises ModelError if the session, or the server, fails, or the network does not take this kind of prompt.
         """
-        maps = {}
-        for number, prompt in prompts.items():
-            if on_prompt is not None:
-                on_prompt(number)
-            maps[number] = self._answer(encoded.scan, prompt)
-        return maps
+        return {number: self._answer(encoded, prompt) for number, prompt in in_turn(prompts, on_prompt)}
 
     def close(self) -> None:
-        """Give back threads, or the place on the server. Done at the end of the program, too."""
+        """Release threads, or the place on the server; done at the end of the program, too."""
         self.backend.close()
 
     def _answer(self, scan: Field, prompt: Prompt) -> LocalMap:
@@ -165,20 +147,11 @@ class NnInteractiveSegmenter:
 
 
 def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeights]) -> NnInteractiveSegmenter:
-    """Make the model ready on "cpu" or "cuda", or connect to the server that the settings name.
+    """Load the model onto "cpu" or "cuda", or connect to the server that the settings name.
 
-    A server brings its own network and device: no weights are looked for here, and PyTorch is not needed.
-
-    Raises
-    ------
-    InputError
-        If the weights are not there; if the server's address is none, or is on another machine and that is not
-        allowed.
-    MissingExtraError
-        If nnInteractive, or its client, is not installed.
-    ModelError
-        If there is no such device, the weights are not those of an nnInteractive network, the installed nnInteractive
-        is of another version, or the server does not answer.
+    A server brings its own network and device: no weights are looked for here, and PyTorch is not needed. Errors as of
+    :func:`~atlassegfm.models.load_model`; InputError, too, if the server's address is none or not allowed, ModelError
+    if it does not answer.
     """
     options = settings.nninteractive
     if options.server:
