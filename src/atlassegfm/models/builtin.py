@@ -107,13 +107,7 @@ _CLICK_LEAST_DEVIATION = 0.06
 
 @dataclass(frozen=True, eq=False)
 class BuiltinSegmenter:
-    """Model behind :class:`~atlassegfm.models.Segmenter`.
-
-    Parameters
-    ----------
-    device : torch.device
-        Where the random field is solved. The rest runs on the CPU.
-    """
+    """Model behind :class:`~atlassegfm.models.Segmenter`; the random field is solved on ``device``."""
 
     device: torch.device
 

@@ -49,17 +49,7 @@ _MOST_NAMED = 3
 
 
 class UnsafeCheckpointError(ModelError):
-    """A checkpoint could only be loaded by running what is in it.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    found : str
-        What it holds besides tensors and plain values.
-    wanted : str
-        What it should be.
-    """
+    """Loading a checkpoint could run code in it: ``found`` is what it holds besides tensors and plain values."""
 
     def __init__(self, path: Path, found: str, wanted: str) -> None:
         super().__init__(
@@ -70,19 +60,14 @@ class UnsafeCheckpointError(ModelError):
 
 
 def load_state(path: Path, *, wanted: str) -> Any:
-    """What is in a checkpoint, on the CPU; tensors and plain values only.
+    """Load a checkpoint on the CPU; tensors and plain values only.
 
-    Parameters
-    ----------
-    path : Path
-        The file.
-    wanted : str
-        What it should be, for messages ("the weights of the model 'medsam2'").
+    ``wanted`` names what it should be in messages ("the weights of the model 'medsam2'").
 
     Raises
     ------
     UnsafeCheckpointError
-        If it could only be loaded by running what is in it.
+        If loading it could run code in it.
     ModelError
         If it is missing or unreadable, not of PyTorch, or damaged.
     """
@@ -116,18 +101,9 @@ def load_state(path: Path, *, wanted: str) -> Any:
 
 
 def named_weights(content: Any, path: Path, *, wanted: str, key: str = "") -> dict[str, Tensor]:
-    """The weights in what :func:`load_state` gave, by name.
+    """Return the weights by name from what :func:`load_state` gave, there under ``key`` unless that is empty.
 
-    Parameters
-    ----------
-    content
-        Of the checkpoint.
-    path : Path
-        The file, for messages.
-    wanted : str
-        What it should be, for messages.
-    key : str
-        What they lie under in the checkpoint; empty if they are all there is in it.
+    ``path`` and ``wanted`` name the file, and what it should be, in messages.
 
     Raises
     ------
@@ -153,23 +129,9 @@ def named_weights(content: Any, path: Path, *, wanted: str, key: str = "") -> di
 
 
 def check_fit(weights: Mapping[str, Tensor], network: Mapping[str, Tensor], path: Path, *, wanted: str) -> None:
-    """Refuse weights that are not those of a network, all and no others.
+    """Compare weights of a checkpoint with the ``state_dict`` of a network; ModelError if names or shapes differ.
 
-    Parameters
-    ----------
-    weights : mapping of str to Tensor
-        Of a checkpoint, under the names of the network.
-    network : mapping of str to Tensor
-        ``state_dict`` of the network.
-    path : Path
-        The checkpoint, for messages.
-    wanted : str
-        What it should be, for messages.
-
-    Raises
-    ------
-    ModelError
-        If names or shapes differ; says which.
+    ``path`` and ``wanted`` name the file, and what it should be, in messages.
     """
     missing = [name for name in network if name not in weights]
     unknown = [name for name in weights if name not in network]
@@ -188,7 +150,7 @@ def check_fit(weights: Mapping[str, Tensor], network: Mapping[str, Tensor], path
 
 
 def few(names: Iterable[object]) -> str:
-    """The first few of some names, for a message, and how many more there are."""
+    """List the first few names for a message, and the number of the others."""
     listed = [str(name) for name in names]
     more = len(listed) - _MOST_NAMED
     return ", ".join(listed[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
@@ -199,7 +161,7 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _numpy_scalars() -> list[Any]:
-    """What single numbers of NumPy are pickled by: nnU-Net leaves some in its checkpoints, and they run nothing."""
+    """Classes, which run nothing, that pickle single numbers of NumPy: nnU-Net leaves some in its checkpoints."""
     kinds = (np.float64, np.float32, np.int64, np.int32, np.bool_)
     scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
     # Written by NumPy 1 under the name its module had then.
@@ -207,7 +169,7 @@ def _numpy_scalars() -> list[Any]:
 
 
 def _are_whole(path: Path) -> bool:
-    """Whether the pickles of the old format are all there; nothing in them is run."""
+    """Whether all pickles of the old format are there; nothing in them is run."""
     try:
         with path.open("rb") as file:
             for _ in range(_OLD_PICKLES):
@@ -219,7 +181,7 @@ def _are_whole(path: Path) -> bool:
 
 
 def _is_sound(path: Path) -> bool:
-    """Whether the pickle of the new format is as it was written: PyTorch does not look at its checksum."""
+    """Whether the pickle of the new format matches its checksum, which PyTorch does not check."""
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():

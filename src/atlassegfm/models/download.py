@@ -23,16 +23,8 @@ _CHUNK_BYTES = 1 << 20
 class Download:
     """Download of one file with pooch, for which it is the progress bar, too.
 
-    Parameters
-    ----------
-    url, page : str
-        Address of the file, and of a page where a user can look at it.
-    target : Path
-        Where the file will lie; its folder must exist.
-    size : int or None
-        In bytes, where known.
-    sha256 : str or None
-        Hexadecimal, where known.
+    ``page`` is where a user can look at the file, ``target`` where it will lie, in a folder that exists. ``size`` in
+    bytes and ``sha256`` are None where not known.
     """
 
     def __init__(self, url: str, page: str, target: Path, size: int | None, sha256: str | None) -> None:

@@ -25,17 +25,9 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class PromptedScan:
-    """A scan and the model that segments it from prompts.
+    """A scan, float32 in RAS-canonical array order, and the model that segments it from prompts of one kind.
 
-    Parameters
-    ----------
-    model : Segmenter
-    kind : {"click", "box", "mask", "region"}
-        Kind of prompt made of each mask.
-    image : Volume
-        float32, RAS-canonical array order. Encoded at the first prediction.
-    names : sequence of str
-        Name of structure number n at position n - 1, for progress.
+    The scan is encoded at the first prediction. The name of structure number n is at position n - 1 of ``names``.
     """
 
     model: Segmenter

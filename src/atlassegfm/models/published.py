@@ -26,17 +26,8 @@ class WeightsFile:
 class PublishedWeights:
     """Published weights of one model.
 
-    Parameters
-    ----------
-    repository : str
-        On Hugging Face, "owner/name".
-    revision : str
-        Commit that is downloaded.
-    files : tuple of WeightsFile
-    licence, licence_url : str
-        SPDX expression or words, and where it can be read.
-    non_commercial : bool
-        Whether the licence must be accepted before the weights are used.
+    ``repository`` is "owner/name" on Hugging Face, ``revision`` the commit that is downloaded, ``licence`` an SPDX
+    expression or words. If ``non_commercial``, the licence must be accepted before they are used.
     """
 
     repository: str

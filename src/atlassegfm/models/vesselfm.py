@@ -22,7 +22,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -67,15 +66,9 @@ _LEAST_WEIGHT = 1e-3
 class VesselEncoding:
     """An encoded scan and its windows computed so far.
 
-    Parameters
-    ----------
-    data : array, (I, J, K) float32
-        Scaled intensities in [0, 1], in RAS-canonical array order; on the scan's grid, or resampled over the same
-        field of view.
-    grid : Grid
-        Of the scan.
-    windows : dict of (3,) int to array
-        Logits of windows by their first voxel in ``data``, the most recently used last.
+    ``data``, (I, J, K) float32, are intensities scaled to [0, 1] in RAS-canonical array order, on the scan's ``grid``
+    or resampled over the same field of view. ``windows`` are logits by first voxel in ``data``, the most recently used
+    last.
     """
 
     data: Field
@@ -85,16 +78,7 @@ class VesselEncoding:
 
 @dataclass(frozen=True, eq=False)
 class VesselSegmenter:
-    """Model behind :class:`~atlassegfm.models.Segmenter`.
-
-    Parameters
-    ----------
-    network : callable
-        Takes a window, (1, 1, K, J, I) float32 in [0, 1] on ``device``, and gives logits of the same shape.
-    device : torch.device
-    settings : VesselFmSettings
-    provenance : mapping
-    """
+    """Model behind :class:`~atlassegfm.models.Segmenter`; its network computes on ``device``."""
 
     network: Network
     device: torch.device
@@ -106,7 +90,8 @@ class VesselSegmenter:
         data = _scaled(image, self.settings.percentiles)
         if self.settings.spacing_mm:
             for axis, length_mm in enumerate(np.array(image.grid.shape) * image.grid.spacing_mm):
-                data = _resampled(data, axis, max(round(length_mm / self.settings.spacing_mm), 1))
+                count = max(round(length_mm / self.settings.spacing_mm), 1)
+                data = _Axis.between(count, data.shape[axis], 0, count).interpolate(data, axis)
         return VesselEncoding(np.ascontiguousarray(data), image.grid)
 
     def predict(
@@ -126,19 +111,24 @@ class VesselSegmenter:
                     if on_prompt is not None:
                         on_prompt(number)
 
-        logits = self._logits(encoded, territory, turn_to)
+        answers = dict.fromkeys(prompts, LocalMap.empty())
+        if territory.numbers:
+            logits = self._logits(encoded, territory, turn_to)
+            boxes = ndimage.find_objects(territory.owner, max_label=len(territory.numbers))
+            for place, (number, box) in enumerate(zip(territory.numbers, boxes, strict=True), start=1):
+                if box is None:  # structures of smaller numbers own all its voxels
+                    continue
+                # Not PyTorch's sigmoid, whose last bits depend on the place in the array.
+                probability = special.expit(logits[box]) * (territory.owner[box] == place)
+                i, j, k = (first + side.start for first, side in zip(territory.start, box, strict=True))
+                answers[number] = LocalMap((i, j, k), probability.astype(np.float32, copy=False))
         turn_to(prompts)
-        return {number: _answer(number, territory, logits) for number in prompts}
+        return answers
 
     def _logits(
         self, encoded: VesselEncoding, territory: _Territory, turn_to: Callable[[Iterable[int]], None]
-    ) -> _Lattice | None:
-        """Logits on the working grid wherever a voxel of the territory needs them; None if there is none.
-
-        Memory is bounded by two numbers for each voxel of the territory's box, one window and the cache.
-        """
-        if not territory.owner.any():
-            return None
+    ) -> Field:
+        """Logits on the territory's box, computed wherever a voxel of the territory needs them, and 0 elsewhere."""
         shape, size = encoded.data.shape, self.settings.window
         sides = zip(territory.start, territory.owner.shape, strict=True)
         axes = [
@@ -162,9 +152,11 @@ class VesselSegmenter:
             inner = importance[_slices(common, corner)]
             total[to] += inner * logits[_slices(common, [first for first, _ in box])]
             weight[to] += inner
-        # Where no window was needed nothing is read; 0 keeps it from being "not a number".
         np.divide(total, weight, out=total, where=weight > 0)
-        return _Lattice(total, tuple(axes))
+        for number, axis in enumerate(axes):
+            if shape[number] != encoded.grid.shape[number]:
+                total = axis.interpolate(total, number, start[number])
+        return total
 
     def _window(self, encoded: VesselEncoding, corner: tuple[int, ...], box: Sequence[tuple[int, int]]) -> Field:
         """Logits of one window on its part inside the scan, from the cache or the network."""
@@ -203,17 +195,8 @@ def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeight
 def build_network(filters: Sequence[int] = PUBLISHED_FILTERS, device: str = "cpu") -> torch.nn.Module:
     """Build the published architecture with random weights; PyTorch's random state stays as it was.
 
-    Parameters
-    ----------
-    filters : sequence of int, (6,)
-        Channels of each resolution, finest first.
-    device : {"cpu", "meta"}
-        Where the weights are; "meta" has none, for a network that is then given some.
-
-    Returns
-    -------
-    torch.nn.Module
-        Takes (N, 1, K, J, I), each side a multiple of 32 from 64 on, and gives logits of the same shape.
+    ``filters`` are the channels of the six resolutions, finest first. On "meta" it has no weights yet. It takes (N, 1,
+    K, J, I), each side a multiple of 32 from 64 on, and gives logits of the same shape.
 
     Raises
     ------
@@ -239,12 +222,7 @@ def build_network(filters: Sequence[int] = PUBLISHED_FILTERS, device: str = "cpu
 def load_network(path: Path) -> torch.nn.Module:
     """Build the network with the weights of a checkpoint, a bare state dict; its width follows from them.
 
-    Raises
-    ------
-    MissingExtraError
-        If MONAI is not installed.
-    ModelError
-        If it is not a checkpoint, or one of another architecture.
+    Raises MissingExtraError if MONAI is not installed, ModelError if it is no checkpoint of this architecture.
     """
     state = named_weights(load_state(path, wanted=_WANTED), path, wanted=_WANTED)
     missing = [key for key in _FILTER_KEYS if key not in state or state[key].ndim != 5]
@@ -319,29 +297,6 @@ class _Axis:
         return low
 
 
-def _resampled(data: Field, axis: int, count: int) -> Field:
-    """The scan with another number of voxels over the same length of one axis."""
-    if count == data.shape[axis]:
-        return data
-    return _Axis.between(count, data.shape[axis], 0, count).interpolate(data, axis)
-
-
-@dataclass(frozen=True, eq=False)
-class _Lattice:
-    """Logits on a box of the working grid, from voxel ``low[0]`` of each axis on, for the voxels of the territory."""
-
-    values: Field
-    axes: tuple[_Axis, ...]
-
-    def on(self, box: Box) -> Field:
-        """Logits at the voxels of a box, counted from the first of the territory."""
-        values = self.values
-        for number, (axis, side) in enumerate(zip(self.axes, box, strict=True)):
-            part = _Axis(axis.low[side], axis.high[side], axis.fraction[side])
-            values = part.interpolate(values, number, int(axis.low[0]))
-        return values
-
-
 @dataclass(frozen=True, eq=False)
 class _Territory:
     """Which structure each voxel in reach of one belongs to.
@@ -353,12 +308,6 @@ class _Territory:
     start: tuple[int, ...]
     owner: NDArray[np.int32]
     numbers: tuple[int, ...]
-
-    @cached_property
-    def boxes(self) -> list[Box | None]:
-        """For each of ``numbers`` the box of ``owner`` that holds its voxels; None where it has none."""
-        found: list[Box | None] = ndimage.find_objects(self.owner, max_label=len(self.numbers))
-        return found
 
     def numbers_in(self, box: Sequence[slice]) -> list[int]:
         """Numbers of the structures that own a voxel of a box of ``owner``."""
@@ -392,21 +341,6 @@ def _divide(prompts: Mapping[int, Prompt], grid: Grid, reach_mm: float) -> _Terr
     return _Territory(tuple(int(n) for n in low), owner, tuple(regions))
 
 
-def _answer(number: int, territory: _Territory, logits: _Lattice | None) -> LocalMap:
-    """The vessels on a structure's own voxels."""
-    if logits is None or number not in territory.numbers:
-        return LocalMap.empty()
-    place = territory.numbers.index(number)
-    box = territory.boxes[place]
-    if box is None:
-        return LocalMap.empty()  # structures of smaller numbers fill all its voxels
-    own = territory.owner[box] == place + 1
-    # SciPy's, not PyTorch's: that one treats the last few voxels of an array apart, which changes last bits.
-    probability = special.expit(logits.on(box)) * own
-    i, j, k = (int(first + side.start) for first, side in zip(territory.start, box, strict=True))
-    return LocalMap((i, j, k), probability.astype(np.float32, copy=False))
-
-
 def _corners(shape: Sequence[int], window: int, overlap: float) -> Iterator[tuple[int, ...]]:
     """First voxels of the windows that cover a scan, the last axis fastest.
 
@@ -414,13 +348,12 @@ def _corners(shape: Sequence[int], window: int, overlap: float) -> Iterator[tupl
     its middle, so that the first voxel is below 0 [MONAI's ``SlidingWindowInferer``].
     """
     step = max(int(window * (1 - overlap)), 1)
-    firsts: list[list[int]] = []
-    for count in shape:
-        if count <= window:
-            firsts.append([-((window - count) // 2)])
-        else:
-            firsts.append([*range(0, count - window, step), count - window])
-    return product(*firsts)
+    return product(
+        *(
+            [-((window - count) // 2)] if count <= window else [*range(0, count - window, step), count - window]
+            for count in shape
+        )
+    )
 
 
 def _importance(window: int, blending: Literal["constant", "gaussian"]) -> Field:

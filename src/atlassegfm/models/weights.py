@@ -48,15 +48,9 @@ _GOOD: tuple[Verdict, ...] = ("as published", "as fetched", "not known")
 
 @dataclass(frozen=True)
 class LocalWeights:
-    """Weights on this machine.
+    """Weights on this machine, and the date (ISO 8601, UTC) on which their licence was accepted, where needed.
 
-    Parameters
-    ----------
-    path : Path
-        The file; a folder where there are several files, or where a given folder names them otherwise.
-    licence : str
-    licence_accepted : str or None
-        Date (ISO 8601, UTC) of its acceptance; None where none is needed.
+    ``path`` is the file; a folder where there are several files, or where a given folder names them otherwise.
     """
 
     path: Path
@@ -68,18 +62,8 @@ class LocalWeights:
 class StoredFile:
     """A published file, and what lies in its place on this machine.
 
-    Parameters
-    ----------
-    file : WeightsFile
-    path : Path
-    size : int or None
-        In bytes; None if it is missing.
-    sha256 : str or None
-        Hexadecimal; None if it is missing or has the wrong size.
-    verdict : str
-        One of :data:`VERDICTS`.
-    expected : str
-        The expected size or SHA-256, where it is wrong.
+    ``size`` is in bytes, ``sha256`` hexadecimal; None if it is missing, the latter also if the size is wrong.
+    ``expected`` is the expected size or SHA-256, where it is wrong.
     """
 
     file: WeightsFile
@@ -152,16 +136,10 @@ def folders_of(name: str) -> tuple[Path, ...]:
 
 
 def find_weights(name: str, published: PublishedWeights, given: Path | None) -> LocalWeights:
-    """Find the weights of a model on this machine.
+    """Find the weights of a model on this machine, in the folders of :func:`folders_of` if no path is given.
 
-    Parameters
-    ----------
-    name : str
-        Name of the model.
-    published : PublishedWeights
-    given : Path or None
-        File or folder the user names: for one file, that file under any name or a folder that has it under its
-        published name; for several, a folder, which the model checks. If None, the folders of :func:`folders_of`.
+    For one file, ``given`` is that file under any name or a folder that has it under its published name; for several, a
+    folder, which the model checks.
 
     Raises
     ------
@@ -201,15 +179,8 @@ def fetch(
 ) -> Fetched:
     """Download the weights of a model that are not there yet; a partial file never has its final name.
 
-    Parameters
-    ----------
-    name : str
-        Name of the model.
-    published : PublishedWeights
-    folder : Path, optional
-        For the files; the first of :func:`folders_of` if left out.
-    on_stage : callable, optional
-        Called with the progress of each file, as "downloading FILE: 10 %, ...".
+    ``folder`` is the first of :func:`folders_of` if left out; ``on_stage`` is called with the progress of each file, as
+    "downloading FILE: 10 %, ...".
 
     Raises
     ------

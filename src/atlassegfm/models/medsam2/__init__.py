@@ -95,18 +95,7 @@ VIEWS: Mapping[str, SliceView] = {
 
 @dataclass(frozen=True, eq=False)
 class MedSam2Encoding:
-    """An encoded scan.
-
-    Parameters
-    ----------
-    slices : array, (slices, rows, columns) uint8
-        In the order of ``view``.
-    view : SliceView
-    grid : Grid
-        Of the scan.
-    features : FeatureCache
-        Of the slices that were seen.
-    """
+    """An encoded scan: its slices, (slices, rows, columns) uint8, how they lie in it, its grid, and features."""
 
     slices: Slices
     view: SliceView
@@ -123,12 +112,9 @@ class MedSam2Segmenter:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self, image: Volume) -> MedSam2Encoding:
-        """Convert a scan (RAS-canonical array order) to slices of 8 bits; the network sees them when it is prompted.
+        """Convert a scan (RAS-canonical array order) to slices of 8 bits, which the network sees when it is prompted.
 
-        Raises
-        ------
-        InputError
-            If it has NaN or infinite voxels, or no contrast, also within the window of a CT.
+        Raises InputError if it has NaN or infinite voxels, or no contrast, also within the window of a CT.
         """
         view = choose_view(image.grid, self.settings.slice_axis)
         slices = to_8_bits(view.frames(intensities(image)), self.settings, scan_name(image))
@@ -170,15 +156,8 @@ class MedSam2Segmenter:
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Predict slice by slice: the prompted one, up from there, then down.
 
-        Parameters
-        ----------
-        encoded : MedSam2Encoding
-        prompt : PointPrompt or SlicePrompt
-            On a slice within ``span``.
-        span : tuple of int, (2,)
-            First slice and one past the last one that it may see.
-        stop_when_gone : bool
-            Whether to stop a direction after ``settings.empty_slices`` successive slices without the structure.
+        ``span`` is the first slice and one past the last one that may be seen. With ``stop_when_gone`` a direction ends
+        after ``settings.empty_slices`` successive slices without the structure.
 
         Yields
         ------
@@ -231,16 +210,9 @@ def is_hounsfield(data: NDArray[Any]) -> bool:
 
 
 def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings, name: str = "the scan") -> Slices:
-    """Map intensities to 0 to 255 as the published code does: cut, stretched, decimals dropped.
+    """Map intensities (slices, rows, columns), all finite, to 0 to 255 as the published code does.
 
-    Parameters
-    ----------
-    frames : array, (slices, rows, columns)
-        Intensities of the whole scan, all finite, by which they are stretched.
-    settings : MedSam2Settings
-        Modality and window.
-    name : str
-        Of the scan in messages.
+    They are cut, stretched by the range of the whole scan, and lose their decimals. ``name`` is the scan's in messages.
 
     Raises
     ------
@@ -278,8 +250,8 @@ def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings, name: str = "the 
 def to_frame(pixels: NDArray[np.uint8], size: int) -> Tensor:
     """Convert a slice (rows, columns) to network input, (3, size, size) float32.
 
-    As in the published code, the aspect ratio is not kept, and Pillow resamples 8 bits: torch's bicubic interpolation
-    differs.
+    As in the published code, the aspect ratio is not kept. Pillow resamples 8 bits, unlike torch's bicubic
+    interpolation.
     """
     from PIL import Image
 

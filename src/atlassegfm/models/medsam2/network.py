@@ -227,18 +227,9 @@ class SlicePrompt:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """The loaded network.
+    """The loaded network: a corrected ``Sam2VideoModel``, and the class ``Sam2VideoInferenceSession``.
 
-    Parameters
-    ----------
-    model : Sam2VideoModel
-        On the device, corrected.
-    session : type
-        ``Sam2VideoInferenceSession``.
-    device : torch.device
-        A GPU computes in automatic bfloat16 as the original code, a CPU in float32.
-    version : str
-        Of transformers.
+    A GPU computes in automatic bfloat16 as the original code, a CPU in float32. ``version`` is that of transformers.
     """
 
     model: Any
@@ -261,21 +252,10 @@ class Network:
         *,
         reverse: bool,
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Predict a prompt's slice, then follow the object through the slices after or before it.
+        """Predict a prompt's slice, then follow the object through the slices after it, or before it if ``reverse``.
 
-        Parameters
-        ----------
-        prompt : PointPrompt or SlicePrompt
-            On a slice within ``span``.
-        frame : callable
-            Gives the network input (3, size, size) of a slice.
-        shape : tuple of int, (2,)
-            Rows and columns of a slice.
-        span : tuple of int, (2,)
-            First slice and one past the last one that it may see.
-        cache : FeatureCache
-        reverse : bool
-            Whether to go down in the number of the slice.
+        ``frame`` gives the network input (3, size, size) of a slice, ``shape`` is its rows and columns, ``span`` the
+        first slice and one past the last one that may be seen, the prompt's among them.
 
         Yields
         ------
@@ -337,14 +317,9 @@ class Network:
 
 
 def load_network(path: Path, device: torch.device) -> Network:
-    """Build the network and fill it with a checkpoint.
+    """Build the network on ``device`` and fill it with a published file: ``{"model": weights}``, in any precision.
 
-    Parameters
-    ----------
-    path : Path
-        A published file: ``{"model": weights}``, float32, float16 or bfloat16. ``config.json`` beside it may give
-        another size of the architecture, under the key "transformers".
-    device : torch.device
+    ``config.json`` beside it may give another size of the architecture, under the key "transformers".
 
     Raises
     ------

@@ -135,17 +135,9 @@ class PaintedProbability:
         delattr(self._session, _PASTE)
 
     def beside(self, mask: NDArray[np.uint8]) -> LocalMap:
-        """Combine the probabilities with the session's mask, (K, J, I).
+        """Combine the probabilities with the session's mask, (K, J, I): at least a half exactly where that is 1.
 
-        Returns
-        -------
-        LocalMap
-            At least a half exactly where ``mask`` is 1; empty where that is nowhere.
-
-        Raises
-        ------
-        ModelError
-            If outputs and mask do not belong together.
+        Raises ModelError if outputs and mask do not belong together.
         """
         foreground = LocalMap.from_full(mask)
         if foreground.is_empty:

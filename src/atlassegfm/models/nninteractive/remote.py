@@ -164,14 +164,8 @@ def _claim(url: str, wait_seconds: float) -> Any:
 def connect(options: NnInteractiveSettings) -> RemoteBackend:
     """Open a session on the server that the settings name.
 
-    Raises
-    ------
-    InputError
-        If its address is none, or another machine's and ``allow_remote`` is off.
-    MissingExtraError
-        If the client is not installed.
-    ModelError
-        If the server does not answer, or not as expected.
+    Raises InputError if its address is none or not allowed, MissingExtraError if the client is not installed,
+    ModelError if the server does not answer, or not as expected.
     """
     url = _checked_address(options)
     try:
