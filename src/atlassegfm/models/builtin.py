@@ -13,7 +13,7 @@ It has no weights and nothing in it is random. Per structure, on a crop around t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,6 @@ from .weights import LocalWeights
 Field = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-
 
 #: Expected error of a prompt's border, as a fraction of the structure's radius and at most in mm. Of a registered mask:
 #: a larger fraction worsens more structures.
@@ -110,15 +109,11 @@ class BuiltinSegmenter:
     """Model behind :class:`~atlassegfm.models.Segmenter`; the random field is solved on ``device``."""
 
     device: torch.device
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self, image: Volume) -> Volume:
         """Convert one scan (RAS-canonical array order) to float32."""
         return Volume(np.asarray(image.data, dtype=np.float32), image.grid)
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """Nothing: it has no weights."""
-        return {}
 
     def predict(
         self, encoded: Volume, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None

@@ -9,6 +9,7 @@ import struct
 import warnings
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,8 @@ from ..core.errors import ModelError
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 #: PyTorch has written zip archives since 1.6, and a pickle of protocol 2 before that.
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"
-
-
 #: The old format is a magic number, a version, a description of the machine and the content, each a pickle; then the
 #: tensors (torch.serialization._legacy_save).
 _OLD_PICKLES = 4
@@ -34,16 +32,7 @@ _STRANGERS = (
     (b"<", "is a web page, or other text in angle brackets"),
 )
 #: What PyTorch raises for damaged files besides the errors of files and pickles, found by damaging some.
-_DAMAGE = (
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
+_DAMAGE = (AssertionError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, struct.error)
 #: This many names of weights are given in a message.
 _MOST_NAMED = 3
 
@@ -84,7 +73,6 @@ def load_state(path: Path, *, wanted: str) -> Any:
         if head.startswith(_ZIP) and not zipfile.is_zipfile(path):
             raise _damaged(path, wanted)
         with warnings.catch_warnings():
-            # About how it was pickled, which does not matter to what is read.
             warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
             with torch.serialization.safe_globals(_numpy_scalars()):
                 return torch.load(path, map_location="cpu", weights_only=True)
@@ -112,15 +100,13 @@ def named_weights(content: Any, path: Path, *, wanted: str, key: str = "") -> di
     """
     import torch
 
+    where = ""
     if key:
-        if not isinstance(content, Mapping):
-            raise ModelError(f"{path}: holds one {type(content).__name__} and no {key!r}; expected {wanted}")
-        if key not in content:
-            raise ModelError(f"{path}: holds {few(content) or 'nothing'} and no {key!r}; expected {wanted}")
-        content = content[key]
-    where = f" as {key!r}" if key else ""
+        if not isinstance(content, Mapping) or key not in content:
+            raise ModelError(f"{path}: holds {_found(content)} and no {key!r}; expected {wanted}")
+        content, where = content[key], f" as {key!r}"
     if not isinstance(content, Mapping):
-        raise ModelError(f"{path}: holds one {type(content).__name__}{where}, not weights by name; expected {wanted}")
+        raise ModelError(f"{path}: holds {_found(content)}{where}, not weights by name; expected {wanted}")
     others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if others or not content:
         found = few(others) or "nothing"
@@ -149,6 +135,10 @@ def check_fit(weights: Mapping[str, Tensor], network: Mapping[str, Tensor], path
         raise ModelError(f"{path}: holds weights of another network: {'; '.join(faults)}; expected {wanted}")
 
 
+def _found(content: Any) -> str:
+    return (few(content) or "nothing") if isinstance(content, Mapping) else f"one {type(content).__name__}"
+
+
 def few(names: Iterable[object]) -> str:
     """List the first few names for a message, and the number of the others."""
     listed = [str(name) for name in names]
@@ -164,7 +154,7 @@ def _numpy_scalars() -> list[Any]:
     """Classes, which run nothing, that pickle single numbers of NumPy: nnU-Net leaves some in its checkpoints."""
     kinds = (np.float64, np.float32, np.int64, np.int32, np.bool_)
     scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    # Written by NumPy 1 under the name its module had then.
+    # The second is the name that NumPy 1 wrote.
     return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
 
 
@@ -173,8 +163,7 @@ def _are_whole(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             for _ in range(_OLD_PICKLES):
-                for _ in pickletools.genops(file):
-                    pass
+                deque(pickletools.genops(file), maxlen=0)
     except ValueError:
         return False
     return True

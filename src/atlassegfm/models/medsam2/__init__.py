@@ -25,20 +25,11 @@ from ...core.errors import InputError
 from ...core.geometry import Grid
 from ...core.image import Volume
 from ...core.mask import LocalMap
-from ...prompts import (
-    INSIDE,
-    BoxPrompt,
-    ClickPrompt,
-    MaskPrompt,
-    Prompt,
-    RegionPrompt,
-    inside_scan,
-    largest_component,
-)
+from ...prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan, largest_component
 from ...settings import MedSam2Settings, ModelSettings
 from ..base import OnPrompt, in_turn
 from ..inputs import intensities, scan_name, usable_device
-from ..weights import LocalWeights, describe_file
+from ..weights import LocalWeights, describe_file, installed_version
 from .network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network, require_packages
 
 if TYPE_CHECKING:
@@ -189,7 +180,7 @@ def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeight
     require_packages()  # reported before missing weights
     path = weights().path
     network = load_network(path, place)
-    provenance = {"weights": describe_file(path), "transformers_version": network.version}
+    provenance = {"weights": describe_file(path), "transformers_version": installed_version("transformers")}
     return MedSam2Segmenter(network, settings.medsam2, provenance)
 
 

@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from ...core.errors import InputError, MissingExtraError, ModelError
 from ..checkpoint import check_fit, few, load_state, named_weights
+from ..weights import installed_version
 
 #: Name of the weights in messages.
 _WANTED = "the weights of the model 'medsam2' (MedSAM2_latest.pt)"
@@ -39,6 +40,11 @@ _SESSION = (
     *("processed_frames", "cache", "obj_id_to_idx", "obj_with_new_inputs"),
     *("add_point_inputs", "add_mask_inputs", "output_dict_per_obj"),
 )
+#: Methods of ``Sam2VideoModel`` that are corrected, and parameters they must have.
+_CORRECTED = {
+    "_single_frame_forward": {"multimask_output"},
+    "_use_mask_as_output": {"backbone_features", "high_res_features", "mask_inputs"},
+}
 #: ``Sam2VideoConfig`` of the published weights: ``sam2.1_hiera_t512.yaml`` of bowang-lab/MedSAM2 at 332f30d. What is
 #: not named here is SAM 2.1 Hiera-tiny, transformers' default.
 PUBLISHED_CONFIG: Mapping[str, Any] = {
@@ -229,13 +235,12 @@ class SlicePrompt:
 class Network:
     """The loaded network: a corrected ``Sam2VideoModel``, and the class ``Sam2VideoInferenceSession``.
 
-    A GPU computes in automatic bfloat16 as the original code, a CPU in float32. ``version`` is that of transformers.
+    A GPU computes in automatic bfloat16 as the original code, a CPU in float32.
     """
 
     model: Any
     session: Any
     device: torch.device
-    version: str
 
     @property
     def image_size(self) -> int:
@@ -276,7 +281,8 @@ class Network:
         session.cache = _CropCache(cache, first)
         self._give(session, prompt, shape, first)
         for index in range(prompt.index, first - 1, -1) if reverse else range(prompt.index, last):
-            with torch.inference_mode(), self._precision():
+            on_gpu = self.device.type == "cuda"
+            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
                 answer = self.model(session, frame_idx=index - first, reverse=reverse)
                 logits = functional.interpolate(
                     answer.pred_masks.float(), size=shape, mode="bilinear", align_corners=False
@@ -312,9 +318,6 @@ class Network:
         reach = max(self.model.config.num_maskmem, self.model.config.max_object_pointers_in_encoder)
         kept.pop(index + reach if reverse else index - reach, None)
 
-    def _precision(self) -> Any:
-        return torch.autocast("cuda", dtype=torch.bfloat16) if self.device.type == "cuda" else nullcontext()
-
 
 def load_network(path: Path, device: torch.device) -> Network:
     """Build the network on ``device`` and fill it with a published file: ``{"model": weights}``, in any precision.
@@ -331,30 +334,21 @@ def load_network(path: Path, device: torch.device) -> Network:
         If the file is no checkpoint of this network, or the version of transformers is not supported.
     """
     weights = _read_checkpoint(path)
+    require_packages()
     with _broken_torchvision_hidden():
-        transformers, modeling = _import_transformers()
-        kind = _corrected(modeling.Sam2VideoModel, str(transformers.__version__))
+        config_class, model_class, session_class = _import_classes()
         settings = _config_beside(path) or copy.deepcopy(dict(PUBLISHED_CONFIG))
         # Its random weights are overwritten; the caller's random state stays.
         with torch.random.fork_rng(devices=[]):
             try:
-                model = kind(transformers.Sam2VideoConfig(**settings))
+                model = model_class(config_class(**settings))
             except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-                raise ModelError(
-                    f"transformers {transformers.__version__} cannot build the network of the model 'medsam2' "
-                    f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); it needs {_SUPPORTED}"
-                ) from None
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                raise _unsupported(f"cannot build the network of the model 'medsam2' ({reason})") from None
     renamed = rename(weights)
     check_fit(renamed, model.state_dict(), path, wanted=f"{_WANTED}; Efficient-MedSAM2 is another network")
     model.load_state_dict(renamed, strict=True)
-    network = Network(
-        model.eval().requires_grad_(requires_grad=False).to(device),
-        modeling.Sam2VideoInferenceSession,
-        device,
-        str(transformers.__version__),
-    )
-    _check_session(network)
-    return network
+    return Network(model.eval().requires_grad_(requires_grad=False).to(device), session_class, device)
 
 
 def rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -401,19 +395,32 @@ def require_packages() -> None:
             raise MissingExtraError("the model 'medsam2'", "medsam2") from None
 
 
-def _import_transformers() -> tuple[Any, Any]:
-    require_packages()
-    transformers = importlib.import_module("transformers")
+def _import_classes() -> tuple[Any, Any, Any]:
+    """Classes of the network's settings, the network, corrected, and its session, if they are as used here."""
     try:
+        config_class = importlib.import_module("transformers").Sam2VideoConfig
         modeling = importlib.import_module("transformers.models.sam2_video.modeling_sam2_video")
-        transformers.Sam2VideoConfig  # noqa: B018
-        modeling.Sam2VideoModel, modeling.Sam2VideoInferenceSession  # noqa: B018
+        model_class, session_class = modeling.Sam2VideoModel, modeling.Sam2VideoInferenceSession
     except (ImportError, AttributeError, RuntimeError) as error:
-        raise ModelError(
-            f"transformers {transformers.__version__} gives no Sam2VideoModel ({error}); the model 'medsam2' needs "
-            f"{_SUPPORTED}"
-        ) from None
-    return transformers, modeling
+        raise _unsupported(f"gives no Sam2VideoModel ({error})") from None
+    for name, parameters in _CORRECTED.items():
+        method = getattr(model_class, name, None)
+        if method is None or not parameters <= set(inspect.signature(method).parameters):
+            raise _unsupported(f"has another Sam2VideoModel.{name} than is corrected here")
+    try:
+        session = session_class(inference_device="cpu", dtype=torch.float32)
+    except TypeError:
+        session = None
+    lacking = [name for name in _SESSION if not hasattr(session, name)]
+    if lacking:
+        raise _unsupported(f"has another Sam2VideoInferenceSession than is used here (without {few(lacking)})")
+    return config_class, _corrected(model_class), session_class
+
+
+def _unsupported(what: str) -> ModelError:
+    return ModelError(
+        f"transformers {installed_version('transformers')} {what}; the model 'medsam2' needs {_SUPPORTED}"
+    )
 
 
 @contextmanager
@@ -422,10 +429,9 @@ def _broken_torchvision_hidden() -> Iterator[None]:
 
     It raises if it was built for another torch. Sam2VideoModel needs none of it.
     """
-    if _torchvision_is_sound() or importlib.util.find_spec("transformers") is None:
+    if _torchvision_is_sound():
         yield
         return
-    importlib.import_module("transformers")
     places = [importlib.import_module(name) for name in ("transformers.utils.import_utils", "transformers.utils")]
     name = "is_torchvision_available"
     before = [(place, getattr(place, name)) for place in places if hasattr(place, name)]
@@ -453,22 +459,12 @@ def _torchvision_is_sound() -> bool:
     return True
 
 
-def _corrected(kind: Any, version: str) -> Any:
+def _corrected(kind: Any) -> Any:
     """Correct ``Sam2VideoModel`` where a mask as prompt is treated otherwise than by the original code.
 
     Each deviation alone moves the logits of other slices by about 0.3 (transformers 5.23.0 against bowang-lab/MedSAM2
     at 332f30d on the CPU; 0.002 remains).
     """
-    for name, parameters in (
-        ("_single_frame_forward", {"multimask_output"}),
-        ("_use_mask_as_output", {"backbone_features", "high_res_features", "mask_inputs"}),
-    ):
-        method = getattr(kind, name, None)
-        if method is None or not parameters <= set(inspect.signature(method).parameters):
-            raise ModelError(
-                f"transformers {version} has another Sam2VideoModel.{name} than the model 'medsam2' corrects; "
-                f"install {_SUPPORTED}"
-            )
 
     class Corrected(kind):  # type: ignore[misc]
         def _single_frame_forward(self, **inputs: Any) -> Any:
@@ -486,17 +482,3 @@ def _corrected(kind: Any, version: str) -> Any:
             return answer
 
     return Corrected
-
-
-def _check_session(network: Network) -> None:
-    """Refuse a transformers whose sessions :meth:`Network.track` cannot fill."""
-    try:
-        session = network.session(inference_device="cpu", dtype=torch.float32)
-    except TypeError:
-        session = None
-    lacking = [name for name in _SESSION if not hasattr(session, name)]
-    if lacking:
-        raise ModelError(
-            f"transformers {network.version} has another Sam2VideoInferenceSession than the model 'medsam2' fills "
-            f"(without {few(lacking)}); install {_SUPPORTED}"
-        )

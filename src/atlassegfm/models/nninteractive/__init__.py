@@ -29,51 +29,24 @@ Field = NDArray[np.float32]
 Put = Callable[[Any], None]
 
 
-class Backend(ABC):
-    """An nnInteractive session and the scan it holds; arrays and voxels are in the order (k, j, i)."""
+class NnInteractiveSegmenter(ABC):
+    """Model behind :class:`~atlassegfm.models.Segmenter`, with a session in this process or on a server.
 
-    #: Local or remote: both have the same methods.
+    The session holds one scan at a time. Its arrays and voxels are in the order (k, j, i).
+    """
+
     session: Any
+    provenance: Mapping[str, Any]
     _shown: Field | None = None
     _mask: NDArray[np.uint8]
 
-    @property
-    @abstractmethod
-    def provenance(self) -> Mapping[str, Any]:
-        """As :attr:`~atlassegfm.models.Segmenter.provenance`."""
-
-    @abstractmethod
-    def answer(self, scan: Field, put: Put) -> LocalMap:
-        """Predict the probability for one prompt on a scan."""
-
     @abstractmethod
     def close(self) -> None:
-        """Release threads, or the place on the server."""
+        """Release threads, or the place on the server; done at the end of the program, too."""
 
-    def ask(self, scan: Field, put: Put) -> NDArray[np.uint8]:
-        """Give the session one prompt, and the scan if it is another one than the last; return the session's mask."""
-        known, self._shown = self._shown is scan, None
-        if known:
-            self.session.reset_interactions()
-        else:
-            self.session.set_image(np.ascontiguousarray(scan)[None])
-            self._mask = np.zeros(scan.shape, np.uint8)
-            self.session.set_target_buffer(self._mask)
-        put(self.session)
-        self._shown = scan
-        return self._mask
-
-
-class NnInteractiveSegmenter:
-    """Model behind :class:`~atlassegfm.models.Segmenter`."""
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """The weights, or the server."""
-        return self.backend.provenance
+    @abstractmethod
+    def _probability(self, scan: Field, put: Put) -> LocalMap:
+        """Predict the probability, (k, j, i), for one prompt on a scan."""
 
     def encode(self, image: Volume) -> Field:
         """Return (K, J, I) float32 intensities of one scan (RAS-canonical array order), a view.
@@ -100,20 +73,26 @@ class NnInteractiveSegmenter:
         """
         return {number: self._answer(encoded, prompt) for number, prompt in in_turn(prompts, on_prompt)}
 
-    def close(self) -> None:
-        """Release threads, or the place on the server; done at the end of the program, too."""
-        self.backend.close()
-
     def _answer(self, scan: Field, prompt: Prompt) -> LocalMap:
         put = self._question(scan.shape, prompt)
-        if put is None:
-            return LocalMap.empty()
-        found = self.backend.answer(scan, put)
-        return _turned(found) if found.values.size else LocalMap.empty()
+        return LocalMap.empty() if put is None else _turned(self._probability(scan, put))
+
+    def _ask(self, scan: Field, put: Put) -> NDArray[np.uint8]:
+        """Give the session one prompt, and the scan if it is another one than the last; return the session's mask."""
+        known, self._shown = self._shown is scan, None
+        if known:
+            self.session.reset_interactions()
+        else:
+            self.session.set_image(np.ascontiguousarray(scan)[None])
+            self._mask = np.zeros(scan.shape, np.uint8)
+            self.session.set_target_buffer(self._mask)
+        put(self.session)
+        self._shown = scan
+        return self._mask
 
     def _question(self, shape: tuple[int, ...], prompt: Prompt) -> Put | None:
         """The prompt in terms of a session, cut to a scan of this shape, (K, J, I); None if nothing is left."""
-        session = self.backend.session
+        session = self.session
         if isinstance(prompt, ClickPrompt):
             self._require("click", session.supported_interactions["points"])
             voxel = prompt.ijk[::-1]
@@ -154,10 +133,10 @@ def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeight
     if options.server:
         from .remote import connect
 
-        return NnInteractiveSegmenter(connect(options))
+        return connect(options)
     from .local import open_folder
 
-    return NnInteractiveSegmenter(open_folder(weights, device, options))
+    return open_folder(weights, device, options)
 
 
 def _turned(probability: LocalMap) -> LocalMap:

@@ -12,7 +12,6 @@ import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from ...settings import NnInteractiveSettings
 from ..checkpoint import UnsafeCheckpointError, check_fit, load_state, named_weights
 from ..inputs import usable_device
 from ..weights import LocalWeights, describe_file, installed_version
-from . import Backend, Field, Put
+from . import Field, NnInteractiveSegmenter, Put
 
 logger = logging.getLogger(__name__)
 
@@ -58,47 +57,25 @@ _BAD_CONTENT = (RuntimeError, ValueError, KeyError, TypeError, AttributeError)
 _LONGEST_REASON = 200
 
 
-@dataclass(frozen=True)
-class ModelFolder:
-    """Files of one network.
-
-    ``root`` holds dataset.json, plans.json and inference_info.json or inference_session_class.json; ``fold``, a folder
-    in it, the checkpoint.
-    """
-
-    root: Path
-    fold: Path
-
-    @property
-    def checkpoint(self) -> Path:
-        """The weights."""
-        return self.fold / _CHECKPOINT
-
-
-class LocalBackend(Backend):
-    """A session in this process, with its network loaded."""
+class LocalSegmenter(NnInteractiveSegmenter):
+    """The model by a session in this process, with its network loaded."""
 
     def __init__(self, session: Any, provenance: Mapping[str, Any]) -> None:
-        self.session, self._provenance = session, provenance
+        self.session, self.provenance = session, provenance
         self._shut_down = weakref.finalize(self, session.executor.shutdown)
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """The weights and the version of nnInteractive."""
-        return self._provenance
-
-    def answer(self, scan: Field, put: Put) -> LocalMap:
-        """Predict the probability, (k, j, i), for one prompt: at least a half exactly where the session's mask is."""
-        # A failed prompt stays in these, and would move the next answer.
-        self.session.new_interaction_centers = []
-        self.session.new_interaction_zoom_out_factors = []
-        with _quiet(), _explained(), _seeded(), PaintedProbability(self.session) as painted:
-            mask = self.ask(scan, put)
-        return painted.beside(mask)
 
     def close(self) -> None:
         """End the session's threads."""
         self._shut_down()
+
+    def _probability(self, scan: Field, put: Put) -> LocalMap:
+        """At least a half exactly where the session's mask is."""
+        # A failed prompt stays in these, and would move the next answer.
+        self.session.new_interaction_centers = []
+        self.session.new_interaction_zoom_out_factors = []
+        with _quiet(), _explained(), _seeded(), PaintedProbability(self.session) as painted:
+            mask = self._ask(scan, put)
+        return painted.beside(mask)
 
 
 class PaintedProbability:
@@ -172,7 +149,7 @@ class PaintedProbability:
             yield LocalMap((k, j, i), output.astype(np.float32))
 
 
-def open_folder(weights: Callable[[], LocalWeights], device: str, options: NnInteractiveSettings) -> LocalBackend:
+def open_folder(weights: Callable[[], LocalWeights], device: str, options: NnInteractiveSettings) -> LocalSegmenter:
     """Load a network into a session on "cpu" or "cuda"; errors as of :func:`~atlassegfm.models.load_model`."""
     place = usable_device(device)
     with _quiet():
@@ -184,7 +161,7 @@ def open_folder(weights: Callable[[], LocalWeights], device: str, options: NnInt
     missing = [name for name in _PRIVATE if not hasattr(nnInteractiveInferenceSession, name)]
     if missing:
         raise _other_version(f"it has no {', '.join(missing)}")
-    folder = find_folder(weights().path)
+    fold = find_fold(weights().path)
     with _quiet(), _settings_of_torch():
         session = nnInteractiveInferenceSession(
             device=place,
@@ -193,16 +170,16 @@ def open_folder(weights: Callable[[], LocalWeights], device: str, options: NnInt
             # Every prompt starts from scratch here, a failed one too.
             enable_undo=False,
         )
-        return LocalBackend(session, _load_network(session, folder))
+        return LocalSegmenter(session, _load_network(session, fold))
 
 
-def find_folder(path: Path) -> ModelFolder:
-    """Find the network in a folder: its own, one of its folds, or the folder around it.
+def find_fold(path: Path) -> Path:
+    """Find the folder of the checkpoint: ``path`` is that, the network's folder around it, or the folder around both.
 
     Raises InputError if there is none, more than one, or a file is missing.
     """
     if path.name.startswith("fold_"):
-        return _complete(ModelFolder(path.parent, path))
+        return _complete(path)
     if not _is_model(path):
         inside = sorted(one for one in path.iterdir() if one.is_dir() and _is_model(one))
         if not inside:
@@ -212,7 +189,7 @@ def find_folder(path: Path) -> ModelFolder:
             )
         path = _only(inside, path)
     folds = sorted(path.glob("fold_*"))
-    return _complete(ModelFolder(path, _only(folds, path) if folds else path / "fold_0"))
+    return _complete(_only(folds, path) if folds else path / "fold_0")
 
 
 def _is_model(folder: Path) -> bool:
@@ -226,55 +203,54 @@ def _only(found: list[Path], folder: Path) -> Path:
     return found[0]
 
 
-def _complete(folder: ModelFolder) -> ModelFolder:
+def _complete(fold: Path) -> Path:
     """Check that no file is missing."""
-    for file in (folder.root / "dataset.json", folder.root / "plans.json", folder.checkpoint):
+    root = fold.parent
+    for file in (root / "dataset.json", root / "plans.json", fold / _CHECKPOINT):
         if not file.is_file():
             raise InputError(f"{file}: no such file; get the network's folder again, as a whole")
-    if not any((folder.root / name).is_file() for name in _INFORMATION):
-        raise InputError(
-            f"{folder.root}: neither {' nor '.join(_INFORMATION)} is there; get the network's folder again"
-        )
-    return folder
+    if not any((root / name).is_file() for name in _INFORMATION):
+        raise InputError(f"{root}: neither {' nor '.join(_INFORMATION)} is there; get the network's folder again")
+    return fold
 
 
-def _load_network(session: Any, folder: ModelFolder) -> dict[str, Any]:
+def _load_network(session: Any, fold: Path) -> dict[str, Any]:
     """Load a network into a session, where possible without running code from the checkpoint; return its provenance."""
-    plans = _json(folder.root / "plans.json")
-    dataset = _json(folder.root / "dataset.json")
-    checkpoint, safely = _read_checkpoint(folder.checkpoint)
-    weights = named_weights(checkpoint, folder.checkpoint, wanted=_WANTED, key="network_weights")
+    root, path = fold.parent, fold / _CHECKPOINT
+    plans, dataset = _json(root / "plans.json"), _json(root / "dataset.json")
+    checkpoint, safely = _read_checkpoint(path)
+    weights = named_weights(checkpoint, path, wanted=_WANTED, key="network_weights")
     arguments = checkpoint.get("init_args")
     configuration = arguments.get("configuration") if isinstance(arguments, Mapping) else None
     if not isinstance(configuration, str):
-        raise ModelError(f"{folder.checkpoint}: names no configuration under 'init_args'; expected {_WANTED}")
+        raise ModelError(f"{path}: names no configuration under 'init_args'; expected {_WANTED}")
     if configuration not in plans.get("configurations", {}):
         known = ", ".join(plans.get("configurations", {})) or "none"
         raise ModelError(
-            f"{folder.root / 'plans.json'}: no configuration {configuration!r}, which {_CHECKPOINT} was trained with "
+            f"{root / 'plans.json'}: no configuration {configuration!r}, which {_CHECKPOINT} was trained with "
             f"(there are: {known}); the two do not belong together"
         )
-    artifacts = _artifacts(session, folder, plans, dataset, configuration)
+    artifacts = _artifacts(session, root, plans, dataset, configuration)
     network = artifacts["network"]
-    check_fit(weights, network.state_dict(), folder.checkpoint, wanted="those of the network in plans.json beside it")
+    check_fit(weights, network.state_dict(), path, wanted="those of the network in plans.json beside it")
     network.load_state_dict(weights)
     artifacts["network"] = network.to(session.device).eval()
     artifacts["trainer_name"] = str(checkpoint.get("trainer_name", ""))
-    artifacts["license"] = session._load_license(str(folder.root), plans, checkpoint)
+    artifacts["license"] = session._load_license(str(root), plans, checkpoint)
     session.initialize_from_loaded_artifacts(artifacts)
     patch = tuple(int(n) for n in artifacts["configuration_manager"].patch_size)
     if session.pad_mode_data != "constant":
-        raise ModelError(f"{folder.root}: pads by {session.pad_mode_data!r}; nnInteractive can do 'constant' only")
+        raise ModelError(f"{root}: pads by {session.pad_mode_data!r}; nnInteractive can do 'constant' only")
     if len(patch) != 3 or min(patch) <= 2 * _REFINEMENT_MARGIN:
         raise ModelError(
-            f"{folder.root / 'plans.json'}: the patch is {' x '.join(map(str, patch))} voxels; nnInteractive cannot "
+            f"{root / 'plans.json'}: the patch is {' x '.join(map(str, patch))} voxels; nnInteractive cannot "
             f"refine with less than {2 * _REFINEMENT_MARGIN + 1} along each of three axes"
         )
     return {
         "weights": {
-            **describe_file(folder.checkpoint),
-            "fold": folder.fold.name,
-            "folder": folder.root.resolve().name,
+            **describe_file(path),
+            "fold": fold.name,
+            "folder": root.resolve().name,
             "licence_in_folder": str(session.license),
             "read_without_running_code": safely,
         },
@@ -283,7 +259,7 @@ def _load_network(session: Any, folder: ModelFolder) -> dict[str, Any]:
 
 
 def _artifacts(
-    session: Any, folder: ModelFolder, plans: dict[str, Any], dataset: dict[str, Any], configuration: str
+    session: Any, root: Path, plans: dict[str, Any], dataset: dict[str, Any], configuration: str
 ) -> dict[str, Any]:
     """Build what the session needs, with a network whose weights are not loaded yet."""
     from nnInteractive.interaction.point import PointInteraction_stub
@@ -292,12 +268,12 @@ def _artifacts(
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     try:
-        capability, radius, thickness, decay, padding = session._load_capability_and_runtime_defaults(str(folder.root))
+        capability, radius, thickness, decay, padding = session._load_capability_and_runtime_defaults(str(root))
         session._apply_capability(capability)
     except _BAD_CONTENT as error:
-        name = next(name for name in _INFORMATION if (folder.root / name).is_file())
+        name = next(name for name in _INFORMATION if (root / name).is_file())
         raise ModelError(
-            f"{folder.root / name}: nnInteractive {installed_version(_PACKAGE)} cannot use it ({_reason(error)}); get "
+            f"{root / name}: nnInteractive {installed_version(_PACKAGE)} cannot use it ({_reason(error)}); get "
             "the network's folder again, or another version"
         ) from None
     try:
@@ -314,11 +290,11 @@ def _artifacts(
             )
     except (*_BAD_CONTENT, ImportError, pydoc.ErrorDuringImport) as error:
         raise ModelError(
-            f"{folder.root / 'plans.json'}: its network cannot be built ({_reason(error)}); get the network's folder "
+            f"{root / 'plans.json'}: its network cannot be built ({_reason(error)}); get the network's folder "
             "again, as a whole"
         ) from None
     if channels != 1:
-        raise ModelError(f"{folder.root / 'dataset.json'}: {channels} channels; expected a network for scans of one")
+        raise ModelError(f"{root / 'dataset.json'}: {channels} channels; expected a network for scans of one")
     return {
         "capability_content": capability,
         "point_interaction": PointInteraction_stub(radius, True),

@@ -10,7 +10,7 @@ import contextlib
 import ipaddress
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +19,7 @@ from urllib.request import getproxies, proxy_bypass
 from ...core.errors import InputError, MissingExtraError, ModelError
 from ...core.mask import LocalMap
 from ...settings import NnInteractiveSettings
-from . import Backend, Field, Put
+from . import Field, NnInteractiveSegmenter, Put
 
 logger = logging.getLogger(__name__)
 
@@ -37,44 +37,31 @@ class _SessionLostError(Exception):
     """The server has ended our session, as it does after ten minutes without a prompt."""
 
 
-class RemoteBackend(Backend):
-    """A session on a server, whose ``url`` has no user and password."""
+class RemoteSegmenter(NnInteractiveSegmenter):
+    """The model by a session on a server, whose ``url`` has no user and password."""
 
     def __init__(self, url: str, options: NnInteractiveSettings) -> None:
         self._url, self._options = url, options
         self._release: Callable[[], object] = lambda: None
         self._open()
 
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """The server, its version, and the licence of the network it has loaded."""
-        return {
-            "server": self._url,
-            "server_version": str(self.session.INFERENCE_SESSION_VERSION),
-            "server_weights_licence": str(self.session.license),
-        }
-
-    def answer(self, scan: Field, put: Put) -> LocalMap:
-        """Predict the mask, 0 or 1, (k, j, i), for one prompt on a scan."""
-        # Registering another scan in between may take longer than a server waits.
-        with contextlib.suppress(_SessionLostError):
-            return self._answer(scan, put)
-        logger.info("%s: the session had expired; opening another one", self._url)
-        self._open()
-        with contextlib.suppress(_SessionLostError):
-            return self._answer(scan, put)
-        raise ModelError(
-            f"{self._url}: the server ended the session twice within one prompt; start it with a longer "
-            "--idle-timeout-seconds"
-        )
-
     def close(self) -> None:
         """Release the place on the server."""
         self._release()
 
-    def _answer(self, scan: Field, put: Put) -> LocalMap:
-        with self._explained():
-            return LocalMap.from_full(self.ask(scan, put))
+    def _probability(self, scan: Field, put: Put) -> LocalMap:
+        """0 or 1: servers give no probabilities."""
+        # Registering another scan in between may take longer than a server waits.
+        with contextlib.suppress(_SessionLostError), self._explained():
+            return LocalMap.from_full(self._ask(scan, put))
+        logger.info("%s: the session had expired; opening another one", self._url)
+        self._open()
+        with contextlib.suppress(_SessionLostError), self._explained():
+            return LocalMap.from_full(self._ask(scan, put))
+        raise ModelError(
+            f"{self._url}: the server ended the session twice within one prompt; start it with a longer "
+            "--idle-timeout-seconds"
+        )
 
     def _open(self) -> None:
         """Take a place on the server, and release the one before."""
@@ -97,6 +84,11 @@ class RemoteBackend(Backend):
         with self._explained():
             session.set_do_autozoom(self._options.autozoom)
         self.session = session
+        self.provenance = {
+            "server": self._url,
+            "server_version": version,
+            "server_weights_licence": str(session.license),
+        }
 
     def _stranger(self) -> ModelError:
         return ModelError(
@@ -161,7 +153,7 @@ def _claim(url: str, wait_seconds: float) -> Any:
     return session
 
 
-def connect(options: NnInteractiveSettings) -> RemoteBackend:
+def connect(options: NnInteractiveSettings) -> RemoteSegmenter:
     """Open a session on the server that the settings name.
 
     Raises InputError if its address is none or not allowed, MissingExtraError if the client is not installed,
@@ -172,7 +164,7 @@ def connect(options: NnInteractiveSettings) -> RemoteBackend:
         import nnInteractive.inference.remote  # noqa: F401
     except ImportError:
         raise MissingExtraError("a server of the model 'nninteractive'", "nninteractive-client") from None
-    return RemoteBackend(url, options)
+    return RemoteSegmenter(url, options)
 
 
 def _checked_address(options: NnInteractiveSettings) -> str:
