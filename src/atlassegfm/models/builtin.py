@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,6 @@ from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, Region
 from ..settings import ModelSettings
 from .base import OnPrompt, in_turn
 from .inputs import usable_device
-from .weights import LocalWeights
 
 Field = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -168,7 +168,7 @@ class BuiltinSegmenter:
         return LocalMap((i, j, k), probability)
 
 
-def load(device: str, _settings: ModelSettings, _weights: Callable[[], LocalWeights]) -> BuiltinSegmenter:
+def load(device: str, _settings: ModelSettings, _weights: Callable[[], Path]) -> BuiltinSegmenter:
     """Load the model onto "cpu" or "cuda"; ModelError if there is no such device."""
     return BuiltinSegmenter(usable_device(device))
 

@@ -51,14 +51,8 @@ class UnsafeCheckpointError(ModelError):
 def load_state(path: Path, *, wanted: str) -> Any:
     """Load a checkpoint on the CPU; tensors and plain values only.
 
-    ``wanted`` names what it should be in messages ("the weights of the model 'medsam2'").
-
-    Raises
-    ------
-    UnsafeCheckpointError
-        If loading it could run code in it.
-    ModelError
-        If it is missing or unreadable, not of PyTorch, or damaged.
+    ``wanted`` names what it should be in messages ("the weights of the model 'medsam2'"). Raises UnsafeCheckpointError
+    if loading could run code in it, ModelError if it is unreadable, not of PyTorch, or damaged.
     """
     import torch
 
@@ -91,12 +85,8 @@ def load_state(path: Path, *, wanted: str) -> Any:
 def named_weights(content: Any, path: Path, *, wanted: str, key: str = "") -> dict[str, Tensor]:
     """Return the weights by name from what :func:`load_state` gave, there under ``key`` unless that is empty.
 
-    ``path`` and ``wanted`` name the file, and what it should be, in messages.
-
-    Raises
-    ------
-    ModelError
-        If they are not there, or not tensors alone.
+    ``path`` and ``wanted`` name the file, and what it should be, in messages. Raises ModelError if there are no
+    weights, or other values among them.
     """
     import torch
 

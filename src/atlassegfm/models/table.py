@@ -11,7 +11,7 @@ from ..settings import ModelSettings
 from . import weights as _weights
 from .base import ModelDescription, Segmenter
 from .published import PublishedWeights, WeightsFile
-from .weights import LocalWeights, find_weights
+from .weights import find_weights
 
 #: Revision, sizes and sums as MONAI Label pins them.
 _NNINTERACTIVE = PublishedWeights(
@@ -145,7 +145,7 @@ def load_model(name: str, device: str, settings: ModelSettings | None = None, pa
             f"{path}: given as weights, but the model {name!r} has none; leave out the path of the weights"
         )
 
-    def weights() -> LocalWeights:
+    def weights() -> Path:
         if row.weights is None:
             raise TypeError(f"the model {name!r} has no weights")
         return find_weights(name, row.weights, path)

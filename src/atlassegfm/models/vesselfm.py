@@ -40,7 +40,7 @@ from ..settings import ModelSettings, VesselFmSettings
 from .base import OnPrompt
 from .checkpoint import check_fit, few, load_state, named_weights
 from .inputs import intensities, scan_name, usable_device
-from .weights import LocalWeights, describe_file, installed_version
+from .weights import describe_file, installed_version
 
 Field = NDArray[np.float32]
 Box = tuple[slice, slice, slice]
@@ -182,11 +182,11 @@ class VesselSegmenter:
         return torch.autocast(self.device.type, dtype=kind, enabled=not single)
 
 
-def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeights]) -> VesselSegmenter:
+def load(device: str, settings: ModelSettings, weights: Callable[[], Path]) -> VesselSegmenter:
     """Load the published weights onto "cpu" or "cuda"; errors as of :func:`~atlassegfm.models.load_model`."""
     place = usable_device(device)
     _dyn_unet()  # reported before missing weights: it is installed first
-    path = weights().path
+    path = weights()
     network = load_network(path).to(place)
     provenance = {"weights": describe_file(path), "monai_version": installed_version("monai")}
     return VesselSegmenter(network, place, settings.vesselfm, provenance)
@@ -196,12 +196,8 @@ def build_network(filters: Sequence[int] = PUBLISHED_FILTERS, device: str = "cpu
     """Build the published architecture with random weights; PyTorch's random state stays as it was.
 
     ``filters`` are the channels of the six resolutions, finest first. On "meta" it has no weights yet. It takes (N, 1,
-    K, J, I), each side a multiple of 32 from 64 on, and gives logits of the same shape.
-
-    Raises
-    ------
-    MissingExtraError
-        If MONAI is not installed.
+    K, J, I), each side a multiple of 32 from 64 on, and gives logits of the same shape. Raises MissingExtraError if
+    MONAI is not installed.
     """
     levels = len(PUBLISHED_FILTERS)
     # configs/model/dyn_unet_base.yaml of the published code; all else are MONAI's defaults.

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ..core.errors import InputError
 from ..core.files import atomic_path
@@ -41,21 +41,8 @@ _RECORDED = ("url", "revision", "size", "sha256", "date")
 Verdict = Literal[
     "missing", "as published", "as fetched", "not known", "of another revision", "wrong size", "wrong sha256"
 ]
-VERDICTS: tuple[str, ...] = get_args(Verdict)
 #: Verdicts of a file that is kept.
 _GOOD: tuple[Verdict, ...] = ("as published", "as fetched", "not known")
-
-
-@dataclass(frozen=True)
-class LocalWeights:
-    """Weights on this machine, and the date (ISO 8601, UTC) on which their licence was accepted, where needed.
-
-    ``path`` is the file; a folder where there are several files, or where a given folder names them otherwise.
-    """
-
-    path: Path
-    licence: str
-    licence_accepted: str | None = None
 
 
 @dataclass(frozen=True)
@@ -135,23 +122,18 @@ def folders_of(name: str) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(folders))
 
 
-def find_weights(name: str, published: PublishedWeights, given: Path | None) -> LocalWeights:
-    """Find the weights of a model on this machine, in the folders of :func:`folders_of` if no path is given.
+def find_weights(name: str, published: PublishedWeights, given: Path | None) -> Path:
+    """Find the file of a model's weights on this machine, or their folder if they are several.
 
-    For one file, ``given`` is that file under any name or a folder that has it under its published name; for several, a
-    folder, which the model checks.
-
-    Raises
-    ------
-    InputError
-        If they are not there, are not the published ones in their folder, or their licence has not been accepted.
+    They are looked for in the folders of :func:`folders_of` unless a path is given: for one file, that file under any
+    name or a folder that has it under its published name; for several, a folder, which the model checks. Raises
+    InputError if they are not there, are not the published ones in their folder, or their licence has not been
+    accepted.
     """
     path = _complete_folder(name, published) if given is None else _given(name, published, given)
     if len(published.files) == 1 and path.is_dir():
         path = path / published.files[0].path
-    accepted = licence_accepted(name, published)
-    if published.non_commercial and accepted is None:
-        raise _unaccepted(name, published, path)
+    _require_licence(name, published, path)
     for file, place in _places(published, path, given):
         if file.sha256 is not None and place.is_file() and (found := loaded_sha256(place)) != file.sha256:
             if given is None:
@@ -160,7 +142,7 @@ def find_weights(name: str, published: PublishedWeights, given: Path | None) -> 
                     f"and run atlassegfm models fetch {name} (weights of your own are named with --model-path)"
                 )
             logger.warning("%s: is not the published file of the model %r; taken for weights of your own", place, name)
-    return LocalWeights(path, published.licence, accepted)
+    return path
 
 
 def folder_with_weights(published: PublishedWeights, folders: Iterable[Path]) -> Path | None:
@@ -180,19 +162,11 @@ def fetch(
     """Download the weights of a model that are not there yet; a partial file never has its final name.
 
     ``folder`` is the first of :func:`folders_of` if left out; ``on_stage`` is called with the progress of each file, as
-    "downloading FILE: 10 %, ...".
-
-    Raises
-    ------
-    InputError
-        If the licence has not been accepted, the folder cannot be written to or has no room, or another file is in the
-        way.
-    ModelError
-        If the files cannot be downloaded, or are not the published ones.
+    "downloading FILE: 10 %, ...". Raises InputError if the licence has not been accepted, the folder cannot be written
+    to or has no room, or another file is in the way; ModelError if the published files cannot be downloaded.
     """
     folder = folder or weights_folder() / name
-    if published.non_commercial and licence_accepted(name, published) is None:
-        raise _unaccepted(name, published, folder)
+    _require_licence(name, published, folder)
     before = examine(published, folder)
     for stored in before:
         kind = stored.verdict.removeprefix("wrong ")
@@ -247,12 +221,13 @@ def _terms(published: PublishedWeights) -> dict[str, str]:
     return {"licence": published.licence, "licence_url": published.licence_url}
 
 
-def _unaccepted(name: str, published: PublishedWeights, path: Path) -> InputError:
-    return InputError(
-        f"{path}: the licence of the weights of the model {name!r} has not been accepted: {published.licence}, "
-        f"{published.licence_url}, no commercial use; read it, then accept it with --accept-licence of `atlassegfm "
-        f"models fetch {name}` or `segment` (in Python: atlassegfm.models.accept_licence({name!r}))"
-    )
+def _require_licence(name: str, published: PublishedWeights, path: Path) -> None:
+    if published.non_commercial and licence_accepted(name, published) is None:
+        raise InputError(
+            f"{path}: the licence of the weights of the model {name!r} has not been accepted: {published.licence}, "
+            f"{published.licence_url}, no commercial use; read it, then accept it with --accept-licence of `atlassegfm "
+            f"models fetch {name}` or `segment` (in Python: atlassegfm.models.accept_licence({name!r}))"
+        )
 
 
 def _default_folder() -> Path:

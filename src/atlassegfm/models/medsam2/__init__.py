@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from ...prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, Regio
 from ...settings import MedSam2Settings, ModelSettings
 from ..base import OnPrompt, in_turn
 from ..inputs import intensities, scan_name, usable_device
-from ..weights import LocalWeights, describe_file, installed_version
+from ..weights import describe_file, installed_version
 from .network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network, require_packages
 
 if TYPE_CHECKING:
@@ -148,12 +149,8 @@ class MedSam2Segmenter:
         """Predict slice by slice: the prompted one, up from there, then down.
 
         ``span`` is the first slice and one past the last one that may be seen. With ``stop_when_gone`` a direction ends
-        after ``settings.empty_slices`` successive slices without the structure.
-
-        Yields
-        ------
-        int and array, (rows, columns) float32
-            Index of the slice, each once, and logits: above 0 inside, -1024 everywhere if the structure is absent.
+        after ``settings.empty_slices`` successive slices without the structure. Yields the index of each slice once,
+        and logits, (rows, columns) float32: above 0 inside, -1024 everywhere if the structure is absent.
         """
         _, rows, columns = encoded.slices.shape
 
@@ -174,11 +171,11 @@ class MedSam2Segmenter:
                     break
 
 
-def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeights]) -> MedSam2Segmenter:
+def load(device: str, settings: ModelSettings, weights: Callable[[], Path]) -> MedSam2Segmenter:
     """Load the model onto "cpu" or "cuda"; errors as of :func:`~atlassegfm.models.load_model`."""
     place = usable_device(device)
     require_packages()  # reported before missing weights
-    path = weights().path
+    path = weights()
     network = load_network(path, place)
     provenance = {"weights": describe_file(path), "transformers_version": installed_version("transformers")}
     return MedSam2Segmenter(network, settings.medsam2, provenance)
@@ -203,12 +200,8 @@ def is_hounsfield(data: NDArray[Any]) -> bool:
 def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings, name: str = "the scan") -> Slices:
     """Map intensities (slices, rows, columns), all finite, to 0 to 255 as the published code does.
 
-    They are cut, stretched by the range of the whole scan, and lose their decimals. ``name`` is the scan's in messages.
-
-    Raises
-    ------
-    InputError
-        If there is no contrast.
+    They are cut, stretched by the range of the whole scan, and lose their decimals. Raises InputError, with the scan's
+    ``name``, if there is no contrast.
     """
     least, most = float(frames.min()), float(frames.max())
     is_ct = settings.modality == "ct" or (settings.modality == "auto" and is_hounsfield(frames))

@@ -45,38 +45,17 @@ _CORRECTED = {
     "_single_frame_forward": {"multimask_output"},
     "_use_mask_as_output": {"backbone_features", "high_res_features", "mask_inputs"},
 }
-#: ``Sam2VideoConfig`` of the published weights: ``sam2.1_hiera_t512.yaml`` of bowang-lab/MedSAM2 at 332f30d. What is
-#: not named here is SAM 2.1 Hiera-tiny, transformers' default.
+#: ``Sam2VideoConfig`` of the published weights (``sam2.1_hiera_t512.yaml`` of bowang-lab/MedSAM2 at 332f30d) where
+#: it is not transformers' default, SAM 2.1 Hiera-tiny at 1024 pixels.
 PUBLISHED_CONFIG: Mapping[str, Any] = {
     "image_size": 512,
     "vision_config": {
         "model_type": "sam2_vision_model",
-        "backbone_config": {
-            "model_type": "sam2_hiera_det_model",
-            "image_size": [512, 512],
-            "hidden_size": 96,
-            "num_attention_heads": 1,
-            "blocks_per_stage": [1, 2, 7, 2],
-            "embed_dim_per_stage": [96, 192, 384, 768],
-            "num_attention_heads_per_stage": [1, 2, 4, 8],
-            "window_size_per_stage": [8, 4, 14, 7],
-            "global_attention_blocks": [5, 7, 9],
-            "window_positional_embedding_background_size": [7, 7],
-        },
-        "backbone_channel_list": [768, 384, 192, 96],
+        "backbone_config": {"model_type": "sam2_hiera_det_model", "image_size": [512, 512]},
         "backbone_feature_sizes": [[128, 128], [64, 64], [32, 32]],
-        "fpn_hidden_size": 256,
     },
     "prompt_encoder_config": {"image_size": 512},
-    "mask_decoder_config": {
-        "dynamic_multimask_via_stability": True,
-        "dynamic_multimask_stability_delta": 0.05,
-        "dynamic_multimask_stability_thresh": 0.98,
-    },
-    "num_maskmem": 7,
     "memory_attention_rope_feat_sizes": [32, 32],
-    "enable_temporal_pos_encoding_for_object_pointers": True,
-    "enable_occlusion_spatial_embedding": True,
 }
 #: File beside a checkpoint that may describe another size of the architecture, under the key of :data:`_CONFIG_KEY` as
 #: keyword arguments of ``Sam2VideoConfig``. Without that key it is another program's.
@@ -260,13 +239,8 @@ class Network:
         """Predict a prompt's slice, then follow the object through the slices after it, or before it if ``reverse``.
 
         ``frame`` gives the network input (3, size, size) of a slice, ``shape`` is its rows and columns, ``span`` the
-        first slice and one past the last one that may be seen, the prompt's among them.
-
-        Yields
-        ------
-        int and array, (rows, columns) float32
-            Number of the slice, the prompted one first, and logits: above 0 inside; -1024 everywhere if the object is
-            absent.
+        first slice and one past the last one that may be seen, the prompt's among them. Yields the number of each slice
+        and logits, (rows, columns) float32: above 0 inside; -1024 everywhere if the object is absent.
         """
         first, last = span
         session = self.session(
@@ -322,16 +296,9 @@ class Network:
 def load_network(path: Path, device: torch.device) -> Network:
     """Build the network on ``device`` and fill it with a published file: ``{"model": weights}``, in any precision.
 
-    ``config.json`` beside it may give another size of the architecture, under the key "transformers".
-
-    Raises
-    ------
-    InputError
-        If ``config.json`` cannot be read.
-    MissingExtraError
-        If transformers or Pillow are not installed.
-    ModelError
-        If the file is no checkpoint of this network, or the version of transformers is not supported.
+    ``config.json`` beside it may give another size of the architecture, under the key "transformers". Raises InputError
+    if that cannot be read, MissingExtraError if transformers or Pillow are not installed, ModelError if the file is no
+    checkpoint of this network or the version of transformers is not supported.
     """
     weights = _read_checkpoint(path)
     require_packages()

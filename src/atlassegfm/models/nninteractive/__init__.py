@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,6 @@ from ...prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, RegionPrompt
 from ...settings import ModelSettings
 from ..base import OnPrompt, in_turn
 from ..inputs import intensities, scan_name
-from ..weights import LocalWeights
 
 Field = NDArray[np.float32]
 #: Gives one prompt to a session, which then predicts.
@@ -122,7 +122,7 @@ class NnInteractiveSegmenter(ABC):
             raise ModelError(f"this nnInteractive network does not take the prompt {kind!r}; choose another prompt")
 
 
-def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeights]) -> NnInteractiveSegmenter:
+def load(device: str, settings: ModelSettings, weights: Callable[[], Path]) -> NnInteractiveSegmenter:
     """Load the model onto "cpu" or "cuda", or connect to the server that the settings name.
 
     A server brings its own network and device: no weights are looked for here, and PyTorch is not needed. Errors as of

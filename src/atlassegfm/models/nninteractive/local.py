@@ -25,7 +25,7 @@ from ...prompts import INSIDE
 from ...settings import NnInteractiveSettings
 from ..checkpoint import UnsafeCheckpointError, check_fit, load_state, named_weights
 from ..inputs import usable_device
-from ..weights import LocalWeights, describe_file, installed_version
+from ..weights import describe_file, installed_version
 from . import Field, NnInteractiveSegmenter, Put
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class PaintedProbability:
             yield LocalMap((k, j, i), output.astype(np.float32))
 
 
-def open_folder(weights: Callable[[], LocalWeights], device: str, options: NnInteractiveSettings) -> LocalSegmenter:
+def open_folder(weights: Callable[[], Path], device: str, options: NnInteractiveSettings) -> LocalSegmenter:
     """Load a network into a session on "cpu" or "cuda"; errors as of :func:`~atlassegfm.models.load_model`."""
     place = usable_device(device)
     with _quiet():
@@ -161,7 +161,7 @@ def open_folder(weights: Callable[[], LocalWeights], device: str, options: NnInt
     missing = [name for name in _PRIVATE if not hasattr(nnInteractiveInferenceSession, name)]
     if missing:
         raise _other_version(f"it has no {', '.join(missing)}")
-    fold = find_fold(weights().path)
+    fold = find_fold(weights())
     with _quiet(), _settings_of_torch():
         session = nnInteractiveInferenceSession(
             device=place,
