@@ -54,11 +54,11 @@ _LARGEST_PRIOR = 0.5
 _EVIDENCE_WEIGHT = 1.5
 #: Fraction of each density that is taken from the mean of both: bounds the evidence of one view to log 9.
 _SHARED_APPEARANCE = 0.2
-#: Sweeps of expectation maximisation.
+#: Sweeps of expectation maximisation and of mean field.
 _EM_SWEEPS = 3
-#: Sigma in mm of the smoothed intensity and its local deviation.
+_FIELD_SWEEPS = 8
+#: Sigma in mm of the smoothed intensity and its local deviation, and of the neighbourhood.
 _TEXTURE_MM = 2.0
-#: Sigma in mm of the neighbourhood.
 _NEIGHBOURHOOD_MM = 20.0
 #: Voxels on the rarer side at which a neighbourhood gets half of its weight; not tuned.
 _NEIGHBOURHOOD_VOXELS = 20.0
@@ -70,8 +70,6 @@ _CONTRAST_NOISES = 2.0
 _SMALLEST_COUPLING = 0.02
 #: Smallest noise, as a fraction of the crop's range: the median step of 8-bit and masked scans is 0.
 _SMALLEST_NOISE = 0.02
-#: Sweeps of mean field.
-_FIELD_SWEEPS = 8
 #: Bound of the log-odds before coupling, so that neighbours can outvote a voxel.
 _LARGEST_LOG_ODDS = 4.0
 #: Probability of parts that do not touch the prompt: just not inside.
@@ -96,8 +94,7 @@ _LEAST_PRIOR = 1e-3
 #: Radius in mm in which intensities around a click are learned, and up to which the structure's radius is sought.
 _CLICK_SEED_MM = 3.0
 _CLICK_REACH_MM = 40.0
-#: Standard deviations within which a voxel is similar to the seed; smallest fraction of such voxels in a shell of the
-#: ball.
+#: Standard deviations within which a voxel is similar to the seed; smallest fraction of such voxels in a ball's shell.
 _CLICK_DEVIATIONS = 2.5
 _CLICK_SIMILAR = 0.5
 #: Smallest standard deviation of the seed, as a fraction of the crop's range: of few voxels it comes out too small.

@@ -156,17 +156,16 @@ def load_model(name: str, device: str, settings: ModelSettings | None = None, pa
 
 
 def accept_licence(name: str) -> str | None:
-    """Record, once for all, that the user accepts the licence of a model's weights.
+    """Record that the user accepts the licence of a model's weights; InputError if that cannot be recorded.
 
-    Returns the date of the first acceptance, or None where none is needed. Raises InputError if the name is not known,
-    or the acceptance cannot be recorded.
+    Returns the date of the first acceptance, or None where none is needed.
     """
     published = describe_model(name).weights
     return None if published is None else _weights.accept_licence(name, published)
 
 
 def licence_accepted(name: str) -> str | None:
-    """Return the date on which a licence was accepted; None if it was not, or need not be. InputError as above."""
+    """Return the date on which the licence of a model's weights was accepted; None if it was not, or need not be."""
     published = describe_model(name).weights
     return None if published is None else _weights.licence_accepted(name, published)
 

@@ -243,14 +243,8 @@ class Network:
         and logits, (rows, columns) float32: above 0 inside; -1024 everywhere if the object is absent.
         """
         first, last = span
-        session = self.session(
-            video_height=shape[0],
-            video_width=shape[1],
-            inference_device=self.device,
-            inference_state_device=self.device,
-            video_storage_device="cpu",
-            dtype=torch.float32,
-        )
+        places = {"inference_device": self.device, "inference_state_device": self.device, "video_storage_device": "cpu"}
+        session = self.session(video_height=shape[0], video_width=shape[1], dtype=torch.float32, **places)
         session.processed_frames = _Frames(frame, first, last - first)
         session.cache = _CropCache(cache, first)
         self._give(session, prompt, shape, first)
@@ -258,9 +252,7 @@ class Network:
             on_gpu = self.device.type == "cuda"
             with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
                 answer = self.model(session, frame_idx=index - first, reverse=reverse)
-                logits = functional.interpolate(
-                    answer.pred_masks.float(), size=shape, mode="bilinear", align_corners=False
-                )
+                logits = functional.interpolate(answer.pred_masks.float(), shape, mode="bilinear", align_corners=False)
             self._forget(session, index - first, reverse=reverse)
             yield index, logits[0, 0].cpu().numpy()
 

@@ -35,7 +35,6 @@ _CHECKPOINT = "checkpoint_final.pth"
 _WANTED = f"the weights of the model 'nninteractive' ({_CHECKPOINT})"
 #: Either lists the interactions a network was trained for; the second is of version 1.
 _INFORMATION = ("inference_info.json", "inference_session_class.json")
-#: Package name of nnInteractive.
 _PACKAGE = "nninteractive"
 #: Versions of nnInteractive whose private methods are used, and those methods.
 _VERSIONS = ">=2.6,<2.7"
@@ -163,12 +162,9 @@ def open_folder(weights: Callable[[], Path], device: str, options: NnInteractive
         raise _other_version(f"it has no {', '.join(missing)}")
     fold = find_fold(weights())
     with _quiet(), _settings_of_torch():
+        # Without undo: every prompt starts from scratch here, a failed one too.
         session = nnInteractiveInferenceSession(
-            device=place,
-            torch_n_threads=torch.get_num_threads(),
-            do_autozoom=options.autozoom,
-            # Every prompt starts from scratch here, a failed one too.
-            enable_undo=False,
+            device=place, torch_n_threads=torch.get_num_threads(), do_autozoom=options.autozoom, enable_undo=False
         )
         return LocalSegmenter(session, _load_network(session, fold))
 

@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 
 #: Major version of the server's package whose protocol the client speaks.
 _SERVER_MAJOR_VERSION = "2"
-#: Environment variable of the key.
 _KEY_VARIABLE = "NN_INTERACTIVE_API_KEY"
 #: HTTP codes of a server that does not know the request: not found, wrong method, not implemented.
 _UNKNOWN_REQUEST = (404, 405, 501)
@@ -84,11 +83,8 @@ class RemoteSegmenter(NnInteractiveSegmenter):
         with self._explained():
             session.set_do_autozoom(self._options.autozoom)
         self.session = session
-        self.provenance = {
-            "server": self._url,
-            "server_version": version,
-            "server_weights_licence": str(session.license),
-        }
+        licence = str(session.license)
+        self.provenance = {"server": self._url, "server_version": version, "server_weights_licence": licence}
 
     def _stranger(self) -> ModelError:
         return ModelError(
