@@ -117,12 +117,12 @@ class BuiltinSegmenter:
     ) -> dict[int, LocalMap]:
         """Predict the structures independently; see :class:`~atlassegfm.models.Segmenter`."""
 
-        def answer(asked: tuple[int, Prompt]) -> tuple[int, LocalMap]:
-            return asked[0], self._answer(encoded, asked[1])
+        def predict_one(numbered: tuple[int, Prompt]) -> tuple[int, LocalMap]:
+            return numbered[0], self._predict_one(encoded, numbered[1])
 
-        return dict(parallel_map(answer, in_turn(prompts, on_prompt), most=_MOST_PARALLEL))
+        return dict(parallel_map(predict_one, in_turn(prompts, on_prompt), most=_MOST_PARALLEL))
 
-    def _answer(self, image: Volume, prompt: Prompt) -> LocalMap:
+    def _predict_one(self, image: Volume, prompt: Prompt) -> LocalMap:
         if isinstance(prompt, MaskPrompt | RegionPrompt):
             return self._refine(image, inside_scan(prompt.probability, image.grid.shape), _MASK_ERROR)
         shape = _ball(image, prompt) if isinstance(prompt, ClickPrompt) else _ellipsoid(image, prompt)
@@ -334,7 +334,7 @@ def _shrunk_log_ratio(inside: Doubles, outside: Doubles) -> Doubles:
 
 
 def _couplings(image: Field, near: Mask, spacing_mm: Doubles) -> list[Field]:
-    """For each axis, log-odds that a voxel and the next one along it lend each other."""
+    """For each axis, log-odds that neighbouring voxels along it add to each other."""
     steps = [np.diff(image, axis=axis) for axis in range(3)]
     # The axis with the smallest median step shows noise best: thick slices differ by anatomy.
     medians = []

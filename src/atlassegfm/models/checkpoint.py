@@ -26,8 +26,8 @@ _ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"
 #: The old format is a magic number, a version, a description of the machine and the content, each a pickle; then the
 #: tensors (torch.serialization._legacy_save).
 _OLD_PICKLES = 4
-#: What saved downloads turn out to be that are no weights, by how they begin.
-_STRANGERS = (
+#: First bytes of saved downloads that are not weights, and what they are.
+_NOT_WEIGHTS = (
     (b"version https://git-lfs", "is a pointer of Git LFS, not the file it stands for"),
     (b"<", "is a web page, or other text in angle brackets"),
 )
@@ -62,7 +62,7 @@ def load_state(path: Path, *, wanted: str) -> Any:
         if not head:
             raise ModelError(f"{path}: is empty; expected {wanted}: fetch or copy it again")
         if not head.startswith((_ZIP, _PICKLE)):
-            found = next((words for start, words in _STRANGERS if head.startswith(start)), "is no file of PyTorch")
+            found = next((words for start, words in _NOT_WEIGHTS if head.startswith(start)), "is no file of PyTorch")
             raise ModelError(f"{path}: {found}; expected {wanted}")
         if head.startswith(_ZIP) and not zipfile.is_zipfile(path):
             raise _damaged(path, wanted)

@@ -39,8 +39,8 @@ class Download:
         import pooch
         import requests
 
-        self.stage, self.tell = f"downloading {name}", on_stage
-        self.tell(self.stage)
+        self.stage, self.on_stage = f"downloading {name}", on_stage
+        on_stage(self.stage)
         pooch.get_logger().setLevel(logging.WARNING)
         downloader = pooch.HTTPDownloader(
             progressbar=self,
@@ -70,7 +70,7 @@ class Download:
         """Report progress after a chunk."""
         before, self.done = self.done, min(self.done + size, self.total)
         if self.total and (percent := self.done * 100 // self.total) != before * 100 // self.total:
-            self.tell(f"{self.stage}: {percent} %, {_megabytes(self.done)} of {_megabytes(self.total)}")
+            self.on_stage(f"{self.stage}: {percent} %, {_megabytes(self.done)} of {_megabytes(self.total)}")
 
     def reset(self) -> None:
         """Do nothing: pooch calls it at the end."""

@@ -111,7 +111,7 @@ class VesselSegmenter:
                     if on_prompt is not None:
                         on_prompt(number)
 
-        answers = dict.fromkeys(prompts, LocalMap.empty())
+        maps = dict.fromkeys(prompts, LocalMap.empty())
         if territory.numbers:
             logits = self._logits(encoded, territory, turn_to)
             boxes = ndimage.find_objects(territory.owner, max_label=len(territory.numbers))
@@ -121,9 +121,9 @@ class VesselSegmenter:
                 # Not PyTorch's sigmoid, whose last bits depend on the place in the array.
                 probability = special.expit(logits[box]) * (territory.owner[box] == place)
                 i, j, k = (first + side.start for first, side in zip(territory.start, box, strict=True))
-                answers[number] = LocalMap((i, j, k), probability.astype(np.float32, copy=False))
+                maps[number] = LocalMap((i, j, k), probability.astype(np.float32, copy=False))
         turn_to(prompts)
-        return answers
+        return maps
 
     def _logits(
         self, encoded: VesselEncoding, territory: _Territory, turn_to: Callable[[Iterable[int]], None]
@@ -318,7 +318,7 @@ def _divide(prompts: Mapping[int, Prompt], grid: Grid, reach_mm: float) -> _Terr
     for number in sorted(prompts):
         prompt = prompts[number]
         if not isinstance(prompt, RegionPrompt):
-            raise TypeError(f"the model 'vesselfm' is asked by region, not by {type(prompt).__name__}")
+            raise TypeError(f"the model 'vesselfm' is prompted by region, not by {type(prompt).__name__}")
         start, inside = inside_scan(prompt.probability, grid.shape)
         if inside.any():
             regions[number] = crop_mask(start, inside, margin, grid.shape)

@@ -347,7 +347,7 @@ def _today() -> str:
 
 
 def _fetch_one(
-    name: str, published: PublishedWeights, folder: Path, stored: StoredFile, tell: Callable[[str], None]
+    name: str, published: PublishedWeights, folder: Path, stored: StoredFile, on_stage: Callable[[str], None]
 ) -> None:
     """Download one file and record it."""
     target = stored.path
@@ -361,7 +361,7 @@ def _fetch_one(
     with atomic_path(target) as temporary:
         file = stored.file
         download = Download(published.url_of(file), published.page, target, file.size, file.sha256)
-        download.to(temporary, tell, file.path)
+        download.to(temporary, on_stage, file.path)
         size, sha256 = temporary.stat().st_size, sha256_of(temporary)
     values = (download.url, published.revision, size, sha256, _today())
     record = _read_record(folder) | {file.path: dict(zip(_RECORDED, values, strict=True))}

@@ -119,17 +119,17 @@ class MedSam2Segmenter:
 
         Raises InputError if a box is given for a scan that is not read in axial slices.
         """
-        return {number: self._answer(encoded, prompt) for number, prompt in in_turn(prompts, on_prompt)}
+        return {number: self._predict_one(encoded, prompt) for number, prompt in in_turn(prompts, on_prompt)}
 
-    def _answer(self, encoded: MedSam2Encoding, prompt: Prompt) -> LocalMap:
+    def _predict_one(self, encoded: MedSam2Encoding, prompt: Prompt) -> LocalMap:
         if isinstance(prompt, RegionPrompt):
-            raise TypeError("the model 'medsam2' is asked by click, mask or box, not by RegionPrompt")
-        asked = _on_slice(prompt, encoded)
-        if asked is None:
+            raise TypeError("the model 'medsam2' is prompted by click, mask or box, not by RegionPrompt")
+        on_slice = _on_slice(prompt, encoded)
+        if on_slice is None:
             return LocalMap.empty()
-        span, known = _span(prompt, asked.index, encoded, self.settings)
+        span, known = _span(prompt, on_slice.index, encoded, self.settings)
         probability = np.zeros((span[1] - span[0], *encoded.slices.shape[1:]), np.float32)
-        for index, logits in self.logits(encoded, asked, span, stop_when_gone=not known):
+        for index, logits in self.logits(encoded, on_slice, span, stop_when_gone=not known):
             found = special.expit(logits)
             probability[index - span[0]] = np.where(found < _LEAST_PROBABILITY, 0, found)
         on_span = LocalMap.from_full(encoded.view.volume(probability))
@@ -161,9 +161,9 @@ class MedSam2Segmenter:
             if reverse and prompt.index == span[0]:
                 return
             empty = 0
-            way = self.network.track(prompt, frame, (rows, columns), span, encoded.features, reverse=reverse)
-            for index, logits in way:
-                # The prompted slice was answered on the way up.
+            tracked = self.network.track(prompt, frame, (rows, columns), span, encoded.features, reverse=reverse)
+            for index, logits in tracked:
+                # The prompted slice was predicted on the way up.
                 if not (reverse and index == prompt.index):
                     yield index, logits
                 empty = 0 if (logits > 0).any() else empty + 1

@@ -71,10 +71,10 @@ class NnInteractiveSegmenter(ABC):
 
         Raises ModelError if the session, or the server, fails, or the network does not take this kind of prompt.
         """
-        return {number: self._answer(encoded, prompt) for number, prompt in in_turn(prompts, on_prompt)}
+        return {number: self._predict_one(encoded, prompt) for number, prompt in in_turn(prompts, on_prompt)}
 
-    def _answer(self, scan: Field, prompt: Prompt) -> LocalMap:
-        put = self._question(scan.shape, prompt)
+    def _predict_one(self, scan: Field, prompt: Prompt) -> LocalMap:
+        put = self._interaction(scan.shape, prompt)
         return LocalMap.empty() if put is None else _turned(self._probability(scan, put))
 
     def _ask(self, scan: Field, put: Put) -> NDArray[np.uint8]:
@@ -90,7 +90,7 @@ class NnInteractiveSegmenter(ABC):
         self._shown = scan
         return self._mask
 
-    def _question(self, shape: tuple[int, ...], prompt: Prompt) -> Put | None:
+    def _interaction(self, shape: tuple[int, ...], prompt: Prompt) -> Put | None:
         """The prompt in terms of a session, cut to a scan of this shape, (K, J, I); None if nothing is left."""
         session = self.session
         if isinstance(prompt, ClickPrompt):
@@ -109,7 +109,7 @@ class NnInteractiveSegmenter(ABC):
                 return None
             return lambda session: session.add_bbox_interaction(sides, include_interaction=True)
         if isinstance(prompt, RegionPrompt):
-            raise TypeError("the model 'nninteractive' is asked by mask, box or click, not by RegionPrompt")
+            raise TypeError("the model 'nninteractive' is prompted by mask, box or click, not by RegionPrompt")
         self._require("mask", session.supports_initial_label and session.supports_zero_shot_label_refinement)
         mask = np.ascontiguousarray(_turned(prompt.probability).on_box((0, 0, 0), shape) >= INSIDE).astype(np.uint8)
         if not mask.any():
@@ -127,7 +127,7 @@ def load(device: str, settings: ModelSettings, weights: Callable[[], Path]) -> N
 
     A server brings its own network and device: no weights are looked for here, and PyTorch is not needed. Errors as of
     :func:`~atlassegfm.models.load_model`; InputError, too, if the server's address is none or not allowed, ModelError
-    if it does not answer.
+    if it does not respond.
     """
     options = settings.nninteractive
     if options.server:

@@ -70,7 +70,7 @@ class RemoteSegmenter(NnInteractiveSegmenter):
             with self._explained():
                 session = _claim(self._url, self._options.timeout_seconds)
         except (_SessionLostError, KeyError, TypeError, ValueError):
-            raise self._stranger() from None
+            raise self._other_server() from None
         # A session's heartbeat keeps it alive, so it must end with this object.
         self._release = weakref.finalize(self, session.close)
         version = str(session.INFERENCE_SESSION_VERSION)
@@ -86,7 +86,7 @@ class RemoteSegmenter(NnInteractiveSegmenter):
         licence = str(session.license)
         self.provenance = {"server": self._url, "server_version": version, "server_weights_licence": licence}
 
-    def _stranger(self) -> ModelError:
+    def _other_server(self) -> ModelError:
         return ModelError(
             f"{self._url}: what answers there is no nnInteractive server of version {_SERVER_MAJOR_VERSION}; correct "
             "models.nninteractive.server, or update the server"
@@ -116,7 +116,7 @@ class RemoteSegmenter(NnInteractiveSegmenter):
         except httpx.HTTPStatusError as error:
             code = error.response.status_code
             if code in _UNKNOWN_REQUEST:
-                raise self._stranger() from None
+                raise self._other_server() from None
             what = f"the server failed (HTTP {code}: {_detail(error.response)})"
             if code in _REFUSED:
                 what = (
