@@ -248,8 +248,8 @@ class Network:
         session.processed_frames = _Frames(frame, first, last - first)
         session.cache = _CropCache(cache, first)
         self._give(session, prompt, shape, first)
+        on_gpu = self.device.type == "cuda"
         for index in range(prompt.index, first - 1, -1) if reverse else range(prompt.index, last):
-            on_gpu = self.device.type == "cuda"
             with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
                 answer = self.model(session, frame_idx=index - first, reverse=reverse)
                 logits = functional.interpolate(answer.pred_masks.float(), shape, mode="bilinear", align_corners=False)
