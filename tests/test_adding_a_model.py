@@ -47,7 +47,7 @@ def growing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModelDescription
     monkeypatch.delattr(models, "growing")
     row = eval(code_block("a row of MODELS"), {"ModelDescription": ModelDescription})  # noqa: S307  (our own page)
     assert isinstance(row, ModelDescription)
-    monkeypatch.setattr(models, "MODELS", {**models.MODELS, row.name: row})
+    monkeypatch.setitem(models.MODELS, row.name, row)
     return row
 
 

@@ -77,7 +77,7 @@ def add_model(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Toy]]:
         loaded: list[Toy] = []
 
         def load(_device: str, _settings: object, find: Callable[[], Any]) -> Toy:
-            loaded.append(Toy(None if published is None else find().path))
+            loaded.append(Toy(None if published is None else find()))
             return loaded[-1]
 
         module = types.ModuleType(f"atlassegfm.models.{name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import subprocess
 import sys
@@ -325,7 +326,7 @@ def test_missing_extra(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, name: 
 
 def modeling() -> Any:
     with network_module._broken_torchvision_hidden():
-        return network_module._import_transformers()[1]
+        return importlib.import_module("transformers.models.sam2_video.modeling_sam2_video")
 
 
 def test_transformers_without_the_network(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +340,7 @@ def test_transformers_that_was_changed_inside(checkpoint: Path, monkeypatch: pyt
     module = modeling()
     with monkeypatch.context() as patch:
         patch.delattr(module.Sam2VideoModel, name)
-        with pytest.raises(ModelError, match=rf"has another Sam2VideoModel\.{name} .* install transformers 4\.56"):
+        with pytest.raises(ModelError, match=rf"has another Sam2VideoModel\.{name} .* needs transformers 4\.56"):
             load_network(checkpoint, CPU)
     monkeypatch.setattr(module.Sam2VideoModel, name, lambda *_: None)
     with pytest.raises(ModelError, match=rf"has another Sam2VideoModel\.{name}"):

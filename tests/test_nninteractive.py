@@ -28,7 +28,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from atlassegfm import models
 from atlassegfm.atlas import Atlas
 from atlassegfm.context import Context
 from atlassegfm.core.config import with_overrides
@@ -184,7 +183,7 @@ def test_probabilities_are_those_of_the_network(random_folder: Path) -> None:
     given[0, 0][to] = torch.from_numpy(np.ascontiguousarray((data - data.mean()) / data.std(ddof=1)))
     given[0, 1][to] = torch.from_numpy(np.ascontiguousarray(mask.astype(np.float32)))
     with torch.inference_mode():
-        expected = model.backend.session.network(given)[0].softmax(0)[1].numpy()[to]
+        expected = model.session.network(given)[0].softmax(0)[1].numpy()[to]
     np.testing.assert_allclose(found, expected, atol=2e-3)
     assert ((expected > 0.5) == (found >= 0.5)).mean() >= 0.999
 
@@ -200,7 +199,7 @@ def test_masks_are_those_of_the_official_session_after_zooming_out(toy_folder: P
         "box": BoxPrompt((5, 7, 12), (96, 22, 13)),
     }[kind]
     pasted = []
-    session = toy.backend.session
+    session = toy.session
     plan = session._plan_refinement_bboxes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "_plan_refinement_bboxes", lambda *given: (pasted.extend(plan(*given)), pasted)[1])
@@ -243,7 +242,7 @@ def test_two_scans_in_turn_and_several_structures_do_not_mix(toy: Any, monkeypat
     one, two = ball(), ball((34, 25, 24), 6.0)
     first, second = toy.encode(bright(one)), toy.encode(bright(one | two, seed=1))
     shown = []
-    session = toy.backend.session
+    session = toy.session
     show = session.set_image
     monkeypatch.setattr(session, "set_image", lambda *given: (shown.append(given[0].shape), show(*given))[1])
     told: list[int] = []
@@ -326,7 +325,7 @@ def test_nothing_of_the_process_is_changed(toy_folder: Path, capsys: pytest.Capt
     np.testing.assert_array_equal(image.data, data)
     np.testing.assert_array_equal(prompt.probability.values, values)  # type: ignore[union-attr]
     assert capsys.readouterr().out == ""
-    executor = model.backend.session.executor
+    executor = model.session.executor
     assert not executor._shutdown
     del model
     gc.collect()  # frames of the loading may live on in a cycle of a library
@@ -336,7 +335,7 @@ def test_nothing_of_the_process_is_changed(toy_folder: Path, capsys: pytest.Capt
 def test_failed_prompt_leaves_no_trace(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     image = toy.encode(bright(ball()))
     expected = toy.predict(image, {1: PROMPTS["click"]})[1]
-    session = toy.backend.session
+    session = toy.session
     with monkeypatch.context() as patch:
         patch.setattr(
             session, "_build_network_input", lambda *_: (_ for _ in ()).throw(RuntimeError("no room\nat all"))
@@ -351,7 +350,7 @@ def test_memory_that_runs_out_is_left_to_the_pipeline(toy: Any, monkeypatch: pyt
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("GPU")
 
-    monkeypatch.setattr(toy.backend.session, "_build_network_input", fail)
+    monkeypatch.setattr(toy.session, "_build_network_input", fail)
     with pytest.raises(torch.OutOfMemoryError):
         answer(toy, bright(ball()), PROMPTS["click"])
 
@@ -428,7 +427,7 @@ def test_folder_is_found_among_all_weights(tmp_path: Path, monkeypatch: pytest.M
         for file in published.files
     ]
     row = replace(MODELS["nninteractive"], weights=replace(published, files=tuple(tiny)))
-    monkeypatch.setattr(models, "MODELS", {**MODELS, "nninteractive": row})
+    monkeypatch.setitem(MODELS, "nninteractive", row)
     accept_licence("nninteractive")
     assert load_model("nninteractive", "cpu").provenance["weights"]["folder"] == folder.name
 
@@ -455,7 +454,7 @@ def test_several_networks_or_folds_must_be_told_apart(toy_folder: Path, tmp_path
 def test_old_and_new_formats(broken: Path, name: str, content: Any, decay: float, radius: int) -> None:
     (broken / "inference_session_class.json").unlink()
     write(broken / name, content)
-    session = load(broken).backend.session
+    session = load(broken).session
     assert session.interaction_decay == decay
     assert session.point_interaction.point_radius == radius
 
@@ -580,7 +579,7 @@ def test_checkpoint_with_more_than_tensors_is_warned_of(
     toy_folder: Path, broken: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert "runs code" not in caplog.text
-    session = load(broken).backend.session
+    session = load(broken).session
     save_checkpoint(broken / "fold_0", network_weights=session.network.state_dict(), logging=_Harmless())
     with caplog.at_level(logging.WARNING):
         model = load(broken)
@@ -658,7 +657,7 @@ def test_other_version_of_the_session_is_refused(toy_folder: Path, monkeypatch: 
 
 def test_session_that_pastes_otherwise_is_refused(toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(toy_folder)
-    session = model.backend.session
+    session = model.session
     paste = session._paste_prediction_to_target_buffer
 
     def other(prediction: torch.Tensor, bbox: list[list[int]], **named: Any) -> None:
@@ -779,7 +778,7 @@ def test_autozoom_is_told_to_the_server(server: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("NN_INTERACTIVE_API_KEY", KEY)
     for autozoom in (False, True):
         model = load(Path("absent"), server=server, autozoom=autozoom)
-        assert model.backend.session.do_autozoom is autozoom
+        assert model.session.do_autozoom is autozoom
         found = answer(model, bright(rod()), ClickPrompt((50, 14, 11)))
         model.close()
         # One patch of 64 around the click, or all of it.
@@ -801,7 +800,7 @@ def test_expired_session_is_opened_again(remote: Any, toy: Any, caplog: pytest.L
     image = bright(ball())
     encoded = remote.encode(image)
     remote.predict(encoded, {1: PROMPTS["mask"]})
-    remote.backend.session._http.post("/release")
+    remote.session._http.post("/release")
     with caplog.at_level(logging.INFO):
         found = remote.predict(encoded, {1: PROMPTS["click"]})[1]
     assert "the session had expired; opening another one" in caplog.text
@@ -833,7 +832,7 @@ def test_slow_server(remote: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         raise httpx.ReadTimeout("too long")
 
     with monkeypatch.context() as patch:
-        patch.setattr(remote.backend.session._http, "post", wait)
+        patch.setattr(remote.session._http, "post", wait)
         with pytest.raises(ModelError, match="took longer than 600 s; raise models.nninteractive.timeout_seconds"):
             answer(remote, bright(ball()), PROMPTS["click"])
 
@@ -845,7 +844,7 @@ def test_broken_connection(remote: Any, monkeypatch: pytest.MonkeyPatch) -> None
         raise httpx.RemoteProtocolError("gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(remote.backend.session._http, "post", fail)
+        patch.setattr(remote.session._http, "post", fail)
         with pytest.raises(ModelError, match=r"the connection to the server broke \(RemoteProtocolError\)"):
             answer(remote, bright(ball()), PROMPTS["click"])
 

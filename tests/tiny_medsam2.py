@@ -126,8 +126,9 @@ def original_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def build(config: Mapping[str, Any]) -> Any:
     """A network of an architecture, with transformers' own random weights."""
     with network_module._broken_torchvision_hidden(), torch.random.fork_rng(devices=[]):
-        transformers, modeling = network_module._import_transformers()
-        return modeling.Sam2VideoModel(transformers.Sam2VideoConfig(**config))
+        from transformers import Sam2VideoConfig, Sam2VideoModel
+
+        return Sam2VideoModel(Sam2VideoConfig(**config))
 
 
 def make_weights(seed: int = 0) -> dict[str, Tensor]:

@@ -1,9 +1,8 @@
 """Prompts for a segmentation model, made from the warped atlas mask of one structure.
 
-Three kinds are those of the paper (arXiv 2512.18176): a click in the middle of the largest connected
-component, the bounding box of its middle slice, or the mask itself. The fourth is the mask, too, for models that take
-no prompt. Voxel indices are those of the query
-in RAS-canonical array order, so that the third axis runs from feet to head and a slice is axial.
+The paper (arXiv 2512.18176) has three kinds: a click in the middle of the largest connected component, the bounding box
+of its middle slice, and the mask itself. The fourth, "region", is the mask for models that take no prompt. Voxels are
+those of the query in RAS-canonical array order, so the third axis runs from feet to head and a slice is axial.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from scipy import ndimage
 from .core.geometry import Grid
 from .core.mask import LocalMap
 
-#: "region" is for models that take no prompt.
+Mask = np.ndarray[tuple[int, int, int], np.dtype[np.bool_]]
 PromptKind = Literal["click", "box", "mask", "region"]
 #: A voxel belongs to the structure from this probability on.
 INSIDE = 0.5
@@ -79,26 +78,14 @@ class BoxPrompt:
 
 @dataclass(frozen=True, eq=False)
 class MaskPrompt:
-    """The soft mask itself.
-
-    Parameters
-    ----------
-    probability : LocalMap
-        On the query.
-    """
+    """The soft mask itself, on the query."""
 
     probability: LocalMap
 
 
 @dataclass(frozen=True, eq=False)
 class RegionPrompt:
-    """Where the structure is, for a model that takes no prompt and finds all of its kind in the scan.
-
-    Parameters
-    ----------
-    probability : LocalMap
-        On the query.
-    """
+    """Soft mask of the structure, on the query, for a model that finds all structures of its kind in the scan."""
 
     probability: LocalMap
 
@@ -107,20 +94,7 @@ Prompt = ClickPrompt | BoxPrompt | MaskPrompt | RegionPrompt
 
 
 def make_prompt(kind: PromptKind, probability: LocalMap) -> Prompt | None:
-    """Turn the warped mask of one structure into a prompt.
-
-    Parameters
-    ----------
-    kind : {"click", "box", "mask", "region"}
-        What the model is to be asked with.
-    probability : LocalMap
-        The warped mask, in [0, 1].
-
-    Returns
-    -------
-    ClickPrompt, BoxPrompt, MaskPrompt, RegionPrompt or None
-        None where no voxel reaches :data:`INSIDE`: there is nothing to point at.
-    """
+    """Turn the warped mask of one structure, in [0, 1], into a prompt; None where no voxel reaches :data:`INSIDE`."""
     inside = probability.values >= INSIDE
     if not inside.any():
         return None
@@ -129,39 +103,28 @@ def make_prompt(kind: PromptKind, probability: LocalMap) -> Prompt | None:
     if kind == "region":
         return RegionPrompt(probability)
     # Click and box point at one object: stray parts of a warped mask would drag both off it.
-    components, count = ndimage.label(inside, structure=np.ones((3, 3, 3)))
-    sizes = np.bincount(components.ravel())[1:] if count else np.zeros(1)
-    largest = components == int(sizes.argmax()) + 1
+    largest = largest_component(inside)
     start = np.array(probability.start)
     slices = np.flatnonzero(largest.any(axis=(0, 1)))
     reach = int(start[2] + slices[0]), int(start[2] + slices[-1]) + 1
     if kind == "click":
-        i, j, k = (int(n) for n in start + _middle(largest))
-        return ClickPrompt((i, j, k), reach)
+        return ClickPrompt(_ints(start + _middle(largest)), reach)
     # A component has no empty slice between its first and last one, so the middle one is never empty.
     middle = int(slices[0] + slices[-1]) // 2
     plane = np.argwhere(largest[:, :, middle])
     low, high = plane.min(axis=0), plane.max(axis=0) + 1
-    first = start + (low[0], low[1], middle)
-    last = start + (high[0], high[1], middle + 1)
-    return BoxPrompt(
-        (int(first[0]), int(first[1]), int(first[2])),
-        (int(last[0]), int(last[1]), int(last[2])),
-        reach,
-    )
+    return BoxPrompt(_ints(start + (*low, middle)), _ints(start + (*high, middle + 1)), reach)
 
 
-def inside_scan(
-    probability: LocalMap, shape: tuple[int, int, int]
-) -> tuple[NDArray[np.int64], np.ndarray[tuple[int, int, int], np.dtype[np.bool_]]]:
-    """The voxels of a scan that a soft mask prompts.
+def largest_component(mask: Mask) -> Mask:
+    """Find the largest component of a mask that is not empty; voxels are connected over faces, edges and corners."""
+    components, _ = ndimage.label(mask, structure=np.ones((3, 3, 3)))
+    largest: Mask = components == int(np.bincount(components.ravel())[1:].argmax()) + 1
+    return largest
 
-    Parameters
-    ----------
-    probability : LocalMap
-        In [0, 1]; may reach out of the scan, or lie outside it.
-    shape : tuple of int, (3,)
-        Voxels of the scan.
+
+def inside_scan(probability: LocalMap, shape: tuple[int, int, int]) -> tuple[NDArray[np.int64], Mask]:
+    """Find the voxels of a scan of this shape that a soft mask, which may reach out of it, prompts.
 
     Returns
     -------
@@ -172,17 +135,29 @@ def inside_scan(
     """
     first = np.maximum(probability.start, 0).astype(np.int64)
     last = np.maximum(np.minimum(probability.stop, shape), first)
-    inside: np.ndarray[tuple[int, int, int], np.dtype[np.bool_]] = (
-        probability.on_box(first.tolist(), last.tolist()) >= INSIDE
-    )
+    inside: Mask = probability.on_box(first.tolist(), last.tolist()) >= INSIDE
     return first, inside
 
 
-def _middle(mask: np.ndarray[tuple[int, int, int], np.dtype[np.bool_]]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def crop_mask(
+    start: NDArray[np.int64], mask: Mask, margin: NDArray[np.int64], shape: tuple[int, int, int]
+) -> tuple[NDArray[np.int64], Mask]:
+    """Crop or extend the box of a mask to ``margin`` voxels (3,) around it within a scan of this shape.
+
+    Takes and returns the first voxel (3,) of the box, and the mask on it, which must not be empty.
+    """
+    voxels = np.argwhere(mask) + start
+    first = np.maximum(voxels.min(axis=0) - margin, 0)
+    last = np.minimum(voxels.max(axis=0) + 1 + margin, shape)
+    crop: Mask = np.zeros(last - first, bool)
+    crop[tuple((voxels - first).T)] = True
+    return first, crop
+
+
+def _middle(mask: Mask) -> NDArray[np.int64]:
     """(3,) the voxel of the mask next to its centroid: the centroid itself unless that lies outside."""
     voxels = np.argwhere(mask)
-    centroid = voxels.mean(axis=0)
-    nearest: np.ndarray[tuple[int], np.dtype[np.int64]] = voxels[int(((voxels - centroid) ** 2).sum(axis=1).argmin())]
+    nearest: NDArray[np.int64] = voxels[int(((voxels - voxels.mean(axis=0)) ** 2).sum(axis=1).argmin())]
     return nearest
 
 

@@ -414,6 +414,6 @@ def _weights(settings: Settings) -> str | None:
         return None
     path = Path(settings.model_path).expanduser() if settings.model_path else None
     try:
-        return file_record(find_weights(settings.model, published, path).path).sha256
+        return file_record(find_weights(settings.model, published, path)).sha256
     except (AtlasSegError, OSError):
         return None  # they may be on a server; if not, loading the model says what is wrong

@@ -12,9 +12,9 @@ It has no weights and nothing in it is random. Per structure, on a crop around t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,29 +26,20 @@ from ..core.geometry import Grid
 from ..core.image import Volume
 from ..core.mask import LocalMap, signed_distance_mm
 from ..core.parallel import parallel_map
-from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan
+from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, crop_mask, inside_scan
 from ..settings import ModelSettings
-from . import OnPrompt
+from .base import OnPrompt, in_turn
 from .inputs import usable_device
-from .weights import LocalWeights
 
 Field = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-
-@dataclass(frozen=True)
-class _ExpectedError:
-    """Expected error of a prompt's border: a fraction of the structure's radius, up to a maximum in mm."""
-
-    per_radius: float
-    largest_mm: float
-
-
-#: Of a registered mask; a larger fraction worsens more structures.
-_MASK_ERROR = _ExpectedError(per_radius=0.2, largest_mm=6.0)
+#: Expected error of a prompt's border, as a fraction of the structure's radius and at most in mm. Of a registered mask:
+#: a larger fraction worsens more structures.
+_MASK_ERROR = (0.2, 6.0)
 #: Of a ball or ellipsoid in place of a structure of unknown shape: about twice that, not tuned.
-_SHAPE_ERROR = _ExpectedError(per_radius=0.4, largest_mm=12.0)
+_SHAPE_ERROR = (0.4, 12.0)
 #: Smallest expected error, in mm and in voxels: labels are not drawn better.
 _SMALLEST_ERROR_MM = 1.0
 _SMALLEST_ERROR_VOXELS = 0.5
@@ -63,11 +54,11 @@ _LARGEST_PRIOR = 0.5
 _EVIDENCE_WEIGHT = 1.5
 #: Fraction of each density that is taken from the mean of both: bounds the evidence of one view to log 9.
 _SHARED_APPEARANCE = 0.2
-#: Sweeps of expectation maximisation.
+#: Sweeps of expectation maximisation and of mean field.
 _EM_SWEEPS = 3
-#: Sigma in mm of the smoothed intensity and its local deviation.
+_FIELD_SWEEPS = 8
+#: Sigma in mm of the smoothed intensity and its local deviation, and of the neighbourhood.
 _TEXTURE_MM = 2.0
-#: Sigma in mm of the neighbourhood.
 _NEIGHBOURHOOD_MM = 20.0
 #: Voxels on the rarer side at which a neighbourhood gets half of its weight; not tuned.
 _NEIGHBOURHOOD_VOXELS = 20.0
@@ -79,15 +70,13 @@ _CONTRAST_NOISES = 2.0
 _SMALLEST_COUPLING = 0.02
 #: Smallest noise, as a fraction of the crop's range: the median step of 8-bit and masked scans is 0.
 _SMALLEST_NOISE = 0.02
-#: Sweeps of mean field.
-_FIELD_SWEEPS = 8
 #: Bound of the log-odds before coupling, so that neighbours can outvote a voxel.
 _LARGEST_LOG_ODDS = 4.0
 #: Probability of parts that do not touch the prompt: just not inside.
 _STRAY_PROBABILITY = 0.49
 
-#: Prompts answered in parallel: each takes some 100 bytes a voxel of its crop.
-_SIDE_BY_SIDE = 2
+#: Structures predicted in parallel: each takes some 100 bytes a voxel of its crop.
+_MOST_PARALLEL = 2
 #: Percentiles of the crop's intensities between which bins are laid.
 _RANGE_PERCENT = (0.5, 99.5)
 #: Bins of the three views (along both axes of the second), and sigma of their smoothing in bins.
@@ -105,124 +94,69 @@ _LEAST_PRIOR = 1e-3
 #: Radius in mm in which intensities around a click are learned, and up to which the structure's radius is sought.
 _CLICK_SEED_MM = 3.0
 _CLICK_REACH_MM = 40.0
-#: Standard deviations within which a voxel is similar to the seed; the ball ends where fewer than this fraction of a
-#: shell are.
+#: Standard deviations within which a voxel is similar to the seed; smallest fraction of such voxels in a ball's shell.
 _CLICK_DEVIATIONS = 2.5
-_CLICK_LIKE = 0.5
+_CLICK_SIMILAR = 0.5
 #: Smallest standard deviation of the seed, as a fraction of the crop's range: of few voxels it comes out too small.
 _CLICK_LEAST_DEVIATION = 0.06
 
 
 @dataclass(frozen=True, eq=False)
-class BuiltinEncoding:
-    """An encoded scan.
-
-    Parameters
-    ----------
-    data : array, (I, J, K) float32
-        Intensities, in RAS-canonical array order.
-    grid : Grid
-        Of the same shape.
-    """
-
-    data: Field
-    grid: Grid
-
-    @property
-    def spacing_mm(self) -> NDArray[np.float64]:
-        """(3,) distance in mm between neighbouring voxels along i, j, k."""
-        return self.grid.spacing_mm
-
-
-@dataclass(frozen=True, eq=False)
 class BuiltinSegmenter:
-    """Model behind :class:`~atlassegfm.models.Segmenter`.
-
-    Parameters
-    ----------
-    device : torch.device
-        Where the random field is solved. The rest runs on the CPU.
-    """
+    """Model behind :class:`~atlassegfm.models.Segmenter`; the random field is solved on ``device``."""
 
     device: torch.device
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
-    def encode(self, image: Volume) -> BuiltinEncoding:
-        """Encode one scan (RAS-canonical array order)."""
-        return BuiltinEncoding(np.asarray(image.data, dtype=np.float32), image.grid)
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """Nothing: it has no weights."""
-        return {}
+    def encode(self, image: Volume) -> Volume:
+        """Convert one scan (RAS-canonical array order) to float32."""
+        return Volume(np.asarray(image.data, dtype=np.float32), image.grid)
 
     def predict(
-        self, encoded: BuiltinEncoding, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
+        self, encoded: Volume, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
     ) -> dict[int, LocalMap]:
         """Predict the structures independently; see :class:`~atlassegfm.models.Segmenter`."""
 
-        def told() -> Iterator[Prompt]:
-            for number, prompt in prompts.items():
-                if on_prompt is not None:
-                    on_prompt(number)
-                yield prompt
+        def predict_one(numbered: tuple[int, Prompt]) -> tuple[int, LocalMap]:
+            return numbered[0], self._predict_one(encoded, numbered[1])
 
-        answers = parallel_map(partial(self.answer, encoded), told(), most=_SIDE_BY_SIDE)
-        return dict(zip(prompts, answers, strict=True))
+        return dict(parallel_map(predict_one, in_turn(prompts, on_prompt), most=_MOST_PARALLEL))
 
-    def answer(self, encoded: BuiltinEncoding, prompt: Prompt) -> LocalMap:
-        """Predict the probability of one structure.
-
-        Parameters
-        ----------
-        encoded : BuiltinEncoding
-            The scan.
-        prompt : ClickPrompt, BoxPrompt, MaskPrompt or RegionPrompt
-            Parts outside the scan are left out.
-
-        Returns
-        -------
-        LocalMap
-            float32 in [0, 1] on the scan's grid; empty where no voxel of the scan is prompted.
-        """
+    def _predict_one(self, image: Volume, prompt: Prompt) -> LocalMap:
         if isinstance(prompt, MaskPrompt | RegionPrompt):
-            return self._refine(encoded, inside_scan(prompt.probability, encoded.grid.shape), _MASK_ERROR)
-        shape = _ball(encoded, prompt) if isinstance(prompt, ClickPrompt) else _ellipsoid(encoded, prompt)
+            return self._refine(image, inside_scan(prompt.probability, image.grid.shape), _MASK_ERROR)
+        shape = _ball(image, prompt) if isinstance(prompt, ClickPrompt) else _ellipsoid(image, prompt)
         # The first round finds the structure from a shape that is not its own, the second its border.
-        found = self._refine(encoded, shape, _SHAPE_ERROR)
-        return self._refine(encoded, inside_scan(found, encoded.grid.shape), _MASK_ERROR)
+        found = self._refine(image, shape, _SHAPE_ERROR)
+        return self._refine(image, inside_scan(found, image.grid.shape), _MASK_ERROR)
 
     def _refine(
-        self, encoded: BuiltinEncoding, prompted: tuple[NDArray[np.int64], Mask], error: _ExpectedError
+        self, image: Volume, prompted: tuple[NDArray[np.int64], Mask], expected_error: tuple[float, float]
     ) -> LocalMap:
         """Refine once; ``prompted`` is the first voxel (3,) of a box of the scan, and the mask on that box."""
-        start, mask = prompted
-        voxels = np.argwhere(mask)
-        if not len(voxels):
+        if not prompted[1].any():
             return LocalMap.empty()
-        spacing_mm = encoded.spacing_mm
+        spacing_mm, shortest_mm = image.grid.spacing_mm, float(image.grid.spacing_mm.min())
+        per_radius, largest_mm = expected_error
         error_mm = max(
-            min(error.per_radius * _radius_mm(mask, spacing_mm), error.largest_mm),
+            min(per_radius * _radius_mm(prompted[1], spacing_mm), largest_mm),
             _SMALLEST_ERROR_MM,
-            _SMALLEST_ERROR_VOXELS * float(spacing_mm.min()),
+            _SMALLEST_ERROR_VOXELS * shortest_mm,
         )
-        reach_mm = max(_REACH_ERRORS * error_mm, _REACH_VOXELS * float(spacing_mm.min()))
-        margin = np.ceil(reach_mm / spacing_mm).astype(np.int64)
-        first = np.maximum(start + voxels.min(axis=0) - margin, 0)
-        last = np.minimum(start + voxels.max(axis=0) + 1 + margin, encoded.grid.shape)
-        crop = np.zeros(last - first, bool)
-        crop[tuple((voxels + start - first).T)] = True
+        reach_mm = max(_REACH_ERRORS * error_mm, _REACH_VOXELS * shortest_mm)
+        first, crop = crop_mask(*prompted, np.ceil(reach_mm / spacing_mm).astype(np.int64), image.grid.shape)
 
         distance_mm = signed_distance_mm(crop, spacing_mm)
         near = distance_mm > -reach_mm
-        largest = max(_LARGEST_PRIOR, _PRIOR_SLOPE * float(spacing_mm.min()) / error_mm)
+        largest = max(_LARGEST_PRIOR, _PRIOR_SLOPE * shortest_mm / error_mm)
         prior = np.minimum(distance_mm[near] * np.float32(_PRIOR_SLOPE / error_mm), np.float32(largest))
         del distance_mm
-        image = _normalised(encoded.data[_slices(first, last)], near)
+        data = _normalised(_part(image, first, crop.shape), near)
         log_odds = np.full(crop.shape, -_LARGEST_LOG_ODDS)
-        log_odds[near] = (prior + _EVIDENCE_WEIGHT * _evidence(image, near, prior, spacing_mm)).clip(
+        log_odds[near] = (prior + _EVIDENCE_WEIGHT * _evidence(data, near, prior, spacing_mm)).clip(
             -_LARGEST_LOG_ODDS, _LARGEST_LOG_ODDS
         )
-        probability = _mean_field(log_odds, _couplings(image, near, spacing_mm), self.device)
+        probability = _mean_field(log_odds, _couplings(data, near, spacing_mm), self.device)
         probability[~near] = 0
         parts, _ = ndimage.label(probability >= INSIDE)
         stray = (parts > 0) & ~np.isin(parts, np.unique(parts[crop]))
@@ -231,65 +165,56 @@ class BuiltinSegmenter:
         return LocalMap((i, j, k), probability)
 
 
-def load(device: str, _settings: ModelSettings, _weights: Callable[[], LocalWeights]) -> BuiltinSegmenter:
-    """Load the model onto "cpu" or "cuda".
-
-    Raises
-    ------
-    ModelError
-        If there is no such device.
-    """
+def load(device: str, _settings: ModelSettings, _weights: Callable[[], Path]) -> BuiltinSegmenter:
+    """Load the model onto "cpu" or "cuda"; ModelError if there is no such device."""
     return BuiltinSegmenter(usable_device(device))
 
 
-def _ellipsoid(encoded: BuiltinEncoding, prompt: BoxPrompt) -> tuple[NDArray[np.int64], Mask]:
+def _ellipsoid(image: Volume, prompt: BoxPrompt) -> tuple[NDArray[np.int64], Mask]:
     """The ellipsoid that touches the box from inside, as long along k as the mean of its other two axes."""
     start, stop = np.array(prompt.start), np.array(prompt.stop)
     if (stop <= start).any():
         return np.zeros(3, np.int64), np.zeros((0, 0, 0), bool)
-    half_mm = (stop - start) / 2 * encoded.spacing_mm
+    half_mm = (stop - start) / 2 * image.grid.spacing_mm
     half_mm[2] = max(half_mm[2], np.sqrt(half_mm[0] * half_mm[1]))
-    centre = (start + stop - 1) / 2
-    first, radii = _squared_distance(encoded, centre, half_mm)
-    return first, radii <= 1
+    first, squared = _squared_distance(image.grid, (start + stop - 1) / 2, half_mm)
+    return first, squared <= 1
 
 
-def _ball(encoded: BuiltinEncoding, prompt: ClickPrompt) -> tuple[NDArray[np.int64], Mask]:
-    """A ball around the click, as large as most of its surface looks like its middle."""
+def _ball(image: Volume, prompt: ClickPrompt) -> tuple[NDArray[np.int64], Mask]:
+    """A ball around the click, as large as most voxels of its surface are similar to its middle."""
     click = np.array(prompt.ijk)
-    if (click < 0).any() or (click >= encoded.grid.shape).any():
+    if (click < 0).any() or (click >= image.grid.shape).any():
         return np.zeros(3, np.int64), np.zeros((0, 0, 0), bool)
-    first, squared = _squared_distance(encoded, click, np.full(3, _CLICK_REACH_MM))
-    image = _normalised(encoded.data[_slices(first, first + squared.shape)], squared <= 1)
+    first, squared = _squared_distance(image.grid, click, np.full(3, _CLICK_REACH_MM))
+    data = _normalised(_part(image, first, squared.shape), squared <= 1)
     distance_mm = np.sqrt(squared) * _CLICK_REACH_MM
     # Shells as thick as a voxel: on thick slices those of the middle are made of in-plane neighbours.
-    thickness_mm = float(encoded.spacing_mm.min())
-    seed = image[distance_mm <= max(_CLICK_SEED_MM, 1.5 * thickness_mm)]
+    thickness_mm = float(image.grid.spacing_mm.min())
+    seed = data[distance_mm <= max(_CLICK_SEED_MM, 1.5 * thickness_mm)]
     deviation = max(float(seed.std()), _CLICK_LEAST_DEVIATION)
-    like = np.abs(image - np.median(seed)) <= _CLICK_DEVIATIONS * deviation
+    similar = np.abs(data - np.median(seed)) <= _CLICK_DEVIATIONS * deviation
     shell = np.rint(distance_mm / thickness_mm).astype(np.int64)
     shells = int(_CLICK_REACH_MM / thickness_mm)
     inside = shell < shells
     count = np.bincount(shell[inside], minlength=shells)
-    share = np.bincount(shell[inside], like[inside], minlength=shells) / np.maximum(count, 1)
-    unlike = np.flatnonzero((share < _CLICK_LIKE) & (count > 0))
-    ends = int(unlike[0]) if len(unlike) else shells
-    return first, distance_mm <= max((ends - 0.5) * thickness_mm, thickness_mm)
+    fraction = np.bincount(shell[inside], similar[inside], minlength=shells) / np.maximum(count, 1)
+    other = np.flatnonzero((fraction < _CLICK_SIMILAR) & (count > 0))
+    radius = int(other[0]) if len(other) else shells
+    return first, distance_mm <= max((radius - 0.5) * thickness_mm, thickness_mm)
 
 
-def _squared_distance(
-    encoded: BuiltinEncoding, centre: NDArray[Any], scale_mm: NDArray[np.float64]
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def _squared_distance(grid: Grid, centre: NDArray[Any], scale_mm: Doubles) -> tuple[NDArray[np.int64], Doubles]:
     """First voxel (3,) of the box of the scan around a voxel, and squares of distances / ``scale_mm`` to it."""
-    size = scale_mm / encoded.spacing_mm
-    first = np.clip(np.floor(centre - size).astype(np.int64), 0, encoded.grid.shape)
-    last = np.clip(np.ceil(centre + size).astype(np.int64) + 1, first, encoded.grid.shape)
-    along = [((np.arange(a, b) - c) / s) ** 2 for a, b, c, s in zip(first, last, centre, size, strict=True)]
-    squared: NDArray[np.float64] = along[0][:, None, None] + along[1][None, :, None] + along[2][None, None, :]
+    size = scale_mm / grid.spacing_mm
+    first = np.clip(np.floor(centre - size).astype(np.int64), 0, grid.shape)
+    last = np.clip(np.ceil(centre + size).astype(np.int64) + 1, first, grid.shape)
+    i, j, k = (((np.arange(a, b) - c) / s) ** 2 for a, b, c, s in zip(first, last, centre, size, strict=True))
+    squared: Doubles = i[:, None, None] + j[None, :, None] + k[None, None, :]
     return first, squared
 
 
-def _radius_mm(mask: Mask, spacing_mm: NDArray[np.float64]) -> float:
+def _radius_mm(mask: Mask, spacing_mm: Doubles) -> float:
     """Three times volume over surface: the radius of a ball, 1.5 times the thickness of a sheet."""
     padded = np.pad(mask, 1)
     faces_mm2 = sum(
@@ -308,34 +233,22 @@ def _normalised(image: Field, near: Mask) -> Field:
     return normalised
 
 
-def _evidence(image: Field, near: Mask, prior: Field, spacing_mm: NDArray[np.float64]) -> Doubles:
-    """Log-likelihood ratio of the structure against its surroundings, 0 where appearance says nothing.
+def _evidence(image: Field, near: Mask, prior: Field, spacing_mm: Doubles) -> Doubles:
+    """(N,) log-likelihood ratio of the structure against its surroundings, 0 where appearance says nothing.
 
-    Parameters
-    ----------
-    image : array, (I, J, K) float32
-        Normalised.
-    near : array, (I, J, K) bool
-        The N voxels that count.
-    prior : array, (N,) float32
-        Log-odds.
-    spacing_mm : array, (3,)
-
-    Returns
-    -------
-    array, (N,) float64
+    Takes normalised intensities (I, J, K), the N voxels near the prompt, and their prior log-odds (N,).
     """
     inside = _sigmoid(prior).clip(_LEAST_PRIOR, 1 - _LEAST_PRIOR)
     value = _binned(image[near], _BINS)
     sigma = _TEXTURE_MM / spacing_mm
     mean = ndimage.gaussian_filter(image, sigma)
     variance = ndimage.gaussian_filter(image * image, sigma)[near] - mean[near] ** 2
-    smoothed = np.rint(_binned(mean[near], _TEXTURE_BINS)).astype(np.int64)
-    spread = np.rint(_binned(np.sqrt(variance.clip(0)), _TEXTURE_BINS)).astype(np.int64)
+    smoothed = _whole(_binned(mean[near], _TEXTURE_BINS))
+    deviation = _whole(_binned(np.sqrt(variance.clip(0)), _TEXTURE_BINS))
     del mean, variance
-    everywhere = _histogram_evidence(np.rint(value).astype(np.int64), (_BINS,), inside, _BINS_SMOOTHING)
+    everywhere = _histogram_evidence(_whole(value), (_BINS,), inside, _BINS_SMOOTHING)
     texture = _histogram_evidence(
-        smoothed * _TEXTURE_BINS + spread, (_TEXTURE_BINS, _TEXTURE_BINS), inside, _TEXTURE_SMOOTHING
+        smoothed * _TEXTURE_BINS + deviation, (_TEXTURE_BINS, _TEXTURE_BINS), inside, _TEXTURE_SMOOTHING
     )
     coarse = value * np.float32((_NEIGHBOURHOOD_BINS - 1) / (_BINS - 1))
     result: Doubles = (everywhere + texture + _neighbourhood_evidence(coarse, near, inside, spacing_mm)) / 3
@@ -349,6 +262,10 @@ def _binned(values: Field, bins: int) -> Field:
         return np.zeros(values.shape, np.float32)
     scaled: Field = ((values - np.float32(low)) * np.float32((bins - 1) / (high - low))).clip(0, bins - 1)
     return scaled
+
+
+def _whole(bins: Field) -> NDArray[np.int64]:
+    return np.rint(bins).astype(np.int64)
 
 
 def _histogram_evidence(bin_of: NDArray[np.int64], shape: tuple[int, ...], inside: Field, smoothing: float) -> Doubles:
@@ -369,12 +286,12 @@ def _histogram_evidence(bin_of: NDArray[np.int64], shape: tuple[int, ...], insid
     return result
 
 
-def _neighbourhood_evidence(value: Field, near: Mask, inside: Field, spacing_mm: NDArray[np.float64]) -> Doubles:
+def _neighbourhood_evidence(value: Field, near: Mask, inside: Field, spacing_mm: Doubles) -> Doubles:
     """(N,) evidence by densities in the neighbourhood of each voxel, on a grid of place and intensity."""
     cell_mm = np.maximum(_NEIGHBOURHOOD_MM, spacing_mm)
     last = np.array(near.shape) - 1
-    # Cells are counted from the middle of the crop, so that a flipped scan gives the flipped result; one more on each
-    # side holds what the blur spreads.
+    # Cells are counted from the middle of the crop, so that a flipped scan gives the flipped result, with one more on
+    # each side for the blur.
     reach = np.floor(last / 2 * spacing_mm / cell_mm + 0.5).astype(np.int64) + 1
     shape = (*(int(n) for n in 2 * reach + 1), _NEIGHBOURHOOD_BINS)
     place = np.empty((4, len(value)))
@@ -385,7 +302,7 @@ def _neighbourhood_evidence(value: Field, near: Mask, inside: Field, spacing_mm:
         cell = cell * shape[axis] + nearest + reach[axis]
         place[axis] = offset + reach[axis]
     place[3] = value
-    cell = cell * _NEIGHBOURHOOD_BINS + np.rint(value).astype(np.int64)
+    cell = cell * _NEIGHBOURHOOD_BINS + _whole(value)
 
     cells = int(np.prod(shape))
     sigma = (1.0, 1.0, 1.0, _NEIGHBOURHOOD_SMOOTHING)
@@ -407,40 +324,33 @@ def _neighbourhood_evidence(value: Field, near: Mask, inside: Field, spacing_mm:
     return result
 
 
-def _shrunk_log_ratio(inside: NDArray[np.float64], outside: NDArray[np.float64]) -> NDArray[np.float64]:
+def _shrunk_log_ratio(inside: Doubles, outside: Doubles) -> Doubles:
     """Log of the ratio of two densities, each mixed with the mean of both."""
     shared = _SHARED_APPEARANCE * ((inside + outside) / 2 + 1e-9)
-    ratio: NDArray[np.float64] = np.log(
+    ratio: Doubles = np.log(
         ((1 - _SHARED_APPEARANCE) * inside + shared) / ((1 - _SHARED_APPEARANCE) * outside + shared)
     )
     return ratio
 
 
-def _couplings(image: Field, near: Mask, spacing_mm: NDArray[np.float64]) -> list[Field]:
-    """For each axis, log-odds that a voxel and the next one along it lend each other."""
+def _couplings(image: Field, near: Mask, spacing_mm: Doubles) -> list[Field]:
+    """For each axis, log-odds that neighbouring voxels along it add to each other."""
     steps = [np.diff(image, axis=axis) for axis in range(3)]
-    # The axis with the smallest median step tells noise best: thick slices differ by anatomy.
+    # The axis with the smallest median step shows noise best: thick slices differ by anatomy.
     medians = []
     for axis, step in enumerate(steps):
-        counted = step[_but_last(near, axis) & _but_first(near, axis)]
+        along = near.swapaxes(0, axis)
+        counted = step.swapaxes(0, axis)[along[:-1] & along[1:]]
         if len(counted):
             medians.append(float(np.median(np.abs(counted))))
     # The median of |difference| of two voxels with normal noise is 0.954 standard deviations of the noise.
     noise = max(min(medians, default=0.0) / 0.954, _SMALLEST_NOISE)
     couplings = []
     for axis, step in enumerate(steps):
-        likeness = np.exp(-0.25 * (step / np.float32(_CONTRAST_NOISES * noise)) ** 2)
-        near_by = _COUPLING * float(spacing_mm.min() / spacing_mm[axis])
-        couplings.append((near_by * (_SMALLEST_COUPLING + (1 - _SMALLEST_COUPLING) * likeness)).astype(np.float32))
+        similarity = np.exp(-0.25 * (step / np.float32(_CONTRAST_NOISES * noise)) ** 2)
+        strongest = _COUPLING * float(spacing_mm.min() / spacing_mm[axis])
+        couplings.append((strongest * (_SMALLEST_COUPLING + (1 - _SMALLEST_COUPLING) * similarity)).astype(np.float32))
     return couplings
-
-
-def _but_last(array: Mask, axis: int) -> Mask:
-    return array[tuple(slice(-1) if n == axis else slice(None) for n in range(3))]
-
-
-def _but_first(array: Mask, axis: int) -> Mask:
-    return array[tuple(slice(1, None) if n == axis else slice(None) for n in range(3))]
 
 
 def _mean_field(log_odds: Doubles, couplings: list[Field], device: torch.device) -> Field:
@@ -470,5 +380,6 @@ def _logit(probability: NDArray[Any]) -> NDArray[Any]:
     return log_odds
 
 
-def _slices(first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[slice, ...]:
-    return tuple(slice(int(a), int(b)) for a, b in zip(first, last, strict=True))
+def _part(image: Volume, first: NDArray[np.int64], shape: tuple[int, ...]) -> Field:
+    """The intensities on a box of this shape from voxel ``first`` on."""
+    return image.data[tuple(slice(int(a), int(a) + n) for a, n in zip(first, shape, strict=True))]

@@ -9,6 +9,7 @@ import struct
 import warnings
 import zipfile
 import zlib
+from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,46 +21,24 @@ from ..core.errors import ModelError
 if TYPE_CHECKING:
     from torch import Tensor
 
-
 #: PyTorch has written zip archives since 1.6, and a pickle of protocol 2 before that.
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"
-
-
 #: The old format is a magic number, a version, a description of the machine and the content, each a pickle; then the
 #: tensors (torch.serialization._legacy_save).
 _OLD_PICKLES = 4
-#: What saved downloads turn out to be that are no weights, by how they begin.
-_STRANGERS = (
+#: First bytes of saved downloads that are not weights, and what they are.
+_NOT_WEIGHTS = (
     (b"version https://git-lfs", "is a pointer of Git LFS, not the file it stands for"),
     (b"<", "is a web page, or other text in angle brackets"),
 )
 #: What PyTorch raises for damaged files besides the errors of files and pickles, found by damaging some.
-_DAMAGE = (
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-)
+_DAMAGE = (AssertionError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, ValueError, struct.error)
 #: This many names of weights are given in a message.
 _MOST_NAMED = 3
 
 
 class UnsafeCheckpointError(ModelError):
-    """A checkpoint could only be loaded by running what is in it.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    found : str
-        What it holds besides tensors and plain values.
-    wanted : str
-        What it should be.
-    """
+    """Loading a checkpoint could run code in it: ``found`` is what it holds besides tensors and plain values."""
 
     def __init__(self, path: Path, found: str, wanted: str) -> None:
         super().__init__(
@@ -70,21 +49,10 @@ class UnsafeCheckpointError(ModelError):
 
 
 def load_state(path: Path, *, wanted: str) -> Any:
-    """What is in a checkpoint, on the CPU; tensors and plain values only.
+    """Load a checkpoint on the CPU; tensors and plain values only.
 
-    Parameters
-    ----------
-    path : Path
-        The file.
-    wanted : str
-        What it should be, for messages ("the weights of the model 'medsam2'").
-
-    Raises
-    ------
-    UnsafeCheckpointError
-        If it could only be loaded by running what is in it.
-    ModelError
-        If it is missing or unreadable, not of PyTorch, or damaged.
+    ``wanted`` names what it should be in messages ("the weights of the model 'medsam2'"). Raises UnsafeCheckpointError
+    if loading could run code in it, ModelError if it is unreadable, not of PyTorch, or damaged.
     """
     import torch
 
@@ -94,12 +62,11 @@ def load_state(path: Path, *, wanted: str) -> Any:
         if not head:
             raise ModelError(f"{path}: is empty; expected {wanted}: fetch or copy it again")
         if not head.startswith((_ZIP, _PICKLE)):
-            found = next((words for start, words in _STRANGERS if head.startswith(start)), "is no file of PyTorch")
+            found = next((words for start, words in _NOT_WEIGHTS if head.startswith(start)), "is no file of PyTorch")
             raise ModelError(f"{path}: {found}; expected {wanted}")
         if head.startswith(_ZIP) and not zipfile.is_zipfile(path):
             raise _damaged(path, wanted)
         with warnings.catch_warnings():
-            # About how it was pickled, which does not matter to what is read.
             warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
             with torch.serialization.safe_globals(_numpy_scalars()):
                 return torch.load(path, map_location="cpu", weights_only=True)
@@ -116,35 +83,20 @@ def load_state(path: Path, *, wanted: str) -> Any:
 
 
 def named_weights(content: Any, path: Path, *, wanted: str, key: str = "") -> dict[str, Tensor]:
-    """The weights in what :func:`load_state` gave, by name.
+    """Return the weights by name from what :func:`load_state` gave, there under ``key`` unless that is empty.
 
-    Parameters
-    ----------
-    content
-        Of the checkpoint.
-    path : Path
-        The file, for messages.
-    wanted : str
-        What it should be, for messages.
-    key : str
-        What they lie under in the checkpoint; empty if they are all there is in it.
-
-    Raises
-    ------
-    ModelError
-        If they are not there, or not tensors alone.
+    ``path`` and ``wanted`` name the file, and what it should be, in messages. Raises ModelError if there are no
+    weights, or other values among them.
     """
     import torch
 
+    where = ""
     if key:
-        if not isinstance(content, Mapping):
-            raise ModelError(f"{path}: holds one {type(content).__name__} and no {key!r}; expected {wanted}")
-        if key not in content:
-            raise ModelError(f"{path}: holds {few(content) or 'nothing'} and no {key!r}; expected {wanted}")
-        content = content[key]
-    where = f" as {key!r}" if key else ""
+        if not isinstance(content, Mapping) or key not in content:
+            raise ModelError(f"{path}: holds {_found(content)} and no {key!r}; expected {wanted}")
+        content, where = content[key], f" as {key!r}"
     if not isinstance(content, Mapping):
-        raise ModelError(f"{path}: holds one {type(content).__name__}{where}, not weights by name; expected {wanted}")
+        raise ModelError(f"{path}: holds {_found(content)}{where}, not weights by name; expected {wanted}")
     others = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
     if others or not content:
         found = few(others) or "nothing"
@@ -153,23 +105,9 @@ def named_weights(content: Any, path: Path, *, wanted: str, key: str = "") -> di
 
 
 def check_fit(weights: Mapping[str, Tensor], network: Mapping[str, Tensor], path: Path, *, wanted: str) -> None:
-    """Refuse weights that are not those of a network, all and no others.
+    """Compare weights of a checkpoint with the ``state_dict`` of a network; ModelError if names or shapes differ.
 
-    Parameters
-    ----------
-    weights : mapping of str to Tensor
-        Of a checkpoint, under the names of the network.
-    network : mapping of str to Tensor
-        ``state_dict`` of the network.
-    path : Path
-        The checkpoint, for messages.
-    wanted : str
-        What it should be, for messages.
-
-    Raises
-    ------
-    ModelError
-        If names or shapes differ; says which.
+    ``path`` and ``wanted`` name the file, and what it should be, in messages.
     """
     missing = [name for name in network if name not in weights]
     unknown = [name for name in weights if name not in network]
@@ -187,8 +125,12 @@ def check_fit(weights: Mapping[str, Tensor], network: Mapping[str, Tensor], path
         raise ModelError(f"{path}: holds weights of another network: {'; '.join(faults)}; expected {wanted}")
 
 
+def _found(content: Any) -> str:
+    return (few(content) or "nothing") if isinstance(content, Mapping) else f"one {type(content).__name__}"
+
+
 def few(names: Iterable[object]) -> str:
-    """The first few of some names, for a message, and how many more there are."""
+    """List the first few names for a message, and the number of the others."""
     listed = [str(name) for name in names]
     more = len(listed) - _MOST_NAMED
     return ", ".join(listed[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
@@ -199,27 +141,26 @@ def _shape(tensor: Tensor) -> str:
 
 
 def _numpy_scalars() -> list[Any]:
-    """What single numbers of NumPy are pickled by: nnU-Net leaves some in its checkpoints, and they run nothing."""
+    """Classes, which run nothing, that pickle single numbers of NumPy: nnU-Net leaves some in its checkpoints."""
     kinds = (np.float64, np.float32, np.int64, np.int32, np.bool_)
     scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    # Written by NumPy 1 under the name its module had then.
+    # The second is the name that NumPy 1 wrote.
     return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
 
 
 def _are_whole(path: Path) -> bool:
-    """Whether the pickles of the old format are all there; nothing in them is run."""
+    """Whether all pickles of the old format are there; nothing in them is run."""
     try:
         with path.open("rb") as file:
             for _ in range(_OLD_PICKLES):
-                for _ in pickletools.genops(file):
-                    pass
+                deque(pickletools.genops(file), maxlen=0)
     except ValueError:
         return False
     return True
 
 
 def _is_sound(path: Path) -> bool:
-    """Whether the pickle of the new format is as it was written: PyTorch does not look at its checksum."""
+    """Whether the pickle of the new format matches its checksum, which PyTorch does not check."""
     try:
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():

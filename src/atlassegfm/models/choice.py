@@ -7,17 +7,12 @@ from pathlib import Path
 from ..core.errors import InputError
 from ..prompts import PromptKind
 from ..settings import NO_MODEL, Settings
-from . import Segmenter, describe_model, load_model
+from .base import Segmenter
+from .table import describe_model, load_model
 
 
 def load_chosen(settings: Settings, device: str) -> Segmenter | None:
-    """Load the model the settings name onto "cpu" or "cuda"; None without a model.
-
-    Raises
-    ------
-    AtlasSegError
-        As :func:`~atlassegfm.models.load_model`.
-    """
+    """Load the model of the settings onto "cpu" or "cuda"; None without a model. Errors as of :func:`load_model`."""
     if settings.model == NO_MODEL:
         return None
     path = Path(settings.model_path).expanduser() if settings.model_path else None
@@ -25,13 +20,7 @@ def load_chosen(settings: Settings, device: str) -> Segmenter | None:
 
 
 def prompt_kind(settings: Settings) -> PromptKind | None:
-    """The kind of prompt the settings come to; None without a model.
-
-    Raises
-    ------
-    InputError
-        If the model is not known or does not take the wanted prompt.
-    """
+    """Choose the kind of prompt; None without a model. InputError if the model does not take the one that is set."""
     if settings.model == NO_MODEL:
         return None
     row = describe_model(settings.model)

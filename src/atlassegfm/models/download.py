@@ -21,18 +21,10 @@ _CHUNK_BYTES = 1 << 20
 
 
 class Download:
-    """Download of one file with pooch, which it also serves as progress bar.
+    """Download of one file with pooch, for which it is the progress bar, too.
 
-    Parameters
-    ----------
-    url, page : str
-        Address of the file, and of a page where a user can look at it.
-    target : Path
-        Where the file will lie; its folder must exist.
-    size : int or None
-        In bytes, where known.
-    sha256 : str or None
-        Hexadecimal, where known.
+    ``page`` is where a user can look at the file, ``target`` where it will lie, in a folder that exists. ``size`` in
+    bytes and ``sha256`` are None where not known.
     """
 
     def __init__(self, url: str, page: str, target: Path, size: int | None, sha256: str | None) -> None:
@@ -43,20 +35,12 @@ class Download:
         self.total = self.done = 0
 
     def to(self, temporary: Path, on_stage: Callable[[str], None], name: str) -> None:
-        """Download to a path, and check the size and the SHA-256 where they are known.
-
-        Raises
-        ------
-        InputError
-            If the disk has no room.
-        ModelError
-            If the file cannot be had, or is another one.
-        """
+        """Download to a path and check what arrived; InputError if the disk has no room, ModelError for the rest."""
         import pooch
         import requests
 
-        self.stage, self.tell = f"downloading {name}", on_stage
-        self.tell(self.stage)
+        self.stage, self.on_stage = f"downloading {name}", on_stage
+        on_stage(self.stage)
         pooch.get_logger().setLevel(logging.WARNING)
         downloader = pooch.HTTPDownloader(
             progressbar=self,
@@ -83,14 +67,13 @@ class Download:
             raise ModelError(f"{self.url}: gave {found} bytes, expected {self.size}; {self.elsewhere}")
 
     def update(self, size: int) -> None:
-        """Report progress, as pooch calls it after each chunk."""
+        """Report progress after a chunk."""
         before, self.done = self.done, min(self.done + size, self.total)
         if self.total and (percent := self.done * 100 // self.total) != before * 100 // self.total:
-            done = f"{_megabytes(self.done)} of {_megabytes(self.total)}"
-            self.tell(f"{self.stage}: {percent} %, {done}")
+            self.on_stage(f"{self.stage}: {percent} %, {_megabytes(self.done)} of {_megabytes(self.total)}")
 
     def reset(self) -> None:
-        """Do nothing at the end, as pooch calls it before a last update."""
+        """Do nothing: pooch calls it at the end."""
 
     close = reset
 
@@ -123,7 +106,7 @@ class Download:
         if self.accepted:
             return ModelError(f"{self.url}: the connection broke off; nothing was kept, try again")
         root: BaseException = error
-        while (inner := root.__cause__ or root.__context__) is not None:
+        while inner := root.__cause__ or root.__context__:
             root = inner
         advice = "check the network and the proxy (HTTPS_PROXY), set HF_ENDPOINT to a mirror"
         if isinstance(root, ssl.SSLError):

@@ -1,4 +1,4 @@
-"""What every model is given, and what it cannot start from: the device and the scan."""
+"""Checks of what every model is given: the device and the scan."""
 
 from __future__ import annotations
 
@@ -15,13 +15,7 @@ if TYPE_CHECKING:
 
 
 def usable_device(name: str) -> torch.device:
-    """The device "cpu" or "cuda".
-
-    Raises
-    ------
-    ModelError
-        If it is not there.
-    """
+    """Return the device "cpu" or "cuda"; ModelError if it is not there."""
     import torch
 
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -30,15 +24,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def intensities(image: Volume) -> NDArray[np.float32]:
-    """(I, J, K) float32 intensities of a scan that a network can tell something from.
-
-    The pipeline gives no others; a caller of a model's own methods may.
-
-    Raises
-    ------
-    InputError
-        If voxels are NaN or infinite, or all are equal.
-    """
+    """Return (I, J, K) float32 intensities; InputError if some are NaN or infinite, or all are equal."""
     data = np.asarray(image.data, dtype=np.float32)
     low, high = float(data.min()), float(data.max())
     if not (np.isfinite(low) and np.isfinite(high)):
@@ -49,5 +35,5 @@ def intensities(image: Volume) -> NDArray[np.float32]:
 
 
 def scan_name(image: Volume) -> str:
-    """What to call a scan in messages."""
+    """Name a scan in messages."""
     return "the scan" if image.source is None else str(image.source.path)

@@ -10,23 +10,12 @@ from typing import Any
 from ..core.image import Volume
 from ..core.mask import LocalMap
 from ..prompts import Prompt, PromptKind, make_prompt
-from . import Segmenter
+from .base import Segmenter
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """Prompts and predicted probabilities, by number of the structure.
-
-    Parameters
-    ----------
-    kind : {"click", "box", "mask", "region"}
-    prompts : mapping of int to Prompt
-        Without structures whose mask is empty.
-    masks : mapping of int to LocalMap
-        In [0, 1], for the same structures.
-    provenance : mapping of str to Any
-        Where the model's weights come from.
-    """
+    """Prompts and predicted probabilities in [0, 1], by number of the structure; none for empty masks."""
 
     kind: PromptKind
     prompts: Mapping[int, Prompt]
@@ -36,17 +25,9 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class PromptedScan:
-    """A scan and the model that segments it from prompts.
+    """A scan, float32 in RAS-canonical array order, and the model that segments it from prompts of one kind.
 
-    Parameters
-    ----------
-    model : Segmenter
-    kind : {"click", "box", "mask", "region"}
-        Kind of prompt made of each mask.
-    image : Volume
-        float32, RAS-canonical array order. Encoded at the first prediction.
-    names : sequence of str
-        Name of structure number n at position n - 1, for progress.
+    The scan is encoded at the first prediction. The name of structure number n is at position n - 1 of ``names``.
     """
 
     model: Segmenter

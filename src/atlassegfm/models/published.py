@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import urllib.parse
 from dataclasses import dataclass
+from urllib.parse import quote, urlsplit
 
 from ..core.errors import InputError
 
@@ -24,20 +24,10 @@ class WeightsFile:
 
 @dataclass(frozen=True)
 class PublishedWeights:
-    """Weights as their authors publish them.
+    """Published weights of one model.
 
-    Parameters
-    ----------
-    repository : str
-        On Hugging Face, "owner/name".
-    revision : str
-        Commit that is downloaded.
-    files : tuple of WeightsFile
-        What the model needs.
-    licence, licence_url : str
-        SPDX expression or words, and where it can be read.
-    non_commercial : bool
-        Whether it must be accepted before the weights are used.
+    ``repository`` is "owner/name" on Hugging Face, ``revision`` the commit that is downloaded, ``licence`` an SPDX
+    expression or words. If ``non_commercial``, the licence must be accepted before they are used.
     """
 
     repository: str
@@ -49,19 +39,18 @@ class PublishedWeights:
 
     @property
     def page(self) -> str:
-        """Address where the files can be looked at."""
-        return f"{_endpoint()}/{self.repository}/tree/{urllib.parse.quote(self.revision, safe='')}"
+        """Address of the page that lists the files."""
+        return f"{_endpoint()}/{self.repository}/tree/{quote(self.revision, safe='')}"
 
     def url_of(self, file: WeightsFile) -> str:
-        """Address of a file; InputError if the mirror that the environment names is no address."""
-        revision, path = urllib.parse.quote(self.revision, safe=""), urllib.parse.quote(file.path)
-        return f"{_endpoint()}/{self.repository}/resolve/{revision}/{path}"
+        """Address of a file; InputError if ``HF_ENDPOINT`` is no address."""
+        return f"{_endpoint()}/{self.repository}/resolve/{quote(self.revision, safe='')}/{quote(file.path)}"
 
 
 def _endpoint() -> str:
     endpoint = os.environ.get(ENDPOINT_VARIABLE) or _ENDPOINT
     try:
-        parts = urllib.parse.urlsplit(endpoint)
+        parts = urlsplit(endpoint)
         usable = parts.scheme in ("http", "https") and bool(parts.hostname)
     except ValueError:
         usable = False

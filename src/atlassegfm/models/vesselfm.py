@@ -7,25 +7,21 @@ vesselFM (Wittmann et al., "vesselFM: A Foundation Model for Universal 3D Blood 
 2. *Resampling*, only if ``spacing_mm`` is set.
 3. *Sliding window.* Cubes of 128 voxels that overlap by half; their logits are averaged (``blending``).
 
-The cubes lie on a lattice fixed to the whole scan, and only those within reach of a prompt are computed, then added up
-in the order of the lattice: a voxel's probability does not depend on what else is asked for. Cubes are kept with the
+The cubes lie on a lattice fixed to the whole scan. Only those within reach of a prompt are computed, and they are added
+up in the order of the lattice, so a voxel's probability does not depend on the other prompts. Cubes are kept with the
 encoded scan up to ``cache_mib``.
 
 A voxel belongs to the nearest structure (voxels that the warped atlas fills by half; ties to the smaller number) within
 ``reach_mm``; its probability there is the model's, and 0 elsewhere. So structures of one call compete for what lies
-between them, vessels are cut at the reach, and other vessels within reach are included. Probabilities are not faded
-towards the reach, as the reach would then depend on how sure the model is.
-
-Distances use the spacing along the voxel axes, taken to be at right angles.
+between them, vessels are cut at the reach, and other vessels within reach are included. Distances use the spacing along
+the voxel axes, taken to be at right angles.
 """
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -39,13 +35,12 @@ from ..core.errors import InputError, MissingExtraError, ModelError
 from ..core.geometry import Grid
 from ..core.image import Volume
 from ..core.mask import LocalMap
-from ..prompts import Prompt, RegionPrompt, inside_scan
+from ..prompts import Prompt, RegionPrompt, crop_mask, inside_scan
 from ..settings import ModelSettings, VesselFmSettings
-from . import OnPrompt
+from .base import OnPrompt
 from .checkpoint import check_fit, few, load_state, named_weights
 from .inputs import intensities, scan_name, usable_device
-from .origin import describe_file, installed_version
-from .weights import LocalWeights
+from .weights import describe_file, installed_version
 
 Field = NDArray[np.float32]
 Box = tuple[slice, slice, slice]
@@ -71,15 +66,9 @@ _LEAST_WEIGHT = 1e-3
 class VesselEncoding:
     """An encoded scan and its windows computed so far.
 
-    Parameters
-    ----------
-    data : array, (I, J, K) float32
-        Scaled intensities in [0, 1], in RAS-canonical array order; on the scan's grid, or resampled over the same
-        field of view.
-    grid : Grid
-        Of the scan.
-    windows : dict of (3,) int to array
-        Logits of windows by their first voxel in ``data``, those used last at the end.
+    ``data``, (I, J, K) float32, are intensities scaled to [0, 1] in RAS-canonical array order, on the scan's ``grid``
+    or resampled over the same field of view. ``windows`` are logits by first voxel in ``data``, the most recently used
+    last.
     """
 
     data: Field
@@ -89,19 +78,7 @@ class VesselEncoding:
 
 @dataclass(frozen=True, eq=False)
 class VesselSegmenter:
-    """Model behind :class:`~atlassegfm.models.Segmenter`.
-
-    Parameters
-    ----------
-    network : callable
-        Takes a window, (1, 1, K, J, I) float32 in [0, 1] on ``device``, and gives logits of the same shape.
-    device : torch.device
-        Where the network computes.
-    settings : VesselFmSettings
-        How it is used.
-    provenance : mapping
-        The file of the weights, and the version of MONAI.
-    """
+    """Model behind :class:`~atlassegfm.models.Segmenter`; its network computes on ``device``."""
 
     network: Network
     device: torch.device
@@ -109,96 +86,83 @@ class VesselSegmenter:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self, image: Volume) -> VesselEncoding:
-        """Scale, and where asked for resample, one scan (RAS-canonical array order).
-
-        Raises
-        ------
-        InputError
-            If it has NaN or infinite voxels, or its percentiles are equal.
-        """
+        """Scale, and resample if set, one scan (RAS-canonical array order); InputError if it has no contrast."""
         data = _scaled(image, self.settings.percentiles)
         if self.settings.spacing_mm:
             for axis, length_mm in enumerate(np.array(image.grid.shape) * image.grid.spacing_mm):
-                data = _resampled(data, axis, max(round(length_mm / self.settings.spacing_mm), 1))
+                count = max(round(length_mm / self.settings.spacing_mm), 1)
+                data = _Axis.between(count, data.shape[axis], 0, count).interpolate(data, axis)
         return VesselEncoding(np.ascontiguousarray(data), image.grid)
 
     def predict(
         self, encoded: VesselEncoding, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
     ) -> dict[int, LocalMap]:
-        """Share out the scan's vessels among the regions; see the top of this module.
+        """Divide the scan's vessels among the regions; see the top of this module.
 
-        Parameters
-        ----------
-        encoded : VesselEncoding
-            The scan.
-        prompts : mapping of int to RegionPrompt
-            By number of the structure; ties between structures go to the smaller number.
-        on_prompt : callable, optional
-            Told the number of each structure before the first window that reaches it.
-
-        Returns
-        -------
-        dict of int to LocalMap
-            float32 in [0, 1] on the scan's grid, 0 out of reach; empty where the scan shows no voxel of the region.
+        ``on_prompt`` is called before the first window that reaches the structure.
         """
-        territory = _share_out(prompts, encoded.grid, self.settings.reach_mm)
-        told: set[int] = set()
+        territory = _divide(prompts, encoded.grid, self.settings.reach_mm)
+        waiting = list(prompts)
 
-        def tell(numbers: Sequence[int]) -> None:
+        def turn_to(numbers: Iterable[int]) -> None:
             for number in numbers:
-                if on_prompt is not None and number not in told:
-                    on_prompt(number)
-                told.add(number)
+                if number in waiting:
+                    waiting.remove(number)
+                    if on_prompt is not None:
+                        on_prompt(number)
 
-        logits = self._logits(encoded, territory, tell)
-        tell(list(prompts))
-        return {number: _answer(number, territory, logits) for number in prompts}
+        maps = dict.fromkeys(prompts, LocalMap.empty())
+        if territory.numbers:
+            logits = self._logits(encoded, territory, turn_to)
+            boxes = ndimage.find_objects(territory.owner, max_label=len(territory.numbers))
+            for place, (number, box) in enumerate(zip(territory.numbers, boxes, strict=True), start=1):
+                if box is None:  # structures of smaller numbers own all its voxels
+                    continue
+                # Not PyTorch's sigmoid, whose last bits depend on the place in the array.
+                probability = special.expit(logits[box]) * (territory.owner[box] == place)
+                i, j, k = (first + side.start for first, side in zip(territory.start, box, strict=True))
+                maps[number] = LocalMap((i, j, k), probability.astype(np.float32, copy=False))
+        turn_to(prompts)
+        return maps
 
     def _logits(
-        self, encoded: VesselEncoding, territory: _Territory, tell: Callable[[Sequence[int]], None]
-    ) -> _Lattice | None:
-        """Logits on the working grid wherever a voxel of the territory needs them; None if there is none.
-
-        Memory is bounded by two numbers for each voxel of the territory's box, one window and the cache.
-        """
-        if not territory.owner.any():
-            return None
-        shape = encoded.data.shape
+        self, encoded: VesselEncoding, territory: _Territory, turn_to: Callable[[Iterable[int]], None]
+    ) -> Field:
+        """Logits on the territory's box, computed wherever a voxel of the territory needs them, and 0 elsewhere."""
+        shape, size = encoded.data.shape, self.settings.window
+        sides = zip(territory.start, territory.owner.shape, strict=True)
         axes = [
-            _Axis.between(count, working, first, last)
-            for count, working, first, last in zip(
-                encoded.grid.shape, shape, territory.start, territory.stop, strict=True
-            )
+            _Axis.between(count, working, first, first + length)
+            for count, working, (first, length) in zip(encoded.grid.shape, shape, sides, strict=True)
         ]
-        start = tuple(int(axis.low[0]) for axis in axes)
-        stop = tuple(int(axis.high[-1]) + 1 for axis in axes)
-        total = np.zeros([b - a for a, b in zip(start, stop, strict=True)], np.float32)
+        start = [int(axis.low[0]) for axis in axes]
+        stop = [int(axis.high[-1]) + 1 for axis in axes]
+        total = np.zeros(np.subtract(stop, start), np.float32)
         weight = np.zeros_like(total)
-        importance = _importance(self.settings.window, self.settings.blending)
-        for corner in _corners(shape, self.settings.window, self.settings.overlap):
-            box = [
-                (max(first, 0), min(first + self.settings.window, n)) for first, n in zip(corner, shape, strict=True)
-            ]
+        importance = _importance(size, self.settings.blending)
+        for corner in _corners(shape, size, self.settings.overlap):
+            box = [(max(first, 0), min(first + size, n)) for first, n in zip(corner, shape, strict=True)]
             numbers = territory.numbers_in([axis.touched(*side) for axis, side in zip(axes, box, strict=True)])
             if not numbers:
                 continue
-            tell(numbers)
+            turn_to(numbers)
             logits = self._window(encoded, corner, box)
             common = [(max(a, s), min(b, t)) for (a, b), s, t in zip(box, start, stop, strict=True)]
             to = _slices(common, start)
             inner = importance[_slices(common, corner)]
             total[to] += inner * logits[_slices(common, [first for first, _ in box])]
             weight[to] += inner
-        # Where no window was needed nothing is read; 0 keeps it from being "not a number".
         np.divide(total, weight, out=total, where=weight > 0)
-        return _Lattice(total, tuple(axes))
+        for number, axis in enumerate(axes):
+            if shape[number] != encoded.grid.shape[number]:
+                total = axis.interpolate(total, number, start[number])
+        return total
 
     def _window(self, encoded: VesselEncoding, corner: tuple[int, ...], box: Sequence[tuple[int, int]]) -> Field:
         """Logits of one window on its part inside the scan, from the cache or the network."""
         found = encoded.windows.pop(corner, None)
         if found is None:
-            size = self.settings.window
-            patch = np.zeros((size,) * 3, np.float32)
+            patch = np.zeros((self.settings.window,) * 3, np.float32)
             inside = _slices(box, corner)
             patch[inside] = encoded.data[_slices(box, (0, 0, 0))]
             # Published: arrays as SimpleITK gives them, the first axis through the slices.
@@ -218,45 +182,22 @@ class VesselSegmenter:
         return torch.autocast(self.device.type, dtype=kind, enabled=not single)
 
 
-def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeights]) -> VesselSegmenter:
-    """Load the published weights onto "cpu" or "cuda".
-
-    Raises
-    ------
-    InputError
-        If the weights are not there.
-    MissingExtraError
-        If MONAI is not installed.
-    ModelError
-        If there is no such device, or the weights are not those of this model.
-    """
+def load(device: str, settings: ModelSettings, weights: Callable[[], Path]) -> VesselSegmenter:
+    """Load the published weights onto "cpu" or "cuda"; errors as of :func:`~atlassegfm.models.load_model`."""
     place = usable_device(device)
-    _dyn_unet()  # a missing package is told of before missing weights: it is installed first
-    path = weights().path
+    _dyn_unet()  # reported before missing weights: it is installed first
+    path = weights()
     network = load_network(path).to(place)
     provenance = {"weights": describe_file(path), "monai_version": installed_version("monai")}
     return VesselSegmenter(network, place, settings.vesselfm, provenance)
 
 
 def build_network(filters: Sequence[int] = PUBLISHED_FILTERS, device: str = "cpu") -> torch.nn.Module:
-    """The published architecture with random weights; PyTorch's random state stays as it was.
+    """Build the published architecture with random weights; PyTorch's random state stays as it was.
 
-    Parameters
-    ----------
-    filters : sequence of int, (6,)
-        Channels of each resolution, finest first.
-    device : {"cpu", "meta"}
-        Where the weights are; "meta" is nowhere, for a network that is given others.
-
-    Returns
-    -------
-    torch.nn.Module
-        Takes (N, 1, K, J, I), each side a multiple of 32 from 64 on, and gives logits of the same shape.
-
-    Raises
-    ------
-    MissingExtraError
-        If MONAI is not installed.
+    ``filters`` are the channels of the six resolutions, finest first. On "meta" it has no weights yet. It takes (N, 1,
+    K, J, I), each side a multiple of 32 from 64 on, and gives logits of the same shape. Raises MissingExtraError if
+    MONAI is not installed.
     """
     levels = len(PUBLISHED_FILTERS)
     # configs/model/dyn_unet_base.yaml of the published code; all else are MONAI's defaults.
@@ -275,19 +216,9 @@ def build_network(filters: Sequence[int] = PUBLISHED_FILTERS, device: str = "cpu
 
 
 def load_network(path: Path) -> torch.nn.Module:
-    """The network with the weights of a checkpoint, whose numbers of channels decide how wide it is.
+    """Build the network with the weights of a checkpoint, a bare state dict; its width follows from them.
 
-    Parameters
-    ----------
-    path : Path
-        A bare state dict as PyTorch saves it. Nothing in it is executed.
-
-    Raises
-    ------
-    MissingExtraError
-        If MONAI is not installed.
-    ModelError
-        If it is not a checkpoint, or one of another architecture.
+    Raises MissingExtraError if MONAI is not installed, ModelError if it is no checkpoint of this architecture.
     """
     state = named_weights(load_state(path, wanted=_WANTED), path, wanted=_WANTED)
     missing = [key for key in _FILTER_KEYS if key not in state or state[key].ndim != 5]
@@ -326,106 +257,53 @@ def _scaled(image: Volume, percentiles: tuple[float, float]) -> Field:
 
 @dataclass(frozen=True, eq=False)
 class _Axis:
-    """Where the voxels first <= i < last of one axis of the scan lie among those of the working grid.
+    """Where N successive voxels of one axis of the scan lie among those of the working grid.
 
-    Both cover the same field of view, so voxel i of n is at (i + 1/2) m/n - 1/2 of m, held at the outer centres.
-
-    Parameters
-    ----------
-    low, high : array of int64, (N,)
-        Voxels of the working grid around each; equal where it has a voxel of its own.
-    share : array of float32, (N,)
-        Of the voxel ``high``, in [0, 1).
+    Both cover the same field of view, so voxel i of n is at (i + 1/2) m/n - 1/2 of m, held at the outer centres. It is
+    between the working voxels ``low`` and ``high``, (N,) int64, which are equal if it is at a centre; ``fraction``,
+    (N,) float32 in [0, 1), is the weight of ``high``.
     """
 
     low: NDArray[np.int64]
     high: NDArray[np.int64]
-    share: Field
+    fraction: Field
 
     @classmethod
     def between(cls, count: int, working: int, first: int, last: int) -> _Axis:
-        """``count`` voxels of the scan and ``working`` ones along the same length."""
-        places = (
-            (np.arange(first, last) + 0.5) * (working / count) - 0.5 if working != count else np.arange(first, last)
-        )
+        """Place the voxels first <= i < last of ``count`` among ``working`` ones along the same length."""
+        places = np.arange(first, last, dtype=np.float64)
+        if working != count:
+            places = (places + 0.5) * (working / count) - 0.5
         places = np.clip(places, 0, working - 1)
         low = np.floor(places).astype(np.int64)
-        share = (places - low).astype(np.float32)
-        return cls(low, np.where(share > 0, low + 1, low), share)
+        fraction = (places - low).astype(np.float32)
+        return cls(low, np.where(fraction > 0, low + 1, low), fraction)
 
     def touched(self, start: int, stop: int) -> slice:
         """Which of the N voxels use one of the voxels ``start`` to ``stop`` of the working grid."""
-        first = int(np.searchsorted(self.high, start, side="left"))
-        return slice(first, max(int(np.searchsorted(self.low, stop, side="left")), first))
+        first = int(np.searchsorted(self.high, start))
+        return slice(first, max(int(np.searchsorted(self.low, stop)), first))
 
     def interpolate(self, values: Field, axis: int, first: int = 0) -> Field:
-        """Linear interpolation along an axis of ``values``, whose first voxel is ``first`` of the working grid."""
+        """Interpolate linearly along an axis of ``values``, whose first voxel is ``first`` of the working grid."""
         shape = [1, 1, 1]
         shape[axis] = -1
         low = np.take(values, self.low - first, axis)
-        low += self.share.reshape(shape) * (np.take(values, self.high - first, axis) - low)
+        low += self.fraction.reshape(shape) * (np.take(values, self.high - first, axis) - low)
         return low
-
-
-def _resampled(data: Field, axis: int, count: int) -> Field:
-    """The scan with another number of voxels over the same length of one axis."""
-    if count == data.shape[axis]:
-        return data
-    return _Axis.between(count, data.shape[axis], 0, count).interpolate(data, axis)
-
-
-@dataclass(frozen=True, eq=False)
-class _Lattice:
-    """Logits on a box of the working grid, and the voxels of the scan that it serves.
-
-    Parameters
-    ----------
-    values : array, float32
-        From voxel ``low[0]`` of each axis on.
-    axes : tuple of _Axis, (3,)
-        The voxels of the territory's box.
-    """
-
-    values: Field
-    axes: tuple[_Axis, ...]
-
-    def on(self, box: Box) -> Field:
-        """Logits at the voxels of a box, counted from the first of the territory."""
-        values = self.values
-        for number, (axis, side) in enumerate(zip(self.axes, box, strict=True)):
-            part = _Axis(axis.low[side], axis.high[side], axis.share[side])
-            values = part.interpolate(values, number, int(axis.low[0]))
-        return values
 
 
 @dataclass(frozen=True, eq=False)
 class _Territory:
     """Which structure each voxel in reach of one belongs to.
 
-    Parameters
-    ----------
-    start : tuple of int, (3,)
-        First voxel of the box, in the scan.
-    owner : array of int32, (I, J, K)
-        Place in ``numbers`` plus 1; 0 out of reach.
-    numbers : tuple of int
-        Of the structures, ascending.
+    ``owner``, (I, J, K) int32 from voxel ``start`` of the scan on, is the place in ``numbers`` plus 1; 0 out of reach.
+    ``numbers`` are those of the structures, ascending.
     """
 
     start: tuple[int, ...]
     owner: NDArray[np.int32]
     numbers: tuple[int, ...]
-
-    @property
-    def stop(self) -> tuple[int, ...]:
-        """One past the last voxel of the box, in the scan."""
-        return tuple(first + n for first, n in zip(self.start, self.owner.shape, strict=True))
-
-    @cached_property
-    def boxes(self) -> list[Box | None]:
-        """For each of ``numbers`` the box of ``owner`` that holds its voxels; None where it has none."""
-        found: list[Box | None] = ndimage.find_objects(self.owner, max_label=len(self.numbers))
-        return found
 
     def numbers_in(self, box: Sequence[slice]) -> list[int]:
         """Numbers of the structures that own a voxel of a box of ``owner``."""
@@ -433,23 +311,17 @@ class _Territory:
         return [number for number, voxels in zip(self.numbers, count[1:], strict=True) if voxels]
 
 
-def _share_out(prompts: Mapping[int, Prompt], grid: Grid, reach_mm: float) -> _Territory:
+def _divide(prompts: Mapping[int, Prompt], grid: Grid, reach_mm: float) -> _Territory:
     """Give each voxel of a scan to the nearest region within reach; ties to the smaller number."""
     margin = np.ceil(reach_mm / grid.spacing_mm).astype(np.int64)
     regions: dict[int, tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
     for number in sorted(prompts):
         prompt = prompts[number]
         if not isinstance(prompt, RegionPrompt):
-            raise TypeError(f"the model 'vesselfm' is asked by region, not by {type(prompt).__name__}")
+            raise TypeError(f"the model 'vesselfm' is prompted by region, not by {type(prompt).__name__}")
         start, inside = inside_scan(prompt.probability, grid.shape)
-        if not inside.any():
-            continue
-        voxels = np.argwhere(inside)
-        first = np.maximum(start + voxels.min(axis=0) - margin, 0)
-        last = np.minimum(start + voxels.max(axis=0) + 1 + margin, grid.shape)
-        region = np.zeros(last - first, bool)
-        region[tuple((voxels + start - first).T)] = True
-        regions[number] = first, region
+        if inside.any():
+            regions[number] = crop_mask(start, inside, margin, grid.shape)
     if not regions:
         return _Territory((0, 0, 0), np.zeros((0, 0, 0), np.int32), ())
     low = np.min([first for first, _ in regions.values()], axis=0)
@@ -465,36 +337,19 @@ def _share_out(prompts: Mapping[int, Prompt], grid: Grid, reach_mm: float) -> _T
     return _Territory(tuple(int(n) for n in low), owner, tuple(regions))
 
 
-def _answer(number: int, territory: _Territory, logits: _Lattice | None) -> LocalMap:
-    """The vessels on a structure's own voxels."""
-    if logits is None or number not in territory.numbers:
-        return LocalMap.empty()
-    place = territory.numbers.index(number)
-    box = territory.boxes[place]
-    if box is None:
-        return LocalMap.empty()  # structures of smaller numbers fill all its voxels
-    own = territory.owner[box] == place + 1
-    # SciPy's, not PyTorch's: that one treats the last few voxels of an array apart, which changes last bits.
-    probability = special.expit(logits.on(box)) * own
-    i, j, k = (int(first + side.start) for first, side in zip(territory.start, box, strict=True))
-    return LocalMap((i, j, k), probability.astype(np.float32, copy=False))
-
-
 def _corners(shape: Sequence[int], window: int, overlap: float) -> Iterator[tuple[int, ...]]:
     """First voxels of the windows that cover a scan, the last axis fastest.
 
-    They step by the share that does not overlap, the last one ends with the scan. A scan smaller than a window is in
-    the middle of it, so that the first voxel is below 0 [MONAI's ``SlidingWindowInferer``].
+    They step by the part that does not overlap; the last one ends with the scan. A scan smaller than a window is in
+    its middle, so that the first voxel is below 0 [MONAI's ``SlidingWindowInferer``].
     """
     step = max(int(window * (1 - overlap)), 1)
-    firsts: list[list[int]] = []
-    for count in shape:
-        if count <= window:
-            firsts.append([-((window - count) // 2)])
-            continue
-        steps = math.ceil((count - window) / step)
-        firsts.append([min(n * step, count - window) for n in range(steps + 1)])
-    yield from product(*firsts)
+    return product(
+        *(
+            [-((window - count) // 2)] if count <= window else [*range(0, count - window, step), count - window]
+            for count in shape
+        )
+    )
 
 
 def _importance(window: int, blending: Literal["constant", "gaussian"]) -> Field:

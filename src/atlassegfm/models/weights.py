@@ -16,8 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from ..core.errors import InputError
 from ..core.files import atomic_path
@@ -29,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 #: Environment variable that names the folder of all weights, with one folder for each model.
 FOLDER_VARIABLE = "ATLASSEGFM_MODELS"
-#: File that records what was fetched, in the folder of the model.
+#: Files in the folder of a model that record what was fetched, and that the licence was accepted.
 RECORD = "weights.json"
-#: File that records the acceptance of the licence, in the folder of the model.
 ACCEPTANCE = "licence-accepted.json"
+_RECORDED = ("url", "revision", "size", "sha256", "date")
 
 #: State of a file. "as published": it has the published SHA-256; "as fetched": none is published, and it is unchanged
 #: since it was fetched; "not known": there is nothing to compare with; "of another revision": fetched for another
@@ -40,47 +41,16 @@ ACCEPTANCE = "licence-accepted.json"
 Verdict = Literal[
     "missing", "as published", "as fetched", "not known", "of another revision", "wrong size", "wrong sha256"
 ]
-VERDICTS: tuple[str, ...] = get_args(Verdict)
 #: Verdicts of a file that is kept.
 _GOOD: tuple[Verdict, ...] = ("as published", "as fetched", "not known")
-
-
-@dataclass(frozen=True)
-class LocalWeights:
-    """Weights on this machine.
-
-    Parameters
-    ----------
-    path : Path
-        The file; a folder where there are several files, or where a given folder names them otherwise.
-    licence : str
-        Licence of the published weights.
-    licence_accepted : str or None
-        Date (ISO 8601, UTC) of its acceptance; None where none is needed.
-    """
-
-    path: Path
-    licence: str
-    licence_accepted: str | None = None
 
 
 @dataclass(frozen=True)
 class StoredFile:
     """A published file, and what lies in its place on this machine.
 
-    Parameters
-    ----------
-    file : WeightsFile
-    path : Path
-        Its place.
-    size : int or None
-        In bytes; None if it is missing.
-    sha256 : str or None
-        Hexadecimal; None if it is missing or has the wrong size.
-    verdict : str
-        One of :data:`VERDICTS`.
-    expected : str
-        The expected size or SHA-256, where it is wrong.
+    ``size`` is in bytes, ``sha256`` hexadecimal; None if it is missing, the latter also if the size is wrong.
+    ``expected`` is the expected size or SHA-256, where it is wrong.
     """
 
     file: WeightsFile
@@ -120,6 +90,19 @@ def _sha256_as_of(path: Path, _state: tuple[int, ...]) -> str:
     return sha256_of(path)
 
 
+def describe_file(path: Path) -> dict[str, Any]:
+    """Describe a file of weights for ``run.json``: name without folders, size in bytes, SHA-256 (hexadecimal)."""
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": loaded_sha256(path)}
+
+
+def installed_version(package: str) -> str:
+    """Return the version of an installed package, by its name on the package index; "unknown" where none is noted."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
 def weights_folder() -> Path:
     """Return the folder of all weights; InputError if none is named and the user has no home folder."""
     named = os.environ.get(FOLDER_VARIABLE)
@@ -139,29 +122,18 @@ def folders_of(name: str) -> tuple[Path, ...]:
     return tuple(dict.fromkeys(folders))
 
 
-def find_weights(name: str, published: PublishedWeights, given: Path | None) -> LocalWeights:
-    """Find the weights of a model on this machine.
+def find_weights(name: str, published: PublishedWeights, given: Path | None) -> Path:
+    """Find the file of a model's weights on this machine, or their folder if they are several.
 
-    Parameters
-    ----------
-    name : str
-        Name of the model.
-    published : PublishedWeights
-    given : Path or None
-        File or folder the user names: for weights of one file, the file under any name or a folder that has it under
-        its published name; for several files, a folder, which the model checks. :func:`folders_of` if None.
-
-    Raises
-    ------
-    InputError
-        If they are not there, or their licence must be accepted and has not been.
+    They are looked for in the folders of :func:`folders_of` unless a path is given: for one file, that file under any
+    name or a folder that has it under its published name; for several, a folder, which the model checks. Raises
+    InputError if they are not there, are not the published ones in their folder, or their licence has not been
+    accepted.
     """
     path = _complete_folder(name, published) if given is None else _given(name, published, given)
     if len(published.files) == 1 and path.is_dir():
         path = path / published.files[0].path
-    accepted = licence_accepted(name, published)
-    if published.non_commercial and accepted is None:
-        raise _unaccepted(name, published, path)
+    _require_licence(name, published, path)
     for file, place in _places(published, path, given):
         if file.sha256 is not None and place.is_file() and (found := loaded_sha256(place)) != file.sha256:
             if given is None:
@@ -170,7 +142,7 @@ def find_weights(name: str, published: PublishedWeights, given: Path | None) -> 
                     f"and run atlassegfm models fetch {name} (weights of your own are named with --model-path)"
                 )
             logger.warning("%s: is not the published file of the model %r; taken for weights of your own", place, name)
-    return LocalWeights(path, published.licence, accepted)
+    return path
 
 
 def folder_with_weights(published: PublishedWeights, folders: Iterable[Path]) -> Path | None:
@@ -179,48 +151,22 @@ def folder_with_weights(published: PublishedWeights, folders: Iterable[Path]) ->
 
 
 def examine(published: PublishedWeights, folder: Path) -> tuple[StoredFile, ...]:
-    """Compare the files in a model's folder, which need not exist, with the published ones.
-
-    Raises
-    ------
-    InputError
-        If a file cannot be read, or the record of what was fetched is damaged.
-    """
+    """Compare the files in a folder, which need not exist, with the published ones; InputError if unreadable."""
     record = _read_record(folder)
     return tuple(_examined(file, folder / file.path, record, published.revision) for file in published.files)
 
 
 def fetch(
-    name: str,
-    published: PublishedWeights,
-    folder: Path | None = None,
-    on_stage: Callable[[str], None] | None = None,
+    name: str, published: PublishedWeights, folder: Path | None = None, on_stage: Callable[[str], None] | None = None
 ) -> Fetched:
-    """Download the weights of a model; files that are there already stay.
+    """Download the weights of a model that are not there yet; a partial file never has its final name.
 
-    Each file is checked under a temporary name and then moved: a partial file never has its final name.
-
-    Parameters
-    ----------
-    name : str
-        Name of the model.
-    published : PublishedWeights
-    folder : Path, optional
-        For the files; the first of :func:`folders_of` if left out.
-    on_stage : callable, optional
-        Called with the progress of each file, as "downloading FILE: 10 %, ...".
-
-    Raises
-    ------
-    InputError
-        If the licence must be accepted and has not been, the folder cannot be written to or has no room, or another
-        file is in the way.
-    ModelError
-        If the files cannot be had, or are not the published ones.
+    ``folder`` is the first of :func:`folders_of` if left out; ``on_stage`` is called with the progress of each file, as
+    "downloading FILE: 10 %, ...". Raises InputError if the licence has not been accepted, the folder cannot be written
+    to or has no room, or another file is in the way; ModelError if the published files cannot be downloaded.
     """
-    if published.non_commercial and licence_accepted(name, published) is None:
-        raise _unaccepted(name, published, folder or weights_folder() / name)
-    folder = weights_folder() / name if folder is None else folder
+    folder = folder or weights_folder() / name
+    _require_licence(name, published, folder)
     before = examine(published, folder)
     for stored in before:
         kind = stored.verdict.removeprefix("wrong ")
@@ -236,10 +182,7 @@ def fetch(
 
 
 def licence_accepted(name: str, published: PublishedWeights) -> str | None:
-    """Return the date (ISO 8601, UTC) of the acceptance of a model's licence; None if there is none or none is needed.
-
-    It holds wherever the weights lie, and for the licence it was given for alone.
-    """
+    """Return the date (ISO 8601, UTC) on which this very licence was accepted; None if it was not, or need not be."""
     if not published.non_commercial:
         return None
     for folder in folders_of(name):
@@ -248,48 +191,43 @@ def licence_accepted(name: str, published: PublishedWeights) -> str | None:
             if (content["model"], content["licence"]) == (name, published.licence):
                 return str(content["date"])
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # nobody's consent can be read out of that
+            continue
     return None
 
 
 def accept_licence(name: str, published: PublishedWeights) -> str | None:
-    """Record that the user accepts the licence of a model's weights.
+    """Record that the user accepts the licence of a model's weights; InputError if it cannot be recorded.
 
-    Returns
-    -------
-    str or None
-        Date of the acceptance, the first one if there are several; None where none is needed.
-
-    Raises
-    ------
-    InputError
-        If it cannot be recorded.
+    Returns the date of the first acceptance; None where none is needed.
     """
     if not published.non_commercial:
         return None
     if (earlier := licence_accepted(name, published)) is not None:
         return earlier
-    terms = {"licence": published.licence, "licence_url": published.licence_url}
-    content = {"model": name, **terms, "date": _today(), "atlassegfm": __version__}
-    path = weights_folder() / name / ACCEPTANCE
+    date, path = _today(), weights_folder() / name / ACCEPTANCE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(path, content)
+        _write_json(path, {"model": name, **_terms(published), "date": date, "atlassegfm": __version__})
     except (OSError, InputError) as error:
         cause = error if isinstance(error, OSError) else error.__context__
         raise InputError(
             f"{path}: cannot note there that the licence was accepted ({getattr(cause, 'strerror', None) or error}); "
             f"set {FOLDER_VARIABLE} to a folder that you can write to"
         ) from None
-    return str(content["date"])
+    return date
 
 
-def _unaccepted(name: str, published: PublishedWeights, path: Path) -> InputError:
-    return InputError(
-        f"{path}: the licence of the weights of the model {name!r} has not been accepted: {published.licence}, "
-        f"{published.licence_url}, no commercial use; read it, then accept it with --accept-licence of `atlassegfm "
-        f"models fetch {name}` or `segment` (in Python: atlassegfm.models.accept_licence({name!r}))"
-    )
+def _terms(published: PublishedWeights) -> dict[str, str]:
+    return {"licence": published.licence, "licence_url": published.licence_url}
+
+
+def _require_licence(name: str, published: PublishedWeights, path: Path) -> None:
+    if published.non_commercial and licence_accepted(name, published) is None:
+        raise InputError(
+            f"{path}: the licence of the weights of the model {name!r} has not been accepted: {published.licence}, "
+            f"{published.licence_url}, no commercial use; read it, then accept it with --accept-licence of `atlassegfm "
+            f"models fetch {name}` or `segment` (in Python: atlassegfm.models.accept_licence({name!r}))"
+        )
 
 
 def _default_folder() -> Path:
@@ -297,10 +235,10 @@ def _default_folder() -> Path:
 
 
 def _complete_folder(name: str, published: PublishedWeights) -> Path:
+    """Find the folder with all files; else say which are wrong in the first folder that has some."""
     folders = folders_of(name)
     if (complete := folder_with_weights(published, folders)) is not None:
         return complete
-    # Of the folders that hold a part, the first is meant.
     partial = (one for one in folders if len(_wrong(published, one)) < len(published.files))
     folder = next(partial, folders[0])
     wrong = _wrong(published, folder)
@@ -349,8 +287,8 @@ def _wrong(published: PublishedWeights, folder: Path) -> dict[WeightsFile, str]:
         path = folder / file.path
         if not path.is_file():
             found[file] = "missing"
-        elif file.size is not None and path.stat().st_size != file.size:
-            found[file] = f"has {path.stat().st_size} bytes, expected {file.size}"
+        elif file.size not in (None, size := path.stat().st_size):
+            found[file] = f"has {size} bytes, expected {file.size}"
     return found
 
 
@@ -360,26 +298,25 @@ def _examined(file: WeightsFile, path: Path, record: dict[str, Any], revision: s
             raise InputError(f"{path}: is not a file, but the weights are to lie there; move it away")
         return StoredFile(file, path, None, None, "missing")
     kept = record.get(file.path)
+    # A file fetched for another revision differs from a damaged one in that it is as recorded.
+    other = kept is not None and kept["revision"] != revision
+    recorded = None if kept is None else str(kept["sha256"])
+    known_size = file.size if file.size is not None or kept is None else int(kept["size"])
     try:
         size = path.stat().st_size
-        # A file that was fetched for another version is told from a damaged one by what was noted then.
-        other = kept is not None and kept["revision"] != revision
-        known_size = file.size if file.size is not None or kept is None else int(kept["size"])
-        if known_size is not None and size != known_size and not other:
+        if known_size not in (None, size) and not other:
             return StoredFile(file, path, size, None, "wrong size", str(known_size))
         sha256 = sha256_of(path)
     except OSError as error:
         raise _unreadable(path, error) from None
-    recorded = None if kept is None else str(kept["sha256"])
-    expected = file.sha256 or recorded
-    if expected not in (None, sha256) and not (other and sha256 == recorded):
-        return StoredFile(file, path, size, sha256, "wrong sha256", str(expected))
-    verdict: Verdict = "not known" if expected is None else "as fetched"
     if sha256 == file.sha256:
-        verdict = "as published"
-    elif other and sha256 == recorded:
-        verdict = "of another revision"
-    return StoredFile(file, path, size, sha256, verdict)
+        return StoredFile(file, path, size, sha256, "as published")
+    if other and sha256 == recorded:
+        return StoredFile(file, path, size, sha256, "of another revision")
+    expected = file.sha256 or recorded
+    if expected not in (None, sha256):
+        return StoredFile(file, path, size, sha256, "wrong sha256", str(expected))
+    return StoredFile(file, path, size, sha256, "not known" if expected is None else "as fetched")
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:
@@ -390,11 +327,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
     """Read the record of what was fetched, by path below the folder."""
     path = folder / RECORD
     try:
-        files, keys = (
-            json.loads(path.read_text(encoding="utf-8"))["files"],
-            ("url", "revision", "size", "sha256", "date"),
-        )
-        return {str(name): {key: one[key] for key in keys} for name, one in files.items()}
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        return {str(name): {key: one[key] for key in _RECORDED} for name, one in files.items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
@@ -413,7 +347,7 @@ def _today() -> str:
 
 
 def _fetch_one(
-    name: str, published: PublishedWeights, folder: Path, stored: StoredFile, tell: Callable[[str], None]
+    name: str, published: PublishedWeights, folder: Path, stored: StoredFile, on_stage: Callable[[str], None]
 ) -> None:
     """Download one file and record it."""
     target = stored.path
@@ -427,16 +361,9 @@ def _fetch_one(
     with atomic_path(target) as temporary:
         file = stored.file
         download = Download(published.url_of(file), published.page, target, file.size, file.sha256)
-        download.to(temporary, tell, file.path)
+        download.to(temporary, on_stage, file.path)
         size, sha256 = temporary.stat().st_size, sha256_of(temporary)
-    record = _read_record(folder)
-    record[file.path] = {
-        "url": download.url,
-        "revision": published.revision,
-        "size": size,
-        "sha256": sha256,
-        "date": _today(),
-    }
-    terms = {"licence": published.licence, "licence_url": published.licence_url}
-    content = {"model": name, "repository": published.repository, **terms, "atlassegfm": __version__, "files": record}
-    _write_json(folder / RECORD, content)
+    values = (download.url, published.revision, size, sha256, _today())
+    record = _read_record(folder) | {file.path: dict(zip(_RECORDED, values, strict=True))}
+    origin = {"model": name, "repository": published.repository, **_terms(published), "atlassegfm": __version__}
+    _write_json(folder / RECORD, {**origin, "files": record})

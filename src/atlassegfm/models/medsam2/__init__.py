@@ -1,14 +1,12 @@
 """MedSAM2: SAM 2.1 trained on medical scans, which follows a structure from slice to slice as through a video.
 
-A scan is turned to 8 bits and cut into slices. The prompt is put on one slice, the middle one of the structure, and the
-network follows the structure up from there, then, asked anew, down. How the scan is prepared and asked is that of
+A scan is converted to 8 bits and cut into slices. The prompt is put on one slice, the middle one of the structure; the
+network follows the structure up from there, then, prompted anew, down. Preparation and prompts follow
 ``medsam2_infer_3D_CT.py`` of bowang-lab/MedSAM2 at 332f30d; the network itself is in :mod:`.network`.
 
-Slices are shown as that code sees those of a usual CT file: rows run to the back of the patient, columns to the left
-(coronal and sagittal ones: rows run to the feet, columns to the left or to the back).
-
-On a slice that is prompted by a mask the network gives that mask back, by design; only the other slices are its own
-finding.
+Slices look as those of a usual CT file do to that code: rows run to the back of the patient, columns to the left
+(coronal and sagittal ones: rows run to the feet, columns to the left or to the back). On a slice prompted by a mask the
+network returns that mask, by design.
 """
 
 from __future__ import annotations
@@ -16,23 +14,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage, special
+from scipy import special
 
 from ...core.errors import InputError
 from ...core.geometry import Grid
 from ...core.image import Volume
 from ...core.mask import LocalMap
-from ...prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan
+from ...prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan, largest_component
 from ...settings import MedSam2Settings, ModelSettings
-from .. import OnPrompt
+from ..base import OnPrompt, in_turn
 from ..inputs import intensities, scan_name, usable_device
-from ..origin import describe_file
-from ..weights import LocalWeights
+from ..weights import describe_file, installed_version
 from .network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network, require_packages
 
 if TYPE_CHECKING:
@@ -47,8 +45,8 @@ _PIXEL_MEAN = (0.485, 0.456, 0.406)
 _PIXEL_STD = (0.229, 0.224, 0.225)
 #: Intensities above 0 are cut at these percentiles where they are not Hounsfield units [published code].
 _PERCENTILES = (0.5, 99.5)
-#: A scan with values down to the first and up to the second is taken to be in Hounsfield units: air in or around the
-#: patient is -1000, soft tissue ends at about 80. MR magnitudes are not negative, standardised ones seldom beyond 10.
+#: A scan with values down to the first and up to the second is taken to be in Hounsfield units: air is -1000, soft
+#: tissue ends at about 80. MR magnitudes are not negative, standardised ones seldom beyond 10.
 _HOUNSFIELD_AIR = -500.0
 _HOUNSFIELD_DENSE = 100.0
 #: Slices lie across the axis with the largest spacing if that is this many times the others.
@@ -61,12 +59,7 @@ _LEAST_PROBABILITY = 1e-3
 class SliceView:
     """How slices lie in a scan in RAS-canonical array order.
 
-    Parameters
-    ----------
-    name : str
-        For messages.
-    across, down, along : int
-        Axis of the array from slice to slice, and those that rows and columns run against.
+    ``across`` is the axis of the array from slice to slice; rows and columns run against ``down`` and ``along``.
     """
 
     name: str
@@ -94,56 +87,26 @@ VIEWS: Mapping[str, SliceView] = {
 
 @dataclass(frozen=True, eq=False)
 class MedSam2Encoding:
-    """An encoded scan.
-
-    Parameters
-    ----------
-    slices : array, (slices, rows, columns) uint8
-        In the order of ``view``.
-    view : SliceView
-        How they lie in the scan.
-    grid : Grid
-        Of the scan.
-    features : FeatureCache
-        What the image encoder found on the slices that were looked at.
-    """
+    """An encoded scan: its slices, (slices, rows, columns) uint8, how they lie in it, its grid, and features."""
 
     slices: Slices
     view: SliceView
     grid: Grid
     features: FeatureCache
 
-    @property
-    def spacing_mm(self) -> float:
-        """Distance of neighbouring slices in mm."""
-        return float(self.grid.spacing_mm[self.view.across])
-
 
 @dataclass(frozen=True, eq=False)
 class MedSam2Segmenter:
-    """Model behind :class:`~atlassegfm.models.Segmenter`.
-
-    Parameters
-    ----------
-    network : Network
-        Loaded.
-    settings : MedSam2Settings
-        How scans are read and how far structures are followed.
-    provenance : mapping
-        The file of the weights, and the version of transformers.
-    """
+    """Model behind :class:`~atlassegfm.models.Segmenter`."""
 
     network: Network
     settings: MedSam2Settings
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def encode(self, image: Volume) -> MedSam2Encoding:
-        """Turn a scan (RAS-canonical array order) into slices of 8 bits; the network sees them when it is asked.
+        """Convert a scan (RAS-canonical array order) to slices of 8 bits, which the network sees when it is prompted.
 
-        Raises
-        ------
-        InputError
-            If it has NaN or infinite voxels, or the same value everywhere, also within the window of a CT.
+        Raises InputError if it has NaN or infinite voxels, or no contrast, also within the window of a CT.
         """
         view = choose_view(image.grid, self.settings.slice_axis)
         slices = to_8_bits(view.frames(intensities(image)), self.settings, scan_name(image))
@@ -154,34 +117,26 @@ class MedSam2Segmenter:
     ) -> dict[int, LocalMap]:
         """Predict the structures one after the other; see :class:`~atlassegfm.models.Segmenter`.
 
-        Raises
-        ------
-        InputError
-            If a box is given for a scan that is not read in axial slices.
+        Raises InputError if a box is given for a scan that is not read in axial slices.
         """
-        maps = {}
-        for number, prompt in prompts.items():
-            if on_prompt is not None:
-                on_prompt(number)
-            maps[number] = self.answer(encoded, prompt)
-        return maps
+        return {number: self._predict_one(encoded, prompt) for number, prompt in in_turn(prompts, on_prompt)}
 
-    def answer(self, encoded: MedSam2Encoding, prompt: Prompt) -> LocalMap:
-        """Predict the probability of one structure; see :meth:`predict`."""
+    def _predict_one(self, encoded: MedSam2Encoding, prompt: Prompt) -> LocalMap:
         if isinstance(prompt, RegionPrompt):
-            raise TypeError("the model 'medsam2' is asked by click, mask or box, not by RegionPrompt")
-        asked = _on_slice(prompt, encoded)
-        if asked is None:
+            raise TypeError("the model 'medsam2' is prompted by click, mask or box, not by RegionPrompt")
+        on_slice = _on_slice(prompt, encoded)
+        if on_slice is None:
             return LocalMap.empty()
-        span, known = _span(prompt, asked.index, encoded, self.settings)
-        parts = []
-        for index, logits in self.logits(encoded, asked, span, stop_when_gone=not known):
-            probability = special.expit(logits)
-            probability[probability < _LEAST_PROBABILITY] = 0
-            part = LocalMap.from_full(probability[None])
-            if not part.is_empty:
-                parts.append(LocalMap((index, *part.start[1:]), part.values))
-        return _in_scan(parts, encoded)
+        span, known = _span(prompt, on_slice.index, encoded, self.settings)
+        probability = np.zeros((span[1] - span[0], *encoded.slices.shape[1:]), np.float32)
+        for index, logits in self.logits(encoded, on_slice, span, stop_when_gone=not known):
+            found = special.expit(logits)
+            probability[index - span[0]] = np.where(found < _LEAST_PROBABILITY, 0, found)
+        on_span = LocalMap.from_full(encoded.view.volume(probability))
+        if on_span.is_empty:
+            return on_span
+        i, j, k = (n + span[0] * (axis == encoded.view.across) for axis, n in enumerate(on_span.start))
+        return LocalMap((i, j, k), on_span.values)
 
     def logits(
         self,
@@ -193,21 +148,9 @@ class MedSam2Segmenter:
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Predict slice by slice: the prompted one, up from there, then down.
 
-        Parameters
-        ----------
-        encoded : MedSam2Encoding
-            The scan.
-        prompt : PointPrompt or SlicePrompt
-            On a slice within ``span``.
-        span : tuple of int, (2,)
-            First slice and one past the last one that it may see.
-        stop_when_gone : bool
-            Whether to stop a direction after ``settings.empty_slices`` successive slices without the structure.
-
-        Yields
-        ------
-        int and array, (rows, columns) float32
-            Index of the slice, each once, and logits: above 0 inside, -1024 everywhere if the structure is absent.
+        ``span`` is the first slice and one past the last one that may be seen. With ``stop_when_gone`` a direction ends
+        after ``settings.empty_slices`` successive slices without the structure. Yields the index of each slice once,
+        and logits, (rows, columns) float32: above 0 inside, -1024 everywhere if the structure is absent.
         """
         _, rows, columns = encoded.slices.shape
 
@@ -218,9 +161,9 @@ class MedSam2Segmenter:
             if reverse and prompt.index == span[0]:
                 return
             empty = 0
-            way = self.network.track(prompt, frame, (rows, columns), span, encoded.features, reverse=reverse)
-            for index, logits in way:
-                # The prompted slice was answered on the way up.
+            tracked = self.network.track(prompt, frame, (rows, columns), span, encoded.features, reverse=reverse)
+            for index, logits in tracked:
+                # The prompted slice was predicted on the way up.
                 if not (reverse and index == prompt.index):
                     yield index, logits
                 empty = 0 if (logits > 0).any() else empty + 1
@@ -228,23 +171,13 @@ class MedSam2Segmenter:
                     break
 
 
-def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeights]) -> MedSam2Segmenter:
-    """Load the model onto "cpu" or "cuda".
-
-    Raises
-    ------
-    InputError
-        If the weights are not there.
-    MissingExtraError
-        If transformers or Pillow are not installed.
-    ModelError
-        If there is no such device, the weights are of another model, or transformers has an unknown version.
-    """
+def load(device: str, settings: ModelSettings, weights: Callable[[], Path]) -> MedSam2Segmenter:
+    """Load the model onto "cpu" or "cuda"; errors as of :func:`~atlassegfm.models.load_model`."""
     place = usable_device(device)
     require_packages()  # reported before missing weights
-    path = weights().path
+    path = weights()
     network = load_network(path, place)
-    provenance = {"weights": describe_file(path), "transformers_version": network.version}
+    provenance = {"weights": describe_file(path), "transformers_version": installed_version("transformers")}
     return MedSam2Segmenter(network, settings.medsam2, provenance)
 
 
@@ -265,21 +198,10 @@ def is_hounsfield(data: NDArray[Any]) -> bool:
 
 
 def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings, name: str = "the scan") -> Slices:
-    """Map intensities to 0 to 255 as the published code does: cut, stretched, decimals dropped.
+    """Map intensities (slices, rows, columns), all finite, to 0 to 255 as the published code does.
 
-    Parameters
-    ----------
-    frames : array, (slices, rows, columns)
-        Intensities of the whole scan, all finite, by which they are stretched.
-    settings : MedSam2Settings
-        Modality and window.
-    name : str
-        Name of the scan in messages.
-
-    Raises
-    ------
-    InputError
-        If there is no contrast.
+    They are cut, stretched by the range of the whole scan, and lose their decimals. Raises InputError, with the scan's
+    ``name``, if there is no contrast.
     """
     least, most = float(frames.min()), float(frames.max())
     is_ct = settings.modality == "ct" or (settings.modality == "auto" and is_hounsfield(frames))
@@ -288,7 +210,7 @@ def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings, name: str = "the 
         low, high = settings.window_level - half, settings.window_level + half
         logger.debug("medsam2 reads the scan as a CT, in the window %g to %g HU", low, high)
     else:
-        # Of a scan without values above 0, as after some standardisations, all count.
+        # All values count if none is above 0, as after some standardisations.
         counted = frames[frames > 0] if most > 0 else frames.flatten()
         low, high = (float(value) for value in np.percentile(counted, _PERCENTILES, overwrite_input=True))
         logger.debug("medsam2 reads the scan from %g to %g, its percentiles %g and %g", low, high, *_PERCENTILES)
@@ -312,8 +234,8 @@ def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings, name: str = "the 
 def to_frame(pixels: NDArray[np.uint8], size: int) -> Tensor:
     """Convert a slice (rows, columns) to network input, (3, size, size) float32.
 
-    As in the published code, the aspect ratio is not kept, and Pillow resamples 8 bits: torch's bicubic interpolation
-    differs.
+    As in the published code, the aspect ratio is not kept. Pillow resamples 8 bits, unlike torch's bicubic
+    interpolation.
     """
     from PIL import Image
 
@@ -350,21 +272,24 @@ def _on_slice(
 
 
 def _middle_slice(probability: LocalMap, encoded: MedSam2Encoding) -> SlicePrompt | None:
-    """Take the mask on the middle slice of its largest connected part; None if it lies outside the scan."""
+    """Take the mask on the middle slice of its largest component; None if it lies outside the scan."""
     view = encoded.view
     start, inside = inside_scan(probability, encoded.grid.shape)
     if not inside.any():
         return None
-    parts, _ = ndimage.label(inside, structure=np.ones((3, 3, 3)))
-    largest = parts == int(np.bincount(parts.ravel())[1:].argmax()) + 1
-    others = tuple(axis for axis in range(3) if axis != view.across)
-    # A connected part has no empty slice between its first and last one.
-    occupied = np.flatnonzero(largest.any(axis=others))
-    index = int(start[view.across]) + int(occupied[0] + occupied[-1]) // 2
+    # A component has no empty slice between its first and last one.
+    first, last = _extent(largest_component(inside), view.across)
+    index = int(start[view.across]) + (first + last) // 2
     slab_start, slab_stop = [0, 0, 0], list(encoded.grid.shape)
     slab_start[view.across], slab_stop[view.across] = index, index + 1
     mask = view.frames(probability.on_box(slab_start, slab_stop) >= INSIDE)[0]
     return SlicePrompt(index, np.ascontiguousarray(mask))
+
+
+def _extent(mask: NDArray[np.bool_], across: int) -> tuple[int, int]:
+    """First and last slice of a mask that is not empty."""
+    occupied = np.flatnonzero(mask.any(axis=tuple(axis for axis in range(3) if axis != across)))
+    return int(occupied[0]), int(occupied[-1])
 
 
 def _span(
@@ -374,32 +299,12 @@ def _span(
     across, count = encoded.view.across, len(encoded.slices)
     known: tuple[int, int] | None = None
     if isinstance(prompt, MaskPrompt):
-        others = tuple(axis for axis in range(3) if axis != across)
-        occupied = (
-            np.flatnonzero((prompt.probability.values >= INSIDE).any(axis=others)) + prompt.probability.start[across]
-        )
-        known = int(occupied[0]), int(occupied[-1]) + 1
+        offset = prompt.probability.start[across]
+        first, last = _extent(prompt.probability.values >= INSIDE, across)
+        known = first + offset, last + offset + 1
     elif across == VIEWS["axial"].across:
         known = prompt.slices
     first, last = known or (index, index + 1)
     reach_mm = settings.reach_mm if known is None else settings.margin_mm
-    added = max(int(np.ceil(reach_mm / encoded.spacing_mm - 1e-6)), 1)
+    added = max(int(np.ceil(reach_mm / float(encoded.grid.spacing_mm[across]) - 1e-6)), 1)
     return (max(min(first, index) - added, 0), min(max(last, index + 1) + added, count)), known is not None
-
-
-def _in_scan(parts: list[LocalMap], encoded: MedSam2Encoding) -> LocalMap:
-    """Merge parts of slices, (slice, row, column), to one map on the scan."""
-    if not parts:
-        return LocalMap.empty()
-    start = np.min([part.start for part in parts], axis=0)
-    stop = np.max([part.stop for part in parts], axis=0)
-    frames = np.zeros(stop - start, np.float32)
-    for part in parts:
-        box = tuple(slice(a - s, b - s) for a, b, s in zip(part.start, part.stop, start, strict=True))
-        frames[box] = part.values
-    view = encoded.view
-    i, j, k = (
-        int(start[0]) if axis == view.across else int(encoded.grid.shape[axis] - stop[1 if axis == view.down else 2])
-        for axis in range(3)
-    )
-    return LocalMap((i, j, k), np.ascontiguousarray(view.volume(frames)))

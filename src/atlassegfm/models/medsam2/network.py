@@ -1,10 +1,8 @@
 """The network of MedSAM2: transformers' ``Sam2VideoModel`` with the published weights.
 
-MedSAM2 is SAM 2.1 (Hiera-tiny) at 512 pixels, trained on medical scans; a scan's slices are its video. Its weights are
-published under the names of the original code, which this module turns into those of transformers. Two things that
-transformers does otherwise than the original code are put right (:func:`_corrected`).
-
-Loading this module loads torch, but not transformers.
+MedSAM2 is SAM 2.1 (Hiera-tiny) at 512 pixels, trained on medical scans; a scan's slices are its video. Weights are
+renamed from the original code to transformers (:func:`rename`); two deviations of transformers from the original code
+are corrected (:func:`_corrected`). Importing this module loads torch, but not transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,116 +29,98 @@ from torch.nn import functional
 
 from ...core.errors import InputError, MissingExtraError, ModelError
 from ..checkpoint import check_fit, few, load_state, named_weights
+from ..weights import installed_version
 
 #: Name of the weights in messages.
 _WANTED = "the weights of the model 'medsam2' (MedSAM2_latest.pt)"
 #: Versions of transformers that have ``Sam2VideoModel`` under the names used here.
 _SUPPORTED = "transformers 4.56 or newer, below 6 (tested with 4.56.0 and 5.23.0)"
-#: ``Sam2VideoConfig`` of the published weights: ``sam2.1_hiera_t512.yaml`` of bowang-lab/MedSAM2 at 332f30d. What is
-#: not named here is SAM 2.1 Hiera-tiny, transformers' default.
+#: Attributes of ``Sam2VideoInferenceSession`` that are used here.
+_SESSION = (
+    *("processed_frames", "cache", "obj_id_to_idx", "obj_with_new_inputs"),
+    *("add_point_inputs", "add_mask_inputs", "output_dict_per_obj"),
+)
+#: Methods of ``Sam2VideoModel`` that are corrected, and parameters they must have.
+_CORRECTED = {
+    "_single_frame_forward": {"multimask_output"},
+    "_use_mask_as_output": {"backbone_features", "high_res_features", "mask_inputs"},
+}
+#: ``Sam2VideoConfig`` of the published weights (``sam2.1_hiera_t512.yaml`` of bowang-lab/MedSAM2 at 332f30d) where
+#: it is not transformers' default, SAM 2.1 Hiera-tiny at 1024 pixels.
 PUBLISHED_CONFIG: Mapping[str, Any] = {
     "image_size": 512,
     "vision_config": {
         "model_type": "sam2_vision_model",
-        "backbone_config": {
-            "model_type": "sam2_hiera_det_model",
-            "image_size": [512, 512],
-            "hidden_size": 96,
-            "num_attention_heads": 1,
-            "blocks_per_stage": [1, 2, 7, 2],
-            "embed_dim_per_stage": [96, 192, 384, 768],
-            "num_attention_heads_per_stage": [1, 2, 4, 8],
-            "window_size_per_stage": [8, 4, 14, 7],
-            "global_attention_blocks": [5, 7, 9],
-            "window_positional_embedding_background_size": [7, 7],
-        },
-        "backbone_channel_list": [768, 384, 192, 96],
+        "backbone_config": {"model_type": "sam2_hiera_det_model", "image_size": [512, 512]},
         "backbone_feature_sizes": [[128, 128], [64, 64], [32, 32]],
-        "fpn_hidden_size": 256,
     },
     "prompt_encoder_config": {"image_size": 512},
-    "mask_decoder_config": {
-        "dynamic_multimask_via_stability": True,
-        "dynamic_multimask_stability_delta": 0.05,
-        "dynamic_multimask_stability_thresh": 0.98,
-    },
-    "num_maskmem": 7,
     "memory_attention_rope_feat_sizes": [32, 32],
-    "enable_temporal_pos_encoding_for_object_pointers": True,
-    "enable_occlusion_spatial_embedding": True,
 }
-#: File beside a checkpoint that may describe another size of the architecture, and the key that does: keyword
-#: arguments of ``Sam2VideoConfig``. A file of that name without that key is another program's and does not count.
+#: File beside a checkpoint that may describe another size of the architecture, under the key of :data:`_CONFIG_KEY` as
+#: keyword arguments of ``Sam2VideoConfig``. Without that key it is another program's.
 CONFIG_FILE = "config.json"
 _CONFIG_KEY = "transformers"
 _HEADS = r"(iou_prediction_head|pred_obj_score_head|output_hypernetworks_mlps\.\d+|obj_ptr_proj)\.layers\."
-#: Names in the original checkpoint, applied in turn, and what they are in ``Sam2VideoModel``.
-_RENAMED: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (
-            r"^sam_prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$",
-            "prompt_encoder.shared_embedding.positional_embedding",
-        ),
-        (r"^sam_prompt_encoder\.", "prompt_encoder."),
-        (r"^sam_mask_decoder\.", "mask_decoder."),
-        (r"mask_downscaling\.0\.", "mask_embed.conv1."),
-        (r"mask_downscaling\.1\.", "mask_embed.layer_norm1."),
-        (r"mask_downscaling\.3\.", "mask_embed.conv2."),
-        (r"mask_downscaling\.4\.", "mask_embed.layer_norm2."),
-        (r"mask_downscaling\.6\.", "mask_embed.conv3."),
-        (r"output_upscaling\.0\.", "upscale_conv1."),
-        (r"output_upscaling\.1\.", "upscale_layer_norm."),
-        (r"output_upscaling\.3\.", "upscale_conv2."),
-        # "layers.1" of the original becomes "layers.0" only after its own "layers.0" has got another name.
-        (_HEADS + r"0\.", r"\1.proj_in."),
-        (_HEADS + r"1\.", r"\1.layers.0."),
-        (_HEADS + r"2\.", r"\1.proj_out."),
-        (r"(mask_decoder\.transformer\.layers\.\d+)\.mlp\.layers\.0\.", r"\1.mlp.proj_in."),
-        (r"(mask_decoder\.transformer\.layers\.\d+)\.mlp\.layers\.1\.", r"\1.mlp.proj_out."),
-        (r"^image_encoder\.neck\.convs\.(\d+)\.conv\.", r"vision_encoder.neck.convs.\1."),
-        (r"^image_encoder\.trunk\.patch_embed\.proj\.", "vision_encoder.backbone.patch_embed.projection."),
-        (r"^image_encoder\.trunk\.", "vision_encoder.backbone."),
-        (r"(vision_encoder\.backbone\.blocks\.\d+)\.mlp\.layers\.0\.", r"\1.mlp.proj_in."),
-        (r"(vision_encoder\.backbone\.blocks\.\d+)\.mlp\.layers\.1\.", r"\1.mlp.proj_out."),
-        (r"memory_encoder\.mask_downsampler\.encoder\.12\.", "memory_encoder.mask_downsampler.final_conv."),
-        (r"memory_encoder\.pix_feat_proj\.", "memory_encoder.feature_projection."),
-        (r"memory_encoder\.out_proj\.", "memory_encoder.projection."),
-        (r"memory_encoder\.fuser\.", "memory_encoder.memory_fuser."),
-        (r"\.dwconv\.", ".depthwise_conv."),
-        (r"\.pwconv(\d)\.", r".pointwise_conv\1."),
-        (r"\.gamma$", ".scale"),
-        (r"\.out_proj\.", ".o_proj."),
-        (r"\.norm(\d*|_final_attn)\.", r".layer_norm\1."),
-        (r"^maskmem_tpos_enc$", "memory_temporal_positional_encoding"),
-        (r"^no_mem_embed$", "no_memory_embedding"),
-        (r"^no_mem_pos_enc$", "no_memory_positional_encoding"),
-        (r"^no_obj_ptr$", "no_object_pointer"),
-        (r"^no_obj_embed_spatial$", "occlusion_spatial_embedding_parameter"),
-        (r"^obj_ptr_tpos_proj\.", "temporal_positional_encoding_projection_layer."),
-        (r"^obj_ptr_proj\.", "object_pointer_proj."),
-    )
-)
-#: Convolutions and norms of the mask downsampler, which the original code counts through with the activations.
-_DOWNSAMPLER = re.compile(r"(memory_encoder\.mask_downsampler)\.encoder\.(\d+)\.(.+)")
-_DOWNSAMPLER_PARTS = {0: "conv", 1: "layer_norm"}
-#: The four kinds of point, which are one table in transformers.
-_POINT_KINDS = tuple(f"prompt_encoder.point_embeddings.{n}.weight" for n in range(4))
-_POINT_TABLE = "prompt_encoder.point_embed.weight"
+_BLOCKS = r"(mask_decoder\.transformer\.layers\.\d+|vision_encoder\.backbone\.blocks\.\d+)"
 #: One tensor of the original code that transformers keeps twice.
 _SHARED_FROM = "prompt_encoder.shared_embedding.positional_embedding"
 _SHARED_TO = "shared_image_embedding.positional_embedding"
+#: Names in the original checkpoint, applied in turn, and what they are in ``Sam2VideoModel``.
+_RENAMED = (
+    (r"^sam_prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$", _SHARED_FROM),
+    (r"^sam_prompt_encoder\.", "prompt_encoder."),
+    (r"^sam_mask_decoder\.", "mask_decoder."),
+    (r"mask_downscaling\.0\.", "mask_embed.conv1."),
+    (r"mask_downscaling\.1\.", "mask_embed.layer_norm1."),
+    (r"mask_downscaling\.3\.", "mask_embed.conv2."),
+    (r"mask_downscaling\.4\.", "mask_embed.layer_norm2."),
+    (r"mask_downscaling\.6\.", "mask_embed.conv3."),
+    (r"output_upscaling\.0\.", "upscale_conv1."),
+    (r"output_upscaling\.1\.", "upscale_layer_norm."),
+    (r"output_upscaling\.3\.", "upscale_conv2."),
+    # "layers.1" of the original becomes "layers.0" only after its own "layers.0" has got another name.
+    (_HEADS + r"0\.", r"\1.proj_in."),
+    (_HEADS + r"1\.", r"\1.layers.0."),
+    (_HEADS + r"2\.", r"\1.proj_out."),
+    (r"^image_encoder\.neck\.convs\.(\d+)\.conv\.", r"vision_encoder.neck.convs.\1."),
+    (r"^image_encoder\.trunk\.patch_embed\.proj\.", "vision_encoder.backbone.patch_embed.projection."),
+    (r"^image_encoder\.trunk\.", "vision_encoder.backbone."),
+    (_BLOCKS + r"\.mlp\.layers\.0\.", r"\1.mlp.proj_in."),
+    (_BLOCKS + r"\.mlp\.layers\.1\.", r"\1.mlp.proj_out."),
+    # The original code numbers the layers of the mask downsampler together with the activations.
+    *(
+        (rf"mask_downsampler\.encoder\.{3 * layer + place}\.", f"mask_downsampler.layers.{layer}.{part}.")
+        for layer in range(4)
+        for place, part in enumerate(("conv", "layer_norm"))
+    ),
+    (r"memory_encoder\.mask_downsampler\.encoder\.12\.", "memory_encoder.mask_downsampler.final_conv."),
+    (r"memory_encoder\.pix_feat_proj\.", "memory_encoder.feature_projection."),
+    (r"memory_encoder\.out_proj\.", "memory_encoder.projection."),
+    (r"memory_encoder\.fuser\.", "memory_encoder.memory_fuser."),
+    (r"\.dwconv\.", ".depthwise_conv."),
+    (r"\.pwconv(\d)\.", r".pointwise_conv\1."),
+    (r"\.gamma$", ".scale"),
+    (r"\.out_proj\.", ".o_proj."),
+    (r"\.norm(\d*|_final_attn)\.", r".layer_norm\1."),
+    (r"^maskmem_tpos_enc$", "memory_temporal_positional_encoding"),
+    (r"^no_mem_embed$", "no_memory_embedding"),
+    (r"^no_mem_pos_enc$", "no_memory_positional_encoding"),
+    (r"^no_obj_ptr$", "no_object_pointer"),
+    (r"^no_obj_embed_spatial$", "occlusion_spatial_embedding_parameter"),
+    (r"^obj_ptr_tpos_proj\.", "temporal_positional_encoding_projection_layer."),
+    (r"^obj_ptr_proj\.", "object_pointer_proj."),
+)
+#: The four kinds of point, which are one table in transformers.
+_POINT_KINDS = tuple(f"prompt_encoder.point_embeddings.{n}.weight" for n in range(4))
+_POINT_TABLE = "prompt_encoder.point_embed.weight"
 
 
 class FeatureCache:
-    """Image features of a scan's slices, the least recently used given up beyond a limit.
+    """Image features of a scan's slices.
 
-    Finding them is nearly all of the work, and they are the same for every structure and in both directions.
-
-    Parameters
-    ----------
-    limit_bytes : int
-        Of all slices together. The slice used last is always kept.
+    Computing them is nearly all of the work, and they are the same for every structure and in both directions. Beyond
+    ``limit_bytes`` the least recently used are dropped, but never the last one. ``encoded`` counts the slices put in.
     """
 
     def __init__(self, limit_bytes: int) -> None:
@@ -148,10 +128,9 @@ class FeatureCache:
         self._slices: OrderedDict[int, Any] = OrderedDict()
         self._positions: Any = None
         self.encoded = 0
-        """How many slices have been put in."""
 
     def get(self, index: int) -> dict[str, Any] | None:
-        """Features of a slice as transformers put them in; None if they are not there."""
+        """Return the features of a slice as transformers put them in; None if they are not there."""
         if index not in self._slices:
             return None
         self._slices.move_to_end(index)
@@ -159,7 +138,7 @@ class FeatureCache:
 
     def put(self, index: int, features: Mapping[str, Any]) -> None:
         """Keep the features of a slice."""
-        # They follow from the size of the slices alone, and are five times as large as the features.
+        # Positions depend on the size of the slices alone, and are five times as large as the features.
         if self._positions is None:
             self._positions = features["vision_pos_embeds"]
         self._slices[index] = features["vision_feats"]
@@ -178,7 +157,7 @@ class FeatureCache:
 
 @dataclass(frozen=True, eq=False)
 class _CropCache:
-    """What a session takes for its own cache: that of the scan, its slices counted from the crop's first one."""
+    """A session's cache: that of the scan, with slices counted from the first one of the crop."""
 
     cache: FeatureCache
     first: int
@@ -192,7 +171,7 @@ class _CropCache:
 
 @dataclass(frozen=True, eq=False)
 class _Frames(Mapping[int, Tensor]):
-    """What a session takes for its frames: slices that become network input when they are looked at."""
+    """A session's frames: slices that become network input when they are seen."""
 
     make: Callable[[int], Tensor]
     first: int
@@ -214,14 +193,8 @@ class _Frames(Mapping[int, Tensor]):
 class PointPrompt:
     """Points on one slice.
 
-    Parameters
-    ----------
-    index : int
-        The slice.
-    xy : array, (N, 2)
-        Column and row in pixels of the slice, from 0.
-    kinds : tuple of int, (N,)
-        1: inside; 0: outside; 2 and 3: first and last corner of a box, both inclusive.
+    ``xy``, (N, 2), are column and row in pixels of the slice, from 0. ``kinds`` are 1: inside; 0: outside; 2 and 3:
+    first and last corner of a box, both inclusive.
     """
 
     index: int
@@ -231,15 +204,7 @@ class PointPrompt:
 
 @dataclass(frozen=True, eq=False)
 class SlicePrompt:
-    """A mask on one slice.
-
-    Parameters
-    ----------
-    index : int
-        The slice.
-    mask : array, (rows, columns) bool
-        Not empty.
-    """
+    """A mask on one slice, (rows, columns) bool, not empty."""
 
     index: int
     mask: NDArray[np.bool_]
@@ -247,24 +212,14 @@ class SlicePrompt:
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """The loaded network.
+    """The loaded network: a corrected ``Sam2VideoModel``, and the class ``Sam2VideoInferenceSession``.
 
-    Parameters
-    ----------
-    model : Sam2VideoModel
-        On the device, with both corrections.
-    session : type
-        ``Sam2VideoInferenceSession``.
-    device : torch.device
-        Where it computes: on a GPU by automatic bfloat16 as the original code, on a CPU in float32.
-    version : str
-        Of transformers.
+    A GPU computes in automatic bfloat16 as the original code, a CPU in float32.
     """
 
     model: Any
     session: Any
     device: torch.device
-    version: str
 
     @property
     def image_size(self) -> int:
@@ -281,47 +236,23 @@ class Network:
         *,
         reverse: bool,
     ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Answer a prompt on its slice, then follow the object through the slices after or before it.
+        """Predict a prompt's slice, then follow the object through the slices after it, or before it if ``reverse``.
 
-        Parameters
-        ----------
-        prompt : PointPrompt or SlicePrompt
-            On a slice within ``span``.
-        frame : callable
-            Gives the network input (3, size, size) of a slice.
-        shape : tuple of int, (2,)
-            Rows and columns of a slice.
-        span : tuple of int, (2,)
-            First slice and one past the last one that it may see.
-        cache : FeatureCache
-            Of the scan.
-        reverse : bool
-            Whether to go down in the number of the slice.
-
-        Yields
-        ------
-        int and array, (rows, columns) float32
-            Number of the slice, the prompted one first, and logits: above 0 inside; -1024 all over where the object is
-            not on the slice.
+        ``frame`` gives the network input (3, size, size) of a slice, ``shape`` is its rows and columns, ``span`` the
+        first slice and one past the last one that may be seen, the prompt's among them. Yields the number of each slice
+        and logits, (rows, columns) float32: above 0 inside; -1024 everywhere if the object is absent.
         """
         first, last = span
-        session = self.session(
-            video_height=shape[0],
-            video_width=shape[1],
-            inference_device=self.device,
-            inference_state_device=self.device,
-            video_storage_device="cpu",
-            dtype=torch.float32,
-        )
+        places = {"inference_device": self.device, "inference_state_device": self.device, "video_storage_device": "cpu"}
+        session = self.session(video_height=shape[0], video_width=shape[1], dtype=torch.float32, **places)
         session.processed_frames = _Frames(frame, first, last - first)
         session.cache = _CropCache(cache, first)
         self._give(session, prompt, shape, first)
+        on_gpu = self.device.type == "cuda"
         for index in range(prompt.index, first - 1, -1) if reverse else range(prompt.index, last):
-            with torch.inference_mode(), self._precision():
+            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
                 answer = self.model(session, frame_idx=index - first, reverse=reverse)
-                logits = functional.interpolate(
-                    answer.pred_masks.float(), size=shape, mode="bilinear", align_corners=False
-                )
+                logits = functional.interpolate(answer.pred_masks.float(), shape, mode="bilinear", align_corners=False)
             self._forget(session, index - first, reverse=reverse)
             yield index, logits[0, 0].cpu().numpy()
 
@@ -330,7 +261,7 @@ class Network:
         size, rows, columns = self.image_size, *shape
         number = session.obj_id_to_idx(1)
         if isinstance(prompt, PointPrompt):
-            # As the original code: pixel numbers are scaled, pixel centres are not regarded.
+            # As in the original code, pixel numbers are scaled, not pixel centres.
             xy = np.asarray(prompt.xy, np.float64) * (size / columns, size / rows)
             inputs = {
                 "point_coords": torch.from_numpy(xy.astype(np.float32))[None, None],
@@ -340,72 +271,47 @@ class Network:
         else:
             mask = torch.from_numpy(prompt.mask.astype(np.float32))[None, None]
             small = functional.interpolate(mask, (size, size), mode="bilinear", align_corners=False, antialias=True)
-            # A structure of one pixel on a slice of more pixels than the network's input must not get lost.
+            # Keeps a structure of one pixel on a slice larger than the network's input.
             level = min(0.5, float(small.max()))
             session.add_mask_inputs(number, prompt.index - first, (small >= level).float())
         session.obj_with_new_inputs = [1]
 
     def _forget(self, session: Any, index: int, *, reverse: bool) -> None:
-        """Give up what later slices do not look at, so that memory does not grow with the number of slices."""
+        """Drop what later slices do not use, so that memory does not grow with the number of slices."""
         kept = session.output_dict_per_obj[0]["non_cond_frame_outputs"]
         for name in ("pred_masks", "high_res_masks"):
             kept.get(index, {}).pop(name, None)
         reach = max(self.model.config.num_maskmem, self.model.config.max_object_pointers_in_encoder)
         kept.pop(index + reach if reverse else index - reach, None)
 
-    def _precision(self) -> Any:
-        return torch.autocast("cuda", dtype=torch.bfloat16) if self.device.type == "cuda" else nullcontext()
-
 
 def load_network(path: Path, device: torch.device) -> Network:
-    """Build the network and fill it with a checkpoint.
+    """Build the network on ``device`` and fill it with a published file: ``{"model": weights}``, in any precision.
 
-    Parameters
-    ----------
-    path : Path
-        A published file: ``{"model": weights}``, float32, float16 or bfloat16. ``config.json`` beside it may give
-        another size of the architecture than the published one, under the key "transformers".
-    device : torch.device
-        Where it computes.
-
-    Raises
-    ------
-    InputError
-        If ``config.json`` cannot be read.
-    MissingExtraError
-        If transformers or Pillow are not installed.
-    ModelError
-        If the file is no checkpoint of this network, or the installed transformers is not one that this module knows.
+    ``config.json`` beside it may give another size of the architecture, under the key "transformers". Raises InputError
+    if that cannot be read, MissingExtraError if transformers or Pillow are not installed, ModelError if the file is no
+    checkpoint of this network or the version of transformers is not supported.
     """
     weights = _read_checkpoint(path)
+    require_packages()
     with _broken_torchvision_hidden():
-        transformers, modeling = _import_transformers()
-        kind = _corrected(modeling.Sam2VideoModel, str(transformers.__version__))
+        config_class, model_class, session_class = _import_classes()
         settings = _config_beside(path) or copy.deepcopy(dict(PUBLISHED_CONFIG))
-        # Its random weights are overwritten; the caller's random numbers are not to notice.
+        # Its random weights are overwritten; the caller's random state stays.
         with torch.random.fork_rng(devices=[]):
             try:
-                model = kind(transformers.Sam2VideoConfig(**settings))
+                model = model_class(config_class(**settings))
             except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-                raise ModelError(
-                    f"transformers {transformers.__version__} cannot build the network of the model 'medsam2' "
-                    f"({str(error).splitlines()[0] if str(error) else type(error).__name__}); it needs {_SUPPORTED}"
-                ) from None
+                reason = str(error).partition("\n")[0] or type(error).__name__
+                raise _unsupported(f"cannot build the network of the model 'medsam2' ({reason})") from None
     renamed = rename(weights)
     check_fit(renamed, model.state_dict(), path, wanted=f"{_WANTED}; Efficient-MedSAM2 is another network")
     model.load_state_dict(renamed, strict=True)
-    network = Network(
-        model.eval().requires_grad_(requires_grad=False).to(device),
-        modeling.Sam2VideoInferenceSession,
-        device,
-        str(transformers.__version__),
-    )
-    _check_session(network)
-    return network
+    return Network(model.eval().requires_grad_(requires_grad=False).to(device), session_class, device)
 
 
 def rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the original code under the names of ``Sam2VideoModel``, as float32."""
+    """Rename weights of the original code to those of ``Sam2VideoModel``, as float32."""
     renamed = {
         _new_name(name): tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()
     }
@@ -417,14 +323,9 @@ def rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _new_name(name: str) -> str:
-    """The name of one weight of the original code in ``Sam2VideoModel``."""
     for pattern, replacement in _RENAMED:
-        name = pattern.sub(replacement, name)
-    found = _DOWNSAMPLER.fullmatch(name)
-    if found is None or int(found[2]) % 3 not in _DOWNSAMPLER_PARTS:
-        return name
-    layer, part = divmod(int(found[2]), 3)
-    return f"{found[1]}.layers.{layer}.{_DOWNSAMPLER_PARTS[part]}.{found[3]}"
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -432,7 +333,7 @@ def _read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 def _config_beside(path: Path) -> dict[str, Any] | None:
-    """The architecture that a file beside the checkpoint gives; None if there is none."""
+    """Read the architecture from a file beside the checkpoint; None if there is none."""
     file = path.with_name(CONFIG_FILE)
     if not file.is_file():
         return None
@@ -445,13 +346,7 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
 
 
 def require_packages() -> None:
-    """Load what the extra brings.
-
-    Raises
-    ------
-    MissingExtraError
-        If transformers or Pillow are not installed.
-    """
+    """Import what the extra brings; MissingExtraError if it is not installed."""
     for name in ("transformers", "PIL"):
         try:
             importlib.import_module(name)
@@ -459,33 +354,43 @@ def require_packages() -> None:
             raise MissingExtraError("the model 'medsam2'", "medsam2") from None
 
 
-def _import_transformers() -> tuple[Any, Any]:
-    """The package, and its module with the network."""
-    require_packages()
-    transformers = importlib.import_module("transformers")
+def _import_classes() -> tuple[Any, Any, Any]:
+    """Classes of the network's settings, the network, corrected, and its session, if they are as used here."""
     try:
+        config_class = importlib.import_module("transformers").Sam2VideoConfig
         modeling = importlib.import_module("transformers.models.sam2_video.modeling_sam2_video")
-        transformers.Sam2VideoConfig  # noqa: B018
-        modeling.Sam2VideoModel, modeling.Sam2VideoInferenceSession  # noqa: B018
+        model_class, session_class = modeling.Sam2VideoModel, modeling.Sam2VideoInferenceSession
     except (ImportError, AttributeError, RuntimeError) as error:
-        raise ModelError(
-            f"transformers {transformers.__version__} gives no Sam2VideoModel ({error}); the model 'medsam2' needs "
-            f"{_SUPPORTED}"
-        ) from None
-    return transformers, modeling
+        raise _unsupported(f"gives no Sam2VideoModel ({error})") from None
+    for name, parameters in _CORRECTED.items():
+        method = getattr(model_class, name, None)
+        if method is None or not parameters <= set(inspect.signature(method).parameters):
+            raise _unsupported(f"has another Sam2VideoModel.{name} than is corrected here")
+    try:
+        session = session_class(inference_device="cpu", dtype=torch.float32)
+    except TypeError:
+        session = None
+    lacking = [name for name in _SESSION if not hasattr(session, name)]
+    if lacking:
+        raise _unsupported(f"has another Sam2VideoInferenceSession than is used here (without {few(lacking)})")
+    return config_class, _corrected(model_class), session_class
+
+
+def _unsupported(what: str) -> ModelError:
+    return ModelError(
+        f"transformers {installed_version('transformers')} {what}; the model 'medsam2' needs {_SUPPORTED}"
+    )
 
 
 @contextmanager
 def _broken_torchvision_hidden() -> Iterator[None]:
-    """Have transformers believe that there is no torchvision, if the one installed does not load; undone afterwards.
+    """Hide a torchvision that does not load from transformers, which loads it wherever it is installed.
 
-    A torchvision built for another torch than the one installed raises when it is loaded, and transformers loads it
-    wherever it is installed. Sam2VideoModel needs none of it.
+    It raises if it was built for another torch. Sam2VideoModel needs none of it.
     """
-    if _torchvision_is_sound() or importlib.util.find_spec("transformers") is None:
+    if _torchvision_is_sound():
         yield
         return
-    importlib.import_module("transformers")
     places = [importlib.import_module(name) for name in ("transformers.utils.import_utils", "transformers.utils")]
     name = "is_torchvision_available"
     before = [(place, getattr(place, name)) for place in places if hasattr(place, name)]
@@ -506,7 +411,6 @@ def _torchvision_is_sound() -> bool:
         if importlib.util.find_spec("torchvision") is None:
             return True
         with warnings.catch_warnings():
-            # It warns of missing image codecs, which nothing here uses.
             warnings.simplefilter("ignore")
             importlib.import_module("torchvision")
     except (ImportError, OSError, RuntimeError, AttributeError, ValueError):
@@ -514,33 +418,22 @@ def _torchvision_is_sound() -> bool:
     return True
 
 
-def _corrected(kind: Any, version: str) -> Any:
-    """``Sam2VideoModel`` with what it does otherwise than the original code put right.
+def _corrected(kind: Any) -> Any:
+    """Correct ``Sam2VideoModel`` where a mask as prompt is treated otherwise than by the original code.
 
-    Both concern a mask as prompt, and each alone moves the logits of other slices by about 0.3 (measured with
-    transformers 5.23.0 against bowang-lab/MedSAM2 at 332f30d on the CPU; 0.002 remains).
+    Each deviation alone moves the logits of other slices by about 0.3 (transformers 5.23.0 against bowang-lab/MedSAM2
+    at 332f30d on the CPU; 0.002 remains).
     """
-    for name, parameters in (
-        ("_single_frame_forward", {"multimask_output"}),
-        ("_use_mask_as_output", {"backbone_features", "high_res_features", "mask_inputs"}),
-    ):
-        method = getattr(kind, name, None)
-        if method is None or not parameters <= set(inspect.signature(method).parameters):
-            raise ModelError(
-                f"transformers {version} has another Sam2VideoModel.{name} than the model 'medsam2' corrects; "
-                f"install {_SUPPORTED}"
-            )
 
     class Corrected(kind):  # type: ignore[misc]
         def _single_frame_forward(self, **inputs: Any) -> Any:
-            # Only the pointer to an object given as a mask leaves this open. transformers takes it from the best of
-            # three masks then, the original code from the single one.
+            # Left open only for the pointer to an object given as a mask: transformers then takes it from the best of
+            # three masks, the original code from the single one.
             inputs.setdefault("multimask_output", False)
             return super()._single_frame_forward(**inputs)
 
         def _use_mask_as_output(self, *inputs: Any, **named: Any) -> Any:
-            # transformers remembers the mask as it was given, the original code its copy at a quarter of the size,
-            # taken up again.
+            # transformers remembers the mask as given, the original code its copy downsampled by four and upsampled.
             answer = super()._use_mask_as_output(*inputs, **named)
             answer.high_res_masks = functional.interpolate(
                 answer.pred_masks.float(), (self.image_size, self.image_size), mode="bilinear", align_corners=False
@@ -548,21 +441,3 @@ def _corrected(kind: Any, version: str) -> Any:
             return answer
 
     return Corrected
-
-
-def _check_session(network: Network) -> None:
-    """Refuse a transformers whose sessions are not those that :meth:`Network.track` fills."""
-    try:
-        session = network.session(inference_device="cpu", dtype=torch.float32)
-    except TypeError:
-        session = None
-    wanted = (
-        *("processed_frames", "cache", "obj_id_to_idx", "obj_with_new_inputs"),
-        *("add_point_inputs", "add_mask_inputs", "output_dict_per_obj"),
-    )
-    lacking = [name for name in wanted if not hasattr(session, name)]
-    if lacking:
-        raise ModelError(
-            f"transformers {network.version} has another Sam2VideoInferenceSession than the model 'medsam2' fills "
-            f"(without {few(lacking)}); install {_SUPPORTED}"
-        )

@@ -1,17 +1,17 @@
 """nnInteractive (Isensee, Rokuss, Krämer et al. 2025, arXiv 2503.08373) by its own inference session.
 
-The session computes in this process, or on a server that is given the scan. Either way it sees the scan as its
-training data were stored: unresampled, arrays in the order (z, y, x) of a RAS scan, which is (k, j, i) here. It
-normalises intensities itself.
-
-A box is the rectangle of the prompt on its axial slice: the published network takes boxes of one slice.
+The session computes in this process, or on a server that gets the scan. Either way it sees the scan as its training
+data were stored: not resampled, arrays in the order (z, y, x) of a RAS scan, which is (k, j, i) here. It normalises
+intensities itself. A box is the rectangle of the prompt on its axial slice: the published network takes boxes of one
+slice.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,78 +21,38 @@ from ...core.image import Volume
 from ...core.mask import LocalMap
 from ...prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, RegionPrompt
 from ...settings import ModelSettings
-from .. import OnPrompt
+from ..base import OnPrompt, in_turn
 from ..inputs import intensities, scan_name
-from ..weights import LocalWeights
 
 Field = NDArray[np.float32]
-#: Puts one prompt to a session, so that the session answers it.
+#: Gives one prompt to a session, which then predicts.
 Put = Callable[[Any], None]
 
 
-class Backend(Protocol):
-    """Where an nnInteractive session runs; arrays and voxels are in the order (k, j, i)."""
+class NnInteractiveSegmenter(ABC):
+    """Model behind :class:`~atlassegfm.models.Segmenter`, with a session in this process or on a server.
 
-    @property
-    def session(self) -> Any:
-        """The session, local or remote: both have the same methods."""
-        ...
+    The session holds one scan at a time. Its arrays and voxels are in the order (k, j, i).
+    """
 
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """As :attr:`~atlassegfm.models.Segmenter.provenance`."""
-        ...
+    session: Any
+    provenance: Mapping[str, Any]
+    _shown: Field | None = None
+    _mask: NDArray[np.uint8]
 
-    def answer(self, scan: Field, put: Put) -> LocalMap:
-        """Probability of what one prompt on a scan points at.
-
-        The scan is handed to the session where it is not the one, by identity, of the last answer.
-        """
-        ...
-
+    @abstractmethod
     def close(self) -> None:
-        """Give back threads, or the place on the server."""
-        ...
+        """Release threads, or the place on the server; done at the end of the program, too."""
 
+    @abstractmethod
+    def _probability(self, scan: Field, put: Put) -> LocalMap:
+        """Predict the probability, (k, j, i), for one prompt on a scan."""
 
-@dataclass(frozen=True, eq=False)
-class NnInteractiveEncoding:
-    """An encoded scan; the session holds one scan at a time.
+    def encode(self, image: Volume) -> Field:
+        """Return (K, J, I) float32 intensities of one scan (RAS-canonical array order), a view.
 
-    Parameters
-    ----------
-    scan : array, (K, J, I) float32
-        Intensities, finite and not constant; a view of the volume's data.
-    """
-
-    scan: Field
-
-
-class NnInteractiveSegmenter:
-    """Model behind :class:`~atlassegfm.models.Segmenter`.
-
-    Parameters
-    ----------
-    backend : Backend
-        Where its session runs.
-    """
-
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """The weights, or the server."""
-        return self.backend.provenance
-
-    def encode(self, image: Volume) -> NnInteractiveEncoding:
-        """Take in one scan (RAS-canonical array order).
-
-        Raises
-        ------
-        InputError
-            If it has NaN or infinite voxels, or one value only where it is not 0: the session would turn them into
-            an empty answer.
+        Raises InputError if it has NaN or infinite voxels, or one value only where it is not 0: the session would
+        predict nothing.
         """
         data = intensities(image)
         # The session takes mean and standard deviation over the box of the voxels that are not 0.
@@ -102,39 +62,37 @@ class NnInteractiveSegmenter:
                 f"{scan_name(image)}: all voxels but those of value 0 around them have the value {box.flat[0]:g}; "
                 "expected a scan with contrast for the model 'nninteractive'"
             )
-        return NnInteractiveEncoding(data.T)
+        return data.T
 
     def predict(
-        self, encoded: NnInteractiveEncoding, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
+        self, encoded: Field, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
     ) -> dict[int, LocalMap]:
         """Predict the structures one after the other, independently; see :class:`~atlassegfm.models.Segmenter`.
 
-        Raises
-        ------
-        ModelError
-            If the session, or the server, fails, or the network does not take this kind of prompt.
+        Raises ModelError if the session, or the server, fails, or the network does not take this kind of prompt.
         """
-        maps = {}
-        for number, prompt in prompts.items():
-            if on_prompt is not None:
-                on_prompt(number)
-            maps[number] = self._answer(encoded.scan, prompt)
-        return maps
+        return {number: self._predict_one(encoded, prompt) for number, prompt in in_turn(prompts, on_prompt)}
 
-    def close(self) -> None:
-        """Give back threads, or the place on the server. Done at the end of the program, too."""
-        self.backend.close()
+    def _predict_one(self, scan: Field, prompt: Prompt) -> LocalMap:
+        put = self._interaction(scan.shape, prompt)
+        return LocalMap.empty() if put is None else _turned(self._probability(scan, put))
 
-    def _answer(self, scan: Field, prompt: Prompt) -> LocalMap:
-        put = self._question(scan.shape, prompt)
-        if put is None:
-            return LocalMap.empty()
-        found = self.backend.answer(scan, put)
-        return _turned(found) if found.values.size else LocalMap.empty()
+    def _ask(self, scan: Field, put: Put) -> NDArray[np.uint8]:
+        """Give the session one prompt, and the scan if it is another one than the last; return the session's mask."""
+        known, self._shown = self._shown is scan, None
+        if known:
+            self.session.reset_interactions()
+        else:
+            self.session.set_image(np.ascontiguousarray(scan)[None])
+            self._mask = np.zeros(scan.shape, np.uint8)
+            self.session.set_target_buffer(self._mask)
+        put(self.session)
+        self._shown = scan
+        return self._mask
 
-    def _question(self, shape: tuple[int, ...], prompt: Prompt) -> Put | None:
+    def _interaction(self, shape: tuple[int, ...], prompt: Prompt) -> Put | None:
         """The prompt in terms of a session, cut to a scan of this shape, (K, J, I); None if nothing is left."""
-        session = self.backend.session
+        session = self.session
         if isinstance(prompt, ClickPrompt):
             self._require("click", session.supported_interactions["points"])
             voxel = prompt.ijk[::-1]
@@ -151,7 +109,7 @@ class NnInteractiveSegmenter:
                 return None
             return lambda session: session.add_bbox_interaction(sides, include_interaction=True)
         if isinstance(prompt, RegionPrompt):
-            raise TypeError("the model 'nninteractive' is asked by mask, box or click, not by RegionPrompt")
+            raise TypeError("the model 'nninteractive' is prompted by mask, box or click, not by RegionPrompt")
         self._require("mask", session.supports_initial_label and session.supports_zero_shot_label_refinement)
         mask = np.ascontiguousarray(_turned(prompt.probability).on_box((0, 0, 0), shape) >= INSIDE).astype(np.uint8)
         if not mask.any():
@@ -164,30 +122,21 @@ class NnInteractiveSegmenter:
             raise ModelError(f"this nnInteractive network does not take the prompt {kind!r}; choose another prompt")
 
 
-def load(device: str, settings: ModelSettings, weights: Callable[[], LocalWeights]) -> NnInteractiveSegmenter:
-    """Make the model ready on "cpu" or "cuda", or connect to the server that the settings name.
+def load(device: str, settings: ModelSettings, weights: Callable[[], Path]) -> NnInteractiveSegmenter:
+    """Load the model onto "cpu" or "cuda", or connect to the server that the settings name.
 
-    A server brings its own network and device: no weights are looked for here, and PyTorch is not needed.
-
-    Raises
-    ------
-    InputError
-        If the weights are not there; if the server's address is none, or is on another machine and that is not
-        allowed.
-    MissingExtraError
-        If nnInteractive, or its client, is not installed.
-    ModelError
-        If there is no such device, the weights are not those of an nnInteractive network, the installed nnInteractive
-        is of another version, or the server does not answer.
+    A server brings its own network and device: no weights are looked for here, and PyTorch is not needed. Errors as of
+    :func:`~atlassegfm.models.load_model`; InputError, too, if the server's address is none or not allowed, ModelError
+    if it does not respond.
     """
     options = settings.nninteractive
     if options.server:
         from .remote import connect
 
-        return NnInteractiveSegmenter(connect(options))
+        return connect(options)
     from .local import open_folder
 
-    return NnInteractiveSegmenter(open_folder(weights, device, options))
+    return open_folder(weights, device, options)
 
 
 def _turned(probability: LocalMap) -> LocalMap:

@@ -12,7 +12,6 @@ import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,8 @@ from ...prompts import INSIDE
 from ...settings import NnInteractiveSettings
 from ..checkpoint import UnsafeCheckpointError, check_fit, load_state, named_weights
 from ..inputs import usable_device
-from ..origin import describe_file, installed_version
-from ..weights import LocalWeights
-from . import Field, Put
+from ..weights import describe_file, installed_version
+from . import Field, NnInteractiveSegmenter, Put
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +35,6 @@ _CHECKPOINT = "checkpoint_final.pth"
 _WANTED = f"the weights of the model 'nninteractive' ({_CHECKPOINT})"
 #: Either lists the interactions a network was trained for; the second is of version 1.
 _INFORMATION = ("inference_info.json", "inference_session_class.json")
-#: Package name of nnInteractive.
 _PACKAGE = "nninteractive"
 #: Versions of nnInteractive whose private methods are used, and those methods.
 _VERSIONS = ">=2.6,<2.7"
@@ -54,107 +51,51 @@ _NEGLIGIBLE = 1e-3
 _ROUNDING = 1e-2
 _LARGEST_MISMATCH = 1e-3
 _JUST_OUTSIDE = np.nextafter(np.float32(INSIDE), np.float32(0))
+#: What nnInteractive and nnU-Net raise for files they cannot use.
+_BAD_CONTENT = (RuntimeError, ValueError, KeyError, TypeError, AttributeError)
 _LONGEST_REASON = 200
 
-Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
-
-@dataclass(frozen=True)
-class ModelFolder:
-    """Where the files of one network are.
-
-    Parameters
-    ----------
-    root : Path
-        Holds dataset.json, plans.json and inference_info.json or inference_session_class.json.
-    fold : Path
-        Folder in it that holds the checkpoint.
-    """
-
-    root: Path
-    fold: Path
-
-    @property
-    def checkpoint(self) -> Path:
-        """The weights."""
-        return self.fold / _CHECKPOINT
-
-
-class LocalBackend:
-    """A session in this process; a :class:`~atlassegfm.models.nninteractive.Backend`.
-
-    Parameters
-    ----------
-    session : nnInteractiveInferenceSession
-        With its network loaded.
-    provenance : mapping of str to Any
-        Where the network comes from.
-    """
+class LocalSegmenter(NnInteractiveSegmenter):
+    """The model by a session in this process, with its network loaded."""
 
     def __init__(self, session: Any, provenance: Mapping[str, Any]) -> None:
-        self._session = session
-        self._provenance = provenance
-        self._shown: Field | None = None
-        self._found: NDArray[np.uint8] = np.zeros((0, 0, 0), np.uint8)
+        self.session, self.provenance = session, provenance
         self._shut_down = weakref.finalize(self, session.executor.shutdown)
-
-    @property
-    def session(self) -> Any:
-        """The official session."""
-        return self._session
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """The weights and the version of nnInteractive."""
-        return self._provenance
-
-    def answer(self, scan: Field, put: Put) -> LocalMap:
-        """Predict the probability, (k, j, i), for one prompt: at least a half exactly where the session's mask is."""
-        known, self._shown = self._shown is scan, None
-        session = self._session
-        # A failed prompt stays in these, and would move the next answer.
-        session.new_interaction_centers = []
-        session.new_interaction_zoom_out_factors = []
-        with _quiet(), _explained():
-            if known:
-                session.reset_interactions()
-            else:
-                session.set_image(np.ascontiguousarray(scan)[None])
-                self._found = np.zeros(scan.shape, np.uint8)
-                session.set_target_buffer(self._found)
-            with _seeded(), PaintedProbability(session) as painted:
-                put(session)
-        self._shown = scan
-        return painted.beside(self._found)
 
     def close(self) -> None:
         """End the session's threads."""
         self._shut_down()
 
+    def _probability(self, scan: Field, put: Put) -> LocalMap:
+        """At least a half exactly where the session's mask is."""
+        # A failed prompt stays in these, and would move the next answer.
+        self.session.new_interaction_centers = []
+        self.session.new_interaction_zoom_out_factors = []
+        with _quiet(), _explained(), _seeded(), PaintedProbability(self.session) as painted:
+            mask = self._ask(scan, put)
+        return painted.beside(mask)
+
 
 class PaintedProbability:
-    """Reads the probabilities that a session turns into a mask; they are not kept by it.
+    """Reads, within a ``with`` block, the probabilities that a session turns into a mask and does not keep.
 
     A session runs its network on one patch after the other and then pastes the masks of the last ones into the result,
     in the same order. So the last outputs belong to the boxes that are pasted. Outside these the mask is as the session
     was given it, and counts as 0 or 1.
-
-    Parameters
-    ----------
-    session : nnInteractiveInferenceSession
-        Whose prompts within the ``with`` block are followed.
     """
 
     def __init__(self, session: Any) -> None:
         self._session = session
         self._outputs: list[NDArray[np.float16]] = []
-        self._boxes: list[Box] = []
+        #: First voxel of each box and one past the last one, (2, 3).
+        self._boxes: list[NDArray[np.int64]] = []
 
     def __enter__(self) -> PaintedProbability:
         paste = getattr(self._session, _PASTE)
 
         def follow(prediction: Any, bbox: Any, *arguments: Any, **named: Any) -> Any:
-            self._boxes.append(_box(bbox))
+            self._boxes.append(np.array(bbox, np.int64).T)
             return paste(prediction, bbox, *arguments, **named)
 
         def keep(_network: Any, _inputs: Any, output: torch.Tensor) -> None:
@@ -170,35 +111,21 @@ class PaintedProbability:
         delattr(self._session, _PASTE)
 
     def beside(self, mask: NDArray[np.uint8]) -> LocalMap:
-        """The probabilities of a mask.
+        """Combine the probabilities with the session's mask, (K, J, I): at least a half exactly where that is 1.
 
-        Parameters
-        ----------
-        mask : array, (K, J, I) uint8
-            The session's result.
-
-        Returns
-        -------
-        LocalMap
-            At least a half exactly where ``mask`` is 1; empty where that is nowhere.
-
-        Raises
-        ------
-        ModelError
-            If outputs and mask do not belong together.
+        Raises ModelError if outputs and mask do not belong together.
         """
         foreground = LocalMap.from_full(mask)
         if foreground.is_empty:
-            return LocalMap.empty()
-        boxes = [box for box in (_clipped(box, mask.shape) for box in self._boxes) if _has_voxels(box)]
-        hull = (
-            [foreground.start, *(_ends(box, 0) for box in boxes)],
-            [foreground.stop, *(_ends(box, 1) for box in boxes)],
-        )
-        first, last = np.min(hull[0], axis=0), np.max(hull[1], axis=0)
-        inside = mask[tuple(slice(a, b) for a, b in zip(first, last, strict=True))] > 0
+            return foreground
+        patches = [(patch, np.clip([patch.start, patch.stop], 0, mask.shape)) for patch in self._patches()]
+        patches = [(patch, box) for patch, box in patches if (box[1] > box[0]).all()]
+        boxes = np.array([(foreground.start, foreground.stop), *(box for _, box in patches)])
+        first, last = boxes[:, 0].min(axis=0), boxes[:, 1].max(axis=0)
+        inside = mask[_slices(first, last)] > 0
         values = inside.astype(np.float32)
-        self._paint(values, first, mask.shape)
+        for patch, (start, stop) in patches:
+            values[_slices(start - first, stop - first)] = patch.on_box(start, stop)
         wrong = (values >= INSIDE) != inside
         if float((wrong & (np.abs(values - INSIDE) > _ROUNDING)).mean()) > _LARGEST_MISMATCH:
             raise _other_version("its outputs are not those of its masks")
@@ -206,35 +133,23 @@ class PaintedProbability:
         values[wrong & ~inside] = _JUST_OUTSIDE
         values[values < _NEGLIGIBLE] = 0
         local = LocalMap.from_full(values)
-        k, j, i = (int(a + b) for a, b in zip(first, local.start, strict=True))
+        k, j, i = (int(n) for n in first + local.start)
         return LocalMap((k, j, i), local.values)
 
-    def _paint(self, values: Field, first: NDArray[np.int64], shape: tuple[int, ...]) -> None:
-        outputs = self._outputs[len(self._outputs) - len(self._boxes) :] if self._boxes else []
+    def _patches(self) -> Iterator[LocalMap]:
+        """The network's outputs in the boxes where they were pasted, which may reach out of the scan."""
+        outputs = self._outputs[max(len(self._outputs) - len(self._boxes), 0) :]
         if len(outputs) != len(self._boxes):
             raise _other_version(f"it pasted {len(self._boxes)} patches after {len(self._outputs)} outputs")
-        for box, output in zip(self._boxes, outputs, strict=True):
-            if tuple(stop - start for start, stop in box) != output.shape:
-                raise _other_version(f"it pasted a patch of {box} for an output of shape {output.shape}")
-            kept = _clipped(box, shape)
-            if _has_voxels(kept):
-                to = tuple(slice(a - n, b - n) for (a, b), n in zip(kept, first, strict=True))
-                of = tuple(slice(a - n, b - n) for (a, b), (n, _) in zip(kept, box, strict=True))
-                values[to] = output[of]
+        for (start, stop), output in zip(self._boxes, outputs, strict=True):
+            if tuple(stop - start) != output.shape:
+                raise _other_version(f"it pasted a patch from {start} to {stop} for an output of shape {output.shape}")
+            k, j, i = (int(n) for n in start)
+            yield LocalMap((k, j, i), output.astype(np.float32))
 
 
-def open_folder(weights: Callable[[], LocalWeights], device: str, options: NnInteractiveSettings) -> LocalBackend:
-    """Load a network into a session on "cpu" or "cuda".
-
-    Raises
-    ------
-    InputError
-        If the weights are not there.
-    MissingExtraError
-        If nnInteractive is not installed.
-    ModelError
-        If there is no such device, the folder is not one nnInteractive network, or nnInteractive has another version.
-    """
+def open_folder(weights: Callable[[], Path], device: str, options: NnInteractiveSettings) -> LocalSegmenter:
+    """Load a network into a session on "cpu" or "cuda"; errors as of :func:`~atlassegfm.models.load_model`."""
     place = usable_device(device)
     with _quiet():
         try:
@@ -245,28 +160,22 @@ def open_folder(weights: Callable[[], LocalWeights], device: str, options: NnInt
     missing = [name for name in _PRIVATE if not hasattr(nnInteractiveInferenceSession, name)]
     if missing:
         raise _other_version(f"it has no {', '.join(missing)}")
-    folder = find_folder(weights().path)
+    fold = find_fold(weights())
     with _quiet(), _settings_of_torch():
+        # Without undo: every prompt starts from scratch here, a failed one too.
         session = nnInteractiveInferenceSession(
-            device=place,
-            torch_n_threads=torch.get_num_threads(),
-            do_autozoom=options.autozoom,
-            # Every prompt starts from scratch here, a failed one too.
-            enable_undo=False,
+            device=place, torch_n_threads=torch.get_num_threads(), do_autozoom=options.autozoom, enable_undo=False
         )
-        return LocalBackend(session, _load_network(session, folder))
+        return LocalSegmenter(session, _load_network(session, fold))
 
 
-def find_folder(path: Path) -> ModelFolder:
-    """Find the network in a folder: its own, one of its folds, or the folder around it.
+def find_fold(path: Path) -> Path:
+    """Find the folder of the checkpoint: ``path`` is that, the network's folder around it, or the folder around both.
 
-    Raises
-    ------
-    InputError
-        If there is none, more than one, or a file is missing.
+    Raises InputError if there is none, more than one, or a file is missing.
     """
     if path.name.startswith("fold_"):
-        return _complete(ModelFolder(path.parent, path))
+        return _complete(path)
     if not _is_model(path):
         inside = sorted(one for one in path.iterdir() if one.is_dir() and _is_model(one))
         if not inside:
@@ -274,70 +183,70 @@ def find_folder(path: Path) -> ModelFolder:
                 f"{path}: no network in it; expected the folder of an nnInteractive network (dataset.json, plans.json, "
                 f"fold_0/{_CHECKPOINT})"
             )
-        if len(inside) > 1:
-            raise InputError(f"{path}: {_names(inside)} are in it; name one of them as the model's path")
-        path = inside[0]
+        path = _only(inside, path)
     folds = sorted(path.glob("fold_*"))
-    if len(folds) > 1:
-        raise InputError(f"{path}: {_names(folds)} are in it; name one of them as the model's path")
-    return _complete(ModelFolder(path, folds[0] if folds else path / "fold_0"))
+    return _complete(_only(folds, path) if folds else path / "fold_0")
 
 
 def _is_model(folder: Path) -> bool:
     return (folder / "plans.json").is_file() or (folder / "dataset.json").is_file() or any(folder.glob("fold_*"))
 
 
-def _names(paths: list[Path]) -> str:
-    return ", ".join(path.name for path in paths)
+def _only(found: list[Path], folder: Path) -> Path:
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise InputError(f"{folder}: {names} are in it; name one of them as the model's path")
+    return found[0]
 
 
-def _complete(folder: ModelFolder) -> ModelFolder:
+def _complete(fold: Path) -> Path:
     """Check that no file is missing."""
-    needed = [folder.root / "dataset.json", folder.root / "plans.json", folder.checkpoint]
-    for file in needed:
+    root = fold.parent
+    for file in (root / "dataset.json", root / "plans.json", fold / _CHECKPOINT):
         if not file.is_file():
             raise InputError(f"{file}: no such file; get the network's folder again, as a whole")
-    if not any((folder.root / name).is_file() for name in _INFORMATION):
-        raise InputError(
-            f"{folder.root}: neither {' nor '.join(_INFORMATION)} is there; get the network's folder again"
-        )
-    return folder
+    if not any((root / name).is_file() for name in _INFORMATION):
+        raise InputError(f"{root}: neither {' nor '.join(_INFORMATION)} is there; get the network's folder again")
+    return fold
 
 
-def _load_network(session: Any, folder: ModelFolder) -> dict[str, Any]:
+def _load_network(session: Any, fold: Path) -> dict[str, Any]:
     """Load a network into a session, where possible without running code from the checkpoint; return its provenance."""
-    plans = _json(folder.root / "plans.json")
-    dataset = _json(folder.root / "dataset.json")
-    checkpoint, safely = _read_checkpoint(folder.checkpoint)
-    weights = named_weights(checkpoint, folder.checkpoint, wanted=_WANTED, key="network_weights")
-    configuration = _configuration_of(checkpoint, folder.checkpoint)
+    root, path = fold.parent, fold / _CHECKPOINT
+    plans, dataset = _json(root / "plans.json"), _json(root / "dataset.json")
+    checkpoint, safely = _read_checkpoint(path)
+    weights = named_weights(checkpoint, path, wanted=_WANTED, key="network_weights")
+    arguments = checkpoint.get("init_args")
+    configuration = arguments.get("configuration") if isinstance(arguments, Mapping) else None
+    if not isinstance(configuration, str):
+        raise ModelError(f"{path}: names no configuration under 'init_args'; expected {_WANTED}")
     if configuration not in plans.get("configurations", {}):
         known = ", ".join(plans.get("configurations", {})) or "none"
         raise ModelError(
-            f"{folder.root / 'plans.json'}: no configuration {configuration!r}, which {_CHECKPOINT} was trained with "
+            f"{root / 'plans.json'}: no configuration {configuration!r}, which {_CHECKPOINT} was trained with "
             f"(there are: {known}); the two do not belong together"
         )
-    artifacts = _artifacts(session, folder, plans, dataset, configuration)
+    artifacts = _artifacts(session, root, plans, dataset, configuration)
     network = artifacts["network"]
-    check_fit(weights, network.state_dict(), folder.checkpoint, wanted="those of the network in plans.json beside it")
+    check_fit(weights, network.state_dict(), path, wanted="those of the network in plans.json beside it")
     network.load_state_dict(weights)
     artifacts["network"] = network.to(session.device).eval()
     artifacts["trainer_name"] = str(checkpoint.get("trainer_name", ""))
-    artifacts["license"] = session._load_license(str(folder.root), plans, checkpoint)
+    artifacts["license"] = session._load_license(str(root), plans, checkpoint)
     session.initialize_from_loaded_artifacts(artifacts)
     patch = tuple(int(n) for n in artifacts["configuration_manager"].patch_size)
     if session.pad_mode_data != "constant":
-        raise ModelError(f"{folder.root}: pads by {session.pad_mode_data!r}; nnInteractive can do 'constant' only")
+        raise ModelError(f"{root}: pads by {session.pad_mode_data!r}; nnInteractive can do 'constant' only")
     if len(patch) != 3 or min(patch) <= 2 * _REFINEMENT_MARGIN:
         raise ModelError(
-            f"{folder.root / 'plans.json'}: the patch is {' x '.join(map(str, patch))} voxels; nnInteractive cannot "
+            f"{root / 'plans.json'}: the patch is {' x '.join(map(str, patch))} voxels; nnInteractive cannot "
             f"refine with less than {2 * _REFINEMENT_MARGIN + 1} along each of three axes"
         )
     return {
         "weights": {
-            **describe_file(folder.checkpoint),
-            "fold": folder.fold.name,
-            "folder": folder.root.resolve().name,
+            **describe_file(path),
+            "fold": fold.name,
+            "folder": root.resolve().name,
             "licence_in_folder": str(session.license),
             "read_without_running_code": safely,
         },
@@ -346,7 +255,7 @@ def _load_network(session: Any, folder: ModelFolder) -> dict[str, Any]:
 
 
 def _artifacts(
-    session: Any, folder: ModelFolder, plans: dict[str, Any], dataset: dict[str, Any], configuration: str
+    session: Any, root: Path, plans: dict[str, Any], dataset: dict[str, Any], configuration: str
 ) -> dict[str, Any]:
     """Build what the session needs, with a network whose weights are not loaded yet."""
     from nnInteractive.interaction.point import PointInteraction_stub
@@ -355,12 +264,12 @@ def _artifacts(
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     try:
-        capability, radius, thickness, decay, padding = session._load_capability_and_runtime_defaults(str(folder.root))
+        capability, radius, thickness, decay, padding = session._load_capability_and_runtime_defaults(str(root))
         session._apply_capability(capability)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        name = next(name for name in _INFORMATION if (folder.root / name).is_file())
+    except _BAD_CONTENT as error:
+        name = next(name for name in _INFORMATION if (root / name).is_file())
         raise ModelError(
-            f"{folder.root / name}: nnInteractive {installed_version(_PACKAGE)} cannot use it ({_reason(error)}); get "
+            f"{root / name}: nnInteractive {installed_version(_PACKAGE)} cannot use it ({_reason(error)}); get "
             "the network's folder again, or another version"
         ) from None
     try:
@@ -375,21 +284,13 @@ def _artifacts(
             network = nnInteractiveTrainer_stub.build_network_architecture(
                 manager, one, channels + session.num_interaction_channels, 2, enable_deep_supervision=False
             )
-    except (
-        ImportError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RuntimeError,
-        pydoc.ErrorDuringImport,
-    ) as error:
+    except (*_BAD_CONTENT, ImportError, pydoc.ErrorDuringImport) as error:
         raise ModelError(
-            f"{folder.root / 'plans.json'}: its network cannot be built ({_reason(error)}); get the network's folder "
+            f"{root / 'plans.json'}: its network cannot be built ({_reason(error)}); get the network's folder "
             "again, as a whole"
         ) from None
     if channels != 1:
-        raise ModelError(f"{folder.root / 'dataset.json'}: {channels} channels; expected a network for scans of one")
+        raise ModelError(f"{root / 'dataset.json'}: {channels} channels; expected a network for scans of one")
     return {
         "capability_content": capability,
         "point_interaction": PointInteraction_stub(radius, True),
@@ -423,15 +324,6 @@ def _read_checkpoint(path: Path) -> tuple[Any, bool]:
         raise ModelError(f"{path}: cannot be loaded ({_reason(error)}); expected {_WANTED}: get it again") from None
 
 
-def _configuration_of(checkpoint: Mapping[str, Any], path: Path) -> str:
-    """Read the configuration in plans.json that a checkpoint was trained with."""
-    arguments = checkpoint.get("init_args")
-    configuration = arguments.get("configuration") if isinstance(arguments, Mapping) else None
-    if not isinstance(configuration, str):
-        raise ModelError(f"{path}: names no configuration under 'init_args'; expected {_WANTED}")
-    return configuration
-
-
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -458,7 +350,7 @@ def _other_version(why: str) -> ModelError:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Explain what the session raises on a prompt; running out of memory is handled elsewhere."""
+    """Explain what the session raises on a prompt; running out of memory is handled by the pipeline."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -468,11 +360,9 @@ def _explained() -> Iterator[None]:
         raise ModelError(f"nnInteractive {installed_version(_PACKAGE)} failed on a prompt ({_reason(error)})") from None
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> contextlib.redirect_stdout[io.StringIO]:
     """Hide the session's progress on standard output, where our results go."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+    return contextlib.redirect_stdout(io.StringIO())
 
 
 @contextmanager
@@ -497,18 +387,5 @@ def _settings_of_torch() -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
 
 
-def _box(bbox: Any) -> Box:
-    (k, kk), (j, jj), (i, ii) = ((int(first), int(last)) for first, last in bbox)
-    return (k, kk), (j, jj), (i, ii)
-
-
-def _clipped(box: Box, shape: tuple[int, ...]) -> Box:
-    return _box([(max(first, 0), min(last, length)) for (first, last), length in zip(box, shape, strict=True)])
-
-
-def _has_voxels(box: Box) -> bool:
-    return all(last > first for first, last in box)
-
-
-def _ends(box: Box, which: int) -> tuple[int, ...]:
-    return tuple(side[which] for side in box)
+def _slices(first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[slice, ...]:
+    return tuple(slice(a, b) for a, b in zip(first, last, strict=True))

@@ -10,25 +10,21 @@ import contextlib
 import ipaddress
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ...core.errors import InputError, MissingExtraError, ModelError
 from ...core.mask import LocalMap
 from ...settings import NnInteractiveSettings
-from . import Field, Put
+from . import Field, NnInteractiveSegmenter, Put
 
 logger = logging.getLogger(__name__)
 
-#: Version of the protocol that the client speaks; a server tells the version of its package.
+#: Major version of the server's package whose protocol the client speaks.
 _SERVER_MAJOR_VERSION = "2"
-#: Environment variable of the key.
 _KEY_VARIABLE = "NN_INTERACTIVE_API_KEY"
 #: HTTP codes of a server that does not know the request: not found, wrong method, not implemented.
 _UNKNOWN_REQUEST = (404, 405, 501)
@@ -40,82 +36,42 @@ class _SessionLostError(Exception):
     """The server has ended our session, as it does after ten minutes without a prompt."""
 
 
-class RemoteBackend:
-    """A session on a server; a :class:`~atlassegfm.models.nninteractive.Backend`.
-
-    Parameters
-    ----------
-    url : str
-        Of the server, without user and password.
-    options : NnInteractiveSettings
-        Of the model.
-    """
+class RemoteSegmenter(NnInteractiveSegmenter):
+    """The model by a session on a server, whose ``url`` has no user and password."""
 
     def __init__(self, url: str, options: NnInteractiveSettings) -> None:
-        self._url = url
-        self._options = options
-        self._shown: Field | None = None
-        self._found: NDArray[np.uint8] = np.zeros((0, 0, 0), np.uint8)
-        self._release: Callable[[], object] = _nothing
+        self._url, self._options = url, options
+        self._release: Callable[[], object] = lambda: None
         self._open()
-
-    @property
-    def session(self) -> Any:
-        """The client's session."""
-        return self._session
-
-    @property
-    def provenance(self) -> Mapping[str, Any]:
-        """The server, its version, and the licence of the network it has loaded."""
-        return {
-            "server": self._url,
-            "server_version": str(self._session.INFERENCE_SESSION_VERSION),
-            "server_weights_licence": str(self._session.license),
-        }
-
-    def answer(self, scan: Field, put: Put) -> LocalMap:
-        """0 or 1, (k, j, i): the mask that the server answers one prompt on a scan with."""
-        try:
-            return self._answer(scan, put)
-        except _SessionLostError:
-            # Registering another scan in between may take longer than a server waits.
-            logger.info("%s: the session had expired; opening another one", self._url)
-        self._open()
-        try:
-            return self._answer(scan, put)
-        except _SessionLostError:
-            raise ModelError(
-                f"{self._url}: the server ended the session twice within one prompt; start it with a longer "
-                "--idle-timeout-seconds"
-            ) from None
 
     def close(self) -> None:
-        """Give the place on the server back."""
+        """Release the place on the server."""
         self._release()
 
-    def _answer(self, scan: Field, put: Put) -> LocalMap:
-        known, self._shown = self._shown is scan, None
-        with self._explained():
-            if known:
-                self._session.reset_interactions()
-            else:
-                self._session.set_image(np.ascontiguousarray(scan)[None])
-                self._found = np.zeros(scan.shape, np.uint8)
-                self._session.set_target_buffer(self._found)
-            put(self._session)
-        self._shown = scan
-        return LocalMap.from_full(self._found)
+    def _probability(self, scan: Field, put: Put) -> LocalMap:
+        """0 or 1: servers give no probabilities."""
+        # Registering another scan in between may take longer than a server waits.
+        with contextlib.suppress(_SessionLostError), self._explained():
+            return LocalMap.from_full(self._ask(scan, put))
+        logger.info("%s: the session had expired; opening another one", self._url)
+        self._open()
+        with contextlib.suppress(_SessionLostError), self._explained():
+            return LocalMap.from_full(self._ask(scan, put))
+        raise ModelError(
+            f"{self._url}: the server ended the session twice within one prompt; start it with a longer "
+            "--idle-timeout-seconds"
+        )
 
     def _open(self) -> None:
-        """Take a place on the server, and give back the one before."""
+        """Take a place on the server, and release the one before."""
         self._release()
         self._shown = None
         try:
             with self._explained():
                 session = _claim(self._url, self._options.timeout_seconds)
         except (_SessionLostError, KeyError, TypeError, ValueError):
-            raise self._stranger() from None
-        # The heartbeat of a session keeps it alive, so it ends with this object, not with its last reference.
+            raise self._other_server() from None
+        # A session's heartbeat keeps it alive, so it must end with this object.
         self._release = weakref.finalize(self, session.close)
         version = str(session.INFERENCE_SESSION_VERSION)
         if version.split(".")[0] != _SERVER_MAJOR_VERSION:
@@ -126,9 +82,11 @@ class RemoteBackend:
             )
         with self._explained():
             session.set_do_autozoom(self._options.autozoom)
-        self._session = session
+        self.session = session
+        licence = str(session.license)
+        self.provenance = {"server": self._url, "server_version": version, "server_weights_licence": licence}
 
-    def _stranger(self) -> ModelError:
+    def _other_server(self) -> ModelError:
         return ModelError(
             f"{self._url}: what answers there is no nnInteractive server of version {_SERVER_MAJOR_VERSION}; correct "
             "models.nninteractive.server, or update the server"
@@ -145,39 +103,35 @@ class RemoteBackend:
         except SessionExpiredError:
             raise _SessionLostError from None
         except ServerAtCapacityError as error:
-            raise ModelError(
-                f"{self._url}: the server has no free session ({error}); try again later, or start it with a larger "
-                "--max-sessions"
-            ) from None
+            what = (
+                f"the server has no free session ({error}); try again later, or start it with a larger --max-sessions"
+            )
         except (httpx.ConnectError, httpx.ConnectTimeout):
-            raise ModelError(
-                f"{self._url}: no server answers there; start nninteractive-server, or correct "
-                "models.nninteractive.server"
-            ) from None
+            what = "no server answers there; start nninteractive-server, or correct models.nninteractive.server"
         except httpx.TimeoutException:
-            raise ModelError(
-                f"{self._url}: the server took longer than {self._options.timeout_seconds:g} s; raise "
+            what = (
+                f"the server took longer than {self._options.timeout_seconds:g} s; raise "
                 "models.nninteractive.timeout_seconds"
-            ) from None
+            )
         except httpx.HTTPStatusError as error:
             code = error.response.status_code
-            if code in _REFUSED:
-                raise ModelError(
-                    f"{self._url}: the server refuses the key; set the environment variable {_KEY_VARIABLE} to the "
-                    "one it was started with"
-                ) from None
             if code in _UNKNOWN_REQUEST:
-                raise self._stranger() from None
-            raise ModelError(f"{self._url}: the server failed (HTTP {code}: {_detail(error.response)})") from None
+                raise self._other_server() from None
+            what = f"the server failed (HTTP {code}: {_detail(error.response)})"
+            if code in _REFUSED:
+                what = (
+                    f"the server refuses the key; set the environment variable {_KEY_VARIABLE} to the one it was "
+                    "started with"
+                )
         except httpx.HTTPError as error:
-            raise ModelError(
-                f"{self._url}: the connection to the server broke ({type(error).__name__}); see what the server says, "
-                "and try again"
-            ) from None
+            what = f"the connection to the server broke ({type(error).__name__}); see its log, and try again"
+        else:
+            return
+        raise ModelError(f"{self._url}: {what}") from None
 
 
 def _claim(url: str, wait_seconds: float) -> Any:
-    """A new session of the client; what it holds is given back where it fails."""
+    """Open a session of the client; what it holds is released where it fails."""
     from nnInteractive.inference.remote import nnInteractiveRemoteInferenceSession
 
     # A client that fails while it is made leaves its connection open, so it is made in two steps.
@@ -195,28 +149,22 @@ def _claim(url: str, wait_seconds: float) -> Any:
     return session
 
 
-def connect(options: NnInteractiveSettings) -> RemoteBackend:
+def connect(options: NnInteractiveSettings) -> RemoteSegmenter:
     """Open a session on the server that the settings name.
 
-    Raises
-    ------
-    InputError
-        If its address is none, or another machine's and ``allow_remote`` is off.
-    MissingExtraError
-        If the client is not installed.
-    ModelError
-        If the server does not answer, or not as expected.
+    Raises InputError if its address is none or not allowed, MissingExtraError if the client is not installed,
+    ModelError if the server does not answer, or not as expected.
     """
     url = _checked_address(options)
     try:
         import nnInteractive.inference.remote  # noqa: F401
     except ImportError:
         raise MissingExtraError("a server of the model 'nninteractive'", "nninteractive-client") from None
-    return RemoteBackend(url, options)
+    return RemoteSegmenter(url, options)
 
 
 def _checked_address(options: NnInteractiveSettings) -> str:
-    """The server's address, once it is clear that the scan may go there."""
+    """Return the server's address; InputError if it is none, or the scan must not be sent there."""
     setting = "models.nninteractive.server"
     try:
         parts = urlsplit(options.server)
@@ -247,21 +195,15 @@ def _checked_address(options: NnInteractiveSettings) -> str:
     return url
 
 
-def _nothing() -> None:
-    """There is no session to give back yet."""
-
-
 def _is_this_machine(host: str) -> bool:
-    if host == "localhost":
-        return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
 def _detail(response: Any) -> str:
-    """What the server said went wrong, on one line."""
+    """The server's explanation, on one line."""
     try:
         said = response.json()["detail"]
     except (ValueError, KeyError, TypeError):

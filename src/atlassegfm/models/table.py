@@ -1,0 +1,178 @@
+"""The table of models: a row each, with the weights its authors publish."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+from ..core.errors import InputError
+from ..settings import ModelSettings
+from . import weights as _weights
+from .base import ModelDescription, Segmenter
+from .published import PublishedWeights, WeightsFile
+from .weights import find_weights
+
+#: Revision, sizes and sums as MONAI Label pins them.
+_NNINTERACTIVE = PublishedWeights(
+    repository="MIC-DKFZ/nnInteractive",
+    revision="3f308d751c00644e4fde6f09c600264b393b21b5",
+    files=(
+        WeightsFile(
+            "nnInteractive_v1.0/dataset.json", 245, "e090394ac539b2823b2135173658190245c462cb042d3442487e4829f08252c4"
+        ),
+        WeightsFile(
+            "nnInteractive_v1.0/plans.json", 6_287, "64a30a430438302a692a3edadd345a207b3428bea2e5cdc125298757da21f4d4"
+        ),
+        WeightsFile(
+            "nnInteractive_v1.0/inference_session_class.json",
+            121,
+            "8f43587a9d139fcf7af8776219e9432dab079f985cb0d7da72a4c851b39a4f09",
+        ),
+        WeightsFile(
+            "nnInteractive_v1.0/fold_0/checkpoint_final.pth",
+            411_387_150,
+            "b3ac4421f85457bbd1aa0d87f5e67bcb7bc8e2ce6b824b6ac45077cc5d630ea9",
+        ),
+    ),
+    licence="CC-BY-NC-SA-4.0",
+    licence_url="https://creativecommons.org/licenses/by-nc-sa/4.0/",
+    non_commercial=True,
+)
+#: Revision, size and hash as several public projects pin them; not checked at the source. Licence: the repository's tag
+#: says CC-BY-SA-4.0, other projects report a model card that allows research and education only; the stricter one
+#: holds until both are checked.
+_MEDSAM2 = PublishedWeights(
+    repository="wanglab/MedSAM2",
+    revision="e4a6f35edd7e091619cbc0750f462f1574e23955",
+    files=(
+        WeightsFile(
+            "MedSAM2_latest.pt", 156_040_129, "c92743b99f00d078bf32a3afcc38aaa9faf1c1692dffe3eaa7a90938c1991060"
+        ),
+    ),
+    licence="CC-BY-SA-4.0 by its tag, research and education only by its model card",
+    licence_url="https://huggingface.co/wanglab/MedSAM2",
+    non_commercial=True,
+)
+#: No commit of the repository is known to be the published state: to be pinned when one is.
+_VESSELFM = PublishedWeights(
+    repository="bwittmann/vesselFM",
+    revision="main",
+    files=(WeightsFile("vesselFM_base.pt"),),
+    licence="vesselfm-open-rail-plus-plus-m (research, non-commercial)",
+    licence_url="https://huggingface.co/bwittmann/vesselFM",
+    non_commercial=True,
+)
+
+#: Models by name.
+MODELS: dict[str, ModelDescription] = {
+    row.name: row
+    for row in (
+        ModelDescription(
+            name="builtin",
+            summary="random field on the appearance and edges around the prompt; needs no download",
+            module="builtin",
+            prompts=("mask", "box", "click"),
+            code_licence="Apache-2.0",
+        ),
+        ModelDescription(
+            name="nninteractive",
+            summary="interactive network trained on 120 public sets of CT, MR, PET and microscopy; wants a GPU",
+            module="nninteractive",
+            prompts=("mask", "box", "click"),
+            code_licence="Apache-2.0",
+            weights=_NNINTERACTIVE,
+            extra="nninteractive",
+            paper_dice={"mask": 72.91, "box": 72.73, "click": 65.68},
+        ),
+        ModelDescription(
+            name="medsam2",
+            summary="SAM 2.1 trained on medical scans, follows a structure from slice to slice",
+            module="medsam2",
+            prompts=("click", "mask", "box"),
+            code_licence="Apache-2.0",
+            weights=_MEDSAM2,
+            extra="medsam2",
+            paper_dice={"click": 71.64, "mask": 69.49, "box": 66.65},
+        ),
+        ModelDescription(
+            name="vesselfm",
+            summary="vesselFM: finds all blood vessels of a scan; kept where the warped atlas says the vessel can be",
+            module="vesselfm",
+            prompts=("region",),
+            code_licence="Apache-2.0 (this adapter; rebuilt on MONAI)",
+            weights=_VESSELFM,
+            extra="vesselfm",
+        ),
+    )
+}
+
+
+def describe_model(name: str) -> ModelDescription:
+    """Describe a model; raise InputError, with the known names, if there is none."""
+    if name not in MODELS:
+        known = ", ".join(("none", *MODELS))
+        raise InputError(f"unknown model {name!r}; known models: {known}")
+    return MODELS[name]
+
+
+def load_model(name: str, device: str, settings: ModelSettings | None = None, path: Path | None = None) -> Segmenter:
+    """Load a model.
+
+    Parameters
+    ----------
+    name : str
+        A key of :data:`MODELS`.
+    device : {"cpu", "cuda"}
+    settings : ModelSettings, optional
+        Defaults if left out.
+    path : Path, optional
+        File or folder of its weights; by default in the folder of all weights (:mod:`atlassegfm.models.weights`).
+
+    Raises
+    ------
+    InputError
+        If the name is not known, the weights are not there, their licence has not been accepted, or a path is given
+        for a model without weights.
+    MissingExtraError
+        If the model's dependencies are not installed.
+    ModelError
+        If there is no such device, or the weights are damaged or those of another model.
+    """
+    row = describe_model(name)
+    if row.weights is None and path is not None:
+        raise InputError(
+            f"{path}: given as weights, but the model {name!r} has none; leave out the path of the weights"
+        )
+
+    def weights() -> Path:
+        if row.weights is None:
+            raise TypeError(f"the model {name!r} has no weights")
+        return find_weights(name, row.weights, path)
+
+    module = importlib.import_module(f".{row.module}", __package__)
+    model: Segmenter = module.load(device, settings or ModelSettings(), weights)
+    return model
+
+
+def accept_licence(name: str) -> str | None:
+    """Record that the user accepts the licence of a model's weights; InputError if that cannot be recorded.
+
+    Returns the date of the first acceptance, or None where none is needed.
+    """
+    published = describe_model(name).weights
+    return None if published is None else _weights.accept_licence(name, published)
+
+
+def licence_accepted(name: str) -> str | None:
+    """Return the date on which the licence of a model's weights was accepted; None if it was not, or need not be."""
+    published = describe_model(name).weights
+    return None if published is None else _weights.licence_accepted(name, published)
+
+
+def fetch_weights(
+    name: str, folder: Path | None = None, on_stage: Callable[[str], None] | None = None
+) -> _weights.Fetched | None:
+    """Download the weights of a model as :func:`~atlassegfm.models.weights.fetch`; None if it has none."""
+    published = describe_model(name).weights
+    return None if published is None else _weights.fetch(name, published, folder, on_stage)
