@@ -208,6 +208,15 @@ def test_another_scan_never_replaces_a_result(folder: Path, run: Run) -> None:
     assert forced["T1"] != changed["T1"]
 
 
+def test_scans_of_one_size_and_time_are_told_apart(folder: Path, run: Run) -> None:
+    """As from an archive: raw files of equal length, unpacked with the same whole second."""
+    for number in (1, 2):
+        path = scan(folder / f"p{number}/T1.nii", number)
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        assert run(*COMMAND, f"p{number}/T1.nii", "-o", "out", *FAST).code == 0
+    assert {path.name for path in (folder / "out").iterdir() if path.is_dir()} == {"T1", "p2_T1"}
+
+
 # --- dry run
 
 

@@ -97,7 +97,7 @@ def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def slurm_cluster(work: Work, options: Mapping[str, Any], *, threads: int, gpu: bool) -> Any:
-    """Build a cluster whose workers are Slurm jobs; none is submitted yet, and ``job_script()`` shows them.
+    """Build a cluster whose workers are Slurm jobs of one case; none is submitted yet.
 
     Parameters
     ----------
@@ -113,7 +113,7 @@ def slurm_cluster(work: Work, options: Mapping[str, Any], *, threads: int, gpu: 
     Returns
     -------
     dask_jobqueue.SLURMCluster
-        One case at a time on each worker, one worker in each job.
+        Its ``job_script()`` shows the jobs.
 
     Raises
     ------
@@ -158,7 +158,7 @@ def run_on_cluster(
     gpu: bool = False,
     options: Mapping[str, Any] | None = None,
 ) -> Generator[Ended, None, None]:
-    """Run the cases on a Dask cluster.
+    """Run the cases on a Dask cluster; yields as they end.
 
     Parameters
     ----------
@@ -170,11 +170,6 @@ def run_on_cluster(
         Processes or jobs to begin; nothing to an address.
     threads, gpu, options
         As for :func:`slurm_cluster`.
-
-    Yields
-    ------
-    Ended
-        In the order in which they end.
 
     Raises
     ------
@@ -233,11 +228,10 @@ def _feed(client: Any, work: Work, cases: Sequence[Case], watcher: Watcher) -> I
             places = max(1, len(client.nthreads()))
             while queue and len(running) < places:
                 case, attempt = queue.popleft()
-                sent = Case(
-                    case.name, case.query.absolute(), None if case.transform is None else case.transform.absolute()
-                )
                 watcher.begun(case)
-                future = client.submit(_do, work, sent, attempt, key=f"{case.name}-{attempt}-{work.key}", pure=False)
+                future = client.submit(
+                    _do, work, case.absolute(), attempt, key=f"{case.name}-{attempt}-{work.key}", pure=False
+                )
                 running[future] = (case, attempt)
             try:
                 ended = wait(list(running), timeout=_LOOK_SECONDS, return_when="FIRST_COMPLETED").done

@@ -88,14 +88,17 @@ def owner_of(folder: Path, query: Path) -> Literal["nobody", "this", "other"]:
 
 
 def is_unchanged(path: Path, record: FileRecord | None) -> bool:
-    """Whether a file has the content of the record, under any name; read only if its size or time differs.
+    """Whether a file has the content of the record, under any name; not read if place, size and time are the same.
 
     A file that cannot be read counts as changed: who reads it next says why.
     """
     if record is None:
         return False
     try:
-        return _stamp(_files_of(path)) == record.stamp or file_record(path).sha256 == record.sha256
+        # Another file may have the same size and time: archives keep whole seconds, and raw scans are equally long.
+        if record.place == place_of(path) and record.stamp == _stamp(_files_of(path)):
+            return True
+        return file_record(path).sha256 == record.sha256
     except (OSError, InputError):
         return False
 

@@ -24,20 +24,11 @@ _SHARD = re.compile(r"(\d+)/(\d+)")
 
 @dataclass(frozen=True)
 class Case:
-    """One query.
+    """One query."""
 
-    Parameters
-    ----------
-    name : str
-        Of its result folder, see :func:`plan_cases`.
-    query : Path
-    transform : Path or None
-        Taken instead of registering: query to atlas.
-    """
-
-    name: str
+    name: str  # of its result folder, see plan_cases
     query: Path
-    transform: Path | None = None
+    transform: Path | None = None  # taken instead of registering: query to atlas
 
     def absolute(self) -> Case:
         """The same with absolute paths."""

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,53 +24,25 @@ Runner = Callable[[Work, Sequence[Case], Watcher], Generator[Ended, None, None]]
 
 @dataclass(frozen=True)
 class Row:
-    """Outcome of one case.
-
-    Parameters
-    ----------
-    case : Case
-    state : {"done", "failed", "left"}
-        "left": not begun, or not finished, when the run was stopped.
-    kept : bool
-        Whether an earlier run had done it.
-    reason : str
-        Why it failed.
-    is_input : bool
-        Whether the query itself is to blame for that.
-    why : str
-        Why it was computed: "new", "failed before", "other settings" and so on; empty where it was kept.
-    attempts : int
-    seconds : float
-        Wall time of the computation.
-    peak_memory_mb : int or None
-    warnings : tuple of str
-        Reasons to doubt its result as a whole.
-    """
+    """Outcome of one case."""
 
     case: Case
-    state: State
-    kept: bool = False
-    reason: str = ""
-    is_input: bool = False
-    why: str = ""
+    state: State  # "left": not begun, or not finished, when the run was stopped
+    kept: bool = False  # whether an earlier run had done it
+    reason: str = ""  # why it failed
+    is_input: bool = False  # whether the query itself is to blame for that
+    why: str = ""  # why it was computed: "new", "failed before", "other settings" and so on; empty where it was kept
     attempts: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # wall time of the computation
     peak_memory_mb: int | None = None
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # reasons to doubt its result as a whole
 
 
 @dataclass
 class Outcome:
-    """Outcome of all cases; filled during a run.
+    """Outcome of all cases; filled during a run."""
 
-    Parameters
-    ----------
-    rows : dict of str to Row
-        By name of the case, in the order of the cases.
-    wall_seconds : float
-    """
-
-    rows: dict[str, Row] = field(default_factory=dict)
+    rows: dict[str, Row] = field(default_factory=dict)  # by name of the case, in the order of the cases
     wall_seconds: float = 0.0
     _counts: Counter[State] = field(default_factory=Counter)
 
@@ -115,26 +87,13 @@ class RunWatcher(Watcher, Protocol):
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Options of a run.
+    """Options of a run."""
 
-    Parameters
-    ----------
-    force : bool
-        Whether to compute all cases again.
-    shard : Shard or None
-        Part of the cases to run.
-    workers : int
-        For the summary.
-    cluster : str or None
-        For the summary.
-    prepare : callable, optional
-        Called once with the work, if there is any to do, before it goes to others; gives the work as they get it.
-    """
-
-    force: bool = False
-    shard: Shard | None = None
-    workers: int = 1
-    cluster: str | None = None
+    force: bool = False  # whether to compute all cases again
+    shard: Shard | None = None  # part of the cases to run
+    workers: int = 1  # for the summary
+    cluster: str | None = None  # for the summary
+    #: Called once with the work, if there is any to do, before it goes to others; gives the work as they get it.
     prepare: Callable[[SegmentWork], SegmentWork] = lambda work: work
 
 
@@ -147,21 +106,18 @@ def run(
     ----------
     cases : sequence of Case
         Of all shards.
-    work : SegmentWork
-    runner : Runner
-        In this process, in several, or on a cluster.
-    watcher : RunWatcher
-    options : RunOptions
+    work, runner, watcher, options
+        What to do with each, where (this process, several, a cluster), who sees the progress.
 
     Returns
     -------
     Outcome
-        Of this shard.
+        Of this shard. A case that fails does not stop the others; a full disk does.
 
     Raises
     ------
     AtlasSegError
-        If no case can be done. A case that fails does not stop the others.
+        If no case can be done.
     """
     start, outcome = time.perf_counter(), plan_of(cases, work, options)
     remove_unfinished(work.out)
@@ -197,17 +153,8 @@ def plan_of(cases: Sequence[Case], work: SegmentWork, options: RunOptions = RunO
         if why or options.force or status is None:
             outcome.put(Row(case, "left", why="forced" if options.force else why))
         else:
-            outcome.put(
-                Row(
-                    case,
-                    "done",
-                    kept=True,
-                    attempts=status.attempts,
-                    seconds=status.total_seconds,
-                    peak_memory_mb=status.peak_memory_mb,
-                    warnings=status.warnings,
-                )
-            )
+            row = Row(case, "done", kept=True, attempts=status.attempts, seconds=status.total_seconds)
+            outcome.put(replace(row, peak_memory_mb=status.peak_memory_mb, warnings=status.warnings))
     return outcome
 
 
@@ -240,18 +187,13 @@ def write_summary(outcome: Outcome, work: SegmentWork, options: RunOptions) -> N
 
 def _case_record(row: Row, out: Path) -> CaseRecord:
     run = read_run(out / row.case.name) if row.state == "done" else None
+    shared = ("state", "kept", "reason", "why", "attempts", "peak_memory_mb", "warnings")
     return CaseRecord(
         case=row.case.name,
         query=row.case.query.name,
-        state=row.state,
-        kept=row.kept,
-        reason=row.reason,
-        why=row.why,
-        attempts=row.attempts,
         seconds=round(row.seconds, 3),
-        peak_memory_mb=row.peak_memory_mb,
-        warnings=row.warnings,
         verdict=None if run is None else run.verdict,
+        **{name: getattr(row, name) for name in shared},
     )
 
 
@@ -261,21 +203,8 @@ def _earlier_record(folder: Path) -> list[CaseRecord]:
         status = StatusRecord.read(folder / STATUS)
     except InputError:
         return []
-    run = read_run(folder) if status.state == "done" else None
     query = status.provenance and status.provenance.query
-    return [
-        CaseRecord(
-            case=folder.name,
-            query=query.file if query else "",
-            state=status.state,
-            kept=True,
-            reason=status.reason,
-            why="",
-            attempts=status.attempts,
-            seconds=status.total_seconds,
-            peak_memory_mb=status.peak_memory_mb,
-            warnings=status.warnings,
-            verdict=None if run is None else run.verdict,
-            in_run=False,
-        )
-    ]
+    case = Case(folder.name, Path(query.file if query else ""))
+    row = Row(case, status.state, kept=True, reason=status.reason, seconds=status.total_seconds)
+    row = replace(row, attempts=status.attempts, peak_memory_mb=status.peak_memory_mb, warnings=status.warnings)
+    return [_case_record(row, folder.parent).model_copy(update={"in_run": False})]

@@ -35,20 +35,11 @@ _NO_IMAGE, _TAKEN = "no image file", "already taken"
 
 @dataclass
 class Scans:
-    """Scans that were found, and what else is there.
+    """Scans that were found, and what else is there."""
 
-    Parameters
-    ----------
-    found : list of Path
-        Image files and folders of DICOM series, in order of their names.
-    left_out : dict of str to list of Path
-        By reason.
-    inputs : frozenset of str
-        Real paths that are no scans where they are met in a folder: other inputs of the command.
-    """
-
-    found: list[Path] = field(default_factory=list)
-    left_out: dict[str, list[Path]] = field(default_factory=dict)
+    found: list[Path] = field(default_factory=list)  # image files and folders of DICOM series, in order of their names
+    left_out: dict[str, list[Path]] = field(default_factory=dict)  # by reason
+    #: Real paths that are no scans where they are met in a folder: other inputs of the command.
     inputs: frozenset[str] = frozenset()
     _taken: set[str] = field(default_factory=set)
 

@@ -76,20 +76,11 @@ _EPOCH_VARIABLE = "SOURCE_DATE_EPOCH"
 
 @dataclass(frozen=True, eq=False)
 class RunInputs:
-    """Inputs of a run, for ``run.json``.
-
-    Parameters
-    ----------
-    context : Context
-    query : Volume
-        As read from its file.
-    transform : Path, optional
-        The transform that was given instead of registering.
-    """
+    """Inputs of a run, for ``run.json``."""
 
     context: Context
-    query: Volume
-    transform: Path | None = None
+    query: Volume  # as read from its file
+    transform: Path | None = None  # given instead of registering
 
     def record(self) -> Inputs:
         """File names and remarks on geometry."""
@@ -112,14 +103,7 @@ class RunInputs:
 
 
 def check_formats(formats: Sequence[str], query: Volume | None = None) -> None:
-    """Check that results can be written in these formats.
-
-    Parameters
-    ----------
-    formats : sequence of str
-        Of :data:`FORMATS`.
-    query : Volume, optional
-        What is to be segmented.
+    """Check that results can be written in these formats, DICOM ones for the ``query`` if it is given.
 
     Raises
     ------
@@ -149,9 +133,8 @@ def why_to_compute(case: Case, folder: Path, provenance: Provenance) -> tuple[st
 
     Parameters
     ----------
-    case : Case
-    folder : Path
-        Of its result.
+    case, folder
+        The case, and the folder of its result.
     provenance : Provenance
         What the result would be made from now, without the files of the case.
 
@@ -195,19 +178,7 @@ def write_result(
     keep: bool = False,
     formats: Sequence[str] = ("nifti",),
 ) -> RunRecord:
-    """Write the result of one query.
-
-    Parameters
-    ----------
-    segmentation : Segmentation
-    inputs : RunInputs
-    folder : Path
-        The result folder; an earlier one is replaced. Its parent exists.
-    status : StatusRecord
-    keep : bool
-        Whether to write intermediate results.
-    formats : sequence of str
-        Of :data:`FORMATS`.
+    """Write the result folder of one query, in place of an earlier one; ``keep`` adds intermediate results.
 
     Raises
     ------

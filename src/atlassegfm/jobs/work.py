@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from ..context import Context, customize
 from ..core.config import to_toml
@@ -46,36 +46,17 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Ended:
-    """End of a case.
-
-    Parameters
-    ----------
-    case : Case
-    state : {"done", "failed"}
-    reason : str
-        Why it failed, in a sentence that begins with the file's name.
-    is_input : bool
-        Whether the query itself is to blame.
-    attempts : int
-    seconds : float
-        Wall time.
-    peak_memory_mb : int or None
-        Of the process that computed it.
-    warnings : tuple of str
-        Reasons to doubt the result as a whole.
-    disk_full : bool
-        Whether it failed because the disk is full: the next one would, too.
-    """
+    """End of a case."""
 
     case: Case
     state: Literal["done", "failed"]
-    reason: str = ""
-    is_input: bool = False
+    reason: str = ""  # why it failed, in a sentence that begins with the file's name
+    is_input: bool = False  # whether the query itself is to blame
     attempts: int = 1
-    seconds: float = 0.0
-    peak_memory_mb: int | None = None
-    warnings: tuple[str, ...] = ()
-    disk_full: bool = False
+    seconds: float = 0.0  # wall time
+    peak_memory_mb: int | None = None  # of the process that computed it
+    warnings: tuple[str, ...] = ()  # reasons to doubt the result as a whole
+    disk_full: bool = False  # whether the next case would fail for the same reason
 
 
 #: Segments a case: takes the case, the number of the attempt and a callback for stages. A failure is a result.
@@ -115,21 +96,11 @@ class Work(Protocol):
 
 @dataclass(frozen=True)
 class Output:
-    """Files to write of each result, and series to read of each query.
+    """Files to write of each result, and series to read of each query."""
 
-    Parameters
-    ----------
-    keep : bool
-        Whether to write intermediate results.
-    formats : tuple of str
-        Of :data:`~atlassegfm.jobs.store.FORMATS`.
-    series : str or None
-        Which series of a query that is a DICOM folder; None where there is one.
-    """
-
-    keep: bool = False
-    formats: tuple[str, ...] = ("nifti",)
-    series: str | None = None
+    keep: bool = False  # whether to write intermediate results
+    formats: tuple[str, ...] = ("nifti",)  # of records.FORMATS
+    series: str | None = None  # which series of a query that is a DICOM folder; None where there is one
 
 
 class ContextSource(Protocol):
@@ -185,32 +156,16 @@ class ContextFolder:
 
 @dataclass(frozen=True)
 class SegmentWork:
-    """Segmentation of every case with one context.
+    """Segmentation of every case with one context."""
 
-    Parameters
-    ----------
-    out : Path
-        Folder of the result folders; exists.
-    source : ContextSource
-    settings : Settings
-    device : {"auto", "cpu", "cuda"}
-    threads : int or None
-        Threads of a case; None takes all cores.
-    output : Output
-    provenance : Provenance
-        As :func:`provenance_of` gives it.
-    gate : Gate, optional
-        Trained already, for a context that has none.
-    """
-
-    out: Path
+    out: Path  # folder of the result folders; exists
     source: ContextSource
     settings: Settings
-    device: str
-    threads: int | None
+    device: str  # "auto", "cpu" or "cuda"
+    threads: int | None  # threads of a case; None takes all cores
     output: Output
-    provenance: Provenance
-    gate: Gate | None = None
+    provenance: Provenance  # as provenance_of gives it
+    gate: Gate | None = None  # trained already, for a context that has none
 
     @property
     def key(self) -> str:
@@ -253,26 +208,16 @@ class SegmentWork:
             context = replace(context, settings=self.settings)
             return replace(self, gate=customize(context, device=self.device, on_stage=on_stage).gate)
 
-    def give_up(self, case: Case, reason: str, attempts: int) -> Ended:
+    def give_up(self, case: Case, reason: str, attempts: int, *, is_input: bool = False, seconds: float = 0.0) -> Ended:
         """Record in the case's folder that it cannot be done."""
-        return self.failed(case, reason, attempts)
-
-    def failed(self, case: Case, reason: str, attempts: int, *, is_input: bool = False, seconds: float = 0.0) -> Ended:
-        """Record that a case failed."""
-        reason = redact(case, reason.replace(str(self.out / case.name), case.name))
-        status = StatusRecord(
-            state="failed",
-            reason=reason,
-            is_input=is_input,
-            attempts=attempts,
-            total_seconds=round(seconds, 3),
-            peak_memory_mb=peak_memory_mb(),
-        )
+        reason, peak = redact(case, reason.replace(str(self.out / case.name), case.name)), peak_memory_mb()
+        failure: dict[str, Any] = {"reason": reason, "is_input": is_input, "attempts": attempts, "peak_memory_mb": peak}
         try:
+            status = StatusRecord(state="failed", total_seconds=round(seconds, 3), **failure)
             write_failure(self.out / case.name, status)
         except InputError as error:
             logger.warning("%s", error)
-        return Ended(case, "failed", reason, is_input, attempts, seconds, status.peak_memory_mb)
+        return Ended(case, "failed", seconds=seconds, **failure)
 
 
 @dataclass
@@ -306,7 +251,7 @@ class _Worker:
         else:
             seconds, peak, warnings = status.total_seconds, status.peak_memory_mb, status.warnings
             return Ended(case, "done", attempts=attempt, seconds=seconds, peak_memory_mb=peak, warnings=warnings)
-        ended = work.failed(case, reason, attempt, is_input=is_input, seconds=time.perf_counter() - start)
+        ended = work.give_up(case, reason, attempt, is_input=is_input, seconds=time.perf_counter() - start)
         return replace(ended, disk_full=disk_full)
 
     def _segment(
@@ -351,14 +296,7 @@ class _Worker:
 def provenance_of(
     context: Context, settings: Settings, *, device: str, threads: int | None, output: Output
 ) -> Provenance:
-    """Describe what results depend on besides the files of a case.
-
-    Parameters
-    ----------
-    context : Context
-    settings, device, threads, output
-        As for :class:`SegmentWork`.
-    """
+    """Describe what results depend on besides the files of a case; arguments as in :class:`SegmentWork`."""
     # The path of the weights is no setting of the method; their content is looked at.
     return Provenance(
         version=__version__,
