@@ -363,6 +363,10 @@ def test_options_that_cannot_act(folder: Path, run: Run, option: tuple[str, str]
     outcome = run("segment", "--context", "ctx", "query.nii.gz", "-o", "out", *option)
     assert outcome.code == 2
     assert option[0] in outcome.err
+    for more in (("--model-path", "x.pt", "--model", "builtin"), ("--prompt", "box", "--model", "none")):
+        refused = run(*COMMAND, "query.nii.gz", "-o", "out", *FAST[:-2], *more)
+        assert refused.code == 2
+        assert more[1] in refused.err
     series = run(*COMMAND, "query.nii.gz", "-o", "out", *FAST, "--series", "3")
     assert series.code == 2
     assert "--series" in series.err

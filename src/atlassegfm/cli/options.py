@@ -155,9 +155,12 @@ class ModelOptions(SettingsOptions):
     ] = None
 
     def accept(self, model: str, session: Session) -> None:
-        """Record that the user accepts the licence of a model's weights, and name it."""
+        """Record that the user accepts the licence of a model's weights, and name it; refuse a prompt of no model."""
+        from ..settings import NO_MODEL
         from .session import accept_licences
 
+        if self.prompt is not None and model == NO_MODEL:
+            raise InputError(f"--prompt {self.prompt}: there is no model to prompt; leave it out, or choose a --model")
         if self.accept_licence:
             accept_licences([model], session)
 

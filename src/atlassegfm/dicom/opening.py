@@ -93,8 +93,8 @@ def open_labels(
     if not _is_dicom_file(path):
         if is_series_folder(path):
             raise InputError(f"{path}: a folder of DICOM files; expected one RTSTRUCT or DICOM-SEG file")
-        if selection.overlap != EVERYTHING.overlap:
-            raise InputError(f"{path}: structures of a label map do not overlap; leave --overlap out")
+        if (selection.overlap, selection.interpolate) != (EVERYTHING.overlap, EVERYTHING.interpolate):
+            raise InputError(f"{path}: a label map has no contours; leave out --overlap and --interpolate-slices")
         return load_labels(path, allow_empty=allow_empty)
     header = read_header(path, ["SOPClassUID", "Modality"])
     series = series_of(on) if isinstance(on, Volume) else on
