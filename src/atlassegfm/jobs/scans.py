@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 
@@ -18,6 +20,8 @@ from ..core.itk import SEGMENTATION_SUFFIX
 from ..core.labels import listed
 from ..dicom import SCAN_MODALITIES, is_dicom, modalities_in
 from ..records import RUN, STATUS
+from .fingerprint import file_record, is_unchanged, place_of, query_of
+from .table import read_run
 
 #: Folders are walked so deep: project / site / patient / visit / study / series and two more.
 _MOST_LEVELS = 8
@@ -105,6 +109,71 @@ def find_scans(paths: Iterable[Path], *, inputs: Iterable[Path] = (), labels: bo
                 + (f" ({rest})" if rest else "")
             )
     return scans
+
+
+class Matched(NamedTuple):
+    """Which scan belongs to which case of a folder of results."""
+
+    scans: dict[str, Path]  # by name of the case
+    changed: list[Path]  # at the place of a case's scan, with other content
+    unused: list[Path]  # of no case
+
+
+def scans_of(folder: Path, images: Iterable[Path]) -> Matched:
+    """Find the scans of a folder of results among images: by their content, whatever their names and folders.
+
+    A result that does not record its scan's content is matched by file name, where no other case or image has it.
+
+    Parameters
+    ----------
+    folder : Path
+        Of results, one folder a case.
+    images : iterable of Path
+        As for :func:`find_scans`.
+
+    Raises
+    ------
+    InputError
+        If an image does not exist, or a folder holds no scan.
+    """
+    images = list(images)
+    for image in images:
+        if not image.exists():
+            raise InputError(f"{image}: no such file or folder; expected the scans that were segmented")
+    given, cases = find_scans(images), sorted(path.parent for path in folder.glob(f"*/{RUN}"))
+    records = {case.name: record for case in cases if (record := query_of(case)) is not None}
+    places = {place_of(path): path for path in [*itertools.chain(*given.left_out.values()), *given.found]}
+    at_place = {name: places[record.place] for name, record in records.items() if record.place in places}
+    scans = {name: path for name, path in at_place.items() if is_unchanged(path, records[name])}
+    changed = [path for name, path in at_place.items() if name not in scans]
+    contents = {records[name].sha256: path for name, path in scans.items()}
+    if len(scans) < len(records):
+        contents |= {_content(path): path for path in given.found if path not in contents.values()}
+    scans |= {
+        name: contents[one.sha256] for name, one in records.items() if name not in scans and one.sha256 in contents
+    }
+    names = {case.name: _query_name(case) for case in cases}
+    same_name, used = Counter(names.values()), set(scans.values())
+    for name in names.keys() - records.keys():
+        alike = [path for path in given.found if path.name == names[name] and path not in used]
+        if len(alike) == same_name[names[name]] == 1:
+            scans[name] = alike[0]
+    used = {*scans.values(), *changed}
+    return Matched(
+        scans, [path for path in changed if path not in scans.values()], [p for p in given.found if p not in used]
+    )
+
+
+def _content(path: Path) -> str:
+    try:
+        return file_record(path).sha256
+    except OSError:
+        return ""
+
+
+def _query_name(case: Path) -> str:
+    run = read_run(case)
+    return run.inputs.query.file if run is not None and run.inputs.query is not None else ""
 
 
 def _walk(folder: Path, scans: Scans, labels: bool, above: Sequence[str], bids: bool) -> None:
