@@ -62,7 +62,7 @@ class ReportCommandOptions(ScreenOptions):
             "--images",
             metavar="PATH",
             help="The queries: files, DICOM series folders, or folders with them anywhere below; may be repeated. They "
-            "are found by their content. Without them new pages show labels only, as results do not say where they lie.",
+            "are found by their content. Without them new pages show labels only: results do not say where scans lie.",
         ),
     ] = None
     cases: Annotated[bool, typer.Option("--cases/--no-cases", help="Write a page for each case too.")] = True
