@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 from ..core.errors import InputError, MissingExtraError
 from ..core.image import Volume, label_boxes, load_labels
-from ..core.labels import Structure, read_names_file, structures_of
+from ..core.labels import Structure, listed, read_names_file, structures_of
 from ..core.overlap import dice_per_structure
 from ..core.record import Record
 from ..dicom import is_dicom_input, open_image
-from ..quality.verdict import VERDICTS
-from ..records import RUN, SLICER_COLORS, STATUS, label_map_of
+from ..quality.verdict import VERDICTS, Verdict
+from ..records import RUN, SLICER_COLORS, STATUS, StructureRecord, label_map_of
 from .folder import ATLAS, CASE_PAGE, CASE_PICTURE, MODEL, Case, finite
-from .overview import draw_overview
-from .page import duration, flatten, sources_digest, write_page
+from .overview import Note, draw_overview
+from .page import duration, flatten, shortened, sources_digest, write_page
 from .slices import (
     Window,
     acquisition_view,
@@ -156,16 +156,39 @@ def write_case(
     )
     if options.overview:
         shown = maps.image or Volume(np.zeros(maps.result.grid.shape, np.float32), maps.result.grid)
-        picture, subtitle = case.folder / CASE_PICTURE, _subtitle(case, maps)
-        draw_overview(shown, maps.result, maps.structures, picture, title=case.name, subtitle=subtitle)
+        notes = {row.value: note for row in case.run.structures if (note := _note(row)) is not None}
+        path, subtitle = case.folder / CASE_PICTURE, _subtitle(case, maps)
+        draw_overview(shown, maps.result, maps.structures, path, title=case.name, subtitle=subtitle, notes=notes)
     return facts, False
 
 
+def _note(row: StructureRecord) -> Note | None:
+    """What the legend of the picture says of a structure; None if it is present, whole and good."""
+    verdict: Verdict = "good" if row.quality is None else row.quality.verdict
+    remarks = (
+        f"in view; {row.cut}" if row.cut else "",
+        row.status if row.status == "absent" else "",
+        verdict if verdict != "good" else "",
+    )
+    text = ", ".join(filter(None, remarks))
+    return Note(text, "review" if verdict == "good" else verdict) if text else None
+
+
 def _subtitle(case: Case, maps: _Maps) -> str:
-    judged = [row.quality.verdict for row in case.run.structures if row.quality is not None]
-    verdicts = ", ".join(f"{n} {v}" for v in VERDICTS if (n := judged.count(v)))
-    missing = "the scan is missing: labels only" if maps.image is None else ""
-    parts = (f"Model: {case.run.model.name}", f"verdicts: {verdicts}" if judged else "", missing)
+    """Model, and the names of what failed, needs review, is missing or cut."""
+    rows = case.run.structures
+    groups = {
+        verdict: [r for r in rows if r.quality is not None and r.quality.verdict == verdict] for verdict in VERDICTS
+    }
+    named: dict[str, list[StructureRecord]] = {verdict: groups[verdict] for verdict in ("failed", "review")}
+    named["absent"] = [row for row in rows if row.status == "absent"]
+    named["cut by the field of view"] = [row for row in rows if row.cut]
+    parts = [
+        f"Model: {case.run.model.name}",
+        f"good: {len(groups['good'])} of {len(rows)}" if any(groups.values()) else "",
+    ]
+    parts += [f"{key}: {listed([shortened(r.name, 40) for r in group], 6)}" for key, group in named.items() if group]
+    parts.append("the scan is missing: labels only" if maps.image is None else "")
     return ". ".join(filter(None, parts)) + "."
 
 
