@@ -22,6 +22,15 @@ def fonts_for(text: str) -> tuple[list[str], str]:
     return families, "".join(MISSING if letter in lacking else letter for letter in text)
 
 
+def drawable(text: str) -> str:
+    """Replace letters that :data:`FONT` lacks by :data:`MISSING`; needs matplotlib."""
+    from matplotlib.font_manager import findfont
+
+    text = " ".join(text.split())
+    lacking = _lacking(findfont(FONT), text)
+    return "".join(MISSING if letter in lacking else letter for letter in text)
+
+
 @cache
 def _font_with(letters: str) -> tuple[str, str]:
     """Find the family that has most of some letters, the first by name, and its file; empty if none has any."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import InputError, MissingExtraError
 from ..core.image import Volume, label_boxes, load_labels
-from ..core.labels import Structure, listed, read_names_file, structures_of
+from ..core.labels import Structure, listed, read_names_file, shortened, structures_of
 from ..core.overlap import dice_per_structure
 from ..core.record import Record
 from ..dicom import is_dicom_input, open_image
@@ -23,7 +23,7 @@ from ..quality.verdict import VERDICTS, Verdict
 from ..records import RUN, SLICER_COLORS, STATUS, StructureRecord, label_map_of
 from .folder import ATLAS, CASE_PAGE, CASE_PICTURE, MODEL, Case, finite
 from .overview import Note, draw_overview
-from .page import duration, flatten, shortened, sources_digest, write_page
+from .page import duration, flatten, sources_digest, write_page
 from .slices import (
     Window,
     acquisition_view,

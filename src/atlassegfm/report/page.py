@@ -58,11 +58,6 @@ def millilitres(volume_ml: float) -> str:
     return f"{volume_ml:,.0f}" if volume_ml >= 99.5 else f"{volume_ml:.3g}"
 
 
-def shortened(text: str, most: int) -> str:
-    """Cut a text of more than ``most`` letters in its middle: names differ at both ends."""
-    return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) - (most - most // 2 - 1) :]}"
-
-
 def duration(seconds: float | None) -> str:
     """Write a time in s, min or h."""
     if seconds is None:
