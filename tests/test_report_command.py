@@ -80,6 +80,16 @@ def test_scans_of_one_name_come_to_their_own_cases(segment: Segment, run: Run) -
     assert shows("p2_T1", scans[1])
     assert not shows("p1_T1", scans[1])
 
+    # Each at the other's place: what was segmented is shown.
+    for path, name in zip(scans, ("2", "1"), strict=True):
+        path.rename(name)
+    for path, name in zip(scans, ("1", "2"), strict=True):
+        shutil.move(name, path)
+    report(run, "--images", "p1", "--images", "p2", "--force")
+    assert shows("p1_T1", scans[1])
+    assert shows("p2_T1", scans[0])
+    scans.reverse()
+
     # One that moved is found by its content, under the name of another too.
     for name in ("p1_T1", "p2_T1"):
         Path("out", name, "report.html").unlink()

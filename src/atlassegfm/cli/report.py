@@ -121,11 +121,13 @@ def report(options: ReportCommandOptions) -> None:
             }
         )
         return
-    typer.echo(f"report    {written.path}  ({written.cases} cases{_failed(written)})")
+    typer.echo(
+        f"report    {written.path}  ({written.cases} {'case' if written.cases == 1 else 'cases'}{_failed(written)})"
+    )
     if written.kept:
         typer.echo(
-            f"{written.kept} kept as they are: they show the scan, which was not given now; give it with --images, or "
-            "replace them with --force"
+            f"{written.kept} kept as they are: they show the scan, which was not given now or cannot be read; give it "
+            "with --images, or replace them with --force"
         )
     if written.without_image:
         typer.echo(f"{written.without_image} without their scan: only labels are shown; give the scans with --images")

@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from ..core.image import NIFTI_SUFFIXES, image_stem, image_suffix
 from ..core.itk import SEGMENTATION_SUFFIX
 from ..core.labels import listed
 from ..dicom import SCAN_MODALITIES, is_dicom, modalities_in
-from ..records import RUN, STATUS
+from ..records import RUN, STATUS, FileRecord
 from .fingerprint import file_record, is_unchanged, place_of, query_of
 from .table import read_run
 
@@ -140,40 +140,38 @@ def scans_of(folder: Path, images: Iterable[Path]) -> Matched:
     for image in images:
         if not image.exists():
             raise InputError(f"{image}: no such file or folder; expected the scans that were segmented")
-    given, cases = find_scans(images), sorted(path.parent for path in folder.glob(f"*/{RUN}"))
+    given = find_scans(images)
+    cases = [path.parent for path in sorted(folder.glob(f"*/{RUN}"))] if given.found else []
     records = {case.name: record for case in cases if (record := query_of(case)) is not None}
     places = {place_of(path): path for path in [*itertools.chain(*given.left_out.values()), *given.found]}
     at_place = {name: places[record.place] for name, record in records.items() if record.place in places}
     scans = {name: path for name, path in at_place.items() if is_unchanged(path, records[name])}
-    changed = [path for name, path in at_place.items() if name not in scans]
-    contents = {records[name].sha256: path for name, path in scans.items()}
     if len(scans) < len(records):
-        contents |= {_content(path): path for path in given.found if path not in contents.values()}
-    scans |= {
-        name: contents[one.sha256] for name, one in records.items() if name not in scans and one.sha256 in contents
-    }
-    names = {case.name: _query_name(case) for case in cases}
-    same_name, used = Counter(names.values()), set(scans.values())
-    for name in names.keys() - records.keys():
-        alike = [path for path in given.found if path.name == names[name] and path not in used]
-        if len(alike) == same_name[names[name]] == 1:
-            scans[name] = alike[0]
+        contents = {records[name].sha256: path for name, path in scans.items()}
+        contents |= {_content(path): path for path in given.found if path not in scans.values()}
+        scans = {name: contents[one.sha256] for name, one in records.items() if one.sha256 in contents} | scans
+    scans |= _by_name([case for case in cases if case.name not in records], records, given.found, set(scans.values()))
+    changed = [path for path in at_place.values() if path not in scans.values()]
     used = {*scans.values(), *changed}
-    return Matched(
-        scans, [path for path in changed if path not in scans.values()], [p for p in given.found if p not in used]
-    )
+    return Matched(scans, changed, [path for path in given.found if path not in used])
+
+
+def _by_name(
+    cases: Sequence[Path], others: Mapping[str, FileRecord], images: Sequence[Path], used: set[Path]
+) -> dict[str, Path]:
+    """Match cases whose result does not record its scan by file names that are of one case and of one image."""
+    runs = {case.name: read_run(case) for case in cases}
+    names = {name: run.inputs.query.file for name, run in runs.items() if run is not None and run.inputs.query}
+    count = Counter([*names.values(), *(one.file for one in others.values())])
+    alike = {name: [path for path in images if path.name == file and path not in used] for name, file in names.items()}
+    return {name: paths[0] for name, paths in alike.items() if len(paths) == count[names[name]] == 1}
 
 
 def _content(path: Path) -> str:
     try:
         return file_record(path).sha256
-    except OSError:
+    except (OSError, InputError):
         return ""
-
-
-def _query_name(case: Path) -> str:
-    run = read_run(case)
-    return run.inputs.query.file if run is not None and run.inputs.query is not None else ""
 
 
 def _walk(folder: Path, scans: Scans, labels: bool, above: Sequence[str], bids: bool) -> None:

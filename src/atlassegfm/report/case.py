@@ -121,9 +121,12 @@ def write_case(
     has_picture = not options.overview or (case.folder / CASE_PICTURE).is_file()
     if known is not None and known.fingerprint == fingerprint and has_picture:
         return known, False
+    shows_scan = known if known is not None and known.has_image and known.result == result else None
+    if shows_scan is not None and image is None:
+        return shows_scan, True
     maps = _load(case, image)
-    if known is not None and known.has_image and known.result == result and maps.image is None:
-        return known, True
+    if shows_scan is not None and maps.image is None:
+        return shows_scan, True
     facts = CaseFacts(
         fingerprint=fingerprint,
         result=result,
