@@ -145,7 +145,13 @@ def scans_of(folder: Path, images: Iterable[Path]) -> Matched:
     records = {case.name: record for case in cases if (record := query_of(case)) is not None}
     places = {place_of(path): path for path in [*itertools.chain(*given.left_out.values()), *given.found]}
     at_place = {name: places[record.place] for name, record in records.items() if record.place in places}
-    scans = {name: path for name, path in at_place.items() if is_unchanged(path, records[name])}
+    stamps = Counter(one.stamp for one in records.values())
+
+    def is_same(path: Path, record: FileRecord) -> bool:
+        # Sizes and times of an archive may be those of several scans.
+        return is_unchanged(path, record) and (stamps[record.stamp] == 1 or _content(path) == record.sha256)
+
+    scans = {name: path for name, path in at_place.items() if is_same(path, records[name])}
     if len(scans) < len(records):
         contents = {records[name].sha256: path for name, path in scans.items()}
         contents |= {_content(path): path for path in given.found if path not in scans.values()}
