@@ -189,6 +189,15 @@ def test_long_names_are_shortened_in_the_middle() -> None:
     assert "…" in label
 
 
+@pytest.mark.filterwarnings("error")
+def test_letters_that_the_font_lacks_are_replaced(tmp_path: Path) -> None:
+    columns, _ = benchmark(1, 2, ["default"], ["atlas"])
+    rows = tuple(replace(row, structure="肝臓 left") for row in columns[0].rows)
+    figure = dice_figure([Column("default", "atlas", columns[0].pairs, rows)], "患者")
+    save_figure(figure, tmp_path / "x.png")
+    assert figure.axes[0].get_yticklabels()[0].get_text() == "□□ left"
+
+
 def test_missing_folder_is_reported(tmp_path: Path) -> None:
     columns, _ = benchmark(1, 1)
     with pytest.raises(InputError, match="cannot write there"):
@@ -204,7 +213,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(Figure, "savefig", fail)
     columns, records = benchmark(1, 2)
-    with pytest.raises(InputError, match="No space left"):
+    with pytest.raises(InputError, match="(?i)no space"):
         save_figure(dice_and_time_figure(columns, records, "Data"), tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
 

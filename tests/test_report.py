@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from atlassegfm.core import fonts
 from atlassegfm.core.errors import InputError, MissingExtraError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.core.labels import Structure, palette_color
-from atlassegfm.report import draw_overview, require_report_extra
+from atlassegfm.report import Note, draw_overview, require_report_extra
 from atlassegfm.report.slices import best_slice, letters
 
 pytest.importorskip("matplotlib")
@@ -114,7 +115,13 @@ def test_reference_and_scores_are_drawn(scan: tuple[Volume, Volume], plain: Path
     image, labels = scan
     moved = Volume(np.roll(labels.data, 4, axis=0), labels.grid)
     draw_overview(
-        image, labels, (RED, BLUE), tmp_path / "with.png", title="t", reference=moved, scores={1: 0.5, 7: float("nan")}
+        image,
+        labels,
+        (RED, BLUE),
+        tmp_path / "with.png",
+        title="t",
+        reference=moved,
+        notes={1: Note("Dice 0.50"), 7: Note("Dice –")},
     )
     white = [int((pixels(path) > 250).all(axis=2).sum()) for path in (plain, tmp_path / "with.png")]
     assert white[1] > white[0] + 200
@@ -142,6 +149,81 @@ def test_empty_and_smallest_results_are_drawn(scan: tuple[Volume, Volume], tmp_p
     picture = pixels(tmp_path / "o.png")
     assert picture.shape[1] == 1600
     assert (len(in_first_panel(near(picture, RED), picture)) > 20) is not is_empty
+
+
+def texts_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The texts of the pictures drawn from now on, as they are shown."""
+    from matplotlib.text import Text
+
+    shown: list[str] = []
+    draw = Text.draw
+
+    def noted(self: Text, *arguments: object) -> None:
+        shown.append(self.get_text())
+        draw(self, *arguments)
+
+    monkeypatch.setattr(Text, "draw", noted)
+    return shown
+
+
+def test_what_is_not_good_is_named_and_coloured(
+    scan: tuple[Volume, Volume], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, path = texts_of(monkeypatch), tmp_path / "o.png"
+    notes = {1: Note("in view; 49 % outside", "review"), 7: Note("failed", "failed")}
+    draw_overview(*scan, (RED, BLUE), path, title="t", notes=notes)
+    assert {"in view; 49 % outside", "failed", "right front $organ"} <= set(shown)
+    legend = pixels(path)[-90:]
+    assert all((np.abs(legend - color).max(axis=2) < 12).any() for color in ((255, 143, 133), (242, 193, 78)))
+
+
+def test_the_worst_come_first_where_the_legend_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = grid((24, 24, 24), (1.0, 1.0, 1.0))
+    labels = np.zeros(where.shape, np.uint8)
+    labels.ravel()[: 60 * 200] = np.repeat(np.arange(1, 61), 200)
+    labels[labels == 33] = 0
+    many = [Structure(value, f"s{value}", palette_color(value)) for value in range(1, 61)]
+    shown = texts_of(monkeypatch)
+    notes = {33: Note("absent", "failed"), 50: Note("review", "review")}
+    draw_overview(Volume(labels, where), Volume(labels, where), many, tmp_path / "o.png", title="t", notes=notes)
+    assert {"s33", "s50"} <= set(shown)
+
+
+def test_names_are_cut_in_the_middle(
+    scan: tuple[Volume, Volume], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown, name = texts_of(monkeypatch), "hippocampus_in_the_medial_part_of_the_temporal_lobe_"
+    pair = [Structure(1, f"{name}l", RED.color), Structure(7, f"{name}r", BLUE.color)]
+    draw_overview(*scan, pair, tmp_path / "o.png", title=f"study{'_x' * 200}_end")
+    found = [text for text in shown if text.startswith("hippo")]
+    assert [text[-1] for text in found] == ["l", "r"]
+    assert all("…" in text for text in found)
+    assert any(text.startswith("study") and text.endswith("_end") and len(text) < 150 for text in shown)
+
+
+@pytest.mark.parametrize("has_font", [True, False])
+def test_letters_that_no_font_has_are_replaced_in_silence(
+    scan: tuple[Volume, Volume],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    has_font: bool,
+) -> None:
+    from matplotlib.font_manager import fontManager
+
+    own = [font for font in fontManager.ttflist if font.name.startswith(("DejaVu", "STIX"))]
+    monkeypatch.setattr(fontManager, "ttflist", own)
+    monkeypatch.setattr("atlassegfm.core.fonts._font_with", fonts._font_with.__wrapped__)
+    # DejaVu Sans has no script letters; another font that comes with matplotlib has them, but none in bold.
+    name, lacking = ("𝒜 organ", "𝒜") if has_font else ("肝臓\n(左)", "肝")
+    shown = texts_of(monkeypatch)
+    draw_overview(*scan, (RED, Structure(7, name, BLUE.color)), tmp_path / "o.png", title=name)
+    assert any(lacking in text for text in shown) is has_font
+    assert any(text.startswith("label 7: □") for text in shown) is not has_font
+    assert not recwarn
+    assert not caplog.records
 
 
 def test_legend_of_many_structures_stays_small(tmp_path: Path) -> None:

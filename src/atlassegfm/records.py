@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -25,6 +26,8 @@ FORMATS = {
     "rtstruct": "rtstruct.dcm",
     "seg": "seg.dcm",
 }
+#: Formats that hold the label map of all structures, the first choice first.
+_LABEL_MAPS = ("nifti", "nrrd", "seg.nrrd", "mgz")
 #: Names and colours, for 3D Slicer and ITK-SNAP.
 SLICER_COLORS, ITK_SNAP_LABELS = "colors.ctbl", "labels.txt"
 #: Files of a result folder: a folder with any other is never replaced.
@@ -35,6 +38,12 @@ RESULT_NAMES = frozenset(
         *("report.html", "overview.png"),
     }
 )
+
+
+def label_map_of(folder: Path) -> Path:
+    """Find the label map of a result folder, in whichever format; the path of the NIfTI file if there is none."""
+    paths = [folder / FORMATS[name] for name in _LABEL_MAPS]
+    return next((path for path in paths if path.is_file()), paths[0])
 
 
 class FileRecord(Record):
@@ -181,6 +190,11 @@ class StructureRecord(Record):
 
     prompt: PromptRecord | None
     quality: QualityRecord | None
+
+    @property
+    def cut(self) -> str:
+        """How the field of view cuts it, as "49 % outside"; empty if it does not."""
+        return f"{max(round(100 * self.outside_fraction), 1)} % outside" if self.outside_fraction > 0 else ""
 
 
 class RunRecord(Record):

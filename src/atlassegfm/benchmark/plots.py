@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.files import atomic_path
+from ..core.fonts import drawable
+from ..core.labels import shortened
 from ..evaluate.statistics import spread
 from ..report import require_report_extra
 from .records import PairRecord
@@ -213,10 +215,8 @@ def _finished(axes: Axes, handles: Sequence[Any], title: str) -> Figure:
 
 
 def _short(words: str, longest: int = _LONGEST_NAME) -> str:
-    """Words on one line, without the middle if they are too long: names often differ at both ends."""
-    words = " ".join(words.split())
-    half = (longest - 1) // 2
-    return words if len(words) <= longest else f"{words[: longest - 1 - half]}…{words[-half:]}"
+    """Words on one line, without the middle if they are too long."""
+    return shortened(drawable(words), longest)
 
 
 def _seconds(value: float) -> str:

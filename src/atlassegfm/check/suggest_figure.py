@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import AtlasSegError
 from ..core.files import atomic_path
+from ..core.fonts import drawable
 from ..core.image import Volume, load_image
 from .suggest import ALL_PAIRS, Suggestion
 
@@ -59,7 +60,7 @@ def draw_suggestion(suggestion: Suggestion, path: Path) -> None:
 
 def _short(name: str, width: int) -> str:
     """The end of a long name, where names of a folder differ; without nnU-Net's number of the only channel."""
-    name = name.removesuffix("_0000")
+    name = drawable(name.removesuffix("_0000"))
     return name if len(name) <= width else f"…{name[1 - width :]}"
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..core.errors import InputError, MissingExtraError
+from ..core.labels import listed
 from .options import ScreenOptions, options
 from .session import Session, open_session, print_json
 
@@ -26,25 +27,21 @@ def require_pictures(option: str = "--no-picture") -> None:
         raise InputError(f"{error}, or leave the pictures out ({option})") from None
 
 
-def report_on(folder: Path, images: Sequence[Path], session: Session) -> Written:
-    """Write the report of a folder of results with its default content, for ``segment --report``."""
-    return _write(folder, images, session)
-
-
-def _write(
+def report_on(
     folder: Path,
-    images: Sequence[Path],
+    scans: Mapping[str, Path],
     session: Session,
     out: Path | None = None,
     content: ReportOptions | None = None,
 ) -> Written:
+    """Write the report of a folder of results; ``scans`` by name of the case."""
     from ..report import write_report
 
     def show(number: int, count: int, name: str) -> None:
         session.begin(number, count, name)
         session.progress("page")
 
-    written = write_report(folder, out, images=images, options=content, on_case=show)
+    written = write_report(folder, out, scans=scans, options=content, on_case=show)
     for problem in written.problems:
         session.error(problem)
     return written
@@ -64,8 +61,8 @@ class ReportCommandOptions(ScreenOptions):
         typer.Option(
             "--images",
             metavar="PATH",
-            help="The queries: files, DICOM series folders, or folders that hold them; may be repeated. Without them "
-            "only labels are shown, as results do not say where the scans are.",
+            help="The queries: files, DICOM series folders, or folders with them anywhere below; may be repeated. They "
+            "are found by their content. Without them new pages show labels only: results do not say where scans lie.",
         ),
     ] = None
     cases: Annotated[bool, typer.Option("--cases/--no-cases", help="Write a page for each case too.")] = True
@@ -82,7 +79,9 @@ class ReportCommandOptions(ScreenOptions):
         ),
     ] = 8_000_000
     title: Annotated[str, typer.Option("--title", help="Title of the page [default: the name of OUT].")] = ""
-    force: Annotated[bool, typer.Option("--force", help="Make pages again that are up to date.")] = False
+    force: Annotated[
+        bool, typer.Option("--force", help="Make all pages again, those too that show a scan that is not given.")
+    ] = False
 
 
 def report(options: ReportCommandOptions) -> None:
@@ -94,11 +93,21 @@ def report(options: ReportCommandOptions) -> None:
     with open_session(options.quiet, log=options.log) as session:
         if options.picture and options.cases:
             require_pictures()
+        from ..jobs import scans_of
         from ..report import CaseOptions, ReportOptions
 
         case = CaseOptions(options.viewer_voxels, options.picture)
         content = ReportOptions(options.cases, options.force, case, options.title)
-        written = _write(options.folder, options.images or (), session, options.out, content)
+        if options.images:
+            session.progress("finding the scans")
+        matched = scans_of(options.folder, options.images or ())
+        written = report_on(options.folder, matched.scans, session, options.out, content)
+        for reason, paths in (
+            ("belong to no case", matched.unused),
+            ("changed since they were segmented", matched.changed),
+        ):
+            if paths:
+                session.say(f"images left out, {reason}: {listed([str(path) for path in paths], 4)}")
     if options.as_json:
         print_json(
             {
@@ -106,11 +115,20 @@ def report(options: ReportCommandOptions) -> None:
                 "cases": written.cases,
                 "failures": written.failures,
                 "without_image": written.without_image,
+                "kept": written.kept,
+                "unused_images": [str(path) for path in (*matched.unused, *matched.changed)],
                 "problems": list(written.problems),
             }
         )
         return
-    typer.echo(f"report    {written.path}  ({written.cases} cases{_failed(written)})")
+    typer.echo(
+        f"report    {written.path}  ({written.cases} {'case' if written.cases == 1 else 'cases'}{_failed(written)})"
+    )
+    if written.kept:
+        typer.echo(
+            f"{written.kept} kept as they are: they show the scan, which was not given now or cannot be read; give it "
+            "with --images, or replace them with --force"
+        )
     if written.without_image:
         typer.echo(f"{written.without_image} without their scan: only labels are shown; give the scans with --images")
 

@@ -196,7 +196,7 @@ def segment(options: SegmentOptions) -> None:
             if options.report and any((options.out / case.name / "run.json").exists() for case in cases):
                 from .report import report_on
 
-                report_on(options.out, [case.query for case in cases], session)
+                report_on(options.out, {case.name: case.query for case in cases}, session)
             if options.flat is not None:
                 from ..jobs.flat import write_flat
 

@@ -353,3 +353,9 @@ def listed(names: Sequence[str], limit: int = _LONGEST_LIST) -> str:
     """Names for a message: "a, b, c", or the first ``limit`` of them "and 4 more"."""
     rest = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def shortened(text: str, most: int) -> str:
+    """Cut a text of more than ``most`` letters in its middle: names differ at both ends."""
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[: most - 1 - half]}…{text[-half:]}"

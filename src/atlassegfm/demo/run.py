@@ -17,7 +17,7 @@ from ..core.labels import Structure
 from ..core.overlap import dice_per_structure
 from ..jobs.store import RunInputs, write_result
 from ..records import RESULT_NAMES, RunRecord, StatusRecord
-from ..report import draw_overview, require_report_extra
+from ..report import Note, draw_overview, require_report_extra
 from ..result import Segmentation
 from ..segment import segment
 from ..settings import Settings
@@ -102,7 +102,7 @@ def run_demo(
                 title="AtlasSegFM demo: one annotated scan segments another",
                 subtitle=_subtitle(outcome),
                 reference=reference,
-                scores={score.structure.value: score.fused for score in outcome.scores},
+                notes={one.structure.value: _note(one, result) for one in outcome.scores},
             )
     return outcome
 
@@ -116,6 +116,12 @@ def _scores(result: Segmentation, reference: Volume) -> tuple[DemoScore, ...]:
     atlas, fused = dice(result.atlas_labels), dice(result.labels)
     model = {} if result.model_labels is None else dice(result.model_labels)
     return tuple(DemoScore(one, atlas[one.value], model.get(one.value), fused[one.value]) for one in structures)
+
+
+def _note(score: DemoScore, result: Segmentation) -> Note:
+    quality = next(one.quality for one in result.structures if one.structure == score.structure)
+    dice, verdict = ("–" if np.isnan(score.fused) else f"{score.fused:.2f}"), quality.verdict if quality else "good"
+    return Note(f"Dice {dice}" + (f", {verdict}" if verdict != "good" else ""), verdict)
 
 
 def _subtitle(outcome: DemoOutcome) -> str:

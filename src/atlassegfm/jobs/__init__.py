@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from .plan import Case, Shard, parse_shard, plan_cases
 from .run import Outcome, Row, RunOptions, run
-from .scans import Scans, find_scans
+from .scans import Matched, Scans, find_scans, scans_of
 from .work import AtlasFiles, ContextFolder, Output, SegmentWork, provenance_of
 
 __all__ = [
     "AtlasFiles",
     "Case",
     "ContextFolder",
+    "Matched",
     "Outcome",
     "Output",
     "Row",
@@ -34,4 +35,5 @@ __all__ = [
     "plan_cases",
     "provenance_of",
     "run",
+    "scans_of",
 ]

@@ -79,12 +79,19 @@ def owner_of(folder: Path, query: Path) -> Literal["nobody", "this", "other"]:
 
     A failure is nobody's: nothing is lost with it. Results of any format number count.
     """
-    try:
-        content = json.loads((folder / STATUS).read_text(encoding="utf-8"))
-        record = FileRecord.model_validate(content["provenance"]["query"])
-    except (OSError, ValueError, KeyError, TypeError):
+    record = query_of(folder)
+    if record is None:
         return "nobody"
     return "this" if record.place == place_of(query) or is_unchanged(query, record) else "other"
+
+
+def query_of(folder: Path) -> FileRecord | None:
+    """Read which scan the result in a folder was made from; None if it does not say."""
+    try:
+        content = json.loads((folder / STATUS).read_text(encoding="utf-8"))
+        return FileRecord.model_validate(content["provenance"]["query"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def is_unchanged(path: Path, record: FileRecord | None) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel as nib
 
@@ -17,7 +19,9 @@ from ..core.image import NIFTI_SUFFIXES, image_stem, image_suffix
 from ..core.itk import SEGMENTATION_SUFFIX
 from ..core.labels import listed
 from ..dicom import SCAN_MODALITIES, is_dicom, modalities_in
-from ..records import RUN, STATUS
+from ..records import RUN, STATUS, FileRecord
+from .fingerprint import file_record, is_unchanged, place_of, query_of
+from .table import read_run
 
 #: Folders are walked so deep: project / site / patient / visit / study / series and two more.
 _MOST_LEVELS = 8
@@ -96,6 +100,75 @@ def find_scans(paths: Iterable[Path], *, inputs: Iterable[Path] = (), labels: bo
                 + (f" ({rest})" if rest else "")
             )
     return scans
+
+
+class Matched(NamedTuple):
+    """Which scan belongs to which case of a folder of results."""
+
+    scans: dict[str, Path]  # by name of the case
+    changed: list[Path]  # at the place of a case's scan, with other content
+    unused: list[Path]  # of no case
+
+
+def scans_of(folder: Path, images: Iterable[Path]) -> Matched:
+    """Find the scans of a folder of results among images: by their content, whatever their names and folders.
+
+    A result that does not record its scan's content is matched by file name, where no other case or image has it.
+
+    Parameters
+    ----------
+    folder : Path
+        Of results, one folder a case.
+    images : iterable of Path
+        As for :func:`find_scans`.
+
+    Raises
+    ------
+    InputError
+        If an image does not exist, or a folder holds no scan.
+    """
+    images = list(images)
+    for image in images:
+        if not image.exists():
+            raise InputError(f"{image}: no such file or folder; expected the scans that were segmented")
+    given = find_scans(images)
+    cases = [path.parent for path in sorted(folder.glob(f"*/{RUN}"))] if given.found else []
+    records = {case.name: record for case in cases if (record := query_of(case)) is not None}
+    places = {place_of(path): path for path in [*itertools.chain(*given.left_out.values()), *given.found]}
+    at_place = {name: places[record.place] for name, record in records.items() if record.place in places}
+    stamps = Counter(one.stamp for one in records.values())
+
+    def is_same(path: Path, record: FileRecord) -> bool:
+        # Sizes and times of an archive may be those of several scans.
+        return is_unchanged(path, record) and (stamps[record.stamp] == 1 or _content(path) == record.sha256)
+
+    scans = {name: path for name, path in at_place.items() if is_same(path, records[name])}
+    if len(scans) < len(records):
+        contents = {records[name].sha256: path for name, path in scans.items()}
+        contents |= {_content(path): path for path in given.found if path not in scans.values()}
+        scans = {name: contents[one.sha256] for name, one in records.items() if one.sha256 in contents} | scans
+    scans |= _by_name([case for case in cases if case.name not in records], records, given.found, set(scans.values()))
+    changed = [path for path in at_place.values() if path not in scans.values()]
+    used = {*scans.values(), *changed}
+    return Matched(scans, changed, [path for path in given.found if path not in used])
+
+
+def _by_name(
+    cases: Sequence[Path], others: Mapping[str, FileRecord], images: Sequence[Path], used: set[Path]
+) -> dict[str, Path]:
+    """Match cases whose result does not record its scan by file names that are of one case and of one image."""
+    runs = {case.name: read_run(case) for case in cases}
+    names = {name: run.inputs.query.file for name, run in runs.items() if run is not None and run.inputs.query}
+    count = Counter([*names.values(), *(one.file for one in others.values())])
+    alike = {name: [path for path in images if path.name == file and path not in used] for name, file in names.items()}
+    return {name: paths[0] for name, paths in alike.items() if len(paths) == count[names[name]] == 1}
+
+
+def _content(path: Path) -> str:
+    try:
+        return file_record(path).sha256
+    except (OSError, InputError):
+        return ""
 
 
 def _walk(folder: Path, scans: Scans, labels: bool, above: Sequence[str], bids: bool) -> None:

@@ -7,6 +7,6 @@ from __future__ import annotations
 
 from .case import CaseOptions
 from .cohort import ReportOptions, Written, write_report
-from .overview import draw_overview, require_report_extra
+from .overview import Note, draw_overview, require_report_extra
 
-__all__ = ["CaseOptions", "ReportOptions", "Written", "draw_overview", "require_report_extra", "write_report"]
+__all__ = ["CaseOptions", "Note", "ReportOptions", "Written", "draw_overview", "require_report_extra", "write_report"]

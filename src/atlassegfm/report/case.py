@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 
 from ..core.errors import InputError, MissingExtraError
 from ..core.image import Volume, label_boxes, load_labels
-from ..core.labels import Structure, structures_of
+from ..core.labels import Structure, listed, read_names_file, shortened, structures_of
 from ..core.overlap import dice_per_structure
 from ..core.record import Record
 from ..dicom import is_dicom_input, open_image
-from ..quality.verdict import VERDICTS
-from ..records import RUN, SEGMENTATION, STATUS
+from ..quality.verdict import VERDICTS, Verdict
+from ..records import RUN, SLICER_COLORS, STATUS, StructureRecord, label_map_of
 from .folder import ATLAS, CASE_PAGE, CASE_PICTURE, MODEL, Case, finite
-from .overview import draw_overview
+from .overview import Note, draw_overview
 from .page import duration, flatten, sources_digest, write_page
 from .slices import (
     Window,
@@ -63,6 +63,9 @@ class CaseFacts(Record):
     """Facts on the page of a case for the page of the cohort, by label value."""
 
     fingerprint: str
+    result: str
+    """Digest of run.json and the label map alone."""
+
     colors: dict[int, tuple[int, int, int]]
     agreement: dict[int, Agreement]
     thumbnail: dict[str, Any]  # empty for an empty result
@@ -95,11 +98,14 @@ class _Maps:
         return None if self.image is None else structure_window(self.image, inside, box, hounsfield=self.is_hounsfield)
 
 
-def write_case(case: Case, image: Path | None, options: CaseOptions, *, back: str, force: bool = False) -> CaseFacts:
+def write_case(
+    case: Case, image: Path | None, options: CaseOptions, *, back: str, force: bool = False
+) -> tuple[CaseFacts, bool]:
     """Write the page of a case into its folder, unless it is up to date and not forced.
 
-    ``image`` is the query's file or DICOM folder, where it is known; ``back`` the address of the cohort's page relative
-    to the folder, empty for none.
+    A page that shows the scan is not replaced by one that does not, as long as the result is the same; the second value
+    tells whether it was kept for that. ``image`` is the query's file or DICOM folder, where it is known; ``back`` the
+    address of the cohort's page relative to the folder, empty for none.
 
     Raises
     ------
@@ -109,14 +115,21 @@ def write_case(case: Case, image: Path | None, options: CaseOptions, *, back: st
         If matplotlib is not installed and the overview is wanted.
     """
     path = case.folder / CASE_PAGE
-    fingerprint = _fingerprint(case.folder, image, options, back)
-    if not force and (not options.overview or (case.folder / CASE_PICTURE).is_file()):
-        known = _known_facts(path)
-        if known is not None and known.fingerprint == fingerprint:
-            return known
+    result = _digest(case.folder / RUN, label_map_of(case.folder))
+    fingerprint = _fingerprint(case.folder, image, f"{sources_digest()} {options} {back} {result}")
+    known = None if force else _known_facts(path)
+    has_picture = not options.overview or (case.folder / CASE_PICTURE).is_file()
+    if known is not None and known.fingerprint == fingerprint and has_picture:
+        return known, False
+    shows_scan = known if known is not None and known.has_image and known.result == result else None
+    if shows_scan is not None and image is None:
+        return shows_scan, True
     maps = _load(case, image)
+    if shows_scan is not None and maps.image is None:
+        return shows_scan, True
     facts = CaseFacts(
         fingerprint=fingerprint,
+        result=result,
         colors={one.value: one.color for one in maps.structures},
         agreement=_agreement(maps),
         thumbnail=_thumbnail(maps),
@@ -146,26 +159,55 @@ def write_case(case: Case, image: Path | None, options: CaseOptions, *, back: st
     )
     if options.overview:
         shown = maps.image or Volume(np.zeros(maps.result.grid.shape, np.float32), maps.result.grid)
-        picture, subtitle = case.folder / CASE_PICTURE, _subtitle(case, maps)
-        draw_overview(shown, maps.result, maps.structures, picture, title=case.name, subtitle=subtitle)
-    return facts
+        notes = {row.value: note for row in case.run.structures if (note := _note(row)) is not None}
+        path, subtitle = case.folder / CASE_PICTURE, _subtitle(case, maps)
+        draw_overview(shown, maps.result, maps.structures, path, title=case.name, subtitle=subtitle, notes=notes)
+    return facts, False
+
+
+def _note(row: StructureRecord) -> Note | None:
+    """What the legend of the picture says of a structure; None if it is present, whole and good."""
+    verdict: Verdict = "good" if row.quality is None else row.quality.verdict
+    remarks = (
+        f"in view; {row.cut}" if row.cut else "",
+        row.status if row.status == "absent" else "",
+        verdict if verdict != "good" else "",
+    )
+    text = ", ".join(filter(None, remarks))
+    return Note(text, "review" if verdict == "good" else verdict) if text else None
 
 
 def _subtitle(case: Case, maps: _Maps) -> str:
-    judged = [row.quality.verdict for row in case.run.structures if row.quality is not None]
-    verdicts = ", ".join(f"{n} {v}" for v in VERDICTS if (n := judged.count(v)))
-    missing = "the scan is missing: labels only" if maps.image is None else ""
-    parts = (f"Model: {case.run.model.name}", f"verdicts: {verdicts}" if judged else "", missing)
+    """Model, and the names of what failed, needs review, is missing or cut."""
+    rows = case.run.structures
+    groups = {
+        verdict: [r for r in rows if r.quality is not None and r.quality.verdict == verdict] for verdict in VERDICTS
+    }
+    named: dict[str, list[StructureRecord]] = {verdict: groups[verdict] for verdict in ("failed", "review")}
+    named["absent"] = [row for row in rows if row.status == "absent"]
+    named["cut by the field of view"] = [row for row in rows if row.cut]
+    parts = [
+        f"Model: {case.run.model.name}",
+        f"good: {len(groups['good'])} of {len(rows)}" if any(groups.values()) else "",
+    ]
+    parts += [f"{key}: {listed([shortened(r.name, 40) for r in group], 6)}" for key, group in named.items() if group]
+    parts.append("the scan is missing: labels only" if maps.image is None else "")
     return ". ".join(filter(None, parts)) + "."
 
 
-def _fingerprint(folder: Path, image: Path | None, options: CaseOptions, back: str) -> str:
+def _digest(*paths: Path) -> str:
+    """Digest of the content of files; those that are missing are left out."""
+    found = hashlib.sha256()
+    for path in paths:
+        if path.is_file():
+            found.update(f"{path.name} {path.stat().st_size} ".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+def _fingerprint(folder: Path, image: Path | None, shown: str) -> str:
     """Digest of everything that the page shows."""
-    found = hashlib.sha256(f"{sources_digest()} {options} {back}".encode())
-    for name in (RUN, STATUS):
-        if (folder / name).is_file():
-            found.update((folder / name).read_bytes())
-    for path in (folder / SEGMENTATION, folder / ATLAS, folder / MODEL, image):
+    found = hashlib.sha256(f"{shown} {_digest(folder / STATUS)}".encode())
+    for path in (folder / ATLAS, folder / MODEL, image):
         if path is None or not path.exists():
             continue
         # A DICOM folder's own time does not change with its files.
@@ -186,9 +228,14 @@ def _known_facts(path: Path) -> CaseFacts | None:
 
 
 def _load(case: Case, image: Path | None) -> _Maps:
-    result = load_labels(case.folder / SEGMENTATION, allow_empty=True)
-    table = {} if result.source is None else result.source.label_table
-    found = {one.value: one for one in structures_of([row.value for row in case.run.structures], [table])}
+    source = label_map_of(case.folder)
+    if not source.is_file():
+        raise InputError("no label map in its folder, which a page needs; write one with segment --format nifti")
+    result = load_labels(source, allow_empty=True)
+    tables = [{} if result.source is None else result.source.label_table]
+    if (case.folder / SLICER_COLORS).is_file():  # MGZ has no colours
+        tables.append(read_names_file(case.folder / SLICER_COLORS))
+    found = {one.value: one for one in structures_of([row.value for row in case.run.structures], tables)}
     structures = tuple(Structure(row.value, row.name, found[row.value].color) for row in case.run.structures)
     labels = {"result": result.canonical()}
     grid = labels["result"].grid
@@ -197,7 +244,7 @@ def _load(case: Case, image: Path | None) -> _Maps:
         if path.is_file():
             other = load_labels(path, allow_empty=True)
             if other.grid.axes_relative_to(grid) is None:
-                raise InputError(f"{path}: not on the voxels of {SEGMENTATION}; make the result again")
+                raise InputError(f"{path}: not on the voxels of {source.name}; make the result again")
             labels[kind] = other.turned_to(grid)
     if image is None:
         return _Maps(None, _NO_SCAN, labels, structures)
@@ -205,7 +252,7 @@ def _load(case: Case, image: Path | None) -> _Maps:
         scan = open_image(image, case.series if image.is_dir() and is_dicom_input(image) else None)
         if scan.grid.axes_relative_to(grid) is not None:
             return _Maps(scan.turned_to(grid), "", labels, structures)
-        note = "The scan of that name is not on the voxels of the result"
+        note = "The scan is not on the voxels of the result"
     except MissingExtraError as error:
         note = f"The scan could not be read ({error})"
     except InputError:

@@ -15,7 +15,6 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.labels import palette_color
-from ..dicom import is_series_folder
 from ..quality.verdict import VERDICTS
 from ..records import ModelRecord, StructureRecord
 from .case import Agreement, CaseFacts, CaseOptions, write_case
@@ -35,6 +34,8 @@ from .page import flatten, write_page
 
 #: Largest numbers of thumbnails, of cases to review at once, and behind "more".
 _MOST_PICTURES, _MOST_FIRST, _MOST_LISTED = 48, 12, 240
+#: Fraction outside the field of view from which on a structure is listed for review.
+_CUT_TO_REVIEW = 0.05
 #: Colours of the stages of a run.
 _STAGE_COLORS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#edc948", "#9c755f", "#ff9da7")
 
@@ -56,7 +57,8 @@ class Written:
     path: Path  # page of the cohort
     cases: int
     failures: int
-    without_image: int  # cases whose scan was not found; 0 without pages of cases
+    without_image: int  # pages that show labels only
+    kept: int  # pages that show a scan that was not given now, of a result that is the same
     problems: tuple[str, ...]  # cases without a page, and why
 
 
@@ -86,7 +88,7 @@ def write_report(
     folder: str | os.PathLike[str],
     path: str | os.PathLike[str] | None = None,
     *,
-    images: Sequence[Path] = (),
+    scans: Mapping[str, Path] | None = None,
     options: ReportOptions | None = None,
     on_case: Callable[[int, int, str], None] | None = None,
 ) -> Written:
@@ -96,9 +98,8 @@ def write_report(
     ----------
     path : path, optional
         The page of the cohort; ``report.html`` in the folder if left out.
-    images : sequence of Path
-        The queries: files, DICOM folders, or folders that hold them. Results do not name these, as they may name
-        patients.
+    scans : mapping of str to Path, optional
+        By name of the case: a file or DICOM folder. Results do not say where these are, as paths may name patients.
     on_case : callable, optional
         Called with number, count and name before the page of each case.
 
@@ -115,7 +116,7 @@ def write_report(
     target = path.resolve()
     if target.is_dir() or not target.parent.is_dir():
         raise InputError(f"{path}: expected the name of a file in a folder that exists, ending in .html")
-    scans = _scans(images)
+    scans, kept = scans or {}, 0
     entries: list[_Entry] = []
     problems: list[str] = []
     for position, case in enumerate(found.cases, start=1):
@@ -123,34 +124,21 @@ def write_report(
         if options.cases:
             if on_case is not None:
                 on_case(position, len(found.cases), case.name)
-            query = case.run.inputs.query
-            scan = None if query is None else scans.get(query.file)
-            back = _address(target, case.folder)
+            scan, back = scans.get(case.name), _address(target, case.folder)
             try:
-                facts = write_case(case, scan, options.case, back=back, force=options.force)
+                facts, is_kept = write_case(case, scan, options.case, back=back, force=options.force)
+                kept += is_kept
                 link = _address(case.folder / CASE_PAGE, target.parent)
             except InputError as error:
                 problems.append(f"{case.name}: {error}")
         entries.append(_Entry(case, facts, link))
     _write(path, options.title or folder.resolve().name, entries, found, problems)
     without = sum(not entry.facts.has_image for entry in entries if entry.facts is not None)
-    return Written(path, len(found.cases), len(found.failures), without, tuple(problems))
+    return Written(path, len(found.cases), len(found.failures), without, kept, tuple(problems))
 
 
 def _address(path: Path, start: Path) -> str:
     return quote(Path(os.path.relpath(path.resolve(), start.resolve())).as_posix())
-
-
-def _scans(images: Sequence[Path]) -> dict[str, Path]:
-    """List scans by name: those given, and those in the folders given."""
-    scans: dict[str, Path] = {}
-    for given in images:
-        if not given.exists():
-            raise InputError(f"{given}: no such file or folder; expected the scans that were segmented")
-        holds_scans = given.is_dir() and not is_series_folder(given)
-        for path in [*sorted(given.iterdir()), given] if holds_scans else [given]:
-            scans.setdefault(path.name or path.resolve().name, path)
-    return scans
 
 
 def _write(path: Path, title: str, entries: Sequence[_Entry], found: ResultFolder, problems: Sequence[str]) -> None:
@@ -176,6 +164,7 @@ def _write(path: Path, title: str, entries: Sequence[_Entry], found: ResultFolde
         review_count=len(reviews),
         pictures=pictures,
         case_count=len(entries),
+        earlier=found.earlier,
         names=names,
         verdicts=VERDICTS,
         distributions=_distributions(entries, names, colors, volumes),
@@ -195,9 +184,11 @@ def _quality(row: StructureRecord) -> tuple[str | None, str, float | None]:
 
 
 def _volumes(entries: Sequence[_Entry], value: int) -> Distribution:
-    """Volumes of a structure, ml, where the field of view does not cut it."""
+    """Volumes of a structure, ml, where the field of view does not cut it: a part says nothing on the whole."""
     rows = ((entry.case.name, row) for entry in entries for row in entry.case.run.structures if row.value == value)
-    pairs = ((name, row.volume_ml) for name, row in rows if row.status == "present" and row.volume_ml > 0)
+    pairs = (
+        (name, row.volume_ml) for name, row in rows if row.status == "present" and row.volume_ml > 0 and not row.cut
+    )
     return Distribution.of(pairs, find_outliers=True)
 
 
@@ -223,6 +214,8 @@ def _reviews(
                 remarks.append((3.0, row.reason or "not found"))
             if factor := volumes[row.value].outlier_factors.get(name):
                 remarks.append((4.0, f"volume {factor:.2g} times the median of this cohort"))
+            if row.status == "present" and row.outside_fraction >= _CUT_TO_REVIEW:
+                remarks.append((5.0, f"cut by the field of view, {row.cut}"))
             if remarks:
                 what = f"{row.name}: {'; '.join(dict.fromkeys(text for _, text in remarks))}"
                 found.append(_Review(min(remarks)[0], name, kind, entry.link, what))
@@ -257,12 +250,17 @@ def _table(
                 "outliers": sum(case.name in volumes[row.value].outlier_factors for row in rows),
                 "state": "done",
                 "reason": "",
+                "inRun": case.in_run,
             }
         )
         for row in rows:
             verdict, reason, estimate = _quality(row)
             one, spread = entry.agreement(row.value), volumes[row.value]
-            factor = round(row.volume_ml / spread.median, 3) if spread.median and row.status == "present" else None
+            factor = (
+                round(row.volume_ml / spread.median, 3)
+                if spread.median and row.status == "present" and not row.cut
+                else None
+            )
             structures.append(
                 {
                     "case": position,
@@ -271,6 +269,7 @@ def _table(
                     "estimate": estimate,
                     "status": row.status,
                     "volume": round(row.volume_ml, 3),
+                    "cut": row.cut,
                     "factor": factor,
                     "atlasModel": one.atlas_model,
                     "resultAtlas": one.result_atlas,
@@ -280,7 +279,9 @@ def _table(
             )
     nothing = {"link": "", "verdict": None, "good": 0, "review": 0, "failed": 0, "present": 0, "structures": 0}
     nothing |= {"agreement": None, "confidence": None, "seconds": None, "outliers": 0}
-    cases += [{"name": one.name, **nothing, "state": one.state, "reason": one.reason} for one in failures]
+    cases += [
+        {"name": one.name, **nothing, "state": one.state, "reason": one.reason, "inRun": one.in_run} for one in failures
+    ]
     return {
         "cases": _columns(cases),
         "structures": _columns(structures),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.errors import InputError
@@ -31,6 +31,7 @@ class Case:
     folder: Path
     run: RunRecord = field(repr=False)
     status: StatusRecord = field(repr=False)
+    in_run: bool = True  # whether the last command had it; if not, its result is of an earlier one
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -55,6 +56,7 @@ class Failure:
     name: str
     state: str  # "failed", "unreadable" or "left"
     reason: str  # without the folders of paths
+    in_run: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +65,12 @@ class ResultFolder:
 
     cases: tuple[Case, ...]
     failures: tuple[Failure, ...]
+
+    @property
+    def earlier(self) -> set[str]:
+        """Names of the cases of earlier commands."""
+        cases: tuple[Case | Failure, ...] = (*self.cases, *self.failures)
+        return {one.name for one in cases if not one.in_run}
 
     @property
     def structure_names(self) -> dict[int, str]:
@@ -94,9 +102,14 @@ def read_folder(path: str | os.PathLike[str]) -> ResultFolder:
         raise InputError(f"{path}: the folder cannot be read ({error.strerror}); check the permissions") from None
     # What the folder of a case says counts more than a summary.
     found: dict[str, Case | Failure] = {}
+    in_run: set[str] = set()
     for summary in sorted(path.glob(COHORTS), reverse=True):
-        found |= {failure.name: failure for failure in _cohort_failures(summary)}
+        failures, names = _read_summary(summary)
+        found |= {failure.name: failure for failure in failures}
+        in_run |= names
     found |= {folder.name: case for folder in folders if (case := _read_case(folder)) is not None}
+    if in_run:
+        found = {name: one if name in in_run else replace(one, in_run=False) for name, one in found.items()}
     if not found:
         raise InputError(f"{path}: no {RUN} in its subfolders; give the folder that `atlassegfm segment -o` wrote")
     ordered = [found[name] for name in sorted(found)]
@@ -127,10 +140,11 @@ def _read_case(folder: Path) -> Case | Failure | None:
         return Failure(folder.name, "unreadable", str(error).replace(f"{folder}{os.sep}", ""))
 
 
-def _cohort_failures(path: Path) -> list[Failure]:
-    """List the cases without a result in a summary."""
+def _read_summary(path: Path) -> tuple[list[Failure], set[str]]:
+    """List the cases without a result in a summary, and the names of all cases of its command."""
     try:
         record = CohortRecord.read(path)
     except InputError as error:
-        return [Failure(path.name, "unreadable", str(error).replace(f"{path.parent}{os.sep}", ""))]
-    return [Failure(one.case, one.state, shown_reason(one.reason)) for one in record.cases if one.state != "done"]
+        return [Failure(path.name, "unreadable", str(error).replace(f"{path.parent}{os.sep}", ""))], {path.name}
+    failures = [Failure(one.case, one.state, shown_reason(one.reason)) for one in record.cases if one.state != "done"]
+    return failures, {one.case for one in record.cases if one.in_run}

@@ -1,19 +1,21 @@
-"""Overview picture of a result: three slices, legend, volumes and scores as PNG."""
+"""Overview picture of a result: three slices, legend, volumes and notes as PNG."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import MissingExtraError
 from ..core.files import atomic_path
+from ..core.fonts import FONT, MISSING, fonts_for
 from ..core.image import Volume, label_positions
 from ..core.labels import Structure
+from ..quality.verdict import VERDICTS, Verdict
 from .page import millilitres
 from .slices import (
     Panel,
@@ -33,19 +35,25 @@ if TYPE_CHECKING:
 #: Size of the picture and its parts, px; panels are limited in height so that the page fits one screen.
 _WIDTH_PX, _MARGIN_PX, _GAP_PX, _HIGHEST_PX = 1600, 40, 14, 840
 _DPI = 100
-#: Rows, columns and line height (px) of the legend.
-_LEGEND_ROWS, _LEGEND_COLUMNS, _LEGEND_LINE_PX = 5, 4, 29
-#: Right edges of volume and score, px from the left edge of their column.
-_LEGEND_VOLUME_PX, _LEGEND_SCORE_PX = 268, 326
+#: Rows and line height (px) of the legend; its columns by the length of the longest note up to which they serve.
+_LEGEND_ROWS, _LEGEND_LINE_PX, _LEGEND_COLUMNS = 5, 29, ((9, 4), (24, 3), (99, 2))
+#: Width of a letter of a note, px.
+_LETTER_PX = 8.5
 _PAGE, _PANEL, _FRAME, _TEXT, _FAINT = "#0d1015", "#000000", "#262c36", "#eef1f5", "#8b95a5"
-#: Comes with matplotlib: the same letters on every machine.
-_FONT = "DejaVu Sans"
+_NOTE_COLORS: dict[Verdict, str] = {"good": _TEXT, "review": "#f2c14e", "failed": "#ff8f85"}
 #: Dashes of the reference's outline, points of line and gap.
 _DASHES = (0, (4, 3))
 #: Upper limit of the grey scale: above 1, so that fills still tint the brightest voxels.
 _WHITE = 1.1
 #: Left, top, width and height, px from the upper left corner of the picture.
 _Rectangle = tuple[float, float, float, float]
+
+
+class Note(NamedTuple):
+    """Remark on a structure in the legend, behind its volume; its colour is that of the verdict."""
+
+    text: str
+    verdict: Verdict = "good"
 
 
 def require_report_extra() -> None:
@@ -65,7 +73,7 @@ def draw_overview(
     title: str,
     subtitle: str = "",
     reference: Volume | None = None,
-    scores: Mapping[int, float] | None = None,
+    notes: Mapping[int, Note] | None = None,
 ) -> None:
     """Draw a scan with its segmentation in three planes and write it as PNG.
 
@@ -79,8 +87,8 @@ def draw_overview(
         Labels to draw, with names and colours.
     title, subtitle : str
         The only text that could identify a patient.
-    scores : mapping of int to float, optional
-        Dice coefficient of each label value for the legend, in [0, 1] or NaN.
+    notes : mapping of int to Note, optional
+        By label value. Where the legend has no room for all structures, those that are not good come first.
 
     Raises
     ------
@@ -103,9 +111,11 @@ def draw_overview(
     lines = textwrap.wrap(subtitle, 150)
     places = _layout(panels, 76 + 26 * len(lines))
     legend_top = places[0][1] + places[0][3] + 22
-    rows = -(-min(len(structures), _LEGEND_ROWS * _LEGEND_COLUMNS) // _LEGEND_COLUMNS)
-    canvas = _Canvas(int(np.ceil(legend_top + _LEGEND_LINE_PX * (rows + 1) + 22)))
-    _draw_header(canvas, title, lines)
+    notes = notes or {}
+    columns = _columns(notes)
+    rows = -(-min(len(structures), _LEGEND_ROWS * columns) // columns)
+    canvas = _Canvas(int(np.ceil(legend_top + _LEGEND_LINE_PX * rows + 22)))
+    _draw_header(canvas, title, lines, _WIDTH_PX - _MARGIN_PX - (0 if truth is None else 330))
     if truth is not None:
         _draw_line_key(canvas, colors[:3] or [_TEXT])
     for panel, place in zip(panels, places, strict=True):
@@ -116,7 +126,7 @@ def draw_overview(
             _draw_outlines(axes, cut(truth, panel), panel, px_per_mm, None)
         _draw_directions(axes, panel, px_per_mm, scan.grid.affine, bar_mm)
     voxels = np.bincount(labels.ravel(order="K"), minlength=len(structures) + 1)[1:]
-    _draw_legend(canvas, legend_top, structures, voxels * scan.grid.voxel_volume_mm3 / 1000, scores or {})
+    _draw_legend(canvas, legend_top, structures, voxels * scan.grid.voxel_volume_mm3 / 1000, notes)
     with atomic_path(path) as temporary:
         # Without matplotlib's version the file depends on the voxels alone.
         canvas.figure.savefig(temporary, format="png", dpi=_DPI, facecolor=_PAGE, metadata={"Software": None})
@@ -138,7 +148,10 @@ class _Canvas:
 
     def text(self, x: float, y: float, text: str, **style: Any) -> Text:
         # A dollar sign in a name is no mathematics.
-        return self.figure.text(*self.at(x, y), text, family=_FONT, parse_math=False, **style)
+        families, shown = fonts_for(text)
+        if len(families) > 1:  # it may have no bold letters
+            style["fontweight"] = "normal"
+        return self.figure.text(*self.at(x, y), shown, family=families, parse_math=False, **style)
 
     def line(self, left: float, right: float, y: float, **style: Any) -> None:
         from matplotlib.lines import Line2D
@@ -180,11 +193,11 @@ def _layout(panels: Sequence[Panel], top_px: float) -> list[_Rectangle]:
     return [(float(x), top_px, float(w), row_height) for x, w in zip(lefts, widths, strict=True)]
 
 
-def _draw_header(canvas: _Canvas, title: str, lines: Sequence[str]) -> None:
-    head = textwrap.shorten(title, 90, placeholder=" …")
-    canvas.text(_MARGIN_PX, 46, head, color=_TEXT, fontsize=21, fontweight="bold")
+def _draw_header(canvas: _Canvas, title: str, lines: Sequence[str], right_px: float) -> None:
+    _shorten(canvas.text(_MARGIN_PX, 46, title, color=_TEXT, fontsize=21, fontweight="bold"), right_px)
     for number, line in enumerate(lines):
-        canvas.text(_MARGIN_PX, 76 + 26 * number, line, color=_FAINT, fontsize=12)
+        text = canvas.text(_MARGIN_PX, 76 + 26 * number, line, color=_FAINT, fontsize=12)
+        _shorten(text, _WIDTH_PX - _MARGIN_PX)
 
 
 def _draw_line_key(canvas: _Canvas, colors: Sequence[Any]) -> None:
@@ -238,7 +251,7 @@ def _draw_directions(axes: Axes, panel: Panel, px_per_mm: float, affine: NDArray
     from matplotlib.patheffects import withStroke
 
     outline = [withStroke(linewidth=3, foreground="#000000b0")]
-    style: dict[str, Any] = {"family": _FONT, "color": _TEXT, "path_effects": outline, "zorder": 5}
+    style: dict[str, Any] = {"family": FONT, "color": _TEXT, "path_effects": outline, "zorder": 5}
     inset = 14 / px_per_mm
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     middle, centre = (left + right) / 2, (top + bottom) / 2
@@ -255,35 +268,37 @@ def _draw_directions(axes: Axes, panel: Panel, px_per_mm: float, affine: NDArray
     axes.text(left, bottom - 7 / px_per_mm, f"{bar_mm} mm", ha="left", va="bottom", fontsize=10.5, **style)
 
 
+def _columns(notes: Mapping[int, Note]) -> int:
+    longest = max((len(note.text) for note in notes.values()), default=0)
+    return next((columns for most, columns in _LEGEND_COLUMNS if longest <= most), 2)
+
+
 def _draw_legend(
     canvas: _Canvas,
     top_px: float,
     structures: Sequence[Structure],
     volumes_ml: NDArray[np.float64],
-    scores: Mapping[int, float],
+    notes: Mapping[int, Note],
 ) -> None:
-    """Write colour, name, volume and score of the structures, or of the largest and the number of others."""
+    """Write colour, name, volume and note of the structures, or of the worst and largest and the number of others."""
     from matplotlib.patches import Rectangle
 
-    listed, room = list(range(len(structures))), _LEGEND_ROWS * _LEGEND_COLUMNS
+    columns = _columns(notes)
+    listed, room = list(range(len(structures))), _LEGEND_ROWS * columns
     if len(structures) > room:
-        listed = sorted(np.argsort(-volumes_ml, kind="stable")[: room - 1].tolist())
+        rank = {value: VERDICTS.index(note.verdict) for value, note in notes.items()}
+        key = [(-rank.get(one.value, 0), -volume) for one, volume in zip(structures, volumes_ml, strict=True)]
+        listed = sorted(sorted(listed, key=key.__getitem__)[: room - 1])
     more = len(structures) - len(listed)
     count = len(listed) + (more > 0)
-    rows = -(-count // _LEGEND_COLUMNS)
-    column_px = (_WIDTH_PX - 2 * _MARGIN_PX + 30) / _LEGEND_COLUMNS
-    scored = any(structures[position].value in scores for position in listed)
-    volume_px = _LEGEND_VOLUME_PX if scored else _LEGEND_SCORE_PX
+    rows = -(-count // columns)
+    column_px = (_WIDTH_PX - 2 * _MARGIN_PX + 30) / columns
+    volume_px = column_px - 42 - _LETTER_PX * max((len(note.text) for note in notes.values()), default=0)
     style: dict[str, Any] = {"va": "center_baseline", "fontsize": 12.5}
-    heads = {volume_px: "volume"} | ({_LEGEND_SCORE_PX: "Dice"} if scored else {})
-    for column in range(-(-count // max(rows, 1))):
-        for offset, head in heads.items():
-            x = _MARGIN_PX + column * column_px + offset
-            canvas.text(x, top_px + 6, head, color=_FAINT, ha="right", **style | {"fontsize": 10})
 
     def place(number: int) -> tuple[float, float]:
         column, row = divmod(number, rows)
-        return _MARGIN_PX + column * column_px, top_px + _LEGEND_LINE_PX * (row + 1) + 2
+        return _MARGIN_PX + column * column_px, top_px + _LEGEND_LINE_PX * row + 14
 
     for number, position in enumerate(listed):
         (x, y), one = place(number), structures[position]
@@ -291,12 +306,13 @@ def _draw_legend(
         color = [channel / 255 for channel in one.color]
         canvas.figure.add_artist(Rectangle(canvas.at(x, y + 7), *size, color=color, linewidth=0))
         name = canvas.text(x + 26, y, one.name, color=_TEXT, **style)
+        if MISSING in name.get_text() and MISSING not in one.name:
+            name.set_text(f"label {one.value}: {name.get_text()}")
         volume = f"{millilitres(float(volumes_ml[position]))} ml"
         right = canvas.text(x + volume_px, y, volume, color=_FAINT, ha="right", **style)
         _shorten(name, right.get_window_extent().x0 - 12)
-        if one.value in scores:
-            score = "–" if np.isnan(scores[one.value]) else f"{scores[one.value]:.2f}"
-            canvas.text(x + _LEGEND_SCORE_PX, y, score, color=_TEXT, ha="right", fontweight="bold", **style)
+        if (note := notes.get(one.value)) is not None:
+            canvas.text(x + volume_px + 8, y, note.text, color=_NOTE_COLORS[note.verdict], **style)
     if more:
         x, y = place(len(listed))
         canvas.text(x + 26, y, f"and {more} more", color=_FAINT, **style)

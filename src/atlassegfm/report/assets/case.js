@@ -46,8 +46,8 @@
   async function start() {
     const niivue = await library();
     const nv = new niivue.Niivue({
-      backColor: [0.027, 0.035, 0.047, 1], crosshairColor: [1, 1, 1, 0.5], crosshairWidth: 1,
-      isResizeCanvas: true, multiplanarShowRender: 1, multiplanarPadPixels: 4, logLevel: "error", show3Dcrosshair: false,
+      backColor: [0.027, 0.035, 0.047, 1], crosshairColor: [1, 1, 1, 0.5], crosshairWidthUnit: "mm",
+      isResizeCanvas: true, multiplanarShowRender: 1, multiplanarPadPixels: 4, multiplanarLayout: 2, logLevel: "error", show3Dcrosshair: false,
       sagittalNoseLeft: true, showAllOrientationMarkers: true, dragAndDropEnabled: false, fontMinPx: 12, isOrientCube: false,
     });
     await nv.attachToCanvas(one("#canvas"));
@@ -66,6 +66,22 @@
     // In 3-D the body is a hull that hides what is in it: there it is faint and the structures are solid.
     const solid = { scan: 6, result: 100 };
     const before = {};
+    // The canvas has the proportions of what it shows, mm, and the list of structures what is left beside it.
+    const { dimsRAS, pixDimsRAS } = nv.volumes[0];
+    const [x, y, z] = [1, 2, 3].map((axis) => dimsRAS[axis] * pixDimsRAS[axis]);
+    const sizes = { multi: [x + y, y + z], axial: [x, y], coronal: [x, z], sagittal: [y, z], render: [4, 3] };
+    let shown = "multi";
+    const fit = () => {
+      const [across, down] = sizes[shown];
+      const beside = one(".names").offsetWidth && innerWidth > 760 ? 150 : 0;
+      const wide = Math.min(one(".stage").clientWidth - beside, (across / down) * Math.min(0.75 * innerHeight, 720));
+      Object.assign(one(".canvas").style, { width: `${wide}px`, height: `${(wide * down) / across}px` });
+      nv.resizeListener();
+      // Lines of the crosshair are about a pixel wide.
+      const scales = nv.screenSlices.filter((tile) => tile.axCorSag < 3 && tile.fovMM[0])
+        .map((tile) => Math.abs(tile.fovMM[0]) / tile.leftTopWidthHeight[2]);
+      if (scales.length) nv.setCrosshairWidth(1.2 * devicePixelRatio * Math.max(...scales));
+    };
     const choose = (kind) => {
       for (const layer of kinds.filter((name) => name in solid)) {
         const slider = one(`[data-opacity=${layer}]`);
@@ -79,11 +95,14 @@
         nv.setOpacity(kinds.indexOf(layer), opacity(layer));
       }
       nv.setSliceType(layouts[kind]);
+      shown = kind;
+      fit();
       for (const button of all("[data-layout]")) button.setAttribute("aria-pressed", String(button.dataset.layout === kind));
     };
     await nv.setVolumeRenderIllumination(0.4);
     nv.setScale(1.35);
     choose("multi");
+    window.addEventListener("resize", fit);
     for (const button of all("[data-layout]")) button.addEventListener("click", () => choose(button.dataset.layout));
     for (const control of all("[data-layer], [data-opacity]")) {
       control.addEventListener("input", () => {
@@ -106,12 +125,12 @@
     nv.onLocationChange = (location) => {
       const result = (location.values || []).find((entry) => entry.name && entry.name.startsWith("result"));
       const structure = result && data.structures[Math.round(result.value) - 1];
-      const [x, y, z] = location.mm;
+      const [right, front, up] = location.mm;
       const part = (value, positive, negative) => `${value >= 0 ? positive : negative} ${Math.abs(value).toFixed(0)}`;
-      const place = `${part(x, "R", "L")}  ${part(y, "A", "P")}  ${part(z, "S", "I")} mm`;
+      const place = `${part(right, "R", "L")}  ${part(front, "A", "P")}  ${part(up, "S", "I")} mm`;
       one("#where").textContent = (structure ? structure.name + " · " : "") + place;
     };
-    for (const link of all("a[data-value]")) {
+    for (const link of all("[data-value]")) {
       link.addEventListener("click", () => go(link.dataset.value));
     }
     const first = Object.keys(data.centres)[0];

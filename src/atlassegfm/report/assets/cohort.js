@@ -24,19 +24,24 @@
     made.append(verdict ? element("span", verdict, "badge " + verdict) : element("span", "-", "none"));
     return made;
   };
-  const link = (name, address) => {
+  const link = (row, address) => {
     const made = element("th");
     made.scope = "row";
-    if (address) { const a = element("a", name); a.href = address; made.append(a); } else made.textContent = name;
+    if (address) { const a = element("a", row.name); a.href = address; made.append(a); } else made.textContent = row.name;
+    if (!row.inRun) { const tag = element("span", "earlier", "tag"); tag.title = "result of an earlier command"; made.append(" ", tag); }
     return made;
   };
-  const volume = (value) => cell(value >= 99.5 ? Math.round(value).toLocaleString("en") : value.toPrecision(3), "n");
+  const volume = (value, cut) => {
+    const made = cell(value >= 99.5 ? Math.round(value).toLocaleString("en") : value.toPrecision(3), "n");
+    if (cut) made.append(element("small", `in view; ${cut}`, "cut"));
+    return made;
+  };
   const rank = (verdict) => (verdict ? VERDICTS.indexOf(verdict) : 9);
 
   // Head, class, value to sort by, cell; the first order is ascending.
   const columns = {
     cases: [
-      ["case", "", (row) => row.name, (row) => link(row.name, row.link)],
+      ["case", "", (row) => row.name, (row) => link(row, row.link)],
       ["verdict", "", (row) => rank(row.verdict), (row) => badge(row.verdict)],
       ["good", "n", (row) => row.good, (row) => cell(row.good, "n")],
       ["review", "n", (row) => row.review, (row) => cell(row.review, "n")],
@@ -55,8 +60,8 @@
     ],
     structures: [
       ["case", "", (row) => cases[row.case].name, (row) => {
-        const { name, link: address } = cases[row.case];
-        return link(name, address && `${address}#s${row.value}`);
+        const one = cases[row.case];
+        return link(one, one.link && `${one.link}#s${row.value}`);
       }],
       ["structure", "", (row) => data.names[row.value], (row) => {
         const made = cell();
@@ -68,7 +73,7 @@
       ["verdict", "", (row) => rank(row.verdict), (row) => badge(row.verdict)],
       ["est. Dice", "n", (row) => row.estimate, (row) => number(row.estimate, 2)],
       ["status", "", (row) => row.status, (row) => cell(row.status)],
-      ["volume ml", "n", (row) => row.volume, (row) => volume(row.volume)],
+      ["volume ml", "n", (row) => row.volume, (row) => volume(row.volume, row.cut)],
       ["× median", "n", (row) => row.factor, (row) => {
         const made = number(row.factor, 2);
         if (row.outlier) { made.textContent = ""; made.append(element("span", row.factor.toFixed(2), "badge failed")); }
