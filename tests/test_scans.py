@@ -157,6 +157,17 @@ def test_a_link_to_itself_costs_one_case(folder: Path, run: Run) -> None:
     assert (folder / "out/a/segmentation.nii.gz").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_not_text_costs_one_case(folder: Path, run: Run) -> None:
+    scan(folder / "scans/a.nii.gz")
+    (folder / os.fsdecode(b"scans/caf\xe9.nii.gz")).write_bytes((folder / "scans/a.nii.gz").read_bytes())
+    outcome = run(*COMMAND, "scans", "-o", "out", *FAST)
+    assert outcome.code == 0, outcome.err
+    assert "caf" in outcome.err
+    assert {path.name for path in (folder / "out").iterdir() if path.is_dir()} == {"a"}
+    assert run(*COMMAND, os.fsdecode(b"scans/caf\xe9.nii.gz"), "-o", "out2", *FAST).code == 2
+
+
 # --- names
 
 

@@ -7,6 +7,7 @@ What computes is imported inside the commands: help and usage errors come at onc
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -87,6 +88,9 @@ def main() -> NoReturn:
     # then took 140 s for a pair that takes 25 s when they sleep. Read when PyTorch is loaded, so set first.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault(*NUMPY_THREADS)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files may hold what the screen's encoding does not
+            stream.reconfigure(errors="backslashreplace")
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         code = typer.main.get_command(app).main(prog_name="atlassegfm", standalone_mode=False)

@@ -50,7 +50,9 @@ class Scans:
     def take(self, path: Path, *, named: bool = False) -> None:
         """Take a scan, unless it is taken already or, if it was not named itself, another input."""
         place = os.path.realpath(path)
-        if place in self._taken:
+        if any("\udc80" <= letter <= "\udcff" for letter in str(path)):  # bytes that are no UTF-8, as Python keeps them
+            self.leave(path, "a name that is not UTF-8: rename it")
+        elif place in self._taken:
             self.leave(path, _TAKEN)
         elif place in self.inputs and not named:
             self.leave(path, "another input of this command")
