@@ -179,7 +179,7 @@ def test_weights_of_full_size_all_find_their_place(monkeypatch: pytest.MonkeyPat
     assert len(original) == 471
     assert sum(tensor.numel() for tensor in original.values()) == 38_962_754
     assert original["image_encoder.trunk.patch_embed.proj.weight"].shape == (96, 3, 7, 7)
-    monkeypatch.setattr(network_module, "_read_checkpoint", lambda _: original)
+    monkeypatch.setattr(network_module, "load_state", lambda *_, **__: {"model": original})
     network = load_network(Path("nowhere") / "MedSAM2_latest.pt", CPU)
     assert network.image_size == 512
     loaded = network.model.state_dict()

@@ -357,9 +357,6 @@ class VesselFmSettings:
     overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.5
     """Overlap of neighbouring cubes, as a fraction of their side."""
 
-    blending: Literal["constant", "gaussian"] = "constant"
-    """Weight of a voxel where cubes overlap: constant, or Gaussian (sigma an eighth of the side)."""
-
     reach_mm: Annotated[float, Field(ge=0, le=1000)] = 10.0
     """Largest distance in mm of a vessel to the nearest warped structure, as which it counts: a registration error."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,8 @@ from scipy import ndimage
 class LocalMap:
     """A scalar field on a box of a larger grid, zero everywhere else: a structure's probability costs little memory.
 
-    Parameters
-    ----------
-    start : tuple of int, (3,)
-        First voxel (i, j, k) of the box in the large grid.
-    values : array, (I, J, K) float32
-        Probability in [0, 1] on the box.
+    ``start`` is the first voxel (i, j, k) of the box in the large grid; ``values``, (I, J, K) float32, are on the box,
+    probabilities in [0, 1].
     """
 
     start: tuple[int, int, int]
@@ -77,6 +73,13 @@ class LocalMap:
             to, of = (tuple(map(slice, first - origin, last - origin)) for origin in (start, self.start))
             out[to] = self.values[of]
         return out
+
+
+def bounding_box(maps: Iterable[LocalMap]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """First voxel and one past the last one of the box that holds all maps; of no voxels if all are empty."""
+    filled = [one for one in maps if one.values.size] or [LocalMap.empty()]
+    starts, stops = (np.array([getattr(one, end) for one in filled]) for end in ("start", "stop"))
+    return tuple(starts.min(axis=0).tolist()), tuple(stops.max(axis=0).tolist())
 
 
 def signed_distance_mm(mask: NDArray[np.bool_], spacing_mm: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.image import smallest_label_type
-from ..core.mask import LocalMap
+from ..core.mask import LocalMap, bounding_box
 from ..prompts import INSIDE
 
 #: Weight of the warped atlas where several structures are found at one voxel.
@@ -25,26 +25,11 @@ def label_map(
 
     Background has what the structures leave of 1, at least 0. Ties between structures go to the smaller label value,
     ties with background to the structure (:data:`.prompts.INSIDE`). The model is asked for each structure alone, so
-    that where several are found, their probabilities say little: there the warped atlas counts too.
+    that where several are found, their probabilities say little: where a structure has at least 1/2, half of its
+    ``warped`` mask is added before structures are compared with each other.
 
-    Parameters
-    ----------
-    probabilities : mapping of int to LocalMap
-        By label value (1 or greater), in [0, 1] on a grid of ``shape``.
-    shape : tuple of int, (3,)
-    warped : mapping of int to LocalMap, optional
-        The warped atlas's masks, in [0, 1]. Where a structure has at least 1/2, half of its warped mask is added before
-        structures are compared with each other.
-
-    Returns
-    -------
-    array, (I, J, K)
-        Of the smallest unsigned integer type that holds the label values.
-
-    Raises
-    ------
-    ValueError
-        If a label value is less than 1 or a box does not lie in the grid.
+    Masks are in [0, 1] on a grid of ``shape``, by label value from 1 on. The result, (I, J, K), has the smallest
+    unsigned integer type that holds these. ValueError if a value is less than 1 or a box does not lie in the grid.
     """
     values = sorted(probabilities)
     if values and values[0] < 1:
@@ -54,16 +39,11 @@ def label_map(
     for value, local in maps.items():
         if min(local.start) < 0 or any(last > n for last, n in zip(local.stop, shape, strict=True)):
             raise ValueError(f"the box {local.start} to {local.stop} of label {value} is not inside {shape}")
-    if not maps:
-        return labels
-    # On the box that holds all structures: most of a large scan has none.
-    start = [min(local.start[axis] for local in maps.values()) for axis in range(3)]
-    stop = [max(local.stop[axis] for local in maps.values()) for axis in range(3)]
+    start, stop = bounding_box(maps.values())  # most of a large scan has none
     found = labels[tuple(map(slice, start, stop))]
     best, background = np.zeros(found.shape, np.float32), np.ones(found.shape, np.float32)
     for value, local in maps.items():
-        sides = zip(local.start, local.stop, start, strict=True)
-        box = tuple(slice(first - origin, last - origin) for first, last, origin in sides)
+        box = tuple(map(slice, np.subtract(local.start, start), np.subtract(local.stop, start)))
         score = local.values
         if warped is not None and value in warped:
             weight = (score >= INSIDE).astype(np.float32) * np.float32(_WARPED_WEIGHT)

@@ -5,7 +5,7 @@ vesselFM (Wittmann et al., "vesselFM: A Foundation Model for Universal 3D Blood 
 
 1. *Scaling.* The 1st and 99th percentiles of the whole scan become 0 and 1; values beyond are cut.
 2. *Resampling*, only if ``spacing_mm`` is set.
-3. *Sliding window.* Cubes of 128 voxels that overlap by half; their logits are averaged (``blending``).
+3. *Sliding window.* Cubes of 128 voxels that overlap by half; their logits are averaged.
 
 The cubes lie on a lattice fixed to the whole scan. Only those within reach of a prompt are computed, and they are added
 up in the order of the lattice, so a voxel's probability does not depend on the other prompts. Cubes are kept with the
@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,9 +57,6 @@ _FILTER_KEYS = (
     *(f"downsamples.{n}.conv1.conv.weight" for n in range(len(PUBLISHED_FILTERS) - 2)),
     "bottleneck.conv1.conv.weight",
 )
-#: Standard deviation of a window's Gaussian weights, as a fraction of its width, and the smallest weight [MONAI].
-_WEIGHT_DEVIATION = 0.125
-_LEAST_WEIGHT = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +88,7 @@ class VesselSegmenter:
         if self.settings.spacing_mm:
             for axis, length_mm in enumerate(np.array(image.grid.shape) * image.grid.spacing_mm):
                 count = max(round(length_mm / self.settings.spacing_mm), 1)
-                data = _Axis.between(count, data.shape[axis], 0, count).interpolate(data, axis)
+                data = _interpolate(data, _places(count, data.shape[axis], 0, count), axis)
         return VesselEncoding(np.ascontiguousarray(data), image.grid)
 
     def predict(
@@ -120,8 +117,8 @@ class VesselSegmenter:
                     continue
                 # Not PyTorch's sigmoid, whose last bits depend on the place in the array.
                 probability = special.expit(logits[box]) * (territory.owner[box] == place)
-                i, j, k = (first + side.start for first, side in zip(territory.start, box, strict=True))
-                maps[number] = LocalMap((i, j, k), probability.astype(np.float32, copy=False))
+                start = tuple(first + side.start for first, side in zip(territory.start, box, strict=True))
+                maps[number] = LocalMap(start, probability.astype(np.float32, copy=False))
         turn_to(prompts)
         return maps
 
@@ -129,33 +126,32 @@ class VesselSegmenter:
         self, encoded: VesselEncoding, territory: _Territory, turn_to: Callable[[Iterable[int]], None]
     ) -> Field:
         """Logits on the territory's box, computed wherever a voxel of the territory needs them, and 0 elsewhere."""
-        shape, size = encoded.data.shape, self.settings.window
-        sides = zip(territory.start, territory.owner.shape, strict=True)
-        axes = [
-            _Axis.between(count, working, first, first + length)
-            for count, working, (first, length) in zip(encoded.grid.shape, shape, sides, strict=True)
-        ]
-        start = [int(axis.low[0]) for axis in axes]
-        stop = [int(axis.high[-1]) + 1 for axis in axes]
+        shape, size, first = encoded.data.shape, self.settings.window, territory.start
+        last = np.add(first, territory.owner.shape)
+        places = list(map(_places, encoded.grid.shape, shape, first, last))
+        start = [int(along[0]) for along in places]
+        stop = [int(np.ceil(along[-1])) + 1 for along in places]
         total = np.zeros(np.subtract(stop, start), np.float32)
-        weight = np.zeros_like(total)
-        importance = _importance(size, self.settings.blending)
+        windows = np.zeros_like(total)
         for corner in _corners(shape, size, self.settings.overlap):
-            box = [(max(first, 0), min(first + size, n)) for first, n in zip(corner, shape, strict=True)]
-            numbers = territory.numbers_in([axis.touched(*side) for axis, side in zip(axes, box, strict=True)])
+            box = [(max(low, 0), min(low + size, n)) for low, n in zip(corner, shape, strict=True)]
+            # The voxels between two centres of which one is in the window.
+            ends = (
+                (np.searchsorted(p, a - 1, "right"), np.searchsorted(p, b))
+                for p, (a, b) in zip(places, box, strict=True)
+            )
+            numbers = territory.numbers_in([slice(*side) for side in ends])
             if not numbers:
                 continue
             turn_to(numbers)
             logits = self._window(encoded, corner, box)
             common = [(max(a, s), min(b, t)) for (a, b), s, t in zip(box, start, stop, strict=True)]
             to = _slices(common, start)
-            inner = importance[_slices(common, corner)]
-            total[to] += inner * logits[_slices(common, [first for first, _ in box])]
-            weight[to] += inner
-        np.divide(total, weight, out=total, where=weight > 0)
-        for number, axis in enumerate(axes):
-            if shape[number] != encoded.grid.shape[number]:
-                total = axis.interpolate(total, number, start[number])
+            total[to] += logits[_slices(common, [low for low, _ in box])]
+            windows[to] += 1
+        total /= np.maximum(windows, 1)
+        for axis, along in enumerate(places):
+            total = _interpolate(total, along - start[axis], axis)
         return total
 
     def _window(self, encoded: VesselEncoding, corner: tuple[int, ...], box: Sequence[tuple[int, int]]) -> Field:
@@ -255,42 +251,21 @@ def _scaled(image: Volume, percentiles: tuple[float, float]) -> Field:
     return np.clip(scaled, 0, 1, out=scaled)
 
 
-@dataclass(frozen=True, eq=False)
-class _Axis:
-    """Where N successive voxels of one axis of the scan lie among those of the working grid.
+def _places(count: int, working: int, first: int, last: int) -> NDArray[np.float64]:
+    """Where voxels first <= i < last of ``count`` lie among ``working`` ones along the same length.
 
-    Both cover the same field of view, so voxel i of n is at (i + 1/2) m/n - 1/2 of m, held at the outer centres. It is
-    between the working voxels ``low`` and ``high``, (N,) int64, which are equal if it is at a centre; ``fraction``,
-    (N,) float32 in [0, 1), is the weight of ``high``.
+    Voxel i is at (i + 1/2) m/n - 1/2 of m, held at the outer centres.
     """
+    return np.clip((np.arange(first, last) + 0.5) * (working / count) - 0.5, 0, working - 1)
 
-    low: NDArray[np.int64]
-    high: NDArray[np.int64]
-    fraction: Field
 
-    @classmethod
-    def between(cls, count: int, working: int, first: int, last: int) -> _Axis:
-        """Place the voxels first <= i < last of ``count`` among ``working`` ones along the same length."""
-        places = np.arange(first, last, dtype=np.float64)
-        if working != count:
-            places = (places + 0.5) * (working / count) - 0.5
-        places = np.clip(places, 0, working - 1)
-        low = np.floor(places).astype(np.int64)
-        fraction = (places - low).astype(np.float32)
-        return cls(low, np.where(fraction > 0, low + 1, low), fraction)
-
-    def touched(self, start: int, stop: int) -> slice:
-        """Which of the N voxels use one of the voxels ``start`` to ``stop`` of the working grid."""
-        first = int(np.searchsorted(self.high, start))
-        return slice(first, max(int(np.searchsorted(self.low, stop)), first))
-
-    def interpolate(self, values: Field, axis: int, first: int = 0) -> Field:
-        """Interpolate linearly along an axis of ``values``, whose first voxel is ``first`` of the working grid."""
-        shape = [1, 1, 1]
-        shape[axis] = -1
-        low = np.take(values, self.low - first, axis)
-        low += self.fraction.reshape(shape) * (np.take(values, self.high - first, axis) - low)
-        return low
+def _interpolate(values: Field, places: NDArray[np.float64], axis: int) -> Field:
+    """Interpolate linearly at places along an axis of (I, J, K) values."""
+    low, high = np.floor(places).astype(np.int64), np.ceil(places).astype(np.int64)
+    fraction = (places - low).astype(np.float32).reshape([-1 if n == axis else 1 for n in range(3)])
+    below = np.take(values, low, axis)
+    below += fraction * (np.take(values, high, axis) - below)
+    return below
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,15 +325,6 @@ def _corners(shape: Sequence[int], window: int, overlap: float) -> Iterator[tupl
             for count in shape
         )
     )
-
-
-def _importance(window: int, blending: Literal["constant", "gaussian"]) -> Field:
-    """(W, W, W) weights of a window's voxels, in (0, 1]: all 1, or a Gaussian around its middle."""
-    if blending == "constant":
-        return np.ones((window,) * 3, np.float32)
-    along = np.exp(-0.5 * ((np.arange(window) - (window - 1) / 2) / (_WEIGHT_DEVIATION * window)) ** 2)
-    weights: Field = np.einsum("i,j,k->ijk", along, along, along).clip(_LEAST_WEIGHT).astype(np.float32)
-    return weights
 
 
 def _slices(box: Sequence[tuple[int, int]], origin: Sequence[int] | NDArray[np.int64]) -> Box:

@@ -10,21 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
-
 from ..core.errors import InputError
 from ..core.image import Volume
 from ..core.progress import StageClock
 from ..settings import RegistrationSettings
 from ..transforms.jacobian import deformation_statistics, nodes_in
-from ..transforms.maps import Affine, Transform, stages_of
+from ..transforms.maps import Affine, Transform, points_over, stages_of
 from .engines import ENGINES, require_engine
 from .result import Registration
 
 __all__ = ["ENGINES", "Registration", "register", "registration_from", "require_engine"]
-
-#: Points along each axis of the query's field of view at which a given transform is tried.
-_TRIED_POINTS = 16
 
 
 def register(
@@ -95,9 +90,7 @@ def registration_from(
 
     settings = settings or RegistrationSettings()
     transform, view = transforms[0], fixed.grid
-    axes = [np.linspace(-0.5, n - 0.5, _TRIED_POINTS) for n in view.shape]
-    points = view.voxel_to_world(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3))
-    if not moving.grid.contains(transform.map(points)).any():
+    if not moving.grid.contains(transform.map(points_over(view))).any():
         raise InputError(
             "the transform maps no point of the query into the atlas; expected one from query points to atlas points: "
             "check that it belongs to these two scans and is not the inverse"

@@ -52,7 +52,7 @@ def fit(
     for number, spacing in enumerate(spacings_mm):
         points = _COARSE_POINTS if number == 0 else _FINE_POINTS
         query, atlas = (
-            _WeightedScan(on_grid(scan, frame_grid(scan.intensity.grid, axes, spacing), device), emphasis, points)
+            _WeightedScan(on_grid(scan, frame_grid(scan.intensity.grid, spacing, axes), device), emphasis, points)
             for scan, emphasis in ((fixed, 0.0), (moving, _STRUCTURE_EMPHASIS))
         )
         cost = partial(_cost, query=query, atlas=atlas, centre_mm=centre)

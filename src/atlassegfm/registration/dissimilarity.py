@@ -12,7 +12,7 @@ from ..core.mask import LocalMap
 from ..transforms.maps import Transform
 from .affine import MISMATCH_PENALTY
 from .features import mind_ssc
-from .pyramid import Scan, axes_of, frame_grid, on_grid
+from .pyramid import Scan, frame_grid, on_grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class Dissimilarity:
 
 def measure(fixed: Scan, moving: Scan, fixed_to_moving: Transform, spacing_mm: float) -> Dissimilarity:
     """Compare two prepared scans through a transform, on a grid of about ``spacing_mm``."""
-    grid = frame_grid(fixed.intensity.grid, axes_of(fixed.intensity.grid), spacing_mm)
+    grid = frame_grid(fixed.intensity.grid, spacing_mm)
     query, atlas = on_grid(fixed, grid, "cpu"), on_grid(moving, grid, "cpu", fixed_to_moving)
     values = (mind_ssc(query.image) - mind_ssc(atlas.image)).pow(2).sum(dim=1)[0]
     return Dissimilarity(grid, values.numpy(), (query.weight * atlas.weight)[0, 0].numpy())

@@ -146,23 +146,19 @@ def _normalise(reduced: Volume, labels: Volume | None, finest_mm: float, window:
     return Scan(Volume(intensity, reduced.grid), foreground, labelled, window)
 
 
-def level_grid(grid: Grid, axes: NDArray[np.float64], voxels: int, *, finest_mm: float | None = None) -> Grid:
-    """Make an isotropic grid of at most about ``voxels`` voxels over the field of view of ``grid``.
-
-    Never finer than ``finest_mm``, the finest spacing of ``grid`` if left out; ``axes`` as for :func:`frame_grid`.
-    """
-    smallest = float(grid.spacing_mm.min()) if finest_mm is None else finest_mm
-    extent = np.ptp(grid.corners_mm @ axes, axis=0) + smallest
-    return frame_grid(grid, axes, max((float(np.prod(extent)) / voxels) ** (1 / 3), smallest))
+def level_grid(grid: Grid, axes: NDArray[np.float64], voxels: int, smallest_mm: float) -> Grid:
+    """Make an isotropic grid of about ``voxels`` voxels over a field of view, never finer than ``smallest_mm``."""
+    extent = np.ptp(grid.corners_mm @ axes, axis=0) + smallest_mm
+    return frame_grid(grid, max((float(np.prod(extent)) / voxels) ** (1 / 3), smallest_mm), axes)
 
 
-def frame_grid(grid: Grid, axes: NDArray[np.float64], spacing_mm: ArrayLike) -> Grid:
-    """Make a grid over the voxel centres of ``grid`` along other axes: (3, 3) unit vectors in columns, made orthogonal.
+def frame_grid(grid: Grid, spacing_mm: ArrayLike, axes: NDArray[np.float64] | None = None) -> Grid:
+    """Make a grid over the voxel centres of ``grid`` along orthogonal axes, of a spacing for all or one for each.
 
-    ``spacing_mm`` is one for all axes or one for each.
+    ``axes`` are (3, 3) unit vectors in columns, made orthogonal; those closest to R, A, S if left out.
     """
     spacing_mm = np.broadcast_to(np.asarray(spacing_mm, dtype=np.float64), 3)
-    orthogonal, upper = np.linalg.qr(axes)
+    orthogonal, upper = np.linalg.qr(axes_of(grid) if axes is None else axes)
     orthogonal = orthogonal * np.sign(np.diag(upper))
     local = grid.corners_mm @ orthogonal
     low, high = local.min(axis=0), local.max(axis=0)

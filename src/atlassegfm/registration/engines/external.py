@@ -28,7 +28,7 @@ from ...core.image import Volume
 from ...settings import RegistrationSettings
 from ...transforms.maps import Affine, DisplacementField
 from ...transforms.resample import resample
-from ..pyramid import Pair, Start, axes_of, frame_grid
+from ..pyramid import Pair, Start, frame_grid
 from ..result import Registration
 from . import ENGINES
 from .external_process import MISSING
@@ -123,7 +123,7 @@ def working_grid(grid: Grid, spacing_mm: float) -> Grid:
     An axis coarser than ``spacing_mm`` gets the geometric mean of both: 7.7 mm at 2.4 mm become 4.3 mm. So windows of
     local correlation, which count voxels, are not drawn out, and little is interpolated.
     """
-    return frame_grid(grid, axes_of(grid), _axis_spacings(grid.canonical().spacing_mm, spacing_mm))
+    return frame_grid(grid, _axis_spacings(grid.canonical().spacing_mm, spacing_mm))
 
 
 def _axis_spacings(native_mm: NDArray[np.float64], spacing_mm: float) -> NDArray[np.float64]:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from ...core.errors import RegistrationError
 from ...settings import RegistrationSettings, VoxelmorphSettings
-from ...transforms.maps import Affine, DisplacementField
+from ...transforms.maps import Affine, field_from_voxels
 from ..features import LocalCorrelation
-from ..pyramid import Level, Pair, Start, axes_of, frame_grid, level_spacings_mm, on_grid, prepare
+from ..pyramid import Level, Pair, Start, frame_grid, level_spacings_mm, on_grid, prepare
 from ..result import Registration
 from ..sampling import gradient_penalty, integrate_velocity, sample_displaced
 
@@ -44,12 +44,11 @@ def fit(pair: Pair, linear: Affine, _start: Start | None, settings: Registration
     """
     options = settings.voxelmorph
     voxels = options.cpu_voxels if device == "cpu" else options.cuda_voxels
-    spacing_mm = level_spacings_mm(pair.fixed.grid, (voxels,))[-1]
-    grid = frame_grid(pair.fixed.grid, axes_of(pair.fixed.grid), spacing_mm)
+    (spacing_mm,) = level_spacings_mm(pair.fixed.grid, (voxels,))
+    grid = frame_grid(pair.fixed.grid, spacing_mm)
     # Afresh from the scans as they came: the other stages' levels may be coarser.
-    fixed = prepare(pair.fixed, None, spacing_mm, "query")
-    moving = prepare(pair.moving, None, spacing_mm, "atlas")
-    query, atlas = on_grid(fixed, grid, device), on_grid(moving, grid, device, linear)
+    query = on_grid(prepare(pair.fixed, None, spacing_mm, "query"), grid, device)
+    atlas = on_grid(prepare(pair.moving, None, spacing_mm, "atlas"), grid, device, linear)
     try:
         displacement, parameter_count = _optimise(query, atlas, options)
     except torch.cuda.OutOfMemoryError as error:
@@ -62,8 +61,8 @@ def fit(pair: Pair, linear: Affine, _start: Start | None, settings: Registration
             "the optimisation of the network diverged; lower registration.voxelmorph.learning_rate "
             f"(now {options.learning_rate:g})"
         )
-    world = np.einsum("wv,vijk->wijk", grid.affine[:3, :3], displacement).astype(np.float32)
-    return Registration(linear, DisplacementField(grid, world), parameter_count={"deformable": parameter_count})
+    field = field_from_voxels(grid, displacement)
+    return Registration(linear, field, parameter_count={"deformable": parameter_count})
 
 
 class Network(nn.Module):
