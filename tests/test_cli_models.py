@@ -83,9 +83,7 @@ def add_model(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Toy]]:
         module = types.ModuleType(f"atlassegfm.models.{name}")
         module.load = load  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        row = ModelDescription(
-            name, "bright voxels", name, prompts, "MIT", published, "toys", {"mask": 71.5, "box": 60}
-        )
+        row = ModelDescription(name, "bright voxels", prompts, "MIT", published, "toys", {"mask": 71.5, "box": 60})
         monkeypatch.setitem(MODELS, name, row)
         return loaded
 
@@ -423,7 +421,7 @@ sys.argv = ["atlassegfm", "models", "fetch", "toy"]
 from mirror import weights
 from atlassegfm.cli import app as cli
 from atlassegfm.models import MODELS, ModelDescription
-MODELS["toy"] = ModelDescription("toy", "", "toy", ("mask",), "MIT", weights())
+MODELS["toy"] = ModelDescription("toy", "", ("mask",), "MIT", weights())
 cli.main()
 """
 

@@ -63,21 +63,10 @@ class SavedContext:
 class Context:
     """An atlas with its settings and, once trained, the gate.
 
-    Parameters
-    ----------
-    atlas : Atlas
-    settings : Settings
-        Of the gate; the defaults for queries.
-    gate : Gate or None
-        None before training, or without a model.
-    weights_sha256 : str
-        Of the model's weights; empty where it has none, or they are on a server.
-    version : str
-        Of this package when the gate was trained.
-    saved : SavedContext or None
-        The folder it was read from.
-    files : mapping of str to str
-        File names of the atlas by role ("atlas", "labels").
+    ``settings`` are those of the gate, and the defaults for queries. ``gate`` is None before training, or without a
+    model; ``weights_sha256`` is that of the model's weights, empty where it has none or they are on a server;
+    ``version`` that of this package when the gate was trained. ``saved`` is the folder it was read from, ``files`` are
+    the file names of the atlas by role ("atlas", "labels").
     """
 
     atlas: Atlas
@@ -116,13 +105,7 @@ class Context:
         return f"Context({self.atlas!r}, model {self.settings.model}, gate: {gate})"
 
     def check_settings(self, settings: Settings) -> None:
-        """Check that a trained gate fits the settings; without a model or a gate, any settings do.
-
-        Raises
-        ------
-        InputError
-            If a setting differs that the gate depends on; the message names the first.
-        """
+        """Check that a trained gate fits the settings: InputError, naming the first that differs, where not."""
         if settings.model == NO_MODEL or (self.gate is None and self.saved is None):
             return
         made = _gate_basis(self.settings)
@@ -146,10 +129,7 @@ class Context:
     def save(self, folder: PathLike) -> SavedContext:
         """Write the context folder, whose parent exists, whole or not at all; an earlier one is replaced.
 
-        Raises
-        ------
-        InputError
-            If it cannot be written, or holds anything but a context.
+        Raises InputError if it cannot be written, or holds anything but a context.
         """
         folder = Path(folder)
         image, labels = self.atlas.image, self.atlas.labels
@@ -172,10 +152,7 @@ class Context:
     def load(cls, folder: PathLike) -> Context:
         """Read a context folder that :meth:`save` or ``atlassegfm customize`` wrote.
 
-        Raises
-        ------
-        InputError
-            If it is none, is incomplete or damaged, or has another format.
+        Raises InputError if it is none, is incomplete or damaged, or has another format.
         """
         folder = Path(folder)
         content, sha256 = _checked_content(folder)
@@ -230,30 +207,11 @@ def customize(
     on_stage: Callable[[str], None] | None = None,
     progress: bool = False,
 ) -> Context:
-    """Train the gate of a context on simulated registration errors of its atlas.
+    """Train the gate of a context on simulated registration errors of its atlas; without a model it stays as it was.
 
-    Parameters
-    ----------
-    context : Context
-    device : {"auto", "cpu", "cuda"}
-    model : Segmenter, optional
-        The model that the settings name, if it is loaded already.
-    on_stage : callable, optional
-        Called with the name of the stage, and of each structure.
-    progress : bool
-        Whether to print the stage to standard error.
-
-    Returns
-    -------
-    Context
-        With its gate; without a model, as it was.
-
-    Raises
-    ------
-    InputError
-        If a setting cannot be used.
-    ModelError
-        If the model or the device cannot do what was asked.
+    ``device`` is "auto", "cpu" or "cuda"; ``model`` the one that the settings name, if it is loaded already.
+    ``on_stage`` is called with the name of the stage, and of each structure; ``progress`` prints them to standard
+    error. Raises InputError if a setting cannot be used, ModelError if model or device cannot do what was asked.
     """
     settings, device = context.settings, resolve_device(device)
     model = None if prompt_kind(settings) is None else model or load_chosen(settings, device)
@@ -350,5 +308,4 @@ def _read_gate(content: Mapping[str, Any], correction: Path) -> Gate:
 
 
 def _write(path: Path, text: str) -> None:
-    # Bytes, so that line ends are the same on every system.
-    path.write_bytes(text.encode())
+    path.write_bytes(text.encode())  # the same line ends on every system

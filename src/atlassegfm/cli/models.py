@@ -94,7 +94,7 @@ def list_models(options: ListOptions) -> None:
         from ..settings import NO_MODEL
 
         rows = []
-        for row in (*MODELS.values(), ModelDescription(NO_MODEL, "the result is the warped atlas", "", (), "")):
+        for row in (*MODELS.values(), ModelDescription(NO_MODEL, "the result is the warped atlas", (), "")):
             found = None if row.weights is None else folder_with_weights(row.weights, folders_of(row.name))
             weights = {"needs_weights": row.weights is not None, "weights": None if found is None else str(found)}
             licence = "" if row.name == NO_MODEL else row.weights_licence

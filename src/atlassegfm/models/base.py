@@ -17,31 +17,15 @@ OnPrompt = Callable[[int], None]
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A model before it is loaded.
+    """A model before it is loaded: ``name`` is also that of its module, which has ``load(device, settings, weights)``.
 
-    Parameters
-    ----------
-    name : str
-        As on the command line.
-    summary : str
-        One sentence.
-    module : str
-        Module of this package that has ``load(device, settings, weights)``.
-    prompts : tuple of PromptKind
-        Kinds of prompt it takes, the best first.
-    code_licence : str
-        SPDX expression, or words.
-    weights : PublishedWeights or None
-        None if it has no weights.
-    extra : str
-        The extra of this package that brings what it imports; empty if the core suffices.
-    paper_dice : mapping of PromptKind to float
-        Dice in percent that the paper reports by prompt (Table 6, Abd-CT, fused), where it does.
+    ``prompts`` are the kinds it takes, the best first; licences SPDX expressions, or words. ``weights`` is None if it
+    has none, ``extra`` the extra of this package that brings what it imports, empty if the core suffices.
+    ``paper_dice`` is the Dice in percent that the paper reports by prompt (Table 6, Abd-CT, fused), where it does.
     """
 
     name: str
     summary: str
-    module: str
     prompts: tuple[PromptKind, ...]
     code_licence: str
     weights: PublishedWeights | None = None
@@ -50,7 +34,7 @@ class ModelDescription:
 
     @property
     def weights_licence(self) -> str:
-        """SPDX expression, or words."""
+        """Of the weights, where there are any."""
         return "none (no weights)" if self.weights is None else self.weights.licence
 
 
@@ -69,22 +53,11 @@ class Segmenter(Protocol):
     def predict(
         self, encoded: Any, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
     ) -> dict[int, LocalMap]:
-        """Predict several structures of one scan.
+        """Predict several structures of one scan from what ``encode`` returned.
 
-        Parameters
-        ----------
-        encoded
-            Result of ``encode``.
-        prompts : mapping of int to Prompt
-            By number of the structure. Parts outside the scan are left out; the scan need not show the structure.
-        on_prompt : callable, optional
-            Called with the number of each structure as the model turns to it.
-
-        Returns
-        -------
-        dict of int to LocalMap
-            The same numbers; probability in [0, 1] that a voxel belongs to the structure, on the scan's grid, float32.
-            Empty where nothing was found.
+        Prompts are by number of the structure; their parts outside the scan are left out, and the scan need not show
+        the structure. Returns for the same numbers the probability in [0, 1] that a voxel belongs to the structure, on
+        the scan's grid, float32; empty where nothing was found.
         """
         ...
 

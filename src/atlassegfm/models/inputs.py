@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import InputError, ModelError
+from ..core.device import resolve_device
+from ..core.errors import InputError
 from ..core.image import Volume
 
 if TYPE_CHECKING:
@@ -18,9 +19,7 @@ def usable_device(name: str) -> torch.device:
     """Return the device "cpu" or "cuda"; ModelError if it is not there."""
     import torch
 
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError("the device 'cuda' was asked for and PyTorch sees no CUDA GPU; use the device 'cpu'")
-    return torch.device(name)
+    return torch.device(resolve_device(name))
 
 
 def intensities(image: Volume) -> NDArray[np.float32]:

@@ -11,7 +11,6 @@ from ..settings import ModelSettings
 from . import weights as _weights
 from .base import ModelDescription, Segmenter
 from .published import PublishedWeights, WeightsFile
-from .weights import find_weights
 
 #: Revision, sizes and sums as MONAI Label pins them.
 _NNINTERACTIVE = PublishedWeights(
@@ -71,14 +70,12 @@ MODELS: dict[str, ModelDescription] = {
         ModelDescription(
             name="builtin",
             summary="random field on the appearance and edges around the prompt; needs no download",
-            module="builtin",
             prompts=("mask", "box", "click"),
             code_licence="Apache-2.0",
         ),
         ModelDescription(
             name="nninteractive",
             summary="interactive network trained on 120 public sets of CT, MR, PET and microscopy; wants a GPU",
-            module="nninteractive",
             prompts=("mask", "box", "click"),
             code_licence="Apache-2.0",
             weights=_NNINTERACTIVE,
@@ -88,7 +85,6 @@ MODELS: dict[str, ModelDescription] = {
         ModelDescription(
             name="medsam2",
             summary="SAM 2.1 trained on medical scans, follows a structure from slice to slice",
-            module="medsam2",
             prompts=("click", "mask", "box"),
             code_licence="Apache-2.0",
             weights=_MEDSAM2,
@@ -98,7 +94,6 @@ MODELS: dict[str, ModelDescription] = {
         ModelDescription(
             name="vesselfm",
             summary="vesselFM: finds all blood vessels of a scan; kept where the warped atlas says the vessel can be",
-            module="vesselfm",
             prompts=("region",),
             code_licence="Apache-2.0 (this adapter; rebuilt on MONAI)",
             weights=_VESSELFM,
@@ -111,63 +106,44 @@ MODELS: dict[str, ModelDescription] = {
 def describe_model(name: str) -> ModelDescription:
     """Describe a model; raise InputError, with the known names, if there is none."""
     if name not in MODELS:
-        known = ", ".join(("none", *MODELS))
-        raise InputError(f"unknown model {name!r}; known models: {known}")
+        raise InputError(f"unknown model {name!r}; known models: {', '.join(('none', *MODELS))}")
     return MODELS[name]
 
 
 def load_model(name: str, device: str, settings: ModelSettings | None = None, path: Path | None = None) -> Segmenter:
-    """Load a model.
+    """Load a model of :data:`MODELS` onto "cpu" or "cuda".
 
-    Parameters
-    ----------
-    name : str
-        A key of :data:`MODELS`.
-    device : {"cpu", "cuda"}
-    settings : ModelSettings, optional
-        Defaults if left out.
-    path : Path, optional
-        File or folder of its weights; by default in the folder of all weights (:mod:`atlassegfm.models.weights`).
+    ``path`` is the file or folder of its weights, by default in the folder of all weights
+    (:mod:`atlassegfm.models.weights`).
 
-    Raises
-    ------
-    InputError
-        If the name is not known, the weights are not there, their licence has not been accepted, or a path is given
-        for a model without weights.
-    MissingExtraError
-        If the model's dependencies are not installed.
-    ModelError
-        If there is no such device, or the weights are damaged or those of another model.
+    Raises InputError if the name is not known, the weights are not there, their licence has not been accepted, or a
+    path is given for a model without weights; MissingExtraError if the model's dependencies are not installed;
+    ModelError if there is no such device, or the weights are damaged or those of another model.
     """
-    row = describe_model(name)
-    if row.weights is None and path is not None:
+    published = describe_model(name).weights
+    if published is None and path is not None:
         raise InputError(
             f"{path}: given as weights, but the model {name!r} has none; leave out the path of the weights"
         )
 
     def weights() -> Path:
-        if row.weights is None:
+        if published is None:
             raise TypeError(f"the model {name!r} has no weights")
-        return find_weights(name, row.weights, path)
+        return _weights.find_weights(name, published, path)
 
-    module = importlib.import_module(f".{row.module}", __package__)
+    module = importlib.import_module(f".{name}", __package__)
     model: Segmenter = module.load(device, settings or ModelSettings(), weights)
     return model
 
 
 def accept_licence(name: str) -> str | None:
-    """Record that the user accepts the licence of a model's weights; InputError if that cannot be recorded.
-
-    Returns the date of the first acceptance, or None where none is needed.
-    """
-    published = describe_model(name).weights
-    return None if published is None else _weights.accept_licence(name, published)
+    """Record that the user accepts the licence of a model's weights, as :func:`.weights.accept_licence`."""
+    return _weights.accept_licence(name, describe_model(name).weights)
 
 
 def licence_accepted(name: str) -> str | None:
     """Return the date on which the licence of a model's weights was accepted; None if it was not, or need not be."""
-    published = describe_model(name).weights
-    return None if published is None else _weights.licence_accepted(name, published)
+    return _weights.licence_accepted(name, describe_model(name).weights)
 
 
 def fetch_weights(

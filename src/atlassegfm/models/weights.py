@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -35,9 +35,8 @@ RECORD = "weights.json"
 ACCEPTANCE = "licence-accepted.json"
 _RECORDED = ("url", "revision", "size", "sha256", "date")
 
-#: State of a file. "as published": it has the published SHA-256; "as fetched": none is published, and it is unchanged
-#: since it was fetched; "not known": there is nothing to compare with; "of another revision": fetched for another
-#: revision, and unchanged since.
+#: State of a file. "as fetched": no SHA-256 is published, and it is unchanged since it was fetched; "not known": there
+#: is nothing to compare with; "of another revision": fetched for another revision, and unchanged since.
 Verdict = Literal[
     "missing", "as published", "as fetched", "not known", "of another revision", "wrong size", "wrong sha256"
 ]
@@ -125,10 +124,9 @@ def folders_of(name: str) -> tuple[Path, ...]:
 def find_weights(name: str, published: PublishedWeights, given: Path | None) -> Path:
     """Find the file of a model's weights on this machine, or their folder if they are several.
 
-    They are looked for in the folders of :func:`folders_of` unless a path is given: for one file, that file under any
-    name or a folder that has it under its published name; for several, a folder, which the model checks. Raises
-    InputError if they are not there, are not the published ones in their folder, or their licence has not been
-    accepted.
+    They are looked for in :func:`folders_of` unless a path is given: for one file, that file under any name or a folder
+    that has it under its published name; for several, a folder, which the model checks. Raises InputError if they are
+    not there, not the published ones in their folder, or their licence has not been accepted.
     """
     path = _complete_folder(name, published) if given is None else _given(name, published, given)
     if len(published.files) == 1 and path.is_dir():
@@ -181,9 +179,9 @@ def fetch(
     return Fetched(folder, examine(published, folder), tuple(stored.file.path for stored in wanted))
 
 
-def licence_accepted(name: str, published: PublishedWeights) -> str | None:
+def licence_accepted(name: str, published: PublishedWeights | None) -> str | None:
     """Return the date (ISO 8601, UTC) on which this very licence was accepted; None if it was not, or need not be."""
-    if not published.non_commercial:
+    if published is None or not published.non_commercial:
         return None
     for folder in folders_of(name):
         try:
@@ -195,16 +193,16 @@ def licence_accepted(name: str, published: PublishedWeights) -> str | None:
     return None
 
 
-def accept_licence(name: str, published: PublishedWeights) -> str | None:
+def accept_licence(name: str, published: PublishedWeights | None) -> str | None:
     """Record that the user accepts the licence of a model's weights; InputError if it cannot be recorded.
 
     Returns the date of the first acceptance; None where none is needed.
     """
-    if not published.non_commercial:
+    if published is None or not published.non_commercial:
         return None
     if (earlier := licence_accepted(name, published)) is not None:
         return earlier
-    date, path = _today(), weights_folder() / name / ACCEPTANCE
+    date, path = datetime.now(UTC).date().isoformat(), weights_folder() / name / ACCEPTANCE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_json(path, {"model": name, **_terms(published), "date": date, "atlassegfm": __version__})
@@ -243,10 +241,8 @@ def _complete_folder(name: str, published: PublishedWeights) -> Path:
     folder = next(partial, folders[0])
     wrong = _wrong(published, folder)
     found = "; ".join(f"{file.path} {problem}" for file, problem in wrong.items() if problem != "missing")
-    if found:
-        found += " (weights of your own are named with --model-path)"
-    else:
-        found = " there, nor in ".join((f"no weights of the model {name!r}", *map(str, folders[1:])))
+    nowhere = " there, nor in ".join((f"no weights of the model {name!r}", *map(str, folders[1:])))
+    found = f"{found} (weights of your own are named with --model-path)" if found else nowhere
     source = published.url_of(published.files[0]) if len(published.files) == 1 else published.page
     places = ", ".join(str(folder / file.path) for file in wrong)
     raise InputError(
@@ -298,25 +294,25 @@ def _examined(file: WeightsFile, path: Path, record: dict[str, Any], revision: s
             raise InputError(f"{path}: is not a file, but the weights are to lie there; move it away")
         return StoredFile(file, path, None, None, "missing")
     kept = record.get(file.path)
-    # A file fetched for another revision differs from a damaged one in that it is as recorded.
+    # It differs from a damaged file in that it is as recorded.
     other = kept is not None and kept["revision"] != revision
     recorded = None if kept is None else str(kept["sha256"])
     known_size = file.size if file.size is not None or kept is None else int(kept["size"])
+    found = partial(StoredFile, file, path)
     try:
         size = path.stat().st_size
         if known_size not in (None, size) and not other:
-            return StoredFile(file, path, size, None, "wrong size", str(known_size))
+            return found(size, None, "wrong size", str(known_size))
         sha256 = sha256_of(path)
     except OSError as error:
         raise _unreadable(path, error) from None
-    if sha256 == file.sha256:
-        return StoredFile(file, path, size, sha256, "as published")
-    if other and sha256 == recorded:
-        return StoredFile(file, path, size, sha256, "of another revision")
     expected = file.sha256 or recorded
+    if other and sha256 == recorded != file.sha256:
+        return found(size, sha256, "of another revision")
     if expected not in (None, sha256):
-        return StoredFile(file, path, size, sha256, "wrong sha256", str(expected))
-    return StoredFile(file, path, size, sha256, "not known" if expected is None else "as fetched")
+        return found(size, sha256, "wrong sha256", str(expected))
+    verdict: Verdict = "as published" if file.sha256 else "not known" if expected is None else "as fetched"
+    return found(size, sha256, verdict)
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:
@@ -342,15 +338,11 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _today() -> str:
-    return datetime.now(UTC).date().isoformat()
-
-
 def _fetch_one(
     name: str, published: PublishedWeights, folder: Path, stored: StoredFile, on_stage: Callable[[str], None]
 ) -> None:
     """Download one file and record it."""
-    target = stored.path
+    file, target = stored.file, stored.path
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -359,11 +351,10 @@ def _fetch_one(
             f"{FOLDER_VARIABLE}"
         ) from None
     with atomic_path(target) as temporary:
-        file = stored.file
         download = Download(published.url_of(file), published.page, target, file.size, file.sha256)
         download.to(temporary, on_stage, file.path)
         size, sha256 = temporary.stat().st_size, sha256_of(temporary)
-    values = (download.url, published.revision, size, sha256, _today())
+    values = (download.url, published.revision, size, sha256, datetime.now(UTC).date().isoformat())
     record = _read_record(folder) | {file.path: dict(zip(_RECORDED, values, strict=True))}
     origin = {"model": name, "repository": published.repository, **_terms(published), "atlassegfm": __version__}
     _write_json(folder / RECORD, {**origin, "files": record})

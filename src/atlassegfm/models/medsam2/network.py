@@ -372,7 +372,7 @@ def _broken_torchvision_hidden() -> ExitStack:
     hidden = ExitStack()
     if not _torchvision_is_sound():
         for place in ("transformers.utils.import_utils", "transformers.utils"):
-            hidden.enter_context(mock.patch(f"{place}.is_torchvision_available", lambda *_: False))
+            hidden.enter_context(mock.patch(f"{place}.is_torchvision_available", return_value=False))
     return hidden
 
 
