@@ -202,10 +202,12 @@ def test_frame_covers_the_field_of_view(affine: NDArray[np.float64], other: NDAr
 
 @pytest.mark.parametrize("affine", [*ORIENTATIONS.values(), SHEARED], ids=[*ORIENTATIONS, "sheared"])
 def test_blocks_lie_where_their_voxels_do(affine: NDArray[np.float64]) -> None:
-    grid, factors = Grid((6, 8, 3), affine), (2, 4, 1)
+    spacing_mm = np.array([2.0, 1.0, 4.0])  # blocks of 2, 4 and 1 voxels are no longer than 4.5 mm
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    grid = Grid((6, 8, 3), affine_of(axes * spacing_mm, affine[:3, 3]))
     world = grid.voxel_to_world(np.moveaxis(np.indices(grid.shape), 0, -1))
     for axis in range(3):
-        means = pyramid._block_means(Volume(np.ascontiguousarray(world[..., axis], dtype=np.float32), grid), factors)
+        means = pyramid._downsample(Volume(np.ascontiguousarray(world[..., axis], dtype=np.float32), grid), 4.5)
         assert means.grid.shape == (3, 2, 3)
         expected = means.grid.voxel_to_world(np.moveaxis(np.indices(means.grid.shape), 0, -1))
         np.testing.assert_allclose(means.data, expected[..., axis], atol=1e-4)
@@ -213,7 +215,7 @@ def test_blocks_lie_where_their_voxels_do(affine: NDArray[np.float64]) -> None:
 
 def test_an_incomplete_block_repeats_its_last_plane() -> None:
     data = np.arange(5, dtype=np.float32)[:, None, None]
-    means = pyramid._block_means(Volume(data, Grid((5, 1, 1), np.eye(4))), (2, 1, 1))
+    means = pyramid._downsample(Volume(data, Grid((5, 1, 1), np.eye(4))), 2.0)
     np.testing.assert_array_equal(means.data.ravel(), [0.5, 2.5, 4])
 
 

@@ -39,7 +39,7 @@ def demo(options: DemoOptions) -> None:
         device, out = resolve_device(options.device), options.out
         outcome = run_demo(out, settings, device=device, picture=options.picture, on_stage=session.progress)
     means = outcome.means()
-    scores = [(one.structure.name, (one.atlas, one.model, one.fused)) for one in outcome.scores]
+    scores = [(structure.name, dice) for structure, dice in outcome.scores.items()]
     if options.as_json:
         structures = [{"name": name, **_by_method(dice)} for name, dice in scores]
         dice = {"structures": structures, "mean": _by_method(means)}

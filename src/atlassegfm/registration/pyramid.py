@@ -179,19 +179,17 @@ def axes_of(grid: Grid) -> NDArray[np.float64]:
 def on_grid(scan: Scan, grid: Grid, device: str, fixed_to_moving: Transform | None = None) -> Level:
     """Smooth a scan against aliasing and sample it on a grid, through a transform where given."""
 
-    def tensor(values: NDArray[np.float32]) -> Tensor:
+    def sampled(volume: Volume, outside: float = 0) -> Tensor:
+        values = resample(smooth(volume, grid), grid, fixed_to_moving, outside=outside)
         return torch.from_numpy(values).to(device)[None, None]
 
-    image = resample(_smooth(scan.intensity, grid), grid, fixed_to_moving, outside=-1)
-    inside = (image >= 0).astype(np.float32)
-    weight = np.clip(resample(_smooth(scan.foreground, grid), grid, fixed_to_moving), 0, 1) * inside
-    labelled = None
-    if scan.labelled is not None:
-        labelled = tensor(resample(_smooth(scan.labelled, grid), grid, fixed_to_moving))
-    return Level(grid, tensor(np.maximum(image, 0)), tensor(inside), tensor(weight), labelled)
+    image = sampled(scan.intensity, outside=-1)
+    inside = (image >= 0).float()
+    labelled = None if scan.labelled is None else sampled(scan.labelled)
+    return Level(grid, image.clamp_min(0), inside, sampled(scan.foreground).clamp(0, 1) * inside, labelled)
 
 
-def _smooth(volume: Volume, onto: Grid) -> Volume:
+def smooth(volume: Volume, onto: Grid) -> Volume:
     """Smooth against aliasing on the grid ``onto``, whose axes are at right angles.
 
     Sigma is half the ratio of spacings, less the half voxel that sampling itself blurs by (as in ITK and elastix).
@@ -201,27 +199,19 @@ def _smooth(volume: Volume, onto: Grid) -> Volume:
     crossed_mm = 1 / np.linalg.norm(onto.inverse_affine[:3, :3] @ axes, axis=0)
     ratio = 0.5 * crossed_mm / volume.grid.spacing_mm
     sigma = np.sqrt(np.maximum(ratio**2 - 0.25, 0))
-    if not sigma.any():
-        return volume
     return Volume(ndimage.gaussian_filter(volume.data, sigma, mode="nearest"), volume.grid)
 
 
 def _downsample(scan: Volume, finest_mm: float) -> Volume:
-    """Block means, by whole factors, of voxels no longer than ``finest_mm``."""
-    return _block_means(scan, [max(1, int(finest_mm / spacing)) for spacing in scan.grid.spacing_mm])
-
-
-def _block_means(scan: Volume, factors: Sequence[int]) -> Volume:
-    """Means over blocks of voxels; an incomplete last block is padded with its last plane."""
+    """Means over blocks, no longer than ``finest_mm``; an incomplete last block is padded with its last plane."""
+    factors = np.maximum(1, (finest_mm / scan.grid.spacing_mm).astype(int))
     data: NDArray[np.float32] = scan.data
     for axis, factor in enumerate(factors):
-        rest = -data.shape[axis] % factor
-        if rest:
-            data = np.pad(data, [(0, rest if n == axis else 0) for n in range(3)], mode="edge")
+        data = np.pad(data, [(0, -data.shape[axis] % factor if n == axis else 0) for n in range(3)], mode="edge")
         if factor > 1:
             shape = (*data.shape[:axis], -1, factor, *data.shape[axis + 1 :])
             data = data.reshape(shape).mean(axis=axis + 1, dtype=np.float32)
     affine = scan.grid.affine.copy()
-    affine[:3, :3] *= np.array(factors)
-    affine[:3, 3] = scan.grid.voxel_to_world((np.array(factors) - 1) / 2)
+    affine[:3, :3] *= factors
+    affine[:3, 3] = scan.grid.voxel_to_world((factors - 1) / 2)
     return Volume(np.ascontiguousarray(data, dtype=np.float32), Grid(data.shape, affine))

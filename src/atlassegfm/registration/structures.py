@@ -262,14 +262,10 @@ class StructureFit:
         sampled = F.grid_sample(volumes, where, padding_mode="zeros", align_corners=False)[:, :, 0, 0]
         image, seen = sampled[:, 0], (sampled[:, 1] * weight).sum(dim=1)
         mind_difference = ((sampled[:, 2:] - sample.mind).pow(2).sum(dim=1) * weight).sum(dim=1)
-        squares = parameters[:, 3:].pow(2)
-        cost = (
-            mind_difference
-            + _OUTSIDE_PENALTY * (1 - seen)
-            + _ROTATION_PENALTY * squares[:, :3].sum(dim=1)
-            + _STRETCH_PENALTY * squares[:, 3:6].sum(dim=1)
-            + _SHEAR_PENALTY * squares[:, 6:].sum(dim=1)
-        )
+        cost = mind_difference + _OUTSIDE_PENALTY * (1 - seen)
+        penalties = (_ROTATION_PENALTY, _STRETCH_PENALTY, _SHEAR_PENALTY)
+        for penalty, part in zip(penalties, parameters[:, 3:].split(3, dim=1), strict=True):
+            cost = cost + penalty * part.pow(2).sum(dim=1)
         if not self._brightness:
             return mind_difference, cost
         own_centred = sample.image - (sample.image * weight).sum()

@@ -80,9 +80,8 @@ class LocalSegmenter(NnInteractiveSegmenter):
 class PaintedProbability:
     """Reads, within a ``with`` block, the probabilities that a session turns into a mask and does not keep.
 
-    A session runs its network on one patch after the other and then pastes the masks of the last ones into the result,
-    in the same order. So the last outputs belong to the boxes that are pasted. Outside these the mask is as the session
-    was given it, and counts as 0 or 1.
+    A session runs its network on one patch after the other, then pastes the masks of the last ones into the result in
+    the same order: the last outputs belong to the boxes that are pasted. Outside these its mask counts as 0 or 1.
     """
 
     def __init__(self, session: Any) -> None:
@@ -133,8 +132,7 @@ class PaintedProbability:
         values[wrong & ~inside] = _JUST_OUTSIDE
         values[values < _NEGLIGIBLE] = 0
         local = LocalMap.from_full(values)
-        k, j, i = (int(n) for n in first + local.start)
-        return LocalMap((k, j, i), local.values)
+        return LocalMap(tuple((first + local.start).tolist()), local.values)
 
     def _patches(self) -> Iterator[LocalMap]:
         """The network's outputs in the boxes where they were pasted, which may reach out of the scan."""
@@ -144,8 +142,7 @@ class PaintedProbability:
         for (start, stop), output in zip(self._boxes, outputs, strict=True):
             if tuple(stop - start) != output.shape:
                 raise _other_version(f"it pasted a patch from {start} to {stop} for an output of shape {output.shape}")
-            k, j, i = (int(n) for n in start)
-            yield LocalMap((k, j, i), output.astype(np.float32))
+            yield LocalMap(tuple(start.tolist()), output.astype(np.float32))
 
 
 def open_folder(weights: Callable[[], Path], device: str, options: NnInteractiveSettings) -> LocalSegmenter:
@@ -174,33 +171,11 @@ def find_fold(path: Path) -> Path:
 
     Raises InputError if there is none, more than one, or a file is missing.
     """
-    if path.name.startswith("fold_"):
-        return _complete(path)
-    if not _is_model(path):
-        inside = sorted(one for one in path.iterdir() if one.is_dir() and _is_model(one))
-        if not inside:
-            raise InputError(
-                f"{path}: no network in it; expected the folder of an nnInteractive network (dataset.json, plans.json, "
-                f"fold_0/{_CHECKPOINT})"
-            )
-        path = _only(inside, path)
-    folds = sorted(path.glob("fold_*"))
-    return _complete(_only(folds, path) if folds else path / "fold_0")
-
-
-def _is_model(folder: Path) -> bool:
-    return (folder / "plans.json").is_file() or (folder / "dataset.json").is_file() or any(folder.glob("fold_*"))
-
-
-def _only(found: list[Path], folder: Path) -> Path:
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise InputError(f"{folder}: {names} are in it; name one of them as the model's path")
-    return found[0]
-
-
-def _complete(fold: Path) -> Path:
-    """Check that no file is missing."""
+    fold = path
+    if not path.name.startswith("fold_"):
+        if not _is_model(path):
+            path = _only(sorted(one for one in path.iterdir() if one.is_dir() and _is_model(one)), path)
+        fold = _only(sorted(path.glob("fold_*")) or [path / "fold_0"], path)
     root = fold.parent
     for file in (root / "dataset.json", root / "plans.json", fold / _CHECKPOINT):
         if not file.is_file():
@@ -208,6 +183,22 @@ def _complete(fold: Path) -> Path:
     if not any((root / name).is_file() for name in _INFORMATION):
         raise InputError(f"{root}: neither {' nor '.join(_INFORMATION)} is there; get the network's folder again")
     return fold
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "plans.json").is_file() or (folder / "dataset.json").is_file() or any(folder.glob("fold_*"))
+
+
+def _only(found: list[Path], folder: Path) -> Path:
+    if not found:
+        raise InputError(
+            f"{folder}: no network in it; expected the folder of an nnInteractive network (dataset.json, plans.json, "
+            f"fold_0/{_CHECKPOINT})"
+        )
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise InputError(f"{folder}: {names} are in it; name one of them as the model's path")
+    return found[0]
 
 
 def _load_network(session: Any, fold: Path) -> dict[str, Any]:
@@ -220,17 +211,17 @@ def _load_network(session: Any, fold: Path) -> dict[str, Any]:
     configuration = arguments.get("configuration") if isinstance(arguments, Mapping) else None
     if not isinstance(configuration, str):
         raise ModelError(f"{path}: names no configuration under 'init_args'; expected {_WANTED}")
-    if configuration not in plans.get("configurations", {}):
-        known = ", ".join(plans.get("configurations", {})) or "none"
+    known = plans.get("configurations", {})
+    if configuration not in known:
         raise ModelError(
             f"{root / 'plans.json'}: no configuration {configuration!r}, which {_CHECKPOINT} was trained with "
-            f"(there are: {known}); the two do not belong together"
+            f"(there are: {', '.join(known) or 'none'}); the two do not belong together"
         )
     artifacts = _artifacts(session, root, plans, dataset, configuration)
     network = artifacts["network"]
     check_fit(weights, network.state_dict(), path, wanted="those of the network in plans.json beside it")
     network.load_state_dict(weights)
-    artifacts["network"] = network.to(session.device).eval()
+    network.to(session.device).eval()
     artifacts["trainer_name"] = str(checkpoint.get("trainer_name", ""))
     artifacts["license"] = session._load_license(str(root), plans, checkpoint)
     session.initialize_from_loaded_artifacts(artifacts)
@@ -242,16 +233,13 @@ def _load_network(session: Any, fold: Path) -> dict[str, Any]:
             f"{root / 'plans.json'}: the patch is {' x '.join(map(str, patch))} voxels; nnInteractive cannot "
             f"refine with less than {2 * _REFINEMENT_MARGIN + 1} along each of three axes"
         )
-    return {
-        "weights": {
-            **describe_file(path),
-            "fold": fold.name,
-            "folder": root.resolve().name,
-            "licence_in_folder": str(session.license),
-            "read_without_running_code": safely,
-        },
-        "nninteractive_version": installed_version(_PACKAGE),
+    described = {
+        "fold": fold.name,
+        "folder": root.resolve().name,
+        "licence_in_folder": str(session.license),
+        "read_without_running_code": safely,
     }
+    return {"weights": describe_file(path) | described, "nninteractive_version": installed_version(_PACKAGE)}
 
 
 def _artifacts(
@@ -285,10 +273,8 @@ def _artifacts(
                 manager, one, channels + session.num_interaction_channels, 2, enable_deep_supervision=False
             )
     except (*_BAD_CONTENT, ImportError, pydoc.ErrorDuringImport) as error:
-        raise ModelError(
-            f"{root / 'plans.json'}: its network cannot be built ({_reason(error)}); get the network's folder "
-            "again, as a whole"
-        ) from None
+        why = f"its network cannot be built ({_reason(error)}); get the network's folder again, as a whole"
+        raise ModelError(f"{root / 'plans.json'}: {why}") from None
     if channels != 1:
         raise ModelError(f"{root / 'dataset.json'}: {channels} channels; expected a network for scans of one")
     return {
@@ -312,12 +298,8 @@ def _read_checkpoint(path: Path) -> tuple[Any, bool]:
     except UnsafeCheckpointError as error:
         if not zipfile.is_zipfile(path):
             raise  # nnInteractive's own are zip archives
-        logger.warning(
-            "%s: this checkpoint holds more than tensors, %s, and is read in a way that runs code from it; use it only "
-            "if you trust its source",
-            path,
-            error.found,
-        )
+        danger = "and is read in a way that runs code from it; use it only if you trust its source"
+        logger.warning("%s: this checkpoint holds more than tensors, %s, %s", path, error.found, danger)
     try:
         return torch.load(path, map_location="cpu", weights_only=False), False
     except (pickle.UnpicklingError, RuntimeError, ImportError, AttributeError, EOFError) as error:
@@ -326,19 +308,14 @@ def _read_checkpoint(path: Path) -> tuple[Any, bool]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not a JSON file ({_reason(error)}); get it again") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: holds a {type(content).__name__}; expected a JSON object")
-    return content
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path}: not a JSON object ({_reason(error)}); get it again") from None
 
 
 def _reason(error: BaseException) -> str:
-    """Take the first line of an error."""
-    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
-    said = lines[0][:_LONGEST_REASON] if lines else "no more is known"
-    return f"{type(error).__name__}: {said}"
+    said = str(error).strip().partition("\n")[0].strip()[:_LONGEST_REASON]
+    return f"{type(error).__name__}: {said or 'no more is known'}"
 
 
 def _other_version(why: str) -> ModelError:

@@ -50,13 +50,12 @@ class RemoteSegmenter(NnInteractiveSegmenter):
 
     def _probability(self, scan: Field, put: Put) -> LocalMap:
         """0 or 1: servers give no probabilities."""
-        # Registering another scan in between may take longer than a server waits.
-        with contextlib.suppress(_SessionLostError), self._explained():
-            return LocalMap.from_full(self._ask(scan, put))
-        logger.info("%s: the session had expired; opening another one", self._url)
-        self._open()
-        with contextlib.suppress(_SessionLostError), self._explained():
-            return LocalMap.from_full(self._ask(scan, put))
+        for expired in (False, True):
+            if expired:  # registering another scan in between may take longer than a server waits
+                logger.info("%s: the session had expired; opening another one", self._url)
+                self._open()
+            with contextlib.suppress(_SessionLostError), self._explained():
+                return LocalMap.from_full(self._ask(scan, put))
         raise ModelError(
             f"{self._url}: the server ended the session twice within one prompt; start it with a longer "
             "--idle-timeout-seconds"
@@ -76,10 +75,8 @@ class RemoteSegmenter(NnInteractiveSegmenter):
         version = str(session.INFERENCE_SESSION_VERSION)
         if version.split(".")[0] != _SERVER_MAJOR_VERSION:
             self._release()
-            raise ModelError(
-                f"{self._url}: the nnInteractive server has version {version}; expected "
-                f"{_SERVER_MAJOR_VERSION}.x: update it"
-            )
+            wanted = f"{_SERVER_MAJOR_VERSION}.x: update it"
+            raise ModelError(f"{self._url}: the nnInteractive server has version {version}; expected {wanted}")
         with self._explained():
             session.set_do_autozoom(self._options.autozoom)
         self.session = session
@@ -103,26 +100,19 @@ class RemoteSegmenter(NnInteractiveSegmenter):
         except SessionExpiredError:
             raise _SessionLostError from None
         except ServerAtCapacityError as error:
-            what = (
-                f"the server has no free session ({error}); try again later, or start it with a larger --max-sessions"
-            )
+            what = f"the server has no free session ({error}); try later, or start it with a larger --max-sessions"
         except (httpx.ConnectError, httpx.ConnectTimeout):
             what = "no server answers there; start nninteractive-server, or correct models.nninteractive.server"
         except httpx.TimeoutException:
-            what = (
-                f"the server took longer than {self._options.timeout_seconds:g} s; raise "
-                "models.nninteractive.timeout_seconds"
-            )
+            took = f"{self._options.timeout_seconds:g} s"
+            what = f"the server took longer than {took}; raise models.nninteractive.timeout_seconds"
         except httpx.HTTPStatusError as error:
             code = error.response.status_code
             if code in _UNKNOWN_REQUEST:
                 raise self._other_server() from None
             what = f"the server failed (HTTP {code}: {_detail(error.response)})"
             if code in _REFUSED:
-                what = (
-                    f"the server refuses the key; set the environment variable {_KEY_VARIABLE} to the one it was "
-                    "started with"
-                )
+                what = f"the server refuses the key; set {_KEY_VARIABLE} to the one it was started with"
         except httpx.HTTPError as error:
             what = f"the connection to the server broke ({type(error).__name__}); see its log, and try again"
         else:
@@ -136,10 +126,9 @@ def _claim(url: str, wait_seconds: float) -> Any:
 
     # A client that fails while it is made leaves its connection open, so it is made in two steps.
     session: Any = object.__new__(nnInteractiveRemoteInferenceSession)
+    timeouts = dict.fromkeys(("read_timeout", "set_image_read_timeout", "write_timeout"), wait_seconds)
     try:
-        session.__init__(
-            url, read_timeout=wait_seconds, set_image_read_timeout=wait_seconds, write_timeout=wait_seconds
-        )
+        session.__init__(url, **timeouts)
     except BaseException:
         with contextlib.suppress(AttributeError):
             session.close()
