@@ -25,7 +25,7 @@ from atlassegfm.core.mask import LocalMap
 from atlassegfm.evaluate.metrics import score_labels
 from atlassegfm.jobs.store import RunInputs, run_record
 from atlassegfm.models import load_model
-from atlassegfm.models.choice import prompt_kind
+from atlassegfm.models.table import prompt_kind
 from atlassegfm.models.vesselfm import PUBLISHED_FILTERS, VesselSegmenter, build_network, load_network
 from atlassegfm.prompts import ClickPrompt, RegionPrompt
 from atlassegfm.result import Segmentation

@@ -34,7 +34,7 @@ from .fusion.correction import Correction
 from .fusion.gate import Gate
 from .fusion.train import train_gate_on_atlas
 from .models import Segmenter
-from .models.choice import load_chosen, prompt_kind
+from .models.table import load_chosen, prompt_kind
 from .models.weights import sha256_of
 from .prompts import PromptKind
 from .settings import NO_MODEL, Settings

@@ -32,7 +32,7 @@ def demo(options: DemoOptions) -> None:
         from ..core.device import resolve_device
         from ..demo import ATLAS, LABELS, QUERY
         from ..demo.run import run_demo
-        from ..models.choice import prompt_kind
+        from ..models.table import prompt_kind
 
         settings = options.settings()
         prompt_kind(settings)

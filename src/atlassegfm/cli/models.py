@@ -18,7 +18,7 @@ from .session import accept_licences, open_session, print_json, print_table
 
 if TYPE_CHECKING:
     from ..models import ModelDescription
-    from ..models.published import PublishedWeights
+    from ..models.base import PublishedWeights
     from ..models.weights import StoredFile
 
 #: The subcommand meant where none is named.

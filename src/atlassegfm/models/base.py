@@ -1,18 +1,70 @@
-"""What a segmentation model is to the rest of the package: a description, and an interface once it is loaded."""
+"""What a segmentation model is: published weights on Hugging Face, a description, an interface once it is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
+from urllib.parse import quote, urlsplit
 
+from ..core.errors import InputError
 from ..core.image import Volume
 from ..core.mask import LocalMap
-from ..prompts import Prompt, PromptKind
-from .published import PublishedWeights
+from ..prompts import Prompt, PromptKind, make_prompt
 
+#: Environment variable that names a mirror of Hugging Face, as its own programs read it.
+ENDPOINT_VARIABLE = "HF_ENDPOINT"
+_ENDPOINT = "https://huggingface.co"
 #: Called with the number of each structure as the model turns to it.
 OnPrompt = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """One published file: its path below the model's folder, with its size in bytes and SHA-256 where known."""
+
+    path: str
+    size: int | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """Published weights of one model.
+
+    ``repository`` is "owner/name" on Hugging Face, ``revision`` the commit that is downloaded, ``licence`` an SPDX
+    expression or words. If ``non_commercial``, the licence must be accepted before they are used.
+    """
+
+    repository: str
+    revision: str
+    files: tuple[WeightsFile, ...]
+    licence: str
+    licence_url: str
+    non_commercial: bool
+
+    @property
+    def page(self) -> str:
+        """Address of the page that lists the files."""
+        return f"{_endpoint()}/{self.repository}/tree/{quote(self.revision, safe='')}"
+
+    def url_of(self, file: WeightsFile) -> str:
+        """Address of a file; InputError if ``HF_ENDPOINT`` is no address."""
+        return f"{_endpoint()}/{self.repository}/resolve/{quote(self.revision, safe='')}/{quote(file.path)}"
+
+
+def _endpoint() -> str:
+    endpoint = os.environ.get(ENDPOINT_VARIABLE) or _ENDPOINT
+    try:
+        parts = urlsplit(endpoint)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise InputError(f"{ENDPOINT_VARIABLE} is {endpoint!r}; expected the address of a mirror, as {_ENDPOINT}")
+    return endpoint.rstrip("/")
 
 
 @dataclass(frozen=True)
@@ -68,3 +120,38 @@ def in_turn(prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None) -> Iterat
         if on_prompt is not None:
             on_prompt(number)
         yield number, prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """Prompts and predicted probabilities in [0, 1], by number of the structure; none for empty masks."""
+
+    kind: PromptKind
+    prompts: Mapping[int, Prompt]
+    masks: Mapping[int, LocalMap]
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptedScan:
+    """A scan, float32 in RAS-canonical array order, and the model that segments it from prompts of one kind.
+
+    The scan is encoded at the first prediction. The name of structure number n is at position n - 1 of ``names``.
+    """
+
+    model: Segmenter
+    kind: PromptKind
+    image: Volume
+    names: Sequence[str]
+
+    @cached_property
+    def _encoded(self) -> Any:
+        return self.model.encode(self.image)
+
+    def predict(self, masks: Mapping[int, LocalMap], on_structure: Callable[[str], None]) -> Prediction:
+        """Prompt the model with each mask that is not empty."""
+        prompts = {n: prompt for n, mask in masks.items() if (prompt := make_prompt(self.kind, mask)) is not None}
+        predicted: dict[int, LocalMap] = {}
+        if prompts:
+            predicted = self.model.predict(self._encoded, prompts, lambda n: on_structure(self.names[n - 1]))
+        return Prediction(self.kind, prompts, predicted, self.model.provenance)

@@ -7,33 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..settings import ModelSettings
+from ..prompts import PromptKind
+from ..settings import NO_MODEL, ModelSettings, Settings
 from . import weights as _weights
-from .base import ModelDescription, Segmenter
-from .published import PublishedWeights, WeightsFile
+from .base import ModelDescription, PublishedWeights, Segmenter, WeightsFile
 
 #: Revision, sizes and sums as MONAI Label pins them.
+_NNINTERACTIVE_FILES = (
+    ("dataset.json", 245, "e090394ac539b2823b2135173658190245c462cb042d3442487e4829f08252c4"),
+    ("plans.json", 6_287, "64a30a430438302a692a3edadd345a207b3428bea2e5cdc125298757da21f4d4"),
+    ("inference_session_class.json", 121, "8f43587a9d139fcf7af8776219e9432dab079f985cb0d7da72a4c851b39a4f09"),
+    ("fold_0/checkpoint_final.pth", 411_387_150, "b3ac4421f85457bbd1aa0d87f5e67bcb7bc8e2ce6b824b6ac45077cc5d630ea9"),
+)
 _NNINTERACTIVE = PublishedWeights(
     repository="MIC-DKFZ/nnInteractive",
     revision="3f308d751c00644e4fde6f09c600264b393b21b5",
-    files=(
-        WeightsFile(
-            "nnInteractive_v1.0/dataset.json", 245, "e090394ac539b2823b2135173658190245c462cb042d3442487e4829f08252c4"
-        ),
-        WeightsFile(
-            "nnInteractive_v1.0/plans.json", 6_287, "64a30a430438302a692a3edadd345a207b3428bea2e5cdc125298757da21f4d4"
-        ),
-        WeightsFile(
-            "nnInteractive_v1.0/inference_session_class.json",
-            121,
-            "8f43587a9d139fcf7af8776219e9432dab079f985cb0d7da72a4c851b39a4f09",
-        ),
-        WeightsFile(
-            "nnInteractive_v1.0/fold_0/checkpoint_final.pth",
-            411_387_150,
-            "b3ac4421f85457bbd1aa0d87f5e67bcb7bc8e2ce6b824b6ac45077cc5d630ea9",
-        ),
-    ),
+    files=tuple(WeightsFile(f"nnInteractive_v1.0/{name}", size, sha256) for name, size, sha256 in _NNINTERACTIVE_FILES),
     licence="CC-BY-NC-SA-4.0",
     licence_url="https://creativecommons.org/licenses/by-nc-sa/4.0/",
     non_commercial=True,
@@ -106,7 +95,7 @@ MODELS: dict[str, ModelDescription] = {
 def describe_model(name: str) -> ModelDescription:
     """Describe a model; raise InputError, with the known names, if there is none."""
     if name not in MODELS:
-        raise InputError(f"unknown model {name!r}; known models: {', '.join(('none', *MODELS))}")
+        raise InputError(f"unknown model {name!r}; known models: {', '.join((NO_MODEL, *MODELS))}")
     return MODELS[name]
 
 
@@ -134,6 +123,30 @@ def load_model(name: str, device: str, settings: ModelSettings | None = None, pa
     module = importlib.import_module(f".{name}", __package__)
     model: Segmenter = module.load(device, settings or ModelSettings(), weights)
     return model
+
+
+def load_chosen(settings: Settings, device: str) -> Segmenter | None:
+    """Load the model of the settings onto "cpu" or "cuda"; None without a model. Errors as of :func:`load_model`."""
+    if settings.model == NO_MODEL:
+        return None
+    path = Path(settings.model_path).expanduser() if settings.model_path else None
+    return load_model(settings.model, device, settings.models, path)
+
+
+def prompt_kind(settings: Settings) -> PromptKind | None:
+    """Choose the kind of prompt; None without a model. InputError if the model does not take the one that is set."""
+    if settings.model == NO_MODEL:
+        return None
+    row = describe_model(settings.model)
+    if settings.prompt == "auto":
+        return row.prompts[0]
+    if row.prompts == ("region",):
+        raise InputError(f"the model {row.name!r} takes no prompt; leave the prompt at 'auto'")
+    if settings.prompt not in row.prompts:
+        raise InputError(
+            f"the model {row.name!r} does not take the prompt {settings.prompt!r}; it takes {', '.join(row.prompts)}"
+        )
+    return settings.prompt
 
 
 def accept_licence(name: str) -> str | None:

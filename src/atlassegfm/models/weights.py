@@ -23,8 +23,8 @@ from typing import Any, Literal
 from ..core.errors import InputError
 from ..core.files import atomic_path
 from ..core.version import __version__
+from .base import PublishedWeights, WeightsFile
 from .download import Download
-from .published import PublishedWeights, WeightsFile
 
 logger = logging.getLogger(__name__)
 
