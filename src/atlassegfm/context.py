@@ -111,19 +111,17 @@ class Context:
         made = _gate_basis(self.settings)
         for key, asked in _gate_basis(settings).items():
             if asked != made.get(key):
-                raise InputError(
-                    f"{self._name}: made with {key} = {made.get(key)}, but {asked} was asked for; leave it as it is, "
-                    "or make a context with it by atlassegfm customize"
-                )
+                found = f"made with {key} = {made.get(key)}, but {asked} was asked for"
+                raise InputError(f"{self._name}: {found}; keep it, or make a context with it by atlassegfm customize")
 
     def check_model(self, model: Segmenter | None) -> None:
         """Check that the model has the weights the gate was trained with, where both are known; ModelError if not."""
         found = _weights_sha256(model)
         if found and self.weights_sha256 and found != self.weights_sha256:
+            sums = f"SHA-256 {self.weights_sha256[:12]}..., found {found[:12]}..."
             raise ModelError(
-                f"{self._name}: made with other weights of the model {self.settings.model!r} (SHA-256 "
-                f"{self.weights_sha256[:12]}..., found {found[:12]}...); name those with --model-path, or make "
-                "a context with these by atlassegfm customize"
+                f"{self._name}: made with other weights of the model {self.settings.model!r} ({sums}); name those with "
+                "--model-path, or make a context with these by atlassegfm customize"
             )
 
     def save(self, folder: PathLike) -> SavedContext:
@@ -272,9 +270,8 @@ def _checked_content(folder: Path) -> tuple[dict[str, Any], str]:
         except OSError as error:
             raise InputError(f"{file}: cannot be read ({error.strerror}); check the permissions") from None
         if found != expected:
-            raise InputError(
-                f"{file}: damaged or changed, its SHA-256 is {found[:12]}..., expected {expected[:12]}...; {again}"
-            )
+            sums = f"its SHA-256 is {found[:12]}..., expected {expected[:12]}..."
+            raise InputError(f"{file}: damaged or changed, {sums}; {again}")
     content = load_toml(folder / CONTENT, "a context") if CONTENT in listed else {"format": FORMAT}
     if content.get("format") != FORMAT:
         raise InputError(

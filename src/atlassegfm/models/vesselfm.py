@@ -135,12 +135,9 @@ class VesselSegmenter:
         windows = np.zeros_like(total)
         for corner in _corners(shape, size, self.settings.overlap):
             box = [(max(low, 0), min(low + size, n)) for low, n in zip(corner, shape, strict=True)]
-            # The voxels between two centres of which one is in the window.
-            ends = (
-                (np.searchsorted(p, a - 1, "right"), np.searchsorted(p, b))
-                for p, (a, b) in zip(places, box, strict=True)
-            )
-            numbers = territory.numbers_in([slice(*side) for side in ends])
+            # Voxels between two places in the working grid need both.
+            touched = [(along > low - 1) & (along < high) for along, (low, high) in zip(places, box, strict=True)]
+            numbers = territory.numbers_in(np.ix_(*touched))
             if not numbers:
                 continue
             turn_to(numbers)
@@ -280,10 +277,9 @@ class _Territory:
     owner: NDArray[np.int32]
     numbers: tuple[int, ...]
 
-    def numbers_in(self, box: Sequence[slice]) -> list[int]:
+    def numbers_in(self, box: tuple[NDArray[np.int64], ...]) -> list[int]:
         """Numbers of the structures that own a voxel of a box of ``owner``."""
-        count = np.bincount(self.owner[tuple(box)].ravel(), minlength=len(self.numbers) + 1)
-        return [number for number, voxels in zip(self.numbers, count[1:], strict=True) if voxels]
+        return [self.numbers[place - 1] for place in np.unique(self.owner[box]) if place]
 
 
 def _divide(prompts: Mapping[int, Prompt], grid: Grid, reach_mm: float) -> _Territory:
@@ -319,12 +315,8 @@ def _corners(shape: Sequence[int], window: int, overlap: float) -> Iterator[tupl
     its middle, so that the first voxel is below 0 [MONAI's ``SlidingWindowInferer``].
     """
     step = max(int(window * (1 - overlap)), 1)
-    return product(
-        *(
-            [-((window - count) // 2)] if count <= window else [*range(0, count - window, step), count - window]
-            for count in shape
-        )
-    )
+    firsts = ([-((window - n) // 2)] if n <= window else [*range(0, n - window, step), n - window] for n in shape)
+    return product(*firsts)
 
 
 def _slices(box: Sequence[tuple[int, int]], origin: Sequence[int] | NDArray[np.int64]) -> Box:

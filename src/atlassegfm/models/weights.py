@@ -108,9 +108,8 @@ def weights_folder() -> Path:
     try:
         return Path(named).expanduser() if named else _default_folder()
     except RuntimeError:
-        raise InputError(
-            f"the home folder of this user is not known; set {FOLDER_VARIABLE} to the full path of a folder for weights"
-        ) from None
+        advice = f"set {FOLDER_VARIABLE} to the full path of a folder for weights"
+        raise InputError(f"the home folder of this user is not known; {advice}") from None
 
 
 def folders_of(name: str) -> tuple[Path, ...]:
@@ -169,10 +168,8 @@ def fetch(
     for stored in before:
         kind = stored.verdict.removeprefix("wrong ")
         if kind != stored.verdict:
-            raise InputError(
-                f"{stored.path}: is not the file that would be fetched: its {kind} is {stored.sha256 or stored.size}, "
-                f"expected {stored.expected}; move it away, then fetch again"
-            )
+            found = f"its {kind} is {stored.sha256 or stored.size}, expected {stored.expected}"
+            raise InputError(f"{stored.path}: not the file to fetch: {found}; move it away, then fetch again")
     wanted = [stored for stored in before if stored.verdict not in _GOOD]
     for stored in wanted:
         _fetch_one(name, published, folder, stored, on_stage or (lambda _: None))
@@ -207,11 +204,9 @@ def accept_licence(name: str, published: PublishedWeights | None) -> str | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_json(path, {"model": name, **_terms(published), "date": date, "atlassegfm": __version__})
     except (OSError, InputError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        raise InputError(
-            f"{path}: cannot note there that the licence was accepted ({getattr(cause, 'strerror', None) or error}); "
-            f"set {FOLDER_VARIABLE} to a folder that you can write to"
-        ) from None
+        cause = getattr(error if isinstance(error, OSError) else error.__context__, "strerror", None) or error
+        advice = f"set {FOLDER_VARIABLE} to a folder that you can write to"
+        raise InputError(f"{path}: cannot note there that the licence was accepted ({cause}); {advice}") from None
     return date
 
 
@@ -259,9 +254,7 @@ def _given(name: str, published: PublishedWeights, given: Path) -> Path:
     if given.is_file() and not one:
         raise InputError(f"{given}: is a file; expected the folder of {wanted}")
     if given.is_dir() and one and not (given / published.files[0].path).is_file():
-        raise InputError(
-            f"{given}: has no {names}; expected {wanted}: name the file itself where it is called otherwise"
-        )
+        raise InputError(f"{given}: has no {names}; expected {wanted}: name the file itself if it is called otherwise")
     return given
 
 
@@ -346,10 +339,8 @@ def _fetch_one(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"{target.parent}: cannot be made ({error.strerror}); choose another folder with --folder, or set "
-            f"{FOLDER_VARIABLE}"
-        ) from None
+        advice = f"choose another folder with --folder, or set {FOLDER_VARIABLE}"
+        raise InputError(f"{target.parent}: cannot be made ({error.strerror}); {advice}") from None
     with atomic_path(target) as temporary:
         download = Download(published.url_of(file), published.page, target, file.size, file.sha256)
         download.to(temporary, on_stage, file.path)

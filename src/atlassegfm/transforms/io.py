@@ -184,10 +184,8 @@ def read_transforms(path: PathLike) -> tuple[Transform, ...]:
 
 def _read_folder(folder: Path) -> Transform:
     if not (folder / AFFINE_FILE).is_file():
-        raise InputError(
-            f"{folder}: no {AFFINE_FILE} in this folder; expected a transform folder (the folder 'transform' of a "
-            "result made with --keep) or one transform file"
-        )
+        wanted = "a transform folder (the folder 'transform' of a result made with --keep) or one transform file"
+        raise InputError(f"{folder}: no {AFFINE_FILE} in this folder; expected {wanted}")
     nodes = _read_note(folder / NOTE_FILE)
     fields: list[Transform] = []
     for name in _FIELD_FILES:
@@ -224,10 +222,8 @@ def _read_note(path: Path) -> dict[str, _Nodes] | None:
             raise ValueError("of another program or version")
         return {name: _Nodes.from_summary(nodes) for name, nodes in content["fields"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, InputError):
-        raise InputError(
-            f"{path}: not a note of a transform as this version writes it; copy the folder again, "
-            "or delete this file to read the others as they are"
-        ) from None
+        advice = "copy the folder again, or delete this file to read the others as they are"
+        raise InputError(f"{path}: not a note of a transform as this version writes it; {advice}") from None
 
 
 def _note(nodes: dict[str, _Nodes]) -> dict[str, Any]:

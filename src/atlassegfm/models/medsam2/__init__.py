@@ -209,10 +209,8 @@ def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings, name: str = "the 
     # The published code stretches the range left after the cut, which may be narrower than the window.
     bottom, top = min(max(least, low), high), max(min(most, high), low)
     if not bottom < top:
-        raise InputError(
-            f"{name}: has no contrast between {low:g} and {high:g}, which the model 'medsam2' reads it in; set "
-            "models.medsam2.modality or, for a CT, models.medsam2.window_level and window_width"
-        )
+        advice = "set models.medsam2.modality or, for a CT, models.medsam2.window_level and window_width"
+        raise InputError(f"{name}: has no contrast from {low:g} to {high:g}, where 'medsam2' reads it; {advice}")
     out = np.empty(frames.shape, np.uint8)
     for index, values in enumerate(frames):
         wide = values.astype(np.float64)

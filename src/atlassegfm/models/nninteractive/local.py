@@ -191,10 +191,8 @@ def _is_model(folder: Path) -> bool:
 
 def _only(found: list[Path], folder: Path) -> Path:
     if not found:
-        raise InputError(
-            f"{folder}: no network in it; expected the folder of an nnInteractive network (dataset.json, plans.json, "
-            f"fold_0/{_CHECKPOINT})"
-        )
+        files = f"dataset.json, plans.json, fold_0/{_CHECKPOINT}"
+        raise InputError(f"{folder}: no network in it; expected the folder of an nnInteractive network ({files})")
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise InputError(f"{folder}: {names} are in it; name one of them as the model's path")
@@ -233,13 +231,10 @@ def _load_network(session: Any, fold: Path) -> dict[str, Any]:
             f"{root / 'plans.json'}: the patch is {' x '.join(map(str, patch))} voxels; nnInteractive cannot "
             f"refine with less than {2 * _REFINEMENT_MARGIN + 1} along each of three axes"
         )
-    described = {
-        "fold": fold.name,
-        "folder": root.resolve().name,
-        "licence_in_folder": str(session.license),
-        "read_without_running_code": safely,
-    }
-    return {"weights": describe_file(path) | described, "nninteractive_version": installed_version(_PACKAGE)}
+    place = {"fold": fold.name, "folder": root.resolve().name}
+    state = {"licence_in_folder": str(session.license), "read_without_running_code": safely}
+    weights_record = describe_file(path) | place | state
+    return {"weights": weights_record, "nninteractive_version": installed_version(_PACKAGE)}
 
 
 def _artifacts(
@@ -255,11 +250,9 @@ def _artifacts(
         capability, radius, thickness, decay, padding = session._load_capability_and_runtime_defaults(str(root))
         session._apply_capability(capability)
     except _BAD_CONTENT as error:
-        name = next(name for name in _INFORMATION if (root / name).is_file())
-        raise ModelError(
-            f"{root / name}: nnInteractive {installed_version(_PACKAGE)} cannot use it ({_reason(error)}); get "
-            "the network's folder again, or another version"
-        ) from None
+        file = next(root / name for name in _INFORMATION if (root / name).is_file())
+        why = f"nnInteractive {installed_version(_PACKAGE)} cannot use it ({_reason(error)})"
+        raise ModelError(f"{file}: {why}; get the network's folder again, or another version") from None
     try:
         manager = PlansManager(plans)
         one = manager.get_configuration(configuration)
@@ -319,10 +312,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _other_version(why: str) -> ModelError:
-    return ModelError(
-        f"nnInteractive {installed_version(_PACKAGE)} is installed, and {why}; expected a version {_VERSIONS}: "
-        f"pip install 'nninteractive{_VERSIONS}'"
-    )
+    found = f"nnInteractive {installed_version(_PACKAGE)} is installed, and {why}"
+    return ModelError(f"{found}; expected a version {_VERSIONS}: pip install 'nninteractive{_VERSIONS}'")
 
 
 @contextmanager

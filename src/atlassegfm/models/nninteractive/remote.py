@@ -56,10 +56,8 @@ class RemoteSegmenter(NnInteractiveSegmenter):
                 self._open()
             with contextlib.suppress(_SessionLostError), self._explained():
                 return LocalMap.from_full(self._ask(scan, put))
-        raise ModelError(
-            f"{self._url}: the server ended the session twice within one prompt; start it with a longer "
-            "--idle-timeout-seconds"
-        )
+        ended = "the server ended the session twice within one prompt"
+        raise ModelError(f"{self._url}: {ended}; start it with a longer --idle-timeout-seconds")
 
     def _open(self) -> None:
         """Take a place on the server, and release the one before."""
@@ -84,10 +82,8 @@ class RemoteSegmenter(NnInteractiveSegmenter):
         self.provenance = {"server": self._url, "server_version": version, "server_weights_licence": licence}
 
     def _other_server(self) -> ModelError:
-        return ModelError(
-            f"{self._url}: what answers there is no nnInteractive server of version {_SERVER_MAJOR_VERSION}; correct "
-            "models.nninteractive.server, or update the server"
-        )
+        found = f"what answers there is no nnInteractive server of version {_SERVER_MAJOR_VERSION}"
+        return ModelError(f"{self._url}: {found}; correct models.nninteractive.server, or update the server")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -162,10 +158,8 @@ def _checked_address(options: NnInteractiveSettings) -> str:
         parts, host = urlsplit(""), None
     # Checked first, so that no message shows them. Settings are written to run.json, too.
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        raise InputError(
-            f"{setting} holds a user, a password or a query; expected http://host:port: put the key into the "
-            f"environment variable {_KEY_VARIABLE}"
-        )
+        key = f"put the key into the environment variable {_KEY_VARIABLE}"
+        raise InputError(f"{setting} holds a user, a password or a query; expected http://host:port: {key}")
     if parts.scheme not in ("http", "https") or not host:
         raise InputError(f"{setting} is {options.server!r}; expected an address such as http://127.0.0.1:1527")
     url = options.server.rstrip("/")
@@ -175,10 +169,8 @@ def _checked_address(options: NnInteractiveSettings) -> str:
         return url
     where = "a proxy (see the environment variable NO_PROXY)" if proxied else "another machine"
     if not options.allow_remote:
-        raise InputError(
-            f"{url}: the scans would be sent to {where}; patient data stay on this machine unless "
-            "models.nninteractive.allow_remote = true"
-        )
+        rule = "patient data stay on this machine unless models.nninteractive.allow_remote = true"
+        raise InputError(f"{url}: the scans would be sent to {where}; {rule}")
     clear = "" if parts.scheme == "https" else ", unencrypted"
     logger.warning("%s: this server gets the scans: patient data leave this machine%s", url, clear)
     return url

@@ -156,22 +156,17 @@ def _missing(engine: str, python: str, origin: str) -> MissingExtraError:
     if origin:
         remedy = f"{python} -m pip install {row.distribution}"
     elif not row.extra:
-        remedy = (
-            f"python3 -m venv {engine}-env && {engine}-env/bin/pip install {row.distribution} && "
-            f"export ATLASSEGFM_{engine.upper()}_PYTHON=$PWD/{engine}-env/bin/python "
-            "(an environment of its own, because it needs older packages than this one)"
-        )
+        remedy = f"python3 -m venv {engine}-env && {engine}-env/bin/pip install {row.distribution} && "
+        remedy += f"export ATLASSEGFM_{engine.upper()}_PYTHON=$PWD/{engine}-env/bin/python "
+        remedy += "(an environment of its own, because it needs older packages than this one)"
     return MissingExtraError(f"the engine {engine!r}", row.extra, remedy)
 
 
 def _environment(python: str, threads: int, seed: int) -> dict[str, str]:
     ours = () if python == sys.executable else ("PYTHONPATH", "PYTHONHOME")  # about packages built for this Python
-    return {name: value for name, value in os.environ.items() if name not in ours} | {
-        "OMP_NUM_THREADS": str(threads),
-        "OPENBLAS_NUM_THREADS": str(threads),
-        "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": str(threads),
-        "ANTS_RANDOM_SEED": str(seed),
-    }
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return kept | dict.fromkeys(names, str(threads)) | {"ANTS_RANDOM_SEED": str(seed)}
 
 
 def _run(command: list[str], output: Any, environment: dict[str, str]) -> int:

@@ -177,12 +177,9 @@ class _Member:
         names = ("mind_weight", "correlation_weight", "smoothness")
         lists = (self.options.iterations, *(getattr(self.options, prefix + name) for name in names))
         iterations, mind, correlation, smoothness = (values[min(level, len(values) - 1)] for values in lists)
-        return iterations, _Weights(
-            mind * factors.mind,
-            correlation * factors.correlation,
-            smoothness * factors.smoothness,
-            self.options.structure_emphasis * factors.emphasis,
-        )
+        emphasis = self.options.structure_emphasis * factors.emphasis
+        weights = mind * factors.mind, correlation * factors.correlation, smoothness * factors.smoothness
+        return iterations, _Weights(*weights, emphasis)
 
 
 def _sizes(labels: Volume) -> dict[int, int]:

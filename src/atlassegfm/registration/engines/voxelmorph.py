@@ -52,15 +52,12 @@ def fit(pair: Pair, linear: Affine, _start: Start | None, settings: Registration
     try:
         displacement, parameter_count = _optimise(query, atlas, options)
     except torch.cuda.OutOfMemoryError as error:
-        raise RegistrationError(
-            f"a working grid of {' x '.join(map(str, grid.shape))} voxels does not fit into the GPU's memory; "
-            f"lower registration.voxelmorph.cuda_voxels (now {options.cuda_voxels})"
-        ) from error
+        found = f"a working grid of {' x '.join(map(str, grid.shape))} voxels does not fit into the GPU's memory"
+        advice = f"lower registration.voxelmorph.cuda_voxels (now {options.cuda_voxels})"
+        raise RegistrationError(f"{found}; {advice}") from error
     if not np.isfinite(displacement).all():
-        raise RegistrationError(
-            "the optimisation of the network diverged; lower registration.voxelmorph.learning_rate "
-            f"(now {options.learning_rate:g})"
-        )
+        advice = f"lower registration.voxelmorph.learning_rate (now {options.learning_rate:g})"
+        raise RegistrationError(f"the optimisation of the network diverged; {advice}")
     field = field_from_voxels(grid, displacement)
     return Registration(linear, field, parameter_count={"deformable": parameter_count})
 
