@@ -50,20 +50,15 @@ class LocalMap:
         return cls((0, 0, 0), np.zeros((0, 0, 0), np.float32))
 
     @classmethod
-    def from_full(cls, values: NDArray[Any], margin: int = 0) -> LocalMap:
-        """Cut the box of the nonzero values, ``margin`` voxels added on each side, out of a full array."""
-        if not values.any():
-            return cls.empty()
-        hits = [np.flatnonzero(values.any(axis=other)) for other in ((1, 2), (0, 2), (0, 1))]
-        i, j, k = (max(int(hit[0]) - margin, 0) for hit in hits)
-        box = tuple(slice(first, int(hit[-1]) + 1 + margin) for first, hit in zip((i, j, k), hits, strict=True))
-        return cls((i, j, k), np.ascontiguousarray(values[box], dtype=np.float32))
+    def from_full(cls, values: NDArray[Any]) -> LocalMap:
+        """Cut the box of the nonzero values out of a full array."""
+        for box in ndimage.find_objects((values != 0).view(np.uint8)):
+            return cls(tuple(side.start for side in box), np.ascontiguousarray(values[box], dtype=np.float32))
+        return cls.empty()
 
     def to_full(self, shape: tuple[int, int, int]) -> NDArray[np.float32]:
         """The field on the whole grid of the given shape."""
-        full = np.zeros(shape, np.float32)
-        full[self.box] = self.values
-        return full
+        return self.on_box((0, 0, 0), shape)
 
     def on_box(self, start: Sequence[int], stop: Sequence[int]) -> NDArray[np.float32]:
         """(I, J, K) float32: the field on another box ``start`` <= ijk < ``stop`` of the large grid."""

@@ -28,8 +28,7 @@ from ..core.mask import LocalMap, signed_distance_mm
 from ..core.parallel import parallel_map
 from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, crop_mask, inside_scan
 from ..settings import ModelSettings
-from .base import OnPrompt, in_turn
-from .inputs import usable_device
+from .base import OnPrompt, in_turn, usable_device
 
 Field = NDArray[np.float32]
 Doubles = NDArray[np.float64]

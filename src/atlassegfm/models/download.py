@@ -62,8 +62,8 @@ class Download:
         finally:
             if self.answer is not None:
                 self.answer.close()  # pooch leaves it open on errors
-        if self.size not in (None, found := temporary.stat().st_size):
-            raise ModelError(f"{self.url}: gave {found} bytes, expected {self.size}; {self.elsewhere}")
+        if self.size not in (None, arrived := temporary.stat().st_size):
+            raise ModelError(f"{self.url}: gave {arrived} bytes, expected {self.size}; {self.elsewhere}")
 
     def update(self, size: int) -> None:
         """Report progress after a chunk."""

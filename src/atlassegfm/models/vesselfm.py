@@ -37,9 +37,8 @@ from ..core.image import Volume
 from ..core.mask import LocalMap
 from ..prompts import Prompt, RegionPrompt, crop_mask, inside_scan
 from ..settings import ModelSettings, VesselFmSettings
-from .base import OnPrompt
+from .base import OnPrompt, intensities, scan_name, usable_device
 from .checkpoint import check_fit, few, load_state, named_weights
-from .inputs import intensities, scan_name, usable_device
 from .weights import describe_file, installed_version
 
 Field = NDArray[np.float32]

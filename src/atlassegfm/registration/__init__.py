@@ -69,9 +69,7 @@ def register(
         found = replace(fitted, parameter_count={**found.parameter_count, **fitted.parameter_count})
     with clock.stage("assess"):
         measured = dissimilarity.measure(query, atlas, found.fixed_to_moving, spacings[-1])
-        folding, jacobian = 0.0, None
-        if found.field is not None:
-            folding, jacobian = deformation_statistics(found.field, found.local, query.body)
+        folding, jacobian = deformation_statistics(found.field, found.local, query.body)
     return replace(found, seconds=clock.seconds, dissimilarity=measured, folding=folding, jacobian=jacobian)
 
 
@@ -96,9 +94,7 @@ def registration_from(
             "check that it belongs to these two scans and is not the inverse"
         )
     local, field, linear = stages_of(transform, view)
-    folding, jacobian = 0.0, None
-    if field is not None:
-        folding, jacobian = deformation_statistics(field, local, lambda nodes: nodes_in(view, nodes))
+    folding, jacobian = deformation_statistics(field, local, partial(nodes_in, view))
     spacing_mm = pyramid.level_spacings_mm(view, (settings.coarse_voxels, settings.fine_voxels))[-1]
     query, atlas = pyramid.prepare(fixed, None, spacing_mm, "query"), pyramid.prepare(moving, None, spacing_mm, "atlas")
     measured = dissimilarity.measure(query, atlas, transform, spacing_mm)

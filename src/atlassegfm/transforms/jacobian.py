@@ -46,15 +46,17 @@ def jacobian_statistics(field: DisplacementField, mask: NDArray[np.bool_] | None
 
 
 def deformation_statistics(
-    field: DisplacementField, local: DisplacementField | None, counted: Callable[[Grid], NDArray[np.bool_]]
-) -> tuple[float, JacobianStatistics]:
-    """Compute the folded fraction of a region and the Jacobian statistics there.
+    field: DisplacementField | None, local: DisplacementField | None, counted: Callable[[Grid], NDArray[np.bool_]]
+) -> tuple[float, JacobianStatistics | None]:
+    """Compute the folded fraction of a region and the Jacobian statistics there; 0 and None without a field.
 
     ``local``, where there is one, is applied before ``field``; ``counted`` gives the nodes of a grid in the region,
     (I, J, K) bool. The fraction is by volume, in [0, 1]: in the local field's box at its nodes and of both fields in a
     row, elsewhere at those of the other; 0 where no node is in the region. The statistics are of the region's part in
     the local field's box where there is one, else of all of it.
     """
+    if field is None:
+        return 0.0, None
     outside = counted(field.grid)
     if local is None:
         statistics = jacobian_statistics(field, outside)

@@ -28,8 +28,7 @@ from ...core.image import Volume
 from ...core.mask import LocalMap
 from ...prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan, largest_component
 from ...settings import MedSam2Settings, ModelSettings
-from ..base import OnPrompt, in_turn
-from ..inputs import intensities, scan_name, usable_device
+from ..base import OnPrompt, in_turn, intensities, scan_name, usable_device
 from ..weights import describe_file, installed_version
 from .network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network, require_packages
 

@@ -21,8 +21,7 @@ from ...core.image import Volume
 from ...core.mask import LocalMap
 from ...prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, RegionPrompt
 from ...settings import ModelSettings
-from ..base import OnPrompt, in_turn
-from ..inputs import intensities, scan_name
+from ..base import OnPrompt, in_turn, intensities, scan_name
 
 Field = NDArray[np.float32]
 #: Gives one prompt to a session, which then predicts.

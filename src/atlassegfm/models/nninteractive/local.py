@@ -23,8 +23,8 @@ from ...core.errors import InputError, MissingExtraError, ModelError
 from ...core.mask import LocalMap
 from ...prompts import INSIDE
 from ...settings import NnInteractiveSettings
+from ..base import usable_device
 from ..checkpoint import UnsafeCheckpointError, check_fit, load_state, named_weights
-from ..inputs import usable_device
 from ..weights import describe_file, installed_version
 from . import Field, NnInteractiveSegmenter, Put
 
