@@ -20,7 +20,7 @@ from .core.image import Volume
 from .core.mask import LocalMap
 from .core.progress import StageClock, stage_printer
 from .dicom import open_image
-from .fusion.fuse import fuse_structures, is_empty_prediction
+from .fusion.gate import fuse_structures, is_empty_prediction
 from .fusion.label_map import count_parts, label_map, remove_islands
 from .models import Segmenter, licence_accepted
 from .models.base import Prediction, PromptedScan

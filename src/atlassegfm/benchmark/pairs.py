@@ -22,8 +22,7 @@ from ..core.parallel import peak_memory_mb, reset_peak_memory
 from ..evaluate.labelling import label_values
 from ..evaluate.metrics import StructureScores
 from ..evaluate.scores import score_volumes
-from ..fusion.fuse import fuse_structures
-from ..fusion.gate import Gate
+from ..fusion.gate import Gate, fuse_structures
 from ..fusion.label_map import count_parts, label_map, remove_islands
 from ..models import Segmenter
 from ..models.table import load_chosen

@@ -16,16 +16,19 @@ constant K that is best on the training samples. The default gate then corrects 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..core.image import Volume
 from ..core.mask import LocalMap, bounding_box
+from ..core.parallel import parallel_map
 from ..prompts import INSIDE
 from ..settings import FusionSettings
 from .correction import Correction
+from .smoothing import smooth, smoothing_sigma_mm
 
 if TYPE_CHECKING:
     import torch
@@ -142,6 +145,42 @@ def fuse(atlas: LocalMap, model: LocalMap, gate: Gate, *, device: str = "cpu") -
     # Interpolated, so that rounding cannot leave the range of the two masks, and equal values stay exact.
     fused = other.lerp(one, gate._weight_map(one, other)).clamp_(0, 1)
     return LocalMap(start, fused.cpu().numpy())
+
+
+def is_empty_prediction(predicted: LocalMap) -> bool:
+    """Whether no voxel of a prediction is inside."""
+    return not (predicted.values >= INSIDE).any()
+
+
+def fuse_structures(
+    image: Volume,
+    warped: Mapping[int, LocalMap],
+    predicted: Mapping[int, LocalMap],
+    gate: Gate,
+    *,
+    device: str = "cpu",
+) -> dict[int, LocalMap]:
+    """Fuse each structure of a scan: gate (eq. 4), then the default gate's correction and smoothing.
+
+    Masks are in [0, 1], by number of the structure; the result has the numbers of ``predicted``. Where the model
+    predicts nothing, the warped atlas is kept: small structures would be lost.
+    """
+    fused = {
+        n: warped[n] if is_empty_prediction(mask) else fuse(warped[n], mask, gate, device=device)
+        for n, mask in predicted.items()
+    }
+    if gate.correction is None:
+        return fused
+    correction, grid = gate.correction, image.grid
+
+    def finish(n: int) -> LocalMap:
+        if is_empty_prediction(predicted[n]):
+            return fused[n]
+        corrected = correction.apply(image, n, warped[n], fused)
+        fraction = gate.smoothing[n - 1] if gate.smoothing else 0.0
+        return smooth(corrected, smoothing_sigma_mm(fraction, warped[n], grid), grid)
+
+    return dict(zip(fused, parallel_map(finish, fused), strict=True))
 
 
 @dataclass(frozen=True, eq=False)

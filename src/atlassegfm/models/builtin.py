@@ -1,6 +1,6 @@
 """Built-in model: refines a prompt by the appearance and the edges of the query.
 
-It has no weights and nothing in it is random. Per structure, on a crop around the prompt (distances in mm):
+It has no weights and nothing in it is random. Per structure, on a crop around the prompt:
 
 1. *Prior.* The signed distance to the prompt's border, divided by the expected error, gives log-odds, which are bounded
    inside the prompt.
@@ -135,7 +135,7 @@ class BuiltinSegmenter:
         largest = max(_LARGEST_PRIOR, _PRIOR_SLOPE * shortest_mm / error_mm)
         prior = np.minimum(distance_mm[near] * np.float32(_PRIOR_SLOPE / error_mm), np.float32(largest))
         del distance_mm
-        data = _normalised(_part(image, first, crop.shape), near)
+        data = _normalised(image.data[tuple(map(slice, first, first + crop.shape))], near)
         log_odds = np.full(crop.shape, -_LARGEST_LOG_ODDS)
         posterior = prior + _EVIDENCE_WEIGHT * _evidence(data, near, prior, spacing_mm)
         log_odds[near] = posterior.clip(-_LARGEST_LOG_ODDS, _LARGEST_LOG_ODDS)
@@ -169,7 +169,7 @@ def _ball(image: Volume, prompt: ClickPrompt) -> tuple[NDArray[np.int64], Mask]:
     if (click < 0).any() or (click >= image.grid.shape).any():
         return np.zeros(3, np.int64), np.zeros((0, 0, 0), bool)
     first, squared = _squared_distance(image.grid, click, np.full(3, _CLICK_REACH_MM))
-    data = _normalised(_part(image, first, squared.shape), squared <= 1)
+    data = _normalised(image.data[tuple(map(slice, first, first + squared.shape))], squared <= 1)
     distance_mm = np.sqrt(squared) * _CLICK_REACH_MM
     # Shells as thick as a voxel: on thick slices those of the middle are made of in-plane neighbours.
     thickness_mm = float(image.grid.spacing_mm.min())
@@ -348,8 +348,3 @@ def _sigmoid(log_odds: NDArray[Any]) -> NDArray[Any]:
 
 def _logit(probability: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(np.log(probability / (1 - probability)))
-
-
-def _part(image: Volume, first: NDArray[np.int64], shape: tuple[int, ...]) -> Field:
-    """The intensities on a box of this shape from voxel ``first`` on."""
-    return image.data[tuple(slice(int(a), int(a) + n) for a, n in zip(first, shape, strict=True))]

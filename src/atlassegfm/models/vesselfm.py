@@ -1,15 +1,11 @@
 """vesselFM: segments all blood vessels of a scan; the warped atlas says which of them are wanted.
 
 vesselFM (Wittmann et al., "vesselFM: A Foundation Model for Universal 3D Blood Vessel Segmentation", CVPR 2025) is a
-3-D U-Net without prompts. Its architecture and published inference are rebuilt here on MONAI:
-
-1. *Scaling.* The 1st and 99th percentiles of the whole scan become 0 and 1; values beyond are cut.
-2. *Resampling*, only if ``spacing_mm`` is set.
-3. *Sliding window.* Cubes of 128 voxels that overlap by half; their logits are averaged.
+3-D U-Net without prompts. Its architecture and published inference are rebuilt here on MONAI: two percentiles of the
+whole scan become 0 and 1, and logits of overlapping cubes are averaged.
 
 The cubes lie on a lattice fixed to the whole scan. Only those within reach of a prompt are computed, and they are added
-up in the order of the lattice, so a voxel's probability does not depend on the other prompts. Cubes are kept with the
-encoded scan up to ``cache_mib``.
+up in the order of the lattice, so a voxel's probability does not depend on the other prompts.
 
 A voxel belongs to the nearest structure (voxels that the warped atlas fills by half; ties to the smaller number) within
 ``reach_mm``; its probability there is the model's, and 0 elsewhere. So structures of one call compete for what lies
@@ -42,7 +38,6 @@ from .checkpoint import check_fit, few, load_state, named_weights
 from .weights import describe_file, installed_version
 
 Field = NDArray[np.float32]
-Box = tuple[slice, slice, slice]
 #: Takes a window, (1, 1, K, J, I) float32, and gives logits of the same shape.
 Network = Callable[[torch.Tensor], torch.Tensor]
 
@@ -60,11 +55,10 @@ _FILTER_KEYS = (
 
 @dataclass(frozen=True, eq=False)
 class VesselEncoding:
-    """An encoded scan and its windows computed so far.
+    """An encoded scan and its windows computed so far: logits by first voxel in ``data``, most recently used last.
 
     ``data``, (I, J, K) float32, are intensities scaled to [0, 1] in RAS-canonical array order, on the scan's ``grid``
-    or resampled over the same field of view. ``windows`` are logits by first voxel in ``data``, the most recently used
-    last.
+    or resampled over the same field of view.
     """
 
     data: Field
@@ -133,30 +127,30 @@ class VesselSegmenter:
         total = np.zeros(np.subtract(stop, start), np.float32)
         windows = np.zeros_like(total)
         for corner in _corners(shape, size, self.settings.overlap):
-            box = [(max(low, 0), min(low + size, n)) for low, n in zip(corner, shape, strict=True)]
+            low, high = np.maximum(corner, 0), np.minimum(np.add(corner, size), shape)
             # Voxels between two places in the working grid need both.
-            touched = [(along > low - 1) & (along < high) for along, (low, high) in zip(places, box, strict=True)]
+            touched = [(along > a - 1) & (along < b) for along, a, b in zip(places, low, high, strict=True)]
             numbers = territory.numbers_in(np.ix_(*touched))
             if not numbers:
                 continue
             turn_to(numbers)
-            logits = self._window(encoded, corner, box)
-            common = [(max(a, s), min(b, t)) for (a, b), s, t in zip(box, start, stop, strict=True)]
-            to = _slices(common, start)
-            total[to] += logits[_slices(common, [low for low, _ in box])]
+            begin, end = np.maximum(low, start), np.minimum(high, stop)
+            to = tuple(map(slice, begin - start, end - start))
+            total[to] += self._window(encoded, corner)[tuple(map(slice, begin - low, end - low))]
             windows[to] += 1
         total /= np.maximum(windows, 1)
         for axis, along in enumerate(places):
             total = _interpolate(total, along - start[axis], axis)
         return total
 
-    def _window(self, encoded: VesselEncoding, corner: tuple[int, ...], box: Sequence[tuple[int, int]]) -> Field:
+    def _window(self, encoded: VesselEncoding, corner: tuple[int, ...]) -> Field:
         """Logits of one window on its part inside the scan, from the cache or the network."""
         found = encoded.windows.pop(corner, None)
         if found is None:
             patch = np.zeros((self.settings.window,) * 3, np.float32)
-            inside = _slices(box, corner)
-            patch[inside] = encoded.data[_slices(box, (0, 0, 0))]
+            low, high = np.maximum(corner, 0), np.minimum(np.add(corner, patch.shape), encoded.data.shape)
+            inside = tuple(map(slice, low - corner, high - corner))
+            patch[inside] = encoded.data[tuple(map(slice, low, high))]
             # Published: arrays as SimpleITK gives them, the first axis through the slices.
             given = torch.from_numpy(np.ascontiguousarray(patch.T))[None, None].to(self.device)
             with torch.inference_mode(), self._precision():
@@ -169,9 +163,9 @@ class VesselSegmenter:
         return found
 
     def _precision(self) -> torch.autocast:
-        single = self.settings.precision == "float32"
-        kind = torch.float16 if self.settings.precision == "float16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=kind, enabled=not single)
+        precision = self.settings.precision
+        kind = torch.float16 if precision == "float16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=kind, enabled=precision != "float32")
 
 
 def load(device: str, settings: ModelSettings, weights: Callable[[], Path]) -> VesselSegmenter:
@@ -179,17 +173,15 @@ def load(device: str, settings: ModelSettings, weights: Callable[[], Path]) -> V
     place = usable_device(device)
     _dyn_unet()  # reported before missing weights: it is installed first
     path = weights()
-    network = load_network(path).to(place)
     provenance = {"weights": describe_file(path), "monai_version": installed_version("monai")}
-    return VesselSegmenter(network, place, settings.vesselfm, provenance)
+    return VesselSegmenter(load_network(path).to(place), place, settings.vesselfm, provenance)
 
 
 def build_network(filters: Sequence[int] = PUBLISHED_FILTERS, device: str = "cpu") -> torch.nn.Module:
     """Build the published architecture with random weights; PyTorch's random state stays as it was.
 
     ``filters`` are the channels of the six resolutions, finest first. On "meta" it has no weights yet. It takes (N, 1,
-    K, J, I), each side a multiple of 32 from 64 on, and gives logits of the same shape. Raises MissingExtraError if
-    MONAI is not installed.
+    K, J, I), each side a multiple of 32 from 64 on, and gives logits of the same shape.
     """
     levels = len(PUBLISHED_FILTERS)
     # configs/model/dyn_unet_base.yaml of the published code; all else are MONAI's defaults.
@@ -208,10 +200,7 @@ def build_network(filters: Sequence[int] = PUBLISHED_FILTERS, device: str = "cpu
 
 
 def load_network(path: Path) -> torch.nn.Module:
-    """Build the network with the weights of a checkpoint, a bare state dict; its width follows from them.
-
-    Raises MissingExtraError if MONAI is not installed, ModelError if it is no checkpoint of this architecture.
-    """
+    """Build the network of a checkpoint, a bare state dict that sets its width; ModelError if it is of another one."""
     state = named_weights(load_state(path, wanted=_WANTED), path, wanted=_WANTED)
     missing = [key for key in _FILTER_KEYS if key not in state or state[key].ndim != 5]
     if missing:
@@ -300,7 +289,7 @@ def _divide(prompts: Mapping[int, Prompt], grid: Grid, reach_mm: float) -> _Terr
     nearest = np.full(high - low, np.inf, np.float32)
     for place, (first, region) in enumerate(regions.values(), start=1):
         distance_mm = ndimage.distance_transform_edt(~region, sampling=grid.spacing_mm).astype(np.float32)
-        box = _slices(list(zip(first, first + region.shape, strict=True)), low)
+        box = tuple(map(slice, first - low, first + region.shape - low))
         closer = (distance_mm <= reach_mm) & (distance_mm < nearest[box])
         nearest[box][closer] = distance_mm[closer]
         owner[box][closer] = place
@@ -316,9 +305,3 @@ def _corners(shape: Sequence[int], window: int, overlap: float) -> Iterator[tupl
     step = max(int(window * (1 - overlap)), 1)
     firsts = ([-((window - n) // 2)] if n <= window else [*range(0, n - window, step), n - window] for n in shape)
     return product(*firsts)
-
-
-def _slices(box: Sequence[tuple[int, int]], origin: Sequence[int] | NDArray[np.int64]) -> Box:
-    """A box, first and one past the last voxel along each axis, counted from ``origin``."""
-    i, j, k = (slice(int(a - first), int(b - first)) for (a, b), first in zip(box, origin, strict=True))
-    return i, j, k

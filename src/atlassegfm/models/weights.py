@@ -1,8 +1,7 @@
 """Published weights of the models: find them, download them, record the acceptance of their licence.
 
 Nothing is downloaded unless :func:`fetch` is called. Weights are looked for in the path the user names, else in
-``$ATLASSEGFM_MODELS/MODEL``, then in ``~/.local/share/atlassegfm/models/MODEL``. That folder also holds
-``weights.json`` (source and SHA-256 of each file) and ``licence-accepted.json``.
+``$ATLASSEGFM_MODELS/MODEL``, then in ``~/.local/share/atlassegfm/models/MODEL``.
 """
 
 from __future__ import annotations
@@ -30,9 +29,8 @@ logger = logging.getLogger(__name__)
 
 #: Environment variable that names the folder of all weights, with one folder for each model.
 FOLDER_VARIABLE = "ATLASSEGFM_MODELS"
-#: Files in the folder of a model that record what was fetched, and that the licence was accepted.
-RECORD = "weights.json"
-ACCEPTANCE = "licence-accepted.json"
+#: Files in the folder of a model: source and SHA-256 of each file that was fetched; acceptance of the licence.
+RECORD, ACCEPTANCE = "weights.json", "licence-accepted.json"
 _RECORDED = ("url", "revision", "size", "sha256", "date")
 
 #: State of a file. "as fetched": no SHA-256 is published, and it is unchanged since it was fetched; "not known": there
@@ -48,8 +46,7 @@ _GOOD: tuple[Verdict, ...] = ("as published", "as fetched", "not known")
 class StoredFile:
     """A published file, and what lies in its place on this machine.
 
-    ``size`` is in bytes, ``sha256`` hexadecimal; None if it is missing, the latter also if the size is wrong.
-    ``expected`` is the expected size or SHA-256, where it is wrong.
+    ``size`` in bytes is None if it is missing, ``sha256`` also if the size is wrong; ``expected`` is what is wrong.
     """
 
     file: WeightsFile
@@ -158,9 +155,9 @@ def fetch(
 ) -> Fetched:
     """Download the weights of a model that are not there yet; a partial file never has its final name.
 
-    ``folder`` is the first of :func:`folders_of` if left out; ``on_stage`` is called with the progress of each file, as
-    "downloading FILE: 10 %, ...". Raises InputError if the licence has not been accepted, the folder cannot be written
-    to or has no room, or another file is in the way; ModelError if the published files cannot be downloaded.
+    ``folder`` is the first of :func:`folders_of` if left out; ``on_stage`` is called with the progress of each file.
+    Raises InputError if the licence has not been accepted, the folder cannot be written to or has no room, or another
+    file is in the way; ModelError if the published files cannot be downloaded.
     """
     folder = folder or weights_folder() / name
     _require_licence(name, published, folder)

@@ -19,9 +19,8 @@ from .pyramid import Scan, frame_grid, on_grid
 class Dissimilarity:
     """MIND-SSC dissimilarity of query and warped atlas, (I, J, K) float32 each.
 
-    ``grid`` covers the query's field of view, about as fine as the fine level of the registration. ``values`` are sums
-    of squared differences over the channels, 0 where the scans are the same; ``weight`` is the fraction of each voxel
-    that is foreground in both scans, in [0, 1].
+    ``grid`` covers the query's field of view. ``values`` are sums of squared differences over the channels, 0 where the
+    scans are the same; ``weight`` is the fraction of each voxel that is foreground in both scans, in [0, 1].
     """
 
     grid: Grid

@@ -94,11 +94,10 @@ class Start:
 
 
 def level_spacings_mm(grid: Grid, voxels: Sequence[int]) -> tuple[float, ...]:
-    """Compute the isotropic spacing in mm of each level, coarse to fine.
+    """Compute the isotropic spacing in mm of each level, coarse to fine, from its voxels over a field of view.
 
-    The finest level has the largest of the wanted numbers of voxels over the field of view of the fixed ``grid``, but
-    is never finer than the scan. The ratios between levels follow from the numbers, so that a small crop at its own
-    resolution still gets coarser levels.
+    The finest level is never finer than the scan; the ratios between levels follow from the numbers, so that a small
+    crop at its own resolution still gets coarser levels.
     """
     volume_mm3 = float(np.prod(np.array(grid.shape) * grid.spacing_mm))
     most = max(voxels)

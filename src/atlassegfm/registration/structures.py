@@ -1,9 +1,8 @@
 """One linear map for each labelled structure, blended to one smooth field that starts the deformable fit.
 
 Between two people organs lie centimetres apart, are turned and of other size: too far for a smooth deformable fit that
-starts from the affine. Each structure, with the tissue around it, is matched at all translations within reach at once
-(by FFT). At this resolution an organ of another size, turned a little, often matches something else too: linear maps
-are fitted from the best of them, and the one that matches best in the end is kept.
+starts from the affine. Each structure, with the tissue around it, is matched at all translations within reach (by FFT);
+linear maps are fitted from the best of them, and the one that matches best in the end is kept.
 """
 
 from __future__ import annotations
@@ -104,10 +103,9 @@ def fit(
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """A structure of the atlas with the tissue around it, on a box of the grid.
+    """A structure of the atlas with the tissue around it, on a box of the grid: ``weight``, (A, B, C).
 
-    ``weight``, (A, B, C), is 1 in the structure, falling to 0 with the distance from it, and 0 outside the atlas's
-    field of view.
+    It is 1 in the structure, falling to 0 with the distance from it, and 0 outside the atlas's field of view.
     """
 
     box: tuple[slice, ...]

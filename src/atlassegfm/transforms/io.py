@@ -9,11 +9,11 @@ A transform folder holds
   nodes of the fields, which a NIfTI header rounds to 32 bits.
 
 All are in ITK's frame (LPS, mm), to which RAS+ is turned here and nowhere else. A point of the query goes through the
-local field first, through the other second and through the affine last, and arrives in the atlas.
+local field, then the other, then the affine, and arrives in the atlas.
 
 ITK takes the displacement outside a field's nodes as 0, this package as that of the border. A field is written with
-as many more nodes, copies of its border, as cover the query's field of view: inside it the two are the same map. A
-field that is 0 at its border, as the local one, is the same everywhere as it is, and gets one node more on each side.
+as many more nodes, copies of its border, as cover the query's field of view, so that the two are the same map there.
+A field that is 0 at its border, as the local one, gets one node more on each side.
 """
 
 from __future__ import annotations

@@ -117,9 +117,8 @@ def _near_labels(
 ) -> Callable[[slice], NDArray[np.bool_]]:
     """Find the voxels of the fixed grid that can lie in a label; the others need not be mapped.
 
-    The fixed grid is cut into blocks, and only the middle of each is mapped. A block can hold a label if one lies
-    within the distances of its mapped middle to those of its neighbours along the three axes: twice as far as its
-    corners are, so that what the transform does inside a block is allowed for.
+    Of each block of the fixed grid only the middle is mapped. A block can hold a label if one lies within the distances
+    of its mapped middle to those of its neighbours along the three axes: twice as far as its corners are.
 
     ``padded`` are the labels on ``grid`` with a border of 0. The result takes a run of planes of ``onto`` and gives
     (N,) bool for its voxels in C order.

@@ -15,7 +15,7 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -320,10 +320,8 @@ def rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _config_beside(path: Path) -> dict[str, Any] | None:
     """Read the architecture from a file beside the checkpoint; None if there is none."""
     file = path.with_name(CONFIG_FILE)
-    if not file.is_file():
-        return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: not readable as JSON ({error}); correct it or move it away") from None
     settings = content.get(_CONFIG_KEY) if isinstance(content, dict) else None
@@ -351,12 +349,10 @@ def _import_classes() -> tuple[Any, Any, Any]:
         method = getattr(model_class, name, None)
         if method is None or not parameters <= set(inspect.signature(method).parameters):
             raise _unsupported(f"has another Sam2VideoModel.{name} than is corrected here")
-    try:
+    session = None
+    with suppress(TypeError):
         session = session_class(inference_device="cpu", dtype=torch.float32)
-    except TypeError:
-        session = None
-    lacking = [name for name in _SESSION if not hasattr(session, name)]
-    if lacking:
+    if lacking := [name for name in _SESSION if not hasattr(session, name)]:
         raise _unsupported(f"has another Sam2VideoInferenceSession than is used here (without {few(lacking)})")
     return config_class, _corrected(model_class), session_class
 

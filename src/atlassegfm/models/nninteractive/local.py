@@ -121,10 +121,10 @@ class PaintedProbability:
         patches = [(patch, box) for patch, box in patches if (box[1] > box[0]).all()]
         boxes = np.array([(foreground.start, foreground.stop), *(box for _, box in patches)])
         first, last = boxes[:, 0].min(axis=0), boxes[:, 1].max(axis=0)
-        inside = mask[_slices(first, last)] > 0
+        inside = mask[tuple(map(slice, first, last))] > 0
         values = inside.astype(np.float32)
         for patch, (start, stop) in patches:
-            values[_slices(start - first, stop - first)] = patch.on_box(start, stop)
+            values[tuple(map(slice, start - first, stop - first))] = patch.on_box(start, stop)
         wrong = (values >= INSIDE) != inside
         if float((wrong & (np.abs(values - INSIDE) > _ROUNDING)).mean()) > _LARGEST_MISMATCH:
             raise _other_version("its outputs are not those of its masks")
@@ -353,7 +353,3 @@ def _settings_of_torch() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = benchmark
-
-
-def _slices(first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[slice, ...]:
-    return tuple(slice(a, b) for a, b in zip(first, last, strict=True))
