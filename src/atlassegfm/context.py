@@ -112,7 +112,8 @@ class Context:
         for key, asked in _gate_basis(settings).items():
             if asked != made.get(key):
                 found = f"made with {key} = {made.get(key)}, but {asked} was asked for"
-                raise InputError(f"{self._name}: {found}; keep it, or make a context with it by atlassegfm customize")
+                advice = "leave it as it is, or make a context with it by atlassegfm customize"
+                raise InputError(f"{self._name}: {found}; {advice}")
 
     def check_model(self, model: Segmenter | None) -> None:
         """Check that the model has the weights the gate was trained with, where both are known; ModelError if not."""
