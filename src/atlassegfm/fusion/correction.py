@@ -70,9 +70,7 @@ class Correction:
             raise ValueError(f"not a correction network: shapes {shapes} and {self.embedding.shape}")
 
     def __repr__(self) -> str:
-        return (
-            f"Correction({len(self.embedding)} structures, {self.parameter_count} parameters, strength {self.strength})"
-        )
+        return f"Correction({len(self.embedding)} structures, {self.parameter_count} parameters)"
 
     def __eq__(self, other: object) -> bool:
         """Compare all numbers exactly."""

@@ -102,8 +102,7 @@ def describe_model(name: str) -> ModelDescription:
 def load_model(name: str, device: str, settings: ModelSettings | None = None, path: Path | None = None) -> Segmenter:
     """Load a model of :data:`MODELS` onto "cpu" or "cuda".
 
-    ``path`` is the file or folder of its weights, by default in the folder of all weights
-    (:mod:`atlassegfm.models.weights`).
+    ``path`` is the file or folder of its weights, by default in the folder of all weights (:mod:`.models.weights`).
 
     Raises InputError if the name is not known, the weights are not there, their licence has not been accepted, or a
     path is given for a model without weights; MissingExtraError if the model's dependencies are not installed;
@@ -111,9 +110,7 @@ def load_model(name: str, device: str, settings: ModelSettings | None = None, pa
     """
     published = describe_model(name).weights
     if published is None and path is not None:
-        raise InputError(
-            f"{path}: given as weights, but the model {name!r} has none; leave out the path of the weights"
-        )
+        raise InputError(f"{path}: given as weights, but the model {name!r} has none; leave out their path")
 
     def weights() -> Path:
         if published is None:

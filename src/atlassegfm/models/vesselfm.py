@@ -226,11 +226,9 @@ def _scaled(image: Volume, percentiles: tuple[float, float]) -> Field:
     data = intensities(image)
     low, high = (float(n) for n in np.percentile(data, percentiles))
     if low == high:
-        raise InputError(
-            f"{scan_name(image)}: the percentiles {percentiles[0]:g} and {percentiles[1]:g} of its voxels are both "
-            f"{low:g}, which leaves the model 'vesselfm' no contrast; crop empty parts, or set "
-            "models.vesselfm.percentiles wider apart"
-        )
+        found = f"the percentiles {percentiles[0]:g} and {percentiles[1]:g} of its voxels are both {low:g}"
+        advice = "crop empty parts, or set models.vesselfm.percentiles wider apart"
+        raise InputError(f"{scan_name(image)}: {found}, which leaves the model 'vesselfm' no contrast; {advice}")
     scaled = data - np.float32(low)
     scaled /= np.float32(high - low)
     return np.clip(scaled, 0, 1, out=scaled)
@@ -293,7 +291,7 @@ def _divide(prompts: Mapping[int, Prompt], grid: Grid, reach_mm: float) -> _Terr
         closer = (distance_mm <= reach_mm) & (distance_mm < nearest[box])
         nearest[box][closer] = distance_mm[closer]
         owner[box][closer] = place
-    return _Territory(tuple(int(n) for n in low), owner, tuple(regions))
+    return _Territory(tuple(low.tolist()), owner, tuple(regions))
 
 
 def _corners(shape: Sequence[int], window: int, overlap: float) -> Iterator[tuple[int, ...]]:
