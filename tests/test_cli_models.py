@@ -510,10 +510,7 @@ def test_weights_for_a_model_that_has_none(run: Run, scans: None, folder: Path) 
     arguments = ["segment", *ATLAS_ARGUMENTS, "query.nii.gz", "-o", "out", *FAST, "--quiet"]
     outcome = run(*arguments, "--model-path", "toy.pt")
     assert (outcome.code, outcome.out) == (2, "")
-    assert (
-        outcome.err
-        == "error: toy.pt: given as weights, but the model 'builtin' has none; leave out their path\n"
-    )
+    assert outcome.err == "error: toy.pt: given as weights, but the model 'builtin' has none; leave out their path\n"
     # Nothing to accept is no mistake: scripts give the option to every model.
     assert run(*arguments, "--accept-licence", "--model", "none").code == 0
 
