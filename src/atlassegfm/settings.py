@@ -119,7 +119,7 @@ class VoxelmorphSettings:
     """Whether to convolve in bfloat16. "auto": on GPUs that have it; faster on CPUs with AMX too."""
 
 
-_ENGINE_PYTHON = "Path of a Python that has it; empty: that of ATLASSEGFM_GREEDY_PYTHON (ANTS, ELASTIX), or else this."
+_ENGINE_PYTHON = "Path of a Python that has it; empty: that of ATLASSEGFM_GREEDY_PYTHON (ANTS, ELASTIX), or this one."
 _ENGINE_VOXELS = "Voxels over the query's field of view, at most (3 mm for an abdominal CT), never finer than the scan."
 
 
