@@ -455,9 +455,9 @@ def test_hounsfield_units_are_told_by_their_range(least: float, most: float, exp
         (
             np.linspace(600, 900, 24).reshape(2, 3, 4),
             {"modality": "ct"},
-            "^the scan: has no contrast between -160 ",
+            "^the scan: has no contrast from -160 ",
         ),
-        (np.eye(200)[None] * 5, {}, r"no contrast between 5 and 5, .* set models\.medsam2\.modality"),
+        (np.eye(200)[None] * 5, {}, r"no contrast from 5 to 5, .* set models\.medsam2\.modality"),
     ],
 )
 def test_scan_without_contrast(
