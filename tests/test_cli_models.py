@@ -83,9 +83,7 @@ def add_model(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Toy]]:
         module = types.ModuleType(f"atlassegfm.models.{name}")
         module.load = load  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        row = ModelDescription(
-            name, "bright voxels", name, prompts, "MIT", published, "toys", {"mask": 71.5, "box": 60}
-        )
+        row = ModelDescription(name, "bright voxels", prompts, "MIT", published, "toys", {"mask": 71.5, "box": 60})
         monkeypatch.setitem(MODELS, name, row)
         return loaded
 
@@ -423,7 +421,7 @@ sys.argv = ["atlassegfm", "models", "fetch", "toy"]
 from mirror import weights
 from atlassegfm.cli import app as cli
 from atlassegfm.models import MODELS, ModelDescription
-MODELS["toy"] = ModelDescription("toy", "", "toy", ("mask",), "MIT", weights())
+MODELS["toy"] = ModelDescription("toy", "", ("mask",), "MIT", weights())
 cli.main()
 """
 
@@ -512,10 +510,7 @@ def test_weights_for_a_model_that_has_none(run: Run, scans: None, folder: Path) 
     arguments = ["segment", *ATLAS_ARGUMENTS, "query.nii.gz", "-o", "out", *FAST, "--quiet"]
     outcome = run(*arguments, "--model-path", "toy.pt")
     assert (outcome.code, outcome.out) == (2, "")
-    assert (
-        outcome.err
-        == "error: toy.pt: given as weights, but the model 'builtin' has none; leave out the path of the weights\n"
-    )
+    assert outcome.err == "error: toy.pt: given as weights, but the model 'builtin' has none; leave out their path\n"
     # Nothing to accept is no mistake: scripts give the option to every model.
     assert run(*arguments, "--accept-licence", "--model", "none").code == 0
 

@@ -179,7 +179,7 @@ def test_weights_of_full_size_all_find_their_place(monkeypatch: pytest.MonkeyPat
     assert len(original) == 471
     assert sum(tensor.numel() for tensor in original.values()) == 38_962_754
     assert original["image_encoder.trunk.patch_embed.proj.weight"].shape == (96, 3, 7, 7)
-    monkeypatch.setattr(network_module, "_read_checkpoint", lambda _: original)
+    monkeypatch.setattr(network_module, "load_state", lambda *_, **__: {"model": original})
     network = load_network(Path("nowhere") / "MedSAM2_latest.pt", CPU)
     assert network.image_size == 512
     loaded = network.model.state_dict()
@@ -455,9 +455,9 @@ def test_hounsfield_units_are_told_by_their_range(least: float, most: float, exp
         (
             np.linspace(600, 900, 24).reshape(2, 3, 4),
             {"modality": "ct"},
-            "^the scan: has no contrast between -160 ",
+            "^the scan: has no contrast from -160 ",
         ),
-        (np.eye(200)[None] * 5, {}, r"no contrast between 5 and 5, .* set models\.medsam2\.modality"),
+        (np.eye(200)[None] * 5, {}, r"no contrast from 5 to 5, .* set models\.medsam2\.modality"),
     ],
 )
 def test_scan_without_contrast(

@@ -549,8 +549,8 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "dataset.json: 2 channels; expected a network for scans of one",
     ),
-    "no JSON": (lambda folder: (folder / "plans.json").write_text("{"), "plans.json: not a JSON file"),
-    "JSON list": (lambda folder: write(folder / "plans.json", []), "plans.json: holds a list"),
+    "no JSON": (lambda folder: (folder / "plans.json").write_text("{"), "plans.json: not a JSON object"),
+    "JSON list": (lambda folder: write(folder / "plans.json", []), "plans.json: not a JSON object"),
     "newer format": (
         lambda folder: write(folder / "inference_info.json", {"inference_class_min_version": "9.0.0"}),
         r"inference_info.json: nnInteractive 2\.6\.\d+ cannot use it .*>=9.0.0",
@@ -786,13 +786,13 @@ def test_autozoom_is_told_to_the_server(server: str, monkeypatch: pytest.MonkeyP
 
 
 def test_full_server(remote: Any, server: str) -> None:
-    with pytest.raises(ModelError, match=r"the server has no free session \(.*1 sessions\)\); try again later"):
+    with pytest.raises(ModelError, match=r"the server has no free session \(.*1 sessions\)\); try later"):
         load(Path("absent"), server=server)
 
 
 def test_wrong_key(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NN_INTERACTIVE_API_KEY", "wrong")
-    with pytest.raises(ModelError, match="refuses the key; set the environment variable NN_INTERACTIVE_API_KEY"):
+    with pytest.raises(ModelError, match="refuses the key; set NN_INTERACTIVE_API_KEY"):
         load(Path("absent"), server=server)
 
 

@@ -146,11 +146,11 @@ def test_dissimilarity_is_one_minus_the_correlation_with_its_derivative(radius: 
 def test_a_level_has_the_voxels_wanted_unless_the_scan_is_coarser() -> None:
     grid = Grid((100, 80, 20), affine_of(np.diag([1.0, 1.0, 8.0]), (5.0, -3.0, 40.0)))
     axes = pyramid.axes_of(grid)
-    level = pyramid.level_grid(grid, axes, 20_000)
+    level = pyramid.level_grid(grid, axes, 20_000, 1.0)
     np.testing.assert_allclose(level.spacing_mm, level.spacing_mm[0])
     assert 18_000 < level.size < 24_000
-    assert pyramid.level_grid(grid, axes, 10**8).spacing_mm == pytest.approx([1, 1, 1])
-    assert pyramid.level_grid(grid, axes, 10**8, finest_mm=2.0).spacing_mm == pytest.approx([2, 2, 2])
+    assert pyramid.level_grid(grid, axes, 10**8, 1.0).spacing_mm == pytest.approx([1, 1, 1])
+    assert pyramid.level_grid(grid, axes, 10**8, 2.0).spacing_mm == pytest.approx([2, 2, 2])
 
 
 @pytest.mark.parametrize("name", ["RAS", "oblique-flipped"])
@@ -188,7 +188,7 @@ def test_spacings_are_no_finer_than_the_scan_and_keep_their_ratio() -> None:
 @pytest.mark.parametrize("other", [None, rotation(30, 10, -20)], ids=["own axes", "other axes"])
 def test_frame_covers_the_field_of_view(affine: NDArray[np.float64], other: NDArray[np.float64] | None) -> None:
     grid = Grid((20, 15, 9), affine)
-    frame = pyramid.frame_grid(grid, pyramid.axes_of(grid) if other is None else other, 3.0)
+    frame = pyramid.frame_grid(grid, 3.0, other)
     np.testing.assert_allclose(frame.spacing_mm, 3.0)
     directions = frame.affine[:3, :3] / 3
     np.testing.assert_allclose(directions.T @ directions, np.eye(3), atol=1e-12)
@@ -202,10 +202,12 @@ def test_frame_covers_the_field_of_view(affine: NDArray[np.float64], other: NDAr
 
 @pytest.mark.parametrize("affine", [*ORIENTATIONS.values(), SHEARED], ids=[*ORIENTATIONS, "sheared"])
 def test_blocks_lie_where_their_voxels_do(affine: NDArray[np.float64]) -> None:
-    grid, factors = Grid((6, 8, 3), affine), (2, 4, 1)
+    spacing_mm = np.array([2.0, 1.0, 4.0])  # blocks of 2, 4 and 1 voxels are no longer than 4.5 mm
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    grid = Grid((6, 8, 3), affine_of(axes * spacing_mm, affine[:3, 3]))
     world = grid.voxel_to_world(np.moveaxis(np.indices(grid.shape), 0, -1))
     for axis in range(3):
-        means = pyramid._block_means(Volume(np.ascontiguousarray(world[..., axis], dtype=np.float32), grid), factors)
+        means = pyramid._downsample(Volume(np.ascontiguousarray(world[..., axis], dtype=np.float32), grid), 4.5)
         assert means.grid.shape == (3, 2, 3)
         expected = means.grid.voxel_to_world(np.moveaxis(np.indices(means.grid.shape), 0, -1))
         np.testing.assert_allclose(means.data, expected[..., axis], atol=1e-4)
@@ -213,7 +215,7 @@ def test_blocks_lie_where_their_voxels_do(affine: NDArray[np.float64]) -> None:
 
 def test_an_incomplete_block_repeats_its_last_plane() -> None:
     data = np.arange(5, dtype=np.float32)[:, None, None]
-    means = pyramid._block_means(Volume(data, Grid((5, 1, 1), np.eye(4))), (2, 1, 1))
+    means = pyramid._downsample(Volume(data, Grid((5, 1, 1), np.eye(4))), 2.0)
     np.testing.assert_array_equal(means.data.ravel(), [0.5, 2.5, 4])
 
 
@@ -321,7 +323,7 @@ def test_scans_that_share_a_third_are_found() -> None:
     truth = Affine(query.grid.affine @ np.linalg.inv(moved.grid.affine))
     prepared = (pyramid.prepare(scan, None, 4.0, "scan") for scan in (moved, atlas))
     fixed_side, moving_side = (
-        affine._WeightedScan(pyramid.on_grid(s, pyramid.frame_grid(s.intensity.grid, np.eye(3), 6.0), "cpu"), 0.0)
+        affine._WeightedScan(pyramid.on_grid(s, pyramid.frame_grid(s.intensity.grid, 6.0, np.eye(3)), "cpu"), 0.0)
         for s in prepared
     )
     shift = affine.search_translations(fixed_side, moving_side, 1)[0]

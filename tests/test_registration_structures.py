@@ -115,11 +115,11 @@ def small_pair(
 @pytest.mark.parametrize("brightness", [True, False])
 def test_costs_of_shifts_are_those_of_a_cruder_search(brightness: bool) -> None:
     query, atlas, mask = small_pair()
-    found = structures.TranslationSearch(query, atlas, 1.0, 12.0)
+    found = structures.StructureFit(query, atlas, 1.0, 12.0, brightness=brightness)
     patch = found.patch(mask)
     assert patch is not None
     sigma = structures._PRIOR_FRACTION * 12.0
-    costs = found._costs(patch, brightness=brightness).numpy()
+    costs = found._costs(patch).numpy()
     reach = (costs.shape[0] - 1) // 2
     assert reach == 3
     for shift in itertools.product((-reach, -1, 0, 2, reach), repeat=3):
@@ -129,10 +129,10 @@ def test_costs_of_shifts_are_those_of_a_cruder_search(brightness: bool) -> None:
 
 def test_candidates_are_the_lowest_minima_in_order() -> None:
     query, atlas, mask = small_pair((30, 30, 30))
-    found = structures.TranslationSearch(query, atlas, 1.0, 50.0)
+    found = structures.StructureFit(query, atlas, 1.0, 50.0, brightness=True)
     patch = found.patch(mask)
     assert patch is not None
-    costs = found._costs(patch, brightness=True).numpy()
+    costs = found._costs(patch).numpy()
     reach = (costs.shape[0] - 1) // 2
     minima = np.argwhere(ndimage.minimum_filter(costs, 5, mode="constant", cval=np.inf) == costs)
     by_cost = minima[np.argsort(costs[tuple(minima.T)])] - reach
@@ -143,7 +143,7 @@ def test_candidates_are_the_lowest_minima_in_order() -> None:
 
 def test_what_the_atlas_has_not_imaged_has_no_patch() -> None:
     query, atlas, _ = small_pair()
-    found = structures.TranslationSearch(query, atlas, 1.0, 12.0)
+    found = structures.StructureFit(query, atlas, 1.0, 12.0, brightness=True)
     assert found.patch(LocalMap((4, 4, 9), np.ones((2, 2, 1), np.float32))) is None
     partly = found.patch(LocalMap((4, 4, 5), np.ones((2, 2, 4), np.float32)))
     assert partly is not None
@@ -185,7 +185,7 @@ def dice(first: NDArray[np.float32], second: NDArray[np.float32]) -> float:
 def best_map(
     query: NDArray[np.float32], atlas: NDArray[np.float32], mask: NDArray[np.float32], *, brightness: bool = True
 ) -> structures._StructureMap | None:
-    fit = structures._StructureFit(level_of(query), level_of(atlas), 1.0, float(SIZE), brightness=brightness)
+    fit = structures.StructureFit(level_of(query), level_of(atlas), 1.0, float(SIZE), brightness=brightness)
     return fit.fit(LocalMap((0, 0, 0), mask))
 
 
@@ -215,7 +215,7 @@ def test_of_two_places_the_one_that_fits_in_the_end_is_kept() -> None:
     decoy, decoy_mask = organ(about_the_middle(np.eye(3), (0.0, 0.0, -6.0)), stripes=False)
     query = np.where(decoy_mask > 0, decoy, query)
     levels = level_of(query), level_of(atlas)
-    places = structures.TranslationSearch(*levels, 1.0, float(SIZE))
+    places = structures.StructureFit(*levels, 1.0, float(SIZE), brightness=True)
     patch = places.patch(LocalMap((0, 0, 0), mask))
     assert patch is not None
     assert places.candidates(patch, 8)[0, 2] < 0
@@ -250,7 +250,7 @@ def test_dark_organ_that_moved_is_found_without_brightness() -> None:
 
 def test_what_the_atlas_has_not_imaged_has_no_map() -> None:
     query, atlas, _ = small_pair()
-    fit = structures._StructureFit(query, atlas, 1.0, 12.0, brightness=True)
+    fit = structures.StructureFit(query, atlas, 1.0, 12.0, brightness=True)
     assert fit.fit(LocalMap((4, 4, 9), np.ones((2, 2, 1), np.float32))) is None
 
 

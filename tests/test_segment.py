@@ -295,7 +295,7 @@ def test_settings_that_cannot_be_used(context: Context, monkeypatch: pytest.Monk
     with pytest.raises(InputError, match="unknown model 'sam'; known models: none, builtin"):
         segment(context_for(context.atlas, "model=sam"), query)
     row = type("Row", (), {"name": "x", "prompts": ("box",)})
-    monkeypatch.setattr("atlassegfm.models.choice.describe_model", lambda _: row)
+    monkeypatch.setattr("atlassegfm.models.table.describe_model", lambda _: row)
     with pytest.raises(InputError, match="the model 'x' does not take the prompt 'click'; it takes box"):
         segment(context_for(context.atlas, "prompt=click"), query)
 

@@ -11,7 +11,7 @@ from atlassegfm.context import Context
 from atlassegfm.core.config import with_overrides
 from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap
-from atlassegfm.fusion.topology import count_parts, find_islands, remove_islands
+from atlassegfm.fusion.label_map import count_parts, find_islands, remove_islands
 from atlassegfm.models import OnPrompt
 from atlassegfm.prompts import MaskPrompt
 from atlassegfm.segment import segment

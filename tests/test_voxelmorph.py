@@ -243,7 +243,7 @@ def test_beyond_the_atlas_nothing_pulls(loss: Literal["mse", "lncc"]) -> None:
     atlas.inside[:, :, 10:] = 0
     atlas.image[:, :, 10:] = 0
     displacement = torch.zeros(1, 3, *grid.shape, requires_grad=True)
-    voxelmorph._Dissimilarity(query, atlas, VoxelmorphSettings(loss=loss))(displacement).backward()
+    voxelmorph._dissimilarity(query, atlas, loss)(displacement).backward()
     assert displacement.grad is not None
     pull = displacement.grad.abs().amax(dim=(0, 1, 3, 4))
     # The local correlation reads 4 voxels around each that counts; displaced by nothing, all is read where it lies.
@@ -258,7 +258,7 @@ def test_mse_is_a_mean_over_what_counts() -> None:
     inside = ones.clone()
     inside[:, :, 2:] = 0
     query, atlas = pyramid.Level(grid, ones, ones, ones, None), pyramid.Level(grid, 0.5 * inside, inside, inside, None)
-    dissimilarity = voxelmorph._Dissimilarity(query, atlas, VoxelmorphSettings())
+    dissimilarity = voxelmorph._dissimilarity(query, atlas, "mse")
     assert float(dissimilarity(torch.zeros(1, 3, 4, 4, 4))) == pytest.approx(0.25)
     # Nothing in common: no reason for anything.
     assert float(dissimilarity(torch.full((1, 3, 4, 4, 4), 9.0))) == 0

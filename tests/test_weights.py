@@ -163,7 +163,7 @@ def test_a_given_path_that_is_not_it(tmp_path: Path, default: Path) -> None:
     (tmp_path / "empty").mkdir()
     with raises(
         InputError,
-        f"{tmp_path / 'empty'}: has no toy.pt; expected {one}: name the file itself where it is called otherwise",
+        f"{tmp_path / 'empty'}: has no toy.pt; expected {one}: name the file itself if it is called otherwise",
     ):
         find_weights("toy", weights(KNOWN), tmp_path / "empty")
     with raises(InputError, f"{default / 'toy.pt'}: is a file; expected the folder of {two}"):
@@ -480,7 +480,7 @@ def test_another_file_in_the_way_is_not_replaced(mirror: Mirror, default: Path) 
     before = (default / "toy.pt").read_bytes()
     with raises(
         InputError,
-        f"{default}/toy.pt: is not the file that would be fetched: its size is 5, expected {len(CONTENT)}; move it "
+        f"{default}/toy.pt: not the file to fetch: its size is 5, expected {len(CONTENT)}; move it "
         "away, then fetch again",
     ):
         fetch("toy", weights(KNOWN))
@@ -488,7 +488,7 @@ def test_another_file_in_the_way_is_not_replaced(mirror: Mirror, default: Path) 
     (default / "toy.pt").write_bytes(changed)
     with raises(
         InputError,
-        f"{default}/toy.pt: is not the file that would be fetched: its sha256 is "
+        f"{default}/toy.pt: not the file to fetch: its sha256 is "
         f"{hashlib.sha256(changed).hexdigest()}, expected {SHA256}; move it away, then fetch again",
     ):
         fetch("toy", weights(KNOWN))

@@ -34,7 +34,7 @@ from .fusion.correction import Correction
 from .fusion.gate import Gate
 from .fusion.train import train_gate_on_atlas
 from .models import Segmenter
-from .models.choice import load_chosen, prompt_kind
+from .models.table import load_chosen, prompt_kind
 from .models.weights import sha256_of
 from .prompts import PromptKind
 from .settings import NO_MODEL, Settings
@@ -63,21 +63,10 @@ class SavedContext:
 class Context:
     """An atlas with its settings and, once trained, the gate.
 
-    Parameters
-    ----------
-    atlas : Atlas
-    settings : Settings
-        Of the gate; the defaults for queries.
-    gate : Gate or None
-        None before training, or without a model.
-    weights_sha256 : str
-        Of the model's weights; empty where it has none, or they are on a server.
-    version : str
-        Of this package when the gate was trained.
-    saved : SavedContext or None
-        The folder it was read from.
-    files : mapping of str to str
-        File names of the atlas by role ("atlas", "labels").
+    ``settings`` are those of the gate, and the defaults for queries. ``gate`` is None before training, or without a
+    model; ``weights_sha256`` is that of the model's weights, empty where it has none or they are on a server;
+    ``version`` that of this package when the gate was trained. ``saved`` is the folder it was read from, ``files`` are
+    the file names of the atlas by role ("atlas", "labels").
     """
 
     atlas: Atlas
@@ -116,40 +105,30 @@ class Context:
         return f"Context({self.atlas!r}, model {self.settings.model}, gate: {gate})"
 
     def check_settings(self, settings: Settings) -> None:
-        """Check that a trained gate fits the settings; without a model or a gate, any settings do.
-
-        Raises
-        ------
-        InputError
-            If a setting differs that the gate depends on; the message names the first.
-        """
+        """Check that a trained gate fits the settings: InputError, naming the first that differs, where not."""
         if settings.model == NO_MODEL or (self.gate is None and self.saved is None):
             return
         made = _gate_basis(self.settings)
         for key, asked in _gate_basis(settings).items():
             if asked != made.get(key):
-                raise InputError(
-                    f"{self._name}: made with {key} = {made.get(key)}, but {asked} was asked for; leave it as it is, "
-                    "or make a context with it by atlassegfm customize"
-                )
+                found = f"made with {key} = {made.get(key)}, but {asked} was asked for"
+                advice = "leave it as it is, or make a context with it by atlassegfm customize"
+                raise InputError(f"{self._name}: {found}; {advice}")
 
     def check_model(self, model: Segmenter | None) -> None:
         """Check that the model has the weights the gate was trained with, where both are known; ModelError if not."""
         found = _weights_sha256(model)
         if found and self.weights_sha256 and found != self.weights_sha256:
+            sums = f"SHA-256 {self.weights_sha256[:12]}..., found {found[:12]}..."
             raise ModelError(
-                f"{self._name}: made with other weights of the model {self.settings.model!r} (SHA-256 "
-                f"{self.weights_sha256[:12]}..., found {found[:12]}...); name those with --model-path, or make "
-                "a context with these by atlassegfm customize"
+                f"{self._name}: made with other weights of the model {self.settings.model!r} ({sums}); name those with "
+                "--model-path, or make a context with these by atlassegfm customize"
             )
 
     def save(self, folder: PathLike) -> SavedContext:
         """Write the context folder, whose parent exists, whole or not at all; an earlier one is replaced.
 
-        Raises
-        ------
-        InputError
-            If it cannot be written, or holds anything but a context.
+        Raises InputError if it cannot be written, or holds anything but a context.
         """
         folder = Path(folder)
         image, labels = self.atlas.image, self.atlas.labels
@@ -172,10 +151,7 @@ class Context:
     def load(cls, folder: PathLike) -> Context:
         """Read a context folder that :meth:`save` or ``atlassegfm customize`` wrote.
 
-        Raises
-        ------
-        InputError
-            If it is none, is incomplete or damaged, or has another format.
+        Raises InputError if it is none, is incomplete or damaged, or has another format.
         """
         folder = Path(folder)
         content, sha256 = _checked_content(folder)
@@ -230,30 +206,11 @@ def customize(
     on_stage: Callable[[str], None] | None = None,
     progress: bool = False,
 ) -> Context:
-    """Train the gate of a context on simulated registration errors of its atlas.
+    """Train the gate of a context on simulated registration errors of its atlas; without a model it stays as it was.
 
-    Parameters
-    ----------
-    context : Context
-    device : {"auto", "cpu", "cuda"}
-    model : Segmenter, optional
-        The model that the settings name, if it is loaded already.
-    on_stage : callable, optional
-        Called with the name of the stage, and of each structure.
-    progress : bool
-        Whether to print the stage to standard error.
-
-    Returns
-    -------
-    Context
-        With its gate; without a model, as it was.
-
-    Raises
-    ------
-    InputError
-        If a setting cannot be used.
-    ModelError
-        If the model or the device cannot do what was asked.
+    ``device`` is "auto", "cpu" or "cuda"; ``model`` the one that the settings name, if it is loaded already.
+    ``on_stage`` is called with the name of the stage, and of each structure; ``progress`` prints them to standard
+    error. Raises InputError if a setting cannot be used, ModelError if model or device cannot do what was asked.
     """
     settings, device = context.settings, resolve_device(device)
     model = None if prompt_kind(settings) is None else model or load_chosen(settings, device)
@@ -314,9 +271,8 @@ def _checked_content(folder: Path) -> tuple[dict[str, Any], str]:
         except OSError as error:
             raise InputError(f"{file}: cannot be read ({error.strerror}); check the permissions") from None
         if found != expected:
-            raise InputError(
-                f"{file}: damaged or changed, its SHA-256 is {found[:12]}..., expected {expected[:12]}...; {again}"
-            )
+            sums = f"its SHA-256 is {found[:12]}..., expected {expected[:12]}..."
+            raise InputError(f"{file}: damaged or changed, {sums}; {again}")
     content = load_toml(folder / CONTENT, "a context") if CONTENT in listed else {"format": FORMAT}
     if content.get("format") != FORMAT:
         raise InputError(
@@ -350,5 +306,4 @@ def _read_gate(content: Mapping[str, Any], correction: Path) -> Gate:
 
 
 def _write(path: Path, text: str) -> None:
-    # Bytes, so that line ends are the same on every system.
-    path.write_bytes(text.encode())
+    path.write_bytes(text.encode())  # the same line ends on every system

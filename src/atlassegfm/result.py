@@ -32,20 +32,10 @@ class StructureMaps:
 class StructureResult:
     """Outcome for one structure of the atlas.
 
-    Parameters
-    ----------
-    structure : Structure
-        Label value, name and colour.
-    status : {"present", "absent", "outside"}
-        "outside": at least 90 % of it lies outside the query's field of view. "absent": no voxel of it was found.
-    reason : str
-        Why it is not present, or why the warped atlas was kept; else empty.
-    volume_ml : float
-    outside_fraction : float
-        Fraction of the atlas's structure that the linear registration maps outside the query's field of view.
-    prompt : UsedPrompt or None
-        None without a model, or where the warped mask is empty.
-    quality : StructureQuality or None
+    ``status`` is "outside" where at least 90 % of it lies outside the query's field of view, "absent" where no voxel of
+    it was found. ``reason`` says why it is not present, or why the warped atlas was kept; else it is empty.
+    ``outside_fraction`` is that of the atlas's structure which the linear registration maps outside the query's field
+    of view. ``prompt`` is None without a model, or where the warped mask is empty.
     """
 
     structure: Structure
@@ -61,31 +51,13 @@ class StructureResult:
 class Segmentation:
     """Result for one query.
 
-    Parameters
-    ----------
-    labels, atlas_labels, model_labels : Volume
-        Label values on the query's own grid, in the smallest integer type: fused, of the warped atlas, of the model
-        (None without one).
-    grid : Grid
-        Query's grid in RAS-canonical array order: that of ``probabilities``.
-    probabilities : mapping of int to StructureMaps
-        By label value, without structures that were outside or absent before the fusion.
-    structures : tuple of StructureResult
-    registration : Registration
-        Query world to atlas world.
-    transform_given : bool
-        Whether the transform was given, not optimised here.
-    gate : Gate or None
-    settings : Settings
-    prompt : {"click", "box", "mask", "region"} or None
-        None without a model, as ``gate``.
-    device : {"cpu", "cuda"}
-    seconds : mapping of str to float
-        Wall time of each stage.
-    provenance : mapping of str to Any
-        Files, versions or server of the model, as plain values.
-    licence_accepted : str or None
-        Date (ISO 8601) on which the licence of the model's weights was accepted; None where that is not needed.
+    ``labels``, ``atlas_labels`` and ``model_labels`` are label values on the query's own grid, in the smallest integer
+    type: fused, of the warped atlas, of the model. ``probabilities`` are by label value, on ``grid``, the query's in
+    RAS-canonical array order, without structures that were outside or absent before the fusion. ``registration`` maps
+    query world to atlas world; ``transform_given`` if it was given, not optimised here. ``gate``, ``prompt`` and
+    ``model_labels`` are None without a model. ``seconds`` is the wall time of each stage; ``provenance`` holds files,
+    versions or server of the model, as plain values; ``licence_accepted`` is the date (ISO 8601) on which the licence
+    of the model's weights was accepted, None where that is not needed.
     """
 
     labels: Volume
@@ -111,9 +83,8 @@ class Segmentation:
 
     def __repr__(self) -> str:
         """Table of structures."""
-        head = f"Segmentation({self.verdict}, {self.labels!r}, model {self.settings.model})"
         width = max(len(one.structure.name) for one in self.structures)
-        lines = [head]
+        lines = [f"Segmentation({self.verdict}, {self.labels!r}, model {self.settings.model})"]
         for one in self.structures:
             verdict = one.status if one.quality is None else one.quality.verdict
             dice = None if one.quality is None else one.quality.estimated_dice

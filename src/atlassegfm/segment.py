@@ -20,12 +20,11 @@ from .core.image import Volume
 from .core.mask import LocalMap
 from .core.progress import StageClock, stage_printer
 from .dicom import open_image
-from .fusion.fuse import fuse_structures, is_empty_prediction
-from .fusion.label_map import label_map
-from .fusion.topology import count_parts, remove_islands
+from .fusion.gate import fuse_structures, is_empty_prediction
+from .fusion.label_map import count_parts, label_map, remove_islands
 from .models import Segmenter, licence_accepted
-from .models.choice import load_chosen, prompt_kind
-from .models.prompted import Prediction, PromptedScan
+from .models.base import Prediction, PromptedScan
+from .models.table import load_chosen, prompt_kind
 from .prompts import INSIDE, used_prompt
 from .quality.coverage import outside_fractions
 from .quality.evidence import Case, Evidence, gather

@@ -18,7 +18,6 @@ _Voxels = Annotated[int, Field(ge=2_000, le=20_000_000)]
 #: A number for each level, coarse to fine; the last one holds for all levels after it.
 _Weights = Annotated[tuple[_NotNegative, ...], Field(min_length=1)]
 _Steps = Annotated[str, Field(pattern=r"^\d+(x\d+)*$")]
-_Seed = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
@@ -120,15 +119,22 @@ class VoxelmorphSettings:
     """Whether to convolve in bfloat16. "auto": on GPUs that have it; faster on CPUs with AMX too."""
 
 
+_ENGINE_PYTHON = "Path of a Python that has it; empty: that of ATLASSEGFM_GREEDY_PYTHON (ANTS, ELASTIX), or this one."
+_ENGINE_VOXELS = "Voxels over the query's field of view, at most (3 mm for an abdominal CT), never finer than the scan."
+
+
 @settings_dataclass(frozen=True, config=_STRICT)
-class GreedySettings:
+class ExternalEngineSettings:
+    """What all engines of other packages have; described in fields, as docstrings are not inherited."""
+
+    python: Annotated[str, Field(description=_ENGINE_PYTHON)] = ""
+    voxels: Annotated[int, Field(ge=2_000, le=50_000_000, description=_ENGINE_VOXELS)] = 1_200_000
+    seed: Annotated[int, Field(ge=1, le=2**31 - 1, description="Seed of its random numbers.")] = 1
+
+
+@settings_dataclass(frozen=True, config=_STRICT)
+class GreedySettings(ExternalEngineSettings):
     """The engine ``greedy``: picsl_greedy."""
-
-    python: str = ""
-    """Path of a Python that has picsl_greedy; empty: that of ATLASSEGFM_GREEDY_PYTHON, or else this Python."""
-
-    voxels: Annotated[int, Field(ge=2_000, le=50_000_000)] = 1_200_000
-    """Voxels over the query's field of view, at most (3 mm for an abdominal CT), never finer than the scan."""
 
     search_tries: Annotated[int, Field(ge=0, le=100_000)] = 200
     """Random rigid starts around the centres of both scans before the linear fit; with ``registration.rigid`` only."""
@@ -151,22 +157,13 @@ class GreedySettings:
     field_smoothing_voxels: _NotNegative = 0.5
     """Standard deviation of the smoothing of the field after each update."""
 
-    seed: _Seed = 1
-    """Seed of the random search and the jitter of its samples."""
-
 
 @settings_dataclass(frozen=True, config=_STRICT)
-class AntsSettings:
-    """The engine ``ants``: ANTs' SyN, with the defaults of antspyx 0.6.3.
+class AntsSettings(ExternalEngineSettings):
+    """The engine ``ants``: ANTs' SyN, with the defaults of antspyx 0.6.3, which needs an environment of its own.
 
     The paper's SyN+RA; without ``registration.rigid`` SyN+A, without ``registration.affine`` either SyN-only.
     """
-
-    python: str = ""
-    """Path of a Python that has antspyx, in an environment of its own; empty: that of ATLASSEGFM_ANTS_PYTHON."""
-
-    voxels: Annotated[int, Field(ge=2_000, le=50_000_000)] = 1_200_000
-    """Voxels over the query's field of view, at most, never finer than the scan."""
 
     iterations: _Steps = "40x20x0"
     """Iterations of SyN on each level, coarse to fine; the last level is the scan as it is given."""
@@ -183,19 +180,10 @@ class AntsSettings:
     total_sigma: _NotNegative = 0.0
     """Variance of the smoothing of the whole field, in voxels."""
 
-    seed: _Seed = 1
-    """Seed of the random samples of its linear stages."""
-
 
 @settings_dataclass(frozen=True, config=_STRICT)
-class ElastixSettings:
+class ElastixSettings(ExternalEngineSettings):
     """The engine ``elastix``: B-splines on mutual information. Defaults are those of itk-elastix 0.25."""
-
-    python: str = ""
-    """Path of a Python that has itk-elastix; empty: that of ATLASSEGFM_ELASTIX_PYTHON, or else this Python."""
-
-    voxels: Annotated[int, Field(ge=2_000, le=50_000_000)] = 1_200_000
-    """Voxels over the query's field of view, at most, never finer than the scan."""
 
     resolutions: Annotated[int, Field(ge=1, le=8)] = 4
     """Levels, each twice as fine as the one before."""
@@ -208,9 +196,6 @@ class ElastixSettings:
 
     grid_voxels: Annotated[float, Field(ge=1, le=64)] = 4.0
     """Distance of B-spline control points on the last level, in voxels along the finest axis."""
-
-    seed: _Seed = 1
-    """Seed of the random samples."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
@@ -356,9 +341,6 @@ class VesselFmSettings:
 
     overlap: Annotated[float, Field(ge=0, le=0.9)] = 0.5
     """Overlap of neighbouring cubes, as a fraction of their side."""
-
-    blending: Literal["constant", "gaussian"] = "constant"
-    """Weight of a voxel where cubes overlap: constant, or Gaussian (sigma an eighth of the side)."""
 
     reach_mm: Annotated[float, Field(ge=0, le=1000)] = 10.0
     """Largest distance in mm of a vessel to the nearest warped structure, as which it counts: a registration error."""

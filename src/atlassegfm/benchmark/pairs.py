@@ -22,12 +22,10 @@ from ..core.parallel import peak_memory_mb, reset_peak_memory
 from ..evaluate.labelling import label_values
 from ..evaluate.metrics import StructureScores
 from ..evaluate.scores import score_volumes
-from ..fusion.fuse import fuse_structures
-from ..fusion.gate import Gate
-from ..fusion.label_map import label_map
-from ..fusion.topology import count_parts, remove_islands
+from ..fusion.gate import Gate, fuse_structures
+from ..fusion.label_map import count_parts, label_map, remove_islands
 from ..models import Segmenter
-from ..models.choice import load_chosen
+from ..models.table import load_chosen
 from ..prompts import make_prompt
 from ..result import Segmentation
 from ..segment import segment

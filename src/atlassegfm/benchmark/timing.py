@@ -18,7 +18,7 @@ from ..core.errors import InputError
 from ..core.geometry import Grid
 from ..core.image import Volume, load_image
 from ..core.parallel import peak_memory_mb, reset_peak_memory
-from ..models.choice import load_chosen
+from ..models.table import load_chosen
 from ..result import Segmentation
 from ..segment import segment
 from ..settings import Settings

@@ -24,7 +24,7 @@ from ..atlas import canonical_scan
 from ..core.errors import AtlasSegError, InputError
 from ..core.image import IMAGE_SUFFIXES, image_stem, image_suffix, load_image
 from ..registration.affine import fit
-from ..registration.pyramid import Scan, axes_of, frame_grid, level_spacings_mm, on_grid, prepare
+from ..registration.pyramid import Scan, frame_grid, level_spacings_mm, on_grid, prepare
 from ..settings import RegistrationSettings
 from ..transforms.maps import Transform
 
@@ -214,7 +214,7 @@ def _similarity(fixed: Scan, moving: Scan, spacing_mm: float, settings: Registra
 
 def _correlation(fixed: Scan, moving: Scan, fixed_to_moving: Transform, spacing_mm: float) -> float:
     """Mean squared correlation in windows over the common foreground; 0 where there is none."""
-    grid = frame_grid(fixed.intensity.grid, axes_of(fixed.intensity.grid), spacing_mm)
+    grid = frame_grid(fixed.intensity.grid, spacing_mm)
     one, other = on_grid(fixed, grid, "cpu"), on_grid(moving, grid, "cpu", fixed_to_moving)
     inside = one.inside * other.inside
     fraction = _WINDOW_MEAN(inside).clamp_min(_LEAST_INSIDE)

@@ -320,7 +320,7 @@ def _plan(title: str, variants: Sequence[Variant], options: BenchmarkOptions) ->
     from ..benchmark import Plan, make_pairs
     from ..core.dataset import load_dataset, pick_structures
     from ..core.device import resolve_device
-    from ..models.choice import prompt_kind
+    from ..models.table import prompt_kind
     from ..registration import require_engine
 
     names = [one.name for one in variants]

@@ -38,7 +38,7 @@ def customize(options: CustomizeOptions) -> None:
         from .. import context as contexts
         from ..core.device import resolve_device
         from ..core.files import check_replaceable, output_folder
-        from ..models.choice import load_chosen, prompt_kind
+        from ..models.table import load_chosen, prompt_kind
 
         begun, out = time.perf_counter(), options.out
         settings = options.settings()

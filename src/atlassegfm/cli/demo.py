@@ -32,14 +32,14 @@ def demo(options: DemoOptions) -> None:
         from ..core.device import resolve_device
         from ..demo import ATLAS, LABELS, QUERY
         from ..demo.run import run_demo
-        from ..models.choice import prompt_kind
+        from ..models.table import prompt_kind
 
         settings = options.settings()
         prompt_kind(settings)
         device, out = resolve_device(options.device), options.out
         outcome = run_demo(out, settings, device=device, picture=options.picture, on_stage=session.progress)
     means = outcome.means()
-    scores = [(one.structure.name, (one.atlas, one.model, one.fused)) for one in outcome.scores]
+    scores = [(structure.name, dice) for structure, dice in outcome.scores.items()]
     if options.as_json:
         structures = [{"name": name, **_by_method(dice)} for name, dice in scores]
         dice = {"structures": structures, "mean": _by_method(means)}

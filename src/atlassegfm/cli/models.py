@@ -18,7 +18,7 @@ from .session import accept_licences, open_session, print_json, print_table
 
 if TYPE_CHECKING:
     from ..models import ModelDescription
-    from ..models.published import PublishedWeights
+    from ..models.base import PublishedWeights
     from ..models.weights import StoredFile
 
 #: The subcommand meant where none is named.
@@ -94,7 +94,7 @@ def list_models(options: ListOptions) -> None:
         from ..settings import NO_MODEL
 
         rows = []
-        for row in (*MODELS.values(), ModelDescription(NO_MODEL, "the result is the warped atlas", "", (), "")):
+        for row in (*MODELS.values(), ModelDescription(NO_MODEL, "the result is the warped atlas", (), "")):
             found = None if row.weights is None else folder_with_weights(row.weights, folders_of(row.name))
             weights = {"needs_weights": row.weights is not None, "weights": None if found is None else str(found)}
             licence = "" if row.name == NO_MODEL else row.weights_licence

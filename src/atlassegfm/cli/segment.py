@@ -224,7 +224,7 @@ def _settings(options: SegmentOptions, session: Session) -> tuple[Settings, Cont
 def _check_installed(options: SegmentOptions, settings: Settings, formats: tuple[str, ...]) -> None:
     """Check model, prompt, engine and formats before hours of work that need them."""
     from ..jobs.store import check_formats
-    from ..models.choice import prompt_kind
+    from ..models.table import prompt_kind
     from ..registration import require_engine
 
     prompt_kind(settings)

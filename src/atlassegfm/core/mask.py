@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,8 @@ from scipy import ndimage
 class LocalMap:
     """A scalar field on a box of a larger grid, zero everywhere else: a structure's probability costs little memory.
 
-    Parameters
-    ----------
-    start : tuple of int, (3,)
-        First voxel (i, j, k) of the box in the large grid.
-    values : array, (I, J, K) float32
-        Probability in [0, 1] on the box.
+    ``start`` is the first voxel (i, j, k) of the box in the large grid; ``values``, (I, J, K) float32, are on the box,
+    probabilities in [0, 1].
     """
 
     start: tuple[int, int, int]
@@ -54,20 +50,15 @@ class LocalMap:
         return cls((0, 0, 0), np.zeros((0, 0, 0), np.float32))
 
     @classmethod
-    def from_full(cls, values: NDArray[Any], margin: int = 0) -> LocalMap:
-        """Cut the box of the nonzero values, ``margin`` voxels added on each side, out of a full array."""
-        if not values.any():
-            return cls.empty()
-        hits = [np.flatnonzero(values.any(axis=other)) for other in ((1, 2), (0, 2), (0, 1))]
-        i, j, k = (max(int(hit[0]) - margin, 0) for hit in hits)
-        box = tuple(slice(first, int(hit[-1]) + 1 + margin) for first, hit in zip((i, j, k), hits, strict=True))
-        return cls((i, j, k), np.ascontiguousarray(values[box], dtype=np.float32))
+    def from_full(cls, values: NDArray[Any]) -> LocalMap:
+        """Cut the box of the nonzero values out of a full array."""
+        for box in ndimage.find_objects((values != 0).view(np.uint8)):
+            return cls(tuple(side.start for side in box), np.ascontiguousarray(values[box], dtype=np.float32))
+        return cls.empty()
 
     def to_full(self, shape: tuple[int, int, int]) -> NDArray[np.float32]:
         """The field on the whole grid of the given shape."""
-        full = np.zeros(shape, np.float32)
-        full[self.box] = self.values
-        return full
+        return self.on_box((0, 0, 0), shape)
 
     def on_box(self, start: Sequence[int], stop: Sequence[int]) -> NDArray[np.float32]:
         """(I, J, K) float32: the field on another box ``start`` <= ijk < ``stop`` of the large grid."""
@@ -77,6 +68,13 @@ class LocalMap:
             to, of = (tuple(map(slice, first - origin, last - origin)) for origin in (start, self.start))
             out[to] = self.values[of]
         return out
+
+
+def bounding_box(maps: Iterable[LocalMap]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """First voxel and one past the last one of the box that holds all maps; of no voxels if all are empty."""
+    filled = [one for one in maps if one.values.size] or [LocalMap.empty()]
+    starts, stops = (np.array([getattr(one, end) for one in filled]) for end in ("start", "stop"))
+    return tuple(starts.min(axis=0).tolist()), tuple(stops.max(axis=0).tolist())
 
 
 def signed_distance_mm(mask: NDArray[np.bool_], spacing_mm: NDArray[np.float64]) -> NDArray[np.float32]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ..core.overlap import dice_per_structure
 from ..jobs.store import RunInputs, write_result
 from ..records import RESULT_NAMES, RunRecord, StatusRecord
 from ..report import Note, draw_overview, require_report_extra
-from ..result import Segmentation
+from ..result import Segmentation, StructureResult
 from ..segment import segment
 from ..settings import Settings
 from . import ATLAS, LABELS, QUERY, REFERENCE
@@ -29,34 +29,22 @@ RESULT = "query"
 _FILES = frozenset({ATLAS, LABELS, QUERY, REFERENCE})
 
 
-@dataclass(frozen=True, eq=False)
-class DemoScore:
-    """Dice coefficients of one structure against the true labels, in [0, 1]; NaN where neither side has it.
-
-    They are those of warped atlas, model (None without one) and final result.
-    """
-
-    structure: Structure
-    atlas: float
-    model: float | None
-    fused: float
+#: Dice coefficients of the warped atlas, the model (None without one) and the final result.
+MethodDice = tuple[float, float | None, float]
 
 
 @dataclass(frozen=True, eq=False)
 class DemoOutcome:
-    """Scores of the demo, one for each structure, and the content of its ``run.json``."""
+    """Dice against the true labels, in [0, 1] or NaN where neither side has the structure, and the ``run.json``."""
 
-    scores: tuple[DemoScore, ...]
+    scores: Mapping[Structure, MethodDice]
     run: RunRecord
 
-    def means(self) -> tuple[float, float | None, float]:
-        """Mean Dice over the structures: atlas, model, fused."""
-        models = [score.model for score in self.scores if score.model is not None]
-        return (
-            float(np.nanmean([score.atlas for score in self.scores])),
-            float(np.nanmean(models)) if models else None,
-            float(np.nanmean([score.fused for score in self.scores])),
-        )
+    def means(self) -> MethodDice:
+        """Mean Dice over the structures."""
+        atlas, model, fused = zip(*self.scores.values(), strict=True)
+        mean_of_model = None if None in model else float(np.nanmean(model))
+        return float(np.nanmean(atlas)), mean_of_model, float(np.nanmean(fused))
 
 
 def run_demo(
@@ -70,14 +58,9 @@ def run_demo(
     """Segment the embedded query by the embedded atlas, and score the result.
 
     ``folder`` gets ``data`` (the scans), ``result`` and, with a ``picture``, ``demo.png``; an earlier demo is replaced.
-    ``on_stage`` is called with the name of each stage as it begins.
-
-    Raises
-    ------
-    MissingExtraError
-        If the picture cannot be drawn, which needs the extra "report"; before anything is computed.
-    InputError
-        If the folder cannot be written or holds something else.
+    ``on_stage`` is called with the name of each stage as it begins. Raises MissingExtraError, before anything is
+    computed, if the picture cannot be drawn (extra "report"), InputError if the folder cannot be written or holds
+    something else.
     """
     if picture:
         require_report_extra()
@@ -102,12 +85,12 @@ def run_demo(
                 title="AtlasSegFM demo: one annotated scan segments another",
                 subtitle=_subtitle(outcome),
                 reference=reference,
-                notes={one.structure.value: _note(one, result) for one in outcome.scores},
+                notes={one.structure.value: _note(one, outcome) for one in result.structures},
             )
     return outcome
 
 
-def _scores(result: Segmentation, reference: Volume) -> tuple[DemoScore, ...]:
+def _scores(result: Segmentation, reference: Volume) -> dict[Structure, MethodDice]:
     structures = [one.structure for one in result.structures]
 
     def dice(labels: Volume) -> dict[int, float]:
@@ -115,12 +98,12 @@ def _scores(result: Segmentation, reference: Volume) -> tuple[DemoScore, ...]:
 
     atlas, fused = dice(result.atlas_labels), dice(result.labels)
     model = {} if result.model_labels is None else dice(result.model_labels)
-    return tuple(DemoScore(one, atlas[one.value], model.get(one.value), fused[one.value]) for one in structures)
+    return {one: (atlas[one.value], model.get(one.value), fused[one.value]) for one in structures}
 
 
-def _note(score: DemoScore, result: Segmentation) -> Note:
-    quality = next(one.quality for one in result.structures if one.structure == score.structure)
-    dice, verdict = ("–" if np.isnan(score.fused) else f"{score.fused:.2f}"), quality.verdict if quality else "good"
+def _note(one: StructureResult, outcome: DemoOutcome) -> Note:
+    fused, verdict = outcome.scores[one.structure][2], one.quality.verdict if one.quality else "good"
+    dice = "–" if np.isnan(fused) else f"{fused:.2f}"
     return Note(f"Dice {dice}" + (f", {verdict}" if verdict != "good" else ""), verdict)
 
 

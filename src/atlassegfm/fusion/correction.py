@@ -48,18 +48,11 @@ class TrainingSample:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Correction:
-    """A trained network of two hidden layers, applied with numpy.
+    """A trained network of two hidden layers, applied with numpy; all arrays are float32.
 
-    Parameters
-    ----------
-    mean, deviation : array, (F,) float32
-        Mean and standard deviation of the features in training.
-    embedding : array, (structures, 8) float32
-        Row n - 1 belongs to structure n.
-    weights, biases : tuple of 3 arrays, float32
-        Layers, as (inputs, outputs) and (outputs,): F + 8 to 32, 32 to 32, 32 to 1.
-    strength : float
-        Fraction of the network's output that is added, in [0, 1].
+    ``mean`` and ``deviation``, (F,), are of the features in training; row n - 1 of ``embedding``, (structures, 8),
+    belongs to structure n. Layers, F + 8 to 32, 32 to 32, 32 to 1, have ``weights`` (inputs, outputs) and ``biases``.
+    ``strength`` is the fraction of the network's output that is added, in [0, 1].
     """
 
     mean: Array
@@ -77,9 +70,7 @@ class Correction:
             raise ValueError(f"not a correction network: shapes {shapes} and {self.embedding.shape}")
 
     def __repr__(self) -> str:
-        return (
-            f"Correction({len(self.embedding)} structures, {self.parameter_count} parameters, strength {self.strength})"
-        )
+        return f"Correction({len(self.embedding)} structures, {self.parameter_count} parameters)"
 
     def __eq__(self, other: object) -> bool:
         """Compare all numbers exactly."""

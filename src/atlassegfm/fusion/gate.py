@@ -16,16 +16,19 @@ constant K that is best on the training samples. The default gate then corrects 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.mask import LocalMap
+from ..core.image import Volume
+from ..core.mask import LocalMap, bounding_box
+from ..core.parallel import parallel_map
 from ..prompts import INSIDE
 from ..settings import FusionSettings
 from .correction import Correction
+from .smoothing import smooth, smoothing_sigma_mm
 
 if TYPE_CHECKING:
     import torch
@@ -59,24 +62,12 @@ class GateSample:
 class Gate:
     """A trained gate.
 
-    Parameters
-    ----------
-    kernels : tuple of int
-        Sizes of the max-poolings, voxels.
-    weights : tuple of float
-        Weights of the pooled masks: of the atlas in the order of ``kernels``, then of the model.
-    bias : float
-        Added to the weighted sum.
-    start : float
-        K of the constant gate that training started from, in [0, 1].
-    samples : int
-        Number of training samples; 0 for an untrained gate.
-    dice_before, dice_after : float
-        Mean soft Dice of the training samples before and after training; NaN without samples.
-    correction : Correction or None
-        Correction after fusion; None for the paper's gate.
-    smoothing : tuple of float
-        Sigma that smooths each structure after that, as a fraction of its radius; empty for the paper's gate.
+    ``kernels`` are the sizes of the max-poolings in voxels; ``weights`` those of the pooled masks, of the atlas in the
+    order of ``kernels``, then of the model; ``bias`` is added to the weighted sum. ``start`` is K of the constant gate
+    that training started from, in [0, 1]; ``samples`` the number of training samples, 0 if untrained; ``dice_before``
+    and ``dice_after`` their mean soft Dice around training, NaN without samples. After fusion the default gate applies
+    ``correction``, then smooths each structure by a sigma of ``smoothing``, as fractions of their radius; the paper's
+    gate has neither.
     """
 
     kernels: tuple[int, ...]
@@ -149,49 +140,69 @@ def fuse(atlas: LocalMap, model: LocalMap, gate: Gate, *, device: str = "cpu") -
     Both are in [0, 1] on the same grid; their boxes may differ or be empty. The result is float32 in [0, 1], on the box
     that holds both.
     """
-    start, stop = _bounding_box(atlas, model)
+    start, stop = bounding_box((atlas, model))
     one, other = (_tensor(mask, start, stop, device) for mask in (atlas, model))
     # Interpolated, so that rounding cannot leave the range of the two masks, and equal values stay exact.
     fused = other.lerp(one, gate._weight_map(one, other)).clamp_(0, 1)
     return LocalMap(start, fused.cpu().numpy())
 
 
+def is_empty_prediction(predicted: LocalMap) -> bool:
+    """Whether no voxel of a prediction is inside."""
+    return not (predicted.values >= INSIDE).any()
+
+
+def fuse_structures(
+    image: Volume,
+    warped: Mapping[int, LocalMap],
+    predicted: Mapping[int, LocalMap],
+    gate: Gate,
+    *,
+    device: str = "cpu",
+) -> dict[int, LocalMap]:
+    """Fuse each structure of a scan: gate (eq. 4), then the default gate's correction and smoothing.
+
+    Masks are in [0, 1], by number of the structure; the result has the numbers of ``predicted``. Where the model
+    predicts nothing, the warped atlas is kept: small structures would be lost.
+    """
+    fused = {
+        n: warped[n] if is_empty_prediction(mask) else fuse(warped[n], mask, gate, device=device)
+        for n, mask in predicted.items()
+    }
+    if gate.correction is None:
+        return fused
+    correction, grid = gate.correction, image.grid
+
+    def finish(n: int) -> LocalMap:
+        if is_empty_prediction(predicted[n]):
+            return fused[n]
+        corrected = correction.apply(image, n, warped[n], fused)
+        fraction = gate.smoothing[n - 1] if gate.smoothing else 0.0
+        return smooth(corrected, smoothing_sigma_mm(fraction, warped[n], grid), grid)
+
+    return dict(zip(fused, parallel_map(finish, fused), strict=True))
+
+
 @dataclass(frozen=True, eq=False)
 class _TrainingData:
-    """The N voxels of a sample where the masks differ, and sums over all others, whose fused value is fixed.
+    """The N voxels of a sample where the masks differ, and sums over all others, whose fused value is fixed."""
 
-    Parameters
-    ----------
-    features : tensor, (2 * kernels + 1, N)
-        Pooled masks, those of the atlas first; then ones, for the bias.
-    model, step, truth : tensor, (N,)
-        M_fm, M_atlas - M_fm, and the truth.
-    sides : tensor, (2, N)
-        ``step`` times ``truth``, and ``step``.
-    weight : float
-        Number of voxels that each of the N stands for.
-    model_truth, total : float
-        Sums over all voxels of M_fm times truth, and of M_fm plus truth.
-    agreed : tuple of int, (3,)
-        Voxels inside where the masks agree, those of them inside the truth, and all voxels of the truth.
-    """
-
-    features: torch.Tensor
-    model: torch.Tensor
-    step: torch.Tensor
-    truth: torch.Tensor
-    sides: torch.Tensor
-    weight: float
-    model_truth: float
-    total: float
-    agreed: tuple[int, int, int]
+    features: torch.Tensor  # (2 * kernels + 1, N): pooled masks, those of the atlas first; then ones, for the bias
+    model: torch.Tensor  # (N,): M_fm
+    step: torch.Tensor  # (N,): M_atlas - M_fm
+    truth: torch.Tensor  # (N,)
+    sides: torch.Tensor  # (2, N): step times truth, and step
+    weight: float  # number of voxels that each of the N stands for
+    model_truth: float  # sum over all voxels of M_fm times truth
+    total: float  # sum over all voxels of M_fm plus truth
+    agreed: tuple[int, int, int]  # voxels inside where the masks agree, those of them in the truth, all of the truth
 
 
 def _prepare(sample: GateSample, kernels: Sequence[int], device: str, limit: int | None = None) -> _TrainingData | None:
     """Training data of at most ``limit`` voxels; None where nothing can be learned."""
     import torch
 
-    start, stop = _bounding_box(sample.atlas, sample.model)
+    start, stop = bounding_box((sample.atlas, sample.model))
     atlas, model, truth = (_tensor(mask, start, stop, device) for mask in (sample.atlas, sample.model, sample.truth))
     differs = atlas != model
     if sample.truth.is_empty or not bool(differs.any()):
@@ -297,16 +308,7 @@ def _max_pool(mask: torch.Tensor, kernels: Sequence[int]) -> list[torch.Tensor]:
     return [by_size[kernel] for kernel in kernels]
 
 
-def _bounding_box(*masks: LocalMap) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """First voxel and one past the last of the box that holds all masks; of no voxels if all are empty."""
-    filled = [mask for mask in masks if mask.values.size] or [LocalMap.empty()]
-    i, j, k = (min(axis) for axis in zip(*(mask.start for mask in filled), strict=True))
-    x, y, z = (max(axis) for axis in zip(*(mask.stop for mask in filled), strict=True))
-    return (i, j, k), (x, y, z)
-
-
 def _tensor(mask: LocalMap, start: Sequence[int], stop: Sequence[int], device: str) -> torch.Tensor:
-    """(I, J, K) float32: the mask on the box ``start`` to ``stop``."""
     import torch
 
     return torch.from_numpy(mask.on_box(start, stop)).to(device)

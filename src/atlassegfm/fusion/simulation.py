@@ -31,26 +31,10 @@ _MAX_NODES = 2_000_000
 def simulate_mask(
     labels: Volume, box: tuple[slice, slice, slice], value: int, *, size: float, sigma: float, seed: Sequence[int]
 ) -> LocalMap:
-    """Simulate the mask of one structure as a registration might warp it.
+    """Simulate the mask of one structure as a registration might warp it: in [0, 1], cut off at the grid's border.
 
-    Parameters
-    ----------
-    labels : Volume
-        Label values of the atlas.
-    box : tuple of slice, (3,)
-        Box that holds all voxels of the structure.
-    value : int
-        Label value; occurs in ``box``.
-    size, sigma : float
-        Standard deviation of the displacement along each axis, and sigma of the Gaussian that smooths it, as fractions
-        of the structure's radius.
-    seed : sequence of int
-        Seed of the random field.
-
-    Returns
-    -------
-    LocalMap
-        In [0, 1], on the grid of ``labels``, cut off at its border.
+    ``box`` holds all voxels of ``labels`` with the ``value``. ``size`` is the standard deviation of the displacement
+    along each axis, ``sigma`` that of the Gaussian that smooths it, both as fractions of the structure's radius.
     """
     inside = labels.data[box] == value
     spacing_mm = labels.grid.spacing_mm

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ..core.geometry import Grid
-from ..core.mask import LocalMap, ball_radius_mm
+from ..core.mask import LocalMap, ball_radius_mm, bounding_box
 from ..core.overlap import dice
 from ..prompts import INSIDE
 from .correction_features import block_strides
@@ -59,10 +59,10 @@ def best_smoothing(trials: Iterable[tuple[LocalMap, LocalMap]], grid: Grid) -> f
     for mask, truth in trials:
         if not mask.values.size or truth.is_empty:
             continue
-        start, stop = np.minimum(mask.start, truth.start), np.maximum(mask.stop, truth.stop)
-        strides = block_strides(stop - start, grid.spacing_mm)
+        start, stop = bounding_box((mask, truth))
+        strides = block_strides(np.subtract(stop, start), grid.spacing_mm)
         coarse = tuple(slice(None, None, stride) for stride in strides)
-        values, inside = (one.on_box(start.tolist(), stop.tolist())[coarse] for one in (mask, truth))
+        values, inside = (one.on_box(start, stop)[coarse] for one in (mask, truth))
         for n, fraction in enumerate(_TRIED_SIGMAS):
             sigma_mm = smoothing_sigma_mm(fraction, truth, grid)
             found = _gaussian(values, sigma_mm, grid.spacing_mm * strides) if sigma_mm else values

@@ -12,7 +12,7 @@ from ..atlas import Atlas
 from ..core.mask import LocalMap
 from ..core.parallel import parallel_map
 from ..models import Segmenter
-from ..models.prompted import PromptedScan
+from ..models.base import PromptedScan
 from ..prompts import PromptKind
 from ..settings import Settings
 from .correction import TrainingSample, make_training_sample

@@ -19,7 +19,7 @@ from ..core.version import __version__
 from ..dicom import Selection, open_image
 from ..fusion.gate import Gate
 from ..models import MODELS, Segmenter
-from ..models.choice import load_chosen
+from ..models.table import load_chosen
 from ..models.weights import find_weights
 from ..quality.verdict import LEAST_CONFIDENCE
 from ..records import FileRecord, Provenance, StatusRecord

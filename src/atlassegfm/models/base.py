@@ -1,47 +1,90 @@
-"""What a segmentation model is to the rest of the package: a description, and an interface once it is loaded."""
+"""What a segmentation model is: published weights on Hugging Face, a description, an interface once it is loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import quote, urlsplit
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ..core.device import resolve_device
+from ..core.errors import InputError
 from ..core.image import Volume
 from ..core.mask import LocalMap
-from ..prompts import Prompt, PromptKind
-from .published import PublishedWeights
+from ..prompts import Prompt, PromptKind, make_prompt
 
+if TYPE_CHECKING:
+    import torch
+
+#: Environment variable that names a mirror of Hugging Face, as its own programs read it.
+ENDPOINT_VARIABLE = "HF_ENDPOINT"
+_ENDPOINT = "https://huggingface.co"
 #: Called with the number of each structure as the model turns to it.
 OnPrompt = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class ModelDescription:
-    """A model before it is loaded.
+class WeightsFile:
+    """One published file: its path below the model's folder, with its size in bytes and SHA-256 where known."""
 
-    Parameters
-    ----------
-    name : str
-        As on the command line.
-    summary : str
-        One sentence.
-    module : str
-        Module of this package that has ``load(device, settings, weights)``.
-    prompts : tuple of PromptKind
-        Kinds of prompt it takes, the best first.
-    code_licence : str
-        SPDX expression, or words.
-    weights : PublishedWeights or None
-        None if it has no weights.
-    extra : str
-        The extra of this package that brings what it imports; empty if the core suffices.
-    paper_dice : mapping of PromptKind to float
-        Dice in percent that the paper reports by prompt (Table 6, Abd-CT, fused), where it does.
+    path: str
+    size: int | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """Published weights of one model.
+
+    ``repository`` is "owner/name" on Hugging Face, ``revision`` the commit that is downloaded, ``licence`` an SPDX
+    expression or words. If ``non_commercial``, the licence must be accepted before they are used.
+    """
+
+    repository: str
+    revision: str
+    files: tuple[WeightsFile, ...]
+    licence: str
+    licence_url: str
+    non_commercial: bool
+
+    @property
+    def page(self) -> str:
+        """Address of the page that lists the files."""
+        return f"{_endpoint()}/{self.repository}/tree/{quote(self.revision, safe='')}"
+
+    def url_of(self, file: WeightsFile) -> str:
+        """Address of a file; InputError if ``HF_ENDPOINT`` is no address."""
+        return f"{_endpoint()}/{self.repository}/resolve/{quote(self.revision, safe='')}/{quote(file.path)}"
+
+
+def _endpoint() -> str:
+    endpoint = os.environ.get(ENDPOINT_VARIABLE) or _ENDPOINT
+    try:
+        parts = urlsplit(endpoint)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise InputError(f"{ENDPOINT_VARIABLE} is {endpoint!r}; expected the address of a mirror, as {_ENDPOINT}")
+    return endpoint.rstrip("/")
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A model before it is loaded: ``name`` is also that of its module, which has ``load(device, settings, weights)``.
+
+    ``prompts`` are the kinds it takes, the best first; licences SPDX expressions, or words. ``weights`` is None if it
+    has none, ``extra`` the extra of this package that brings what it imports, empty if the core suffices.
+    ``paper_dice`` is the Dice in percent that the paper reports by prompt (Table 6, Abd-CT, fused), where it does.
     """
 
     name: str
     summary: str
-    module: str
     prompts: tuple[PromptKind, ...]
     code_licence: str
     weights: PublishedWeights | None = None
@@ -50,7 +93,7 @@ class ModelDescription:
 
     @property
     def weights_licence(self) -> str:
-        """SPDX expression, or words."""
+        """Of the weights, where there are any."""
         return "none (no weights)" if self.weights is None else self.weights.licence
 
 
@@ -69,22 +112,11 @@ class Segmenter(Protocol):
     def predict(
         self, encoded: Any, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
     ) -> dict[int, LocalMap]:
-        """Predict several structures of one scan.
+        """Predict several structures of one scan from what ``encode`` returned.
 
-        Parameters
-        ----------
-        encoded
-            Result of ``encode``.
-        prompts : mapping of int to Prompt
-            By number of the structure. Parts outside the scan are left out; the scan need not show the structure.
-        on_prompt : callable, optional
-            Called with the number of each structure as the model turns to it.
-
-        Returns
-        -------
-        dict of int to LocalMap
-            The same numbers; probability in [0, 1] that a voxel belongs to the structure, on the scan's grid, float32.
-            Empty where nothing was found.
+        Prompts are by number of the structure; their parts outside the scan are left out, and the scan need not show
+        the structure. Returns for the same numbers the probability in [0, 1] that a voxel belongs to the structure, on
+        the scan's grid, float32; empty where nothing was found.
         """
         ...
 
@@ -95,3 +127,61 @@ def in_turn(prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None) -> Iterat
         if on_prompt is not None:
             on_prompt(number)
         yield number, prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """Prompts and predicted probabilities in [0, 1], by number of the structure; none for empty masks."""
+
+    kind: PromptKind
+    prompts: Mapping[int, Prompt]
+    masks: Mapping[int, LocalMap]
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptedScan:
+    """A scan, float32 in RAS-canonical array order, and the model that segments it from prompts of one kind.
+
+    The scan is encoded at the first prediction. The name of structure number n is at position n - 1 of ``names``.
+    """
+
+    model: Segmenter
+    kind: PromptKind
+    image: Volume
+    names: Sequence[str]
+
+    @cached_property
+    def _encoded(self) -> Any:
+        return self.model.encode(self.image)
+
+    def predict(self, masks: Mapping[int, LocalMap], on_structure: Callable[[str], None]) -> Prediction:
+        """Prompt the model with each mask that is not empty."""
+        prompts = {n: prompt for n, mask in masks.items() if (prompt := make_prompt(self.kind, mask)) is not None}
+        predicted: dict[int, LocalMap] = {}
+        if prompts:
+            predicted = self.model.predict(self._encoded, prompts, lambda n: on_structure(self.names[n - 1]))
+        return Prediction(self.kind, prompts, predicted, self.model.provenance)
+
+
+def usable_device(name: str) -> torch.device:
+    """Return the device "cpu" or "cuda"; ModelError if it is not there."""
+    import torch
+
+    return torch.device(resolve_device(name))
+
+
+def intensities(image: Volume) -> NDArray[np.float32]:
+    """Return (I, J, K) float32 intensities; InputError if some are NaN or infinite, or all are equal."""
+    data = np.asarray(image.data, dtype=np.float32)
+    low, high = float(data.min()), float(data.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise InputError(f"{scan_name(image)}: there are NaN or infinite voxels; expected numbers only: replace them")
+    if low == high:
+        raise InputError(f"{scan_name(image)}: all voxels have the value {low:g}; expected a scan with contrast")
+    return data
+
+
+def scan_name(image: Volume) -> str:
+    """Name a scan in messages."""
+    return "the scan" if image.source is None else str(image.source.path)

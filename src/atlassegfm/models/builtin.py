@@ -1,6 +1,6 @@
 """Built-in model: refines a prompt by the appearance and the edges of the query.
 
-It has no weights and nothing in it is random. Per structure, on a crop around the prompt (distances in mm):
+It has no weights and nothing in it is random. Per structure, on a crop around the prompt:
 
 1. *Prior.* The signed distance to the prompt's border, divided by the expected error, gives log-odds, which are bounded
    inside the prompt.
@@ -28,24 +28,19 @@ from ..core.mask import LocalMap, signed_distance_mm
 from ..core.parallel import parallel_map
 from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, crop_mask, inside_scan
 from ..settings import ModelSettings
-from .base import OnPrompt, in_turn
-from .inputs import usable_device
+from .base import OnPrompt, in_turn, usable_device
 
 Field = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-#: Expected error of a prompt's border, as a fraction of the structure's radius and at most in mm. Of a registered mask:
-#: a larger fraction worsens more structures.
-_MASK_ERROR = (0.2, 6.0)
-#: Of a ball or ellipsoid in place of a structure of unknown shape: about twice that, not tuned.
-_SHAPE_ERROR = (0.4, 12.0)
+#: Expected error of a prompt's border, as a fraction of the structure's radius and at most in mm: of a registered mask,
+#: and of a ball or ellipsoid in place of an unknown shape (about twice that, not tuned).
+_MASK_ERROR, _SHAPE_ERROR = (0.2, 6.0), (0.4, 12.0)
 #: Smallest expected error, in mm and in voxels: labels are not drawn better.
-_SMALLEST_ERROR_MM = 1.0
-_SMALLEST_ERROR_VOXELS = 0.5
+_SMALLEST_ERROR_MM, _SMALLEST_ERROR_VOXELS = 1.0, 0.5
 #: Reach outside the prompt, in expected errors and in voxels: beyond, the prior is below 3 %.
-_REACH_ERRORS = 3.0
-_REACH_VOXELS = 2.5
+_REACH_ERRORS, _REACH_VOXELS = 3.0, 2.5
 #: Log-odds of the prior per expected error of distance.
 _PRIOR_SLOPE = 1.2
 #: Largest log-odds of the prior inside the prompt, beyond a voxel of its border: registration can misplace whole parts.
@@ -55,11 +50,9 @@ _EVIDENCE_WEIGHT = 1.5
 #: Fraction of each density that is taken from the mean of both: bounds the evidence of one view to log 9.
 _SHARED_APPEARANCE = 0.2
 #: Sweeps of expectation maximisation and of mean field.
-_EM_SWEEPS = 3
-_FIELD_SWEEPS = 8
+_EM_SWEEPS, _FIELD_SWEEPS = 3, 8
 #: Sigma in mm of the smoothed intensity and its local deviation, and of the neighbourhood.
-_TEXTURE_MM = 2.0
-_NEIGHBOURHOOD_MM = 20.0
+_TEXTURE_MM, _NEIGHBOURHOOD_MM = 2.0, 20.0
 #: Voxels on the rarer side at which a neighbourhood gets half of its weight; not tuned.
 _NEIGHBOURHOOD_VOXELS = 20.0
 #: Log-odds a voxel gets from one similar neighbour at the smallest spacing; larger values erode thin structures.
@@ -80,23 +73,17 @@ _MOST_PARALLEL = 2
 #: Percentiles of the crop's intensities between which bins are laid.
 _RANGE_PERCENT = (0.5, 99.5)
 #: Bins of the three views (along both axes of the second), and sigma of their smoothing in bins.
-_BINS = 64
-_TEXTURE_BINS = 24
-_NEIGHBOURHOOD_BINS = 16
-_BINS_SMOOTHING = 1.5
-_TEXTURE_SMOOTHING = 1.0
-_NEIGHBOURHOOD_SMOOTHING = 0.8
+_BINS, _TEXTURE_BINS, _NEIGHBOURHOOD_BINS = 64, 24, 16
+_BINS_SMOOTHING, _TEXTURE_SMOOTHING, _NEIGHBOURHOOD_SMOOTHING = 1.5, 1.0, 0.8
 #: Bins of the prior, so that the cost of the histograms does not grow with the sweeps.
 _PRIOR_BINS = 24
 #: Keeps the prior off 0 and 1.
 _LEAST_PRIOR = 1e-3
 
 #: Radius in mm in which intensities around a click are learned, and up to which the structure's radius is sought.
-_CLICK_SEED_MM = 3.0
-_CLICK_REACH_MM = 40.0
+_CLICK_SEED_MM, _CLICK_REACH_MM = 3.0, 40.0
 #: Standard deviations within which a voxel is similar to the seed; smallest fraction of such voxels in a ball's shell.
-_CLICK_DEVIATIONS = 2.5
-_CLICK_SIMILAR = 0.5
+_CLICK_DEVIATIONS, _CLICK_SIMILAR = 2.5, 0.5
 #: Smallest standard deviation of the seed, as a fraction of the crop's range: of few voxels it comes out too small.
 _CLICK_LEAST_DEVIATION = 0.06
 
@@ -138,11 +125,8 @@ class BuiltinSegmenter:
             return LocalMap.empty()
         spacing_mm, shortest_mm = image.grid.spacing_mm, float(image.grid.spacing_mm.min())
         per_radius, largest_mm = expected_error
-        error_mm = max(
-            min(per_radius * _radius_mm(prompted[1], spacing_mm), largest_mm),
-            _SMALLEST_ERROR_MM,
-            _SMALLEST_ERROR_VOXELS * shortest_mm,
-        )
+        error_mm = min(per_radius * _radius_mm(prompted[1], spacing_mm), largest_mm)
+        error_mm = max(error_mm, _SMALLEST_ERROR_MM, _SMALLEST_ERROR_VOXELS * shortest_mm)
         reach_mm = max(_REACH_ERRORS * error_mm, _REACH_VOXELS * shortest_mm)
         first, crop = crop_mask(*prompted, np.ceil(reach_mm / spacing_mm).astype(np.int64), image.grid.shape)
 
@@ -151,18 +135,16 @@ class BuiltinSegmenter:
         largest = max(_LARGEST_PRIOR, _PRIOR_SLOPE * shortest_mm / error_mm)
         prior = np.minimum(distance_mm[near] * np.float32(_PRIOR_SLOPE / error_mm), np.float32(largest))
         del distance_mm
-        data = _normalised(_part(image, first, crop.shape), near)
+        data = _normalised(image.data[tuple(map(slice, first, first + crop.shape))], near)
         log_odds = np.full(crop.shape, -_LARGEST_LOG_ODDS)
-        log_odds[near] = (prior + _EVIDENCE_WEIGHT * _evidence(data, near, prior, spacing_mm)).clip(
-            -_LARGEST_LOG_ODDS, _LARGEST_LOG_ODDS
-        )
+        posterior = prior + _EVIDENCE_WEIGHT * _evidence(data, near, prior, spacing_mm)
+        log_odds[near] = posterior.clip(-_LARGEST_LOG_ODDS, _LARGEST_LOG_ODDS)
         probability = _mean_field(log_odds, _couplings(data, near, spacing_mm), self.device)
         probability[~near] = 0
         parts, _ = ndimage.label(probability >= INSIDE)
         stray = (parts > 0) & ~np.isin(parts, np.unique(parts[crop]))
         probability[stray] = _STRAY_PROBABILITY
-        i, j, k = (int(n) for n in first)
-        return LocalMap((i, j, k), probability)
+        return LocalMap(tuple(first.tolist()), probability)
 
 
 def load(device: str, _settings: ModelSettings, _weights: Callable[[], Path]) -> BuiltinSegmenter:
@@ -187,7 +169,7 @@ def _ball(image: Volume, prompt: ClickPrompt) -> tuple[NDArray[np.int64], Mask]:
     if (click < 0).any() or (click >= image.grid.shape).any():
         return np.zeros(3, np.int64), np.zeros((0, 0, 0), bool)
     first, squared = _squared_distance(image.grid, click, np.full(3, _CLICK_REACH_MM))
-    data = _normalised(_part(image, first, squared.shape), squared <= 1)
+    data = _normalised(image.data[tuple(map(slice, first, first + squared.shape))], squared <= 1)
     distance_mm = np.sqrt(squared) * _CLICK_REACH_MM
     # Shells as thick as a voxel: on thick slices those of the middle are made of in-plane neighbours.
     thickness_mm = float(image.grid.spacing_mm.min())
@@ -210,8 +192,7 @@ def _squared_distance(grid: Grid, centre: NDArray[Any], scale_mm: Doubles) -> tu
     first = np.clip(np.floor(centre - size).astype(np.int64), 0, grid.shape)
     last = np.clip(np.ceil(centre + size).astype(np.int64) + 1, first, grid.shape)
     i, j, k = (((np.arange(a, b) - c) / s) ** 2 for a, b, c, s in zip(first, last, centre, size, strict=True))
-    squared: Doubles = i[:, None, None] + j[None, :, None] + k[None, None, :]
-    return first, squared
+    return first, i[:, None, None] + j[None, :, None] + k[None, None, :]
 
 
 def _radius_mm(mask: Mask, spacing_mm: Doubles) -> float:
@@ -229,8 +210,7 @@ def _normalised(image: Field, near: Mask) -> Field:
     low, high = np.percentile(image[near], _RANGE_PERCENT)
     if high <= low:
         return np.zeros(image.shape, np.float32)
-    normalised: Field = ((image - np.float32(low)) / np.float32(high - low)).clip(-1, 2)
-    return normalised
+    return np.asarray((image - np.float32(low)) / np.float32(high - low)).clip(-1, 2)
 
 
 def _evidence(image: Field, near: Mask, prior: Field, spacing_mm: Doubles) -> Doubles:
@@ -251,8 +231,7 @@ def _evidence(image: Field, near: Mask, prior: Field, spacing_mm: Doubles) -> Do
         smoothed * _TEXTURE_BINS + deviation, (_TEXTURE_BINS, _TEXTURE_BINS), inside, _TEXTURE_SMOOTHING
     )
     coarse = value * np.float32((_NEIGHBOURHOOD_BINS - 1) / (_BINS - 1))
-    result: Doubles = (everywhere + texture + _neighbourhood_evidence(coarse, near, inside, spacing_mm)) / 3
-    return result
+    return np.asarray(everywhere + texture + _neighbourhood_evidence(coarse, near, inside, spacing_mm)) / 3
 
 
 def _binned(values: Field, bins: int) -> Field:
@@ -260,8 +239,7 @@ def _binned(values: Field, bins: int) -> Field:
     low, high = np.percentile(values, _RANGE_PERCENT)
     if high <= low:
         return np.zeros(values.shape, np.float32)
-    scaled: Field = ((values - np.float32(low)) * np.float32((bins - 1) / (high - low))).clip(0, bins - 1)
-    return scaled
+    return np.asarray((values - np.float32(low)) * np.float32((bins - 1) / (high - low))).clip(0, bins - 1)
 
 
 def _whole(bins: Field) -> NDArray[np.int64]:
@@ -282,8 +260,7 @@ def _histogram_evidence(bin_of: NDArray[np.int64], shape: tuple[int, ...], insid
         one = ndimage.gaussian_filter(of_inside.reshape(shape), smoothing, mode="nearest").ravel()
         other = ndimage.gaussian_filter((total - of_inside).reshape(shape), smoothing, mode="nearest").ravel()
         evidence = _shrunk_log_ratio(one / max(one.sum(), 1e-9), other / max(other.sum(), 1e-9))
-    result: Doubles = evidence[bin_of]
-    return result
+    return np.asarray(evidence[bin_of])
 
 
 def _neighbourhood_evidence(value: Field, near: Mask, inside: Field, spacing_mm: Doubles) -> Doubles:
@@ -320,17 +297,13 @@ def _neighbourhood_evidence(value: Field, near: Mask, inside: Field, spacing_mm:
         )
         if sweep + 1 < _EM_SWEEPS:
             of_inside = np.bincount(cell, _sigmoid(log_odds + evidence.ravel()[cell]), cells)
-    result: Doubles = ndimage.map_coordinates(evidence, place, order=1, mode="nearest")
-    return result
+    return np.asarray(ndimage.map_coordinates(evidence, place, order=1, mode="nearest"))
 
 
 def _shrunk_log_ratio(inside: Doubles, outside: Doubles) -> Doubles:
     """Log of the ratio of two densities, each mixed with the mean of both."""
-    shared = _SHARED_APPEARANCE * ((inside + outside) / 2 + 1e-9)
-    ratio: Doubles = np.log(
-        ((1 - _SHARED_APPEARANCE) * inside + shared) / ((1 - _SHARED_APPEARANCE) * outside + shared)
-    )
-    return ratio
+    own, shared = 1 - _SHARED_APPEARANCE, _SHARED_APPEARANCE * ((inside + outside) / 2 + 1e-9)
+    return np.asarray(np.log((own * inside + shared) / (own * outside + shared)))
 
 
 def _couplings(image: Field, near: Mask, spacing_mm: Doubles) -> list[Field]:
@@ -366,20 +339,12 @@ def _mean_field(log_odds: Doubles, couplings: list[Field], device: torch.device)
             field.narrow(axis, 0, last).addcmul_(link, sign.narrow(axis, 1, last))
             field.narrow(axis, 1, last).addcmul_(link, sign.narrow(axis, 0, last))
         sign = field.div_(2).tanh_()
-    probability: Field = sign.add_(1).div_(2).clamp_(0, 1).to(torch.float32).cpu().numpy()
-    return probability
+    return sign.add_(1).div_(2).clamp_(0, 1).cpu().numpy()
 
 
 def _sigmoid(log_odds: NDArray[Any]) -> NDArray[Any]:
-    probability: NDArray[Any] = 0.5 * (1 + np.tanh(log_odds / 2))
-    return probability
+    return np.asarray(0.5 * (1 + np.tanh(log_odds / 2)))
 
 
 def _logit(probability: NDArray[Any]) -> NDArray[Any]:
-    log_odds: NDArray[Any] = np.log(probability / (1 - probability))
-    return log_odds
-
-
-def _part(image: Volume, first: NDArray[np.int64], shape: tuple[int, ...]) -> Field:
-    """The intensities on a box of this shape from voxel ``first`` on."""
-    return image.data[tuple(slice(int(a), int(a) + n) for a, n in zip(first, shape, strict=True))]
+    return np.asarray(np.log(probability / (1 - probability)))

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 
 #: PyTorch has written zip archives since 1.6, and a pickle of protocol 2 before that.
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"
-#: The old format is a magic number, a version, a description of the machine and the content, each a pickle; then the
-#: tensors (torch.serialization._legacy_save).
+#: Pickles of the old format before its tensors: a magic number, a version, a description of the machine, the content.
 _OLD_PICKLES = 4
 #: First bytes of saved downloads that are not weights, and what they are.
 _NOT_WEIGHTS = (
@@ -51,19 +50,17 @@ class UnsafeCheckpointError(ModelError):
 def load_state(path: Path, *, wanted: str) -> Any:
     """Load a checkpoint on the CPU; tensors and plain values only.
 
-    ``wanted`` names what it should be in messages ("the weights of the model 'medsam2'"). Raises UnsafeCheckpointError
-    if loading could run code in it, ModelError if it is unreadable, not of PyTorch, or damaged.
+    ``wanted`` names what it should be ("the weights of the model 'medsam2'"). Raises UnsafeCheckpointError if loading
+    could run code in it, ModelError if it is unreadable, not of PyTorch, or damaged.
     """
     import torch
 
     try:
         with path.open("rb") as file:
             head = file.read(32)
-        if not head:
-            raise ModelError(f"{path}: is empty; expected {wanted}: fetch or copy it again")
         if not head.startswith((_ZIP, _PICKLE)):
             found = next((words for start, words in _NOT_WEIGHTS if head.startswith(start)), "is no file of PyTorch")
-            raise ModelError(f"{path}: {found}; expected {wanted}")
+            raise ModelError(f"{path}: {found if head else 'is empty'}; expected {wanted}: fetch or copy it again")
         if head.startswith(_ZIP) and not zipfile.is_zipfile(path):
             raise _damaged(path, wanted)
         with warnings.catch_warnings():
@@ -71,11 +68,10 @@ def load_state(path: Path, *, wanted: str) -> Any:
             with torch.serialization.safe_globals(_numpy_scalars()):
                 return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if not (_are_whole(path) if head.startswith(_PICKLE) else _is_sound(path)):
+        if not _is_sound(path):
             raise _damaged(path, wanted) from None
         name = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"other objects ({name[1]})" if name else "other objects"
-        raise UnsafeCheckpointError(path, found, wanted) from None
+        raise UnsafeCheckpointError(path, f"other objects ({name[1]})" if name else "other objects", wanted) from None
     except OSError as error:
         raise ModelError(f"{path}: cannot be read ({error.strerror or error}); expected {wanted}") from None
     except _DAMAGE:
@@ -85,8 +81,7 @@ def load_state(path: Path, *, wanted: str) -> Any:
 def named_weights(content: Any, path: Path, *, wanted: str, key: str = "") -> dict[str, Tensor]:
     """Return the weights by name from what :func:`load_state` gave, there under ``key`` unless that is empty.
 
-    ``path`` and ``wanted`` name the file, and what it should be, in messages. Raises ModelError if there are no
-    weights, or other values among them.
+    Raises ModelError if there are no weights, or other values among them.
     """
     import torch
 
@@ -105,22 +100,17 @@ def named_weights(content: Any, path: Path, *, wanted: str, key: str = "") -> di
 
 
 def check_fit(weights: Mapping[str, Tensor], network: Mapping[str, Tensor], path: Path, *, wanted: str) -> None:
-    """Compare weights of a checkpoint with the ``state_dict`` of a network; ModelError if names or shapes differ.
-
-    ``path`` and ``wanted`` name the file, and what it should be, in messages.
-    """
-    missing = [name for name in network if name not in weights]
-    unknown = [name for name in weights if name not in network]
-    other = [
-        f"{name} is {_shape(weights[name])} instead of {_shape(tensor)}"
-        for name, tensor in network.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
-    faults = [
-        f"{len(names)} {what} ({few(names)})"
-        for names, what in ((missing, "missing"), (unknown, "unknown"), (other, "of another shape"))
-        if names
-    ]
+    """Compare weights of a checkpoint with the ``state_dict`` of a network; ModelError if names or shapes differ."""
+    found = {
+        "missing": [name for name in network if name not in weights],
+        "unknown": [name for name in weights if name not in network],
+        "of another shape": [
+            f"{name} is {_shape(weights[name])} instead of {_shape(tensor)}"
+            for name, tensor in network.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ],
+    }
+    faults = [f"{len(names)} {what} ({few(names)})" for what, names in found.items() if names]
     if faults:
         raise ModelError(f"{path}: holds weights of another network: {'; '.join(faults)}; expected {wanted}")
 
@@ -148,24 +138,18 @@ def _numpy_scalars() -> list[Any]:
     return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
 
 
-def _are_whole(path: Path) -> bool:
-    """Whether all pickles of the old format are there; nothing in them is run."""
+def _is_sound(path: Path) -> bool:
+    """Whether the pickles of a file are whole; nothing in them is run, and PyTorch does not check their checksums."""
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for name in archive.namelist():
+                    if name.endswith(".pkl"):
+                        archive.read(name)
+            return True
         with path.open("rb") as file:
             for _ in range(_OLD_PICKLES):
                 deque(pickletools.genops(file), maxlen=0)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_sound(path: Path) -> bool:
-    """Whether the pickle of the new format matches its checksum, which PyTorch does not check."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith(".pkl"):
-                    archive.read(name)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError, zlib.error):
         return False
     return True

@@ -56,15 +56,14 @@ class Download:
         except requests.RequestException as error:
             raise self._failure(error) from None
         except ValueError as error:
-            raise ModelError(
-                f"{self.target}: what {self.url} gives is not the published file ({error}); nothing was kept, try "
-                "again, or without the mirror if there is one"
-            ) from None
+            found = f"what {self.url} gives is not the published file ({error})"
+            advice = "nothing was kept, try again, or without the mirror if there is one"
+            raise ModelError(f"{self.target}: {found}; {advice}") from None
         finally:
             if self.answer is not None:
                 self.answer.close()  # pooch leaves it open on errors
-        if self.size not in (None, found := temporary.stat().st_size):
-            raise ModelError(f"{self.url}: gave {found} bytes, expected {self.size}; {self.elsewhere}")
+        if self.size not in (None, arrived := temporary.stat().st_size):
+            raise ModelError(f"{self.url}: gave {arrived} bytes, expected {self.size}; {self.elsewhere}")
 
     def update(self, size: int) -> None:
         """Report progress after a chunk."""
@@ -83,19 +82,16 @@ class Download:
         if answer.is_redirect or not answer.ok:
             return
         if answer.headers.get("Content-Type", "").startswith("text/html"):
-            raise ModelError(
-                f"{self.url}: gives a web page, not the file, as a network does that wants a login first; log in, or "
-                f"{self.elsewhere}"
-            )
+            found = "gives a web page, not the file, as a network does that wants a login first"
+            raise ModelError(f"{self.url}: {found}; log in, or {self.elsewhere}")
         size = int(answer.headers.get("Content-Length", self.size or 0))
         if self.size not in (None, size):
             raise ModelError(f"{self.url}: gives {size} bytes, expected {self.size}; {self.elsewhere}")
         free = shutil.disk_usage(self.target.parent).free
         if size > free:
-            raise InputError(
-                f"{self.target}: needs {_megabytes(size)}, and {_megabytes(free)} are free there; make room, or "
-                f"choose another folder with --folder, or set ATLASSEGFM_MODELS"
-            )
+            found = f"needs {_megabytes(size)}, and {_megabytes(free)} are free there"
+            advice = "make room, or choose another folder with --folder, or set ATLASSEGFM_MODELS"
+            raise InputError(f"{self.target}: {found}; {advice}")
         self.accepted = True
 
     def _failure(self, error: Any) -> ModelError:

@@ -7,34 +7,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..settings import ModelSettings
+from ..prompts import PromptKind
+from ..settings import NO_MODEL, ModelSettings, Settings
 from . import weights as _weights
-from .base import ModelDescription, Segmenter
-from .published import PublishedWeights, WeightsFile
-from .weights import find_weights
+from .base import ModelDescription, PublishedWeights, Segmenter, WeightsFile
 
 #: Revision, sizes and sums as MONAI Label pins them.
+_NNINTERACTIVE_FILES = (
+    ("dataset.json", 245, "e090394ac539b2823b2135173658190245c462cb042d3442487e4829f08252c4"),
+    ("plans.json", 6_287, "64a30a430438302a692a3edadd345a207b3428bea2e5cdc125298757da21f4d4"),
+    ("inference_session_class.json", 121, "8f43587a9d139fcf7af8776219e9432dab079f985cb0d7da72a4c851b39a4f09"),
+    ("fold_0/checkpoint_final.pth", 411_387_150, "b3ac4421f85457bbd1aa0d87f5e67bcb7bc8e2ce6b824b6ac45077cc5d630ea9"),
+)
 _NNINTERACTIVE = PublishedWeights(
     repository="MIC-DKFZ/nnInteractive",
     revision="3f308d751c00644e4fde6f09c600264b393b21b5",
-    files=(
-        WeightsFile(
-            "nnInteractive_v1.0/dataset.json", 245, "e090394ac539b2823b2135173658190245c462cb042d3442487e4829f08252c4"
-        ),
-        WeightsFile(
-            "nnInteractive_v1.0/plans.json", 6_287, "64a30a430438302a692a3edadd345a207b3428bea2e5cdc125298757da21f4d4"
-        ),
-        WeightsFile(
-            "nnInteractive_v1.0/inference_session_class.json",
-            121,
-            "8f43587a9d139fcf7af8776219e9432dab079f985cb0d7da72a4c851b39a4f09",
-        ),
-        WeightsFile(
-            "nnInteractive_v1.0/fold_0/checkpoint_final.pth",
-            411_387_150,
-            "b3ac4421f85457bbd1aa0d87f5e67bcb7bc8e2ce6b824b6ac45077cc5d630ea9",
-        ),
-    ),
+    files=tuple(WeightsFile(f"nnInteractive_v1.0/{name}", size, sha256) for name, size, sha256 in _NNINTERACTIVE_FILES),
     licence="CC-BY-NC-SA-4.0",
     licence_url="https://creativecommons.org/licenses/by-nc-sa/4.0/",
     non_commercial=True,
@@ -71,14 +59,12 @@ MODELS: dict[str, ModelDescription] = {
         ModelDescription(
             name="builtin",
             summary="random field on the appearance and edges around the prompt; needs no download",
-            module="builtin",
             prompts=("mask", "box", "click"),
             code_licence="Apache-2.0",
         ),
         ModelDescription(
             name="nninteractive",
             summary="interactive network trained on 120 public sets of CT, MR, PET and microscopy; wants a GPU",
-            module="nninteractive",
             prompts=("mask", "box", "click"),
             code_licence="Apache-2.0",
             weights=_NNINTERACTIVE,
@@ -88,7 +74,6 @@ MODELS: dict[str, ModelDescription] = {
         ModelDescription(
             name="medsam2",
             summary="SAM 2.1 trained on medical scans, follows a structure from slice to slice",
-            module="medsam2",
             prompts=("click", "mask", "box"),
             code_licence="Apache-2.0",
             weights=_MEDSAM2,
@@ -98,7 +83,6 @@ MODELS: dict[str, ModelDescription] = {
         ModelDescription(
             name="vesselfm",
             summary="vesselFM: finds all blood vessels of a scan; kept where the warped atlas says the vessel can be",
-            module="vesselfm",
             prompts=("region",),
             code_licence="Apache-2.0 (this adapter; rebuilt on MONAI)",
             weights=_VESSELFM,
@@ -111,63 +95,65 @@ MODELS: dict[str, ModelDescription] = {
 def describe_model(name: str) -> ModelDescription:
     """Describe a model; raise InputError, with the known names, if there is none."""
     if name not in MODELS:
-        known = ", ".join(("none", *MODELS))
-        raise InputError(f"unknown model {name!r}; known models: {known}")
+        raise InputError(f"unknown model {name!r}; known models: {', '.join((NO_MODEL, *MODELS))}")
     return MODELS[name]
 
 
 def load_model(name: str, device: str, settings: ModelSettings | None = None, path: Path | None = None) -> Segmenter:
-    """Load a model.
+    """Load a model of :data:`MODELS` onto "cpu" or "cuda".
 
-    Parameters
-    ----------
-    name : str
-        A key of :data:`MODELS`.
-    device : {"cpu", "cuda"}
-    settings : ModelSettings, optional
-        Defaults if left out.
-    path : Path, optional
-        File or folder of its weights; by default in the folder of all weights (:mod:`atlassegfm.models.weights`).
+    ``path`` is the file or folder of its weights, by default in the folder of all weights (:mod:`.models.weights`).
 
-    Raises
-    ------
-    InputError
-        If the name is not known, the weights are not there, their licence has not been accepted, or a path is given
-        for a model without weights.
-    MissingExtraError
-        If the model's dependencies are not installed.
-    ModelError
-        If there is no such device, or the weights are damaged or those of another model.
+    Raises InputError if the name is not known, the weights are not there, their licence has not been accepted, or a
+    path is given for a model without weights; MissingExtraError if the model's dependencies are not installed;
+    ModelError if there is no such device, or the weights are damaged or those of another model.
     """
-    row = describe_model(name)
-    if row.weights is None and path is not None:
-        raise InputError(
-            f"{path}: given as weights, but the model {name!r} has none; leave out the path of the weights"
-        )
+    published = describe_model(name).weights
+    if published is None and path is not None:
+        raise InputError(f"{path}: given as weights, but the model {name!r} has none; leave out their path")
 
     def weights() -> Path:
-        if row.weights is None:
+        if published is None:
             raise TypeError(f"the model {name!r} has no weights")
-        return find_weights(name, row.weights, path)
+        return _weights.find_weights(name, published, path)
 
-    module = importlib.import_module(f".{row.module}", __package__)
+    module = importlib.import_module(f".{name}", __package__)
     model: Segmenter = module.load(device, settings or ModelSettings(), weights)
     return model
 
 
-def accept_licence(name: str) -> str | None:
-    """Record that the user accepts the licence of a model's weights; InputError if that cannot be recorded.
+def load_chosen(settings: Settings, device: str) -> Segmenter | None:
+    """Load the model of the settings onto "cpu" or "cuda"; None without a model. Errors as of :func:`load_model`."""
+    if settings.model == NO_MODEL:
+        return None
+    path = Path(settings.model_path).expanduser() if settings.model_path else None
+    return load_model(settings.model, device, settings.models, path)
 
-    Returns the date of the first acceptance, or None where none is needed.
-    """
-    published = describe_model(name).weights
-    return None if published is None else _weights.accept_licence(name, published)
+
+def prompt_kind(settings: Settings) -> PromptKind | None:
+    """Choose the kind of prompt; None without a model. InputError if the model does not take the one that is set."""
+    if settings.model == NO_MODEL:
+        return None
+    row = describe_model(settings.model)
+    if settings.prompt == "auto":
+        return row.prompts[0]
+    if row.prompts == ("region",):
+        raise InputError(f"the model {row.name!r} takes no prompt; leave the prompt at 'auto'")
+    if settings.prompt not in row.prompts:
+        raise InputError(
+            f"the model {row.name!r} does not take the prompt {settings.prompt!r}; it takes {', '.join(row.prompts)}"
+        )
+    return settings.prompt
+
+
+def accept_licence(name: str) -> str | None:
+    """Record that the user accepts the licence of a model's weights, as :func:`.weights.accept_licence`."""
+    return _weights.accept_licence(name, describe_model(name).weights)
 
 
 def licence_accepted(name: str) -> str | None:
     """Return the date on which the licence of a model's weights was accepted; None if it was not, or need not be."""
-    published = describe_model(name).weights
-    return None if published is None else _weights.licence_accepted(name, published)
+    return _weights.licence_accepted(name, describe_model(name).weights)
 
 
 def fetch_weights(

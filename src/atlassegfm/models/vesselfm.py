@@ -1,15 +1,11 @@
 """vesselFM: segments all blood vessels of a scan; the warped atlas says which of them are wanted.
 
 vesselFM (Wittmann et al., "vesselFM: A Foundation Model for Universal 3D Blood Vessel Segmentation", CVPR 2025) is a
-3-D U-Net without prompts. Its architecture and published inference are rebuilt here on MONAI:
-
-1. *Scaling.* The 1st and 99th percentiles of the whole scan become 0 and 1; values beyond are cut.
-2. *Resampling*, only if ``spacing_mm`` is set.
-3. *Sliding window.* Cubes of 128 voxels that overlap by half; their logits are averaged (``blending``).
+3-D U-Net without prompts. Its architecture and published inference are rebuilt here on MONAI: two percentiles of the
+whole scan become 0 and 1, and logits of overlapping cubes are averaged.
 
 The cubes lie on a lattice fixed to the whole scan. Only those within reach of a prompt are computed, and they are added
-up in the order of the lattice, so a voxel's probability does not depend on the other prompts. Cubes are kept with the
-encoded scan up to ``cache_mib``.
+up in the order of the lattice, so a voxel's probability does not depend on the other prompts.
 
 A voxel belongs to the nearest structure (voxels that the warped atlas fills by half; ties to the smaller number) within
 ``reach_mm``; its probability there is the model's, and 0 elsewhere. So structures of one call compete for what lies
@@ -24,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,13 +33,11 @@ from ..core.image import Volume
 from ..core.mask import LocalMap
 from ..prompts import Prompt, RegionPrompt, crop_mask, inside_scan
 from ..settings import ModelSettings, VesselFmSettings
-from .base import OnPrompt
+from .base import OnPrompt, intensities, scan_name, usable_device
 from .checkpoint import check_fit, few, load_state, named_weights
-from .inputs import intensities, scan_name, usable_device
 from .weights import describe_file, installed_version
 
 Field = NDArray[np.float32]
-Box = tuple[slice, slice, slice]
 #: Takes a window, (1, 1, K, J, I) float32, and gives logits of the same shape.
 Network = Callable[[torch.Tensor], torch.Tensor]
 
@@ -57,18 +51,14 @@ _FILTER_KEYS = (
     *(f"downsamples.{n}.conv1.conv.weight" for n in range(len(PUBLISHED_FILTERS) - 2)),
     "bottleneck.conv1.conv.weight",
 )
-#: Standard deviation of a window's Gaussian weights, as a fraction of its width, and the smallest weight [MONAI].
-_WEIGHT_DEVIATION = 0.125
-_LEAST_WEIGHT = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
 class VesselEncoding:
-    """An encoded scan and its windows computed so far.
+    """An encoded scan and its windows computed so far: logits by first voxel in ``data``, most recently used last.
 
     ``data``, (I, J, K) float32, are intensities scaled to [0, 1] in RAS-canonical array order, on the scan's ``grid``
-    or resampled over the same field of view. ``windows`` are logits by first voxel in ``data``, the most recently used
-    last.
+    or resampled over the same field of view.
     """
 
     data: Field
@@ -91,7 +81,7 @@ class VesselSegmenter:
         if self.settings.spacing_mm:
             for axis, length_mm in enumerate(np.array(image.grid.shape) * image.grid.spacing_mm):
                 count = max(round(length_mm / self.settings.spacing_mm), 1)
-                data = _Axis.between(count, data.shape[axis], 0, count).interpolate(data, axis)
+                data = _interpolate(data, _places(count, data.shape[axis], 0, count), axis)
         return VesselEncoding(np.ascontiguousarray(data), image.grid)
 
     def predict(
@@ -120,8 +110,8 @@ class VesselSegmenter:
                     continue
                 # Not PyTorch's sigmoid, whose last bits depend on the place in the array.
                 probability = special.expit(logits[box]) * (territory.owner[box] == place)
-                i, j, k = (first + side.start for first, side in zip(territory.start, box, strict=True))
-                maps[number] = LocalMap((i, j, k), probability.astype(np.float32, copy=False))
+                start = tuple(first + side.start for first, side in zip(territory.start, box, strict=True))
+                maps[number] = LocalMap(start, probability.astype(np.float32, copy=False))
         turn_to(prompts)
         return maps
 
@@ -129,42 +119,38 @@ class VesselSegmenter:
         self, encoded: VesselEncoding, territory: _Territory, turn_to: Callable[[Iterable[int]], None]
     ) -> Field:
         """Logits on the territory's box, computed wherever a voxel of the territory needs them, and 0 elsewhere."""
-        shape, size = encoded.data.shape, self.settings.window
-        sides = zip(territory.start, territory.owner.shape, strict=True)
-        axes = [
-            _Axis.between(count, working, first, first + length)
-            for count, working, (first, length) in zip(encoded.grid.shape, shape, sides, strict=True)
-        ]
-        start = [int(axis.low[0]) for axis in axes]
-        stop = [int(axis.high[-1]) + 1 for axis in axes]
+        shape, size, first = encoded.data.shape, self.settings.window, territory.start
+        last = np.add(first, territory.owner.shape)
+        places = list(map(_places, encoded.grid.shape, shape, first, last))
+        start = [int(along[0]) for along in places]
+        stop = [int(np.ceil(along[-1])) + 1 for along in places]
         total = np.zeros(np.subtract(stop, start), np.float32)
-        weight = np.zeros_like(total)
-        importance = _importance(size, self.settings.blending)
+        windows = np.zeros_like(total)
         for corner in _corners(shape, size, self.settings.overlap):
-            box = [(max(first, 0), min(first + size, n)) for first, n in zip(corner, shape, strict=True)]
-            numbers = territory.numbers_in([axis.touched(*side) for axis, side in zip(axes, box, strict=True)])
+            low, high = np.maximum(corner, 0), np.minimum(np.add(corner, size), shape)
+            # Voxels between two places in the working grid need both.
+            touched = [(along > a - 1) & (along < b) for along, a, b in zip(places, low, high, strict=True)]
+            numbers = territory.numbers_in(np.ix_(*touched))
             if not numbers:
                 continue
             turn_to(numbers)
-            logits = self._window(encoded, corner, box)
-            common = [(max(a, s), min(b, t)) for (a, b), s, t in zip(box, start, stop, strict=True)]
-            to = _slices(common, start)
-            inner = importance[_slices(common, corner)]
-            total[to] += inner * logits[_slices(common, [first for first, _ in box])]
-            weight[to] += inner
-        np.divide(total, weight, out=total, where=weight > 0)
-        for number, axis in enumerate(axes):
-            if shape[number] != encoded.grid.shape[number]:
-                total = axis.interpolate(total, number, start[number])
+            begin, end = np.maximum(low, start), np.minimum(high, stop)
+            to = tuple(map(slice, begin - start, end - start))
+            total[to] += self._window(encoded, corner)[tuple(map(slice, begin - low, end - low))]
+            windows[to] += 1
+        total /= np.maximum(windows, 1)
+        for axis, along in enumerate(places):
+            total = _interpolate(total, along - start[axis], axis)
         return total
 
-    def _window(self, encoded: VesselEncoding, corner: tuple[int, ...], box: Sequence[tuple[int, int]]) -> Field:
+    def _window(self, encoded: VesselEncoding, corner: tuple[int, ...]) -> Field:
         """Logits of one window on its part inside the scan, from the cache or the network."""
         found = encoded.windows.pop(corner, None)
         if found is None:
             patch = np.zeros((self.settings.window,) * 3, np.float32)
-            inside = _slices(box, corner)
-            patch[inside] = encoded.data[_slices(box, (0, 0, 0))]
+            low, high = np.maximum(corner, 0), np.minimum(np.add(corner, patch.shape), encoded.data.shape)
+            inside = tuple(map(slice, low - corner, high - corner))
+            patch[inside] = encoded.data[tuple(map(slice, low, high))]
             # Published: arrays as SimpleITK gives them, the first axis through the slices.
             given = torch.from_numpy(np.ascontiguousarray(patch.T))[None, None].to(self.device)
             with torch.inference_mode(), self._precision():
@@ -177,9 +163,9 @@ class VesselSegmenter:
         return found
 
     def _precision(self) -> torch.autocast:
-        single = self.settings.precision == "float32"
-        kind = torch.float16 if self.settings.precision == "float16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=kind, enabled=not single)
+        precision = self.settings.precision
+        kind = torch.float16 if precision == "float16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=kind, enabled=precision != "float32")
 
 
 def load(device: str, settings: ModelSettings, weights: Callable[[], Path]) -> VesselSegmenter:
@@ -187,17 +173,15 @@ def load(device: str, settings: ModelSettings, weights: Callable[[], Path]) -> V
     place = usable_device(device)
     _dyn_unet()  # reported before missing weights: it is installed first
     path = weights()
-    network = load_network(path).to(place)
     provenance = {"weights": describe_file(path), "monai_version": installed_version("monai")}
-    return VesselSegmenter(network, place, settings.vesselfm, provenance)
+    return VesselSegmenter(load_network(path).to(place), place, settings.vesselfm, provenance)
 
 
 def build_network(filters: Sequence[int] = PUBLISHED_FILTERS, device: str = "cpu") -> torch.nn.Module:
     """Build the published architecture with random weights; PyTorch's random state stays as it was.
 
     ``filters`` are the channels of the six resolutions, finest first. On "meta" it has no weights yet. It takes (N, 1,
-    K, J, I), each side a multiple of 32 from 64 on, and gives logits of the same shape. Raises MissingExtraError if
-    MONAI is not installed.
+    K, J, I), each side a multiple of 32 from 64 on, and gives logits of the same shape.
     """
     levels = len(PUBLISHED_FILTERS)
     # configs/model/dyn_unet_base.yaml of the published code; all else are MONAI's defaults.
@@ -216,10 +200,7 @@ def build_network(filters: Sequence[int] = PUBLISHED_FILTERS, device: str = "cpu
 
 
 def load_network(path: Path) -> torch.nn.Module:
-    """Build the network with the weights of a checkpoint, a bare state dict; its width follows from them.
-
-    Raises MissingExtraError if MONAI is not installed, ModelError if it is no checkpoint of this architecture.
-    """
+    """Build the network of a checkpoint, a bare state dict that sets its width; ModelError if it is of another one."""
     state = named_weights(load_state(path, wanted=_WANTED), path, wanted=_WANTED)
     missing = [key for key in _FILTER_KEYS if key not in state or state[key].ndim != 5]
     if missing:
@@ -245,52 +226,29 @@ def _scaled(image: Volume, percentiles: tuple[float, float]) -> Field:
     data = intensities(image)
     low, high = (float(n) for n in np.percentile(data, percentiles))
     if low == high:
-        raise InputError(
-            f"{scan_name(image)}: the percentiles {percentiles[0]:g} and {percentiles[1]:g} of its voxels are both "
-            f"{low:g}, which leaves the model 'vesselfm' no contrast; crop empty parts, or set "
-            "models.vesselfm.percentiles wider apart"
-        )
+        found = f"the percentiles {percentiles[0]:g} and {percentiles[1]:g} of its voxels are both {low:g}"
+        advice = "crop empty parts, or set models.vesselfm.percentiles wider apart"
+        raise InputError(f"{scan_name(image)}: {found}, which leaves the model 'vesselfm' no contrast; {advice}")
     scaled = data - np.float32(low)
     scaled /= np.float32(high - low)
     return np.clip(scaled, 0, 1, out=scaled)
 
 
-@dataclass(frozen=True, eq=False)
-class _Axis:
-    """Where N successive voxels of one axis of the scan lie among those of the working grid.
+def _places(count: int, working: int, first: int, last: int) -> NDArray[np.float64]:
+    """Where voxels first <= i < last of ``count`` lie among ``working`` ones along the same length.
 
-    Both cover the same field of view, so voxel i of n is at (i + 1/2) m/n - 1/2 of m, held at the outer centres. It is
-    between the working voxels ``low`` and ``high``, (N,) int64, which are equal if it is at a centre; ``fraction``,
-    (N,) float32 in [0, 1), is the weight of ``high``.
+    Voxel i is at (i + 1/2) m/n - 1/2 of m, held at the outer centres.
     """
+    return np.clip((np.arange(first, last) + 0.5) * (working / count) - 0.5, 0, working - 1)
 
-    low: NDArray[np.int64]
-    high: NDArray[np.int64]
-    fraction: Field
 
-    @classmethod
-    def between(cls, count: int, working: int, first: int, last: int) -> _Axis:
-        """Place the voxels first <= i < last of ``count`` among ``working`` ones along the same length."""
-        places = np.arange(first, last, dtype=np.float64)
-        if working != count:
-            places = (places + 0.5) * (working / count) - 0.5
-        places = np.clip(places, 0, working - 1)
-        low = np.floor(places).astype(np.int64)
-        fraction = (places - low).astype(np.float32)
-        return cls(low, np.where(fraction > 0, low + 1, low), fraction)
-
-    def touched(self, start: int, stop: int) -> slice:
-        """Which of the N voxels use one of the voxels ``start`` to ``stop`` of the working grid."""
-        first = int(np.searchsorted(self.high, start))
-        return slice(first, max(int(np.searchsorted(self.low, stop)), first))
-
-    def interpolate(self, values: Field, axis: int, first: int = 0) -> Field:
-        """Interpolate linearly along an axis of ``values``, whose first voxel is ``first`` of the working grid."""
-        shape = [1, 1, 1]
-        shape[axis] = -1
-        low = np.take(values, self.low - first, axis)
-        low += self.fraction.reshape(shape) * (np.take(values, self.high - first, axis) - low)
-        return low
+def _interpolate(values: Field, places: NDArray[np.float64], axis: int) -> Field:
+    """Interpolate linearly at places along an axis of (I, J, K) values."""
+    low, high = np.floor(places).astype(np.int64), np.ceil(places).astype(np.int64)
+    fraction = (places - low).astype(np.float32).reshape([-1 if n == axis else 1 for n in range(3)])
+    below = np.take(values, low, axis)
+    below += fraction * (np.take(values, high, axis) - below)
+    return below
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,10 +263,9 @@ class _Territory:
     owner: NDArray[np.int32]
     numbers: tuple[int, ...]
 
-    def numbers_in(self, box: Sequence[slice]) -> list[int]:
+    def numbers_in(self, box: tuple[NDArray[np.int64], ...]) -> list[int]:
         """Numbers of the structures that own a voxel of a box of ``owner``."""
-        count = np.bincount(self.owner[tuple(box)].ravel(), minlength=len(self.numbers) + 1)
-        return [number for number, voxels in zip(self.numbers, count[1:], strict=True) if voxels]
+        return [self.numbers[place - 1] for place in np.unique(self.owner[box]) if place]
 
 
 def _divide(prompts: Mapping[int, Prompt], grid: Grid, reach_mm: float) -> _Territory:
@@ -330,11 +287,11 @@ def _divide(prompts: Mapping[int, Prompt], grid: Grid, reach_mm: float) -> _Terr
     nearest = np.full(high - low, np.inf, np.float32)
     for place, (first, region) in enumerate(regions.values(), start=1):
         distance_mm = ndimage.distance_transform_edt(~region, sampling=grid.spacing_mm).astype(np.float32)
-        box = _slices(list(zip(first, first + region.shape, strict=True)), low)
+        box = tuple(map(slice, first - low, first + region.shape - low))
         closer = (distance_mm <= reach_mm) & (distance_mm < nearest[box])
         nearest[box][closer] = distance_mm[closer]
         owner[box][closer] = place
-    return _Territory(tuple(int(n) for n in low), owner, tuple(regions))
+    return _Territory(tuple(low.tolist()), owner, tuple(regions))
 
 
 def _corners(shape: Sequence[int], window: int, overlap: float) -> Iterator[tuple[int, ...]]:
@@ -344,24 +301,5 @@ def _corners(shape: Sequence[int], window: int, overlap: float) -> Iterator[tupl
     its middle, so that the first voxel is below 0 [MONAI's ``SlidingWindowInferer``].
     """
     step = max(int(window * (1 - overlap)), 1)
-    return product(
-        *(
-            [-((window - count) // 2)] if count <= window else [*range(0, count - window, step), count - window]
-            for count in shape
-        )
-    )
-
-
-def _importance(window: int, blending: Literal["constant", "gaussian"]) -> Field:
-    """(W, W, W) weights of a window's voxels, in (0, 1]: all 1, or a Gaussian around its middle."""
-    if blending == "constant":
-        return np.ones((window,) * 3, np.float32)
-    along = np.exp(-0.5 * ((np.arange(window) - (window - 1) / 2) / (_WEIGHT_DEVIATION * window)) ** 2)
-    weights: Field = np.einsum("i,j,k->ijk", along, along, along).clip(_LEAST_WEIGHT).astype(np.float32)
-    return weights
-
-
-def _slices(box: Sequence[tuple[int, int]], origin: Sequence[int] | NDArray[np.int64]) -> Box:
-    """A box, first and one past the last voxel along each axis, counted from ``origin``."""
-    i, j, k = (slice(int(a - first), int(b - first)) for (a, b), first in zip(box, origin, strict=True))
-    return i, j, k
+    firsts = ([-((window - n) // 2)] if n <= window else [*range(0, n - window, step), n - window] for n in shape)
+    return product(*firsts)

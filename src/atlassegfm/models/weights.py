@@ -1,8 +1,7 @@
 """Published weights of the models: find them, download them, record the acceptance of their licence.
 
 Nothing is downloaded unless :func:`fetch` is called. Weights are looked for in the path the user names, else in
-``$ATLASSEGFM_MODELS/MODEL``, then in ``~/.local/share/atlassegfm/models/MODEL``. That folder also holds
-``weights.json`` (source and SHA-256 of each file) and ``licence-accepted.json``.
+``$ATLASSEGFM_MODELS/MODEL``, then in ``~/.local/share/atlassegfm/models/MODEL``.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -23,21 +22,19 @@ from typing import Any, Literal
 from ..core.errors import InputError
 from ..core.files import atomic_path
 from ..core.version import __version__
+from .base import PublishedWeights, WeightsFile
 from .download import Download
-from .published import PublishedWeights, WeightsFile
 
 logger = logging.getLogger(__name__)
 
 #: Environment variable that names the folder of all weights, with one folder for each model.
 FOLDER_VARIABLE = "ATLASSEGFM_MODELS"
-#: Files in the folder of a model that record what was fetched, and that the licence was accepted.
-RECORD = "weights.json"
-ACCEPTANCE = "licence-accepted.json"
+#: Files in the folder of a model: source and SHA-256 of each file that was fetched; acceptance of the licence.
+RECORD, ACCEPTANCE = "weights.json", "licence-accepted.json"
 _RECORDED = ("url", "revision", "size", "sha256", "date")
 
-#: State of a file. "as published": it has the published SHA-256; "as fetched": none is published, and it is unchanged
-#: since it was fetched; "not known": there is nothing to compare with; "of another revision": fetched for another
-#: revision, and unchanged since.
+#: State of a file. "as fetched": no SHA-256 is published, and it is unchanged since it was fetched; "not known": there
+#: is nothing to compare with; "of another revision": fetched for another revision, and unchanged since.
 Verdict = Literal[
     "missing", "as published", "as fetched", "not known", "of another revision", "wrong size", "wrong sha256"
 ]
@@ -49,8 +46,7 @@ _GOOD: tuple[Verdict, ...] = ("as published", "as fetched", "not known")
 class StoredFile:
     """A published file, and what lies in its place on this machine.
 
-    ``size`` is in bytes, ``sha256`` hexadecimal; None if it is missing, the latter also if the size is wrong.
-    ``expected`` is the expected size or SHA-256, where it is wrong.
+    ``size`` in bytes is None if it is missing, ``sha256`` also if the size is wrong; ``expected`` is what is wrong.
     """
 
     file: WeightsFile
@@ -109,9 +105,8 @@ def weights_folder() -> Path:
     try:
         return Path(named).expanduser() if named else _default_folder()
     except RuntimeError:
-        raise InputError(
-            f"the home folder of this user is not known; set {FOLDER_VARIABLE} to the full path of a folder for weights"
-        ) from None
+        advice = f"set {FOLDER_VARIABLE} to the full path of a folder for weights"
+        raise InputError(f"the home folder of this user is not known; {advice}") from None
 
 
 def folders_of(name: str) -> tuple[Path, ...]:
@@ -125,10 +120,9 @@ def folders_of(name: str) -> tuple[Path, ...]:
 def find_weights(name: str, published: PublishedWeights, given: Path | None) -> Path:
     """Find the file of a model's weights on this machine, or their folder if they are several.
 
-    They are looked for in the folders of :func:`folders_of` unless a path is given: for one file, that file under any
-    name or a folder that has it under its published name; for several, a folder, which the model checks. Raises
-    InputError if they are not there, are not the published ones in their folder, or their licence has not been
-    accepted.
+    They are looked for in :func:`folders_of` unless a path is given: for one file, that file under any name or a folder
+    that has it under its published name; for several, a folder, which the model checks. Raises InputError if they are
+    not there, not the published ones in their folder, or their licence has not been accepted.
     """
     path = _complete_folder(name, published) if given is None else _given(name, published, given)
     if len(published.files) == 1 and path.is_dir():
@@ -161,9 +155,9 @@ def fetch(
 ) -> Fetched:
     """Download the weights of a model that are not there yet; a partial file never has its final name.
 
-    ``folder`` is the first of :func:`folders_of` if left out; ``on_stage`` is called with the progress of each file, as
-    "downloading FILE: 10 %, ...". Raises InputError if the licence has not been accepted, the folder cannot be written
-    to or has no room, or another file is in the way; ModelError if the published files cannot be downloaded.
+    ``folder`` is the first of :func:`folders_of` if left out; ``on_stage`` is called with the progress of each file.
+    Raises InputError if the licence has not been accepted, the folder cannot be written to or has no room, or another
+    file is in the way; ModelError if the published files cannot be downloaded.
     """
     folder = folder or weights_folder() / name
     _require_licence(name, published, folder)
@@ -171,19 +165,17 @@ def fetch(
     for stored in before:
         kind = stored.verdict.removeprefix("wrong ")
         if kind != stored.verdict:
-            raise InputError(
-                f"{stored.path}: is not the file that would be fetched: its {kind} is {stored.sha256 or stored.size}, "
-                f"expected {stored.expected}; move it away, then fetch again"
-            )
+            found = f"its {kind} is {stored.sha256 or stored.size}, expected {stored.expected}"
+            raise InputError(f"{stored.path}: not the file to fetch: {found}; move it away, then fetch again")
     wanted = [stored for stored in before if stored.verdict not in _GOOD]
     for stored in wanted:
         _fetch_one(name, published, folder, stored, on_stage or (lambda _: None))
     return Fetched(folder, examine(published, folder), tuple(stored.file.path for stored in wanted))
 
 
-def licence_accepted(name: str, published: PublishedWeights) -> str | None:
+def licence_accepted(name: str, published: PublishedWeights | None) -> str | None:
     """Return the date (ISO 8601, UTC) on which this very licence was accepted; None if it was not, or need not be."""
-    if not published.non_commercial:
+    if published is None or not published.non_commercial:
         return None
     for folder in folders_of(name):
         try:
@@ -195,25 +187,23 @@ def licence_accepted(name: str, published: PublishedWeights) -> str | None:
     return None
 
 
-def accept_licence(name: str, published: PublishedWeights) -> str | None:
+def accept_licence(name: str, published: PublishedWeights | None) -> str | None:
     """Record that the user accepts the licence of a model's weights; InputError if it cannot be recorded.
 
     Returns the date of the first acceptance; None where none is needed.
     """
-    if not published.non_commercial:
+    if published is None or not published.non_commercial:
         return None
     if (earlier := licence_accepted(name, published)) is not None:
         return earlier
-    date, path = _today(), weights_folder() / name / ACCEPTANCE
+    date, path = datetime.now(UTC).date().isoformat(), weights_folder() / name / ACCEPTANCE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_json(path, {"model": name, **_terms(published), "date": date, "atlassegfm": __version__})
     except (OSError, InputError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        raise InputError(
-            f"{path}: cannot note there that the licence was accepted ({getattr(cause, 'strerror', None) or error}); "
-            f"set {FOLDER_VARIABLE} to a folder that you can write to"
-        ) from None
+        cause = getattr(error if isinstance(error, OSError) else error.__context__, "strerror", None) or error
+        advice = f"set {FOLDER_VARIABLE} to a folder that you can write to"
+        raise InputError(f"{path}: cannot note there that the licence was accepted ({cause}); {advice}") from None
     return date
 
 
@@ -243,10 +233,8 @@ def _complete_folder(name: str, published: PublishedWeights) -> Path:
     folder = next(partial, folders[0])
     wrong = _wrong(published, folder)
     found = "; ".join(f"{file.path} {problem}" for file, problem in wrong.items() if problem != "missing")
-    if found:
-        found += " (weights of your own are named with --model-path)"
-    else:
-        found = " there, nor in ".join((f"no weights of the model {name!r}", *map(str, folders[1:])))
+    nowhere = " there, nor in ".join((f"no weights of the model {name!r}", *map(str, folders[1:])))
+    found = f"{found} (weights of your own are named with --model-path)" if found else nowhere
     source = published.url_of(published.files[0]) if len(published.files) == 1 else published.page
     places = ", ".join(str(folder / file.path) for file in wrong)
     raise InputError(
@@ -263,9 +251,7 @@ def _given(name: str, published: PublishedWeights, given: Path) -> Path:
     if given.is_file() and not one:
         raise InputError(f"{given}: is a file; expected the folder of {wanted}")
     if given.is_dir() and one and not (given / published.files[0].path).is_file():
-        raise InputError(
-            f"{given}: has no {names}; expected {wanted}: name the file itself where it is called otherwise"
-        )
+        raise InputError(f"{given}: has no {names}; expected {wanted}: name the file itself if it is called otherwise")
     return given
 
 
@@ -298,25 +284,25 @@ def _examined(file: WeightsFile, path: Path, record: dict[str, Any], revision: s
             raise InputError(f"{path}: is not a file, but the weights are to lie there; move it away")
         return StoredFile(file, path, None, None, "missing")
     kept = record.get(file.path)
-    # A file fetched for another revision differs from a damaged one in that it is as recorded.
+    # It differs from a damaged file in that it is as recorded.
     other = kept is not None and kept["revision"] != revision
     recorded = None if kept is None else str(kept["sha256"])
     known_size = file.size if file.size is not None or kept is None else int(kept["size"])
+    found = partial(StoredFile, file, path)
     try:
         size = path.stat().st_size
         if known_size not in (None, size) and not other:
-            return StoredFile(file, path, size, None, "wrong size", str(known_size))
+            return found(size, None, "wrong size", str(known_size))
         sha256 = sha256_of(path)
     except OSError as error:
         raise _unreadable(path, error) from None
-    if sha256 == file.sha256:
-        return StoredFile(file, path, size, sha256, "as published")
-    if other and sha256 == recorded:
-        return StoredFile(file, path, size, sha256, "of another revision")
     expected = file.sha256 or recorded
+    if other and sha256 == recorded != file.sha256:
+        return found(size, sha256, "of another revision")
     if expected not in (None, sha256):
-        return StoredFile(file, path, size, sha256, "wrong sha256", str(expected))
-    return StoredFile(file, path, size, sha256, "not known" if expected is None else "as fetched")
+        return found(size, sha256, "wrong sha256", str(expected))
+    verdict: Verdict = "as published" if file.sha256 else "not known" if expected is None else "as fetched"
+    return found(size, sha256, verdict)
 
 
 def _unreadable(path: Path, error: OSError) -> InputError:
@@ -342,28 +328,21 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _today() -> str:
-    return datetime.now(UTC).date().isoformat()
-
-
 def _fetch_one(
     name: str, published: PublishedWeights, folder: Path, stored: StoredFile, on_stage: Callable[[str], None]
 ) -> None:
     """Download one file and record it."""
-    target = stored.path
+    file, target = stored.file, stored.path
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"{target.parent}: cannot be made ({error.strerror}); choose another folder with --folder, or set "
-            f"{FOLDER_VARIABLE}"
-        ) from None
+        advice = f"choose another folder with --folder, or set {FOLDER_VARIABLE}"
+        raise InputError(f"{target.parent}: cannot be made ({error.strerror}); {advice}") from None
     with atomic_path(target) as temporary:
-        file = stored.file
         download = Download(published.url_of(file), published.page, target, file.size, file.sha256)
         download.to(temporary, on_stage, file.path)
         size, sha256 = temporary.stat().st_size, sha256_of(temporary)
-    values = (download.url, published.revision, size, sha256, _today())
+    values = (download.url, published.revision, size, sha256, datetime.now(UTC).date().isoformat())
     record = _read_record(folder) | {file.path: dict(zip(_RECORDED, values, strict=True))}
     origin = {"model": name, "repository": published.repository, **_terms(published), "atlassegfm": __version__}
     _write_json(folder / RECORD, {**origin, "files": record})

@@ -99,9 +99,9 @@ def is_inverted(scan: Volume) -> bool:
 
 def _correlation(query: Scan, atlas: Scan, query_to_atlas: Affine, spacing_mm: float) -> float:
     """Pearson correlation of intensities where both scans show body; NaN if undefined."""
-    from ..registration.pyramid import axes_of, frame_grid, on_grid
+    from ..registration.pyramid import frame_grid, on_grid
 
-    grid = frame_grid(query.intensity.grid, axes_of(query.intensity.grid), spacing_mm)
+    grid = frame_grid(query.intensity.grid, spacing_mm)
     one, other = on_grid(query, grid, "cpu"), on_grid(atlas, grid, "cpu", query_to_atlas)
     both = (one.weight * other.weight >= _BOTH_BODIES).numpy()
     first, second = one.image.numpy()[both], other.image.numpy()[both]

@@ -10,21 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
-
 from ..core.errors import InputError
 from ..core.image import Volume
 from ..core.progress import StageClock
 from ..settings import RegistrationSettings
 from ..transforms.jacobian import deformation_statistics, nodes_in
-from ..transforms.maps import Affine, Transform, stages_of
+from ..transforms.maps import Affine, Transform, points_over, stages_of
 from .engines import ENGINES, require_engine
 from .result import Registration
 
 __all__ = ["ENGINES", "Registration", "register", "registration_from", "require_engine"]
-
-#: Points along each axis of the query's field of view at which a given transform is tried.
-_TRIED_POINTS = 16
 
 
 def register(
@@ -74,9 +69,7 @@ def register(
         found = replace(fitted, parameter_count={**found.parameter_count, **fitted.parameter_count})
     with clock.stage("assess"):
         measured = dissimilarity.measure(query, atlas, found.fixed_to_moving, spacings[-1])
-        folding, jacobian = 0.0, None
-        if found.field is not None:
-            folding, jacobian = deformation_statistics(found.field, found.local, query.body)
+        folding, jacobian = deformation_statistics(found.field, found.local, query.body)
     return replace(found, seconds=clock.seconds, dissimilarity=measured, folding=folding, jacobian=jacobian)
 
 
@@ -95,17 +88,13 @@ def registration_from(
 
     settings = settings or RegistrationSettings()
     transform, view = transforms[0], fixed.grid
-    axes = [np.linspace(-0.5, n - 0.5, _TRIED_POINTS) for n in view.shape]
-    points = view.voxel_to_world(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3))
-    if not moving.grid.contains(transform.map(points)).any():
+    if not moving.grid.contains(transform.map(points_over(view))).any():
         raise InputError(
             "the transform maps no point of the query into the atlas; expected one from query points to atlas points: "
             "check that it belongs to these two scans and is not the inverse"
         )
     local, field, linear = stages_of(transform, view)
-    folding, jacobian = 0.0, None
-    if field is not None:
-        folding, jacobian = deformation_statistics(field, local, lambda nodes: nodes_in(view, nodes))
+    folding, jacobian = deformation_statistics(field, local, partial(nodes_in, view))
     spacing_mm = pyramid.level_spacings_mm(view, (settings.coarse_voxels, settings.fine_voxels))[-1]
     query, atlas = pyramid.prepare(fixed, None, spacing_mm, "query"), pyramid.prepare(moving, None, spacing_mm, "atlas")
     measured = dissimilarity.measure(query, atlas, transform, spacing_mm)

@@ -52,7 +52,7 @@ def fit(
     for number, spacing in enumerate(spacings_mm):
         points = _COARSE_POINTS if number == 0 else _FINE_POINTS
         query, atlas = (
-            _WeightedScan(on_grid(scan, frame_grid(scan.intensity.grid, axes, spacing), device), emphasis, points)
+            _WeightedScan(on_grid(scan, frame_grid(scan.intensity.grid, spacing, axes), device), emphasis, points)
             for scan, emphasis in ((fixed, 0.0), (moving, _STRUCTURE_EMPHASIS))
         )
         cost = partial(_cost, query=query, atlas=atlas, centre_mm=centre)
@@ -146,11 +146,9 @@ def _cost(parameters: Tensor, query: _WeightedScan, atlas: _WeightedScan, centre
     inverse = torch.linalg.inv(matrix)
     agreement = atlas.penalty_of(query, matrix, offset)
     agreement = agreement + query.penalty_of(atlas, inverse, -(inverse @ offset[..., None])[..., 0])
-    prior = (
-        (parameters[:, 3:6] / _PRIOR_ROTATION).pow(2).sum(dim=1)
-        + (parameters[:, 6:9] / _PRIOR_SCALE).pow(2).sum(dim=1)
-        + (parameters[:, 9:12] / _PRIOR_SHEAR).pow(2).sum(dim=1)
-    )
+    parts = zip(parameters[:, 3:].split(3, dim=1), (_PRIOR_ROTATION, _PRIOR_SCALE, _PRIOR_SHEAR), strict=True)
+    rotation, scale, shear = ((part / deviation).pow(2).sum(dim=1) for part, deviation in parts)
+    prior: Tensor = rotation + scale + shear
     return agreement + _PRIOR_WEIGHT * prior
 
 

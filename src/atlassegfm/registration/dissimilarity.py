@@ -12,16 +12,15 @@ from ..core.mask import LocalMap
 from ..transforms.maps import Transform
 from .affine import MISMATCH_PENALTY
 from .features import mind_ssc
-from .pyramid import Scan, axes_of, frame_grid, on_grid
+from .pyramid import Scan, frame_grid, on_grid
 
 
 @dataclass(frozen=True, eq=False)
 class Dissimilarity:
     """MIND-SSC dissimilarity of query and warped atlas, (I, J, K) float32 each.
 
-    ``grid`` covers the query's field of view, about as fine as the fine level of the registration. ``values`` are sums
-    of squared differences over the channels, 0 where the scans are the same; ``weight`` is the fraction of each voxel
-    that is foreground in both scans, in [0, 1].
+    ``grid`` covers the query's field of view. ``values`` are sums of squared differences over the channels, 0 where the
+    scans are the same; ``weight`` is the fraction of each voxel that is foreground in both scans, in [0, 1].
     """
 
     grid: Grid
@@ -46,7 +45,7 @@ class Dissimilarity:
 
 def measure(fixed: Scan, moving: Scan, fixed_to_moving: Transform, spacing_mm: float) -> Dissimilarity:
     """Compare two prepared scans through a transform, on a grid of about ``spacing_mm``."""
-    grid = frame_grid(fixed.intensity.grid, axes_of(fixed.intensity.grid), spacing_mm)
+    grid = frame_grid(fixed.intensity.grid, spacing_mm)
     query, atlas = on_grid(fixed, grid, "cpu"), on_grid(moving, grid, "cpu", fixed_to_moving)
     values = (mind_ssc(query.image) - mind_ssc(atlas.image)).pow(2).sum(dim=1)[0]
     return Dissimilarity(grid, values.numpy(), (query.weight * atlas.weight)[0, 0].numpy())

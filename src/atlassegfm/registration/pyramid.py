@@ -94,11 +94,10 @@ class Start:
 
 
 def level_spacings_mm(grid: Grid, voxels: Sequence[int]) -> tuple[float, ...]:
-    """Compute the isotropic spacing in mm of each level, coarse to fine.
+    """Compute the isotropic spacing in mm of each level, coarse to fine, from its voxels over a field of view.
 
-    The finest level has the largest of the wanted numbers of voxels over the field of view of the fixed ``grid``, but
-    is never finer than the scan. The ratios between levels follow from the numbers, so that a small crop at its own
-    resolution still gets coarser levels.
+    The finest level is never finer than the scan; the ratios between levels follow from the numbers, so that a small
+    crop at its own resolution still gets coarser levels.
     """
     volume_mm3 = float(np.prod(np.array(grid.shape) * grid.spacing_mm))
     most = max(voxels)
@@ -146,23 +145,19 @@ def _normalise(reduced: Volume, labels: Volume | None, finest_mm: float, window:
     return Scan(Volume(intensity, reduced.grid), foreground, labelled, window)
 
 
-def level_grid(grid: Grid, axes: NDArray[np.float64], voxels: int, *, finest_mm: float | None = None) -> Grid:
-    """Make an isotropic grid of at most about ``voxels`` voxels over the field of view of ``grid``.
-
-    Never finer than ``finest_mm``, the finest spacing of ``grid`` if left out; ``axes`` as for :func:`frame_grid`.
-    """
-    smallest = float(grid.spacing_mm.min()) if finest_mm is None else finest_mm
-    extent = np.ptp(grid.corners_mm @ axes, axis=0) + smallest
-    return frame_grid(grid, axes, max((float(np.prod(extent)) / voxels) ** (1 / 3), smallest))
+def level_grid(grid: Grid, axes: NDArray[np.float64], voxels: int, smallest_mm: float) -> Grid:
+    """Make an isotropic grid of about ``voxels`` voxels over a field of view, never finer than ``smallest_mm``."""
+    extent = np.ptp(grid.corners_mm @ axes, axis=0) + smallest_mm
+    return frame_grid(grid, max((float(np.prod(extent)) / voxels) ** (1 / 3), smallest_mm), axes)
 
 
-def frame_grid(grid: Grid, axes: NDArray[np.float64], spacing_mm: ArrayLike) -> Grid:
-    """Make a grid over the voxel centres of ``grid`` along other axes: (3, 3) unit vectors in columns, made orthogonal.
+def frame_grid(grid: Grid, spacing_mm: ArrayLike, axes: NDArray[np.float64] | None = None) -> Grid:
+    """Make a grid over the voxel centres of ``grid`` along orthogonal axes, of a spacing for all or one for each.
 
-    ``spacing_mm`` is one for all axes or one for each.
+    ``axes`` are (3, 3) unit vectors in columns, made orthogonal; those closest to R, A, S if left out.
     """
     spacing_mm = np.broadcast_to(np.asarray(spacing_mm, dtype=np.float64), 3)
-    orthogonal, upper = np.linalg.qr(axes)
+    orthogonal, upper = np.linalg.qr(axes_of(grid) if axes is None else axes)
     orthogonal = orthogonal * np.sign(np.diag(upper))
     local = grid.corners_mm @ orthogonal
     low, high = local.min(axis=0), local.max(axis=0)
@@ -183,19 +178,17 @@ def axes_of(grid: Grid) -> NDArray[np.float64]:
 def on_grid(scan: Scan, grid: Grid, device: str, fixed_to_moving: Transform | None = None) -> Level:
     """Smooth a scan against aliasing and sample it on a grid, through a transform where given."""
 
-    def tensor(values: NDArray[np.float32]) -> Tensor:
+    def sampled(volume: Volume, outside: float = 0) -> Tensor:
+        values = resample(smooth(volume, grid), grid, fixed_to_moving, outside=outside)
         return torch.from_numpy(values).to(device)[None, None]
 
-    image = resample(_smooth(scan.intensity, grid), grid, fixed_to_moving, outside=-1)
-    inside = (image >= 0).astype(np.float32)
-    weight = np.clip(resample(_smooth(scan.foreground, grid), grid, fixed_to_moving), 0, 1) * inside
-    labelled = None
-    if scan.labelled is not None:
-        labelled = tensor(resample(_smooth(scan.labelled, grid), grid, fixed_to_moving))
-    return Level(grid, tensor(np.maximum(image, 0)), tensor(inside), tensor(weight), labelled)
+    image = sampled(scan.intensity, outside=-1)
+    inside = (image >= 0).float()
+    labelled = None if scan.labelled is None else sampled(scan.labelled)
+    return Level(grid, image.clamp_min(0), inside, sampled(scan.foreground).clamp(0, 1) * inside, labelled)
 
 
-def _smooth(volume: Volume, onto: Grid) -> Volume:
+def smooth(volume: Volume, onto: Grid) -> Volume:
     """Smooth against aliasing on the grid ``onto``, whose axes are at right angles.
 
     Sigma is half the ratio of spacings, less the half voxel that sampling itself blurs by (as in ITK and elastix).
@@ -205,27 +198,19 @@ def _smooth(volume: Volume, onto: Grid) -> Volume:
     crossed_mm = 1 / np.linalg.norm(onto.inverse_affine[:3, :3] @ axes, axis=0)
     ratio = 0.5 * crossed_mm / volume.grid.spacing_mm
     sigma = np.sqrt(np.maximum(ratio**2 - 0.25, 0))
-    if not sigma.any():
-        return volume
     return Volume(ndimage.gaussian_filter(volume.data, sigma, mode="nearest"), volume.grid)
 
 
 def _downsample(scan: Volume, finest_mm: float) -> Volume:
-    """Block means, by whole factors, of voxels no longer than ``finest_mm``."""
-    return _block_means(scan, [max(1, int(finest_mm / spacing)) for spacing in scan.grid.spacing_mm])
-
-
-def _block_means(scan: Volume, factors: Sequence[int]) -> Volume:
-    """Means over blocks of voxels; an incomplete last block is padded with its last plane."""
+    """Means over blocks, no longer than ``finest_mm``; an incomplete last block is padded with its last plane."""
+    factors = np.maximum(1, (finest_mm / scan.grid.spacing_mm).astype(int))
     data: NDArray[np.float32] = scan.data
     for axis, factor in enumerate(factors):
-        rest = -data.shape[axis] % factor
-        if rest:
-            data = np.pad(data, [(0, rest if n == axis else 0) for n in range(3)], mode="edge")
+        data = np.pad(data, [(0, -data.shape[axis] % factor if n == axis else 0) for n in range(3)], mode="edge")
         if factor > 1:
             shape = (*data.shape[:axis], -1, factor, *data.shape[axis + 1 :])
             data = data.reshape(shape).mean(axis=axis + 1, dtype=np.float32)
     affine = scan.grid.affine.copy()
-    affine[:3, :3] *= np.array(factors)
-    affine[:3, 3] = scan.grid.voxel_to_world((np.array(factors) - 1) / 2)
+    affine[:3, :3] *= factors
+    affine[:3, 3] = scan.grid.voxel_to_world((factors - 1) / 2)
     return Volume(np.ascontiguousarray(data, dtype=np.float32), Grid(data.shape, affine))

@@ -18,25 +18,14 @@ if TYPE_CHECKING:
 class Registration:
     """The transform of one pair, query world to atlas world (RAS+ mm), and how it was found.
 
-    Parameters
-    ----------
-    linear : Affine
-        Query world to atlas world by the linear stages alone.
-    field, local : DisplacementField or None
-        In the query world, ``local`` applied first, ``linear`` last. ``field`` is None where the deformable stage is
-        off; ``local`` is the finer fit in the labels' box, 0 at its border and beyond.
-    seconds : mapping of str to float
-        Wall time of each stage that ran.
-    dissimilarity : Dissimilarity or None
-        Of the scans after all stages; None where it was not measured.
-    folding : float
-        Fraction of the query's body in which the deformation folds space, in [0, 1].
-    jacobian : JacobianStatistics or None
-        Local volume changes in the query's body: in the labels' box where there is a local field, else everywhere.
-    parameter_count : mapping of str to int
-        Parameters optimised by stage, "linear" and "deformable"; of the latter, on its finest levels.
-    further_members : tuple of Transform
-        The ensemble's members after the first, each from query world to atlas world. All else is of the first one.
+    A query point goes through ``local``, the finer fit in the labels' box, which is 0 at its border and beyond, then
+    through ``field``, None where the deformable stage is off, then through ``linear``. ``further_members`` are the
+    ensemble's transforms after the first, of which all else is.
+
+    ``seconds`` is the wall time of each stage that ran, ``parameter_count`` the parameters optimised by stage, "linear"
+    and "deformable" (on its finest levels). ``dissimilarity`` is that of the scans after all stages, None if not
+    measured; ``folding`` the fraction of the query's body in which space is folded, in [0, 1]; ``jacobian`` describes
+    volume changes in the body, within the labels' box where there is a local field.
     """
 
     linear: Affine
@@ -61,5 +50,5 @@ class Registration:
 
     @property
     def members(self) -> tuple[Transform, ...]:
-        """All members of the ensemble, the first one kept; labels are warped by each, and the mean is taken."""
+        """All members of the ensemble; labels are warped by each, and the mean is taken."""
         return (self.fixed_to_moving, *self.further_members)

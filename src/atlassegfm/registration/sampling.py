@@ -17,12 +17,9 @@ def sample_at(channels: Tensor, where: Tensor) -> Tensor:
     slabs = min(torch.get_num_threads(), planes) if channels.device.type == "cpu" else 1
     thickness = -(-planes // slabs)
     filled = F.pad(where, (0, 0, 0, 0, 0, 0, 0, slabs * thickness - planes))
-    sampled = F.grid_sample(
-        channels.expand(slabs, -1, -1, -1, -1),
-        filled.reshape(slabs, thickness, *where.shape[2:]),
-        padding_mode="border",
-        align_corners=True,
-    )
+    filled = filled.reshape(slabs, thickness, *where.shape[2:])
+    volumes = channels.expand(slabs, -1, -1, -1, -1)
+    sampled = F.grid_sample(volumes, filled, padding_mode="border", align_corners=True)
     return sampled.movedim(1, 0).flatten(1, 2)[None, :, :planes]
 
 

@@ -1,9 +1,8 @@
 """One linear map for each labelled structure, blended to one smooth field that starts the deformable fit.
 
 Between two people organs lie centimetres apart, are turned and of other size: too far for a smooth deformable fit that
-starts from the affine. Each structure, with the tissue around it, is matched at all translations within reach at once
-(by FFT). At this resolution an organ of another size, turned a little, often matches something else too: linear maps
-are fitted from the best of them, and the one that matches best in the end is kept.
+starts from the affine. Each structure, with the tissue around it, is matched at all translations within reach (by FFT);
+linear maps are fitted from the best of them, and the one that matches best in the end is kept.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from torch import Tensor
 
 from ..core.image import Volume
 from ..core.mask import LocalMap
-from ..transforms.maps import Affine, DisplacementField
+from ..transforms.maps import Affine, DisplacementField, field_from_voxels
 from ..transforms.resample import warp_labels
 from .affine import affine_maps, homogeneous
 from .features import mind_ssc
-from .pyramid import Level, Scan, axes_of, frame_grid, on_grid
+from .pyramid import Level, Scan, frame_grid, on_grid
 
 #: Standard deviation of the prior on a translation, as a fraction of the field of view's size (its volume's cube root).
 _PRIOR_FRACTION = 0.1
@@ -88,102 +87,29 @@ def fit(
     view. ``brightness`` compares intensities beside MIND-SSC: that tells organs of similar form apart, but misleads
     where the contrast of organs differs between the scans.
     """
-    grid = frame_grid(fixed.intensity.grid, axes_of(fixed.intensity.grid), spacing_mm)
+    grid = frame_grid(fixed.intensity.grid, spacing_mm)
     query, atlas = on_grid(fixed, grid, device), on_grid(moving, grid, device, linear)
     size_mm = float(np.prod(np.array(grid.shape) * spacing_mm)) ** (1 / 3)
     values = [int(value) for value in np.unique(labels.data) if value]
     # What the linear map puts outside the query's grid is not searched for.
     maps = {value: mask for value, mask in warp_labels(labels, values, grid, linear).items() if not mask.is_empty}
     large = sorted(maps, key=lambda value: -float(maps[value].values.sum()))[:_MOST_STRUCTURES]
-    structures = _StructureFit(query, atlas, spacing_mm, size_mm, brightness=brightness)
+    structures = StructureFit(query, atlas, spacing_mm, size_mm, brightness=brightness)
     masks = (maps[value] for value in sorted(large))
     found = [structures.fit(mask) for mask in masks if (mask.values >= 0.5).sum() >= _FEWEST_VOXELS]
     matched = [one for one in found if one is not None]
-    if not matched:
-        return None
-    world = np.einsum("wa,aijk->wijk", grid.affine[:3, :3], _blend(matched, size_mm / spacing_mm))
-    return DisplacementField(grid, world.astype(np.float32))
+    return field_from_voxels(grid, _blend(matched, size_mm / spacing_mm)) if matched else None
 
 
 @dataclass(frozen=True, eq=False)
 class Patch:
-    """A structure of the atlas with the tissue around it, on a box of the grid.
+    """A structure of the atlas with the tissue around it, on a box of the grid: ``weight``, (A, B, C).
 
-    ``weight``, (A, B, C), is 1 in the structure, falling to 0 with the distance from it, and 0 outside the atlas's
-    field of view.
+    It is 1 in the structure, falling to 0 with the distance from it, and 0 outside the atlas's field of view.
     """
 
     box: tuple[slice, ...]
     weight: Tensor
-
-
-class TranslationSearch:
-    """Match patches of the atlas in the query, on one grid, at all translations within reach.
-
-    ``size_mm`` is the cube root of the field of view's volume.
-    """
-
-    def __init__(self, query: Level, atlas: Level, spacing_mm: float, size_mm: float) -> None:
-        self._spacing_mm = spacing_mm
-        self._surroundings_mm = max(_SURROUNDINGS_FRACTION * size_mm, spacing_mm)
-        self.prior_voxels = _PRIOR_FRACTION * size_mm / spacing_mm
-        self._reach = max(1, int(np.ceil(_REACH * self.prior_voxels)))
-        steps = (torch.arange(-self._reach, self._reach + 1, device=query.image.device) / self.prior_voxels) ** 2
-        self._prior = 0.5 * (steps[:, None, None] + steps[None, :, None] + steps[None, None, :])
-        # What lies outside the query is zero in every channel, and counted by the third.
-        channels = (query.image, query.image**2, torch.ones_like(query.image), mind_ssc(query.image))
-        self._query = F.pad(torch.cat(channels, dim=1), [self._reach] * 6)[0]
-        self._query_mind_norm = self._query[3:].pow(2).sum(dim=0)
-        self.atlas_image, self.atlas_mind = atlas.image[0, 0], mind_ssc(atlas.image)[0]
-        self._atlas_inside = atlas.inside[0, 0]
-
-    def patch(self, mask: LocalMap) -> Patch | None:
-        """Cut out the patch of a structure; None if it is outside the atlas's field of view."""
-        margin = int(np.ceil(self._surroundings_mm / self._spacing_mm))
-        start = [max(0, first - margin) for first in mask.start]
-        stop = [min(n, last + margin) for last, n in zip(mask.stop, self.atlas_image.shape, strict=True)]
-        distance_mm = ndimage.distance_transform_edt(mask.on_box(start, stop) < 0.5) * self._spacing_mm
-        closeness = np.clip(1 - distance_mm / self._surroundings_mm, 0, 1).astype(np.float32)
-        box = tuple(map(slice, start, stop))
-        weight = torch.from_numpy(closeness).to(self.atlas_image.device) * self._atlas_inside[box]
-        return Patch(box, weight) if float(weight.sum()) > 0 else None
-
-    def candidates(self, patch: Patch, count: int, *, brightness: bool = True) -> Tensor:
-        """Find the ``count`` best translations from warped atlas to query: lowest minima, (n, 3) voxels, best first."""
-        cost = self._costs(patch, brightness=brightness)
-        lowest = -F.max_pool3d(-cost[None, None], 2 * _NEIGHBOURHOOD + 1, stride=1, padding=_NEIGHBOURHOOD)[0, 0]
-        places = torch.nonzero(cost == lowest)
-        order = torch.argsort(cost[places.unbind(dim=1)], stable=True)[:count]
-        return (places[order] - self._reach).float()
-
-    def _costs(self, patch: Patch, *, brightness: bool) -> Tensor:
-        """Cost of every translation within reach, (2 reach + 1) cubed."""
-        weight = patch.weight / patch.weight.sum()
-        image, mind = self.atlas_image[patch.box], self.atlas_mind[:, *patch.box]
-        window = tuple(slice(part.start, part.stop + 2 * self._reach) for part in patch.box)
-        query, shifts = self._query[:, *window], slice(2 * self._reach + 1)
-        size = query.shape[1:]
-        spectrum = partial(torch.fft.rfftn, s=size)
-
-        def at_shifts(product: Tensor) -> Tensor:
-            costs: Tensor = torch.fft.irfftn(product, s=size)[shifts, shifts, shifts]
-            return costs
-
-        kernel, scene = spectrum(weight).conj(), spectrum(query, dim=(1, 2, 3))
-        mean, square, seen = (at_shifts(kernel * scene[channel]) for channel in range(3))
-        cross = kernel * spectrum(self._query_mind_norm[window])
-        for channel in range(len(mind)):
-            cross = cross - 2 * spectrum(weight * mind[channel]).conj() * scene[3 + channel]
-        cost = at_shifts(cross) + (weight * mind.pow(2).sum(dim=0)).sum()
-        cost = cost + _OUTSIDE_PENALTY * (1 - seen) + _PRIOR_WEIGHT * self._prior
-        if not brightness:
-            return cost
-        product = at_shifts(spectrum(weight * image).conj() * scene[0])
-        own_mean, own_square = (weight * image).sum(), (weight * image**2).sum()
-        variance = (square - mean**2).clamp_min(0) * (own_square - own_mean**2).clamp_min(0)
-        correlation = (product - mean * own_mean) / torch.sqrt(variance + _VARIANCE_FLOOR)
-        squared_difference = square - 2 * product + own_square
-        return cost + _CORRELATION_WEIGHT * (1 - correlation) + _INTENSITY_WEIGHT * squared_difference
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,14 +123,74 @@ class _Sample:
     centre: Tensor  # (3,), of rotation and stretch
 
 
-class _StructureFit:
-    """Fit linear maps of single structures, from several places at once; arguments as of :class:`TranslationSearch`."""
+class StructureFit:
+    """Match structures of the warped atlas in the query, on one grid: at all translations, then by linear maps.
+
+    ``size_mm`` is the cube root of the field of view's volume; ``brightness`` as of :func:`fit`.
+    """
 
     def __init__(self, query: Level, atlas: Level, spacing_mm: float, size_mm: float, *, brightness: bool) -> None:
-        self._brightness = brightness
-        self._search = TranslationSearch(query, atlas, spacing_mm, size_mm)
-        # What lies outside the query is zero in every channel, and counted by the second.
-        self._query = torch.cat((query.image, torch.ones_like(query.image), mind_ssc(query.image)), dim=1)
+        self._brightness, self._spacing_mm = brightness, spacing_mm
+        self._surroundings_mm = max(_SURROUNDINGS_FRACTION * size_mm, spacing_mm)
+        self._prior_voxels = _PRIOR_FRACTION * size_mm / spacing_mm
+        self._reach = max(1, int(np.ceil(_REACH * self._prior_voxels)))
+        steps = (torch.arange(-self._reach, self._reach + 1, device=query.image.device) / self._prior_voxels) ** 2
+        self._prior = 0.5 * (steps[:, None, None] + steps[None, :, None] + steps[None, None, :])
+        # What lies outside the query is zero in every channel, and counted by the channel of ones.
+        seen, mind = torch.ones_like(query.image), mind_ssc(query.image)
+        self._query = torch.cat((query.image, seen, mind), dim=1)
+        self._scene = F.pad(torch.cat((query.image, query.image**2, seen, mind), dim=1), [self._reach] * 6)[0]
+        self._scene_mind_norm = self._scene[3:].pow(2).sum(dim=0)
+        self._atlas_image, self._atlas_mind = atlas.image[0, 0], mind_ssc(atlas.image)[0]
+        self._atlas_inside = atlas.inside[0, 0]
+
+    def patch(self, mask: LocalMap) -> Patch | None:
+        """Cut out the patch of a structure; None if it is outside the atlas's field of view."""
+        margin = int(np.ceil(self._surroundings_mm / self._spacing_mm))
+        start = [max(0, first - margin) for first in mask.start]
+        stop = [min(n, last + margin) for last, n in zip(mask.stop, self._atlas_image.shape, strict=True)]
+        distance_mm = ndimage.distance_transform_edt(mask.on_box(start, stop) < 0.5) * self._spacing_mm
+        closeness = np.clip(1 - distance_mm / self._surroundings_mm, 0, 1).astype(np.float32)
+        box = tuple(map(slice, start, stop))
+        weight = torch.from_numpy(closeness).to(self._atlas_image.device) * self._atlas_inside[box]
+        return Patch(box, weight) if float(weight.sum()) > 0 else None
+
+    def candidates(self, patch: Patch, count: int) -> Tensor:
+        """Find the ``count`` best translations from warped atlas to query: lowest minima, (n, 3) voxels, best first."""
+        cost = self._costs(patch)
+        lowest = -F.max_pool3d(-cost[None, None], 2 * _NEIGHBOURHOOD + 1, stride=1, padding=_NEIGHBOURHOOD)[0, 0]
+        places = torch.nonzero(cost == lowest)
+        order = torch.argsort(cost[places.unbind(dim=1)], stable=True)[:count]
+        return (places[order] - self._reach).float()
+
+    def _costs(self, patch: Patch) -> Tensor:
+        """Cost of every translation within reach, (2 reach + 1) cubed."""
+        weight = patch.weight / patch.weight.sum()
+        image, mind = self._atlas_image[patch.box], self._atlas_mind[:, *patch.box]
+        window = tuple(slice(part.start, part.stop + 2 * self._reach) for part in patch.box)
+        query, shifts = self._scene[:, *window], slice(2 * self._reach + 1)
+        size = query.shape[1:]
+        spectrum = partial(torch.fft.rfftn, s=size)
+
+        def at_shifts(product: Tensor) -> Tensor:
+            costs: Tensor = torch.fft.irfftn(product, s=size)[shifts, shifts, shifts]
+            return costs
+
+        kernel, scene = spectrum(weight).conj(), spectrum(query, dim=(1, 2, 3))
+        mean, square, seen = (at_shifts(kernel * scene[channel]) for channel in range(3))
+        cross = kernel * spectrum(self._scene_mind_norm[window])
+        for channel in range(len(mind)):
+            cross = cross - 2 * spectrum(weight * mind[channel]).conj() * scene[3 + channel]
+        cost = at_shifts(cross) + (weight * mind.pow(2).sum(dim=0)).sum()
+        cost = cost + _OUTSIDE_PENALTY * (1 - seen) + _PRIOR_WEIGHT * self._prior
+        if not self._brightness:
+            return cost
+        product = at_shifts(spectrum(weight * image).conj() * scene[0])
+        own_mean, own_square = (weight * image).sum(), (weight * image**2).sum()
+        variance = (square - mean**2).clamp_min(0) * (own_square - own_mean**2).clamp_min(0)
+        correlation = (product - mean * own_mean) / torch.sqrt(variance + _VARIANCE_FLOOR)
+        squared_difference = square - 2 * product + own_square
+        return cost + _CORRELATION_WEIGHT * (1 - correlation) + _INTENSITY_WEIGHT * squared_difference
 
     def fit(self, mask: LocalMap) -> _StructureMap | None:
         """Fit the map of a structure of the warped atlas: the best of those from all candidate places.
@@ -212,11 +198,8 @@ class _StructureFit:
         None if the structure is out of the atlas's view or the best map takes it out of the query's, or if MIND-SSC
         alone is lower without any map than at the best translation or with the best map: brightness was misleading.
         """
-        patch = self._search.patch(mask)
-        if patch is None:
-            return None
-        sample = self._sample(patch)
-        found = self._best(sample, self._search.candidates(patch, _CANDIDATES, brightness=self._brightness))
+        patch = self.patch(mask)
+        found = None if patch is None else self._best(self._sample(patch), self.candidates(patch, _CANDIDATES))
         if found is None:
             return None
         to_query, cost = found
@@ -237,7 +220,7 @@ class _StructureFit:
         points = inside + torch.tensor([side.start for side in patch.box], device=device)
         i, j, k = points.unbind(dim=1)
         centre = (points * weight[:, None]).sum(dim=0)
-        image, mind = self._search.atlas_image[i, j, k], self._search.atlas_mind[:, i, j, k]
+        image, mind = self._atlas_image[i, j, k], self._atlas_mind[:, i, j, k]
         return _Sample(points.float(), weight, image, mind, centre)
 
     def _best(self, sample: _Sample, shifts: Tensor) -> tuple[NDArray[np.float64], float] | None:
@@ -258,7 +241,7 @@ class _StructureFit:
         found = torch.cat((shift, shape), dim=1).detach()
         with torch.no_grad():
             mind_difference, cost = self._terms(found, sample)
-            cost = cost + _PRIOR_WEIGHT * 0.5 * (found[:, :3] / self._search.prior_voxels).pow(2).sum(dim=1)
+            cost = cost + _PRIOR_WEIGHT * 0.5 * (found[:, :3] / self._prior_voxels).pow(2).sum(dim=1)
             best = int(cost.argmin())
             if float(mind_difference[best]) > unmoved:
                 return None
@@ -277,14 +260,10 @@ class _StructureFit:
         sampled = F.grid_sample(volumes, where, padding_mode="zeros", align_corners=False)[:, :, 0, 0]
         image, seen = sampled[:, 0], (sampled[:, 1] * weight).sum(dim=1)
         mind_difference = ((sampled[:, 2:] - sample.mind).pow(2).sum(dim=1) * weight).sum(dim=1)
-        squares = parameters[:, 3:].pow(2)
-        cost = (
-            mind_difference
-            + _OUTSIDE_PENALTY * (1 - seen)
-            + _ROTATION_PENALTY * squares[:, :3].sum(dim=1)
-            + _STRETCH_PENALTY * squares[:, 3:6].sum(dim=1)
-            + _SHEAR_PENALTY * squares[:, 6:].sum(dim=1)
-        )
+        cost = mind_difference + _OUTSIDE_PENALTY * (1 - seen)
+        penalties = (_ROTATION_PENALTY, _STRETCH_PENALTY, _SHEAR_PENALTY)
+        for penalty, part in zip(penalties, parameters[:, 3:].split(3, dim=1), strict=True):
+            cost = cost + penalty * part.pow(2).sum(dim=1)
         if not self._brightness:
             return mind_difference, cost
         own_centred = sample.image - (sample.image * weight).sum()

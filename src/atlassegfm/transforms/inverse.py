@@ -41,10 +41,9 @@ def invert_field(
 
     As Chen et al., "A simple fixed-point approach to invert a deformation field" (Medical Physics 35, 2008),
     ``v <- -u(p + v)``, with the length of steps fitted for each node to how far the last one led (the relaxation of
-    Irons and Tuck, 1969), so that fields converge too that stretch space to more than twice its size. Between the
-    nodes of the result, ``grid``, it is interpolated: its error there is bounded by the spacing, not by the tolerance.
-    ``field.grid`` will do where displacements at its border are small. A node is done at ``tolerance_mm``, or after
-    ``iterations`` steps, of which the best counts.
+    Irons and Tuck, 1969), so that fields converge too that stretch space to more than twice its size. A node of
+    ``grid`` is done at ``tolerance_mm``, or after ``iterations`` steps, of which the best counts; between the nodes the
+    error is bounded by the spacing. ``field.grid`` will do where displacements at its border are small.
     """
     displacement = np.empty((3, *grid.shape), np.float32)
     residual = np.empty(grid.shape, np.float32)

@@ -9,11 +9,11 @@ A transform folder holds
   nodes of the fields, which a NIfTI header rounds to 32 bits.
 
 All are in ITK's frame (LPS, mm), to which RAS+ is turned here and nowhere else. A point of the query goes through the
-local field first, through the other second and through the affine last, and arrives in the atlas.
+local field, then the other, then the affine, and arrives in the atlas.
 
 ITK takes the displacement outside a field's nodes as 0, this package as that of the border. A field is written with
-as many more nodes, copies of its border, as cover the query's field of view: inside it the two are the same map. A
-field that is 0 at its border, as the local one, is the same everywhere as it is, and gets one node more on each side.
+as many more nodes, copies of its border, as cover the query's field of view, so that the two are the same map there.
+A field that is 0 at its border, as the local one, gets one node more on each side.
 """
 
 from __future__ import annotations
@@ -39,39 +39,25 @@ from .maps import Affine, Chain, DisplacementField, Transform, displacement_on, 
 if TYPE_CHECKING:
     import SimpleITK as sitk
 
-AFFINE_FILE = "affine.tfm"
-FIELD_FILE = "field.nii.gz"
-LOCAL_FILE = "local.nii.gz"
-NOTE_FILE = "transform.json"
-
+AFFINE_FILE, FIELD_FILE, LOCAL_FILE, NOTE_FILE = "affine.tfm", "field.nii.gz", "local.nii.gz", "transform.json"
 #: Endings of transform files that ITK reads.
 TRANSFORM_SUFFIXES = (".tfm", ".txt", ".mat", ".h5", ".hdf5", ".hdf", ".xfm")
-
 _TEXT_SUFFIXES = (".tfm", ".txt")
-
 #: In the order in which a point of the query meets them.
 _FIELD_FILES = (LOCAL_FILE, FIELD_FILE)
-
 #: Folder of a further ensemble member, in that of the first; counted from 2.
 _MEMBER_FOLDER = "fit_{}"
-
 _FORMAT, _VERSION = "AtlasSegFM transform", 1
-
 _LPS_SIGNS = np.array([-1, -1, 1], np.float32)
-
 #: NIfTI intent code "displacement vector": in RAS+. Vectors of all other codes are in LPS, as ITK has them.
 _INTENT_DISPLACEMENT = 1006
-
 #: Axes count as orthogonal if the cosines between them are below this.
 _ORTHOGONAL = 1e-4
-
 #: A field belongs to its note if their nodes differ by less than this fraction of the spacing; 32-bit headers
 #: differ by 0.001 mm at 8 m.
 _SAME_NODES = 0.01
-
 #: A field ends in 0 if the displacements at its border are below this. Fitted ones miss it by rounding alone.
 _NOTHING_MM = 1e-4
-
 _EXPECTED_KINDS = (
     "expected linear transforms and displacement fields: convert it to a displacement field "
     "(SimpleITK.TransformToDisplacementField, or Slicer's Transforms module, 'Convert')"
@@ -127,18 +113,17 @@ def write_transform(
 ) -> None:
     """Write a transform folder, whole or not at all; nothing in it names a file or a patient.
 
-    A query point goes through ``local`` first, ``field`` second and ``linear`` last, which leads to the atlas world.
-    Inside ``view``, the grid of the query, the files are this map. A field on nodes whose axes are not at right angles,
-    which ITK does not know, is sampled onto others that are. InputError if ``folder`` exists, its parent does not, or
-    the disk refuses.
+    A query point goes through ``local``, then ``field``, then ``linear`` to the atlas world. The files are this map
+    inside ``view``, the grid of the query. A field on sheared nodes, which ITK does not know, is sampled onto
+    orthogonal ones. InputError if ``folder`` exists, its parent does not, or the disk refuses.
     """
     import SimpleITK as sitk
 
     folder = Path(folder)
     if folder.exists() or folder.is_symlink():
         raise InputError(f"{folder}: exists already, and the transform is to go there; choose another place")
-    given = zip(_FIELD_FILES, (local, field), strict=True)
-    fields = {name: _on_orthogonal_nodes(one, view) for name, one in given if one is not None}
+    given = {LOCAL_FILE: local, FIELD_FILE: field}
+    fields = {name: _on_orthogonal_nodes(one, view) for name, one in given.items() if one is not None}
     nodes = {name: _Nodes.of(one, view) for name, one in fields.items()}
     matrix = LPS_FLIP @ linear.matrix @ LPS_FLIP
     affine = sitk.AffineTransform(matrix[:3, :3].ravel().tolist(), matrix[:3, 3].tolist())
@@ -160,26 +145,15 @@ def is_transform(path: PathLike) -> bool:
 
 
 def read_transform(path: PathLike) -> Transform:
-    """Read a transform from query points to atlas points.
+    """Read a transform from query points to atlas points: an Affine, DisplacementField (float32) or Chain of these.
 
-    Parameters
-    ----------
-    path : path
-        A folder as :func:`write_transform` makes it (``transform.json`` may be missing), a transform file of ITK with
-        linear parts and displacement fields (.tfm, .txt, .mat, .h5), or a displacement field as an image (.nii.gz,
-        .mha, .nrrd) with three numbers a voxel.
+    ``path`` is a folder as :func:`write_transform` makes it (``transform.json`` may be missing), a transform file of
+    ITK with linear parts and displacement fields (.tfm, .txt, .mat, .h5), or a displacement field as an image (.nii.gz,
+    .mha, .nrrd) with three numbers a voxel. Beyond the nodes of a field the displacement of its border holds on, where
+    ITK has none.
 
-    Returns
-    -------
-    Affine, DisplacementField or Chain
-        A field as float32, the rest in double precision. Beyond the nodes of a field the displacement of its border
-        holds on, where ITK has none.
-
-    Raises
-    ------
-    InputError
-        If the path is not such a transform, or the transform is 2-D, has a part of another kind (a B-spline), NaN
-        or infinite numbers, or an affine that cannot be undone.
+    Raises InputError if the path is not such a transform, or the transform is 2-D, has a part of another kind (a
+    B-spline), NaN or infinite numbers, or an affine that cannot be undone.
     """
     path = Path(path)
     if not path.exists():
@@ -196,11 +170,7 @@ def read_transform(path: PathLike) -> Transform:
 
 
 def write_members(folder: PathLike, members: Sequence[Transform], view: Grid) -> None:
-    """Write the further members of an ensemble into the transform folder of the first, each as a folder like it.
-
-    ``members`` map the query world to the atlas world; ``view`` is the query's grid. Errors are those of
-    :func:`write_transform`, which made ``folder``.
-    """
+    """Write the further members of an ensemble into the transform folder of the first, as :func:`write_transform`."""
     for number, member in enumerate(members, start=2):
         local, field, linear = stages_of(member, view)
         write_transform(Path(folder) / _MEMBER_FOLDER.format(number), linear, field, view, local)
@@ -214,29 +184,27 @@ def read_transforms(path: PathLike) -> tuple[Transform, ...]:
 
 def _read_folder(folder: Path) -> Transform:
     if not (folder / AFFINE_FILE).is_file():
-        raise InputError(
-            f"{folder}: no {AFFINE_FILE} in this folder; expected a transform folder (the folder 'transform' of a "
-            "result made with --keep) or one transform file"
-        )
+        wanted = "a transform folder (the folder 'transform' of a result made with --keep) or one transform file"
+        raise InputError(f"{folder}: no {AFFINE_FILE} in this folder; expected {wanted}")
     nodes = _read_note(folder / NOTE_FILE)
-    names = [name for name in _FIELD_FILES if (folder / name).exists()]
-    listed = names if nodes is None else nodes
+    fields: list[Transform] = []
     for name in _FIELD_FILES:
-        if name in listed and name not in names:
-            raise InputError(f"{folder / name}: no such file, but {NOTE_FILE} speaks of it; copy it again")
-        if name in names and name not in listed:
+        path, listed = folder / name, nodes is not None and name in nodes
+        if listed and not path.exists():
+            raise InputError(f"{path}: no such file, but {NOTE_FILE} speaks of it; copy it again")
+        if not path.exists():
+            continue
+        if nodes is not None and not listed:
             found = f"{NOTE_FILE} does not list this file, so that it may be of another transform"
-            raise InputError(f"{folder / name}: {found}; delete it, or {NOTE_FILE} to read all files as they are")
-    fields = [_read_part(folder / name, None if nodes is None else nodes[name]) for name in names]
+            raise InputError(f"{path}: {found}; delete it, or {NOTE_FILE} to read all files as they are")
+        fields.append(_read_field(path) if nodes is None else _read_listed(path, nodes[name]))
     linear = _read_itk(folder / AFFINE_FILE)
     return Chain((*fields, linear)) if fields else linear
 
 
-def _read_part(path: Path, nodes: _Nodes | None) -> DisplacementField:
-    """One field of a folder, on the nodes of its note if it has one."""
+def _read_listed(path: Path, nodes: _Nodes) -> DisplacementField:
+    """One field of a folder, on the nodes of its note."""
     field = _read_field(path)
-    if nodes is None:
-        return field
     if not field.grid.matches(nodes.stored, _SAME_NODES):
         found = f"{field.grid.describe()}, but {NOTE_FILE} speaks of {nodes.stored.describe()}"
         raise InputError(f"{path}: {found}; copy the folder again, or delete {NOTE_FILE} if the field is right")
@@ -254,10 +222,8 @@ def _read_note(path: Path) -> dict[str, _Nodes] | None:
             raise ValueError("of another program or version")
         return {name: _Nodes.from_summary(nodes) for name, nodes in content["fields"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, InputError):
-        raise InputError(
-            f"{path}: not a note of a transform as this version writes it; copy the folder again, "
-            "or delete this file to read the others as they are"
-        ) from None
+        advice = "copy the folder again, or delete this file to read the others as they are"
+        raise InputError(f"{path}: not a note of a transform as this version writes it; {advice}") from None
 
 
 def _note(nodes: dict[str, _Nodes]) -> dict[str, Any]:
@@ -318,7 +284,7 @@ def _on_orthogonal_nodes(field: DisplacementField, view: Grid) -> DisplacementFi
     margin_mm = float(view.spacing_mm.sum()) / 2  # half a voxel of border, whatever the axes
     low, high = corners.min(axis=0) - margin_mm, corners.max(axis=0) + margin_mm
     spacing_mm = float(field.grid.spacing_mm.min())
-    affine = np.diag([spacing_mm, spacing_mm, spacing_mm, 1.0])
+    affine = np.diag([spacing_mm] * 3 + [1.0])
     affine[:3, 3] = low
     return displacement_on(field, Grid(tuple(np.ceil((high - low) / spacing_mm) + 1), affine))
 
@@ -397,9 +363,10 @@ def _read_field(path: Path) -> DisplacementField:
         reader.ReadImageInformation()
         size, components = reader.GetSize(), reader.GetNumberOfComponents()
         if len(size) != 3 or components != 3:
-            found = f"{len(size)} dimensions ({' x '.join(map(str, size))}) and {components} numbers a voxel"
-            form = "3 dimensions and 3 numbers a voxel (in NIfTI five axes, I x J x K x 1 x 3)"
-            raise InputError(f"{path}: {found}; expected a displacement field: {form}")
+            raise InputError(
+                f"{path}: {len(size)} dimensions ({' x '.join(map(str, size))}) and {components} numbers a voxel; "
+                "expected a displacement field: 3 dimensions, 3 numbers a voxel (in NIfTI five axes, I x J x K x 1 x 3)"
+            )
         is_nifti = image_suffix(path) in NIFTI_SUFFIXES
         vectors = _nifti_vectors(path, size) if is_nifti else _vectors_of(reader.Execute())
     except (RuntimeError, EOFError, OSError, ValueError, zlib.error) as error:

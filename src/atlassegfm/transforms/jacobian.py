@@ -16,17 +16,9 @@ from .maps import Chain, DisplacementField, displacement_on, slabs
 class JacobianStatistics:
     """Statistics of the Jacobian determinant of a displacement field over some of its nodes; all NaN without nodes.
 
-    The determinant is the local change of volume: 1 where there is none, 0 or less where space is folded.
-
-    Parameters
-    ----------
-    folding : float
-        Fraction of the nodes with a determinant of 0 or less, in [0, 1].
-    minimum, percentile_1, percentile_5, median, percentile_95, percentile_99 : float
-        Of the determinant.
-    log_deviation : float
-        Standard deviation of the natural logarithm of the determinant where it is above 0: how uneven the deformation
-        is. 0 for a uniform scaling; NaN where no node is above 0.
+    The determinant is the local change of volume: 1 where there is none, 0 or less where space is folded, which is so
+    at the fraction ``folding`` of the nodes. ``log_deviation`` is the standard deviation of its natural logarithm where
+    it is above 0: how uneven the deformation is. 0 for a uniform scaling; NaN where no node is above 0.
     """
 
     folding: float
@@ -54,21 +46,17 @@ def jacobian_statistics(field: DisplacementField, mask: NDArray[np.bool_] | None
 
 
 def deformation_statistics(
-    field: DisplacementField, local: DisplacementField | None, counted: Callable[[Grid], NDArray[np.bool_]]
-) -> tuple[float, JacobianStatistics]:
-    """Compute the folded fraction of a region and the Jacobian statistics there.
+    field: DisplacementField | None, local: DisplacementField | None, counted: Callable[[Grid], NDArray[np.bool_]]
+) -> tuple[float, JacobianStatistics | None]:
+    """Compute the folded fraction of a region and the Jacobian statistics there; 0 and None without a field.
 
-    ``local``, where there is one, is applied before ``field``. ``counted`` gives the nodes of a grid that are in the
-    region: (I, J, K) bool.
-
-    Returns
-    -------
-    folding : float
-        Fraction of the region by volume, in [0, 1]: in the local field's box at its nodes and of both fields in a row,
-        elsewhere at those of the other. 0 where no node is in the region.
-    statistics : JacobianStatistics
-        Of the region's part in the local field's box where there is one, else of all of it.
+    ``local``, where there is one, is applied before ``field``; ``counted`` gives the nodes of a grid in the region,
+    (I, J, K) bool. The fraction is by volume, in [0, 1]: in the local field's box at its nodes and of both fields in a
+    row, elsewhere at those of the other; 0 where no node is in the region. The statistics are of the region's part in
+    the local field's box where there is one, else of all of it.
     """
+    if field is None:
+        return 0.0, None
     outside = counted(field.grid)
     if local is None:
         statistics = jacobian_statistics(field, outside)

@@ -20,10 +20,8 @@ from ..core.geometry import Grid
 
 #: Voxels mapped at a time in one thread. Bounds the memory of coordinates to about 100 MB whatever the scan's size.
 _CHUNK_VOXELS = 250_000
-
-#: Points along each axis of the field of view that a linear part is fitted to: 12 numbers from 4096 points.
-_FIT_POINTS = 16
-
+#: Points along each axis of a field of view at which a transform is tried, or a linear part fitted to it.
+_VIEW_POINTS = 16
 #: Matrices count as singular if they stretch one direction less than this fraction of another; anatomies need 1 / 3.
 _SMALLEST_STRETCH = 1e-4
 
@@ -68,14 +66,8 @@ class Affine:
 class DisplacementField:
     """A map that adds a displacement, linearly interpolated between the nodes of a grid.
 
+    The nodes of ``grid`` lie in the fixed world; ``displacement_mm``, (3, I, J, K) float32, is x, y, z there, RAS+ mm.
     Outside the grid the displacement of the nearest border point holds on, so that the map stays continuous.
-
-    Parameters
-    ----------
-    grid : Grid
-        Nodes, in the fixed world.
-    displacement_mm : array, (3, I, J, K) float32
-        x, y, z of the displacement at the nodes, RAS+ mm.
     """
 
     grid: Grid
@@ -148,6 +140,12 @@ def stages_of(transform: Transform, view: Grid) -> tuple[DisplacementField | Non
     return None, displacement_on(Chain((transform, linear.inverse())), view), linear
 
 
+def field_from_voxels(grid: Grid, voxels: NDArray[np.float32]) -> DisplacementField:
+    """Make a field of displacements in voxels of its grid, (3, I, J, K)."""
+    world = np.einsum("wv,vijk->wijk", grid.affine[:3, :3], voxels)
+    return DisplacementField(grid, world.astype(np.float32))
+
+
 def displacement_on(transform: Transform, grid: Grid) -> DisplacementField:
     """Sample a transform as displacements at the nodes of a grid: identical there, interpolated between them."""
     displacement = np.empty((3, *grid.shape), np.float32)
@@ -166,8 +164,7 @@ def _flat(transform: Transform) -> list[Transform]:
 
 def _nearest_affine(transform: Transform, view: Grid) -> Affine:
     """The linear map with the least squared distance to a transform over a field of view, outer faces included."""
-    axes = [np.linspace(-0.5, n - 0.5, _FIT_POINTS) for n in view.shape]
-    points = view.voxel_to_world(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3))
+    points = points_over(view)
     # About the centre: far from the origin the problem is ill-conditioned.
     centred = np.column_stack([points - view.centre_mm, np.ones(len(points))])
     solved = np.linalg.lstsq(centred, transform.map(points), rcond=None)[0]
@@ -175,6 +172,12 @@ def _nearest_affine(transform: Transform, view: Grid) -> Affine:
     matrix[:3, :3] = solved[:3].T
     matrix[:3, 3] = solved[3] - solved[:3].T @ view.centre_mm
     return Affine(matrix)
+
+
+def points_over(view: Grid) -> NDArray[np.float64]:
+    """(4096, 3) points, RAS+ mm, spread evenly over a field of view, outer faces included."""
+    axes = [np.linspace(-0.5, n - 0.5, _VIEW_POINTS) for n in view.shape]
+    return view.voxel_to_world(np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3))
 
 
 def _invertible(linear: Affine) -> Affine:

@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from ..core.geometry import Grid
 from ..core.image import Volume
-from ..core.mask import LocalMap
+from ..core.mask import LocalMap, bounding_box
 from ..core.parallel import parallel_map
 from .maps import Transform, slabs
 
@@ -49,26 +49,12 @@ def warp_labels(
     *,
     floor: float = 0.01,
 ) -> dict[int, LocalMap]:
-    """Warp each structure of a label map as a soft mask, with one linear interpolation.
+    """Warp the structures ``values`` of a label map in the moving world as soft masks, with one linear interpolation.
 
-    Parameters
-    ----------
-    labels : Volume
-        Integer labels in the moving world, at their native resolution.
-    values : sequence of int
-        Labels wanted.
-    onto : Grid
-        In the fixed world.
-    transforms : Transform or sequence of Transform
-        From the fixed to the moving world. The masks of several are averaged.
-    floor : float
-        Weights of one transform below this are set to 0, which keeps the boxes tight.
-
-    Returns
-    -------
-    dict of int to LocalMap
-        For each of ``values``, at each voxel, the interpolation weight in [0, 1] of the structure. Background surrounds
-        the moving field of view: a structure cut off by its border fades to 0 over one voxel.
+    ``onto`` is in the fixed world; the masks of several ``transforms``, fixed to moving world, are averaged. The value
+    of a mask is the interpolation weight of the structure, in [0, 1]; weights of one transform below ``floor`` are set
+    to 0, which keeps the boxes tight. Background surrounds the moving field of view: a structure cut off by its border
+    fades to 0 over one voxel.
     """
     members = transforms if isinstance(transforms, Sequence) else (transforms,)
     warped = [_warp_labels(labels, values, onto, one, floor) for one in members]
@@ -118,16 +104,12 @@ def _warp_labels(
 
 def _mean(maps: Sequence[LocalMap]) -> LocalMap:
     """On the box that holds all maps."""
-    filled = [one for one in maps if not one.is_empty]
-    if not filled:
-        return LocalMap.empty()
-    i, j, k = (min(one.start[axis] for one in filled) for axis in range(3))
-    stop = [max(one.stop[axis] for one in filled) for axis in range(3)]
-    total = np.zeros(np.subtract(stop, (i, j, k)), np.float32)
-    for one in filled:
-        total += one.on_box((i, j, k), stop)
+    start, stop = bounding_box(maps)
+    total = np.zeros(np.subtract(stop, start), np.float32)
+    for one in maps:
+        total += one.on_box(start, stop)
     total /= len(maps)
-    return LocalMap((i, j, k), total)
+    return LocalMap(start, total)
 
 
 def _near_labels(
@@ -135,9 +117,8 @@ def _near_labels(
 ) -> Callable[[slice], NDArray[np.bool_]]:
     """Find the voxels of the fixed grid that can lie in a label; the others need not be mapped.
 
-    The fixed grid is cut into blocks, and only the middle of each is mapped. A block can hold a label if one lies
-    within the distances of its mapped middle to those of its neighbours along the three axes: twice as far as its
-    corners are, so that what the transform does inside a block is allowed for.
+    Of each block of the fixed grid only the middle is mapped. A block can hold a label if one lies within the distances
+    of its mapped middle to those of its neighbours along the three axes: twice as far as its corners are.
 
     ``padded`` are the labels on ``grid`` with a border of 0. The result takes a run of planes of ``onto`` and gives
     (N,) bool for its voxels in C order.
@@ -187,4 +168,4 @@ def _local_map_from_voxels(
     start, stop = ijk.min(axis=1), ijk.max(axis=1) + 1
     box = np.zeros(stop - start, np.float32)
     box[tuple(ijk - start[:, None])] = np.minimum(values, 1)
-    return LocalMap((int(start[0]), int(start[1]), int(start[2])), box)
+    return LocalMap(tuple(start.tolist()), box)

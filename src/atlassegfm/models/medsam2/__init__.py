@@ -28,8 +28,7 @@ from ...core.image import Volume
 from ...core.mask import LocalMap
 from ...prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan, largest_component
 from ...settings import MedSam2Settings, ModelSettings
-from ..base import OnPrompt, in_turn
-from ..inputs import intensities, scan_name, usable_device
+from ..base import OnPrompt, in_turn, intensities, scan_name, usable_device
 from ..weights import describe_file, installed_version
 from .network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network, require_packages
 
@@ -47,8 +46,7 @@ _PIXEL_STD = (0.229, 0.224, 0.225)
 _PERCENTILES = (0.5, 99.5)
 #: A scan with values down to the first and up to the second is taken to be in Hounsfield units: air is -1000, soft
 #: tissue ends at about 80. MR magnitudes are not negative, standardised ones seldom beyond 10.
-_HOUNSFIELD_AIR = -500.0
-_HOUNSFIELD_DENSE = 100.0
+_HOUNSFIELD_AIR, _HOUNSFIELD_DENSE = -500.0, 100.0
 #: Slices lie across the axis with the largest spacing if that is this many times the others.
 _THICK_SLICES = 1.5
 #: Probabilities below this count as 0, so that maps are as small as their structures.
@@ -57,10 +55,7 @@ _LEAST_PROBABILITY = 1e-3
 
 @dataclass(frozen=True)
 class SliceView:
-    """How slices lie in a scan in RAS-canonical array order.
-
-    ``across`` is the axis of the array from slice to slice; rows and columns run against ``down`` and ``along``.
-    """
+    """How slices lie in a RAS-canonical array: from slice to slice ``across``, rows and columns against the others."""
 
     name: str
     across: int
@@ -73,8 +68,7 @@ class SliceView:
 
     def volume(self, frames: NDArray[Any]) -> NDArray[Any]:
         """(slices, rows, columns) as (I, J, K), a view."""
-        turned: NDArray[Any] = frames[:, ::-1, ::-1].transpose(np.argsort((self.across, self.down, self.along)))
-        return turned
+        return np.asarray(frames[:, ::-1, ::-1].transpose(np.argsort((self.across, self.down, self.along))))
 
 
 #: The last axis points to the head, so that rows of a coronal slice run against it, to the feet.
@@ -133,10 +127,9 @@ class MedSam2Segmenter:
             found = special.expit(logits)
             probability[index - span[0]] = np.where(found < _LEAST_PROBABILITY, 0, found)
         on_span = LocalMap.from_full(encoded.view.volume(probability))
-        if on_span.is_empty:
-            return on_span
-        i, j, k = (n + span[0] * (axis == encoded.view.across) for axis, n in enumerate(on_span.start))
-        return LocalMap((i, j, k), on_span.values)
+        start = np.array(on_span.start)
+        start[encoded.view.across] += span[0]
+        return on_span if on_span.is_empty else LocalMap(tuple(start.tolist()), on_span.values)
 
     def logits(
         self,
@@ -157,9 +150,7 @@ class MedSam2Segmenter:
         def frame(index: int) -> Tensor:
             return to_frame(encoded.slices[index], self.network.image_size)
 
-        for reverse in (False, True):
-            if reverse and prompt.index == span[0]:
-                return
+        for reverse in (False, True) if prompt.index > span[0] else (False,):
             empty = 0
             tracked = self.network.track(prompt, frame, (rows, columns), span, encoded.features, reverse=reverse)
             for index, logits in tracked:
@@ -217,10 +208,8 @@ def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings, name: str = "the 
     # The published code stretches the range left after the cut, which may be narrower than the window.
     bottom, top = min(max(least, low), high), max(min(most, high), low)
     if not bottom < top:
-        raise InputError(
-            f"{name}: has no contrast between {low:g} and {high:g}, which the model 'medsam2' reads it in; set "
-            "models.medsam2.modality or, for a CT, models.medsam2.window_level and window_width"
-        )
+        advice = "set models.medsam2.modality or, for a CT, models.medsam2.window_level and window_width"
+        raise InputError(f"{name}: has no contrast from {low:g} to {high:g}, where 'medsam2' reads it; {advice}")
     out = np.empty(frames.shape, np.uint8)
     for index, values in enumerate(frames):
         wide = values.astype(np.float64)
@@ -280,9 +269,9 @@ def _middle_slice(probability: LocalMap, encoded: MedSam2Encoding) -> SlicePromp
     # A component has no empty slice between its first and last one.
     first, last = _extent(largest_component(inside), view.across)
     index = int(start[view.across]) + (first + last) // 2
-    slab_start, slab_stop = [0, 0, 0], list(encoded.grid.shape)
-    slab_start[view.across], slab_stop[view.across] = index, index + 1
-    mask = view.frames(probability.on_box(slab_start, slab_stop) >= INSIDE)[0]
+    first_voxel, stop = [0, 0, 0], list(encoded.grid.shape)
+    first_voxel[view.across], stop[view.across] = index, index + 1
+    mask = view.frames(probability.on_box(first_voxel, stop) >= INSIDE)[0]
     return SlicePrompt(index, np.ascontiguousarray(mask))
 
 

@@ -8,18 +8,18 @@ are corrected (:func:`_corrected`). Importing this module loads torch, but not t
 from __future__ import annotations
 
 import copy
-import importlib.util
+import importlib
 import inspect
 import json
 import re
-import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -113,7 +113,6 @@ _RENAMED = (
 )
 #: The four kinds of point, which are one table in transformers.
 _POINT_KINDS = tuple(f"prompt_encoder.point_embeddings.{n}.weight" for n in range(4))
-_POINT_TABLE = "prompt_encoder.point_embed.weight"
 
 
 class FeatureCache:
@@ -170,7 +169,7 @@ class _CropCache:
 
 
 @dataclass(frozen=True, eq=False)
-class _Frames(Mapping[int, Tensor]):
+class _Frames:
     """A session's frames: slices that become network input when they are seen."""
 
     make: Callable[[int], Tensor]
@@ -178,15 +177,10 @@ class _Frames(Mapping[int, Tensor]):
     count: int
 
     def __getitem__(self, index: int) -> Tensor:
-        if not 0 <= index < self.count:
-            raise KeyError(index)
         return self.make(self.first + index)
 
     def __len__(self) -> int:
         return self.count
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.count))
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,15 +236,15 @@ class Network:
         first slice and one past the last one that may be seen, the prompt's among them. Yields the number of each slice
         and logits, (rows, columns) float32: above 0 inside; -1024 everywhere if the object is absent.
         """
-        first, last = span
-        places = {"inference_device": self.device, "inference_state_device": self.device, "video_storage_device": "cpu"}
+        (first, last), device = span, self.device
+        places = {"inference_device": device, "inference_state_device": device, "video_storage_device": "cpu"}
         session = self.session(video_height=shape[0], video_width=shape[1], dtype=torch.float32, **places)
         session.processed_frames = _Frames(frame, first, last - first)
         session.cache = _CropCache(cache, first)
         self._give(session, prompt, shape, first)
-        on_gpu = self.device.type == "cuda"
         for index in range(prompt.index, first - 1, -1) if reverse else range(prompt.index, last):
-            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
+            half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+            with torch.inference_mode(), half:
                 answer = self.model(session, frame_idx=index - first, reverse=reverse)
                 logits = functional.interpolate(answer.pred_masks.float(), shape, mode="bilinear", align_corners=False)
             self._forget(session, index - first, reverse=reverse)
@@ -259,7 +253,7 @@ class Network:
     def _give(self, session: Any, prompt: PointPrompt | SlicePrompt, shape: tuple[int, int], first: int) -> None:
         """Put a prompt into a session."""
         size, rows, columns = self.image_size, *shape
-        number = session.obj_id_to_idx(1)
+        number, index = session.obj_id_to_idx(1), prompt.index - first
         if isinstance(prompt, PointPrompt):
             # As in the original code, pixel numbers are scaled, not pixel centres.
             xy = np.asarray(prompt.xy, np.float64) * (size / columns, size / rows)
@@ -267,13 +261,13 @@ class Network:
                 "point_coords": torch.from_numpy(xy.astype(np.float32))[None, None],
                 "point_labels": torch.tensor(prompt.kinds, dtype=torch.int32)[None, None],
             }
-            session.add_point_inputs(number, prompt.index - first, inputs)
+            session.add_point_inputs(number, index, inputs)
         else:
             mask = torch.from_numpy(prompt.mask.astype(np.float32))[None, None]
             small = functional.interpolate(mask, (size, size), mode="bilinear", align_corners=False, antialias=True)
             # Keeps a structure of one pixel on a slice larger than the network's input.
             level = min(0.5, float(small.max()))
-            session.add_mask_inputs(number, prompt.index - first, (small >= level).float())
+            session.add_mask_inputs(number, index, (small >= level).float())
         session.obj_with_new_inputs = [1]
 
     def _forget(self, session: Any, index: int, *, reverse: bool) -> None:
@@ -286,24 +280,23 @@ class Network:
 
 
 def load_network(path: Path, device: torch.device) -> Network:
-    """Build the network on ``device`` and fill it with a published file: ``{"model": weights}``, in any precision.
+    """Build the network on ``device`` with a published file: ``{"model": weights}``, in any precision.
 
-    ``config.json`` beside it may give another size of the architecture, under the key "transformers". Raises InputError
-    if that cannot be read, MissingExtraError if transformers or Pillow are not installed, ModelError if the file is no
-    checkpoint of this network or the version of transformers is not supported.
+    Raises InputError if a ``config.json`` beside it (:data:`CONFIG_FILE`) cannot be read, MissingExtraError if
+    transformers or Pillow are not installed, ModelError if the file is no checkpoint of this network or the version of
+    transformers is not supported.
     """
-    weights = _read_checkpoint(path)
+    weights = named_weights(load_state(path, wanted=_WANTED), path, wanted=_WANTED, key="model")
     require_packages()
     with _broken_torchvision_hidden():
         config_class, model_class, session_class = _import_classes()
         settings = _config_beside(path) or copy.deepcopy(dict(PUBLISHED_CONFIG))
-        # Its random weights are overwritten; the caller's random state stays.
-        with torch.random.fork_rng(devices=[]):
-            try:
+        try:
+            with torch.random.fork_rng(devices=[]):  # the caller's random state stays
                 model = model_class(config_class(**settings))
-            except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
-                reason = str(error).partition("\n")[0] or type(error).__name__
-                raise _unsupported(f"cannot build the network of the model 'medsam2' ({reason})") from None
+        except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise _unsupported(f"cannot build the network of the model 'medsam2' ({reason})") from None
     renamed = rename(weights)
     check_fit(renamed, model.state_dict(), path, wanted=f"{_WANTED}; Efficient-MedSAM2 is another network")
     model.load_state_dict(renamed, strict=True)
@@ -312,33 +305,23 @@ def load_network(path: Path, device: torch.device) -> Network:
 
 def rename(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename weights of the original code to those of ``Sam2VideoModel``, as float32."""
-    renamed = {
-        _new_name(name): tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()
-    }
+    renamed = {}
+    for name, tensor in weights.items():
+        for pattern, replacement in _RENAMED:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor.float() if tensor.is_floating_point() else tensor
     if all(name in renamed and renamed[name].ndim == 2 for name in _POINT_KINDS):
-        renamed[_POINT_TABLE] = torch.cat([renamed.pop(name) for name in _POINT_KINDS])
+        renamed["prompt_encoder.point_embed.weight"] = torch.cat([renamed.pop(name) for name in _POINT_KINDS])
     if _SHARED_FROM in renamed:
         renamed[_SHARED_TO] = renamed[_SHARED_FROM]
     return renamed
 
 
-def _new_name(name: str) -> str:
-    for pattern, replacement in _RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _read_checkpoint(path: Path) -> dict[str, Tensor]:
-    return named_weights(load_state(path, wanted=_WANTED), path, wanted=_WANTED, key="model")
-
-
 def _config_beside(path: Path) -> dict[str, Any] | None:
     """Read the architecture from a file beside the checkpoint; None if there is none."""
     file = path.with_name(CONFIG_FILE)
-    if not file.is_file():
-        return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: not readable as JSON ({error}); correct it or move it away") from None
     settings = content.get(_CONFIG_KEY) if isinstance(content, dict) else None
@@ -366,12 +349,10 @@ def _import_classes() -> tuple[Any, Any, Any]:
         method = getattr(model_class, name, None)
         if method is None or not parameters <= set(inspect.signature(method).parameters):
             raise _unsupported(f"has another Sam2VideoModel.{name} than is corrected here")
-    try:
+    session = None
+    with suppress(TypeError):
         session = session_class(inference_device="cpu", dtype=torch.float32)
-    except TypeError:
-        session = None
-    lacking = [name for name in _SESSION if not hasattr(session, name)]
-    if lacking:
+    if lacking := [name for name in _SESSION if not hasattr(session, name)]:
         raise _unsupported(f"has another Sam2VideoInferenceSession than is used here (without {few(lacking)})")
     return config_class, _corrected(model_class), session_class
 
@@ -382,39 +363,22 @@ def _unsupported(what: str) -> ModelError:
     )
 
 
-@contextmanager
-def _broken_torchvision_hidden() -> Iterator[None]:
-    """Hide a torchvision that does not load from transformers, which loads it wherever it is installed.
-
-    It raises if it was built for another torch. Sam2VideoModel needs none of it.
-    """
-    if _torchvision_is_sound():
-        yield
-        return
-    places = [importlib.import_module(name) for name in ("transformers.utils.import_utils", "transformers.utils")]
-    name = "is_torchvision_available"
-    before = [(place, getattr(place, name)) for place in places if hasattr(place, name)]
-    try:
-        for place, _ in before:
-            setattr(place, name, lambda *_: False)
-        yield
-    finally:
-        for place, function in before:
-            setattr(place, name, function)
+def _broken_torchvision_hidden() -> ExitStack:
+    """Hide a torchvision that does not load, as one built for another torch, from transformers, which would load it."""
+    hidden = ExitStack()
+    if not _torchvision_is_sound():
+        for place in ("transformers.utils.import_utils", "transformers.utils"):
+            hidden.enter_context(mock.patch(f"{place}.is_torchvision_available", return_value=False))
+    return hidden
 
 
 def _torchvision_is_sound() -> bool:
     """Whether torchvision loads, or is not there at all."""
-    if sys.modules.get("torchvision") is not None:
-        return True
     try:
-        if importlib.util.find_spec("torchvision") is None:
-            return True
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             importlib.import_module("torchvision")
-    except (ImportError, OSError, RuntimeError, AttributeError, ValueError):
-        return False
+    except (ImportError, OSError, RuntimeError, AttributeError, ValueError) as error:
+        return isinstance(error, ModuleNotFoundError) and error.name == "torchvision"
     return True
 
 

@@ -21,8 +21,7 @@ from ...core.image import Volume
 from ...core.mask import LocalMap
 from ...prompts import INSIDE, BoxPrompt, ClickPrompt, Prompt, RegionPrompt
 from ...settings import ModelSettings
-from ..base import OnPrompt, in_turn
-from ..inputs import intensities, scan_name
+from ..base import OnPrompt, in_turn, intensities, scan_name
 
 Field = NDArray[np.float32]
 #: Gives one prompt to a session, which then predicts.
@@ -101,10 +100,8 @@ class NnInteractiveSegmenter(ABC):
             return lambda session: session.add_point_interaction(voxel, include_interaction=True)
         if isinstance(prompt, BoxPrompt):
             self._require("box", session.supported_interactions["bbox2d"])
-            sides = [
-                [max(first, 0), min(last, length)]
-                for first, last, length in zip(prompt.start[::-1], prompt.stop[::-1], shape, strict=True)
-            ]
+            corners = zip(prompt.start[::-1], prompt.stop[::-1], shape, strict=True)
+            sides = [[max(first, 0), min(last, length)] for first, last, length in corners]
             if any(last <= first for first, last in sides):
                 return None
             return lambda session: session.add_bbox_interaction(sides, include_interaction=True)
@@ -123,11 +120,9 @@ class NnInteractiveSegmenter(ABC):
 
 
 def load(device: str, settings: ModelSettings, weights: Callable[[], Path]) -> NnInteractiveSegmenter:
-    """Load the model onto "cpu" or "cuda", or connect to the server that the settings name.
+    """Load the model onto "cpu" or "cuda"; errors as of :func:`~atlassegfm.models.load_model`.
 
-    A server brings its own network and device: no weights are looked for here, and PyTorch is not needed. Errors as of
-    :func:`~atlassegfm.models.load_model`; InputError, too, if the server's address is none or not allowed, ModelError
-    if it does not respond.
+    Or connect to the server that the settings name, which brings its own network and device: errors as of ``connect``.
     """
     options = settings.nninteractive
     if options.server:

@@ -23,8 +23,8 @@ from ...core.errors import InputError, MissingExtraError, ModelError
 from ...core.mask import LocalMap
 from ...prompts import INSIDE
 from ...settings import NnInteractiveSettings
+from ..base import usable_device
 from ..checkpoint import UnsafeCheckpointError, check_fit, load_state, named_weights
-from ..inputs import usable_device
 from ..weights import describe_file, installed_version
 from . import Field, NnInteractiveSegmenter, Put
 
@@ -80,9 +80,8 @@ class LocalSegmenter(NnInteractiveSegmenter):
 class PaintedProbability:
     """Reads, within a ``with`` block, the probabilities that a session turns into a mask and does not keep.
 
-    A session runs its network on one patch after the other and then pastes the masks of the last ones into the result,
-    in the same order. So the last outputs belong to the boxes that are pasted. Outside these the mask is as the session
-    was given it, and counts as 0 or 1.
+    A session runs its network on one patch after the other, then pastes the masks of the last ones into the result in
+    the same order: the last outputs belong to the boxes that are pasted. Outside these its mask counts as 0 or 1.
     """
 
     def __init__(self, session: Any) -> None:
@@ -122,10 +121,10 @@ class PaintedProbability:
         patches = [(patch, box) for patch, box in patches if (box[1] > box[0]).all()]
         boxes = np.array([(foreground.start, foreground.stop), *(box for _, box in patches)])
         first, last = boxes[:, 0].min(axis=0), boxes[:, 1].max(axis=0)
-        inside = mask[_slices(first, last)] > 0
+        inside = mask[tuple(map(slice, first, last))] > 0
         values = inside.astype(np.float32)
         for patch, (start, stop) in patches:
-            values[_slices(start - first, stop - first)] = patch.on_box(start, stop)
+            values[tuple(map(slice, start - first, stop - first))] = patch.on_box(start, stop)
         wrong = (values >= INSIDE) != inside
         if float((wrong & (np.abs(values - INSIDE) > _ROUNDING)).mean()) > _LARGEST_MISMATCH:
             raise _other_version("its outputs are not those of its masks")
@@ -133,8 +132,7 @@ class PaintedProbability:
         values[wrong & ~inside] = _JUST_OUTSIDE
         values[values < _NEGLIGIBLE] = 0
         local = LocalMap.from_full(values)
-        k, j, i = (int(n) for n in first + local.start)
-        return LocalMap((k, j, i), local.values)
+        return LocalMap(tuple((first + local.start).tolist()), local.values)
 
     def _patches(self) -> Iterator[LocalMap]:
         """The network's outputs in the boxes where they were pasted, which may reach out of the scan."""
@@ -144,8 +142,7 @@ class PaintedProbability:
         for (start, stop), output in zip(self._boxes, outputs, strict=True):
             if tuple(stop - start) != output.shape:
                 raise _other_version(f"it pasted a patch from {start} to {stop} for an output of shape {output.shape}")
-            k, j, i = (int(n) for n in start)
-            yield LocalMap((k, j, i), output.astype(np.float32))
+            yield LocalMap(tuple(start.tolist()), output.astype(np.float32))
 
 
 def open_folder(weights: Callable[[], Path], device: str, options: NnInteractiveSettings) -> LocalSegmenter:
@@ -174,33 +171,11 @@ def find_fold(path: Path) -> Path:
 
     Raises InputError if there is none, more than one, or a file is missing.
     """
-    if path.name.startswith("fold_"):
-        return _complete(path)
-    if not _is_model(path):
-        inside = sorted(one for one in path.iterdir() if one.is_dir() and _is_model(one))
-        if not inside:
-            raise InputError(
-                f"{path}: no network in it; expected the folder of an nnInteractive network (dataset.json, plans.json, "
-                f"fold_0/{_CHECKPOINT})"
-            )
-        path = _only(inside, path)
-    folds = sorted(path.glob("fold_*"))
-    return _complete(_only(folds, path) if folds else path / "fold_0")
-
-
-def _is_model(folder: Path) -> bool:
-    return (folder / "plans.json").is_file() or (folder / "dataset.json").is_file() or any(folder.glob("fold_*"))
-
-
-def _only(found: list[Path], folder: Path) -> Path:
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise InputError(f"{folder}: {names} are in it; name one of them as the model's path")
-    return found[0]
-
-
-def _complete(fold: Path) -> Path:
-    """Check that no file is missing."""
+    fold = path
+    if not path.name.startswith("fold_"):
+        if not _is_model(path):
+            path = _only(sorted(one for one in path.iterdir() if one.is_dir() and _is_model(one)), path)
+        fold = _only(sorted(path.glob("fold_*")) or [path / "fold_0"], path)
     root = fold.parent
     for file in (root / "dataset.json", root / "plans.json", fold / _CHECKPOINT):
         if not file.is_file():
@@ -208,6 +183,20 @@ def _complete(fold: Path) -> Path:
     if not any((root / name).is_file() for name in _INFORMATION):
         raise InputError(f"{root}: neither {' nor '.join(_INFORMATION)} is there; get the network's folder again")
     return fold
+
+
+def _is_model(folder: Path) -> bool:
+    return (folder / "plans.json").is_file() or (folder / "dataset.json").is_file() or any(folder.glob("fold_*"))
+
+
+def _only(found: list[Path], folder: Path) -> Path:
+    if not found:
+        files = f"dataset.json, plans.json, fold_0/{_CHECKPOINT}"
+        raise InputError(f"{folder}: no network in it; expected the folder of an nnInteractive network ({files})")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise InputError(f"{folder}: {names} are in it; name one of them as the model's path")
+    return found[0]
 
 
 def _load_network(session: Any, fold: Path) -> dict[str, Any]:
@@ -220,17 +209,17 @@ def _load_network(session: Any, fold: Path) -> dict[str, Any]:
     configuration = arguments.get("configuration") if isinstance(arguments, Mapping) else None
     if not isinstance(configuration, str):
         raise ModelError(f"{path}: names no configuration under 'init_args'; expected {_WANTED}")
-    if configuration not in plans.get("configurations", {}):
-        known = ", ".join(plans.get("configurations", {})) or "none"
+    known = plans.get("configurations", {})
+    if configuration not in known:
         raise ModelError(
             f"{root / 'plans.json'}: no configuration {configuration!r}, which {_CHECKPOINT} was trained with "
-            f"(there are: {known}); the two do not belong together"
+            f"(there are: {', '.join(known) or 'none'}); the two do not belong together"
         )
     artifacts = _artifacts(session, root, plans, dataset, configuration)
     network = artifacts["network"]
     check_fit(weights, network.state_dict(), path, wanted="those of the network in plans.json beside it")
     network.load_state_dict(weights)
-    artifacts["network"] = network.to(session.device).eval()
+    network.to(session.device).eval()
     artifacts["trainer_name"] = str(checkpoint.get("trainer_name", ""))
     artifacts["license"] = session._load_license(str(root), plans, checkpoint)
     session.initialize_from_loaded_artifacts(artifacts)
@@ -242,16 +231,10 @@ def _load_network(session: Any, fold: Path) -> dict[str, Any]:
             f"{root / 'plans.json'}: the patch is {' x '.join(map(str, patch))} voxels; nnInteractive cannot "
             f"refine with less than {2 * _REFINEMENT_MARGIN + 1} along each of three axes"
         )
-    return {
-        "weights": {
-            **describe_file(path),
-            "fold": fold.name,
-            "folder": root.resolve().name,
-            "licence_in_folder": str(session.license),
-            "read_without_running_code": safely,
-        },
-        "nninteractive_version": installed_version(_PACKAGE),
-    }
+    place = {"fold": fold.name, "folder": root.resolve().name}
+    state = {"licence_in_folder": str(session.license), "read_without_running_code": safely}
+    weights_record = describe_file(path) | place | state
+    return {"weights": weights_record, "nninteractive_version": installed_version(_PACKAGE)}
 
 
 def _artifacts(
@@ -267,11 +250,9 @@ def _artifacts(
         capability, radius, thickness, decay, padding = session._load_capability_and_runtime_defaults(str(root))
         session._apply_capability(capability)
     except _BAD_CONTENT as error:
-        name = next(name for name in _INFORMATION if (root / name).is_file())
-        raise ModelError(
-            f"{root / name}: nnInteractive {installed_version(_PACKAGE)} cannot use it ({_reason(error)}); get "
-            "the network's folder again, or another version"
-        ) from None
+        file = next(root / name for name in _INFORMATION if (root / name).is_file())
+        why = f"nnInteractive {installed_version(_PACKAGE)} cannot use it ({_reason(error)})"
+        raise ModelError(f"{file}: {why}; get the network's folder again, or another version") from None
     try:
         manager = PlansManager(plans)
         one = manager.get_configuration(configuration)
@@ -285,10 +266,8 @@ def _artifacts(
                 manager, one, channels + session.num_interaction_channels, 2, enable_deep_supervision=False
             )
     except (*_BAD_CONTENT, ImportError, pydoc.ErrorDuringImport) as error:
-        raise ModelError(
-            f"{root / 'plans.json'}: its network cannot be built ({_reason(error)}); get the network's folder "
-            "again, as a whole"
-        ) from None
+        why = f"its network cannot be built ({_reason(error)}); get the network's folder again, as a whole"
+        raise ModelError(f"{root / 'plans.json'}: {why}") from None
     if channels != 1:
         raise ModelError(f"{root / 'dataset.json'}: {channels} channels; expected a network for scans of one")
     return {
@@ -312,12 +291,8 @@ def _read_checkpoint(path: Path) -> tuple[Any, bool]:
     except UnsafeCheckpointError as error:
         if not zipfile.is_zipfile(path):
             raise  # nnInteractive's own are zip archives
-        logger.warning(
-            "%s: this checkpoint holds more than tensors, %s, and is read in a way that runs code from it; use it only "
-            "if you trust its source",
-            path,
-            error.found,
-        )
+        danger = "and is read in a way that runs code from it; use it only if you trust its source"
+        logger.warning("%s: this checkpoint holds more than tensors, %s, %s", path, error.found, danger)
     try:
         return torch.load(path, map_location="cpu", weights_only=False), False
     except (pickle.UnpicklingError, RuntimeError, ImportError, AttributeError, EOFError) as error:
@@ -326,26 +301,19 @@ def _read_checkpoint(path: Path) -> tuple[Any, bool]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not a JSON file ({_reason(error)}); get it again") from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: holds a {type(content).__name__}; expected a JSON object")
-    return content
+        return {**json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(f"{path}: not a JSON object ({_reason(error)}); get it again") from None
 
 
 def _reason(error: BaseException) -> str:
-    """Take the first line of an error."""
-    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
-    said = lines[0][:_LONGEST_REASON] if lines else "no more is known"
-    return f"{type(error).__name__}: {said}"
+    said = str(error).strip().partition("\n")[0].strip()[:_LONGEST_REASON]
+    return f"{type(error).__name__}: {said or 'no more is known'}"
 
 
 def _other_version(why: str) -> ModelError:
-    return ModelError(
-        f"nnInteractive {installed_version(_PACKAGE)} is installed, and {why}; expected a version {_VERSIONS}: "
-        f"pip install 'nninteractive{_VERSIONS}'"
-    )
+    found = f"nnInteractive {installed_version(_PACKAGE)} is installed, and {why}"
+    return ModelError(f"{found}; expected a version {_VERSIONS}: pip install 'nninteractive{_VERSIONS}'")
 
 
 @contextmanager
@@ -385,7 +353,3 @@ def _settings_of_torch() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = benchmark
-
-
-def _slices(first: NDArray[np.int64], last: NDArray[np.int64]) -> tuple[slice, ...]:
-    return tuple(slice(a, b) for a, b in zip(first, last, strict=True))

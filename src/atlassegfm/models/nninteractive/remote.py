@@ -50,17 +50,14 @@ class RemoteSegmenter(NnInteractiveSegmenter):
 
     def _probability(self, scan: Field, put: Put) -> LocalMap:
         """0 or 1: servers give no probabilities."""
-        # Registering another scan in between may take longer than a server waits.
-        with contextlib.suppress(_SessionLostError), self._explained():
-            return LocalMap.from_full(self._ask(scan, put))
-        logger.info("%s: the session had expired; opening another one", self._url)
-        self._open()
-        with contextlib.suppress(_SessionLostError), self._explained():
-            return LocalMap.from_full(self._ask(scan, put))
-        raise ModelError(
-            f"{self._url}: the server ended the session twice within one prompt; start it with a longer "
-            "--idle-timeout-seconds"
-        )
+        for expired in (False, True):
+            if expired:  # registering another scan in between may take longer than a server waits
+                logger.info("%s: the session had expired; opening another one", self._url)
+                self._open()
+            with contextlib.suppress(_SessionLostError), self._explained():
+                return LocalMap.from_full(self._ask(scan, put))
+        ended = "the server ended the session twice within one prompt"
+        raise ModelError(f"{self._url}: {ended}; start it with a longer --idle-timeout-seconds")
 
     def _open(self) -> None:
         """Take a place on the server, and release the one before."""
@@ -76,10 +73,8 @@ class RemoteSegmenter(NnInteractiveSegmenter):
         version = str(session.INFERENCE_SESSION_VERSION)
         if version.split(".")[0] != _SERVER_MAJOR_VERSION:
             self._release()
-            raise ModelError(
-                f"{self._url}: the nnInteractive server has version {version}; expected "
-                f"{_SERVER_MAJOR_VERSION}.x: update it"
-            )
+            wanted = f"{_SERVER_MAJOR_VERSION}.x: update it"
+            raise ModelError(f"{self._url}: the nnInteractive server has version {version}; expected {wanted}")
         with self._explained():
             session.set_do_autozoom(self._options.autozoom)
         self.session = session
@@ -87,10 +82,8 @@ class RemoteSegmenter(NnInteractiveSegmenter):
         self.provenance = {"server": self._url, "server_version": version, "server_weights_licence": licence}
 
     def _other_server(self) -> ModelError:
-        return ModelError(
-            f"{self._url}: what answers there is no nnInteractive server of version {_SERVER_MAJOR_VERSION}; correct "
-            "models.nninteractive.server, or update the server"
-        )
+        found = f"what answers there is no nnInteractive server of version {_SERVER_MAJOR_VERSION}"
+        return ModelError(f"{self._url}: {found}; correct models.nninteractive.server, or update the server")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -103,26 +96,19 @@ class RemoteSegmenter(NnInteractiveSegmenter):
         except SessionExpiredError:
             raise _SessionLostError from None
         except ServerAtCapacityError as error:
-            what = (
-                f"the server has no free session ({error}); try again later, or start it with a larger --max-sessions"
-            )
+            what = f"the server has no free session ({error}); try later, or start it with a larger --max-sessions"
         except (httpx.ConnectError, httpx.ConnectTimeout):
             what = "no server answers there; start nninteractive-server, or correct models.nninteractive.server"
         except httpx.TimeoutException:
-            what = (
-                f"the server took longer than {self._options.timeout_seconds:g} s; raise "
-                "models.nninteractive.timeout_seconds"
-            )
+            took = f"{self._options.timeout_seconds:g} s"
+            what = f"the server took longer than {took}; raise models.nninteractive.timeout_seconds"
         except httpx.HTTPStatusError as error:
             code = error.response.status_code
             if code in _UNKNOWN_REQUEST:
                 raise self._other_server() from None
             what = f"the server failed (HTTP {code}: {_detail(error.response)})"
             if code in _REFUSED:
-                what = (
-                    f"the server refuses the key; set the environment variable {_KEY_VARIABLE} to the one it was "
-                    "started with"
-                )
+                what = f"the server refuses the key; set {_KEY_VARIABLE} to the one it was started with"
         except httpx.HTTPError as error:
             what = f"the connection to the server broke ({type(error).__name__}); see its log, and try again"
         else:
@@ -136,10 +122,9 @@ def _claim(url: str, wait_seconds: float) -> Any:
 
     # A client that fails while it is made leaves its connection open, so it is made in two steps.
     session: Any = object.__new__(nnInteractiveRemoteInferenceSession)
+    timeouts = dict.fromkeys(("read_timeout", "set_image_read_timeout", "write_timeout"), wait_seconds)
     try:
-        session.__init__(
-            url, read_timeout=wait_seconds, set_image_read_timeout=wait_seconds, write_timeout=wait_seconds
-        )
+        session.__init__(url, **timeouts)
     except BaseException:
         with contextlib.suppress(AttributeError):
             session.close()
@@ -173,10 +158,8 @@ def _checked_address(options: NnInteractiveSettings) -> str:
         parts, host = urlsplit(""), None
     # Checked first, so that no message shows them. Settings are written to run.json, too.
     if parts.username is not None or parts.password is not None or parts.query or parts.fragment:
-        raise InputError(
-            f"{setting} holds a user, a password or a query; expected http://host:port: put the key into the "
-            f"environment variable {_KEY_VARIABLE}"
-        )
+        key = f"put the key into the environment variable {_KEY_VARIABLE}"
+        raise InputError(f"{setting} holds a user, a password or a query; expected http://host:port: {key}")
     if parts.scheme not in ("http", "https") or not host:
         raise InputError(f"{setting} is {options.server!r}; expected an address such as http://127.0.0.1:1527")
     url = options.server.rstrip("/")
@@ -186,10 +169,8 @@ def _checked_address(options: NnInteractiveSettings) -> str:
         return url
     where = "a proxy (see the environment variable NO_PROXY)" if proxied else "another machine"
     if not options.allow_remote:
-        raise InputError(
-            f"{url}: the scans would be sent to {where}; patient data stay on this machine unless "
-            "models.nninteractive.allow_remote = true"
-        )
+        rule = "patient data stay on this machine unless models.nninteractive.allow_remote = true"
+        raise InputError(f"{url}: the scans would be sent to {where}; {rule}")
     clear = "" if parts.scheme == "https" else ", unencrypted"
     logger.warning("%s: this server gets the scans: patient data leave this machine%s", url, clear)
     return url

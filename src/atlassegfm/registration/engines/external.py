@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from ...core.errors import InputError, MissingExtraError, RegistrationError
 from ...core.geometry import Grid
@@ -28,7 +27,7 @@ from ...core.image import Volume
 from ...settings import RegistrationSettings
 from ...transforms.maps import Affine, DisplacementField
 from ...transforms.resample import resample
-from ..pyramid import Pair, Start, axes_of, frame_grid
+from ..pyramid import Pair, Start, frame_grid, smooth
 from ..result import Registration
 from . import ENGINES
 from .external_process import MISSING
@@ -50,10 +49,8 @@ def fit(
 ) -> Registration:
     """Register one pair by the engine ``settings.engine``, on the CPU; the field lies on the engine's grid.
 
-    ``linear``, fixed to moving world, is kept; None if the engine does those linear stages that are switched on.
-
-    Raises :class:`.InputError` if the Python named for the engine is no program, :class:`.MissingExtraError` if it has
-    not the engine's package, and :class:`.RegistrationError` if the engine gives up or gives no usable result.
+    ``linear``, fixed to moving world, is kept; None if the engine does those linear stages that are switched on. Raises
+    errors as of :func:`.require_engine`, and :class:`.RegistrationError` if it gives up or gives no usable result.
     """
     title, threads = ENGINES[settings.engine].title, torch.get_num_threads()
     python, origin = _python(settings)
@@ -91,11 +88,9 @@ def fit(
             raise RegistrationError(f"{title} left no result that can be read ({error})") from None
     if found.shape != (4, 4) or not np.isfinite(found).all() or np.linalg.det(found[:3, :3]) <= 0:
         raise RegistrationError(f"{title} found a linear map that mirrors or flattens space: {found.tolist()}")
-    field = None
-    if moved is not None:
-        if moved.shape != (3, *fixed.shape) or not np.isfinite(moved).all():
-            raise RegistrationError(f"{title} left a displacement field with gaps, of shape {moved.shape}")
-        field = DisplacementField(fixed, moved)
+    if moved is not None and (moved.shape != (3, *fixed.shape) or not np.isfinite(moved).all()):
+        raise RegistrationError(f"{title} left a displacement field with gaps, of shape {moved.shape}")
+    field = None if moved is None else DisplacementField(fixed, moved)
     return Registration(Affine(found), field, parameter_count=parameter_count)
 
 
@@ -123,7 +118,7 @@ def working_grid(grid: Grid, spacing_mm: float) -> Grid:
     An axis coarser than ``spacing_mm`` gets the geometric mean of both: 7.7 mm at 2.4 mm become 4.3 mm. So windows of
     local correlation, which count voxels, are not drawn out, and little is interpolated.
     """
-    return frame_grid(grid, axes_of(grid), _axis_spacings(grid.canonical().spacing_mm, spacing_mm))
+    return frame_grid(grid, _axis_spacings(grid.canonical().spacing_mm, spacing_mm))
 
 
 def _axis_spacings(native_mm: NDArray[np.float64], spacing_mm: float) -> NDArray[np.float64]:
@@ -133,13 +128,7 @@ def _axis_spacings(native_mm: NDArray[np.float64], spacing_mm: float) -> NDArray
 
 def _on_grid(scan: Volume, grid: Grid) -> NDArray[np.float32]:
     """A scan smoothed and sampled on a working grid, its darkest value 0, as beyond its field of view."""
-    scan = scan.canonical()
-    data = scan.data - scan.data.min()
-    # Half the ratio of spacings, less the half voxel that sampling itself blurs by, as for our own engines.
-    ratio = 0.5 * grid.spacing_mm / scan.grid.spacing_mm
-    sigma = np.sqrt(np.maximum(ratio**2 - 0.25, 0))
-    sigma[sigma <= 0.05] = 0  # spacings that differ by rounding alone are the same
-    return resample(Volume(ndimage.gaussian_filter(data, sigma, mode="nearest"), scan.grid), grid)
+    return resample(smooth(Volume(scan.data - scan.data.min(), scan.grid), grid), grid)
 
 
 def _python(settings: RegistrationSettings) -> tuple[str, str]:
@@ -167,23 +156,17 @@ def _missing(engine: str, python: str, origin: str) -> MissingExtraError:
     if origin:
         remedy = f"{python} -m pip install {row.distribution}"
     elif not row.extra:
-        remedy = (
-            f"python3 -m venv {engine}-env && {engine}-env/bin/pip install {row.distribution} && "
-            f"export ATLASSEGFM_{engine.upper()}_PYTHON=$PWD/{engine}-env/bin/python "
-            "(an environment of its own, because it needs older packages than this one)"
-        )
+        remedy = f"python3 -m venv {engine}-env && {engine}-env/bin/pip install {row.distribution} && "
+        remedy += f"export ATLASSEGFM_{engine.upper()}_PYTHON=$PWD/{engine}-env/bin/python "
+        remedy += "(an environment of its own, because it needs older packages than this one)"
     return MissingExtraError(f"the engine {engine!r}", row.extra, remedy)
 
 
 def _environment(python: str, threads: int, seed: int) -> dict[str, str]:
-    # These are about packages built for this Python.
-    ours = () if python == sys.executable else ("PYTHONPATH", "PYTHONHOME")
-    return {name: value for name, value in os.environ.items() if name not in ours} | {
-        "OMP_NUM_THREADS": str(threads),
-        "OPENBLAS_NUM_THREADS": str(threads),
-        "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": str(threads),
-        "ANTS_RANDOM_SEED": str(seed),
-    }
+    ours = () if python == sys.executable else ("PYTHONPATH", "PYTHONHOME")  # about packages built for this Python
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return kept | dict.fromkeys(names, str(threads)) | {"ANTS_RANDOM_SEED": str(seed)}
 
 
 def _run(command: list[str], output: Any, environment: dict[str, str]) -> int:

@@ -26,7 +26,7 @@ from ...core.geometry import Grid
 from ...core.image import Volume
 from ...prompts import INSIDE
 from ...settings import InstanceSettings, RegistrationSettings
-from ...transforms.maps import Affine, Chain, DisplacementField, Transform, displacement_on
+from ...transforms.maps import Affine, Chain, DisplacementField, Transform, displacement_on, field_from_voxels
 from ...transforms.resample import resample, warp_labels
 from ..features import LocalCorrelation, mind_ssc
 from ..pyramid import Pair, Scan, Start, axes_of, level_grid, on_grid
@@ -131,7 +131,7 @@ class _Member:
 
     def _fit_level(self, number: int, begin: DisplacementField | None) -> tuple[DisplacementField, int]:
         pair, view = self.pair, self.pair.fixed.grid
-        grid = level_grid(view, axes_of(view), self.options.level_voxels[number])
+        grid = level_grid(view, axes_of(view), self.options.level_voxels[number], float(view.spacing_mm.min()))
         scans, (iterations, weights) = (pair.fixed_scan, pair.moving_scan), self._weights(number, self.contrast_robust)
         if begin is None or not self.options.diffeomorphic:
             level = _Level(*scans, grid, self.linear, self.options, self.device)
@@ -161,13 +161,13 @@ class _Member:
         nodes = np.argwhere(resample(self.pair.moving_scan.labelled, field.grid, transform) >= _LABELLED_FRACTION)
         if not len(nodes):
             return None
-        first, last, axes = nodes.min(axis=0), nodes.max(axis=0), axes_of(view)
+        first, last, axes, finest_mm = nodes.min(axis=0), nodes.max(axis=0), axes_of(view), float(view.spacing_mm.min())
         grid = field.grid.crop(first, last + 1)
         # The margin is in voxels of the level, whose size follows from the box with its margin: three rounds settle it.
         for _ in range(3):
             margin = np.ceil(_MARGIN_VOXELS * grid.spacing_mm / field.grid.spacing_mm).astype(int)
             outer = field.grid.crop(np.maximum(first - margin, 0), np.minimum(last + margin + 1, field.grid.shape))
-            grid = level_grid(outer, axes, voxels, finest_mm=float(view.spacing_mm.min()))
+            grid = level_grid(outer, axes, voxels, finest_mm)
         # Nothing is free to move in a box that is all border.
         return grid if min(grid.shape) > 2 * _STRIDE * _FIXED_BORDER else None
 
@@ -177,12 +177,9 @@ class _Member:
         names = ("mind_weight", "correlation_weight", "smoothness")
         lists = (self.options.iterations, *(getattr(self.options, prefix + name) for name in names))
         iterations, mind, correlation, smoothness = (values[min(level, len(values) - 1)] for values in lists)
-        return iterations, _Weights(
-            mind * factors.mind,
-            correlation * factors.correlation,
-            smoothness * factors.smoothness,
-            self.options.structure_emphasis * factors.emphasis,
-        )
+        emphasis = self.options.structure_emphasis * factors.emphasis
+        weights = mind * factors.mind, correlation * factors.correlation, smoothness * factors.smoothness
+        return iterations, _Weights(*weights, emphasis)
 
 
 def _sizes(labels: Volume) -> dict[int, int]:
@@ -253,8 +250,7 @@ class _Level:
             voxels = base + F.interpolate(addition, shape, mode="trilinear", align_corners=True)
         if fixed_border:
             voxels = _zero_border(voxels, 1)
-        world = np.einsum("wv,vijk->wijk", self.grid.affine[:3, :3], voxels[0].cpu().numpy())
-        return DisplacementField(self.grid, world.astype(np.float32)), control.numel()
+        return field_from_voxels(self.grid, voxels[0].cpu().numpy()), control.numel()
 
     def _addition(self, control: Tensor) -> Tensor:
         """(1, 3, I, J, K) displacements of the control points, in voxels of the grid."""

@@ -9,6 +9,7 @@ Registration for Images and Surfaces", MedIA 2019.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 
 from ...core.errors import RegistrationError
 from ...settings import RegistrationSettings, VoxelmorphSettings
-from ...transforms.maps import Affine, DisplacementField
+from ...transforms.maps import Affine, field_from_voxels
 from ..features import LocalCorrelation
-from ..pyramid import Level, Pair, Start, axes_of, frame_grid, level_spacings_mm, on_grid, prepare
+from ..pyramid import Level, Pair, Start, frame_grid, level_spacings_mm, on_grid, prepare
 from ..result import Registration
 from ..sampling import gradient_penalty, integrate_velocity, sample_displaced
 
@@ -44,26 +45,22 @@ def fit(pair: Pair, linear: Affine, _start: Start | None, settings: Registration
     """
     options = settings.voxelmorph
     voxels = options.cpu_voxels if device == "cpu" else options.cuda_voxels
-    spacing_mm = level_spacings_mm(pair.fixed.grid, (voxels,))[-1]
-    grid = frame_grid(pair.fixed.grid, axes_of(pair.fixed.grid), spacing_mm)
+    (spacing_mm,) = level_spacings_mm(pair.fixed.grid, (voxels,))
+    grid = frame_grid(pair.fixed.grid, spacing_mm)
     # Afresh from the scans as they came: the other stages' levels may be coarser.
-    fixed = prepare(pair.fixed, None, spacing_mm, "query")
-    moving = prepare(pair.moving, None, spacing_mm, "atlas")
-    query, atlas = on_grid(fixed, grid, device), on_grid(moving, grid, device, linear)
+    query = on_grid(prepare(pair.fixed, None, spacing_mm, "query"), grid, device)
+    atlas = on_grid(prepare(pair.moving, None, spacing_mm, "atlas"), grid, device, linear)
     try:
         displacement, parameter_count = _optimise(query, atlas, options)
     except torch.cuda.OutOfMemoryError as error:
-        raise RegistrationError(
-            f"a working grid of {' x '.join(map(str, grid.shape))} voxels does not fit into the GPU's memory; "
-            f"lower registration.voxelmorph.cuda_voxels (now {options.cuda_voxels})"
-        ) from error
+        found = f"a working grid of {' x '.join(map(str, grid.shape))} voxels does not fit into the GPU's memory"
+        advice = f"lower registration.voxelmorph.cuda_voxels (now {options.cuda_voxels})"
+        raise RegistrationError(f"{found}; {advice}") from error
     if not np.isfinite(displacement).all():
-        raise RegistrationError(
-            "the optimisation of the network diverged; lower registration.voxelmorph.learning_rate "
-            f"(now {options.learning_rate:g})"
-        )
-    world = np.einsum("wv,vijk->wijk", grid.affine[:3, :3], displacement).astype(np.float32)
-    return Registration(linear, DisplacementField(grid, world), parameter_count={"deformable": parameter_count})
+        advice = f"lower registration.voxelmorph.learning_rate (now {options.learning_rate:g})"
+        raise RegistrationError(f"the optimisation of the network diverged; {advice}")
+    field = field_from_voxels(grid, displacement)
+    return Registration(linear, field, parameter_count={"deformable": parameter_count})
 
 
 class Network(nn.Module):
@@ -131,7 +128,7 @@ def _optimise(query: Level, atlas: Level, options: VoxelmorphSettings) -> tuple[
         half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     network = Network(options.levels, options.channels, torch.Generator().manual_seed(_SEED)).to(device)
     scans = torch.cat((atlas.image, query.image), dim=1)
-    dissimilarity = _Dissimilarity(query, atlas, options)
+    dissimilarity = _dissimilarity(query, atlas, options.loss)
     optimizer = torch.optim.Adam(network.parameters(), lr=options.learning_rate)
 
     def predicted() -> tuple[Tensor, Tensor]:
@@ -153,29 +150,24 @@ def _optimise(query: Level, atlas: Level, options: VoxelmorphSettings) -> tuple[
     return displacement[0].cpu().numpy(), sum(parameter.numel() for parameter in network.parameters())
 
 
-class _Dissimilarity:
-    """Dissimilarity of query and displaced atlas, inside the atlas's field of view alone; 0 where they are the same.
+def _dissimilarity(query: Level, atlas: Level, loss: str) -> Callable[[Tensor], Tensor]:
+    """Dissimilarity of query and atlas displaced by (1, 3, I, J, K) voxels, in the atlas's field of view; 0 if equal.
 
     No gradient goes through the field of view: pushing what does not match out of it would lower the loss.
     """
+    correlation = LocalCorrelation(query.image, _CORRELATION_RADIUS) if loss == "lncc" else None
+    # The paper's MSE is over all voxels. Local correlation compares the noise of air with itself: body only.
+    weight = query.inside if correlation is None else query.weight
+    channels = torch.cat((atlas.image, atlas.inside), dim=1)
 
-    def __init__(self, query: Level, atlas: Level, options: VoxelmorphSettings) -> None:
-        self.loss, self.query = options.loss, query.image
-        # The paper's MSE is over all voxels. Local correlation compares the noise of air with itself: body only.
-        self.weight = query.inside if self.loss == "mse" else query.weight
-        if self.loss == "lncc":
-            self.correlation = LocalCorrelation(query.image, _CORRELATION_RADIUS)
-        self.atlas = torch.cat((atlas.image, atlas.inside), dim=1)
+    def measure(displacement: Tensor) -> Tensor:
+        image, inside = sample_displaced(channels, displacement).split(1, dim=1)
+        counted = weight * inside.detach()
+        difference = (image - query.image).pow(2) if correlation is None else 1 - correlation(image)
+        mean: Tensor = (difference * counted).sum() / counted.sum().clamp_min(1)
+        return mean
 
-    def __call__(self, displacement: Tensor) -> Tensor:
-        """(1, 3, I, J, K) voxels to one number."""
-        warped = sample_displaced(self.atlas, displacement)
-        counted = self.weight * warped[:, -1:].detach()
-        if self.loss == "lncc":
-            difference = 1 - self.correlation(warped[:, :-1])
-        else:
-            difference = (warped[:, :-1] - self.query).pow(2).mean(dim=1, keepdim=True)
-        return (difference * counted).sum() / counted.sum().clamp_min(1)
+    return measure
 
 
 def integrate(velocity: Tensor, steps: int) -> tuple[Tensor, Tensor]:
