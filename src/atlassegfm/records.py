@@ -12,7 +12,7 @@ from .quality.verdict import Verdict
 from .result import Status
 
 #: Raised by hand when results or these files change: results with another number are computed again.
-RESULTS_FORMAT = 2
+RESULTS_FORMAT = 3
 State = Literal["done", "failed", "left"]
 SEGMENTATION, RUN, STATUS = "segmentation.nii.gz", "run.json", "status.json"
 #: Formats of a segmentation, and the file or folder of each.
@@ -160,7 +160,9 @@ class PromptRecord(Record):
 class QualityRecord(Record):
     """Quality estimate of one structure."""
 
-    verdict: Verdict
+    verdict: Verdict | None
+    """Null where it is not judged: with another registration than the default one."""
+
     reason: str
     estimated_dice: float | None
     low: float | None
@@ -193,8 +195,8 @@ class RunRecord(Record):
     model: ModelRecord
     registration: RegistrationRecord
     gate: str | None
-    verdict: Verdict
-    """Worst of the structures."""
+    verdict: Verdict | None
+    """Worst of the structures; null where none is judged."""
 
     structures: tuple[StructureRecord, ...]
     settings: dict[str, Any]
@@ -249,7 +251,7 @@ class CaseRecord(Record):
     peak_memory_mb: int | None
     warnings: tuple[str, ...]
     verdict: Verdict | None = None
-    """Worst of its structures; null without a result."""
+    """Worst of its structures; null without a result, or where none is judged."""
 
     in_run: bool = True
     """Whether this command had the case; if not, its result is of an earlier one."""

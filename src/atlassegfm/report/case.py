@@ -155,7 +155,7 @@ def _subtitle(case: Case, maps: _Maps) -> str:
     judged = [row.quality.verdict for row in case.run.structures if row.quality is not None]
     verdicts = ", ".join(f"{n} {v}" for v in VERDICTS if (n := judged.count(v)))
     missing = "the scan is missing: labels only" if maps.image is None else ""
-    parts = (f"Model: {case.run.model.name}", f"verdicts: {verdicts}" if judged else "", missing)
+    parts = (f"Model: {case.run.model.name}", f"verdicts: {verdicts}" if verdicts else "", missing)
     return ". ".join(filter(None, parts)) + "."
 
 

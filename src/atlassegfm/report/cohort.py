@@ -161,7 +161,8 @@ def _write(path: Path, title: str, entries: Sequence[_Entry], found: ResultFolde
     reviews = _reviews(entries, found.failures, volumes)
     pictures = [entry for entry in entries if entry.facts is not None and entry.facts.thumbnail]
     if len(pictures) > _MOST_PICTURES:
-        pictures = sorted(pictures, key=lambda entry: -VERDICTS.index(entry.case.run.verdict))[:_MOST_PICTURES]
+        ranks = {verdict: -rank for rank, verdict in enumerate((None, *VERDICTS))}
+        pictures = sorted(pictures, key=lambda entry: ranks[entry.case.run.verdict])[:_MOST_PICTURES]
     write_page(
         path,
         "cohort.html.j2",
@@ -189,7 +190,7 @@ def _write(path: Path, title: str, entries: Sequence[_Entry], found: ResultFolde
 
 
 def _quality(row: StructureRecord) -> tuple[str | None, str, float | None]:
-    """Verdict, its reason and the estimated Dice of a structure."""
+    """Verdict, its reason and the estimated Dice of a structure; no verdict where it is not judged."""
     one = row.quality
     return (None, "", None) if one is None else (one.verdict, one.reason, finite(one.estimated_dice))
 
