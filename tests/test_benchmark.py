@@ -272,7 +272,7 @@ def test_the_oracle_picks_whoever_is_right() -> None:
 
 
 def score(dice: float, status: Any = "ok", cldice: float | None = None) -> StructureScores:
-    return StructureScores(status, dice, dice / 2, 2.0, 1.5, 2.5, 10, 12, 0.1, 0.12, cldice, "")
+    return StructureScores(status, dice, dice / 2, 2.0, 1.5, 0.5, 2.5, 10, 12, 0.1, 0.12, cldice, "")
 
 
 def test_records_come_back_from_json(tmp_path: Path) -> None:
@@ -339,7 +339,7 @@ def test_what_the_atlas_lacks_is_counted_and_not_scored(dataset: Dataset, tmp_pa
         assert one.status == "not_in_atlas"
         assert one.reference_voxels > 0
         assert one.cldice is not None
-        assert all(math.isnan(n) for n in (one.dice, one.nsd, one.hd95_mm, one.hd95_voxel_mm, one.cldice))
+        assert all(math.isnan(n) for n in (one.dice, one.nsd, one.hd95_mm, one.assd_mm, one.hd95_voxel_mm, one.cldice))
     assert {(row.scores.status, row.scores.dice) for row in hallucinated} == {("hallucinated", 0.0)}
     assert {row.scores.status for row in usual} == {"ok"}
     summary = write_reports(plan, records, tmp_path / "out", plots=False)
@@ -927,7 +927,7 @@ def test_the_summary_can_be_computed_from_the_table(
         for one in json.loads((out / "summary.json").read_text())["columns"]
         if (one["variant"], one["method"]) == column
     )
-    for name in ("dice", "nsd", "hd95_mm", "hd95_voxel_mm"):
+    for name in ("dice", "nsd", "hd95_mm", "assd_mm", "hd95_voxel_mm"):
         table = table_of(out, column, name)
         assert found["mean"][name] == pytest.approx(macro(table), abs=1e-6)
         for structure in found["structures"]:

@@ -83,7 +83,7 @@ def test_series_and_rtstruct_to_three_formats(here: Path, run: Run) -> None:
     assert written.PatientID == QUERY_PATIENT
     assert written.ApprovalStatus == "UNAPPROVED"
     assert written.StructureSetDate == "20261123"
-    assert "model none; review: 3 of 3 structures found" in written.StructureSetDescription
+    assert "3 of 3 structures found" in written.StructureSetDescription
     assert written.StructureSetROISequence[0].ROIDescription.startswith("review: estimated Dice")
     assert [roi.ROIName for roi in written.StructureSetROISequence] == NAMES
     colors = [tuple(item.ROIDisplayColor) for item in written.ROIContourSequence]

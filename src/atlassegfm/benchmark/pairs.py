@@ -233,4 +233,5 @@ def _without(result: Volume, reference: Volume, ignored: int) -> Volume:
 def _unscored(scores: StructureScores) -> StructureScores:
     nan = math.nan
     cldice = None if scores.cldice is None else nan
-    return replace(scores, status="not_in_atlas", dice=nan, nsd=nan, hd95_mm=nan, hd95_voxel_mm=nan, cldice=cldice)
+    scores = replace(scores, status="not_in_atlas", dice=nan, nsd=nan, cldice=cldice)
+    return replace(scores, hd95_mm=nan, assd_mm=nan, hd95_voxel_mm=nan)
