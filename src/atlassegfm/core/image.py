@@ -62,9 +62,9 @@ IMAGE_SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + MGH_SUFFIXES + PAIR_SUFFIXES
 WRITTEN_SUFFIXES = (".nii.gz", ".nii", SEGMENTATION_SUFFIX, ".nrrd", ".mha", ".mgz", ".mgh")
 #: mm. No scan of a body or an organ is smaller, or larger, along its longest edge: a whole body in metres read as mm is
 #: 2 mm long, and a crop of 20 mm in micrometres 20,000.
-_EXTENT_MM = (3.0, 10_000.0)
+EXTENT_MM = (3.0, 10_000.0)
 #: Largest difference of a label from a whole number: what resampling in 32 bits leaves behind.
-_WHOLE_WITHIN = 0.01
+WHOLE_WITHIN = 0.01
 #: Label values up to this are counted in a table, larger ones sorted out.
 _LARGEST_COUNTED = 1 << 20
 #: Fraction of the voxels that may be NaN or infinite, in a scan or label map that is otherwise usable.
@@ -183,8 +183,8 @@ def checked_image(volume: Volume, name: PathLike) -> Volume:
 def _check_extent(grid: Grid, name: PathLike) -> None:
     """Refuse a grid whose size in mm is not that of a body."""
     longest = float((np.array(grid.shape) * grid.spacing_mm).max())
-    if not _EXTENT_MM[0] <= longest <= _EXTENT_MM[1]:
-        unit, factor = ("metres", 1000) if longest < _EXTENT_MM[0] else ("micrometres", 0.001)
+    if not EXTENT_MM[0] <= longest <= EXTENT_MM[1]:
+        unit, factor = ("metres", 1000) if longest < EXTENT_MM[0] else ("micrometres", 0.001)
         raise InputError(
             f"{name}: its longest edge is {longest:.3g} mm, which is no scan of a body; expected millimetres: if the "
             f"header is in {unit}, multiply the affine by {factor:g}"
@@ -237,8 +237,8 @@ def checked_labels(volume: Volume, name: PathLike, *, allow_empty: bool = False)
             data = np.where(valid, data, 0)
         whole = np.round(data)
         gap = np.abs(data - whole)
-        if gap.max() > _WHOLE_WITHIN:
-            fractions = gap > _WHOLE_WITHIN
+        if gap.max() > WHOLE_WITHIN:
+            fractions = gap > WHOLE_WITHIN
             raise InputError(
                 f"{name}: {int(fractions.sum())} voxels are not whole numbers (the first is "
                 f"{float(data[fractions][0]):.6g}); expected a label map: resample labels with nearest neighbour"
