@@ -131,6 +131,7 @@ def print_result(case: Case, out: Path, *, as_json: bool) -> None:
         print_json({"results": [result], "failures": []})
         return
     from ..quality.coverage import cut_remark
+    from ..quality.verdict import NOT_JUDGED
 
     rows = []
     for one in result["structures"]:
@@ -138,11 +139,14 @@ def print_result(case: Case, out: Path, *, as_json: bool) -> None:
         estimate = quality["estimated_dice"]
         remark = one["status"] + (f" ({one['reason']})" if one["reason"] else "")
         if one["status"] == "present":
-            remark = quality["reason"] if quality["verdict"] != "good" else cut_remark(one["outside_fraction"])
+            is_listed = quality["verdict"] in ("review", "failed")
+            remark = quality["reason"] if is_listed else cut_remark(one["outside_fraction"])
         dice = "" if estimate is None else f"{estimate:.2f}"
         rows.append((one["name"], f"{one['volume_ml']:.1f}", dice, quality["verdict"] or "-", remark))
     typer.echo(f"{result['query']} -> {result['output']}  ({result['total_seconds']:.1f} s on {result['device']})")
     print_table(("structure", "volume ml", "est. Dice", "verdict", ""), rows, numbers_from=1, numbers_to=3)
+    if any(one["quality"] and one["quality"]["verdict"] is None for one in result["structures"]):
+        typer.echo(NOT_JUDGED)
 
 
 def _result(case: Case, out: Path) -> dict[str, Any]:
