@@ -299,5 +299,6 @@ def test_a_structure_cut_by_the_field_of_view_says_so(calibrated: None) -> None:
         assert one.quality is not None
         if one.structure.name in cut:
             assert f"{100 * one.outside_fraction:.0f} %" in one.quality.reason
+            assert f"{100 * one.outside_fraction:.0f} %" in repr(result)
         elif one.status == "present":
             assert "%" not in one.quality.reason.split("outside")[0]

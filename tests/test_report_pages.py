@@ -22,7 +22,7 @@ import pytest
 from atlassegfm.core.errors import InputError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume, save_volume
-from atlassegfm.quality.verdict import VERDICTS, Verdict
+from atlassegfm.quality.verdict import VERDICTS, Verdict, overall
 from atlassegfm.records import (
     CaseRecord,
     CohortRecord,
@@ -51,7 +51,7 @@ SECRET = "Doe_John_19500101"
 def run_record(
     name: str,
     volumes: dict[int, float],
-    verdicts: tuple[Verdict, ...] = ("good", "good", "good"),
+    verdicts: tuple[Verdict | None, ...] = ("good", "good", "good"),
     *,
     seed: int = 0,
 ) -> RunRecord:
@@ -77,7 +77,7 @@ def run_record(
             linear_query_to_atlas_mm=((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)),
         ),
         gate=None,
-        verdict=max(verdicts, key=VERDICTS.index),
+        verdict=overall(verdicts),
         structures=tuple(
             StructureRecord(
                 value=one.value,
@@ -109,7 +109,7 @@ DONE = StatusRecord(state="done", total_seconds=4.0, seconds={"registration": 3.
 def write_result(
     folder: Path,
     shift: float,
-    verdicts: tuple[Verdict, ...] = ("good", "good", "good"),
+    verdicts: tuple[Verdict | None, ...] = ("good", "good", "good"),
     *,
     keep: bool = True,
     status: StatusRecord = DONE,
@@ -154,6 +154,22 @@ def data_of(page: Path, name: str) -> Any:
 
 
 # What is in the pages
+
+
+def test_results_without_verdicts_have_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a registration that verdicts are not calibrated for; among others of which some are judged."""
+    monkeypatch.setattr("atlassegfm.report.cohort._MOST_PICTURES", 1)
+    save_volume(QUERY.scan(straight_grid()), tmp_path / "scans.nii.gz")
+    for name, verdicts in (("a", (None, None, None)), ("b", ("good", None, "review"))):
+        write_result(tmp_path / "out" / name, 0, verdicts)
+    write_report(tmp_path / "out", images=[tmp_path], options=WITHOUT_PICTURES)
+    data = data_of(tmp_path / "out/report.html", "table-data")
+    assert data["cases"]["verdict"] == [None, "review"]
+    assert data["structures"]["verdict"] == [None, None, None, "good", None, "review"]
+    for page in ("report.html", "a/report.html"):
+        assert "None" not in re.sub(
+            r"<script.*?</script>|because None", "", (tmp_path / "out" / page).read_text(), flags=re.S
+        )
 
 
 def test_table_has_every_case_and_structure(cohort: tuple[Path, Path]) -> None:

@@ -12,6 +12,7 @@ from .core.labels import Structure
 from .core.mask import LocalMap
 from .fusion.gate import Gate
 from .prompts import PromptKind, UsedPrompt
+from .quality.coverage import cut_remark
 from .quality.verdict import StructureQuality, Verdict, is_calibrated, overall
 from .registration import Registration
 from .settings import Settings
@@ -123,5 +124,6 @@ class Segmentation:
             verdict = (one.quality and one.quality.verdict) or one.status
             dice = None if one.quality is None else one.quality.estimated_dice
             estimate = "" if dice is None else f"  estimated Dice {dice:.2f}"
-            lines.append(f"  {one.structure.name:<{width}}  {one.volume_ml:9.1f} ml  {verdict:<7}{estimate}")
+            cut = f"  ({remark})" if (remark := cut_remark(one.outside_fraction)) and one.status == "present" else ""
+            lines.append(f"  {one.structure.name:<{width}}  {one.volume_ml:9.1f} ml  {verdict:<7}{estimate}{cut}")
         return "\n".join(lines)
