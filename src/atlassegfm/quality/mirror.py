@@ -37,7 +37,7 @@ _MIDDLE_AIR = 0.5
 #: body stay below the bound, and below a higher one where the bodies share so little of the field of view that the
 #: search finds a place for anything.
 _CORRELATION_WEIGHT, _LITTLE_SHARED = 0.3, 0.05
-_LEAST_RESEMBLANCE, _LEAST_WHERE_LITTLE_IS_SHARED = 0.3, 0.5
+_LEAST_RESEMBLANCE, _LEAST_WHERE_LITTLE_IS_SHARED = 0.28, 0.5
 
 
 @dataclass(frozen=True, eq=False)
