@@ -168,7 +168,7 @@ def test_results_without_verdicts_have_pages(tmp_path: Path, monkeypatch: pytest
     assert data["structures"]["verdict"] == [None, None, None, "good", None, "review"]
     for page in ("report.html", "a/report.html"):
         assert "None" not in re.sub(
-            r"<script.*?</script>|because None", "", (tmp_path / "out" / page).read_text(), flags=re.S
+            r"<script.*?</script>|because None", "", (tmp_path / "out" / page).read_text(), flags=re.DOTALL
         )
 
 
