@@ -215,7 +215,7 @@ class ElastixSettings:
 
 @settings_dataclass(frozen=True, config=_STRICT)
 class RegistrationSettings:
-    """How the atlas is registered to the query."""
+    """How the atlas is registered to the query. Verdicts are calibrated for the defaults alone."""
 
     engine: Literal["instance", "voxelmorph", "greedy", "ants", "elastix"] = "instance"
     """Deformable engine. Those of other packages (greedy, ants, elastix) must be installed."""

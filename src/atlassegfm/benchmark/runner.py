@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..core.errors import InputError
 from ..core.files import check_replaceable, disk_errors
+from ..core.labels import listed
 from ..jobs.fingerprint import file_record, is_unchanged
 from .pairs import PairRunner
 from .plan import OUTPUTS, PAIRS, PLAN, Plan, Variant, slug
@@ -88,7 +89,7 @@ def run(
         record.write(path)
     records = [done[key] for key in store]
     if not any(record.rows for record in records):
-        raise InputError("; ".join(dict.fromkeys(record.failure for record in records)))
+        raise InputError(listed([*dict.fromkeys(record.failure for record in records)], 3, "; "))
     return records
 
 

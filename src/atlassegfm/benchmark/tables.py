@@ -90,7 +90,7 @@ def columns_of(plan: Plan, records: Sequence[PairRecord]) -> list[Column]:
     unscored = {record.pair for record in records if not record.rows}  # by one variant, so by none: means must compare
     pairs = tuple(pair for pair in plan.pairs if pair not in unscored)
     if not pairs:
-        raise InputError("; ".join(dict.fromkeys(record.failure for record in records if not record.rows)))
+        raise InputError(listed([*dict.fromkeys(one.failure for one in records if not one.rows)], 3, "; "))
     for variant in plan.variants:
         done = {record.pair: record for record in records if record.variant == variant.name}
         for method in variant.scored:

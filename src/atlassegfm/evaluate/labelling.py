@@ -173,7 +173,7 @@ def find_structures(
             present[side].update(label_values(volume))
             tables[side] = {**reader.table(volume, path), **tables[side]}
     if len(failures) == len(pairs):
-        raise InputError("; ".join(dict.fromkeys(failures.values())))
+        raise InputError(listed([*dict.fromkeys(failures.values())], 3, "; "))
     pairs = [pair for pair in pairs if pair.case not in failures]
     results, references = (_place([getattr(pair, role) for pair in pairs]) for role in ("result", "reference"))
     if reader.names is None:
