@@ -436,7 +436,8 @@ class TestReport:
         data = np.zeros((40, 40, 40), np.uint8)
         data[2:38, 2:38, 2:38] = 1
         path = nifti(tmp_path / "a.nii", data, np.diag([4.3, 4.3, 4.3, 1]))
-        text = terminal(check_files([path]))
+        scan = nifti(tmp_path / "b.nii", scan_data().astype(np.float32) * 1e4)
+        text = terminal(check_files([path, scan]))
         assert "3709" in text
         assert "e+" not in text
 

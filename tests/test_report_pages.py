@@ -172,6 +172,23 @@ def test_results_without_verdicts_have_pages(tmp_path: Path, monkeypatch: pytest
         )
 
 
+def test_volumes_of_cut_structures_are_no_outliers(tmp_path: Path) -> None:
+    for number in range(6):
+        write_result(tmp_path / f"case{number}", number / 10)
+    path = tmp_path / "case5/run.json"
+    record = json.loads(path.read_text())
+    found = []
+    for outside in (0.0, 0.5):
+        record["structures"][0] |= {
+            "volume_ml": record["structures"][0]["volume_ml"] * 0.5,
+            "outside_fraction": outside,
+        }
+        path.write_text(json.dumps(record))
+        write_report(tmp_path, options=WITHOUT_PICTURES)
+        found.append(data_of(tmp_path / "report.html", "table-data")["structures"]["outlier"][15])
+    assert found == [True, False]
+
+
 def test_table_has_every_case_and_structure(cohort: tuple[Path, Path]) -> None:
     data = data_of(cohort[0] / "report.html", "table-data")
     cases, structures = data["cases"], data["structures"]

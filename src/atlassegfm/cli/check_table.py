@@ -54,11 +54,9 @@ def _description(report: FileReport) -> str:
     if report.kind == "unreadable":
         return "unreadable"
     kind = f"labels: {len(report.labels)}" if report.kind == "labels" else report.kind
-    size = (
-        " x ".join(map(str, report.shape)) + " voxels of " + " x ".join(f"{s:.3g}" for s in report.spacing_mm) + " mm"
-    )
+    size = f"{' x '.join(map(str, report.shape))} voxels of {' x '.join(f'{s:.3g}' for s in report.spacing_mm)} mm"
     oblique = f" ({report.oblique_deg:.0f}° oblique)" if (report.oblique_deg or 0) >= 1 else ""
-    values = f" {' to '.join(f'{v:.5g}' for v in report.value_range)}" if report.value_range else ""
+    values = f" {' to '.join(map(_value, report.value_range))}" if report.value_range else ""
     return f"{kind}, {size}, {report.axes}{oblique}, {report.stored_type}{values}"
 
 
@@ -73,6 +71,10 @@ def _label_table(labels: Sequence[LabelReport]) -> Table:
         counts = str(one.voxels), _millilitres(one.volume_ml), str(one.parts), str(one.stray)
         table.add_row(str(one.value), Text(one.name), *counts)
     return table
+
+
+def _value(value: float) -> str:
+    return f"{value:.0f}" if value == int(value) or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _millilitres(volume_ml: float) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from ..core.errors import InputError
 from ..core.labels import palette_color
 from ..dicom import is_series_folder
+from ..quality.coverage import CUT_FRACTION
 from ..quality.verdict import VERDICTS
 from ..records import ModelRecord, StructureRecord
 from .case import Agreement, CaseFacts, CaseOptions, write_case
@@ -198,7 +199,8 @@ def _quality(row: StructureRecord) -> tuple[str | None, str, float | None]:
 def _volumes(entries: Sequence[_Entry], value: int) -> Distribution:
     """Volumes of a structure, ml, where the field of view does not cut it."""
     rows = ((entry.case.name, row) for entry in entries for row in entry.case.run.structures if row.value == value)
-    pairs = ((name, row.volume_ml) for name, row in rows if row.status == "present" and row.volume_ml > 0)
+    whole = ((name, row) for name, row in rows if row.status == "present" and row.outside_fraction < CUT_FRACTION)
+    pairs = ((name, row.volume_ml) for name, row in whole if row.volume_ml > 0)
     return Distribution.of(pairs, find_outliers=True)
 
 
