@@ -313,10 +313,9 @@ def _details(one: Found) -> Iterator[str]:
         for comparison in one.summary["comparisons"]:
             wanted = ("dice", ["default", first], ["default", second])
             if (comparison["score"], comparison["first"], comparison["second"]) == wanted:
-                yield (
-                    f"Dice of {METHODS[first]} less {METHODS[second]}: {comparison['difference']:+.4f} "
-                    f"({comparison['low']:+.4f} to {comparison['high']:+.4f})."
-                )
+                ends = [comparison[end] for end in ("low", "high")]
+                few = "too few pairs for an interval" if None in ends else f"{ends[0]:+.4f} to {ends[1]:+.4f}"
+                yield f"Dice of {METHODS[first]} less {METHODS[second]}: {comparison['difference']:+.4f} ({few})."
     yield ""
     yield _losses(one)
     yield ""

@@ -161,3 +161,9 @@ def data_dir() -> Path:
             return candidate
     where = f"{named} has" if named else "ATLASSEGFM_DATA is not set, and ../shared has"
     pytest.skip(f"no real scans: {where} no Dataset*/dataset.json")
+
+
+@pytest.fixture
+def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verdicts for any settings: those of quick tests are not the ones they are calibrated for."""
+    monkeypatch.setattr("atlassegfm.quality.verdict.quality_settings", lambda _: {})

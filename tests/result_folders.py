@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from atlassegfm.core.image import save_volume
-from atlassegfm.quality.verdict import VERDICTS, Verdict
+from atlassegfm.quality.verdict import Verdict, overall
 from atlassegfm.records import (
     InputRecord,
     Inputs,
@@ -30,7 +30,7 @@ SECRET = "Doe_John_19500101"
 def run_record(
     name: str,
     volumes: dict[int, float],
-    verdicts: tuple[Verdict, ...] = ("good", "good", "good"),
+    verdicts: tuple[Verdict | None, ...] = ("good", "good", "good"),
     *,
     seed: int = 0,
 ) -> RunRecord:
@@ -56,7 +56,7 @@ def run_record(
             linear_query_to_atlas_mm=((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)),
         ),
         gate=None,
-        verdict=max(verdicts, key=VERDICTS.index),
+        verdict=overall(verdicts),
         structures=tuple(
             StructureRecord(
                 value=one.value,
@@ -88,7 +88,7 @@ DONE = StatusRecord(state="done", total_seconds=4.0, seconds={"registration": 3.
 def write_result(
     folder: Path,
     shift: float,
-    verdicts: tuple[Verdict, ...] = ("good", "good", "good"),
+    verdicts: tuple[Verdict | None, ...] = ("good", "good", "good"),
     *,
     keep: bool = True,
     status: StatusRecord = DONE,

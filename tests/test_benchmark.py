@@ -20,16 +20,28 @@ import numpy as np
 import pytest
 
 from atlassegfm.atlas import Atlas
-from atlassegfm.benchmark import METHODS, Pair, PairRecord, Plan, Row, Variant, make_pairs, pairs, run, write_reports
+from atlassegfm.benchmark import (
+    METHODS,
+    Pair,
+    PairRecord,
+    Plan,
+    Row,
+    Variant,
+    make_pairs,
+    pairs,
+    run,
+    tables,
+    write_reports,
+)
 from atlassegfm.benchmark import plan as plan_module
 from atlassegfm.benchmark.plan import slug
-from atlassegfm.benchmark.tables import Column, columns_of, main_table
+from atlassegfm.benchmark.tables import Column, columns_of, compare_columns, main_table
 from atlassegfm.context import Context
 from atlassegfm.core.config import with_overrides
 from atlassegfm.core.dataset import Dataset, load_dataset
 from atlassegfm.core.errors import InputError, RegistrationError
 from atlassegfm.core.geometry import Grid
-from atlassegfm.core.image import Volume, load_image, load_labels, save_volume
+from atlassegfm.core.image import Volume, load_image, load_labels, load_volume, save_volume
 from atlassegfm.core.mask import LocalMap
 from atlassegfm.evaluate.metrics import StructureScores
 from atlassegfm.evaluate.tolerances import uniform
@@ -272,7 +284,7 @@ def test_the_oracle_picks_whoever_is_right() -> None:
 
 
 def score(dice: float, status: Any = "ok", cldice: float | None = None) -> StructureScores:
-    return StructureScores(status, dice, dice / 2, 2.0, 1.5, 2.5, 10, 12, 0.1, 0.12, cldice, "")
+    return StructureScores(status, dice, dice / 2, 2.0, 1.5, 0.5, 2.5, 10, 12, 0.1, 0.12, cldice, "")
 
 
 def test_records_come_back_from_json(tmp_path: Path) -> None:
@@ -339,7 +351,7 @@ def test_what_the_atlas_lacks_is_counted_and_not_scored(dataset: Dataset, tmp_pa
         assert one.status == "not_in_atlas"
         assert one.reference_voxels > 0
         assert one.cldice is not None
-        assert all(math.isnan(n) for n in (one.dice, one.nsd, one.hd95_mm, one.hd95_voxel_mm, one.cldice))
+        assert all(math.isnan(n) for n in (one.dice, one.nsd, one.hd95_mm, one.assd_mm, one.hd95_voxel_mm, one.cldice))
     assert {(row.scores.status, row.scores.dice) for row in hallucinated} == {("hallucinated", 0.0)}
     assert {row.scores.status for row in usual} == {"ok"}
     summary = write_reports(plan, records, tmp_path / "out", plots=False)
@@ -540,12 +552,76 @@ def test_voxels_that_nobody_annotated_do_not_count(dataset: Dataset, tmp_path: P
     assert sum(row.scores.result_voxels for row in result) <= int((half.data != 99).sum())
 
 
-def test_a_damaged_reference_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+def elsewhere(path: Path) -> None:
+    save_volume(ATLAS.labels(straight_grid((20, 20, 20))), path)
+
+
+def in_metres(path: Path) -> None:
+    volume = load_volume(path)
+    save_volume(Volume(volume.data, Grid(volume.grid.shape, np.diag([1e-3] * 3 + [1]) @ volume.grid.affine)), path)
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_bytes(b"not an image"), Path.unlink, elsewhere, in_metres])
+@pytest.mark.parametrize("case", ["case_1", "case_2"])
+def test_a_case_that_cannot_be_used_costs_its_pairs_alone(
+    dataset: Dataset, tmp_path: Path, case: str, change: Callable[[Path], object], spy: Spy
+) -> None:
     shutil.copytree(dataset.folder, tmp_path / "data")
-    (tmp_path / "data/labelsTr/case_2.nii.gz").write_bytes(b"not an image")
-    with pytest.raises(InputError, match=re.escape(f"{tmp_path}/data/labelsTr/case_2.nii.gz: not compressed")):
+    damaged, out = load_dataset(tmp_path / "data"), tmp_path / "out"
+    plan = plan_of(damaged, EVERY_PAIR, *TWO)
+    change(damaged.case(case).labels)
+    records = run(plan, out)
+    for record in records:
+        assert (record.rows == ()) == (case in (record.pair.atlas, record.pair.query))
+        assert (case in record.failure) == (record.rows == ())
+    assert not any(case in str(path) for path in (out / "pairs").rglob("*.json"))
+    summary = write_reports(plan, records, out)
+    assert len(summary["failures"]) == 2 * 6
+    assert all(case in one["reason"] for one in summary["failures"])
+    assert {column.pairs for column in columns_of(plan, records)} == {
+        tuple(pair for pair in EVERY_PAIR if case not in (pair.atlas, pair.query))
+    }
+    rows = rows_of(out / "results.csv")
+    assert {case in (row["atlas"], row["query"]) for row in rows if row["status"] == "not_scored"} == {True}
+    assert "\nNot scored: " in (out / "report.md").read_text()
+    # Mended, they are all that is left to do.
+    shutil.copyfile(dataset.case(case).labels, damaged.case(case).labels)
+    before = len(spy.calls)
+    assert not any(record.failure for record in run(plan, out))
+    assert len(spy.calls) - before == 2 * 6
+
+
+def test_where_no_pair_can_be_scored_the_reason_is_given(dataset: Dataset, tmp_path: Path) -> None:
+    shutil.copytree(dataset.folder, tmp_path / "data")
+    (tmp_path / "data/labelsTr/case_1.nii.gz").write_bytes(b"not an image")
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path}/data/labelsTr/case_1.nii.gz")):
         run(plan_of(load_dataset(tmp_path / "data")), tmp_path / "out")
     assert not (tmp_path / "out" / "results.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("count", "has_intervals"),
+    [(10, True), (9, False)],
+)
+def test_intervals_need_enough_pairs(
+    finished: tuple[Plan, list[PairRecord], Path], count: int, has_intervals: bool
+) -> None:
+    plan = replace(finished[0], pairs=EVERY_PAIR[:count])
+    for one in compare_columns(columns_of(plan, finished[1]), 0):
+        assert math.isnan(one.interval.low) != has_intervals
+        assert not math.isnan(one.interval.difference)
+
+
+def test_intervals_need_more_than_one_atlas(
+    finished: tuple[Plan, list[PairRecord], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tables, "LEAST_PAIRS", 3)
+    plan = replace(finished[0], pairs=tuple(pair for pair in EVERY_PAIR if pair.atlas == "case_1"))
+    assert all(math.isnan(one.interval.high) for one in compare_columns(columns_of(plan, finished[1]), 0))
+    shutil.copytree(finished[2], tmp_path / "out")
+    summary = write_reports(plan, [one for one in finished[1] if one.pair in plan.pairs], tmp_path / "out", plots=False)
+    assert {one["low"] for one in summary["comparisons"]} == {None}
+    assert "too few pairs for an interval" in (tmp_path / "out/report.md").read_text()
 
 
 # Order, and progress reports
@@ -737,10 +813,9 @@ def test_a_file_that_cannot_be_used_is_no_failure_of_the_method(dataset: Dataset
     broken = load_dataset(tmp_path / "data")
     broken.case("case_3").image.write_bytes(b"no scan")
     plan, out = plan_of(broken), tmp_path / "out"
-    with pytest.raises(InputError, match="case_3_0000.nii.gz"):
-        run(plan, out)
+    assert ["case_3_0000.nii.gz" in record.failure for record in run(plan, out)].count(True) == 1
     # What was done is kept, and what was mended is all that is left to do.
-    assert {path.name for path in out.rglob("case_*.json")} == {"case_2.json"}
+    assert {path.name for path in out.rglob("case_*.json")} == {"case_2.json", "case_4.json"}
     shutil.copyfile(dataset.case("case_3").image, broken.case("case_3").image)
     assert not any(record.failure for record in run(plan, out))
 
@@ -927,7 +1002,7 @@ def test_the_summary_can_be_computed_from_the_table(
         for one in json.loads((out / "summary.json").read_text())["columns"]
         if (one["variant"], one["method"]) == column
     )
-    for name in ("dice", "nsd", "hd95_mm", "hd95_voxel_mm"):
+    for name in ("dice", "nsd", "hd95_mm", "assd_mm", "hd95_voxel_mm"):
         table = table_of(out, column, name)
         assert found["mean"][name] == pytest.approx(macro(table), abs=1e-6)
         for structure in found["structures"]:

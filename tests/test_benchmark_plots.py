@@ -24,7 +24,7 @@ pytest.importorskip("matplotlib")
 
 
 def scores(dice: float) -> StructureScores:
-    return StructureScores("ok", dice, dice, 1.0, 2.0, 2.0, 10, 10, 1.0, 1.0, None, "")
+    return StructureScores("ok", dice, dice, 1.0, 2.0, 1.0, 2.0, 10, 10, 1.0, 1.0, None, "")
 
 
 def benchmark(

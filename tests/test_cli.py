@@ -548,6 +548,29 @@ def test_folder_without_permission(folder: Path, run: Run, monkeypatch: pytest.M
 # Failures on the way
 
 
+def test_what_is_not_judged_and_what_is_cut_is_told(folder: Path, run: Run, calibrated: None) -> None:
+    scan = load_volume(folder / "query.nii.gz").canonical()
+    part = scan.grid.shape[0] // 2 + 4
+    save_volume(Volume(scan.data[:part], Grid((part, *scan.grid.shape[1:]), scan.grid.affine)), folder / "part.nii.gz")
+    for names in (["part.nii.gz"], ["part.nii.gz", "query.nii.gz"]):
+        outcome = run("segment", *ATLAS_ARGUMENTS, *names, "-o", "out", *FAST)
+        assert outcome.code == 0, outcome.err
+        structures = json.loads((folder / "out/part/run.json").read_text())["structures"]
+        cut = [one for one in structures if 0.05 <= one["outside_fraction"] < 0.9]
+        assert cut
+        for one in cut:
+            (line,) = (line for line in outcome.out.splitlines() if one["name"] in line)
+            assert f"{100 * one['outside_fraction']:.0f} % of it" in line or "cut" in line
+            assert f"{100 * one['outside_fraction']:.0f} % of it" in one["quality"]["reason"]
+
+
+def test_a_result_that_is_not_judged_says_so_once(folder: Path, run: Run) -> None:
+    outcome = run("segment", *ATLAS_ARGUMENTS, "query.nii.gz", "-o", "out", *FAST)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("not judged") == 1
+    assert json.loads((folder / "out/query/run.json").read_text())["verdict"] is None
+
+
 def test_one_bad_query_of_several(folder: Path, run: Run) -> None:
     _truncated(folder)
     outcome = run("segment", *ATLAS_ARGUMENTS, "bad.nii.gz", "query.nii.gz", "absent.nii", "-o", "out", *FAST)

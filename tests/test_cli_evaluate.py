@@ -65,13 +65,15 @@ def test_two_files_give_a_table(folder: Path, run: Run) -> None:
     before = tree(folder)
     outcome = run(*PAIR)
     assert outcome.code == 0, outcome.err
-    assert outcome.out.startswith("1 case, 2 structures; NSD at 2 mm for all\n  structure ")
+    assert outcome.out.startswith("1 case, 2 structures; NSD at 2 mm for all")
     # Dice 2 * 200 / (200 + 250).
-    liver = lines(outcome)["liver"]
-    assert liver[:7] == ["1.00", "1", "0", "0", "0", "0.889", "-"]
-    assert liver[8:] == ["2", "4.00", "4.00"]
-    assert lines(outcome)["node"][5:9] == ["1.000", "-", "1.000", "2"]
-    assert lines(outcome)["mean"][0] == "0.944"
+    table = lines(outcome)
+    assert table["structure"] == ["ml", "Dice", "NSD", "HD95", "ASSD"]
+    assert table["liver"][:2] == ["1.00", "0.889"]
+    assert table["liver"][3] == "4.00"
+    assert 0 < float(table["liver"][4]) < 4
+    assert table["node"][1:] == ["1.000", "1.000", "0.00", "0.00"]
+    assert table["mean"][0] == "0.944"
     assert "clDice" not in outcome.out
     assert "one scoring" in outcome.err
     assert tree(folder) == before
@@ -80,11 +82,18 @@ def test_two_files_give_a_table(folder: Path, run: Run) -> None:
 def test_folders_give_means_over_cases_then_structures(folder: Path, run: Run) -> None:
     outcome = run(*FOLDERS)
     assert outcome.code == 0, outcome.err
-    assert outcome.out.startswith("2 cases, 2 structures; NSD at 2 mm for all\n")
+    assert outcome.out.startswith("2 cases, 2 structures; NSD at 2 mm for all")
     table = lines(outcome)
+    assert table["structure"] == [
+        *("ml", "cases", "missed", "Dice", "sd", "NSD", "HD95", "ASSD", "worst", "in", "case")
+    ]
     # Livers 0.889 and 1; the node of one case is found, that of the other one missed.
-    assert table["liver"][:7] == ["0.75", "2", "0", "0", "0", "0.944", "0.079"]
-    assert table["node"][:7] == ["0.01", "2", "1", "0", "0", "0.500", "0.707"]
+    assert table["liver"][:5] == ["0.75", "2", "0", "0.944", "0.079"]
+    assert table["node"][:5] == ["0.01", "2", "1", "0.500", "0.707"]
+    # The worst case of each structure, with its Dice.
+    assert table["liver"][-2:] == ["0.889", "one"]
+    assert table["node"][-2:] == ["0.000", "two"]
+    assert max(map(len, outcome.out.splitlines())) <= 110
     assert table["mean"][0] == "0.722"
     assert "[2/2] two scoring" in outcome.err
     assert run(*FOLDERS, "--quiet").err == ""
@@ -94,11 +103,10 @@ def test_what_both_lack_is_left_out_and_counted_as_perfect_in_a_line_of_its_own(
     write(folder / "ref/two.nii.gz", 5, node=False)
     outcome = run(*FOLDERS)
     assert outcome.code == 0, outcome.err
-    assert lines(outcome)["node"][:7] == ["0.01", "2", "0", "0", "1", "1.000", "-"]
-    (perfect,) = [line for line in outcome.out.splitlines() if line.startswith("  mean, neither = perfect")]
-    assert perfect.split()[4] == "0.972"
+    assert lines(outcome)["node"][:5] == ["0.01", "2", "1", "1.000", "-"]
+    assert lines(outcome)["neither"][2] == "0.972"
     write(folder / "ref/two.nii.gz", 5)
-    assert "neither = perfect" not in run(*FOLDERS).out
+    assert "neither" not in lines(run(*FOLDERS))
 
 
 def test_the_folder_that_segment_wrote_is_scored(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +133,11 @@ def test_json_has_what_the_table_has(folder: Path, run: Run) -> None:
     outcome = run(*FOLDERS, "--json", "--quiet", "--tolerance", "3")
     assert (outcome.code, outcome.err) == (0, "")
     content = outcome.json
-    assert content.keys() == {"tolerances", "summary", "scores"}
+    assert content.keys() == {"tolerances", "summary", "cases", "scores"}
+    assert [(one["case"], one["status"], one["dice"], one["worst"]["structure"]) for one in content["cases"]] == [
+        *(("one", "ok", 0.944444, "liver"), ("two", "ok", 0.5, "node"))
+    ]
+    assert content["summary"]["structures"][1]["worst"] == {"case": "two", "dice": 0.0}
     assert content["tolerances"] == "3 mm for all"
     assert content["summary"]["mean"]["dice"] == pytest.approx(0.722222, abs=1e-6)
     assert content["summary"]["counts"] == {"ok": 3, "missed": 1, "hallucinated": 0, "both_empty": 0}
@@ -166,11 +178,39 @@ def test_structures_tolerances_and_centrelines_on_request(folder: Path, run: Run
     table = lines(outcome)
     assert "node" not in table
     # Within 4 mm everywhere.
-    assert table["liver"][7:9] == ["1.000", "4"]
-    assert len(table["liver"]) == 12
-    assert table["structure"][-1] == "clDice"
+    assert table["structure"] == ["ml", "Dice", "NSD", "HD95", "ASSD", "clDice"]
+    assert table["liver"][2] == "1.000"
+    # Each structure its own: in a column.
+    table = lines(run(*PAIR, "--tolerance", "mm.toml"))
+    assert table["structure"][3:5] == ["at", "mm"]
+    assert [table[name][3] for name in ("liver", "node")] == ["4", "1"]
     (folder / "names.txt").write_text("1 left lobe\n2 dot\n")
     assert "left lobe" in run(*PAIR, "--names", "names.txt").out
+
+
+def test_cases_on_request(folder: Path, run: Run) -> None:
+    table = lines(run(*FOLDERS, "--cases"))
+    assert table["one"][0] == "0.944"
+    assert table["one"][-2:] == ["0.889", "liver"]
+    assert table["two"][-2:] == ["0.000", "node"]
+
+
+def test_a_case_on_another_grid_is_named_and_the_others_are_scored(folder: Path, run: Run) -> None:
+    write(folder / "pred/two.nii.gz", 5, grid=straight_grid((10, 10, 9), (1.0, 2.0, 2.0)))
+    outcome = run(*FOLDERS, "-o", "scores.csv", "--cases")
+    assert outcome.code == 1
+    assert "warning: pred/two.nii.gz" in outcome.err
+    assert outcome.out.startswith("1 case, 2 structures")
+    assert lines(outcome)["two:"][0] == "pred/two.nii.gz:"
+    assert lines(outcome)["two"][-2:] == ["not", "scored"]
+    with (folder / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["case"], row["status"]) for row in rows] == [("one", "ok"), ("one", "ok"), ("two", "not_scored")]
+    assert "pred/two.nii.gz" in rows[2]["reason"]
+    outcome = run(*FOLDERS, "--json", "--quiet")
+    assert outcome.code == 1
+    assert outcome.json["cases"][1]["status"] == "not_scored"
+    assert "pred/two.nii.gz" in outcome.json["cases"][1]["reason"]
 
 
 def test_references_without_result_may_be_left_out(folder: Path, run: Run) -> None:

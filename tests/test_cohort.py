@@ -29,6 +29,7 @@ from atlassegfm.jobs import run as run_jobs
 from atlassegfm.jobs import work as work_module
 from atlassegfm.jobs.fingerprint import atlas_digest, digest, file_record, is_unchanged
 from atlassegfm.jobs.pool import run_here, run_in_processes, visible_gpus
+from atlassegfm.quality.verdict import LEAST_CONFIDENCE
 from conftest import Run
 from scenes import ATLAS, PAPER_GATE, STRUCTURES, UNREGISTERED, Patient, straight_grid
 from standin import Silent, StandIn
@@ -268,19 +269,19 @@ def test_long_tables_show_what_needs_a_look(folder: Path, run: Run, monkeypatch:
 # Doubts
 
 
-def test_wrong_part_of_the_body_is_told(folder: Path, run: Run) -> None:
+def test_wrong_part_of_the_body_is_told(folder: Path, run: Run, calibrated: None) -> None:
     noise = np.random.default_rng(0).normal(100, 50, GRID.shape).astype(np.float32)
     save_volume(type(ATLAS.scan(GRID))(noise, GRID), folder / "scans/noise.nii.gz")
     outcome = run(*COMMAND, *FAST)
     assert outcome.code == 0
-    told = "the scan hardly resembles the atlas (confidence of the registration 0."
-    assert f"warning: scans/noise.nii.gz: {told}" in outcome.err
-    assert outcome.err.count("hardly resembles") == 1
+    (told,) = (line for line in outcome.err.splitlines() if "confidence" in line)
+    assert told.startswith("warning: scans/noise.nii.gz: ")
+    assert f"{LEAST_CONFIDENCE}" in told
     rows = rows_of(folder / "out")
-    assert rows["noise"]["warnings"][0].startswith(told)
+    assert rows["noise"]["warnings"] == [told.removeprefix("warning: scans/noise.nii.gz: ")]
     assert rows["case0"]["warnings"] == []
     # Kept results are as doubtful as before.
-    assert run(*COMMAND, *FAST).out.count("hardly resembles") == 1
+    assert run(*COMMAND, *FAST).out.count("confidence") == 1
 
 
 @pytest.mark.parametrize(
@@ -315,12 +316,17 @@ def test_doubt_where_every_structure_is_judged_failed(structures: list[tuple[str
 def test_what_hardly_resembles_the_atlas_is_doubted_once() -> None:
     # All verdicts are failed then, for the same reason.
     (doubt,) = work_module.warnings_on(outcome_of(0.3, [("present", "failed")]))
-    assert "hardly resembles" in doubt
+    assert "0.30" in doubt
 
 
-def outcome_of(confidence: float, structures: list[tuple[str, str | None]]) -> Any:
+def test_confidence_is_not_judged_where_its_bound_does_not_hold() -> None:
+    assert work_module.warnings_on(outcome_of(0.3, [("present", None)], is_judged=False)) == []
+
+
+def outcome_of(confidence: float, structures: list[tuple[str, str | None]], *, is_judged: bool = True) -> Any:
     """As much of a result as doubts are made of: its confidence, and status and verdict of each structure."""
     return SimpleNamespace(
+        is_judged=is_judged,
         registration=SimpleNamespace(confidence=confidence),
         structures=[
             SimpleNamespace(status=status, quality=None if verdict is None else SimpleNamespace(verdict=verdict))

@@ -65,7 +65,7 @@ def here(clinic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_series_and_rtstruct_to_three_formats(here: Path, run: Run) -> None:
+def test_series_and_rtstruct_to_three_formats(here: Path, run: Run, calibrated: None) -> None:
     arguments = ["segment", "--atlas", "atlas", "--labels", "rs.dcm", "query", "-o", "out", *FAST]
     outcome = run(*arguments, "--format", "nifti,rtstruct,seg", "--json")
     assert outcome.code == 0, outcome.err
@@ -83,7 +83,7 @@ def test_series_and_rtstruct_to_three_formats(here: Path, run: Run) -> None:
     assert written.PatientID == QUERY_PATIENT
     assert written.ApprovalStatus == "UNAPPROVED"
     assert written.StructureSetDate == "20261123"
-    assert "model none; review: 3 of 3 structures found" in written.StructureSetDescription
+    assert "review: 3 of 3 structures found" in written.StructureSetDescription
     assert written.StructureSetROISequence[0].ROIDescription.startswith("review: estimated Dice")
     assert [roi.ROIName for roi in written.StructureSetROISequence] == NAMES
     colors = [tuple(item.ROIDisplayColor) for item in written.ROIContourSequence]

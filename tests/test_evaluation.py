@@ -24,7 +24,7 @@ from atlassegfm.evaluate.labelling import label_values
 from atlassegfm.evaluate.metrics import StructureScores
 from atlassegfm.evaluate.pairing import FilePair, find_pairs
 from atlassegfm.evaluate.scores import CaseScore, score_volumes
-from atlassegfm.evaluate.summary import SMALL_ML, score_row, summarise, write_scores
+from atlassegfm.evaluate.summary import SMALL_ML, score_row, summarise, summarise_cases, write_scores
 from atlassegfm.evaluate.tolerances import Tolerances, load_tolerances, uniform
 from conftest import ORIENTATIONS, SHEARED
 from scenes import straight_grid
@@ -106,14 +106,14 @@ def names_of(result: Path, reference: Path, **options: Any) -> dict[int, str]:
 
 def made(status: Any, dice: float, **other: Any) -> StructureScores:
     """Scores of a structure of 1 ml."""
-    scores: dict[str, Any] = {"nsd": dice, "tolerance_mm": 2.0, "hd95_mm": 0.0, "hd95_voxel_mm": 0.0}
+    scores: dict[str, Any] = {"nsd": dice, "tolerance_mm": 2.0, "hd95_mm": 0.0, "assd_mm": 0.0, "hd95_voxel_mm": 0.0}
     scores |= {"result_voxels": 250, "reference_voxels": 250, "result_ml": 1.0, "reference_ml": 1.0}
     scores |= {"cldice": None, "cldice_note": ""}
     return StructureScores(status=status, dice=dice, **(scores | other))
 
 
 def made_empty(**other: Any) -> StructureScores:
-    nothing: dict[str, Any] = {"hd95_mm": math.nan, "hd95_voxel_mm": math.nan}
+    nothing: dict[str, Any] = {"hd95_mm": math.nan, "assd_mm": math.nan, "hd95_voxel_mm": math.nan}
     nothing |= {"result_voxels": 0, "reference_voxels": 0, "result_ml": 0.0, "reference_ml": 0.0}
     return made("both_empty", math.nan, **(nothing | other))
 
@@ -621,6 +621,57 @@ def test_a_preset_may_name_more_than_there_is(
     assert caplog.messages == []
 
 
+def damaged(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+def elsewhere(path: Path) -> None:
+    save_volume(Volume(np.ones(GRID.shape, np.uint8), Grid(GRID.shape, GRID.affine + np.eye(4, k=3))), path)
+
+
+def in_metres(path: Path) -> None:
+    save_volume(
+        Volume(np.ones(GRID.shape, np.uint8), Grid(GRID.shape, np.diag([1e-3, 1e-3, 1e-3, 1]) @ GRID.affine)), path
+    )
+
+
+def fractions(path: Path) -> None:
+    save_volume(Volume(np.full(GRID.shape, 0.5, np.float32), GRID), path)
+
+
+@pytest.mark.parametrize("change", [damaged, elsewhere, in_metres, fractions, lambda path: path.write_bytes(b"")])
+@pytest.mark.parametrize("side", ["out", "truth"])
+def test_one_case_that_cannot_be_scored_costs_that_case_alone(
+    tmp_path: Path, change: Callable[[Path], object], side: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for case in ("a", "b", "c"):
+        for folder in ("out", "truth"):
+            write(tmp_path / folder / f"{case}.nii", {1: LIVER})
+    change(tmp_path / side / "b.nii")
+    found = evaluate(tmp_path / "out", tmp_path / "truth")
+    assert [(one.case, one.scores.dice) for one in found.scores] == [("a", 1), ("c", 1)]
+    assert found.failures.keys() == {"b"}
+    assert str(tmp_path / side / "b.nii") in found.failures["b"]
+    assert any(found.failures["b"] in message for message in caplog.messages)
+    assert found.summary.cases == 2
+    found.write_csv(tmp_path / "scores.csv")
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["case"], row["status"]) for row in rows] == [("a", "ok"), ("c", "ok"), ("b", "not_scored")]
+    assert [row["reason"] for row in rows] == ["", "", found.failures["b"]]
+    assert [(one["case"], one["status"]) for one in found.to_dict()["cases"]] == [
+        *[("a", "ok"), ("c", "ok"), ("b", "not_scored")]
+    ]
+
+
+def test_where_no_case_can_be_scored_all_reasons_are_given(tmp_path: Path) -> None:
+    for case in ("a", "b"):
+        write(tmp_path / "truth" / f"{case}.nii", {1: LIVER})
+        elsewhere(touch(tmp_path / "out", f"{case}.nii") / f"{case}.nii")
+    with refused(tmp_path / "out/a.nii", tmp_path / "out/b.nii"):
+        evaluate(tmp_path / "out", tmp_path / "truth")
+
+
 def test_a_file_that_is_no_label_map_is_refused(tmp_path: Path) -> None:
     reference = write(tmp_path / "truth.nii", {1: LIVER})
     scan = tmp_path / "scan.nii"
@@ -642,6 +693,10 @@ def three_cases(tmp_path: Path) -> list[CaseScore]:
     return list(scores_of(tmp_path / "out", tmp_path / "truth"))
 
 
+def means(dice: float, mm: float) -> dict[str, float]:
+    return {"dice": dice, "nsd": dice, "hd95_mm": mm, "assd_mm": mm, "hd95_voxel_mm": mm}
+
+
 def test_three_cases_by_hand(three_cases: list[CaseScore]) -> None:
     summary = summarise(three_cases)
     assert summary.cases == 3
@@ -655,19 +710,37 @@ def test_three_cases_by_hand(three_cases: list[CaseScore]) -> None:
     assert (liver.scores["dice"].count, liver.scores["dice"].mean) == (3, pytest.approx(2 / 3))
     assert liver.scores["dice"].sd == pytest.approx(math.sqrt(1 / 3))
     assert (node.scores["dice"].count, node.scores["dice"].mean) == (2, 0.5)
-    assert liver.with_empty == pytest.approx({"dice": 2 / 3, "nsd": 2 / 3, "hd95_mm": 10, "hd95_voxel_mm": 10})
-    assert node.with_empty == pytest.approx({"dice": 2 / 3, "nsd": 2 / 3, "hd95_mm": 10, "hd95_voxel_mm": 10})
+    assert liver.with_empty == pytest.approx(means(2 / 3, 10))
+    assert node.with_empty == pytest.approx(means(2 / 3, 10))
     assert liver.scores["hd95_mm"].high == node.scores["hd95_mm"].high == DIAGONAL_MM
-    assert summary.means == pytest.approx({"dice": 7 / 12, "nsd": 7 / 12, "hd95_mm": 12.5, "hd95_voxel_mm": 12.5})
-    assert summary.means_with_empty == pytest.approx({"dice": 2 / 3, "nsd": 2 / 3, "hd95_mm": 10, "hd95_voxel_mm": 10})
+    assert summary.means == pytest.approx(means(7 / 12, 12.5))
+    assert summary.means_with_empty == pytest.approx(means(2 / 3, 10))
     assert summary.small == ("node",)
-    assert summary.small_means == pytest.approx({"dice": 0.5, "nsd": 0.5, "hd95_mm": 15, "hd95_voxel_mm": 15})
+    assert summary.small_means == pytest.approx(means(0.5, 15))
+
+
+def test_the_worst_case_and_the_means_of_each(three_cases: list[CaseScore]) -> None:
+    liver, node = summarise(three_cases).structures
+    assert [one.worst and (one.worst.case, one.worst.scores.dice) for one in (liver, node)] == [("b", 0), ("b", 0)]
+    first, second, third = summarise_cases(three_cases)
+    # The node that neither has is left out.
+    assert (first.case, first.means["dice"]) == ("a", 1)
+    assert (second.means["dice"], second.means["assd_mm"]) == (0, DIAGONAL_MM)
+    assert second.worst is not None
+    assert second.worst.structure == "liver"
+    assert third.to_dict()["worst"] == {"structure": "liver", "dice": 1}
 
 
 def test_summaries_are_json(three_cases: list[CaseScore]) -> None:
     content = json.loads(json.dumps(summarise(three_cases).to_dict(), allow_nan=False))
     assert content["cases"] == 3
-    assert content["mean"] == {"dice": 0.583333, "nsd": 0.583333, "hd95_mm": 12.5, "hd95_voxel_mm": 12.5}
+    assert content["mean"] == {
+        "dice": 0.583333,
+        "nsd": 0.583333,
+        "hd95_mm": 12.5,
+        "assd_mm": 12.5,
+        "hd95_voxel_mm": 12.5,
+    }
     assert content["mean_with_both_empty_as_perfect"]["dice"] == 0.666667
     assert content["counts"] == {"ok": 3, "missed": 1, "hallucinated": 1, "both_empty": 1}
     assert content["small_structures"]["names"] == ["node"]

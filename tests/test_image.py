@@ -346,7 +346,7 @@ def test_one_volume_in_four_dimensions(tmp_path: Path, scan_data: np.ndarray) ->
 
 
 def test_one_voxel_label_map(tmp_path: Path) -> None:
-    save_volume(Volume(np.ones((1, 1, 1), np.uint8), Grid((1, 1, 1), np.eye(4))), tmp_path / "one.nii.gz")
+    save_volume(Volume(np.ones((1, 1, 1), np.uint8), Grid((1, 1, 1), np.diag([4, 4, 4, 1]))), tmp_path / "one.nii.gz")
     assert load_labels(tmp_path / "one.nii.gz").data.tolist() == [[[1]]]
 
 

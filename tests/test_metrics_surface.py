@@ -63,6 +63,23 @@ def crude_hd95_voxel(result: Mask, reference: Mask, spacing: Spacing) -> float:
     return max(float(np.percentile(distances.min(axis=axis), 95)) for axis in (0, 1))
 
 
+def their_assd(result: Mask, reference: Mask, spacing: Spacing) -> float:
+    """From both directions of surface-distance, each by the area of its surface."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        found = surface_distance.compute_surface_distances(reference, result, spacing)
+    areas = found["surfel_areas_gt"].sum(), found["surfel_areas_pred"].sum()
+    return float(np.dot(areas, surface_distance.compute_average_surface_distance(found)) / sum(areas))
+
+
+def crude_assd(result: Mask, reference: Mask, spacing: Spacing) -> float:
+    """Every surfel against every surfel."""
+    (one, one_mm2), (other, other_mm2) = (surface.surfels(m, (0, 0, 0), spacing) for m in (result, reference))
+    distances = cdist(one.index * np.array(spacing), other.index * np.array(spacing))
+    moment = distances.min(axis=1) @ one_mm2 + distances.min(axis=0) @ other_mm2
+    return float(moment / (one_mm2.sum() + other_mm2.sum()))
+
+
 def test_as_surface_distance_and_as_brute_force() -> None:
     random = np.random.default_rng(7)
     compared = 0
@@ -80,6 +97,8 @@ def test_as_surface_distance_and_as_brute_force() -> None:
         expected = theirs(result, reference, spacing, tolerance)
         assert (ours.dice, ours.nsd, ours.hd95_mm) == pytest.approx(expected, abs=1e-6)
         assert ours.hd95_voxel_mm == pytest.approx(crude_hd95_voxel(result, reference, spacing), abs=1e-9)
+        assert ours.assd_mm == pytest.approx(their_assd(result, reference, spacing), abs=1e-6)
+        assert ours.assd_mm == pytest.approx(crude_assd(result, reference, spacing), abs=1e-9)
     assert compared >= 90
 
 
@@ -136,6 +155,7 @@ def test_shifted_slabs_by_hand() -> None:
     off = 59**2 + 4 * 59 * edge + 4 * corner + 55**2
     assert short.nsd == pytest.approx(1 - off / total)
     assert short.hd95_mm == short.hd95_voxel_mm == 3
+    assert 1.5 < short.assd_mm < 3  # the sides are nearer
     assert short.dice == 0.5
     assert (short.result_voxels, short.result_ml) == (14400, pytest.approx(21.6))
 
@@ -188,7 +208,7 @@ def test_turning_flipping_and_swapping_change_nothing(
 
 def assert_same(one: StructureScores, other: StructureScores) -> None:
     assert one.status == other.status
-    numbers = ("dice", "nsd", "hd95_mm", "hd95_voxel_mm", "result_voxels", "reference_voxels", "result_ml")
+    numbers = ("dice", "nsd", "hd95_mm", "assd_mm", "hd95_voxel_mm", "result_voxels", "reference_voxels", "result_ml")
     for name in numbers:
         assert getattr(one, name) == pytest.approx(getattr(other, name), abs=1e-9, nan_ok=True), name
 
@@ -196,7 +216,8 @@ def assert_same(one: StructureScores, other: StructureScores) -> None:
 @given(hnp.arrays(bool, st.tuples(*[st.integers(1, 6)] * 3)).filter(np.any))
 def test_a_mask_agrees_with_itself(mask: Mask) -> None:
     scores = score_masks(mask, mask, (0.7, 1.1, 2.3), tolerance_mm=0, centreline=True)
-    assert (scores.dice, scores.nsd, scores.hd95_mm, scores.hd95_voxel_mm, scores.cldice) == (1, 1, 0, 0, 1)
+    assert (scores.dice, scores.nsd, scores.cldice) == (1, 1, 1)
+    assert scores.hd95_mm == scores.assd_mm == scores.hd95_voxel_mm == 0
 
 
 def test_status_and_scores_of_empty_masks() -> None:
@@ -205,13 +226,13 @@ def test_status_and_scores_of_empty_masks() -> None:
     spacing = (1.0, 0.75, 1.0)
     both = score_masks(empty, empty, spacing, tolerance_mm=1, centreline=True)
     assert both.status == "both_empty"
-    assert np.isnan([both.dice, both.nsd, both.hd95_mm, both.hd95_voxel_mm, both.cldice]).all()
+    assert np.isnan([both.dice, both.nsd, both.hd95_mm, both.assd_mm, both.hd95_voxel_mm, both.cldice]).all()
     assert (both.result_voxels, both.result_ml) == (0, 0)
     for result, reference, status in ((empty, full, "missed"), (full, empty, "hallucinated")):
         scores = score_masks(result, reference, spacing, tolerance_mm=1, centreline=True)
         assert scores.status == status
         # 3 x 3 x 12 mm.
-        assert scores.hd95_mm == scores.hd95_voxel_mm == pytest.approx(math.sqrt(162))
+        assert scores.hd95_mm == scores.assd_mm == scores.hd95_voxel_mm == pytest.approx(math.sqrt(162))
         assert (scores.dice, scores.nsd, scores.cldice, scores.cldice_note) == (0, 0, 0, "")
     assert score_masks(full, empty, spacing, tolerance_mm=1).cldice is None
     assert score_masks(full, full, spacing, tolerance_mm=1).cldice is None

@@ -17,7 +17,7 @@ from atlassegfm.quality import evidence as module
 from atlassegfm.quality import verdict
 from atlassegfm.quality.estimate import Regression, Term, regressions
 from atlassegfm.quality.evidence import Case, Evidence, gather
-from atlassegfm.quality.verdict import VERDICTS, explain, judge, overall
+from atlassegfm.quality.verdict import VERDICTS, explain, is_calibrated, judge, overall
 from atlassegfm.registration import Registration
 from atlassegfm.registration.dissimilarity import Dissimilarity
 from atlassegfm.segment import segment
@@ -150,8 +150,10 @@ def test_estimate_is_linear_within_limits(monkeypatch: pytest.MonkeyPatch) -> No
     assert "0.90" in found.reason
     found = judge(replace(evidence, displacement=0.35), "builtin", 0.6)
     assert (found.verdict, found.estimated_dice) == ("review", pytest.approx(0.75))
-    assert found.reason.endswith(explain("displacement", replace(evidence, displacement=0.35)))
+    assert found.reason.endswith(explain("displacement", replace(evidence, displacement=0.35), 0.2))
+    # The figure beside its usual value: alone it says nothing.
     assert "0.35" in found.reason
+    assert "0.20" in found.reason
     # Ten deviations count as three: 0.8 + 0.04 - 0.18.
     assert judge(replace(evidence, displacement=1.2), "builtin", 0.6).estimated_dice == pytest.approx(0.66)
     found = judge(replace(evidence, agreement=0.1, displacement=1.2), "builtin", 0.6)
@@ -176,13 +178,35 @@ def test_shipped_calibration_fits_the_evidence() -> None:
 
 def test_every_piece_of_evidence_can_be_explained() -> None:
     for field in fields(Evidence):
-        assert explain(field.name, NOTHING)
+        assert explain(field.name, NOTHING, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["builtin", "model", "none"])
+def test_a_reason_is_on_the_wrong_side_of_its_usual_value(kind: str) -> None:
+    """A regression may have a sign that nobody expects: a small difference of brightness is no objection."""
+    low_is_bad = {"agreement", "certainty", "log_volume", "separation_product"}
+    for name, term in regressions()[kind].terms.items():
+        for side in (-2, 2):
+            usual = {key: one.mean for key, one in regressions()[kind].terms.items()}
+            poor = replace(NOTHING, **usual | {name: term.mean + side * term.deviation})
+            found = verdict._worst_objection(poor, regressions()[kind])
+            is_bad = side < 0 if name in low_is_bad else side > 0
+            assert bool(found) == (is_bad and side * term.weight < 0)
+
+
+def test_certainty_is_given_beside_its_usual_value() -> None:
+    term = regressions()["builtin"].terms["certainty"]
+    usual = {name: one.mean for name, one in regressions()["builtin"].terms.items()}
+    found = judge(replace(NOTHING, **usual | {"certainty": 0.82}), "builtin", 0.6)
+    assert "0.82" in found.reason
+    assert f"{term.mean:.2f}" in found.reason
 
 
 def test_worst_verdict_is_that_of_the_whole() -> None:
     assert overall(["good", "failed", "review"]) == "failed"
     assert overall(["good", "good"]) == "good"
-    assert overall([]) == "review"
+    assert overall(["good", None]) == "good"
+    assert overall([]) is overall([None]) is None
 
 
 @pytest.mark.parametrize("affine", ORIENTATIONS.values(), ids=ORIENTATIONS)
@@ -203,7 +227,7 @@ def test_evidence_is_about_the_world_not_the_array(affine: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("model", ["builtin", "none"])
-def test_results_carry_their_verdicts(model: str) -> None:
+def test_results_carry_their_verdicts(model: str, calibrated: None) -> None:
     grid = straight_grid((36, 30, 28), (2.5, 2.5, 2.5))
     atlas = Atlas(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
     settings = with_overrides(Settings(), [*UNREGISTERED, f"model={model}", "fusion.correction.iterations=3"])
@@ -228,3 +252,53 @@ def test_structure_out_of_view_is_no_good_result() -> None:
     assert kidney.status == "outside"
     assert kidney.quality is not None
     assert (kidney.quality.verdict, kidney.quality.estimated_dice) == ("review", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_judged"),
+    [
+        ((), True),
+        (
+            ("registration.instance.ensemble=1", "fusion.gate=paper", "prompt=box", "registration.greedy.voxels=9000"),
+            True,
+        ),
+        (("registration.deformable=false",), False),
+        (("registration.rigid=false",), False),
+        (("registration.structure_search=false",), False),
+        (("registration.engine=greedy",), False),
+        (("registration.instance.iterations=[0]",), False),
+    ],
+)
+def test_settings_that_verdicts_are_calibrated_for(changes: tuple[str, ...], is_judged: bool) -> None:
+    settings = with_overrides(Settings(), changes)
+    assert is_calibrated(settings, transform_given=False) == is_judged
+    assert not is_calibrated(settings, transform_given=True)
+
+
+def test_no_verdict_with_another_registration() -> None:
+    grid = straight_grid((36, 30, 28), (2.5, 2.5, 2.5))
+    atlas = Atlas(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
+    settings = with_overrides(Settings(), [*UNREGISTERED, "model=none"])
+    result = segment(Context(atlas, settings), QUERY.scan(grid))
+    found = [one.quality for one in result.structures if one.quality is not None]
+    assert result.verdict is None
+    assert not result.is_judged
+    assert [(one.verdict, one.estimated_dice, one.low) for one in found] == [(None, None, None)] * len(STRUCTURES)
+    assert all(one.reason and one.evidence is not None for one in found)
+    assert "liver" in repr(result)
+
+
+def test_a_structure_cut_by_the_field_of_view_says_so(calibrated: None) -> None:
+    grid = straight_grid((36, 30, 28), (2.5, 2.5, 2.5))
+    atlas = Atlas(ATLAS.scan(grid), ATLAS.labels(grid), STRUCTURES)
+    part = Grid((22, 30, 28), grid.affine @ affine_of(np.eye(3), (14.0, 0.0, 0.0)))
+    result = segment(Context(atlas, with_overrides(Settings(), [*UNREGISTERED, "model=none"])), ATLAS.scan(part))
+    cut = {one.structure.name: one for one in result.structures if 0.05 <= one.outside_fraction < 0.9}
+    assert "kidney" in cut
+    for one in result.structures:
+        assert one.quality is not None
+        if one.structure.name in cut:
+            assert f"{100 * one.outside_fraction:.0f} %" in one.quality.reason
+            assert f"{100 * one.outside_fraction:.0f} %" in repr(result)
+        elif one.status == "present":
+            assert "%" not in one.quality.reason.split("outside")[0]

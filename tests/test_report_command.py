@@ -210,8 +210,8 @@ def test_cut_structures_are_marked_and_not_compared(tmp_path: Path) -> None:
         assert ("in view; 49 % outside" in text) is is_cut
 
 
-@pytest.mark.parametrize(("fraction", "text"), [(0.0, ""), (0.0004, "1 % outside"), (0.49, "49 % outside")])
-def test_even_a_little_cut_is_said(fraction: float, text: str) -> None:
+@pytest.mark.parametrize(("fraction", "text"), [(0.0, ""), (0.04, ""), (0.051, "5 % outside"), (0.49, "49 % outside")])
+def test_a_cut_from_a_few_per_cent_on_is_said(fraction: float, text: str) -> None:
     row = StructureRecord(
         value=1,
         name="a",

@@ -6,6 +6,7 @@ import base64
 import gzip
 import hashlib
 import io
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -61,6 +62,39 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 # What is in the pages
+
+
+def test_results_without_verdicts_have_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a registration that verdicts are not calibrated for; among others of which some are judged."""
+    monkeypatch.setattr("atlassegfm.report.cohort._MOST_PICTURES", 1)
+    save_volume(QUERY.scan(straight_grid()), tmp_path / "scans.nii.gz")
+    for name, verdicts in (("a", (None, None, None)), ("b", ("good", None, "review"))):
+        write_result(tmp_path / "out" / name, 0, verdicts)
+    write_report(tmp_path / "out", images=[tmp_path], options=WITHOUT_PICTURES)
+    data = data_of(tmp_path / "out/report.html", "table-data")
+    assert data["cases"]["verdict"] == [None, "review"]
+    assert data["structures"]["verdict"] == [None, None, None, "good", None, "review"]
+    for page in ("report.html", "a/report.html"):
+        assert "None" not in re.sub(
+            r"<script.*?</script>|because None", "", (tmp_path / "out" / page).read_text(), flags=re.DOTALL
+        )
+
+
+def test_volumes_of_cut_structures_are_no_outliers(tmp_path: Path) -> None:
+    for number in range(6):
+        write_result(tmp_path / f"case{number}", number / 10)
+    path = tmp_path / "case5/run.json"
+    record = json.loads(path.read_text())
+    found = []
+    for outside in (0.0, 0.5):
+        record["structures"][0] |= {
+            "volume_ml": record["structures"][0]["volume_ml"] * 0.5,
+            "outside_fraction": outside,
+        }
+        path.write_text(json.dumps(record))
+        write_report(tmp_path, options=WITHOUT_PICTURES)
+        found.append(data_of(tmp_path / "report.html", "table-data")["structures"]["outlier"][15])
+    assert found == [True, False]
 
 
 def test_table_has_every_case_and_structure(cohort: tuple[Path, Path]) -> None:

@@ -9,11 +9,12 @@ from pydantic import Field
 
 from .core.record import Record
 from .prompts import PromptKind
+from .quality.coverage import CUT_FRACTION
 from .quality.verdict import Verdict
 from .result import Status
 
 #: Raised by hand when results or these files change: results with another number are computed again.
-RESULTS_FORMAT = 2
+RESULTS_FORMAT = 3
 State = Literal["done", "failed", "left"]
 SEGMENTATION, RUN, STATUS = "segmentation.nii.gz", "run.json", "status.json"
 #: Formats of a segmentation, and the file or folder of each.
@@ -169,7 +170,9 @@ class PromptRecord(Record):
 class QualityRecord(Record):
     """Quality estimate of one structure."""
 
-    verdict: Verdict
+    verdict: Verdict | None
+    """Null where it is not judged: with another registration than the default one."""
+
     reason: str
     estimated_dice: float | None
     low: float | None
@@ -194,7 +197,9 @@ class StructureRecord(Record):
     @property
     def cut(self) -> str:
         """How the field of view cuts it, as "49 % outside"; empty if it does not."""
-        return f"{max(round(100 * self.outside_fraction), 1)} % outside" if self.outside_fraction > 0 else ""
+        return (
+            f"{self.outside_fraction:.0%} outside".replace("%", " %") if self.outside_fraction >= CUT_FRACTION else ""
+        )
 
 
 class RunRecord(Record):
@@ -207,8 +212,8 @@ class RunRecord(Record):
     model: ModelRecord
     registration: RegistrationRecord
     gate: str | None
-    verdict: Verdict
-    """Worst of the structures."""
+    verdict: Verdict | None
+    """Worst of the structures; null where none is judged."""
 
     structures: tuple[StructureRecord, ...]
     settings: dict[str, Any]
@@ -263,7 +268,7 @@ class CaseRecord(Record):
     peak_memory_mb: int | None
     warnings: tuple[str, ...]
     verdict: Verdict | None = None
-    """Worst of its structures; null without a result."""
+    """Worst of its structures; null without a result, or where none is judged."""
 
     in_run: bool = True
     """Whether this command had the case; if not, its result is of an earlier one."""

@@ -12,7 +12,8 @@ from .core.labels import Structure
 from .core.mask import LocalMap
 from .fusion.gate import Gate
 from .prompts import PromptKind, UsedPrompt
-from .quality.verdict import StructureQuality, Verdict, overall
+from .quality.coverage import cut_remark
+from .quality.verdict import StructureQuality, Verdict, is_calibrated, overall
 from .registration import Registration
 from .settings import Settings
 
@@ -77,17 +78,23 @@ class Segmentation:
     licence_accepted: str | None = None
 
     @property
-    def verdict(self) -> Verdict:
-        """Worst verdict of the structures."""
+    def is_judged(self) -> bool:
+        """Whether verdicts, and the bound of the registration's confidence, hold for its settings."""
+        return is_calibrated(self.settings, transform_given=self.transform_given)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Worst verdict of the structures; None where none is judged."""
         return overall([one.quality.verdict for one in self.structures if one.quality is not None])
 
     def __repr__(self) -> str:
         """Table of structures."""
         width = max(len(one.structure.name) for one in self.structures)
-        lines = [f"Segmentation({self.verdict}, {self.labels!r}, model {self.settings.model})"]
+        lines = [f"Segmentation({self.verdict or 'not judged'}, {self.labels!r}, model {self.settings.model})"]
         for one in self.structures:
-            verdict = one.status if one.quality is None else one.quality.verdict
+            verdict = (one.quality and one.quality.verdict) or one.status
             dice = None if one.quality is None else one.quality.estimated_dice
             estimate = "" if dice is None else f"  estimated Dice {dice:.2f}"
-            lines.append(f"  {one.structure.name:<{width}}  {one.volume_ml:9.1f} ml  {verdict:<7}{estimate}")
+            cut = f"  ({remark})" if (remark := cut_remark(one.outside_fraction)) and one.status == "present" else ""
+            lines.append(f"  {one.structure.name:<{width}}  {one.volume_ml:9.1f} ml  {verdict:<7}{estimate}{cut}")
         return "\n".join(lines)

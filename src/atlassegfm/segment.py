@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,9 +27,9 @@ from .models import Segmenter, licence_accepted
 from .models.base import Prediction, PromptedScan
 from .models.table import load_chosen, prompt_kind
 from .prompts import INSIDE, used_prompt
-from .quality.coverage import outside_fractions
-from .quality.evidence import Case, Evidence, gather
-from .quality.verdict import StructureQuality, Verdict, judge
+from .quality.coverage import OUTSIDE_FRACTION, outside_fractions
+from .quality.evidence import Case, gather
+from .quality.verdict import StructureQuality, Verdict, is_calibrated, judge
 from .registration import Registration, register, registration_from
 from .result import Segmentation, Status, StructureMaps, StructureResult
 from .settings import Settings
@@ -38,9 +39,6 @@ from .transforms.resample import warp_labels
 if TYPE_CHECKING:
     from .core.image import ImageLike
 
-#: A structure counts as outside from this fraction out of view on: with less than a tenth of it in view, registration
-#: errors of a few mm decide whether any of it is.
-_OUTSIDE_FRACTION = 0.9
 #: A structure whose warped mask is empty counts as outside, not absent, if most of it is out of view.
 _MOSTLY_OUTSIDE_FRACTION = 0.5
 
@@ -118,7 +116,13 @@ def segment(
         with clock.stage("fusion"):
             fused, labels = _fuse(context, scan, warped, predicted, settings, device)
         with clock.stage("quality"):
-            structures = _judge(atlas, scan, query, warped, predicted, labels, settings)
+            judging = partial(
+                judge,
+                model=settings.model,
+                confidence=registration.confidence,
+                calibrated=is_calibrated(settings, transform_given=bool(transforms)),
+            )
+            structures = _judge(atlas, scan, query, warped, predicted, labels, judging)
     model_labels = None if predicted is None else label_map(predicted.masks, scan.grid.shape)
 
     def stored(numbers: NDArray[Any]) -> Volume:
@@ -168,7 +172,7 @@ def _warp(atlas: Atlas, scan: Volume, registration: Registration) -> _Warped:
 def _why_missing(mask: LocalMap, outside: float) -> tuple[Status, str] | None:
     """Status and reason of a structure that the query does not show, else None."""
     is_empty = not (mask.values >= INSIDE).any()
-    if outside >= _OUTSIDE_FRACTION or (is_empty and outside >= _MOSTLY_OUTSIDE_FRACTION):
+    if outside >= OUTSIDE_FRACTION or (is_empty and outside >= _MOSTLY_OUTSIDE_FRACTION):
         return "outside", f"{outside:.0%} of it lies outside the field of view"
     if is_empty:
         return "absent", "no voxel of the query has a probability of 0.5 or more in the warped atlas"
@@ -196,9 +200,9 @@ def _judge(
     warped: _Warped,
     predicted: Prediction | None,
     labels: NDArray[Any],
-    settings: Settings,
+    judging: Callable[..., StructureQuality],
 ) -> tuple[StructureResult, ...]:
-    """Gather the evidence on each structure and judge it."""
+    """Gather the evidence on each structure and judge it; ``judging`` takes evidence and fraction out of view."""
     masks = {} if predicted is None else predicted.masks
     evidence = gather(
         Case(
@@ -217,7 +221,10 @@ def _judge(
         status, reason = warped.missing.get(n, ("present", ""))
         if status == "present" and not voxels[n]:
             status, reason = "absent", "at every voxel another structure or background is more probable"
-        quality = _quality(status, reason, evidence.get(n), settings, warped.registration.confidence)
+        if status == "present" and n in evidence:
+            quality = judging(evidence[n], outside=warped.outside[n - 1])
+        else:  # what the field of view does not show cannot be wrong, but somebody may expect it there
+            quality = StructureQuality("review" if status == "outside" else "failed", reason)
         if status == "present" and n in masks and is_empty_prediction(masks[n]):
             reason = "the model found nothing there, and the warped atlas was kept"
             verdict: Verdict = "failed" if quality.verdict == "failed" else "review"
@@ -235,13 +242,3 @@ def _judge(
             )
         )
     return tuple(results)
-
-
-def _quality(
-    status: Status, reason: str, evidence: Evidence | None, settings: Settings, confidence: float
-) -> StructureQuality:
-    """Judge a structure by its evidence, or by its absence."""
-    if status == "present" and evidence is not None:
-        return judge(evidence, settings.model, confidence)
-    # What the field of view does not show cannot be wrong, but somebody may expect it there.
-    return StructureQuality("review" if status == "outside" else "failed", reason)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass as settings_dataclass
 
-from .core.config import RUNTIME_ONLY
+from .core.config import QUALITY_NEUTRAL, RUNTIME_ONLY
 
 #: Name of the model that is none: the result is the warped atlas.
 NO_MODEL = "none"
@@ -31,10 +31,10 @@ class InstanceSettings:
     local_voxels: Annotated[int, Field(ge=0, le=20_000_000)] = 500_000
     """Voxels of the last level, in the box around the warped labels, never finer than the query; 0 for none."""
 
-    voxels_per_structure: Annotated[int, Field(ge=0, le=1_000_000)] = 15_000
+    voxels_per_structure: Annotated[int, Field(ge=0, le=1_000_000), QUALITY_NEUTRAL] = 15_000
     """Voxels of the last level for each structure of the atlas, at least, up to ``most_local_voxels``."""
 
-    most_local_voxels: Annotated[int, Field(ge=2_000, le=100_000_000)] = 2_000_000
+    most_local_voxels: Annotated[int, Field(ge=2_000, le=100_000_000), QUALITY_NEUTRAL] = 2_000_000
     """Voxels of the last level, at most: bounds time and memory (2 million: 1.7 GB for the whole process)."""
 
     iterations: Annotated[tuple[Annotated[int, Field(ge=0, le=2000)], ...], Field(min_length=1)] = (40, 35, 25)
@@ -55,7 +55,7 @@ class InstanceSettings:
     structure_emphasis: _NotNegative = 4.0
     """Additional weight of a voxel in or near a structure of the atlas: 1 + this, and 1 elsewhere."""
 
-    ensemble: Annotated[int, Field(ge=1, le=4)] = 2
+    ensemble: Annotated[int, Field(ge=1, le=4), QUALITY_NEUTRAL] = 2
     """Fits with different weights, each as slow, whose warped labels are averaged; the first transform is reported."""
 
     diffeomorphic: bool = False
@@ -200,7 +200,7 @@ class ElastixSettings(ExternalEngineSettings):
 
 @settings_dataclass(frozen=True, config=_STRICT)
 class RegistrationSettings:
-    """How the atlas is registered to the query."""
+    """How the atlas is registered to the query. Verdicts are calibrated for the defaults alone."""
 
     engine: Literal["instance", "voxelmorph", "greedy", "ants", "elastix"] = "instance"
     """Deformable engine. Those of other packages (greedy, ants, elastix) must be installed."""
@@ -224,13 +224,13 @@ class RegistrationSettings:
     fine_voxels: _Voxels = 150_000
     """Voxels of the fine level (about 6 mm for an abdomen), never finer than the scan."""
 
-    candidates: Annotated[int, Field(ge=1, le=32)] = 4
+    candidates: Annotated[int, Field(ge=1, le=32), QUALITY_NEUTRAL] = 4
     """Translations carried from the search to the linear fit."""
 
     linear_iterations: Annotated[int, Field(ge=1, le=1000)] = 30
     """Adam steps of each linear fit (rigid and affine on the coarse level, affine again on the fine one)."""
 
-    peer_linear: bool = True
+    peer_linear: Annotated[bool, QUALITY_NEUTRAL] = True
     """Whether engines of other packages do the linear stages too; else they start from ours."""
 
     instance: InstanceSettings = field(default_factory=InstanceSettings)

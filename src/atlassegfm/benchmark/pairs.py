@@ -21,7 +21,7 @@ from ..core.mask import LocalMap
 from ..core.parallel import peak_memory_mb, reset_peak_memory
 from ..evaluate.labelling import label_values
 from ..evaluate.metrics import StructureScores
-from ..evaluate.scores import score_volumes
+from ..evaluate.scores import check_grids, score_volumes
 from ..fusion.gate import Gate, fuse_structures
 from ..fusion.label_map import count_parts, label_map, remove_islands
 from ..models import Segmenter
@@ -77,7 +77,17 @@ class PairRunner:
         self._unnamed: dict[str, set[int]] = {}
 
     def run(self, variant: Variant, pair: Pair) -> PairRecord:
-        """Segment and score one pair, which has failed if registration or model raise an error."""
+        """Segment and score one pair, which has failed if registration or model raise an error.
+
+        A pair whose files cannot be used has no rows: that is no failure of the method.
+        """
+        try:
+            return self._run(variant, pair)
+        except InputError as error:
+            logger.warning("%s -> %s: %s; the pair is not scored", pair.atlas, pair.query, error)
+            return PairRecord(variant=variant.name, pair=pair, rows=(), failure=str(error))
+
+    def _run(self, variant: Variant, pair: Pair) -> PairRecord:
         query, reference = self._query(pair.query)
         model = self.load(variant)
         atlas = None if variant.prompts_from == "user" else self._atlas(pair.atlas)
@@ -90,7 +100,6 @@ class PairRunner:
                 if "model" in results:
                     results["oracle"] = oracle(results["atlas"], results["model"], reference)
         except (RegistrationError, ModelError) as error:
-            # A file that cannot be used is no failure of the method, and ends the run.
             logger.warning("%s -> %s (%s): %s", pair.atlas, pair.query, variant.name, error)
             failure = str(error)
             results = dict.fromkeys(variant.scored, Volume(np.zeros_like(reference.data), reference.grid))
@@ -172,7 +181,9 @@ class PairRunner:
             case = self._plan.dataset.case(name)
             reference = load_labels(case.labels, allow_empty=True)
             self._warn_unnamed(label_values(reference), name, case.labels)
-            self._queries[name] = load_image(case.image), reference
+            image = load_image(case.image)
+            check_grids(image, reference)
+            self._queries[name] = image, reference
         return self._queries[name]
 
     def _warn_unnamed(self, values: set[int], name: str, path: Path) -> None:
@@ -231,4 +242,5 @@ def _without(result: Volume, reference: Volume, ignored: int) -> Volume:
 def _unscored(scores: StructureScores) -> StructureScores:
     nan = math.nan
     cldice = None if scores.cldice is None else nan
-    return replace(scores, status="not_in_atlas", dice=nan, nsd=nan, hd95_mm=nan, hd95_voxel_mm=nan, cldice=cldice)
+    scores = replace(scores, status="not_in_atlas", dice=nan, nsd=nan, cldice=cldice)
+    return replace(scores, hd95_mm=nan, assd_mm=nan, hd95_voxel_mm=nan)

@@ -31,6 +31,8 @@ class PairRecord(Record):
     variant: str
     pair: Pair
     rows: tuple[Row, ...]
+    """Empty where a file cannot be used: the pair is not scored then, and not kept."""
+
     failure: str = ""
     """Why there is no result."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..core.errors import InputError
 from ..core.files import check_replaceable, disk_errors
+from ..core.labels import listed
 from ..jobs.fingerprint import file_record, is_unchanged
 from .pairs import PairRunner
 from .plan import OUTPUTS, PAIRS, PLAN, Plan, Variant, slug
@@ -48,12 +49,12 @@ def run(
     Returns
     -------
     list of PairRecord
-        Variant by variant, in the order of the pairs.
+        Variant by variant, in the order of the pairs; without rows for a pair whose files cannot be used.
 
     Raises
     ------
     InputError
-        If the folder holds something else, or a file of the dataset cannot be used. Finished pairs are kept.
+        If the folder holds something else, or no pair can be scored. Finished pairs are kept.
     AtlasSegError
         If a model cannot be loaded, before anything is written.
     """
@@ -76,12 +77,20 @@ def run(
         if on_pair is not None:
             name = f"{pair.atlas} -> {pair.query}" + (f" ({variant.name})" if len(plan.variants) > 1 else "")
             on_pair(number, len(todo), name)
-        files = tuple(map(file_record, plan.files(pair)))
+        try:
+            files = tuple(map(file_record, plan.files(pair)))
+        except OSError:
+            files = ()  # reading them says what is wrong
         record = done[variant.name, pair] = runner.run(variant, pair).model_copy(update={"files": files})
+        if not record.rows:
+            continue  # the next run tries again
         path = store[variant.name, pair]
         path.parent.mkdir(parents=True, exist_ok=True)
         record.write(path)
-    return [done[key] for key in store]
+    records = [done[key] for key in store]
+    if not any(record.rows for record in records):
+        raise InputError(listed([*dict.fromkeys(record.failure for record in records)], 3, "; "))
+    return records
 
 
 def _alternating(plan: Plan) -> Iterator[tuple[Variant, Pair]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..core.errors import InputError
 from ..core.files import atomic_path
 from ..core.labels import listed
 from ..evaluate.statistics import LEVEL, Interval, Spread, macro_mean, paired_bootstrap, spread
@@ -26,6 +27,8 @@ from .plan import PLAN, Plan
 from .protocols import Pair
 from .records import PairRecord, Row
 
+#: Fewest pairs, and atlases among them, of a bootstrap interval: fewer say nothing on other scans or atlases.
+LEAST_PAIRS, LEAST_ATLASES = 10, 2
 #: Scores that methods are compared by.
 _COMPARED = {"dice": "Dice", "nsd": "NSD"}
 #: Structures in a table at most; all of them are in results.csv.
@@ -84,22 +87,30 @@ class Comparison:
 def columns_of(plan: Plan, records: Sequence[PairRecord]) -> list[Column]:
     """Collect the columns of a benchmark, variant by variant."""
     columns = []
+    unscored = {record.pair for record in records if not record.rows}  # by one variant, so by none: means must compare
+    pairs = tuple(pair for pair in plan.pairs if pair not in unscored)
+    if not pairs:
+        raise InputError(listed([*dict.fromkeys(one.failure for one in records if not one.rows)], 3, "; "))
     for variant in plan.variants:
         done = {record.pair: record for record in records if record.variant == variant.name}
         for method in variant.scored:
             if method in variant.methods:
-                rows = [row for pair in plan.pairs for row in done[pair].rows if row.method == method]
-                columns.append(Column(variant.name, method, plan.pairs, tuple(rows)))
+                rows = [row for pair in pairs for row in done[pair].rows if row.method == method]
+                columns.append(Column(variant.name, method, pairs, tuple(rows)))
     return columns
 
 
 def compare_columns(columns: Sequence[Column], seed: int) -> list[Comparison]:
-    """Compare every column with every one before it."""
+    """Compare every column with every one before it; without an interval where there are too few pairs."""
     comparisons = []
     for score in _COMPARED:
         for before, column in combinations(columns, 2):
             clusters = [[getattr(pair, name) for pair in column.pairs] for name in ("query", "atlas")]
             interval = paired_bootstrap(column.table(score), before.table(score), *clusters, seed=seed)
+            unknown = np.isnan(column.table(score) - before.table(score))
+            atlases = [pair.atlas for n, pair in enumerate(column.pairs) if not unknown[:, n].all()]
+            if len(atlases) < LEAST_PAIRS or len(set(atlases)) < LEAST_ATLASES:
+                interval = replace(interval, low=math.nan, high=math.nan)
             comparisons.append(Comparison(score, column, before, interval))
     return comparisons
 
@@ -151,7 +162,7 @@ def _score_rows(records: Sequence[PairRecord]) -> list[dict[str, Any]]:
         {**_keys(record), "method": row.method, "value": row.value, "structure": row.structure, **score_row(row.scores)}
         for record in records
         for row in record.rows
-    ]
+    ] + [{**_keys(record), "status": "not_scored"} for record in records if not record.rows]
 
 
 def _cost_rows(records: Sequence[PairRecord]) -> list[dict[str, Any]]:
@@ -259,7 +270,8 @@ class _Page:
         yield f"Structures of pairs by status: {'; '.join(parts)}."
         for record in self.records:
             if record.failure:
-                yield f"Failed: {record.pair.atlas} -> {record.pair.query} ({record.variant}): {record.failure}"
+                what = "Failed" if record.rows else "Not scored"
+                yield f"{what}: {record.pair.atlas} -> {record.pair.query} ({record.variant}): {record.failure}"
         yield ""
 
     def _differences(self) -> Iterator[str]:
@@ -267,7 +279,8 @@ class _Page:
             return
         yield from ("## Differences", "")
         yield (
-            f"Paired bootstrap over queries and atlases, {LEVEL:.0%} intervals, of the mean over structures. "
+            f"Paired bootstrap over queries and atlases, {LEVEL:.0%} intervals, of the mean over structures; from "
+            f"{LEAST_PAIRS} pairs and {LEAST_ATLASES} atlases on. "
             "All are in summary.json; here are the methods of one variant, and one method over variants.\n"
         )
         cells: dict[str, list[str]] = {}
@@ -275,7 +288,9 @@ class _Page:
             if one.first.variant == one.second.variant or one.first.method == one.second.method:
                 title = f"{self.titles[one.first]} − {self.titles[one.second]}"
                 difference, low, high = map(_signed, (one.interval.difference, one.interval.low, one.interval.high))
-                cells.setdefault(title, [title]).append(f"{difference} ({low} to {high})")
+                few = math.isnan(one.interval.low)
+                interval = "too few pairs for an interval" if few else f"{low} to {high}"
+                cells.setdefault(title, [title]).append(f"{difference} ({interval})")
         yield from _markdown([["difference", *_COMPARED.values()], *cells.values()])
 
     def _per_structure(self) -> Iterator[str]:
@@ -308,7 +323,7 @@ class _Page:
         yield from ("## Dice of each atlas", "")
         dice = [column.by_atlas() for column in self.columns]
         lines = [["atlas", *self.titles.values()]]
-        lines += [[atlas, *(decimal(one[atlas], 3) for one in dice)] for atlas in self.atlases]
+        lines += [[atlas, *(decimal(one.get(atlas, math.nan), 3) for one in dice)] for atlas in self.atlases]
         spreads = [column.over_atlases() for column in self.columns]
         lines.append(["mean ± sd", *(f"{decimal(one.mean, 3)} ± {decimal(one.sd, 3)}" for one in spreads)])
         yield from _markdown(lines)

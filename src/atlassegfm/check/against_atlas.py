@@ -9,11 +9,10 @@ from ..atlas import Atlas
 from ..core.errors import AtlasSegError
 from ..core.image import Volume
 from ..quality import mirror
+from ..quality.coverage import CUT_FRACTION, OUTSIDE_FRACTION
 from .findings import AtlasReport, Finding, list_items, note, warning
 from .intensity import inversion_findings
 
-#: A structure counts as outside from this fraction out of view on, and as cut by the border between the two.
-_OUTSIDE, _CUT = 0.9, 0.1
 #: Natural logarithm of the ratio of costs (about 2 %) above which the better fit of the mirror image is reported.
 MIRRORED_GAIN = 0.02
 #: Correlation of the intensities of scan and atlas inside the body below which inverted contrast is reported.
@@ -21,20 +20,35 @@ LEAST_CORRELATION = -0.3
 
 
 def compare_with_atlas(volume: Volume, atlas: Atlas, name: str) -> tuple[AtlasReport | None, list[Finding]]:
-    """Compare a scan with an atlas: sides, contrast and structures in view; no report where they cannot be fitted."""
+    """Compare a scan with an atlas: sides, contrast and structures in view; no report where they cannot be fitted.
+
+    Where the scan hardly resembles the atlas, nothing else is believed.
+    """
     findings = inversion_findings(volume)
     try:
         found = mirror.fit_to_atlas(volume, atlas, name=name)
     except AtlasSegError as error:
         return None, [*findings, warning(f"the scan could not be fitted to the atlas: {error}")]
-    findings += _fit_findings(found, inverted=bool(findings))
     outside = [(one.name, found.outside[one.value]) for one in atlas.structures]
     report = AtlasReport(
+        found.resembles,
+        round(found.resemblance, 3),
         round(found.mirrored_gain, 4),
         None if math.isnan(found.correlation) else round(found.correlation, 3),
         {structure: round(100 * (1 - fraction), 1) for structure, fraction in outside},
     )
-    return report, [*findings, *_view_findings(outside)]
+    if not found.resembles:
+        return report, [*findings, _foreign_finding(found)]
+    return report, [*findings, *_fit_findings(found, inverted=bool(findings)), *_view_findings(outside)]
+
+
+def _foreign_finding(found: mirror.AtlasFit) -> Finding:
+    return warning(
+        f"the scan hardly resembles the atlas, by a linear fit (resemblance {found.resemblance:.2f}; usually "
+        f"{found.least_resemblance} or more): it seems to show another part of the body, or another "
+        "modality; sides, contrast and field of view were not compared",
+        "check that both show the same part of the body",
+    )
 
 
 def _fit_findings(found: mirror.AtlasFit, *, inverted: bool) -> Iterator[Finding]:
@@ -56,8 +70,12 @@ def _fit_findings(found: mirror.AtlasFit, *, inverted: bool) -> Iterator[Finding
 
 def _view_findings(outside: Sequence[tuple[str, float]]) -> Iterator[Finding]:
     """Findings on structures out of view, from the name and the fraction out of view of each."""
-    gone = [name for name, fraction in outside if fraction >= _OUTSIDE]
-    cut = [f"{name} ({100 * (1 - part):.0f} % in view)" for name, part in outside if _CUT <= part < _OUTSIDE]
+    gone = [name for name, fraction in outside if fraction >= OUTSIDE_FRACTION]
+    cut = [
+        f"{name} ({100 * (1 - part):.0f} % in view)"
+        for name, part in outside
+        if CUT_FRACTION <= part < OUTSIDE_FRACTION
+    ]
     text = f"outside the field of view, by a linear fit: {list_items(gone)}"
     if len(gone) == len(outside):
         yield warning(f"{text}; nothing of the atlas would be found", "check that it is the same part of the body")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +12,21 @@ import numpy as np
 from ..atlas import Atlas
 from ..core.errors import InputError, MissingExtraError
 from ..core.geometry import Grid
-from ..core.image import Volume, load_volume
+from ..core.image import Volume, checked_image, checked_labels, load_volume
 from ..dicom import Selection, Series, is_dicom_input, is_series_folder, load_series, open_labels, series_of
 from .against_atlas import compare_with_atlas
-from .findings import AtlasReport, Check, FileReport, Kind, LabelReport, error, sort_findings
+from .findings import AtlasReport, Check, FileReport, Kind, LabelReport, error, note, sort_findings, warning
 from .geometry import compare_grids, grid_findings, header_findings, oblique_deg, sheared_deg
 from .intensity import PERCENTS, SAMPLED_VOXELS, intensity_findings, inversion_findings
 from .labels import label_reports, looks_like_labels
 
 
 def check_files(
-    paths: Iterable[str | os.PathLike[str]], series: str | None = None, atlas: Atlas | None = None
+    paths: Iterable[str | os.PathLike[str]],
+    series: str | None = None,
+    atlas: Atlas | None = None,
+    *,
+    on_stage: Callable[[str], None] | None = None,
 ) -> Check:
     """Check files one by one, scans against an atlas, and all in pairs.
 
@@ -35,13 +39,15 @@ def check_files(
         Which series of DICOM folders, as :func:`~atlassegfm.dicom.load_series` takes it.
     atlas : Atlas, optional
         Each scan is fitted to it, which takes some seconds.
+    on_stage : callable, optional
+        Called with what is being done, as "fitting FILE to the atlas".
     """
     files = [Path(path) for path in paths]
     scans: list[Series] = []
     found: dict[int, tuple[FileReport, Grid | None]] = {}
     # Scans first, as structures need them.
     for position in sorted(range(len(files)), key=lambda n: is_dicom_input(files[n]) and not files[n].is_dir()):
-        found[position] = _examine(files[position], scans, series, atlas)
+        found[position] = _examine(files[position], scans, series, atlas, on_stage or (lambda _: None))
     examined = [found[position] for position in range(len(files))]
     readable = [(report, grid) for report, grid in examined if grid is not None]
     pairs = tuple(compare_grids(*one, *other) for one, other in itertools.combinations(readable, 2))
@@ -67,10 +73,11 @@ def _load(path: Path, scans: list[Series], choice: str | None) -> Volume:
 
 
 def _examine(
-    path: Path, scans: list[Series], choice: str | None, atlas: Atlas | None
+    path: Path, scans: list[Series], choice: str | None, atlas: Atlas | None, on_stage: Callable[[str], None]
 ) -> tuple[FileReport, Grid | None]:
     """Report on one file; its grid too if it has one."""
     name = path.name or path.resolve().name
+    on_stage(f"reading: {name}")
     try:
         volume = _load(path, scans, choice)
     except (InputError, MissingExtraError) as refusal:
@@ -80,33 +87,36 @@ def _examine(
     grid, header = volume.grid, volume.source.nifti_header if volume.source else None
     findings = [*header_findings(volume), *grid_findings(grid)]
     finite = np.isfinite(volume.data)
-    bad = int(volume.data.size - np.count_nonzero(finite))
-    values = volume.data[finite] if bad else volume.data
-    if bad:
-        text = f"{bad} of {volume.data.size} voxels are NaN or infinite: the program refuses the file"
-        findings.append(error(text, "replace them by the background value"))
+    values = volume.data if finite.all() else volume.data[finite]
     value_range: tuple[float, ...] = (float(values.min()), float(values.max())) if values.size else ()
-    constant = len(set(value_range)) == 1
     kind: Kind = "labels" if looks_like_labels(volume, value_range) else "scan"
     labels: tuple[LabelReport, ...] = ()
     percentiles: tuple[float, ...] = ()
     against: AtlasReport | None = None
-    if constant:
-        what = "an empty label map or a blank scan" if value_range[0] == 0 else "a blank scan"
-        text = f"all voxels have the value {value_range[0]:g}: {what}, which the program refuses"
-        findings.append(error(text, "export the file again"))
-    elif kind == "labels":
-        labels, more = label_reports(volume, path)
-        findings += more
-    elif value_range:
+    if value_range:
         sample = values.ravel()[:: max(1, values.size // SAMPLED_VOXELS)]
-        percentiles = tuple(float(p) for p in np.percentile(sample, PERCENTS))
-        findings += intensity_findings(volume, value_range, percentiles)
-        if not bad and atlas is None:
-            findings += inversion_findings(volume)
-        elif not bad and atlas is not None:
-            against, more = compare_with_atlas(volume, atlas, name)
-            findings += more
+        percentiles = tuple(float(p) for p in np.percentile(sample, PERCENTS)) if kind == "scan" else ()
+    try:
+        checked = (checked_labels if kind == "labels" else checked_image)(volume, name)
+    except InputError as refusal:
+        findings.append(error(str(refusal).removeprefix(f"{name}: ")))
+    else:
+        before, after = (one.source.notes if one.source else () for one in (volume, checked))
+        findings += [warning(remark) for remark in after[len(before) :]]
+        if kind == "labels":
+            labels, more = label_reports(checked, path)
+            if volume.data.dtype.kind == "f":
+                text = f"the labels are stored as {volume.data.dtype}: they are read as whole numbers, and results are "
+                more.append(note(f"{text}written in the smallest integer type that holds them"))
+        else:
+            more = [*intensity_findings(volume, value_range, percentiles)]
+            if atlas is None:
+                more += inversion_findings(checked)
+            else:
+                on_stage(f"fitting {name} to the atlas")
+                against, compared = compare_with_atlas(checked, atlas, name)
+                more += compared
+        findings += more
     report = FileReport(
         name=name,
         kind=kind,

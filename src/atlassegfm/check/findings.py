@@ -45,6 +45,8 @@ class LabelReport:
 class AtlasReport:
     """Comparison of a scan with the atlas."""
 
+    resembles: bool  # whether it seems to show the same part of the body; if not, the rest means nothing
+    resemblance: float  # confidence of the fit, and the size of the correlation
     mirrored_gain: float  # of the fit of the mirror image: natural logarithm of the ratio of costs
     correlation: float | None  # of intensities where both show body, in [-1, 1]; None where none overlaps
     inside_percent: dict[str, float]  # how much of each structure lies in the scan's field of view, by name

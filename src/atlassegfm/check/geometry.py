@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.geometry import Grid
-from ..core.image import Volume, image_stem
+from ..core.image import EXTENT_MM, Volume, image_stem
 from ..dicom import DicomSource
 from .findings import FileReport, Finding, PairReport, note, sort_findings, warning
 
@@ -59,7 +59,9 @@ def grid_findings(grid: Grid) -> Iterator[Finding]:
     extent_mm = np.array(grid.shape) * grid.spacing_mm
     size = " x ".join(f"{mm:.4g}" for mm in extent_mm)
     smallest, largest = _FIELD_OF_VIEW_MM
-    if not smallest <= extent_mm.max() <= largest:
+    if not EXTENT_MM[0] <= extent_mm.max() <= EXTENT_MM[1]:
+        pass  # refused by the reader, which says so
+    elif not smallest <= extent_mm.max() <= largest:
         if extent_mm.max() < smallest:
             suspicion = "too small for a part of a person: is the spacing in metres or centimetres?"
         else:

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ..core.errors import InputError
-from ..core.image import Volume
+from ..core.image import WHOLE_WITHIN, Volume
 from ..core.labels import LabelTable, dataset_json_of, read_names_file, structures_of
-from .findings import Finding, LabelReport, error, list_items, note, warning
+from .findings import Finding, LabelReport, list_items, note, warning
 
 #: Most different values of a label map.
 _MOST_LABELS = 1024
@@ -40,7 +40,7 @@ def looks_like_labels(volume: Volume, value_range: tuple[float, ...]) -> bool:
         return False
     if data.dtype.kind not in "iub":
         inside = data[data != 0]
-        whole = np.isfinite(inside) & (inside == np.round(inside))
+        whole = np.abs(np.where(np.isfinite(inside), inside, 0.5) % 1 - 0.5) >= 0.5 - WHOLE_WITHIN
         if np.count_nonzero(whole) < _MOSTLY_WHOLE * inside.size:
             return False
         data = np.where(np.isfinite(data), np.round(data), 0)
@@ -62,12 +62,7 @@ def _equal_fraction(data: NDArray[Any], axis: int) -> float:
 def label_reports(volume: Volume, path: Path) -> tuple[tuple[LabelReport, ...], list[Finding]]:
     """Describe the structures of a label map, and find what is odd about it."""
     data, grid = volume.data, volume.grid
-    findings = [*_type_findings(data)]
-    if data.dtype.kind not in "iub":
-        data = np.round(np.where(np.isfinite(data), data, 0)).astype(np.int64)
-    if data.min() < 0:
-        text = f"the label map has the value {int(data.min())}: the program refuses it"
-        findings.append(error(text, "renumber it"))
+    findings: list[Finding] = []
     values, numbers = _numbered(data)
     tables = [volume.source.label_table] if volume.source else []
     dataset = dataset_json_of(path)
@@ -90,25 +85,6 @@ def label_reports(volume: Volume, path: Path) -> tuple[tuple[LabelReport, ...], 
         if any(side.start == 0 or side.stop == n for side, n in zip(box, grid.shape, strict=True) if n > 1):
             cut.append(structure.name)
     return tuple(reports), [*findings, *_structure_findings(reports, cut)]
-
-
-def _type_findings(data: NDArray[Any]) -> Iterator[Finding]:
-    """Findings on labels stored as floating-point numbers."""
-    if data.dtype.kind in "iub":
-        return
-    finite = np.isfinite(data)
-    fractions = int(np.count_nonzero(finite & (data != np.round(np.where(finite, data, 0)))))
-    if fractions:
-        yield error(
-            f"{fractions} voxels of what looks like a label map are not whole numbers: it was resampled "
-            "smoothly, which invents labels between neighbours, and the program refuses it",
-            "resample the original labels with nearest neighbour",
-        )
-    else:
-        yield note(
-            f"the labels are stored as {data.dtype}: they are read as whole numbers, and results are written "
-            "in the smallest integer type that holds them",
-        )
 
 
 def _name_findings(values: Sequence[int], tables: Sequence[LabelTable]) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import AtlasOptions, options
+from .options import AtlasOptions, ScreenOptions, options
 from .session import EXIT_FAILURES, EXIT_USAGE, open_session, print_json
 
 #: Width of tables that go into a file or a pipe.
@@ -15,7 +15,7 @@ _PIPED_WIDTH = 160
 
 
 @options
-class CheckOptions(AtlasOptions):
+class CheckOptions(AtlasOptions, ScreenOptions):
     """Options of ``check``."""
 
     files: Annotated[
@@ -25,16 +25,16 @@ class CheckOptions(AtlasOptions):
     strict: Annotated[
         bool, typer.Option("--strict", help="Exit code 1 where there is a warning, for scripts that stop at any doubt.")
     ] = False
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False
 
 
 def check(options: CheckOptions) -> None:
     """Look for what is wrong with scans and label maps, and how to mend it.
 
-    With --context, or --atlas and --labels, each scan is also fitted to the atlas (some seconds): are left and right
-    swapped, is the contrast inverted, does it show the structures? The exit code is 2 if a file could not be used.
+    With --context, or --atlas and --labels, each scan is also fitted to the atlas (some seconds): is it the same part
+    of the body, are left and right swapped, is the contrast inverted, does it show the structures? The exit code is 2
+    if a file could not be used.
     """
-    with open_session(quiet=True, warnings=False) as session:
+    with open_session(options.quiet, warnings=False, log=options.log) as session:
         from ..check import check_files
         from ..jobs.scans import find_scans
 
@@ -45,7 +45,7 @@ def check(options: CheckOptions) -> None:
         scans = find_scans(options.files, labels=True)
         for remark in scans.remarks():
             session.say(remark)
-        found = check_files(scans.found, options.series, atlas)
+        found = check_files(scans.found, options.series, atlas, on_stage=session.progress)
     if options.as_json:
         print_json(found.to_dict())
     else:

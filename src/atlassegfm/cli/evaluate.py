@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from ..core.errors import InputError
 from .options import ScreenOptions, SeriesOption, StructureOptions, options, split_list
-from .session import open_session, print_json, print_table, score_text
+from .session import EXIT_FAILURES, open_session, print_json, print_table, score_text
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluation
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 #: mm. Public tools take 1, 2 or 3; it is printed with every NSD.
 DEFAULT_TOLERANCE_MM = 2.0
+
+#: Statuses that are counted in the table where there are any.
+_COUNTED = {"missed": "missed", "hallucinated": "halluc.", "both_empty": "neither"}
 
 ToleranceOption = Annotated[
     str,
@@ -55,6 +59,7 @@ class EvaluateOptions(StructureOptions, ScreenOptions):
     partial: Annotated[
         bool, typer.Option("--partial", help="Leave out references that have no result instead of refusing.")
     ] = False
+    cases: Annotated[bool, typer.Option("--cases", help="Print a table of the cases too.")] = False
     scan: Annotated[
         Path | None,
         typer.Option(
@@ -65,10 +70,11 @@ class EvaluateOptions(StructureOptions, ScreenOptions):
 
 
 def evaluate(options: EvaluateOptions) -> None:
-    """Score label maps against references: Dice, NSD, HD95, volumes, on request clDice.
+    """Score label maps against references: Dice, NSD, HD95, ASSD, volumes, on request clDice.
 
     P may also be the folder that `segment` wrote. P and R may be RTSTRUCT or DICOM-SEG files: their structures go by
-    their names. Scores are on the reference's own voxels, in mm.
+    their names. Scores are on the reference's own voxels, in mm. A case that cannot be scored is named, and makes the
+    exit code 1; the others are scored.
     """
     out = options.out
     with open_session(options.quiet, log=options.log) as session:
@@ -97,10 +103,20 @@ def evaluate(options: EvaluateOptions) -> None:
             evaluation.write_csv(out)
     if options.as_json:
         print_json(evaluation.to_dict())
-        return
-    _print_summary(evaluation)
-    if out is not None:
-        typer.echo(f"\nscores    {out}")
+    else:
+        _print_summary(evaluation)
+        if options.cases:
+            _print_cases(evaluation)
+        if evaluation.failures:
+            typer.echo(
+                f"\nnot scored: {len(evaluation.failures)} of {len(evaluation.cases) + len(evaluation.failures)}"
+            )
+        for case, reason in evaluation.failures.items():
+            typer.echo(f"  {case}: {reason}")
+        if out is not None:
+            typer.echo(f"\nscores    {out}")
+    if evaluation.failures:
+        raise typer.Exit(EXIT_FAILURES)
 
 
 def read_tolerance(text: str) -> Tolerances:
@@ -115,41 +131,55 @@ def read_tolerance(text: str) -> Tolerances:
 
 
 def _print_summary(evaluation: Evaluation) -> None:
+    """Print a row for each structure; columns that would say nothing are left out."""
     summary = evaluation.summary
-    cldice = ["cldice"] if "cldice" in summary.means else []
-    head = ["structure", "ml", "cases", "missed", "halluc.", "neither"]
-    head += ["Dice", "sd", "NSD", "at mm", "HD95 mm", "voxel", *("clDice" for _ in cldice)]
-    rows = []
+    several, cldice = summary.cases > 1, "cldice" in summary.means
+    counted = [status for status in _COUNTED if summary.counts[status]]
+    own_tolerances = len({one.tolerance_mm for one in summary.structures}) > 1
+
+    def row(
+        title: str, facts: Sequence[str], means: Mapping[str, float], sd: str, mm: str, worst: Sequence[str]
+    ) -> None:
+        cells = [title, *facts, score_text(means["dice"]), *([sd] if several else []), score_text(means["nsd"])]
+        cells += [*([mm] if own_tolerances else []), _mm(means["hd95_mm"]), _mm(means["assd_mm"])]
+        rows.append([*cells, *([score_text(means["cldice"])] if cldice else []), *(worst if several else [])])
+
+    head = ["structure", "ml", *(["cases"] if several else []), *(_COUNTED[status] for status in counted), "Dice"]
+    head += [*(["sd"] if several else []), "NSD", *(["at mm"] if own_tolerances else []), "HD95", "ASSD"]
+    head += [*(["clDice"] if cldice else []), *(["worst", "in case"] if several else [])]
+    rows: list[list[str]] = []
     for one in summary.structures:
-        mean = {name: spread.mean for name, spread in one.scores.items()}
-        rows.append(
-            [
-                *(one.structure, _mm(one.reference_ml), str(sum(one.counts.values()))),
-                *(str(one.counts[status]) for status in ("missed", "hallucinated", "both_empty")),
-                *(score_text(mean["dice"]), score_text(one.scores["dice"].sd), score_text(mean["nsd"])),
-                *(f"{one.tolerance_mm:g}", _mm(mean["hd95_mm"]), _mm(mean["hd95_voxel_mm"])),
-                *(score_text(mean[name]) for name in cldice),
-            ]
-        )
-    lines = [("mean", summary.means)]
+        facts = [_mm(one.reference_ml), *([str(sum(one.counts.values()))] if several else [])]
+        facts += [str(one.counts[status]) for status in counted]
+        worst = ["-", ""] if one.worst is None else [score_text(one.worst.scores.dice), one.worst.case]
+        means = {name: spread.mean for name, spread in one.scores.items()}
+        row(one.structure, facts, means, score_text(one.scores["dice"].sd), f"{one.tolerance_mm:g}", worst)
+    blank = [""] * (1 + several + len(counted))
+    row("mean", blank, summary.means, "", "", ["", ""])
     if summary.counts["both_empty"]:
-        lines.append(("mean, neither = perfect", summary.means_with_empty))
-    for title, means in lines:
-        rows.append(
-            [
-                *(title, "", "", "", "", "", score_text(means["dice"]), "", score_text(means["nsd"]), ""),
-                *(_mm(means["hd95_mm"]), _mm(means["hd95_voxel_mm"])),
-                *(score_text(means[name]) for name in cldice),
-            ]
-        )
+        row("neither = perfect", blank, summary.means_with_empty, "", "", ["", ""])
     cases = "1 case" if summary.cases == 1 else f"{summary.cases} cases"
-    typer.echo(f"{cases}, {len(summary.structures)} structures; NSD at {evaluation.tolerances.origin}")
-    print_table(head, rows, numbers_from=1)
     typer.echo(
-        "\nNSD, HD95: surface elements weighted by area; voxel: HD95 between centres of surface voxels, as in MONAI.\n"
-        "HD95 is the larger of both directions. Missed and hallucinated count as Dice 0, NSD 0 and the image's\n"
-        "diagonal; 'neither' is left out."
+        f"{cases}, {len(summary.structures)} structures; NSD at {evaluation.tolerances.origin}; HD95 and ASSD in mm"
     )
+    print_table(head, rows, numbers_from=1, numbers_to=len(head) - several)
+    if counted:
+        typer.echo(
+            "\nMissed and hallucinated structures count as Dice 0, NSD 0 and the image's diagonal; where\n"
+            "neither has the structure, it is left out."
+        )
+
+
+def _print_cases(evaluation: Evaluation) -> None:
+    """Print a row for each case, means over its structures."""
+    head, rows = ["case", "Dice", "NSD", "HD95", "ASSD", "worst", "structure"], []
+    for one in evaluation.cases:
+        scores = [score_text(one.means[name]) for name in ("dice", "nsd")]
+        worst = ["-", ""] if one.worst is None else [score_text(one.worst.scores.dice), one.worst.structure]
+        rows.append([one.case, *scores, _mm(one.means["hd95_mm"]), _mm(one.means["assd_mm"]), *worst])
+    rows += [[case, *("-" for _ in head[1:-1]), "not scored"] for case in evaluation.failures]
+    typer.echo("")
+    print_table(head, rows, numbers_from=1, numbers_to=len(head) - 1)
 
 
 def _mm(value: float) -> str:

@@ -73,7 +73,7 @@ def print_outcome(outcome: Outcome, out: Path, *, as_json: bool) -> None:
     runs = {row.case.name: read_run(out / row.case.name) for row in outcome.rows.values() if row.state == "done"}
     rows = list(outcome.rows.values())
     if len(rows) > _LISTED:
-        rows = [row for row in rows if row.state != "done" or row.warnings or _verdict(runs, row) not in ("good", "")]
+        rows = [row for row in rows if row.state != "done" or _remark(runs, row)]
     if rows:
         cells = [
             (
@@ -101,19 +101,23 @@ def _queries(count: int) -> str:
 
 def _verdict(runs: dict[str, Any], row: Row) -> str:
     run = runs.get(row.case.name)
-    return "" if run is None else str(run.verdict)
+    return "" if run is None else run.verdict or "not judged"
 
 
 def _remark(runs: dict[str, Any], row: Row) -> str:
     """What needs a look: why a case failed, warnings, structures that are not good, absent or cut."""
+    from ..quality.coverage import cut_remark
+
     parts = [row.reason, *row.warnings] if row.reason else list(row.warnings)
     run = runs.get(row.case.name)
     found: dict[str, list[str]] = {}
     for one in () if run is None else run.structures:
         if one.status != "present":
             found.setdefault(one.status, []).append(one.name)
-        elif one.quality is not None and one.quality.verdict != "good":
+        elif one.quality is not None and one.quality.verdict not in ("good", None):
             found.setdefault(one.quality.verdict, []).append(one.name)
+        if one.status == "present" and cut_remark(one.outside_fraction):
+            found.setdefault("cut by the field of view", []).append(one.name)
     for word, names in found.items():
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         parts.append(f"{word}: {', '.join(names[:_NAMED])}{more}")
@@ -126,17 +130,23 @@ def print_result(case: Case, out: Path, *, as_json: bool) -> None:
     if as_json:
         print_json({"results": [result], "failures": []})
         return
+    from ..quality.coverage import cut_remark
+    from ..quality.verdict import NOT_JUDGED
+
     rows = []
     for one in result["structures"]:
         quality = one["quality"] or {"verdict": "", "estimated_dice": None, "reason": ""}
         estimate = quality["estimated_dice"]
         remark = one["status"] + (f" ({one['reason']})" if one["reason"] else "")
         if one["status"] == "present":
-            remark = quality["reason"] if quality["verdict"] != "good" else ""
+            is_listed = quality["verdict"] in ("review", "failed")
+            remark = quality["reason"] if is_listed else cut_remark(one["outside_fraction"])
         dice = "" if estimate is None else f"{estimate:.2f}"
-        rows.append((one["name"], f"{one['volume_ml']:.1f}", dice, quality["verdict"], remark))
+        rows.append((one["name"], f"{one['volume_ml']:.1f}", dice, quality["verdict"] or "-", remark))
     typer.echo(f"{result['query']} -> {result['output']}  ({result['total_seconds']:.1f} s on {result['device']})")
     print_table(("structure", "volume ml", "est. Dice", "verdict", ""), rows, numbers_from=1, numbers_to=3)
+    if any(one["quality"] and one["quality"]["verdict"] is None for one in result["structures"]):
+        typer.echo(NOT_JUDGED)
 
 
 def _result(case: Case, out: Path) -> dict[str, Any]:

@@ -36,6 +36,9 @@ _CLOSEST = 5
 #: Marks a setting that changes where or how fast a model answers, not what: ``Annotated[int, RUNTIME_ONLY]``.
 RUNTIME_ONLY = "runtime only"
 
+#: Marks a setting of the registration that estimates of quality do not depend on.
+QUALITY_NEUTRAL = "quality neutral"
+
 
 def to_dict(settings: Any) -> dict[str, Any]:
     """Settings as nested dictionaries of plain values, None among them."""
@@ -257,7 +260,20 @@ def gate_settings(settings: Any) -> dict[str, Any]:
 
     These are ``fusion`` and the section of the chosen model in ``models``, without those marked :data:`RUNTIME_ONLY`.
     """
-    values, groups = to_dict(settings), ("fusion.", f"models.{settings.model}.")
-    fields = known_fields(type(settings)).items()
-    kept = [key for key, field in fields if key.startswith(groups) and RUNTIME_ONLY not in field.metadata]
-    return {key: _at(values, key) for key in kept}
+    return _without(settings, ("fusion.", f"models.{settings.model}."), RUNTIME_ONLY)
+
+
+def quality_settings(settings: Any) -> dict[str, Any]:
+    """Settings that estimates of quality are calibrated for, by dotted key.
+
+    These are ``registration``, with the section of the chosen engine, without those marked :data:`QUALITY_NEUTRAL`.
+    """
+    kept = _without(settings, ("registration.",), QUALITY_NEUTRAL)
+    engine = f"registration.{settings.registration.engine}."
+    return {key: value for key, value in kept.items() if key.count(".") == 1 or key.startswith(engine)}
+
+
+def _without(settings: Any, groups: tuple[str, ...], mark: str) -> dict[str, Any]:
+    """Values by dotted key of the fields in some groups, without those with a mark."""
+    values, fields = to_dict(settings), known_fields(type(settings)).items()
+    return {key: _at(values, key) for key, field in fields if key.startswith(groups) and mark not in field.metadata}

@@ -40,6 +40,7 @@ __all__ = [
     "Volume",
     "as_volume",
     "checked_image",
+    "checked_labels",
     "image_stem",
     "image_suffix",
     "label_values",
@@ -61,9 +62,9 @@ IMAGE_SUFFIXES = NIFTI_SUFFIXES + ITK_SUFFIXES + MGH_SUFFIXES + PAIR_SUFFIXES
 WRITTEN_SUFFIXES = (".nii.gz", ".nii", SEGMENTATION_SUFFIX, ".nrrd", ".mha", ".mgz", ".mgh")
 #: mm. No scan of a body or an organ is smaller, or larger, along its longest edge: a whole body in metres read as mm is
 #: 2 mm long, and a crop of 20 mm in micrometres 20,000.
-_EXTENT_MM = (3.0, 10_000.0)
+EXTENT_MM = (3.0, 10_000.0)
 #: Largest difference of a label from a whole number: what resampling in 32 bits leaves behind.
-_WHOLE_WITHIN = 0.01
+WHOLE_WITHIN = 0.01
 #: Label values up to this are counted in a table, larger ones sorted out.
 _LARGEST_COUNTED = 1 << 20
 #: Fraction of the voxels that may be NaN or infinite, in a scan or label map that is otherwise usable.
@@ -165,13 +166,7 @@ def checked_image(volume: Volume, name: PathLike) -> Volume:
     InputError
         If most voxels are NaN or infinite, all are equal, or its size in mm is not that of a body.
     """
-    longest = float((np.array(volume.grid.shape) * volume.grid.spacing_mm).max())
-    if not _EXTENT_MM[0] <= longest <= _EXTENT_MM[1]:
-        unit, factor = ("metres", 1000) if longest < _EXTENT_MM[0] else ("micrometres", 0.001)
-        raise InputError(
-            f"{name}: its longest edge is {longest:.3g} mm, which is no scan of a body; expected millimetres: if the "
-            f"header is in {unit}, multiply the affine by {factor:g}"
-        )
+    _check_extent(volume.grid, name)
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
         data = np.asarray(volume.data, dtype=np.float32)
     low, high = float(data.min()), float(data.max())
@@ -183,6 +178,17 @@ def checked_image(volume: Volume, name: PathLike) -> Volume:
     if low == high:
         raise InputError(f"{name}: all voxels have the value {low:g}; expected a scan with contrast")
     return Volume(data, volume.grid, volume.source)
+
+
+def _check_extent(grid: Grid, name: PathLike) -> None:
+    """Refuse a grid whose size in mm is not that of a body."""
+    longest = float((np.array(grid.shape) * grid.spacing_mm).max())
+    if not EXTENT_MM[0] <= longest <= EXTENT_MM[1]:
+        unit, factor = ("metres", 1000) if longest < EXTENT_MM[0] else ("micrometres", 0.001)
+        raise InputError(
+            f"{name}: its longest edge is {longest:.3g} mm, which is no scan of a body; expected millimetres: if the "
+            f"header is in {unit}, multiply the affine by {factor:g}"
+        )
 
 
 def _valid_or_refused(volume: Volume, valid: NDArray[np.bool_], name: PathLike, what: str) -> Volume:
@@ -203,24 +209,26 @@ def _noted(volume: Volume, note: str, name: PathLike) -> Volume:
 
 
 def load_labels(image: ImageLike, *, allow_empty: bool = False) -> Volume:
-    """Read a label map: whole numbers, 0 for background, as the smallest unsigned integer type.
+    """Read a label map; raises as :func:`load_volume` and :func:`checked_labels`.
+
+    ``allow_empty``: a map without any label is one, as a result may have found nothing, while an atlas has structures.
+    """
+    name = image if isinstance(image, str | os.PathLike) else "the label map"
+    return checked_labels(load_volume(image), name, allow_empty=allow_empty)
+
+
+def checked_labels(volume: Volume, name: PathLike, *, allow_empty: bool = False) -> Volume:
+    """The label map as the smallest unsigned integer type: whole numbers, 0 for background.
 
     Values within 0.01 of a whole number are rounded, NaN and infinite voxels are background, both with a warning.
-
-    Parameters
-    ----------
-    image : path or image
-        As :func:`load_volume` takes it.
-    allow_empty : bool
-        Whether a map without any label is one: a result may have found nothing, an atlas may not.
 
     Raises
     ------
     InputError
-        As :func:`load_volume`, and if there are fractions, negative values or no label where one is needed.
+        If there are fractions, negative values or no label where one is needed, or its size in mm is not that of a
+        body.
     """
-    name = image if isinstance(image, str | os.PathLike) else "the label map"
-    volume = load_volume(image)
+    _check_extent(volume.grid, name)
     data = volume.data
     if not np.issubdtype(data.dtype, np.integer):
         valid = np.isfinite(data)
@@ -229,8 +237,8 @@ def load_labels(image: ImageLike, *, allow_empty: bool = False) -> Volume:
             data = np.where(valid, data, 0)
         whole = np.round(data)
         gap = np.abs(data - whole)
-        if gap.max() > _WHOLE_WITHIN:
-            fractions = gap > _WHOLE_WITHIN
+        if gap.max() > WHOLE_WITHIN:
+            fractions = gap > WHOLE_WITHIN
             raise InputError(
                 f"{name}: {int(fractions.sum())} voxels are not whole numbers (the first is "
                 f"{float(data[fractions][0]):.6g}); expected a label map: resample labels with nearest neighbour"

@@ -349,10 +349,10 @@ def closest(wanted: str, known: Iterable[str]) -> str | None:
     return by_plain[found[0]] if found else None
 
 
-def listed(names: Sequence[str], limit: int = _LONGEST_LIST) -> str:
+def listed(names: Sequence[str], limit: int = _LONGEST_LIST, separator: str = ", ") -> str:
     """Names for a message: "a, b, c", or the first ``limit`` of them "and 4 more"."""
     rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+    return separator.join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def shortened(text: str, most: int) -> str:

@@ -102,7 +102,7 @@ def _scores(result: Segmentation, reference: Volume) -> dict[Structure, MethodDi
 
 
 def _note(one: StructureResult, outcome: DemoOutcome) -> Note:
-    fused, verdict = outcome.scores[one.structure][2], one.quality.verdict if one.quality else "good"
+    fused, verdict = outcome.scores[one.structure][2], (one.quality and one.quality.verdict) or "good"
     dice = "–" if np.isnan(fused) else f"{fused:.2f}"
     return Note(f"Dice {dice}" + (f", {verdict}" if verdict != "good" else ""), verdict)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..core.labels import listed, read_names_file
 from .labelling import DicomInputs, PairReader, find_structures, pick_structures
 from .pairing import find_pairs
 from .scores import CaseScore, score_volumes
-from .summary import Summary, plain_row, score_row, summarise, write_scores
+from .summary import CaseSummary, Summary, plain_row, score_row, summarise, summarise_cases, write_scores
 from .tolerances import PRESETS, Tolerances, uniform
 
 logger = logging.getLogger(__name__)
@@ -52,19 +52,26 @@ class Evaluation:
 
     scores: tuple[CaseScore, ...]
     tolerances: Tolerances
+    failures: Mapping[str, str] = field(default_factory=dict)  # by case: why it has no scores
 
     @cached_property
     def summary(self) -> Summary:
         """Means over cases and structures."""
         return summarise(self.scores)
 
+    @cached_property
+    def cases(self) -> list[CaseSummary]:
+        """Means over the structures of each case that has scores."""
+        return summarise_cases(self.scores)
+
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Table of all scores: a row for each structure of each case."""
-        return [
-            {"case": one.case, "value": one.value, "structure": one.structure} | score_row(one.scores)
+        """Table of all scores: a row for each structure of each case, and one for each case without scores."""
+        scored = [
+            {"case": one.case, "value": one.value, "structure": one.structure} | score_row(one.scores) | {"reason": ""}
             for one in self.scores
         ]
+        return scored + [{"case": case, **_not_scored(reason)} for case, reason in self.failures.items()]
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
         """Write all scores as CSV."""
@@ -75,6 +82,8 @@ class Evaluation:
         return {
             "tolerances": self.tolerances.origin,
             "summary": self.summary.to_dict(),
+            "cases": [{"status": "ok", **one.to_dict()} for one in self.cases]
+            + [{"case": case, **_not_scored(reason)} for case, reason in self.failures.items()],
             "scores": [plain_row(row) for row in self.rows],
         }
 
@@ -89,6 +98,8 @@ def evaluate(
 ) -> Evaluation:
     """Score label maps, RTSTRUCT or DICOM-SEG files against references.
 
+    A case whose files cannot be used, or are on different grids, is left out: it is in ``failures`` of the result.
+
     Parameters
     ----------
     result, reference : path
@@ -102,15 +113,17 @@ def evaluate(
     Raises
     ------
     InputError
-        If a file cannot be used or has no counterpart, a result is not on its reference's voxels, both sides have
-        other structures, or there is none at all.
+        If no case can be scored, a file has no counterpart, both sides have other structures, or there is none at all.
     """
     options = options or EvaluationOptions()
     if not isinstance(tolerances, Tolerances):
         tolerances = uniform(tolerances)
     pairs = find_pairs(Path(result), Path(reference), partial=options.partial)
     reader = PairReader(options.dicom, None if options.names is None else read_names_file(options.names))
-    names = find_structures(pairs, reader, strict=not options.labels)
+    names, failures = find_structures(pairs, reader, strict=not options.labels)
+    for reason in failures.values():
+        logger.warning("%s; the case is not scored", reason)
+    pairs = [pair for pair in pairs if pair.case not in failures]
     unmatched = tolerances.unmatched(names.items())
     if unmatched and tolerances.origin not in {f"preset {name}" for name in PRESETS}:
         logger.warning("%s: no structure is called %s; check the spelling", tolerances.origin, listed(unmatched))
@@ -124,4 +137,8 @@ def evaluate(
         labels, truth = reader.read(pair)
         scores = score_volumes({"": labels}, truth, names, tolerances, centreline=thin)[""]
         scored += [CaseScore(pair.case, value, names[value], one) for value, one in scores.items()]
-    return Evaluation(tuple(scored), tolerances)
+    return Evaluation(tuple(scored), tolerances, failures)
+
+
+def _not_scored(reason: str) -> dict[str, str]:
+    return {"status": "not_scored", "reason": reason}

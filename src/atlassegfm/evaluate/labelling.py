@@ -24,6 +24,7 @@ from ..dicom import (
     open_labels,
 )
 from .pairing import RESULT_FILE, FilePair
+from .scores import check_grids
 
 logger = logging.getLogger(__name__)
 
@@ -140,21 +141,40 @@ class PairReader:
         return Volume(data, volume.grid, DicomSource(source.path, None, entries, source.notes))
 
 
-def find_structures(pairs: Sequence[FilePair], reader: PairReader, *, strict: bool) -> dict[int, str]:
+def find_structures(
+    pairs: Sequence[FilePair], reader: PairReader, *, strict: bool
+) -> tuple[dict[int, str], dict[str, str]]:
     """Name each label value that results or references of the pairs (at least one) have.
+
+    Returns
+    -------
+    names : dict of int to str
+        By label value, of the pairs that can be scored.
+    failures : dict of str to str
+        Why a pair cannot be scored, by case: a file cannot be used, or they are on different grids.
 
     Raises
     ------
     InputError
-        If a file cannot be used, all voxels are 0, a name has another value on the other side, or (``strict``) both
+        If no pair can be scored, all voxels are 0, a name has another value on the other side, or (``strict``) both
         sides have other structures.
     """
     present: tuple[set[int], set[int]] = (set(), set())
     tables: list[LabelTable] = [{}, {}]
+    failures: dict[str, str] = {}
     for pair in pairs:
-        for side, (volume, path) in enumerate(zip(reader.read(pair), (pair.result, pair.reference), strict=True)):
+        try:
+            volumes = reader.read(pair)
+            check_grids(*volumes)
+        except InputError as error:
+            failures[pair.case] = str(error)
+            continue
+        for side, (volume, path) in enumerate(zip(volumes, (pair.result, pair.reference), strict=True)):
             present[side].update(label_values(volume))
             tables[side] = {**reader.table(volume, path), **tables[side]}
+    if len(failures) == len(pairs):
+        raise InputError(listed([*dict.fromkeys(failures.values())], 3, "; "))
+    pairs = [pair for pair in pairs if pair.case not in failures]
     results, references = (_place([getattr(pair, role) for pair in pairs]) for role in ("result", "reference"))
     if reader.names is None:
         _check_values(tables[0], tables[1], results, references)
@@ -175,7 +195,7 @@ def find_structures(pairs: Sequence[FilePair], reader: PairReader, *, strict: bo
             f"{'; '.join(differences)}: the label sets differ; say what to score with --labels "
             "(values or names with commas between, or '*' for all)"
         )
-    return names
+    return names, failures
 
 
 def pick_structures(names: Mapping[int, str], wanted: Sequence[str]) -> dict[int, str]:

@@ -54,7 +54,7 @@ def score_volumes(
     Raises
     ------
     InputError
-        If a result has other voxels than the reference.
+        As of :func:`check_grids`.
     """
     spacing_mm = reference.grid.spacing_mm.tolist()
     voxel_ml = reference.grid.voxel_volume_mm3 / 1000
@@ -63,16 +63,7 @@ def score_volumes(
         logger.warning("%s: its axes are not at right angles; distances are measured as if they were", name)
     shapes = {}
     for method, result in results.items():
-        if result.grid.axes_relative_to(reference.grid) is None:
-            found, expected = result.grid.canonical(), reference.grid.canonical()
-            apart = (
-                f", corners up to {found.distance_mm(expected):.1f} mm apart" if found.shape == expected.shape else ""
-            )
-            raise InputError(
-                f"{_name(result, 'the result')}: not on the voxels of {_name(reference, 'the reference')}: "
-                f"{found.describe()} instead of {expected.describe()}{apart}; resample it with nearest neighbour, or "
-                "give the right file"
-            )
+        check_grids(result, reference)
         shapes[method] = label_shapes(result.turned_to(reference.grid).data, names, spacing_mm)
     references = label_shapes(reference.data, names, spacing_mm)
     scores: dict[str, dict[int, StructureScores]] = {method: {} for method in results}
@@ -85,6 +76,19 @@ def score_volumes(
             result_ml, reference_ml = (n * voxel_ml for n in (one.result_voxels, one.reference_voxels))
             scores[method][value] = replace(one, result_ml=result_ml, reference_ml=reference_ml)
     return scores
+
+
+def check_grids(result: Volume, reference: Volume) -> None:
+    """Raise :class:`.InputError` if a result has other voxels than the reference."""
+    if result.grid.axes_relative_to(reference.grid) is not None:
+        return
+    found, expected = result.grid.canonical(), reference.grid.canonical()
+    apart = f", corners up to {found.distance_mm(expected):.1f} mm apart" if found.shape == expected.shape else ""
+    raise InputError(
+        f"{_name(result, 'the result')}: not on the voxels of {_name(reference, 'the reference')}: "
+        f"{found.describe()} instead of {expected.describe()}{apart}; resample it with nearest neighbour, or give the "
+        "right file"
+    )
 
 
 def _name(volume: Volume, fallback: str) -> str:

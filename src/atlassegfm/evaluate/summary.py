@@ -23,7 +23,14 @@ from .statistics import Spread, mean_of, spread
 #: ml. Structures with a smaller mean volume form a group of their own in reports: single voxels decide their scores.
 SMALL_ML = 1.0
 #: Scores that are averaged, and their value of a perfect result.
-PERFECT: Mapping[str, float] = {"dice": 1.0, "nsd": 1.0, "hd95_mm": 0.0, "hd95_voxel_mm": 0.0, "cldice": 1.0}
+PERFECT: Mapping[str, float] = {
+    "dice": 1.0,
+    "nsd": 1.0,
+    "hd95_mm": 0.0,
+    "assd_mm": 0.0,
+    "hd95_voxel_mm": 0.0,
+    "cldice": 1.0,
+}
 #: Statuses in the order of reports.
 STATUSES = ("ok", "missed", "hallucinated", "both_empty")
 
@@ -39,6 +46,7 @@ class StructureSummary:
     reference_ml: float  # mean volume in the references that have it; NaN where none has
     scores: Mapping[str, Spread]  # by score, without cases in which both masks are empty
     with_empty: Mapping[str, float]  # mean of each score with these cases counted as perfect
+    worst: CaseScore | None  # lowest Dice, then largest HD95; None without a score
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -48,8 +56,23 @@ class StructureSummary:
             "counts": dict(self.counts),
             "tolerance_mm": self.tolerance_mm,
             "reference_ml": plain_number(self.reference_ml),
+            "worst": self.worst and {"case": self.worst.case, "dice": plain_number(self.worst.scores.dice)},
             **{name: plain_row(asdict(one)) for name, one in self.scores.items()},
         }
+
+
+@dataclass(frozen=True)
+class CaseSummary:
+    """Scores of one case over its structures."""
+
+    case: str
+    means: Mapping[str, float]  # of each score, without structures that both masks lack; NaN if none is left
+    worst: CaseScore | None  # as of :class:`StructureSummary`
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        worst = self.worst and {"structure": self.worst.structure, "dice": plain_number(self.worst.scores.dice)}
+        return {"case": self.case, **plain_row(self.means), "worst": worst}
 
 
 @dataclass(frozen=True)
@@ -81,7 +104,7 @@ def summarise(scored: Sequence[CaseScore]) -> Summary:
     by_value: dict[int, list[CaseScore]] = {}
     for one in scored:
         by_value.setdefault(one.value, []).append(one)
-    names = [name for name in PERFECT if name != "cldice" or any(one.scores.cldice is not None for one in scored)]
+    names = _score_names(scored)
     structures = tuple(_summary_of(by_value[value], names) for value in sorted(by_value))
     small = tuple(one for one in structures if one.reference_ml < SMALL_ML)
     return Summary(
@@ -93,6 +116,17 @@ def summarise(scored: Sequence[CaseScore]) -> Summary:
         small=tuple(one.structure for one in small),
         small_means={name: mean_of(one.scores[name].mean for one in small) for name in names},
     )
+
+
+def summarise_cases(scored: Sequence[CaseScore]) -> list[CaseSummary]:
+    """Average scores over the structures of each case."""
+    by_case: dict[str, list[CaseScore]] = {}
+    for one in scored:
+        by_case.setdefault(one.case, []).append(one)
+    return [
+        CaseSummary(case, {name: mean_of(_numbers(rows, name)) for name in _score_names(scored)}, _worst(rows))
+        for case, rows in by_case.items()
+    ]
 
 
 def score_row(scores: StructureScores) -> dict[str, Any]:
@@ -125,13 +159,12 @@ def plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
 def _summary_of(scored: Sequence[CaseScore], names: Sequence[str]) -> StructureSummary:
     scores, with_empty = {}, {}
     for name in names:
-        values = [getattr(one.scores, name) for one in scored]
-        numbers = [math.nan if value is None else value for value in values]
+        numbers = _numbers(scored, name)
         scores[name] = spread(numbers)
         # None was not asked for, and is not perfect where both masks are empty.
         with_empty[name] = mean_of(
-            PERFECT[name] if one.scores.status == "both_empty" and value is not None else number
-            for one, value, number in zip(scored, values, numbers, strict=True)
+            PERFECT[name] if one.scores.status == "both_empty" and getattr(one.scores, name) is not None else number
+            for one, number in zip(scored, numbers, strict=True)
         )
     return StructureSummary(
         value=scored[0].value,
@@ -141,7 +174,23 @@ def _summary_of(scored: Sequence[CaseScore], names: Sequence[str]) -> StructureS
         reference_ml=mean_of(one.scores.reference_ml for one in scored if one.scores.reference_voxels),
         scores=scores,
         with_empty=with_empty,
+        worst=_worst(scored),
     )
+
+
+def _score_names(scored: Sequence[CaseScore]) -> list[str]:
+    return [name for name in PERFECT if name != "cldice" or any(one.scores.cldice is not None for one in scored)]
+
+
+def _numbers(scored: Sequence[CaseScore], name: str) -> list[float]:
+    """One score of each, NaN where there is none."""
+    values = [getattr(one.scores, name) for one in scored]
+    return [math.nan if value is None else value for value in values]
+
+
+def _worst(scored: Sequence[CaseScore]) -> CaseScore | None:
+    known = [one for one in scored if not math.isnan(one.scores.dice)]
+    return min(known, key=lambda one: (one.scores.dice, -one.scores.hd95_mm), default=None)
 
 
 def _counts(scored: Iterable[CaseScore]) -> dict[str, int]:

@@ -341,13 +341,13 @@ def _dicom_provenance(segmentation: Segmentation) -> dicom.Provenance:
     for one in segmentation.structures:
         text = f"{one.status}: {one.reason}" if one.reason else one.status
         if one.quality is not None and one.status == "present":
-            text = f"{one.quality.verdict}: {one.quality.reason}"
+            text = ": ".join(filter(None, (one.quality.verdict, one.quality.reason)))
         descriptions[one.structure.value] = text
     epoch = os.environ.get(_EPOCH_VARIABLE, "")
     when = datetime.fromtimestamp(int(epoch), UTC) if epoch.isdecimal() else datetime.now().astimezone()
     return dicom.Provenance(
         segmentation.settings.model,
-        f"{segmentation.verdict}: {present} of {len(segmentation.structures)} structures found",
+        f"{segmentation.verdict or 'not judged'}: {present} of {len(segmentation.structures)} structures found",
         descriptions,
         when,
     )

@@ -56,7 +56,7 @@ def write_table(cases: Iterable[CaseRecord], out: Path, path: Path) -> None:
                         "volume_ml": one.volume_ml,
                         "cut_fraction": one.outside_fraction,
                         **(judged or {}),
-                        "remark": one.reason or (quality.reason if quality is not None else ""),
+                        "remark": (quality.reason if quality is not None else "") or one.reason,
                         "seconds": case.seconds,
                     }
                 )

@@ -21,7 +21,7 @@ from ..fusion.gate import Gate
 from ..models import MODELS, Segmenter
 from ..models.table import load_chosen
 from ..models.weights import find_weights
-from ..quality.verdict import LEAST_CONFIDENCE
+from ..quality.verdict import LEAST_CONFIDENCE, describe_confidence
 from ..records import FileRecord, Provenance, StatusRecord
 from ..result import Segmentation
 from ..segment import segment
@@ -314,11 +314,8 @@ def warnings_on(result: Segmentation) -> list[str]:
     """Reasons to doubt a result as a whole, the wrong part of the body above all."""
     found = []
     confidence = result.registration.confidence
-    if confidence < LEAST_CONFIDENCE:  # NaN, where a transform was given, is not
-        found.append(
-            f"the scan hardly resembles the atlas (confidence of the registration {confidence:.2f}); "
-            "is it the same part of the body?"
-        )
+    if result.is_judged and confidence < LEAST_CONFIDENCE:  # NaN, where it was not measured, is not
+        found.append(f"{describe_confidence(confidence)}; is it the same part of the body?")
     if not any(one.status == "present" for one in result.structures):
         found.append("no structure of the atlas was found")
     # What is out of view is never failed, and says nothing on what is in it.

@@ -8,6 +8,9 @@ from ..atlas import Atlas
 from ..core.geometry import Grid
 from ..transforms.maps import Affine
 
+#: Fraction of a structure out of view from which on it counts as cut, and as outside: below the one, the error of a
+#: linear fit; above the other, registration errors of a few mm decide whether any of it is in view.
+CUT_FRACTION, OUTSIDE_FRACTION = 0.05, 0.9
 #: Voxels mapped at a time: bounds the memory of coordinates.
 _CHUNK_VOXELS = 1_000_000
 
@@ -29,3 +32,10 @@ def outside_fractions(atlas: Atlas, query_to_atlas: Affine, view: Grid) -> tuple
         count += np.bincount(found, minlength=len(count))
         seen += np.bincount(found[inside], minlength=len(count))
     return tuple((1 - seen[1:] / count[1:]).tolist())
+
+
+def cut_remark(outside: float) -> str:
+    """Say that the field of view cuts a structure, from its fraction out of view; empty where it does not."""
+    if outside < CUT_FRACTION:
+        return ""
+    return f"{100 * outside:.0f} % of it is outside the scan; the volume is of the part in view"

@@ -1,4 +1,4 @@
-"""Fit of a scan to an atlas: mirrored or not, inverted or not, and which structures it shows whole.
+"""Fit of a scan to an atlas: is it alike at all, mirrored or not, inverted or not, and which structures it shows whole.
 
 The linear stages of the registration are run twice, on the scan and on its left-right mirror image. Bodies are not
 symmetric, so that one of them fits better.
@@ -33,13 +33,38 @@ _FACE_AIR, _FACES = 0.6, 2
 _MIDDLE_AIR = 0.5
 
 
+#: Resemblance is the confidence of the fit plus this times the size of the correlation; scans of other parts of the
+#: body stay below the bound, and below a higher one where the bodies share so little of the field of view that the
+#: search finds a place for anything.
+_CORRELATION_WEIGHT, _LITTLE_SHARED = 0.3, 0.05
+_LEAST_RESEMBLANCE, _LEAST_WHERE_LITTLE_IS_SHARED = 0.28, 0.5
+
+
 @dataclass(frozen=True, eq=False)
 class AtlasFit:
     """Linear fit of a scan to an atlas."""
 
+    confidence: float  # of the better fit of scan and mirror image, in [0, 1]
+    shared: float  # fraction of the field of view that is body in both
+
     mirrored_gain: float  # natural logarithm of its cost over that of its mirror image: above 0, the latter fits better
     correlation: float  # of intensities where both show body, in [-1, 1]; NaN where no body overlaps
     outside: Mapping[int, float]  # fraction of each structure out of the field of view, in [0, 1], by label value
+
+    @property
+    def resemblance(self) -> float:
+        """How alike scan and atlas are after the fit; the correlation's sign is that of the contrast."""
+        return self.confidence + _CORRELATION_WEIGHT * (0 if math.isnan(self.correlation) else abs(self.correlation))
+
+    @property
+    def least_resemblance(self) -> float:
+        """Bound below which the scan seems to show another part of the body."""
+        return _LEAST_RESEMBLANCE if self.shared >= _LITTLE_SHARED else _LEAST_WHERE_LITTLE_IS_SHARED
+
+    @property
+    def resembles(self) -> bool:
+        """Whether the scan seems to show the same part of the body."""
+        return self.resemblance >= self.least_resemblance
 
 
 def fit_to_atlas(
@@ -59,6 +84,7 @@ def fit_to_atlas(
     """
     # Late: is_inverted() needs no PyTorch.
     from ..registration.affine import fit
+    from ..registration.dissimilarity import measure
     from ..registration.pyramid import level_spacings_mm, prepare
     from .coverage import outside_fractions
 
@@ -77,7 +103,9 @@ def fit_to_atlas(
     better, side = (mirrored, sides[1]) if gain > 0 else (straight, sides[0])
     correlation = _correlation(side, annotated, better, spacings[-1])
     outside = dict(zip(atlas.values, outside_fractions(atlas, better, scan.grid), strict=True))
-    return AtlasFit(gain, -correlation if inverted else correlation, outside)
+    found = measure(side, annotated, better, spacings[-1])
+    shared = float(found.weight.mean())
+    return AtlasFit(found.confidence, shared, gain, -correlation if inverted else correlation, outside)
 
 
 def is_inverted(scan: Volume) -> bool:

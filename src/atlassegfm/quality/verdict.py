@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from .estimate import regressions
+from ..core.config import quality_settings
+from ..settings import Settings
+from .coverage import cut_remark
+from .estimate import Regression, regressions
 from .evidence import Evidence
 
 Verdict = Literal["good", "review", "failed"]
@@ -18,25 +21,35 @@ VERDICTS: tuple[Verdict, ...] = ("good", "review", "failed")
 GOOD_FROM, FAILED_BELOW = 0.78, 0.62
 #: Confidence of a registration below which the scans probably show different parts of the body.
 LEAST_CONFIDENCE = 0.45
-#: Objection to a structure by piece of evidence; {value} is the evidence, {factor} the change of volume.
+#: Reason of structures without a verdict.
+NOT_JUDGED = "not judged: verdicts are calibrated for the default registration only"
+#: Objections are at least so many standard deviations of the calibration from its mean.
+_NOTABLE = 0.5
+#: Evidence that is an objection where it is low; all other is where it is high.
+_LOW_IS_BAD = frozenset({"agreement", "certainty", "log_volume", "separation_product"})
+#: Objection to a structure by piece of evidence: the evidence and its mean in the calibration, {factor} and {usual} as
+#: ratios of volumes, {ml} and {usual_ml} as volumes.
 _REASONS = {
-    "agreement": "warped atlas and result overlap by {value:.2f} only",
-    "certainty": "the model is not sure of it (certainty {value:.2f})",
-    "volume_change": "its volume is {factor:.2f} times the atlas's",
-    "abs_volume_change": "its volume is {factor:.2f} times the atlas's",
-    "log_volume": "structures of its size are found less reliably",
-    "brightness_difference": "its brightness differs from the atlas's by {value:.0%} of the intensity range",
-    "brightness_iqr": "its brightness varies by {value:.0%} of the intensity range",
-    "iqr_difference": "the variation of its brightness differs from the atlas's by {value:.0%} of the intensity range",
+    "agreement": "warped atlas and result overlap by a Dice of {value:.2f} (on average {mean:.2f})",
+    "certainty": "the model is less certain of it than usual ({value:.2f}, on average {mean:.2f})",
+    "volume_change": "its volume is {factor:.2f} times the atlas's (on average {usual:.2f})",
+    "abs_volume_change": "its volume is {factor:.2f} times the atlas's (on average off by a factor of {usual:.2f})",
+    "log_volume": "it is small ({ml:.1f} ml, on average {usual_ml:.0f} ml), and small ones are found less reliably",
+    "brightness_difference": "its brightness differs from the atlas's by {value:.0%} of the intensity range (on "
+    "average {mean:.0%})",
+    "brightness_iqr": "its brightness varies by {value:.0%} of the intensity range (on average {mean:.0%})",
+    "iqr_difference": "the variation of its brightness differs from the atlas's by {value:.0%} of the intensity range "
+    "(on average {mean:.0%})",
     "contrast_difference": "its contrast to its surroundings differs from the atlas's by {value:.0%} of the intensity "
-    "range",
+    "range (on average {mean:.0%})",
     "separation_difference": "its contrast to its surroundings differs from the atlas's",
     "separation_product": "its contrast to its surroundings is low, or differs from the atlas's",
-    "dissimilarity": "query and warped atlas differ around it",
-    "dissimilarity_relative": "query and warped atlas differ more around it than elsewhere",
-    "dissimilarity_overall": "query and warped atlas differ",
-    "displacement": "the deformation moved it by {value:.2f} of its size",
-    "offset": "the result lies {value:.2f} of its size off the warped atlas",
+    "dissimilarity": "query and warped atlas differ around it by {value:.2f} (on average {mean:.2f})",
+    "dissimilarity_relative": "query and warped atlas differ around it {value:.2f} times as much as elsewhere (on "
+    "average {mean:.2f})",
+    "dissimilarity_overall": "query and warped atlas differ by {value:.2f} (on average {mean:.2f})",
+    "displacement": "the deformation moved it by {value:.2f} of its size (on average {mean:.2f})",
+    "offset": "the result lies {value:.2f} of its size off the warped atlas (on average {mean:.2f})",
 }
 
 
@@ -46,17 +59,18 @@ class StructureQuality:
 
     Parameters
     ----------
-    verdict : {"good", "review", "failed"}
+    verdict : {"good", "review", "failed"} or None
+        None where it is not judged.
     reason : str
-        Why, or the evidence that lowers the estimate most.
+        Why, or the evidence that lowers the estimate most; and whether the field of view cuts the structure.
     estimated_dice : float or None
-        In [0, 1]; None without evidence.
+        In [0, 1]; None without evidence, or where it is not judged.
     low, high : float or None
         80 % interval of the Dice.
     evidence : Evidence or None
     """
 
-    verdict: Verdict
+    verdict: Verdict | None
     reason: str
     estimated_dice: float | None = None
     low: float | None = None
@@ -64,32 +78,81 @@ class StructureQuality:
     evidence: Evidence | None = None
 
 
-def judge(evidence: Evidence, model: str, confidence: float) -> StructureQuality:
+def is_calibrated(settings: Settings, *, transform_given: bool) -> bool:
+    """Decide whether estimates, verdicts and the bound of the confidence hold for results of these settings."""
+    return not transform_given and quality_settings(settings) == quality_settings(Settings())
+
+
+def judge(
+    evidence: Evidence, model: str, confidence: float, *, outside: float = 0.0, calibrated: bool = True
+) -> StructureQuality:
     """Estimate the Dice of one structure and give a verdict.
 
-    ``model`` is the model's name or "none", ``confidence`` that of the registration, in [0, 1].
+    Parameters
+    ----------
+    evidence : Evidence
+    model : str
+        Name of the model, or "none".
+    confidence : float
+        Of the registration, in [0, 1].
+    outside : float
+        Fraction of the atlas's structure outside the field of view.
+    calibrated : bool
+        As :func:`is_calibrated` says; without, there is neither estimate nor verdict.
     """
+    if not calibrated:
+        return StructureQuality(None, _joined(NOT_JUDGED, cut_remark(outside)), evidence=evidence)
     regression = regressions().get(model, regressions()["model"])
     estimate = regression.estimate(evidence)
     low, high = max(estimate - regression.below, 0.0), min(estimate + regression.above, 1.0)
     verdict: Verdict = "good" if estimate >= GOOD_FROM else "failed" if estimate < FAILED_BELOW else "review"
     reason = f"estimated Dice {estimate:.2f}"
     if confidence < LEAST_CONFIDENCE:
-        verdict = "failed"
-        reason = f"the scans differ widely (confidence {confidence:.2f}): do they show the same part of the body?"
+        verdict, reason = "failed", f"{describe_confidence(confidence)}: do the scans show the same part of the body?"
     elif verdict != "good":
-        contributions = regression.contributions(evidence)
-        worst = min(contributions, key=lambda name: contributions[name])
-        if contributions[worst] < 0:
-            reason += f"; {explain(worst, evidence)}"
-    return StructureQuality(verdict, reason, estimate, low, high, evidence)
+        reason = _joined(f"{reason} (good from {GOOD_FROM})", _worst_objection(evidence, regression))
+    return StructureQuality(verdict, _joined(reason, cut_remark(outside)), estimate, low, high, evidence)
 
 
-def explain(name: str, evidence: Evidence) -> str:
-    """Describe the objection to a structure by the piece of evidence called ``name``."""
-    return _REASONS[name].format(value=getattr(evidence, name), factor=math.exp(evidence.volume_change))
+def describe_confidence(confidence: float) -> str:
+    """Say that the confidence of a registration is below its bound."""
+    return (
+        f"the scan hardly resembles the atlas (confidence of the registration {confidence:.2f}, usually "
+        f"{LEAST_CONFIDENCE} or more)"
+    )
 
 
-def overall(verdicts: Iterable[Verdict]) -> Verdict:
-    """Return the worst of several verdicts; "review" if there are none."""
-    return max(verdicts, key=VERDICTS.index, default="review")
+def explain(name: str, evidence: Evidence, mean: float) -> str:
+    """Describe the objection to a structure by the piece of evidence called ``name``, against its usual value."""
+    return _REASONS[name].format(
+        value=getattr(evidence, name),
+        mean=mean,
+        factor=math.exp(evidence.volume_change),
+        usual=math.exp(mean),
+        ml=math.exp(evidence.log_volume) / 1000,
+        usual_ml=math.exp(mean) / 1000,
+    )
+
+
+def overall(verdicts: Iterable[Verdict | None]) -> Verdict | None:
+    """Return the worst of several verdicts; None if none is known."""
+    return max((one for one in verdicts if one is not None), key=VERDICTS.index, default=None)
+
+
+def _worst_objection(evidence: Evidence, regression: Regression) -> str:
+    """Explain the objection that lowers the estimate most; empty if there is none."""
+    lowering = {}
+    for name, added in regression.contributions(evidence).items():
+        term = regression.terms[name]
+        above = (getattr(evidence, name) - term.mean) / term.deviation
+        # Where the regression has a sign that nobody would expect, the evidence explains nothing.
+        if added < 0 and (-above if name in _LOW_IS_BAD else above) >= _NOTABLE:
+            lowering[name] = added
+    if not lowering:
+        return ""
+    worst = min(lowering, key=lambda name: lowering[name])
+    return explain(worst, evidence, regression.terms[worst].mean)
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(filter(None, parts))

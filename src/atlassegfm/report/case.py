@@ -167,7 +167,7 @@ def write_case(
 
 def _note(row: StructureRecord) -> Note | None:
     """What the legend of the picture says of a structure; None if it is present, whole and good."""
-    verdict: Verdict = "good" if row.quality is None else row.quality.verdict
+    verdict: Verdict = (row.quality and row.quality.verdict) or "good"  # or not judged
     remarks = (
         f"in view; {row.cut}" if row.cut else "",
         row.status if row.status == "absent" else "",

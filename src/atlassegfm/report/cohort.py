@@ -34,8 +34,6 @@ from .page import flatten, write_page
 
 #: Largest numbers of thumbnails, of cases to review at once, and behind "more".
 _MOST_PICTURES, _MOST_FIRST, _MOST_LISTED = 48, 12, 240
-#: Fraction outside the field of view from which on a structure is listed for review.
-_CUT_TO_REVIEW = 0.05
 #: Colours of the stages of a run.
 _STAGE_COLORS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#edc948", "#9c755f", "#ff9da7")
 
@@ -149,7 +147,8 @@ def _write(path: Path, title: str, entries: Sequence[_Entry], found: ResultFolde
     reviews = _reviews(entries, found.failures, volumes)
     pictures = [entry for entry in entries if entry.facts is not None and entry.facts.thumbnail]
     if len(pictures) > _MOST_PICTURES:
-        pictures = sorted(pictures, key=lambda entry: -VERDICTS.index(entry.case.run.verdict))[:_MOST_PICTURES]
+        ranks = {verdict: -rank for rank, verdict in enumerate((None, *VERDICTS))}
+        pictures = sorted(pictures, key=lambda entry: ranks[entry.case.run.verdict])[:_MOST_PICTURES]
     write_page(
         path,
         "cohort.html.j2",
@@ -178,7 +177,7 @@ def _write(path: Path, title: str, entries: Sequence[_Entry], found: ResultFolde
 
 
 def _quality(row: StructureRecord) -> tuple[str | None, str, float | None]:
-    """Verdict, its reason and the estimated Dice of a structure."""
+    """Verdict, its reason and the estimated Dice of a structure; no verdict where it is not judged."""
     one = row.quality
     return (None, "", None) if one is None else (one.verdict, one.reason, finite(one.estimated_dice))
 
@@ -214,7 +213,7 @@ def _reviews(
                 remarks.append((3.0, row.reason or "not found"))
             if factor := volumes[row.value].outlier_factors.get(name):
                 remarks.append((4.0, f"volume {factor:.2g} times the median of this cohort"))
-            if row.status == "present" and row.outside_fraction >= _CUT_TO_REVIEW:
+            if row.status == "present" and row.cut:
                 remarks.append((5.0, f"cut by the field of view, {row.cut}"))
             if remarks:
                 what = f"{row.name}: {'; '.join(dict.fromkeys(text for _, text in remarks))}"

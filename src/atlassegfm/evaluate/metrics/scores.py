@@ -34,6 +34,8 @@ class StructureScores:
         Normalized surface Dice: fraction of the area of both surfaces within the tolerance of the other.
     hd95_mm : float
         Robust Hausdorff distance: 95 % of the surface's area is no farther from the other; the larger direction.
+    assd_mm : float
+        Average symmetric surface distance: mean distance to the other surface over the area of both.
     hd95_voxel_mm : float
         95th percentile of the distances between centres of surface voxels, as in MONAI; the larger direction.
     result_voxels, reference_voxels : int
@@ -49,6 +51,7 @@ class StructureScores:
     nsd: float
     tolerance_mm: float
     hd95_mm: float
+    assd_mm: float
     hd95_voxel_mm: float
     result_voxels: int
     reference_voxels: int
@@ -75,14 +78,15 @@ def compare(result: Shape, reference: Shape, *, tolerance_mm: float, centreline:
     cldice, note = None, ""
     if result.voxels and reference.voxels:
         dice = 2 * result.common_voxels(reference) / (result.voxels + reference.voxels)
-        nsd, hd95, hd95_voxel = _surface_scores(result, reference, tolerance_mm)
+        nsd, hd95, assd, hd95_voxel = _surface_scores(result, reference, tolerance_mm)
         if centreline:
             cldice, note = _cldice(result, reference)
     else:
         either = result.voxels or reference.voxels
         status = "both_empty" if not either else "hallucinated" if result.voxels else "missed"
         dice = nsd = 0.0 if either else math.nan
-        hd95 = hd95_voxel = math.hypot(*np.multiply(result.grid_shape, result.spacing_mm)) if either else math.nan
+        diagonal = math.hypot(*np.multiply(result.grid_shape, result.spacing_mm))
+        hd95 = assd = hd95_voxel = diagonal if either else math.nan
         cldice = dice if centreline else None
     return StructureScores(
         status=status,
@@ -90,6 +94,7 @@ def compare(result: Shape, reference: Shape, *, tolerance_mm: float, centreline:
         nsd=nsd,
         tolerance_mm=tolerance_mm,
         hd95_mm=hd95,
+        assd_mm=assd,
         hd95_voxel_mm=hd95_voxel,
         result_voxels=result.voxels,
         reference_voxels=reference.voxels,
@@ -155,18 +160,19 @@ def score_masks(
     return score_labels(result != 0, reference != 0, [1], spacing_mm, {1: tolerance_mm}, centreline=thin)[1]
 
 
-def _surface_scores(result: Shape, reference: Shape, tolerance_mm: float) -> tuple[float, float, float]:
-    """Normalized surface Dice, and both robust Hausdorff distances in mm: by area and by voxels."""
-    within = total = hd95 = hd95_voxel = 0.0
+def _surface_scores(result: Shape, reference: Shape, tolerance_mm: float) -> tuple[float, float, float, float]:
+    """Normalized surface Dice; in mm robust Hausdorff distance, average distance, and the former by voxels."""
+    within = total = moment = hd95 = hd95_voxel = 0.0
     for one, other in ((result, reference), (reference, result)):
         points, area_mm2 = one.surfels
         to_other = distances_mm(points, other.surfels[0])
         within += area_within(to_other, area_mm2, tolerance_mm)
         total += float(area_mm2.sum())
+        moment += float(area_mm2 @ to_other)
         hd95 = max(hd95, robust_distance_mm(to_other, area_mm2))
         by_voxels = distances_mm(one.surface_voxels, other.surface_voxels)
         hd95_voxel = max(hd95_voxel, float(np.percentile(by_voxels, PERCENT)))
-    return within / total, hd95, hd95_voxel
+    return within / total, hd95, moment / total, hd95_voxel
 
 
 def _cldice(result: Shape, reference: Shape) -> tuple[float, str]:
