@@ -27,7 +27,7 @@ from .core.files import PathLike, replaced_folder
 from .core.geometry import Grid
 from .core.image import Volume, load_volume, save_volume, smallest_label_type
 from .core.labels import Structure
-from .core.progress import StageClock, stage_printer
+from .core.progress import GATE_STEPS, StageClock, Steps, stage_printer
 from .core.version import __version__
 from .dicom import EVERYTHING, Selection
 from .fusion.correction import Correction
@@ -239,7 +239,7 @@ def customize(
     model : Segmenter, optional
         The model that the settings name, if it is loaded already.
     on_stage : callable, optional
-        Called with the name of the stage, and of each structure.
+        Called with the name of the stage, and of its parts: each structure, then each step of the training.
     progress : bool
         Whether to print the stage to standard error.
 
@@ -259,8 +259,10 @@ def customize(
     model = None if prompt_kind(settings) is None else model or load_chosen(settings, device)
     if model is None:
         return context
-    with memory_errors(), StageClock(on_stage or (stage_printer() if progress else None)).stage("gate") as report:
-        return train_context(context, model, settings, device=device, on_structure=report)
+    if progress and on_stage is None:
+        on_stage = stage_printer(Steps(GATE_STEPS))
+    with memory_errors(), StageClock(on_stage).stage("gate") as report:
+        return train_context(context, model, settings, device=device, on_part=report)
 
 
 def train_context(
@@ -269,14 +271,14 @@ def train_context(
     settings: Settings,
     *,
     device: str = "cpu",
-    on_structure: Callable[[str], None] = lambda _: None,
+    on_part: Callable[[str], None] = lambda _: None,
 ) -> Context:
     """Train the gate in a random state of its own: it does not depend on what was computed before."""
     prompt = prompt_kind(settings)
     if prompt is None:
         return context
     with reproducible(settings.seed):
-        gate = train_gate_on_atlas(context.atlas, model, prompt, settings, device=device, on_structure=on_structure)
+        gate = train_gate_on_atlas(context.atlas, model, prompt, settings, device=device, on_part=on_part)
     return replace(context, settings=settings, gate=gate, weights_sha256=_weights_sha256(model), version=__version__)
 
 

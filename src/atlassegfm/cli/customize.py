@@ -38,6 +38,7 @@ def customize(options: CustomizeOptions) -> None:
         from .. import context as contexts
         from ..core.device import resolve_device
         from ..core.files import check_replaceable, output_folder
+        from ..core.progress import GATE_STEPS, Steps
         from ..models.choice import load_chosen, prompt_kind
 
         begun, out = time.perf_counter(), options.out
@@ -52,6 +53,7 @@ def customize(options: CustomizeOptions) -> None:
         device = resolve_device(options.device)
         options.accept(settings.model, session)
         with output_folder(out.absolute().parent):
+            session.steps = Steps({"reading the atlas": 1.0, **GATE_STEPS, "writing": 1.0})
             session.progress("reading the atlas")
             model = load_chosen(settings, device)
             context = contexts.Context.from_files(

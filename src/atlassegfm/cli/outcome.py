@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .progress import duration, with_path
+from ..core.progress import duration
+from .progress import with_path
 from .session import print_json, print_table
 
 if TYPE_CHECKING:

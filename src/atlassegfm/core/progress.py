@@ -1,11 +1,29 @@
-"""Stage names and wall times of a job."""
+"""Stage names and wall times of a job, and the time that it will still take."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+
+#: Steps of the training of a gate and their usual seconds, for the embedded pair on one thread.
+GATE_STEPS = {"gate": 5.3, "gate: weights": 2.2, "gate: correction": 5.0, "gate: smoothing": 4.5}
+#: Steps of a query and their usual seconds, as above, with the built-in model.
+QUERY_STEPS = {
+    "registration": 0.1,
+    "registration: linear": 2.3,
+    "registration: structures": 2.9,
+    "registration: deformable": 14.5,
+    "registration: assess": 0.6,
+    "warping": 0.7,
+    "model": 0.3,
+    **GATE_STEPS,
+    "fusion": 0.6,
+    "quality": 0.3,
+}
+#: The time left is estimated from this fraction of the usual time on.
+_LEAST_FRACTION = 0.1
 
 
 class StageClock:
@@ -24,12 +42,57 @@ class StageClock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def stage_printer() -> Callable[[str], None]:
+class Steps:
+    """Which step of how many a job has reached, and the seconds it will still take.
+
+    Parameters
+    ----------
+    usual : mapping of str to float
+        Usual seconds of each step, "stage" or "stage: part", in order; stages are counted.
+    seconds : float, optional
+        Wall time of an earlier job of the kind, for the time left until enough steps of this one are done.
+    """
+
+    def __init__(self, usual: Mapping[str, float], seconds: float | None = None) -> None:
+        names, total, before = [*usual], sum(usual.values()), 0.0
+        self._stages = list(dict.fromkeys(name.partition(": ")[0] for name in names))
+        self._done: dict[str, float] = {}
+        for name in names:
+            self._done[name] = before / total
+            before += usual[name]
+        self._seconds, self._start = seconds, time.monotonic()
+        self.left: float | None = seconds
+
+    def begin(self, name: str) -> str:
+        """Begin a step, and say which it is, as "2 of 6"; empty for one that is not listed."""
+        stage = name.partition(": ")[0]
+        if name in self._done:
+            done, elapsed = self._done[name], time.monotonic() - self._start
+            total = elapsed / done if done >= _LEAST_FRACTION else self._seconds
+            self.left = None if total is None else total * (1 - done)
+        return f"{self._stages.index(stage) + 1} of {len(self._stages)}" if stage in self._stages else ""
+
+
+def query_steps(*, model: bool, gate: bool) -> dict[str, float]:
+    """Usual seconds of the steps of a query, with a model and a gate to train or without."""
+    left_out = {*(() if model else ("model",)), *(() if model and gate else ("gate",))}
+    return {name: seconds for name, seconds in QUERY_STEPS.items() if name.partition(": ")[0] not in left_out}
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, rounded to about two digits."""
+    unit, size = next((one for one in (("h", 3600), ("min", 60)) if seconds >= 2 * one[1]), ("s", 1))
+    return f"{seconds / size:.0f} {unit}"
+
+
+def stage_printer(steps: Steps | None = None) -> Callable[[str], None]:
     """Make a callback that prints each stage to standard error, with the seconds since it was made."""
     start = time.perf_counter()
 
     def show(stage: str) -> None:
+        where = "" if steps is None else steps.begin(stage)
         if ": " not in stage:
-            sys.stderr.write(f"[{time.perf_counter() - start:6.1f} s] {stage}\n")
+            left = "" if steps is None or steps.left is None else f", about {duration(steps.left)} left"
+            sys.stderr.write(f"[{time.perf_counter() - start:6.1f} s] {stage}{f' ({where}{left})' if where else ''}\n")
 
     return show

@@ -30,7 +30,7 @@ def train_gate_on_atlas(
     settings: Settings,
     *,
     device: str = "cpu",
-    on_structure: Callable[[str], None] = lambda _: None,
+    on_part: Callable[[str], None] = lambda _: None,
 ) -> Gate:
     """Train the gate on simulated registration errors of the atlas.
 
@@ -45,8 +45,8 @@ def train_gate_on_atlas(
     settings : Settings
         ``fusion`` and ``seed`` are used.
     device : {"cpu", "cuda"}
-    on_structure : callable
-        Called with the name of each structure.
+    on_part : callable
+        Called with the name of each structure, then of each step of the training.
 
     Returns
     -------
@@ -66,12 +66,14 @@ def train_gate_on_atlas(
 
     for draw in range(len(sizes)):
         masks = dict(zip(truths, parallel_map(simulate, ((draw, n) for n in truths)), strict=True))
-        predicted = scan.predict(masks, on_structure).masks
+        predicted = scan.predict(masks, on_part).masks
         samples.append({n: GateSample(masks[n], mask, truths[n]) for n, mask in predicted.items()})
+    on_part("weights")
     gate = train_gate([one for drawn in samples for one in drawn.values()], options, device=device)
     if options.gate == "paper":
         return gate
 
+    on_part("correction")
     fused = [{n: fuse(one.atlas, one.model, gate, device=device) for n, one in drawn.items()} for drawn in samples]
 
     def training_sample(which: tuple[int, int]) -> TrainingSample | None:
@@ -95,6 +97,7 @@ def train_gate_on_atlas(
         )
         return best_smoothing(trials, image.grid)
 
+    on_part("smoothing")
     return replace(gate, correction=correction, smoothing=tuple(parallel_map(smoothing, truths)))
 
 
