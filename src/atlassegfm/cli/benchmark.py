@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from ..core.errors import InputError, MissingExtraError
+from ..core.errors import InputError, MissingExtraError, did_you_mean
 from .evaluate import DEFAULT_TOLERANCE_MM, CentrelineOption, LabelsOption, ToleranceOption, read_tolerance
+from .help import HELP_OPTIONS, Group
 from .options import DeviceOptions, ModelOptions, ScreenOptions, SettingsOptions, command, options, split_list
 from .report import require_pictures
 from .session import EXIT_FAILURES, accept_licences, open_session, print_json, print_table
@@ -26,12 +26,13 @@ if TYPE_CHECKING:
 _DEFAULT = "protocol"
 
 
-class _DefaultGroup(TyperGroup):
+class _DefaultGroup(Group):
     """Subcommands, and ``benchmark DATASET`` for the first of them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the default's name in front where no name is given."""
-        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+        misspelt = args and did_you_mean(args[0], self.commands) and not Path(args[0]).exists()
+        if args and args[0] not in (*self.commands, *HELP_OPTIONS) and not misspelt:
             args = [_DEFAULT, *args]
         return list(super().parse_args(ctx, args))
 
@@ -61,8 +62,10 @@ class BenchmarkOptions(ScreenOptions, DeviceOptions, SettingsOptions):
     ] = None
     cases: Annotated[str | None, typer.Option("--cases", metavar="A,B,...", help="Cases that take part.")] = None
     labels: LabelsOption = None
-    every: Annotated[int, typer.Option("--every", metavar="N", help="A sample: one pair of N.")] = 1
-    folds: Annotated[int, typer.Option("--folds", metavar="N", help="Of one-shot-5fold, where 5 are too many.")] = 5
+    every: Annotated[int, typer.Option("--every", metavar="N", help="Run a sample of the pairs, one of N.")] = 1
+    folds: Annotated[
+        int, typer.Option("--folds", metavar="N", help="Folds of one-shot-5fold, where 5 are too many.")
+    ] = 5
     tolerance: ToleranceOption = f"{DEFAULT_TOLERANCE_MM:g}"
     cldice: CentrelineOption = None
     channel: Annotated[int, typer.Option("--channel", metavar="N", help="Channel of the scans.")] = 0
@@ -219,10 +222,12 @@ class TimeOptions(ScreenOptions, DeviceOptions, ModelOptions):
 
     dataset: Annotated[
         Path | None,
-        typer.Argument(metavar="[DATASET]", help="Its first two cases; the embedded pair if left out."),
+        typer.Argument(metavar="[DATASET]", help="Folder whose first two cases are used [default: the embedded pair]."),
     ] = None
     labels: LabelsOption = None
-    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Repeat; the median counts.")] = 3
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", min=1, help="Number of runs, of which the median counts.")
+    ] = 3
     shape: Annotated[str, typer.Option("--shape", metavar="IxJxK", help="Voxels of both scans.")] = "256x256x240"
 
 

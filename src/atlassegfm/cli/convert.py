@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..core.errors import InputError
+from ..core.errors import InputError, did_you_mean
 from .options import ScreenOptions, SeriesOption, StructureOptions, options
 from .session import open_session, print_json
 
@@ -53,7 +53,8 @@ def convert(options: ConvertOptions) -> None:
         out = options.out
         to = options.to or ("" if out.suffix.lower() == ".dcm" else "image")
         if to not in FORMS:
-            raise InputError(f"--to {options.to or ''}: expected one of {', '.join(FORMS)}")
+            meant = did_you_mean(options.to or "", FORMS)
+            raise InputError(f"--to {options.to or ''}: expected one of {', '.join(FORMS)}{meant}")
         if out.exists() and not options.force:
             raise InputError(f"{out}: exists already; choose another name, or replace it with --force")
         conversion = Conversion(to, options.onto, options.series, options.names, options.selection())

@@ -19,7 +19,9 @@ class CustomizeOptions(ScreenOptions, DeviceOptions, ModelOptions, StructureOpti
     """Options of ``customize``."""
 
     atlas: Annotated[Path, typer.Option("--atlas", metavar="IMG", help="The annotated scan.")]
-    labels: Annotated[Path, typer.Option("--labels", metavar="LAB", help="Its label map, RTSTRUCT or DICOM-SEG.")]
+    labels: Annotated[
+        Path, typer.Option("--labels", metavar="LAB", help="Labels of the atlas: label map, RTSTRUCT or DICOM-SEG.")
+    ]
     out: Annotated[Path, typer.Option("--out", "-o", metavar="CTX", help="Context folder to write.")]
     names: Annotated[
         Path | None, typer.Option("--names", metavar="FILE", help="Names of the labels: JSON, or '1 liver' lines.")

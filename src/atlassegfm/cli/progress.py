@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.progress import Steps, duration, query_steps
+from ..core.progress import Steps, duration
 from .session import Session
 
 if TYPE_CHECKING:

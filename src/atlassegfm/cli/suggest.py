@@ -26,7 +26,10 @@ class SuggestOptions(ScreenOptions, DeviceOptions, SettingsOptions):
         int, typer.Option("--landmarks", metavar="N", min=3, help="Of more than 12 scans, compare each with N others.")
     ] = 8
     finalists: Annotated[
-        int, typer.Option("--finalists", metavar="N", min=1, help="Then compare the best N with all.")
+        int,
+        typer.Option(
+            "--finalists", metavar="N", min=1, help="Of more than 12 scans, then compare the best N with all."
+        ),
     ] = 3
     picture: Annotated[bool, typer.Option("--picture/--no-picture", help="Draw OUT/suggest.png (extra 'report').")] = (
         True

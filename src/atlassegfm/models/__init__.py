@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..core.errors import InputError
+from ..core.errors import InputError, did_you_mean
 from ..core.image import Volume
 from ..core.mask import LocalMap
 from ..prompts import Prompt, PromptKind
@@ -204,8 +204,8 @@ def describe_model(name: str) -> ModelDescription:
         If there is none; the message lists the known names.
     """
     if name not in MODELS:
-        known = ", ".join(("none", *MODELS))
-        raise InputError(f"unknown model {name!r}; known models: {known}")
+        known = ("none", *MODELS)
+        raise InputError(f"unknown model {name!r}{did_you_mean(name, known)}; known models: {', '.join(known)}")
     return MODELS[name]
 
 
