@@ -310,7 +310,7 @@ def test_an_interrupted_run_goes_on(folder: Path, run: Run, monkeypatch: pytest.
     }
     outcome = run(*arguments)
     assert outcome.code == 0
-    assert "warning: out: 1 of 3 are done already\n[1/2] case_1 -> case_3\n" in outcome.err
+    assert "1 kept, 2 to do\n[1/2] case_1 -> case_3\n" in outcome.err
     assert len(calls) == 4
     outcome = run(*arguments, "--force", "--tolerance", "1")
     assert outcome.code == 0

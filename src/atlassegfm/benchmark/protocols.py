@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..core.errors import InputError, did_you_mean
+from ..core.errors import InputError
 from ..core.labels import listed
+from ..core.text import did_you_mean
 
 logger = logging.getLogger(__name__)
 

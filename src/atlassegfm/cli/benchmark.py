@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.errors import InputError, MissingExtraError, did_you_mean
+from ..core.errors import InputError, MissingExtraError
+from ..core.text import counted, did_you_mean
 from .evaluate import DEFAULT_TOLERANCE_MM, CentrelineOption, LabelsOption, ToleranceOption, read_tolerance
 from .help import HELP_OPTIONS, Group
 from .options import DeviceOptions, ModelOptions, ScreenOptions, SettingsOptions, command, options, split_list
@@ -251,9 +252,8 @@ def time(options: TimeOptions) -> None:
         return
     sizes = " x ".join(str(n) for n in query.grid.shape)
     source = "embedded scans" if options.dataset is None else options.dataset.name
-    plural = "run" if options.rounds == 1 else "runs"
-    scans = f"{sizes} voxels ({source}), {len(atlas.structures)} structures, {timing.device}"
-    typer.echo(f"{scans}, median of {options.rounds} {plural}; peak {timing.peak_memory_mb} MB")
+    typer.echo(f"{sizes} voxels ({source}), {counted(len(atlas.structures), 'structure')}, {timing.device}")
+    typer.echo(f"median of {counted(options.rounds, 'run')}; peak {timing.peak_memory_mb} MB")
     parameters = ["" if one.parameters is None else str(one.parameters) for one in timing.stages]
     rows = [(one.name, f"{one.seconds:.2f}", count) for one, count in zip(timing.stages, parameters, strict=True)]
     print_table(("stage", "seconds", "parameters"), rows, numbers_from=1)
@@ -298,24 +298,29 @@ def _run(title: str, columns: Callable[[Variant, list[str]], list[Variant]], opt
         if options.accept_licence:
             accept_licences([one.settings.model for one in plan.variants], session)
         dataset, cases = plan.dataset, [case.name for case in plan.dataset.cases]
-        if not options.quiet:
-            count = "1 pair" if len(plan.pairs) == 1 else f"{len(plan.pairs)} pairs"
-            session.say(f"{dataset.name}: {count} of {len(cases)} cases: {', '.join(cases)}")
-            session.say(f"structures: {', '.join(f'{name} ({value})' for value, name in plan.names.items())}")
+        pairs, of = counted(len(plan.pairs), "pair"), counted(len(cases), "case")
+        session.note(f"{dataset.name}: {pairs} of {of}: {', '.join(cases)}")
+        session.note(f"structures: {', '.join(f'{name} ({value})' for value, name in plan.names.items())}")
         left = [name for value, name in dataset.structures.items() if value not in plan.values]
         if left:
             session.say(f"left out on request: {', '.join(left)}")
-        for note in () if options.quiet else notes:
-            session.say(note)
-        records = run(plan, options.out, force=options.force, on_pair=session.begin_pair, on_stage=session.progress)
+        for note in notes:
+            session.note(note)
+
+        def show_plan(kept: int, to_do: int) -> None:
+            if kept:
+                session.note(f"{kept} kept, {to_do} to do")
+
+        shown = {"on_planned": show_plan, "on_pair": session.begin_pair, "on_stage": session.progress}
+        records = run(plan, options.out, force=options.force, **shown)
         session.progress("tables")
         summary = write_reports(plan, records, options.out, plots=options.plots)
-        if options.as_json:
-            print_json(summary)
-        else:
-            head, *rows = main_table(columns_of(plan, records))
-            print_table(head, rows, numbers_from=len(head) - 5)
-            typer.echo(f"\nreport    {options.out / 'report.md'}")
+    if options.as_json:
+        print_json(summary)
+    else:
+        head, *rows = main_table(columns_of(plan, records))
+        print_table(head, rows, numbers_from=len(head) - 5)
+        typer.echo(f"\nreport    {options.out / 'report.md'}")
     if any(record.failure for record in records):
         raise typer.Exit(EXIT_FAILURES)
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ..core.errors import InputError, did_you_mean
+from ..core.errors import InputError
+from ..core.text import counted, did_you_mean
 from .options import ScreenOptions, SeriesOption, StructureOptions, options
 from .session import open_session, print_json
 
@@ -64,4 +65,4 @@ def convert(options: ConvertOptions) -> None:
         return
     typer.echo(f"{options.labels} -> {out}")
     for one in written["structures"]:
-        typer.echo(f"  {one['value']:>5}  {one['name']}  ({one['voxels']} voxels)")
+        typer.echo(f"  {one['value']:>5}  {one['name']}  ({counted(one['voxels'], 'voxel')})")

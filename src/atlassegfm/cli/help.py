@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
 
-from ..core.errors import did_you_mean
+from ..core.text import did_you_mean
 from .session import sentence
 
 HELP_OPTIONS = ("-h", "--help")

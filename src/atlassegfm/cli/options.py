@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from ..core.errors import InputError, did_you_mean
+from ..core.errors import InputError
+from ..core.text import did_you_mean
 from .help import Command
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.progress import Steps, duration
+from ..core.progress import Steps
+from ..core.text import duration
 from .session import Session
 
 if TYPE_CHECKING:

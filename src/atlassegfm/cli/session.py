@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from ..core.errors import AtlasSegError
-from ..core.progress import Steps, duration
+from ..core.progress import Steps
+from ..core.text import duration
 
 if TYPE_CHECKING:
     from rich.console import Console

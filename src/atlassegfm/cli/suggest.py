@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..core.text import counted, duration
 from .options import DeviceOptions, ScreenOptions, SettingsOptions, options
 from .report import require_pictures
 from .session import open_session, print_json, print_table
@@ -74,7 +75,8 @@ def suggest(options: SuggestOptions) -> None:
     if options.as_json:
         print_json(found.summary())
         return
-    typer.echo(f"contour {found.candidates[0].name} first  ({found.pairs} pairs in {found.seconds:.0f} s)")
+    work = f"{counted(found.pairs, 'pair')} in {duration(found.seconds)}"
+    typer.echo(f"contour {found.candidates[0].name} first  ({work})")
     if not found.differs:
         typer.echo("the scans differ little: others would do as well")
     rows = [

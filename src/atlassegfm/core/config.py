@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from .errors import InputError, did_you_mean
+from .errors import InputError
 from .files import PathLike
 from .labels import listed
+from .text import did_you_mean
 
 S = TypeVar("S")
 

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .errors import InputError, ModelError, did_you_mean
+from .errors import InputError, ModelError
+from .text import did_you_mean
 
 DEVICES = ("auto", "cpu", "cuda")
 

@@ -6,8 +6,8 @@ ordinary Python exceptions.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+import shlex
+import sys
 
 
 class AtlasSegError(Exception):
@@ -44,16 +44,6 @@ class MissingExtraError(AtlasSegError):
 
 def _install(extra: str) -> str:
     """Command that installs what an extra brings, wherever this package came from."""
-    import shlex
-    import sys
-
     from .extras import requirements
 
     return shlex.join([sys.executable, "-m", "pip", "install", *(requirements(extra) or [f".[{extra}]"])])
-
-
-def did_you_mean(wanted: str, known: Iterable[str]) -> str:
-    """Text for a message, " (did you mean 'x'?)", with the known name most like a misspelt one; empty without one."""
-    by_plain = {name.lower(): name for name in known}
-    found = difflib.get_close_matches(wanted.lower(), by_plain, n=1)
-    return f" (did you mean {by_plain[found[0]]!r}?)" if found else ""

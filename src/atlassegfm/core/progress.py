@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+from .text import duration
+
 #: Steps of the training of a gate and their usual seconds, for the embedded pair on one thread.
 GATE_STEPS = {"gate": 5.3, "gate: weights": 2.2, "gate: correction": 5.0, "gate: smoothing": 4.5}
 #: Steps of a query and their usual seconds, as above, with the built-in model.
@@ -77,12 +79,6 @@ def query_steps(*, model: bool, gate: bool) -> dict[str, float]:
     """Usual seconds of the steps of a query, with a model and a gate to train or without."""
     left_out = {*(() if model else ("model",)), *(() if model and gate else ("gate",))}
     return {name: seconds for name, seconds in QUERY_STEPS.items() if name.partition(": ")[0] not in left_out}
-
-
-def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, rounded to about two digits."""
-    unit, size = next((one for one in (("h", 3600), ("min", 60)) if seconds >= 2 * one[1]), ("s", 1))
-    return f"{seconds / size:.0f} {unit}"
 
 
 def stage_printer(steps: Steps | None = None) -> Callable[[str], None]:

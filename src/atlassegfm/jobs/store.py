@@ -35,10 +35,11 @@ import numpy as np
 from .. import dicom
 from ..context import Context
 from ..core.config import to_dict
-from ..core.errors import InputError, did_you_mean
+from ..core.errors import InputError
 from ..core.files import disk_errors, replaced_folder
 from ..core.image import Volume, save_masks, save_volume
 from ..core.labels import Structure, itk_snap_labels, slicer_color_table
+from ..core.text import did_you_mean
 from ..core.version import __version__
 from ..models import describe_model
 from ..records import (

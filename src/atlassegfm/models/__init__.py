@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..core.errors import InputError, did_you_mean
+from ..core.errors import InputError
 from ..core.image import Volume
 from ..core.mask import LocalMap
+from ..core.text import did_you_mean
 from ..prompts import Prompt, PromptKind
 from ..settings import ModelSettings
 from . import weights as _weights
