@@ -763,9 +763,7 @@ def test_another_version_is_refused_and_other_files_are_computed_again(
     spy.calls.clear()
     run(plan, out)
     assert len(spy.calls) == sum("case_3" in (pair.atlas, pair.query) for pair in plan.pairs) == 1
-    assert caplog.messages == [
-        "case_1 -> case_3: files have changed; computed again",
-    ]
+    assert caplog.messages == ["case_1 -> case_3: files have changed; computed again"]
 
 
 def test_the_command_and_the_folder_may_change(dataset: Dataset, tmp_path: Path, spy: Spy) -> None:

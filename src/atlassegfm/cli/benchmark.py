@@ -311,8 +311,14 @@ def _run(title: str, columns: Callable[[Variant, list[str]], list[Variant]], opt
             if kept:
                 session.note(f"{kept} kept, {to_do} to do")
 
-        shown = {"on_planned": show_plan, "on_pair": session.begin_pair, "on_stage": session.progress}
-        records = run(plan, options.out, force=options.force, **shown)
+        records = run(
+            plan,
+            options.out,
+            force=options.force,
+            on_planned=show_plan,
+            on_pair=session.begin_pair,
+            on_stage=session.progress,
+        )
         session.progress("tables")
         summary = write_reports(plan, records, options.out, plots=options.plots)
     if options.as_json:
