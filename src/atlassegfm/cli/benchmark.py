@@ -32,9 +32,9 @@ class _DefaultGroup(Group):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the default's name in front where no name is given."""
-        misspelt = args and did_you_mean(args[0], self.commands) and not Path(args[0]).exists()
-        if args and args[0] not in (*self.commands, *HELP_OPTIONS) and not misspelt:
-            args = [_DEFAULT, *args]
+        if args and args[0] not in (*self.commands, *HELP_OPTIONS):
+            is_path = args[0].startswith("-") or Path(args[0]).exists()
+            args = [_DEFAULT, *args] if is_path or not did_you_mean(args[0], self.commands) else args
         return list(super().parse_args(ctx, args))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -31,7 +32,7 @@ class Command(TyperCommand):
             record = one.get_help_record(ctx)
             if record is not None:
                 is_argument = one.param_type_name == "argument"
-                name = _argument(one) if is_argument else record[0]
+                name = _argument(one) if is_argument else re.sub(r"<\w+>", "TEXT", record[0])
                 sections["Arguments" if is_argument else "Options"].append((name, record[1]))
         for title, records in sections.items():
             if records:

@@ -11,6 +11,7 @@ import typer
 
 from ..core.errors import InputError
 from ..core.extras import is_installed
+from ..core.text import counted
 from .help import HELP_OPTIONS, Group
 from .options import ScreenOptions, command, options
 from .session import accept_licences, open_session, print_json, print_table
@@ -178,10 +179,10 @@ def fetch(options: FetchOptions) -> None:
     if fetched is None:
         return
     count = len(fetched.downloaded)
-    done = f"{count} {'file' if count == 1 else 'files'} downloaded" if count else "complete already, none downloaded"
+    done = f"{counted(count, 'file')} downloaded" if count else "complete already, none downloaded"
     typer.echo(f"{name}: {done}; the weights are in {fetched.folder}")
-    rows = [(one.file.path, str(one.size), str(one.sha256), one.verdict) for one in fetched.files]
-    print_table(("file", "bytes", "sha256", ""), rows)
+    for one in fetched.files:
+        typer.echo(f"  {one.file.path}  {one.size} bytes, {one.verdict}\n    sha256 {one.sha256}")
     if options.folder is not None:
         typer.echo(f"use them with --model-path {fetched.folder}")
 
