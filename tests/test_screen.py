@@ -181,7 +181,7 @@ def test_usual_steps_are_those_of_the_method() -> None:
 
 
 def test_python_shows_steps_on_request(capsys: pytest.CaptureFixture[str]) -> None:
-    show = stage_printer(Steps({"read": 1.0, "fit": 1.0}))
+    show = stage_printer({"read": 1.0, "fit": 1.0})
     for stage in ("read", "fit", "fit: coarse"):
         show(stage)
     lines = capsys.readouterr().err.splitlines()

@@ -27,7 +27,7 @@ from .core.files import PathLike, replaced_folder
 from .core.geometry import Grid
 from .core.image import Volume, load_volume, save_volume, smallest_label_type
 from .core.labels import Structure
-from .core.progress import GATE_STEPS, StageClock, Steps, stage_printer
+from .core.progress import GATE_STEPS, StageClock, stage_printer
 from .core.version import __version__
 from .dicom import EVERYTHING, Selection
 from .fusion.correction import Correction
@@ -259,9 +259,8 @@ def customize(
     model = None if prompt_kind(settings) is None else model or load_chosen(settings, device)
     if model is None:
         return context
-    if progress and on_stage is None:
-        on_stage = stage_printer(Steps(GATE_STEPS))
-    with memory_errors(), StageClock(on_stage).stage("gate") as report:
+    show = on_stage or (stage_printer(GATE_STEPS) if progress else None)
+    with memory_errors(), StageClock(show).stage("gate") as report:
         return train_context(context, model, settings, device=device, on_part=report)
 
 

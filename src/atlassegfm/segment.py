@@ -18,7 +18,7 @@ from .context import Context, train_context
 from .core.device import memory_errors, reproducible, resolve_device
 from .core.image import Volume
 from .core.mask import LocalMap
-from .core.progress import StageClock, Steps, query_steps, stage_printer
+from .core.progress import StageClock, query_steps, stage_printer
 from .dicom import open_image
 from .fusion.fuse import fuse_structures, is_empty_prediction
 from .fusion.label_map import label_map
@@ -94,9 +94,8 @@ def segment(
     scan = canonical_scan(query, "the query" if query.source is None else str(query.source.path))
     model = model or load_chosen(settings, device)
     context.check_model(model)
-    if progress and on_stage is None:
-        on_stage = stage_printer(Steps(query_steps(model=model is not None, gate=context.gate is None)))
-    atlas, clock = context.atlas, StageClock(on_stage)
+    usual = query_steps(model=model is not None, gate=context.gate is None)
+    atlas, clock = context.atlas, StageClock(on_stage or (stage_printer(usual) if progress else None))
     with reproducible(settings.seed), memory_errors():
         with clock.stage("registration") as report:
             if transforms:

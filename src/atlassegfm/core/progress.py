@@ -81,14 +81,14 @@ def query_steps(*, model: bool, gate: bool) -> dict[str, float]:
     return {name: seconds for name, seconds in QUERY_STEPS.items() if name.partition(": ")[0] not in left_out}
 
 
-def stage_printer(steps: Steps | None = None) -> Callable[[str], None]:
-    """Make a callback that prints each stage to standard error, with the seconds since it was made."""
-    start = time.perf_counter()
+def stage_printer(usual: Mapping[str, float]) -> Callable[[str], None]:
+    """Make a callback that prints each step of ``usual`` to standard error, with the seconds since it was made."""
+    steps, start = Steps(usual), time.perf_counter()
 
-    def show(stage: str) -> None:
-        where = "" if steps is None else steps.begin(stage)
-        if ": " not in stage:
-            left = "" if steps is None or steps.left is None else f", about {duration(steps.left)} left"
-            sys.stderr.write(f"[{time.perf_counter() - start:6.1f} s] {stage}{f' ({where}{left})' if where else ''}\n")
+    def show(name: str) -> None:
+        where, seconds = steps.begin(name), time.perf_counter() - start
+        left = "" if steps.left is None else f", about {duration(steps.left)} left"
+        if ": " not in name or name in usual:
+            sys.stderr.write(f"[{seconds:6.1f} s] {name} ({where}{left})\n")
 
     return show
