@@ -207,7 +207,7 @@ def test_a_sample_of_all_pairs_has_each_case_about_as_often_as_atlas_and_as_quer
         (
             "ab",
             {"protocol": "two-shot"},
-            "unknown protocol 'two-shot'",
+            "unknown protocol 'two-shot'; expected one of one-shot-5fold, one-to-all, all-pairs",
         ),
         ("a", {}, "a benchmark needs an atlas and a query; found 1 case: add labelled cases"),
         ("ab", {"every": 0}, "--every 0: expected 1 (all pairs) or more"),

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,9 @@ from .session import Session
 
 if TYPE_CHECKING:
     from ..jobs import Case, Outcome, Row
+
+#: Earlier results that are read to estimate the time of another.
+_LOOKED_AT = 20
 
 
 class RunProgress:
@@ -46,7 +50,8 @@ class RunProgress:
         """Show that a case begins."""
         if len(self.outcome.rows) == 1:
             self._session.begin(1, 1, case.name)
-            self._session.steps = Steps(self._steps, _usual_seconds(self._out.glob("*/status.json")))
+            earlier = islice(self._out.glob("*/status.json"), _LOOKED_AT)
+            self._session.steps = Steps(self._steps, _usual_seconds(earlier))
         else:
             text = f"{self._state()}: {case.name}"
             self._session.advance(text, "" if self._ended else text)

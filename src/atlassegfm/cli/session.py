@@ -96,8 +96,8 @@ class Session:
         text = f"{self._prefix}{stage}"
         self._record(text)
         if self._bar is None and not self._quiet and (self._waited() or not (self._silent or ": " in stage)):
-            where_left = ", ".join(filter(None, (where, self.left)))
-            self._show(f"{text} ({where_left})" if where else text)
+            known = ", ".join(filter(None, (where, self.left)))
+            self._show(f"{text} ({known})" if known else text)
         self._update(f"{text} ({where})" if where else text)
 
     def advance(self, description: str, line: str = "") -> None:
