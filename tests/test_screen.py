@@ -167,7 +167,10 @@ def test_steps_tell_which_of_how_many_and_the_time_left(monkeypatch: pytest.Monk
     assert (steps.begin("fit"), steps.left) == ("2 of 3", pytest.approx(8))
     now[0] = 6.0
     assert (steps.begin("fit: fine"), steps.left) == ("2 of 3", pytest.approx(9))
-    assert steps.begin("fit: unheard of") == "2 of 3"
+    now[0] = 8.0
+    assert (steps.begin("fit: unheard of"), steps.left) == ("2 of 3", pytest.approx(7))
+    now[0] = 99.0
+    assert steps.left == 0
     assert steps.begin("something else") == ""
     # An earlier result tells the time left from the first moment.
     assert Steps({"read": 1.0, "fit": 9.0}, seconds=50.0).left == 50
@@ -221,8 +224,8 @@ from atlassegfm.cli.session import open_session
 from atlassegfm.core.progress import Steps
 with open_session(quiet=False) as session:
     session.note("2 kept, 3 to do")
-    session.steps = Steps({"reading": 1.0, "registration": 9.0}, seconds=500)
     session.begin(1, 1, "a_very_long_name_of_a_case_" * 5)
+    session.steps = Steps({"reading": 1.0, "registration": 9.0}, seconds=500)
     session.progress("reading")
     time.sleep(0.3)
     session.progress("registration")

@@ -68,13 +68,14 @@ class Session:
     @property
     def left(self) -> str:
         """Estimate of the time left, as "about 20 s left"; empty where it is not known."""
-        left = 0.0 if self._end is None else self._end - time.monotonic()
-        return f"about {duration(left)} left" if left >= 1 else ""
+        left = None if self._end is None else self._end - time.monotonic()
+        left = left if self.steps is None else self.steps.left
+        return f"about {duration(left)} left" if left is not None and left >= 1 else ""
 
     def begin(self, number: int, count: int, name: str) -> None:
         """Show that a query begins; the time left is estimated from those before it."""
         self._prefix = f"{name} " if count == 1 else f"[{number}/{count}] {name} "
-        now = time.monotonic()
+        self.steps, now = None, time.monotonic()
         if number == 1:
             self._start, self._end = now, None
         else:
@@ -89,10 +90,7 @@ class Session:
 
     def progress(self, stage: str) -> None:
         """Show what is being done; parts of a stage come as "stage: part"."""
-        where = ""
-        if self.steps is not None:
-            where = self.steps.begin(stage)
-            self._end = None if self.steps.left is None else time.monotonic() + self.steps.left
+        where = "" if self.steps is None else self.steps.begin(stage)
         text = f"{self._prefix}{stage}"
         self._record(text)
         if self._bar is None and not self._quiet and (self._waited() or not (self._silent or ": " in stage)):

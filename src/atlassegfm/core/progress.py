@@ -63,15 +63,20 @@ class Steps:
             self._done[name] = before / total
             before += usual[name]
         self._seconds, self._start = seconds, time.monotonic()
-        self.left: float | None = seconds
+        self._end = None if seconds is None else self._start + seconds
+
+    @property
+    def left(self) -> float | None:
+        """Seconds left; None where they are not known."""
+        return None if self._end is None else max(self._end - time.monotonic(), 0.0)
 
     def begin(self, name: str) -> str:
         """Begin a step, and say which it is, as "2 of 6"; empty for one that is not listed."""
         stage = name.partition(": ")[0]
         if name in self._done:
-            done, elapsed = self._done[name], time.monotonic() - self._start
-            total = elapsed / done if done >= _LEAST_FRACTION else self._seconds
-            self.left = None if total is None else total * (1 - done)
+            done, now = self._done[name], time.monotonic()
+            total = (now - self._start) / done if done >= _LEAST_FRACTION else self._seconds
+            self._end = None if total is None else now + total * (1 - done)
         return f"{self._stages.index(stage) + 1} of {len(self._stages)}" if stage in self._stages else ""
 
 
