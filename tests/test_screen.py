@@ -281,12 +281,7 @@ def test_a_single_query_counts_its_steps(folder: Path, run: Run) -> None:
         assert (found[0][0], found[-1][0]) == ("reading", "writing")
 
 
-@pytest.mark.usefixtures("quick_fits")
-def test_check_and_customize_show_what_they_do(folder: Path, run: Run) -> None:
-    annotated = ("--atlas", "atlas.nii.gz", "--labels", "labels.nii.gz")
-    checked = run("check", "query.nii.gz", "atlas.nii.gz", *annotated)
-    assert [line.partition("] ")[0] for line in checked.err.splitlines()[1:]] == ["[1/2", "[2/2"]
-    assert run("check", "query.nii.gz", *annotated, "--json").err == ""
-    assert re.findall(r"\((\d) of (\d)", run("customize", *annotated, "-o", "ctx", *FAST).err) == [
-        *(("1", "3"), ("2", "3"), ("3", "3"))
-    ]
+def test_customize_counts_its_steps(folder: Path, run: Run) -> None:
+    outcome = run("customize", "--atlas", "atlas.nii.gz", "--labels", "labels.nii.gz", "-o", "ctx", *FAST)
+    assert outcome.code == 0, outcome.err
+    assert re.findall(r"\((\d) of (\d)", outcome.err) == [("1", "3"), ("2", "3"), ("3", "3")]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 
 from ..core.files import atomic_path
 from ..core.labels import listed
-from ..core.text import counted
 from ..evaluate.statistics import LEVEL, Interval, Spread, macro_mean, paired_bootstrap, spread
 from ..evaluate.summary import SMALL_ML, Summary, plain_row, score_row, summarise, write_scores
 from .plan import PLAN, Plan
@@ -230,13 +229,13 @@ class _Page:
             yield from ("![Dice of each structure](dice.png)", "", "![Dice against time](dice-time.png)")
 
     def _head(self) -> Iterator[str]:
-        plan, queries = self.plan, {pair.query for pair in self.plan.pairs}
+        plan = self.plan
         yield from (f"# {plan.dataset.name}: {plan.title}", "")
         if plan.command:
             yield from (f"```sh\n{plan.command}\n```", "")
         yield (
-            f"{counted(len(plan.pairs), 'pair')}, {counted(len(self.atlases), 'atlas', 'atlases')}, "
-            f"{counted(len(queries), 'query', 'queries')}. NSD at {plan.tolerances.origin}; "
+            f"{count(plan.pairs, 'pair', 'pairs')}, {count(self.atlases, 'atlas', 'atlases')}, "
+            f"{count({pair.query for pair in plan.pairs}, 'query', 'queries')}. NSD at {plan.tolerances.origin}; "
             "HD95 on surface elements, the larger of both directions. Means over the cases of each structure, then "
             "over structures."
         )
@@ -339,6 +338,11 @@ def _markdown(lines: Sequence[Sequence[str]], words: int = 1) -> Iterable[str]:
     yield head
     yield "|" + "|".join("---" if n < words else "---:" for n in range(len(lines[0]))) + "|"
     yield from (*rest, "")
+
+
+def count(things: Collection[Any], one: str, several: str) -> str:
+    """Give number and noun of things."""
+    return f"{len(things)} {one if len(things) == 1 else several}"
 
 
 def decimal(value: float, digits: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 
 
 def check_files(
-    paths: Iterable[str | os.PathLike[str]],
-    series: str | None = None,
-    atlas: Atlas | None = None,
-    on_file: Callable[[int, int, str], None] = lambda *_: None,
+    paths: Iterable[str | os.PathLike[str]], series: str | None = None, atlas: Atlas | None = None
 ) -> Check:
     """Check files one by one, scans against an atlas, and all in pairs.
 
@@ -41,16 +38,12 @@ def check_files(
         Which series of DICOM folders, as :func:`~atlassegfm.dicom.load_series` takes it.
     atlas : Atlas, optional
         Each scan is fitted to it, which takes some seconds.
-    on_file : callable, optional
-        Called with number (from 1), count and name of each file as it begins.
     """
     files = [Path(path) for path in paths]
     scans: list[Series] = []
     found: dict[int, tuple[FileReport, Grid | None]] = {}
     # Scans first, as structures need them.
-    order = sorted(range(len(files)), key=lambda n: is_dicom_input(files[n]) and not files[n].is_dir())
-    for number, position in enumerate(order, start=1):
-        on_file(number, len(files), files[position].name)
+    for position in sorted(range(len(files)), key=lambda n: is_dicom_input(files[n]) and not files[n].is_dir()):
         found[position] = _examine(files[position], scans, series, atlas)
     reports = [found[position][0] for position in range(len(files))]
     readable = [(report, grid) for report, grid in (found[n] for n in range(len(files))) if grid is not None]

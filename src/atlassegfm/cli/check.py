@@ -34,24 +34,18 @@ def check(options: CheckOptions) -> None:
     With --context, or --atlas and --labels, each scan is also fitted to the atlas (some seconds): are left and right
     swapped, is the contrast inverted, does it show the structures? The exit code is 2 if a file could not be used.
     """
-    with open_session(quiet=options.as_json, warnings=False) as session:
+    with open_session(quiet=True, warnings=False) as session:
         from ..check import check_files
         from ..jobs.scans import find_scans
 
         atlas = None
         if any(one is not None for one in (options.context, options.atlas, options.labels, options.names)):
             options.check_atlas()
-            session.progress("reading the atlas")
             atlas = options.load_atlas()
         scans = find_scans(options.files, labels=True)
         for remark in scans.remarks():
             session.say(remark)
-
-        def show(number: int, count: int, name: str) -> None:
-            session.begin(number, count, name)
-            session.progress("reading" if atlas is None else "comparing with the atlas")
-
-        found = check_files(scans.found, options.series, atlas, show)
+        found = check_files(scans.found, options.series, atlas)
     if options.as_json:
         print_json(found.to_dict())
     else:
