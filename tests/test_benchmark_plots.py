@@ -204,7 +204,7 @@ def test_nothing_is_left_where_writing_fails(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(Figure, "savefig", fail)
     columns, records = benchmark(1, 2)
-    with pytest.raises(InputError, match="No space left"):
+    with pytest.raises(InputError, match="no space is left"):
         save_figure(dice_and_time_figure(columns, records, "Data"), tmp_path / "x.png")
     assert not list(tmp_path.iterdir())
 
