@@ -4,20 +4,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMPS := .venv/.stamps
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check \
 	--constraint constraints.txt --build-constraint constraints.txt
 # Tests run in two processes; one thread each keeps them from fighting over the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS=1
 
+ifeq ($(MAKECMDGOALS)$(EXTRAS),extras)
+$(error say which, as in: make extras EXTRAS=dicom,greedy; docs/how-to/install.md lists them)
+endif
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all trial check format results bench profile docs clean
+.PHONY: help demo extras test test-all test-install trial check format results bench profile docs clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMPS)/run ## do the whole job on an embedded pair of scans, into demo/
 	$(BIN)/atlassegfm demo -o demo
+
+extras: $(STAMPS)/run ## install optional parts of the program, as make extras EXTRAS=dicom,greedy
+	$(INSTALL) --editable '.[$(EXTRAS)]'
 
 test: $(STAMPS)/test ## run the tests that take seconds
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -m "not slow"
@@ -27,6 +34,9 @@ test-all: $(STAMPS)/test ## run all tests, the slow ones too (real scans in ../s
 
 trial: $(STAMPS)/test ## walk a newcomer's first day through the command line, and show it
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -s tests/test_trial.py
+
+test-install: $(STAMPS)/test ## install the wheel into an empty environment, then an extra as its error message says
+	$(BIN)/python -m pytest tests/test_install.py
 
 check: $(STAMPS)/lint ## lint, format, types and import layers
 	$(BIN)/ruff check .
@@ -57,14 +67,17 @@ clean: ## delete what the other jobs made, .venv included
 
 $(STAMPS)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; set PYTHON=...")'
+	@echo "Making .venv (once); packages of 1 to 3 GB are downloaded, which takes some minutes"
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --upgrade pip
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --upgrade pip
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/run: $(STAMPS)/venv pyproject.toml constraints.txt
+	@echo "Installing the program with the extra 'report' into .venv; PyTorch is the largest part"
 	$(INSTALL) --editable '.[report]'
 	@touch $@
 
 $(STAMPS)/test $(STAMPS)/lint $(STAMPS)/docs: $(STAMPS)/%: $(STAMPS)/run
+	@echo "Installing what 'make $*' needs into .venv; some minutes, once"
 	$(INSTALL) --group $*
 	@touch $@

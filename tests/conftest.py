@@ -89,8 +89,10 @@ def made_up_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The program with these arguments, in this process."""
+    """The program with these arguments, in this process, on a wide screen."""
     from atlassegfm.cli.app import main
+
+    monkeypatch.setenv("COLUMNS", "200")
 
     def call(*arguments: str | Path) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["atlassegfm", *map(str, arguments)])

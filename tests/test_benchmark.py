@@ -684,7 +684,7 @@ def test_a_killed_run_ends_as_one_left_alone(
     spy.before = lambda *_: None
     records = run(plan, out)
     assert len(spy.calls) == 24 - 7
-    assert caplog.messages == [f"{out}: 7 of 24 are done already"]
+    assert caplog.messages == []
     assert {path: path.stat().st_mtime_ns for path in before} == before
     write_reports(plan, records, out, plots=False)
     for name in ("results.csv", "summary.json", "plan.json"):
@@ -838,10 +838,7 @@ def test_another_version_is_refused_and_other_files_are_computed_again(
     spy.calls.clear()
     run(plan, out)
     assert len(spy.calls) == sum("case_3" in (pair.atlas, pair.query) for pair in plan.pairs) == 1
-    assert caplog.messages == [
-        "case_1 -> case_3: files have changed; computed again",
-        f"{out}: 2 of 3 are done already",
-    ]
+    assert caplog.messages == ["case_1 -> case_3: files have changed; computed again"]
 
 
 def test_the_command_and_the_folder_may_change(dataset: Dataset, tmp_path: Path, spy: Spy) -> None:

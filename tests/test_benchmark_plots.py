@@ -221,8 +221,8 @@ def test_nothing_is_left_where_writing_fails(tmp_path: Path, monkeypatch: pytest
 def test_missing_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     columns, records = benchmark(1, 2)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'atlassegfm\[report\]'"):
+    with pytest.raises(MissingExtraError, match="the extra 'report'"):
         save_figure(dice_figure(columns, "Data"), tmp_path / "x.png")
-    with pytest.raises(MissingExtraError, match=r"atlassegfm\[report\]"):
+    with pytest.raises(MissingExtraError, match="the extra 'report'"):
         save_figure(dice_and_time_figure(columns, records, "Data"), tmp_path / "x.png")
     assert not list(tmp_path.iterdir())

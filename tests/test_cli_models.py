@@ -147,10 +147,8 @@ def test_models_alone_lists_them(run: Run) -> None:
     assert run("models", "--json").out == run("models", "list", "--json").out
     head, builtin = listed.out.splitlines()[:2]
     assert head.split("  ")[1:] == head.strip().split("  ")
-    assert re.search(
-        r"^  builtin +mask, box, click +none needed +none needed +Apache-2\.0 +none \(no weights\)", builtin
-    )
-    assert re.search(r"^  none +none needed +none needed +the result is the warped atlas$", listed.out, re.MULTILINE)
+    assert re.search(r"^  builtin +mask, box, click +- +- +-$", builtin)
+    assert re.search(r"^  none +the result is the warped atlas$", listed.out, re.MULTILINE)
 
 
 def test_the_list_says_what_is_there(
@@ -169,20 +167,22 @@ def test_the_list_says_what_is_there(
         "weights_licence": "CC-BY-NC-4.0",
         "summary": "bright voxels",
     }
-    assert re.search(r"  toy +box, click +toys \(.+?\) +not found +MIT +CC-BY-NC-4.0 +bright", run("models").out)
+    listed = run("models").out
+    assert re.search(r"  toy +box, click +\S+ +missing +CC-BY-NC-4.0\n", listed)
+    assert re.search(r"  toy +bright voxels\n", listed)
     put(models / "toy/toy.pt")
     row = next(one for one in run("models", "--json").json if one["name"] == "toy")
     assert row["weights"] == str(models / "toy")
-    assert f"  {models / 'toy'}  " in run("models").out
+    assert re.search(r"  toy +box, click +\S+ +found ", run("models").out)
 
 
 @pytest.mark.parametrize(
     ("requirements", "installed", "text"),
     [
-        (['numpy>=1; extra == "toys"', "absent-package", 'absent; extra == "others"'], True, "toys (installed)"),
-        (['numpy; extra == "toys"', "absent-package<2,>=1 ; extra == 'toys'"], False, "toys (not installed)"),
-        (["numpy"], None, "toys (not known)"),
-        (None, None, "toys (not known)"),
+        (['numpy>=1; extra == "toys"', "absent-package", 'absent; extra == "others"'], True, "installed"),
+        (['numpy; extra == "toys"', "absent-package<2,>=1 ; extra == 'toys'"], False, "missing"),
+        (["numpy"], None, "?"),
+        (None, None, "?"),
     ],
 )
 def test_whether_the_extra_is_installed(
@@ -202,7 +202,7 @@ def test_whether_the_extra_is_installed(
     monkeypatch.setattr(importlib.metadata, "requires", requires)
     add_model()
     assert run("models", "show", "toy", "--json").json["extra_installed"] is installed
-    assert f"  {text}" in run("models").out
+    assert re.search(rf"^  toy +region +{re.escape(text)} ", run("models").out, re.MULTILINE)
 
 
 def test_every_model_is_in_the_documentation() -> None:
@@ -307,12 +307,13 @@ def test_show_as_json(run: Run, add_model: Callable[..., Any], mirror: Mirror, m
 def test_a_name_that_is_none(run: Run, command: str) -> None:
     outcome = run("models", command, "sam")
     assert (outcome.code, outcome.out) == (2, "")
-    assert outcome.err == f"error: unknown model 'sam'; known models: {', '.join(('none', *MODELS))}\n"
+    assert outcome.err.startswith("error: unknown model 'sam'")
+    assert outcome.err.endswith(f"known models: {', '.join(('none', *MODELS))}\n")
     outcome = run("models", command, "none")
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err == "error: 'none' stands for no model, where the result is the warped atlas; name a model\n"
     assert run("models", command).code == 2
-    assert "No such command 'sam'" in run("models", "sam").err
+    assert "no command 'sam'" in run("models", "sam").err
 
 
 # models fetch
@@ -325,8 +326,8 @@ def test_fetch(run: Run, add_model: Callable[..., Any], mirror: Mirror, models: 
     assert outcome.err == "downloading toy.pt\n"
     assert outcome.out.splitlines() == [
         f"toy: 1 file downloaded; the weights are in {models / 'toy'}",
-        "  file    bytes  sha256",
-        f"  toy.pt  11     {SHA256}  as fetched",
+        "  toy.pt  11 bytes, as fetched",
+        f"    sha256 {SHA256}",
     ]
     outcome = run("models", "fetch", "toy")
     assert (outcome.code, outcome.err) == (0, "")

@@ -100,7 +100,7 @@ def test_nobody_at_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "dask_jobqueue", None)
     require_cluster("local")
-    with pytest.raises(MissingExtraError, match=r"--cluster slurm needs .* pip install 'atlassegfm\[cluster\]'"):
+    with pytest.raises(MissingExtraError, match="--cluster slurm needs the extra 'cluster'"):
         require_cluster("slurm")
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(MissingExtraError, match="--cluster local needs"):

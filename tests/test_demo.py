@@ -152,7 +152,7 @@ def test_demo_without_the_extra(folder: Path, run: Run, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     outcome = run("demo", "-o", "demo")
     assert outcome.code == 2
-    assert "atlassegfm[report]" in outcome.err
+    assert "the extra 'report'" in outcome.err
     assert "--no-picture" in outcome.err
     assert not list(folder.iterdir())
 

@@ -292,7 +292,7 @@ def test_queries_that_cannot_be_used(context: Context) -> None:
 
 def test_settings_that_cannot_be_used(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     query = QUERY.scan(GRID)
-    with pytest.raises(InputError, match="unknown model 'sam'; known models: none, builtin"):
+    with pytest.raises(InputError, match="unknown model 'sam'"):
         segment(context_for(context.atlas, "model=sam"), query)
     row = type("Row", (), {"name": "x", "prompts": ("box",)})
     monkeypatch.setattr("atlassegfm.models.table.describe_model", lambda _: row)
@@ -306,7 +306,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("cpu") == "cpu"
     with pytest.raises(ModelError, match="'cuda' was asked for and PyTorch sees no CUDA GPU; use the device 'cpu'"):
         resolve_device("cuda")
-    with pytest.raises(InputError, match="unknown device 'tpu'; expected one of auto, cpu, cuda"):
+    with pytest.raises(InputError, match="unknown device 'tpu'"):
         resolve_device("tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve_device("auto") == "cuda"

@@ -80,9 +80,9 @@ def test_overrides_change_one_value_each() -> None:
     [
         ("inner.share", "--set inner.share: expected key=value, such as inner.share=0.5"),
         ("=3", "--set =3: expected key=value"),
-        ("inner.shar=1", "unknown setting 'inner.shar'; closest settings: inner.share, "),
-        ("share=1", "unknown setting 'share'; closest settings: inner.share, "),
-        ("kind.deep=1", "unknown setting 'kind.deep'; closest settings: kind, "),
+        ("inner.shar=1", "unknown setting 'inner.shar' (did you mean 'inner.share'?); closest settings: inner.share, "),
+        ("share=1", "unknown setting 'share' (did you mean 'inner.share'?); closest settings: inner.share, "),
+        ("kind.deep=1", "unknown setting 'kind.deep' (did you mean 'kind'?); closest settings: kind, "),
         ("inner=1", "inner is a group of settings; set one of inner.share, inner.steps"),
         ("inner.share=2", "--set inner.share=2: inner.share is 2; expected a number from 0 to 1"),
         ("inner.share=nan", "inner.share is nan; expected a number from 0 to 1"),
@@ -123,7 +123,10 @@ def test_file_changes_what_it_names(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"kind = \n", "settings.toml: not valid TOML: Invalid value (at line 1, column 8)"),
-        (b"[inner]\nshares = 1\n", "settings.toml: unknown setting 'inner.shares'; closest settings: inner.share, "),
+        (
+            b"[inner]\nshares = 1\n",
+            "settings.toml: unknown setting 'inner.shares' (did you mean 'inner.share'?)",
+        ),
         (b"[inner]\nshare = 7\n", "settings.toml: inner.share is 7; expected a number from 0 to 1"),
         (b"inner = 7\n", "settings.toml: inner is a group of settings"),
         (b"\xff\xfe\x00", "settings.toml: not a text file; expected a settings file in TOML"),

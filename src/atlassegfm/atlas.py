@@ -19,6 +19,7 @@ from .core.files import PathLike
 from .core.geometry import Grid
 from .core.image import Volume, checked_image, label_values, load_labels, smallest_label_type
 from .core.labels import LabelEntry, LabelTable, Structure, dataset_json_of, listed, read_names_file
+from .core.text import counted
 from .dicom import EVERYTHING, Selection, is_dicom_input, open_image, open_labels, with_structures
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class Atlas:
 
     def __repr__(self) -> str:
         """Image and structures, on a few lines."""
-        return f"Atlas({self.image!r}, {len(self.structures)} structures: {listed(self.names)})"
+        return f"Atlas({self.image!r}, {counted(len(self.structures), 'structure')}: {listed(self.names)})"
 
 
 def canonical_scan(volume: Volume, name: str) -> Volume:

@@ -27,7 +27,7 @@ from .core.files import PathLike, replaced_folder
 from .core.geometry import Grid
 from .core.image import Volume, load_volume, save_volume, smallest_label_type
 from .core.labels import Structure
-from .core.progress import StageClock, stage_printer
+from .core.progress import GATE_STEPS, StageClock, stage_printer
 from .core.version import __version__
 from .dicom import EVERYTHING, Selection
 from .fusion.correction import Correction
@@ -209,15 +209,17 @@ def customize(
     """Train the gate of a context on simulated registration errors of its atlas; without a model it stays as it was.
 
     ``device`` is "auto", "cpu" or "cuda"; ``model`` the one that the settings name, if it is loaded already.
-    ``on_stage`` is called with the name of the stage, and of each structure; ``progress`` prints them to standard
-    error. Raises InputError if a setting cannot be used, ModelError if model or device cannot do what was asked.
+    ``on_stage`` is called with the name of the stage, and of its parts: each structure, then each step of the training;
+    ``progress`` prints them to standard error. Raises InputError if a setting cannot be used, ModelError if model or
+    device cannot do what was asked.
     """
     settings, device = context.settings, resolve_device(device)
     model = None if prompt_kind(settings) is None else model or load_chosen(settings, device)
     if model is None:
         return context
-    with memory_errors(), StageClock(on_stage or (stage_printer() if progress else None)).stage("gate") as report:
-        return train_context(context, model, settings, device=device, on_structure=report)
+    show = on_stage or (stage_printer(GATE_STEPS) if progress else None)
+    with memory_errors(), StageClock(show).stage("gate") as report:
+        return train_context(context, model, settings, device=device, on_part=report)
 
 
 def train_context(
@@ -226,14 +228,14 @@ def train_context(
     settings: Settings,
     *,
     device: str = "cpu",
-    on_structure: Callable[[str], None] = lambda _: None,
+    on_part: Callable[[str], None] = lambda _: None,
 ) -> Context:
     """Train the gate in a random state of its own: it does not depend on what was computed before."""
     prompt = prompt_kind(settings)
     if prompt is None:
         return context
     with reproducible(settings.seed):
-        gate = train_gate_on_atlas(context.atlas, model, prompt, settings, device=device, on_structure=on_structure)
+        gate = train_gate_on_atlas(context.atlas, model, prompt, settings, device=device, on_part=on_part)
     return replace(context, settings=settings, gate=gate, weights_sha256=_weights_sha256(model), version=__version__)
 
 

@@ -19,7 +19,7 @@ from .context import Context, train_context
 from .core.device import memory_errors, reproducible, resolve_device
 from .core.image import Volume
 from .core.mask import LocalMap
-from .core.progress import StageClock, stage_printer
+from .core.progress import StageClock, query_steps, stage_printer
 from .dicom import open_image
 from .fusion.gate import fuse_structures, is_empty_prediction
 from .fusion.label_map import count_parts, label_map, remove_islands
@@ -90,7 +90,8 @@ def segment(
     scan = canonical_scan(query, "the query" if query.source is None else str(query.source.path))
     model = model or load_chosen(settings, device)
     context.check_model(model)
-    atlas, clock = context.atlas, StageClock(on_stage or (stage_printer() if progress else None))
+    usual = query_steps(model=model is not None, gate=context.gate is None)
+    atlas, clock = context.atlas, StageClock(on_stage or (stage_printer(usual) if progress else None))
     with reproducible(settings.seed), memory_errors():
         with clock.stage("registration") as report:
             if transforms:
@@ -112,7 +113,7 @@ def segment(
                 predicted = PromptedScan(model, prompt, scan, atlas.names).predict(warped.masks, report)
             if context.gate is None:
                 with clock.stage("gate") as report:
-                    context = train_context(context, model, settings, device=device, on_structure=report)
+                    context = train_context(context, model, settings, device=device, on_part=report)
         with clock.stage("fusion"):
             fused, labels = _fuse(context, scan, warped, predicted, settings, device)
         with clock.stage("quality"):

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..core.errors import InputError
 from ..core.labels import listed
+from ..core.text import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +59,8 @@ def make_pairs(
         If there are too few cases, an atlas is not among them, or an option belongs to another protocol.
     """
     if protocol not in PROTOCOLS:
-        raise InputError(f"unknown protocol {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
+        meant = did_you_mean(protocol, PROTOCOLS)
+        raise InputError(f"unknown protocol {protocol!r}{meant}; expected one of {', '.join(PROTOCOLS)}")
     if len(cases) < 2:
         raise InputError(f"a benchmark needs an atlas and a query; found {len(cases)} case: add labelled cases")
     if every < 1:

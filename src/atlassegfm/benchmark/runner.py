@@ -29,6 +29,7 @@ def run(
     out: Path,
     *,
     force: bool = False,
+    on_planned: Callable[[int, int], None] | None = None,
     on_pair: Callable[[int, int, str], None] | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> list[PairRecord]:
@@ -41,6 +42,8 @@ def run(
         Folder of the benchmark, made if it is not there.
     force : bool
         Whether to begin again where the folder holds a benchmark.
+    on_planned : callable, optional
+        Called with the numbers of pairs that are kept and to do.
     on_pair : callable, optional
         Called with number (from 1), count and name of each pair as it begins.
     on_stage : callable, optional
@@ -71,8 +74,8 @@ def run(
     _prepare(plan, out, force=force)
     done = {key: record for key, path in store.items() if (record := _stored(path, plan, key[1])) is not None}
     todo = [(variant, pair) for variant, pair in _alternating(plan) if (variant.name, pair) not in done]
-    if todo and len(todo) < len(store):
-        logger.warning("%s: %d of %d are done already", out, len(store) - len(todo), len(store))
+    if on_planned is not None:
+        on_planned(len(done), len(todo))
     for number, (variant, pair) in enumerate(todo, start=1):
         if on_pair is not None:
             name = f"{pair.atlas} -> {pair.query}" + (f" ({variant.name})" if len(plan.variants) > 1 else "")

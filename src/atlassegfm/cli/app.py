@@ -23,11 +23,12 @@ from .convert import ConvertOptions, convert
 from .customize import CustomizeOptions, customize
 from .demo import DemoOptions, demo
 from .evaluate import EvaluateOptions, evaluate
+from .help import HELP_OPTIONS, Group, usage_error
 from .models import app as models_app
 from .options import SettingsOptions, command
 from .report import ReportCommandOptions, report
 from .segment import SegmentOptions, segment
-from .session import EXIT_INTERRUPTED, open_session, sentence
+from .session import EXIT_INTERRUPTED, open_session
 from .suggest import SuggestOptions, suggest
 
 #: Shells report a process that a signal ended as 128 + the signal's number.
@@ -35,11 +36,12 @@ _SIGNALLED = 128
 
 app = typer.Typer(
     name="atlassegfm",
+    cls=Group,
     help="One annotated scan (the atlas) segments every other scan of its kind (the queries).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": HELP_OPTIONS},
 )
 
 
@@ -97,7 +99,7 @@ def main() -> NoReturn:
     except typer.TyperException as error:
         # Without arguments, the message is the help: it keeps its lines.
         is_help = type(error).__name__ == "NoArgsIsHelpError"
-        typer.echo(error.format_message() if is_help else f"error: {sentence(error.format_message())}", err=True)
+        typer.echo(error.format_message() if is_help else f"error: {usage_error(error)}", err=True)
         code = error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         code = EXIT_INTERRUPTED

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from ..core.errors import InputError, MissingExtraError
+from ..core.text import counted, did_you_mean
 from .evaluate import DEFAULT_TOLERANCE_MM, CentrelineOption, LabelsOption, ToleranceOption, read_tolerance
+from .help import HELP_OPTIONS, Group
 from .options import DeviceOptions, ModelOptions, ScreenOptions, SettingsOptions, command, options, split_list
 from .report import require_pictures
 from .session import EXIT_FAILURES, accept_licences, open_session, print_json, print_table
@@ -26,13 +27,14 @@ if TYPE_CHECKING:
 _DEFAULT = "protocol"
 
 
-class _DefaultGroup(TyperGroup):
+class _DefaultGroup(Group):
     """Subcommands, and ``benchmark DATASET`` for the first of them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the default's name in front where no name is given."""
-        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
-            args = [_DEFAULT, *args]
+        if args and args[0] not in (*self.commands, *HELP_OPTIONS):
+            is_path = args[0].startswith("-") or Path(args[0]).exists()
+            args = [_DEFAULT, *args] if is_path or not did_you_mean(args[0], self.commands) else args
         return list(super().parse_args(ctx, args))
 
 
@@ -61,8 +63,10 @@ class BenchmarkOptions(ScreenOptions, DeviceOptions, SettingsOptions):
     ] = None
     cases: Annotated[str | None, typer.Option("--cases", metavar="A,B,...", help="Cases that take part.")] = None
     labels: LabelsOption = None
-    every: Annotated[int, typer.Option("--every", metavar="N", help="A sample: one pair of N.")] = 1
-    folds: Annotated[int, typer.Option("--folds", metavar="N", help="Of one-shot-5fold, where 5 are too many.")] = 5
+    every: Annotated[int, typer.Option("--every", metavar="N", help="Run a sample of the pairs, one of N.")] = 1
+    folds: Annotated[
+        int, typer.Option("--folds", metavar="N", help="Folds of one-shot-5fold, where 5 are too many.")
+    ] = 5
     tolerance: ToleranceOption = f"{DEFAULT_TOLERANCE_MM:g}"
     cldice: CentrelineOption = None
     channel: Annotated[int, typer.Option("--channel", metavar="N", help="Channel of the scans.")] = 0
@@ -219,10 +223,12 @@ class TimeOptions(ScreenOptions, DeviceOptions, ModelOptions):
 
     dataset: Annotated[
         Path | None,
-        typer.Argument(metavar="[DATASET]", help="Its first two cases; the embedded pair if left out."),
+        typer.Argument(metavar="[DATASET]", help="Folder whose first two cases are used [default: the embedded pair]."),
     ] = None
     labels: LabelsOption = None
-    rounds: Annotated[int, typer.Option("--rounds", metavar="N", min=1, help="Repeat; the median counts.")] = 3
+    rounds: Annotated[
+        int, typer.Option("--rounds", metavar="N", min=1, help="Number of runs, of which the median counts.")
+    ] = 3
     shape: Annotated[str, typer.Option("--shape", metavar="IxJxK", help="Voxels of both scans.")] = "256x256x240"
 
 
@@ -246,9 +252,8 @@ def time(options: TimeOptions) -> None:
         return
     sizes = " x ".join(str(n) for n in query.grid.shape)
     source = "embedded scans" if options.dataset is None else options.dataset.name
-    plural = "run" if options.rounds == 1 else "runs"
-    scans = f"{sizes} voxels ({source}), {len(atlas.structures)} structures, {timing.device}"
-    typer.echo(f"{scans}, median of {options.rounds} {plural}; peak {timing.peak_memory_mb} MB")
+    typer.echo(f"{sizes} voxels ({source}), {counted(len(atlas.structures), 'structure')}, {timing.device}")
+    typer.echo(f"median of {counted(options.rounds, 'run')}; peak {timing.peak_memory_mb} MB")
     parameters = ["" if one.parameters is None else str(one.parameters) for one in timing.stages]
     rows = [(one.name, f"{one.seconds:.2f}", count) for one, count in zip(timing.stages, parameters, strict=True)]
     print_table(("stage", "seconds", "parameters"), rows, numbers_from=1)
@@ -293,24 +298,35 @@ def _run(title: str, columns: Callable[[Variant, list[str]], list[Variant]], opt
         if options.accept_licence:
             accept_licences([one.settings.model for one in plan.variants], session)
         dataset, cases = plan.dataset, [case.name for case in plan.dataset.cases]
-        if not options.quiet:
-            count = "1 pair" if len(plan.pairs) == 1 else f"{len(plan.pairs)} pairs"
-            session.say(f"{dataset.name}: {count} of {len(cases)} cases: {', '.join(cases)}")
-            session.say(f"structures: {', '.join(f'{name} ({value})' for value, name in plan.names.items())}")
+        pairs, of = counted(len(plan.pairs), "pair"), counted(len(cases), "case")
+        session.note(f"{dataset.name}: {pairs} of {of}: {', '.join(cases)}")
+        session.note(f"structures: {', '.join(f'{name} ({value})' for value, name in plan.names.items())}")
         left = [name for value, name in dataset.structures.items() if value not in plan.values]
         if left:
             session.say(f"left out on request: {', '.join(left)}")
-        for note in () if options.quiet else notes:
-            session.say(note)
-        records = run(plan, options.out, force=options.force, on_pair=session.begin_pair, on_stage=session.progress)
+        for note in notes:
+            session.note(note)
+
+        def show_plan(kept: int, to_do: int) -> None:
+            if kept:
+                session.note(f"{kept} kept, {to_do} to do")
+
+        records = run(
+            plan,
+            options.out,
+            force=options.force,
+            on_planned=show_plan,
+            on_pair=session.begin_pair,
+            on_stage=session.progress,
+        )
         session.progress("tables")
         summary = write_reports(plan, records, options.out, plots=options.plots)
-        if options.as_json:
-            print_json(summary)
-        else:
-            head, *rows = main_table(columns_of(plan, records))
-            print_table(head, rows, numbers_from=len(head) - 5)
-            typer.echo(f"\nreport    {options.out / 'report.md'}")
+    if options.as_json:
+        print_json(summary)
+    else:
+        head, *rows = main_table(columns_of(plan, records))
+        print_table(head, rows, numbers_from=len(head) - 5)
+        typer.echo(f"\nreport    {options.out / 'report.md'}")
     if any(record.failure for record in records):
         raise typer.Exit(EXIT_FAILURES)
 

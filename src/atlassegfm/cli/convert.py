@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import InputError
+from ..core.text import counted, did_you_mean
 from .options import ScreenOptions, SeriesOption, StructureOptions, options
 from .session import open_session, print_json
 
@@ -53,7 +54,8 @@ def convert(options: ConvertOptions) -> None:
         out = options.out
         to = options.to or ("" if out.suffix.lower() == ".dcm" else "image")
         if to not in FORMS:
-            raise InputError(f"--to {options.to or ''}: expected one of {', '.join(FORMS)}")
+            meant = did_you_mean(options.to or "", FORMS)
+            raise InputError(f"--to {options.to or ''}: expected one of {', '.join(FORMS)}{meant}")
         if out.exists() and not options.force:
             raise InputError(f"{out}: exists already; choose another name, or replace it with --force")
         conversion = Conversion(to, options.onto, options.series, options.names, options.selection())
@@ -63,4 +65,4 @@ def convert(options: ConvertOptions) -> None:
         return
     typer.echo(f"{options.labels} -> {out}")
     for one in written["structures"]:
-        typer.echo(f"  {one['value']:>5}  {one['name']}  ({one['voxels']} voxels)")
+        typer.echo(f"  {one['value']:>5}  {one['name']}  ({counted(one['voxels'], 'voxel')})")

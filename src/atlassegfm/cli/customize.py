@@ -19,7 +19,9 @@ class CustomizeOptions(ScreenOptions, DeviceOptions, ModelOptions, StructureOpti
     """Options of ``customize``."""
 
     atlas: Annotated[Path, typer.Option("--atlas", metavar="IMG", help="The annotated scan.")]
-    labels: Annotated[Path, typer.Option("--labels", metavar="LAB", help="Its label map, RTSTRUCT or DICOM-SEG.")]
+    labels: Annotated[
+        Path, typer.Option("--labels", metavar="LAB", help="Labels of the atlas: label map, RTSTRUCT or DICOM-SEG.")
+    ]
     out: Annotated[Path, typer.Option("--out", "-o", metavar="CTX", help="Context folder to write.")]
     names: Annotated[
         Path | None, typer.Option("--names", metavar="FILE", help="Names of the labels: JSON, or '1 liver' lines.")
@@ -38,6 +40,7 @@ def customize(options: CustomizeOptions) -> None:
         from .. import context as contexts
         from ..core.device import resolve_device
         from ..core.files import check_replaceable, output_folder
+        from ..core.progress import GATE_STEPS, Steps
         from ..models.table import load_chosen, prompt_kind
 
         begun, out = time.perf_counter(), options.out
@@ -52,6 +55,7 @@ def customize(options: CustomizeOptions) -> None:
         device = resolve_device(options.device)
         options.accept(settings.model, session)
         with output_folder(out.absolute().parent):
+            session.steps = Steps({"reading the atlas": 1.0, **GATE_STEPS, "writing": 1.0})
             session.progress("reading the atlas")
             model = load_chosen(settings, device)
             context = contexts.Context.from_files(

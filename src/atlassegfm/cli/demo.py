@@ -30,13 +30,17 @@ def demo(options: DemoOptions) -> None:
         if options.picture:
             require_pictures()
         from ..core.device import resolve_device
+        from ..core.progress import Steps, query_steps
         from ..demo import ATLAS, LABELS, QUERY
         from ..demo.run import run_demo
         from ..models.table import prompt_kind
+        from ..settings import NO_MODEL
 
         settings = options.settings()
         prompt_kind(settings)
         device, out = resolve_device(options.device), options.out
+        steps = query_steps(model=settings.model != NO_MODEL, gate=True)
+        session.steps = Steps({**steps, **({"drawing the picture": 2.0} if options.picture else {})})
         outcome = run_demo(out, settings, device=device, picture=options.picture, on_stage=session.progress)
     means = outcome.means()
     scores = [(structure.name, dice) for structure, dice in outcome.scores.items()]

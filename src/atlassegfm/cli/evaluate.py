@@ -45,8 +45,8 @@ CentrelineOption = Annotated[
 class EvaluateOptions(StructureOptions, ScreenOptions):
     """Options of ``evaluate``."""
 
-    pred: Annotated[Path, typer.Option("--pred", metavar="P", help="Label map, or folder of them.")]
-    ref: Annotated[Path, typer.Option("--ref", metavar="R", help="Its reference, or folder of them.")]
+    pred: Annotated[Path, typer.Option("--pred", metavar="P", help="Label map to score, or folder of them.")]
+    ref: Annotated[Path, typer.Option("--ref", metavar="R", help="Reference label map, or folder of them.")]
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE.csv", help="Scores of each structure of each case.")
     ] = None

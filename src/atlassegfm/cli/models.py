@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from ..core.errors import InputError
+from ..core.extras import is_installed
+from ..core.text import counted
+from .help import HELP_OPTIONS, Group
 from .options import ScreenOptions, command, options
 from .session import accept_licences, open_session, print_json, print_table
 
@@ -23,15 +23,14 @@ if TYPE_CHECKING:
 
 #: The subcommand meant where none is named.
 _DEFAULT = "list"
-_PACKAGE = "atlassegfm"
 
 
-class _DefaultGroup(TyperGroup):
+class _DefaultGroup(Group):
     """Subcommands, and ``models`` alone for the list."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the default's name in front where options stand alone."""
-        if not args or (args[0].startswith("-") and args[0] not in ("--help", "-h")):
+        if not args or (args[0].startswith("-") and args[0] not in HELP_OPTIONS):
             args = [_DEFAULT, *args]
         return list(super().parse_args(ctx, args))
 
@@ -104,12 +103,17 @@ def list_models(options: ListOptions) -> None:
         return
     table = []
     for content in rows:
-        prompts, extra = ", ".join(content["prompts"]), _extra_text(content["extra"], content["extra_installed"])
-        place = content["weights"] or ("not found" if content["needs_weights"] else "none needed")
-        licences = content["code_licence"], content["weights_licence"]
-        table.append((content["name"], prompts, extra, place, *licences, content["summary"]))
-    head = ("model", "prompts, best first", "extra", "weights", "licence of the code", "of the weights", "")
-    print_table(head, table)
+        state = {True: "installed", False: "missing"}.get(content["extra_installed"], "?")
+        extra = state if content["extra"] else "-"
+        place, licence = "-", "-"
+        if content["needs_weights"]:
+            place, licence = "found" if content["weights"] else "missing", content["weights_licence"]
+        table.append((content["name"], ", ".join(content["prompts"]) or "-", extra, place, licence))
+    print_table(("model", "prompts", "extra", "weights", "licence of the weights"), table)
+    typer.echo()
+    print_table(("model", "what it is"), [(content["name"], content["summary"]) for content in rows])
+    typer.echo("\natlassegfm models show NAME    licences, files and figures of one")
+    typer.echo("atlassegfm models fetch NAME   download its weights")
 
 
 def show(options: ShowOptions) -> None:
@@ -175,10 +179,10 @@ def fetch(options: FetchOptions) -> None:
     if fetched is None:
         return
     count = len(fetched.downloaded)
-    done = f"{count} {'file' if count == 1 else 'files'} downloaded" if count else "complete already, none downloaded"
+    done = f"{counted(count, 'file')} downloaded" if count else "complete already, none downloaded"
     typer.echo(f"{name}: {done}; the weights are in {fetched.folder}")
-    rows = [(one.file.path, str(one.size), str(one.sha256), one.verdict) for one in fetched.files]
-    print_table(("file", "bytes", "sha256", ""), rows)
+    for one in fetched.files:
+        typer.echo(f"  {one.file.path}  {one.size} bytes, {one.verdict}\n    sha256 {one.sha256}")
     if options.folder is not None:
         typer.echo(f"use them with --model-path {fetched.folder}")
 
@@ -204,7 +208,7 @@ def _described(row: ModelDescription) -> dict[str, Any]:
         "summary": row.summary,
         "prompts": list(row.prompts),
         "extra": row.extra or None,
-        "extra_installed": _is_installed(row.extra),
+        "extra_installed": is_installed(row.extra) if row.extra else True,
         "code_licence": row.code_licence,
     }
 
@@ -264,19 +268,3 @@ def _extra_text(extra: str | None, installed: bool | None) -> str:
     if extra is None:
         return "none needed"
     return f"{extra} ({'not known' if installed is None else 'installed' if installed else 'not installed'})"
-
-
-def _is_installed(extra: str) -> bool | None:
-    """Whether all that an extra of this package brings is there; None where this package is not installed."""
-    if not extra:
-        return True
-    try:
-        wanted = importlib.metadata.requires(_PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    marker = re.compile(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]")
-    names = [re.split(r"[^A-Za-z0-9._-]", one, maxsplit=1)[0] for one in wanted if marker.search(one)]
-    try:
-        return bool([importlib.metadata.version(name) for name in names]) or None
-    except importlib.metadata.PackageNotFoundError:
-        return False

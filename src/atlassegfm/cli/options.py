@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from ..core.errors import InputError
+from ..core.text import did_you_mean
+from .help import Command
 
 if TYPE_CHECKING:
     from ..atlas import Atlas
@@ -51,7 +53,7 @@ def command(
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {field.name: field.annotation for field in parameters}
         call.__doc__ = function.__doc__
-        app.command(name)(call)
+        app.command(name, cls=Command)(call)
         return function
 
     return register
@@ -214,7 +216,9 @@ class StructureOptions:
         wanted = split_list(self.structures, "--structures")
         rule = next((one for one in OVERLAPS if one == self.overlap), None)
         if rule is None:
-            raise InputError(f"--overlap {self.overlap}: expected one of {', '.join(OVERLAPS)}")
+            raise InputError(
+                f"--overlap {self.overlap}: expected one of {', '.join(OVERLAPS)}{did_you_mean(self.overlap, OVERLAPS)}"
+            )
         synonyms = {} if self.synonyms is None else read_synonyms(self.synonyms)
         return Selection(wanted, synonyms, rule, self.interpolate_slices)
 
@@ -225,7 +229,8 @@ class AtlasOptions(StructureOptions):
 
     atlas: Annotated[Path | None, typer.Option("--atlas", metavar="IMG", help="The annotated scan.")] = None
     labels: Annotated[
-        Path | None, typer.Option("--labels", metavar="LAB", help="Its label map, RTSTRUCT or DICOM-SEG.")
+        Path | None,
+        typer.Option("--labels", metavar="LAB", help="Labels of the atlas: label map, RTSTRUCT or DICOM-SEG."),
     ] = None
     names: Annotated[
         Path | None, typer.Option("--names", metavar="FILE", help="Names of the labels: JSON, or '1 liver' lines.")
@@ -238,7 +243,8 @@ class AtlasOptions(StructureOptions):
     ] = None
     series: SeriesOption = None
     atlas_series: Annotated[
-        str | None, typer.Option("--atlas-series", metavar="S", help="The same for the folder of the atlas.")
+        str | None,
+        typer.Option("--atlas-series", metavar="S", help="Which series of the atlas's DICOM folder, as for --series."),
     ] = None
 
     def check_atlas(self) -> None:

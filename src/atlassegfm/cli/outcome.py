@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .progress import duration, with_path
+from ..core.text import counted, duration
+from .progress import with_path
 from .session import print_json, print_table
 
 if TYPE_CHECKING:
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Up to so many cases the table shows them all, else those that need a look.
 _LISTED = 50
+#: Characters of a remark in a table; files have all of it.
+_LONGEST_REMARK = 160
 #: Structures named in a row of the table.
 _NAMED = 4
 
@@ -48,10 +52,8 @@ def print_plan(plan: Outcome, scans: Scans, out: Path, *, as_json: bool) -> None
         for path in paths:
             typer.echo(f"  {path}")
     time = "no result to estimate the time from" if estimate is None else f"about {duration(estimate)} on one worker"
-    typer.echo(
-        f"{len(rows)} {_queries(len(rows))} -> {out}: {plan.kept} kept, {plan.count('left')} to segment ({time}); "
-        "nothing was done"
-    )
+    count = counted(len(rows), "query", "queries")
+    typer.echo(f"{count} -> {out}: {plan.kept} kept, {plan.count('left')} to segment ({time}); nothing was done")
 
 
 def print_outcome(outcome: Outcome, out: Path, *, as_json: bool) -> None:
@@ -86,17 +88,13 @@ def print_outcome(outcome: Outcome, out: Path, *, as_json: bool) -> None:
             for row in rows
         ]
         print_table(("case", "state", "verdict", "s", ""), cells, numbers_from=3, numbers_to=4)
-    count = len(outcome.rows)
     left = f", {outcome.count('left')} left" if outcome.count("left") else ""
+    count = counted(len(outcome.rows), "query", "queries")
     typer.echo(
-        f"{count} {_queries(count)}: {outcome.count('done')} done (of them {outcome.kept} kept), "
+        f"{count}: {outcome.count('done')} done (of them {outcome.kept} kept), "
         f"{outcome.count('failed')} failed{left}, in {duration(outcome.wall_seconds)} -> {out}"
     )
     typer.echo(f"table     {out / 'cohort.csv'}")
-
-
-def _queries(count: int) -> str:
-    return "query" if count == 1 else "queries"
 
 
 def _verdict(runs: dict[str, Any], row: Row) -> str:
@@ -121,7 +119,7 @@ def _remark(runs: dict[str, Any], row: Row) -> str:
     for word, names in found.items():
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         parts.append(f"{word}: {', '.join(names[:_NAMED])}{more}")
-    return "; ".join(parts)
+    return shorten("; ".join(parts), _LONGEST_REMARK, placeholder=" ...")
 
 
 def print_result(case: Case, out: Path, *, as_json: bool) -> None:
@@ -141,6 +139,7 @@ def print_result(case: Case, out: Path, *, as_json: bool) -> None:
         if one["status"] == "present":
             is_listed = quality["verdict"] in ("review", "failed")
             remark = quality["reason"] if is_listed else cut_remark(one["outside_fraction"])
+        remark = shorten(remark, _LONGEST_REMARK, placeholder=" ...")
         dice = "" if estimate is None else f"{estimate:.2f}"
         rows.append((one["name"], f"{one['volume_ml']:.1f}", dice, quality["verdict"] or "-", remark))
     typer.echo(f"{result['query']} -> {result['output']}  ({result['total_seconds']:.1f} s on {result['device']})")

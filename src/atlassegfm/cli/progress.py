@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..core.progress import Steps
+from ..core.text import duration
 from .session import Session
 
 if TYPE_CHECKING:
     from ..jobs import Case, Outcome, Row
+
+#: Earlier results that are read to estimate the time of another.
+_LOOKED_AT = 20
 
 
 class RunProgress:
@@ -17,11 +26,14 @@ class RunProgress:
 
     outcome: Outcome
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session, out: Path, steps: Mapping[str, float]) -> None:
         from ..jobs import Outcome
 
         self.outcome = Outcome()
         self._session = session
+        self._out = out
+        #: Usual seconds of the steps of a query.
+        self._steps = {"reading": 0.3, **steps, "writing": 0.3}
         self._start = time.monotonic()
         self._ended = 0
 
@@ -32,14 +44,17 @@ class RunProgress:
         if outcome.kept:
             listed = f" ({', '.join(f'{count} {reason}' for reason, count in reasons.items())})" if reasons else ""
             left = outcome.count("left")
-            self._session.advance("", f"{outcome.kept} of {len(outcome.rows)} kept, {left} to do{listed}")
+            self._session.note(f"{outcome.kept} of {len(outcome.rows)} kept, {left} to do{listed}")
 
     def begun(self, case: Case) -> None:
         """Show that a case begins."""
         if len(self.outcome.rows) == 1:
             self._session.begin(1, 1, case.name)
+            earlier = islice(self._out.glob("*/status.json"), _LOOKED_AT)
+            self._session.steps = Steps(self._steps, _usual_seconds(earlier))
         else:
-            self._session.advance(f"{self._state()}: {case.name}")
+            text = f"{self._state()}: {case.name}"
+            self._session.advance(text, "" if self._ended else text)
 
     def stage(self, case: Case, stage: str) -> None:
         """Show the stage of a case."""
@@ -69,10 +84,20 @@ class RunProgress:
         return text
 
 
-def duration(seconds: float) -> str:
-    """Rounded to the unit that shows about two digits."""
-    unit, size = next((one for one in (("h", 3600), ("min", 60)) if seconds >= 2 * one[1]), ("s", 1))
-    return f"{seconds / size:.0f} {unit}"
+def _usual_seconds(files: Iterable[Path]) -> float | None:
+    """Median seconds of earlier results; None if there are none."""
+    from ..core.errors import InputError
+    from ..records import StatusRecord
+
+    def seconds() -> Iterator[float]:
+        for path in files:
+            try:
+                yield StatusRecord.read(path).total_seconds
+            except InputError:
+                continue
+
+    found = [one for one in seconds() if one]
+    return statistics.median(found) if found else None
 
 
 def with_path(row: Row) -> str:

@@ -249,10 +249,13 @@ def _is_single(options: SegmentOptions, cases: list[Case]) -> bool:
 
 
 def _run(options: SegmentOptions, cases: list[Case], work: SegmentWork, context: Context, session: Session) -> Outcome:
+    from ..core.progress import query_steps
     from ..jobs import run
+    from ..settings import NO_MODEL
 
     runner, workers = _runner(work, context, options, session, len(cases))
-    progress = RunProgress(session)
+    steps = query_steps(model=work.settings.model != NO_MODEL, gate=context.gate is None)
+    progress = RunProgress(session, options.out, steps)
     chosen = _run_options(options, workers)
     if workers > 1 or options.cluster is not None:
         chosen = replace(chosen, prepare=lambda work: work.with_gate(context, session.progress))
@@ -305,11 +308,8 @@ def _suggest_workers(work: SegmentWork, session: Session, count: int) -> None:
     cores = usable_cores()
     possible = min(cores // (work.threads or cores), count)
     if work.device == "cpu" and possible > 1:
-        session.advance(
-            "",
-            f"1 worker; --workers {possible} would use all {cores} cores, with the same results and {possible} times "
-            "the memory",
-        )
+        text = f"1 worker; --workers {possible} would use all {cores} cores, with the same results and {possible} times"
+        session.note(f"{text} the memory")
 
 
 def _exit(outcome: Outcome, session: Session) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from ..core.errors import AtlasSegError
+from ..core.progress import Steps
+from ..core.text import duration
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +28,10 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
 #: Whose log records are shown.
 _PACKAGE = "atlassegfm"
+#: Where there is no bar, also parts of a stage are shown after so many seconds without a line.
+_SILENCE_S = 10.0
+#: Columns of text are not made narrower than this to fit the screen.
+_NARROWEST = 12
 
 
 def accept_licences(models: Iterable[str], session: Session) -> None:
@@ -41,52 +49,86 @@ def accept_licences(models: Iterable[str], session: Session) -> None:
 class Session:
     """Progress, warnings and errors on standard error."""
 
+    #: Steps of the job, for "2 of 6" and the time left; None where they are not known.
+    steps: Steps | None = None
+
     def __init__(self, console: Console, bar: Progress | None, *, quiet: bool, log: TextIO | None = None) -> None:
         self._console = console
         self._log = log
         self._bar = bar
-        self._task: TaskID | None = None if bar is None else bar.add_task("starting")
+        self._task: TaskID | None = None
         self._quiet = quiet
         self._prefix = ""
         self._silent = False
+        self._start = self._shown = time.monotonic()
+        self._end: float | None = None
+        if bar is not None:
+            self._task = bar.add_task("starting", session=self)
+
+    @property
+    def left(self) -> str:
+        """Estimate of the time left, as "about 20 s left"; empty where it is not known."""
+        left = None if self._end is None else self._end - time.monotonic()
+        left = left if self.steps is None else self.steps.left
+        return f"about {duration(left)} left" if left is not None and left >= 1 else ""
 
     def begin(self, number: int, count: int, name: str) -> None:
-        """Say that a query begins."""
+        """Show that a query begins; the time left is estimated from those before it."""
         self._prefix = f"{name} " if count == 1 else f"[{number}/{count}] {name} "
+        self.steps, now = None, time.monotonic()
+        if number == 1:
+            self._start, self._end = now, None
+        else:
+            self._end = now + (now - self._start) / (number - 1) * (count - number + 1)
 
     def begin_pair(self, number: int, count: int, name: str) -> None:
-        """Say that a pair of a benchmark begins; one line for each where there is no bar."""
+        """Show that a pair of a benchmark begins; one line for each where there is no bar."""
         self.begin(number, count, name)
         if self._bar is None and not self._quiet:
-            self.say(self._prefix.rstrip())
+            self.say(", ".join(filter(None, (self._prefix.rstrip(), self.left))))
             self._silent = True
 
     def progress(self, stage: str) -> None:
-        """Say what is being done; parts of a stage come as "stage: part"."""
-        self._record(f"{self._prefix}{stage}")
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=f"{self._prefix}{stage}".replace("[", r"\["))
-        elif not self._quiet and not self._silent and ": " not in stage:
-            self._show(f"{self._prefix}{stage}")
+        """Show what is being done; parts of a stage come as "stage: part"."""
+        where = "" if self.steps is None else self.steps.begin(stage)
+        text = f"{self._prefix}{stage}"
+        self._record(text)
+        if self._bar is None and not self._quiet and (self._waited() or not (self._silent or ": " in stage)):
+            known = ", ".join(filter(None, (where, self.left)))
+            self._show(f"{text} ({known})" if known else text)
+        self._update(f"{text} ({where})" if where else text)
 
     def advance(self, description: str, line: str = "") -> None:
-        """Say how far all of it is: as the bar's text, or, where there is no bar, in a line of its own."""
+        """Show how far all of it is: as the bar's text, or, where there is no bar, in a line of its own."""
         self._record(line)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, description=description.replace("[", r"\["))
-        elif line and not self._quiet:
+        if self._bar is None and not self._quiet and (line or self._waited()):
+            self._show(line or description)
+        self._update(description)
+
+    def note(self, line: str) -> None:
+        """Show a line that stays, unless all shall be quiet."""
+        self._record(line)
+        if not self._quiet:
             self._show(line)
 
+    def _update(self, description: str) -> None:
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=description.replace("[", r"\["))
+
+    def _waited(self) -> bool:
+        return time.monotonic() - self._shown >= _SILENCE_S
+
     def error(self, reason: str) -> None:
-        """Say what went wrong."""
+        """Show what went wrong."""
         self.say(f"error: {sentence(reason)}")
 
     def say(self, text: str) -> None:
-        """One line, as it is."""
+        """Show one line, as it is."""
         self._record(text)
         self._show(text)
 
     def _show(self, text: str) -> None:
+        self._shown = time.monotonic()
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _record(self, text: str) -> None:
@@ -120,10 +162,12 @@ def open_session(quiet: bool, *, warnings: bool = True, log: Path | None = None)
         bar = None
         if console.is_terminal and not quiet:
             from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+            from rich.table import Column
 
-            bar = Progress(
-                SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True
-            )
+            # The text comes last and is cut at its end: the time always shows.
+            last = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+            text = TextColumn("{task.fields[session].left}  {task.description}", table_column=last)
+            bar = Progress(SpinnerColumn(), TimeElapsedColumn(), text, console=console, transient=True, expand=True)
             stack.enter_context(bar)
         file = None
         if log is not None:
@@ -157,14 +201,35 @@ def print_json(content: Any) -> None:
 def print_table(
     head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers_from: int = 99, numbers_to: int = 99
 ) -> None:
-    """Columns as wide as their content, the numbers to the right."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    """Print columns as wide as their content, the numbers to the right; text is wrapped to fit the screen."""
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    numbers = range(numbers_from, numbers_to)
+    widths, least = [], []
+    for position, cells in enumerate(zip(head, *rows, strict=True)):
+        longest = max(map(cell_len, cells))
+        word = max(map(cell_len, [*cells[0].split(), *(cells[1:] if position in numbers else ()), ""]))
+        widths.append(longest)
+        least.append(word if position in numbers else min(longest, max(word, _NARROWEST)))
+    room = shutil.get_terminal_size().columns - 2 * len(widths)
+    while sum(widths) > room and widths != least:
+        widest = max(range(len(widths)), key=lambda n: (widths[n] > least[n], widths[n]))
+        widths[widest] -= 1
+    columns = [
+        Column(width=width, overflow="fold", justify="right" if position in numbers else "left")
+        for position, width in enumerate(widths)
+    ]
+    table = Table(*columns, box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for row in (head, *rows):
-        cells = [
-            cell.rjust(width) if numbers_from <= column < numbers_to else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        typer.echo("  " + "  ".join(cells).rstrip())
+        table.add_row(*map(Text, row))
+    console = Console(width=sum(widths) + 2 * len(widths), color_system=None)
+    with console.capture() as capture:
+        console.print(table)
+    for line in capture.get().splitlines():
+        typer.echo("  " + line.rstrip())
 
 
 def score_text(value: float | None) -> str:

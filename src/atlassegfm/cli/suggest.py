@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..core.text import counted, duration
 from .options import DeviceOptions, ScreenOptions, SettingsOptions, options
 from .report import require_pictures
 from .session import open_session, print_json, print_table
@@ -26,7 +27,10 @@ class SuggestOptions(ScreenOptions, DeviceOptions, SettingsOptions):
         int, typer.Option("--landmarks", metavar="N", min=3, help="Of more than 12 scans, compare each with N others.")
     ] = 8
     finalists: Annotated[
-        int, typer.Option("--finalists", metavar="N", min=1, help="Then compare the best N with all.")
+        int,
+        typer.Option(
+            "--finalists", metavar="N", min=1, help="Of more than 12 scans, then compare the best N with all."
+        ),
     ] = 3
     picture: Annotated[bool, typer.Option("--picture/--no-picture", help="Draw OUT/suggest.png (extra 'report').")] = (
         True
@@ -71,7 +75,8 @@ def suggest(options: SuggestOptions) -> None:
     if options.as_json:
         print_json(found.summary())
         return
-    typer.echo(f"contour {found.candidates[0].name} first  ({found.pairs} pairs in {found.seconds:.0f} s)")
+    work = f"{counted(found.pairs, 'pair')} in {duration(found.seconds)}"
+    typer.echo(f"contour {found.candidates[0].name} first  ({work})")
     if not found.differs:
         typer.echo("the scans differ little: others would do as well")
     rows = [

@@ -21,6 +21,8 @@ from pydantic.fields import FieldInfo
 
 from .errors import InputError
 from .files import PathLike
+from .labels import listed
+from .text import did_you_mean
 
 S = TypeVar("S")
 
@@ -88,6 +90,8 @@ def with_table(settings: S, table: Table, *, origin: str) -> S:
         own = first.get("ctx", {}).get("error")
         expected = describe_values(fields[key]) if key in fields and own is None else str(own or first["msg"])
         value = _at(merged, key)
+        choices = _choices(fields[key].annotation) if key in fields else ()
+        expected += did_you_mean(value, choices) if isinstance(value, str) else ""
         shown = str(value).lower() if isinstance(value, bool) else repr(value)
         raise InputError(f"{origin}: {key} is {shown}; expected {expected.removeprefix('expected ')}") from None
 
@@ -125,6 +129,13 @@ def known_fields(settings_class: type) -> dict[str, FieldInfo]:
 def describe_values(field: FieldInfo) -> str:
     """The values a setting allows, in words: "true or false", "a number from 0 to 1"."""
     return _described(field.annotation, field.metadata)
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """The words a setting allows, where it allows words."""
+    if typing.get_origin(annotation) is typing.Literal:
+        return tuple(map(str, typing.get_args(annotation)))
+    return tuple(word for inner in typing.get_args(annotation) for word in _choices(inner))
 
 
 def _described(annotation: Any, metadata: Sequence[Any]) -> str:
@@ -181,13 +192,18 @@ def _check_keys(fields: Mapping[str, FieldInfo], table: Table, origin: str, abov
         key = f"{above}{name}"
         inside = [known for known in fields if known.startswith(f"{key}.")]
         if inside and not isinstance(value, Mapping):
-            raise InputError(f"{origin}: {key} is a group of settings; set one of {', '.join(inside)}")
+            some = listed(inside, _CLOSEST)
+            raise InputError(f"{origin}: {key} is a group of settings; set one of {some} (`atlassegfm settings`)")
         if inside:
             _check_keys(fields, value, origin, f"{key}.")
         elif key not in fields or isinstance(value, Mapping):
-            unknown = f"{key}.{next(iter(value), '')}" if key in fields else key
-            closest = ", ".join(_closest(fields, key))
-            raise InputError(f"{origin}: unknown setting {unknown!r}; closest settings: {closest}")
+            unknown, part = key, value
+            while isinstance(part, Mapping) and part:
+                inner, part = next(iter(part.items()))
+                unknown += f".{inner}"
+            near = _closest(fields, unknown)
+            meant = did_you_mean(unknown, near)
+            raise InputError(f"{origin}: unknown setting {unknown!r}{meant}; closest settings: {', '.join(near)}")
 
 
 def _closest(known: Iterable[str], wanted: str) -> list[str]:

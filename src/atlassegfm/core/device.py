@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from .errors import InputError, ModelError
+from .text import did_you_mean
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -15,7 +16,7 @@ DEVICES = ("auto", "cpu", "cuda")
 def resolve_device(name: str) -> str:
     """Turn "auto", "cpu" or "cuda" into "cpu" or "cuda"; InputError for another name, ModelError without a GPU."""
     if name not in DEVICES:
-        raise InputError(f"unknown device {name!r}; expected one of {', '.join(DEVICES)}")
+        raise InputError(f"unknown device {name!r}{did_you_mean(name, DEVICES)}; expected one of {', '.join(DEVICES)}")
     if name == "cpu":
         return name
     import torch

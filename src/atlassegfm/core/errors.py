@@ -6,6 +6,9 @@ ordinary Python exceptions.
 
 from __future__ import annotations
 
+import shlex
+import sys
+
 
 class AtlasSegError(Exception):
     """Base class of every error this package raises on purpose."""
@@ -35,5 +38,12 @@ class MissingExtraError(AtlasSegError):
     """
 
     def __init__(self, feature: str, extra: str, remedy: str = "") -> None:
-        remedy = remedy or f"pip install 'atlassegfm[{extra}]'"
-        super().__init__(f"{feature} needs an optional part that is not installed; install it with: {remedy}")
+        needed = "an optional part that" if remedy else f"the extra {extra!r}, which"
+        super().__init__(f"{feature} needs {needed} is not installed; install it with: {remedy or _install(extra)}")
+
+
+def _install(extra: str) -> str:
+    """Command that installs what an extra brings, wherever this package came from."""
+    from .extras import requirements
+
+    return shlex.join([sys.executable, "-m", "pip", "install", *(requirements(extra) or [f".[{extra}]"])])

@@ -1,11 +1,31 @@
-"""Stage names and wall times of a job."""
+"""Stage names and wall times of a job, and the time that it will still take."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+
+from .text import duration
+
+#: Steps of the training of a gate and their usual seconds, for the embedded pair on one thread.
+GATE_STEPS = {"gate": 5.3, "gate: weights": 2.2, "gate: correction": 5.0, "gate: smoothing": 4.5}
+#: Steps of a query and their usual seconds, as above, with the built-in model.
+QUERY_STEPS = {
+    "registration": 0.1,
+    "registration: linear": 2.3,
+    "registration: structures": 2.9,
+    "registration: deformable": 14.5,
+    "registration: assess": 0.6,
+    "warping": 0.7,
+    "model": 0.3,
+    **GATE_STEPS,
+    "fusion": 0.6,
+    "quality": 0.3,
+}
+#: The time left is estimated from this fraction of the usual time on.
+_LEAST_FRACTION = 0.1
 
 
 class StageClock:
@@ -24,12 +44,56 @@ class StageClock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def stage_printer() -> Callable[[str], None]:
-    """Make a callback that prints each stage to standard error, with the seconds since it was made."""
-    start = time.perf_counter()
+class Steps:
+    """Which step of how many a job has reached, and the seconds it will still take.
 
-    def show(stage: str) -> None:
-        if ": " not in stage:
-            sys.stderr.write(f"[{time.perf_counter() - start:6.1f} s] {stage}\n")
+    Parameters
+    ----------
+    usual : mapping of str to float
+        Usual seconds of each step, "stage" or "stage: part", in order; stages are counted.
+    seconds : float, optional
+        Wall time of an earlier job of the kind, for the time left until enough steps of this one are done.
+    """
+
+    def __init__(self, usual: Mapping[str, float], seconds: float | None = None) -> None:
+        names, total, before = [*usual], sum(usual.values()), 0.0
+        self._stages = list(dict.fromkeys(name.partition(": ")[0] for name in names))
+        self._done: dict[str, float] = {}
+        for name in names:
+            self._done[name] = before / total
+            before += usual[name]
+        self._seconds, self._start = seconds, time.monotonic()
+        self._end = None if seconds is None else self._start + seconds
+
+    @property
+    def left(self) -> float | None:
+        """Seconds left; None where they are not known."""
+        return None if self._end is None else max(self._end - time.monotonic(), 0.0)
+
+    def begin(self, name: str) -> str:
+        """Begin a step, and say which it is, as "2 of 6"; empty for one that is not listed."""
+        stage = name.partition(": ")[0]
+        if name in self._done:
+            done, now = self._done[name], time.monotonic()
+            total = (now - self._start) / done if done >= _LEAST_FRACTION else self._seconds
+            self._end = None if total is None else now + total * (1 - done)
+        return f"{self._stages.index(stage) + 1} of {len(self._stages)}" if stage in self._stages else ""
+
+
+def query_steps(*, model: bool, gate: bool) -> dict[str, float]:
+    """Usual seconds of the steps of a query, with a model and a gate to train or without."""
+    left_out = {*(() if model else ("model",)), *(() if model and gate else ("gate",))}
+    return {name: seconds for name, seconds in QUERY_STEPS.items() if name.partition(": ")[0] not in left_out}
+
+
+def stage_printer(usual: Mapping[str, float]) -> Callable[[str], None]:
+    """Make a callback that prints each step of ``usual`` to standard error, with the seconds since it was made."""
+    steps, start = Steps(usual), time.perf_counter()
+
+    def show(name: str) -> None:
+        where, seconds = steps.begin(name), time.perf_counter() - start
+        left = "" if steps.left is None else f", about {duration(steps.left)} left"
+        if ": " not in name or name in usual:
+            sys.stderr.write(f"[{seconds:6.1f} s] {name} ({where}{left})\n")
 
     return show

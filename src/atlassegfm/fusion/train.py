@@ -28,13 +28,13 @@ def train_gate_on_atlas(
     settings: Settings,
     *,
     device: str = "cpu",
-    on_structure: Callable[[str], None] = lambda _: None,
+    on_part: Callable[[str], None] = lambda _: None,
 ) -> Gate:
     """Train the gate on simulated registration errors of the atlas.
 
     Each structure's label is warped at random with an error of realistic size, the model is prompted with it on the
     atlas's image, and the gate is trained on these masks against the atlas's labels. Of the settings ``fusion`` and
-    ``seed`` are used; ``on_structure`` is called with the name of each structure.
+    ``seed`` are used; ``on_part`` is called with the name of each structure, then of each step of the training.
     """
     labels, image, options = atlas.numbered, atlas.image, settings.fusion
     boxes = ndimage.find_objects(labels.data)
@@ -53,12 +53,14 @@ def train_gate_on_atlas(
 
     for draw in range(len(sizes)):
         masks = dict(zip(truths, parallel_map(simulate, ((draw, n) for n in truths)), strict=True))
-        predicted = scan.predict(masks, on_structure).masks
+        predicted = scan.predict(masks, on_part).masks
         samples.append({n: GateSample(masks[n], mask, truths[n]) for n, mask in predicted.items()})
+    on_part("weights")
     gate = train_gate([one for drawn in samples for one in drawn.values()], options, device=device)
     if options.gate == "paper":
         return gate
 
+    on_part("correction")
     fused = [{n: fuse(one.atlas, one.model, gate, device=device) for n, one in drawn.items()} for drawn in samples]
 
     def training_sample(which: tuple[int, int]) -> TrainingSample | None:
@@ -82,4 +84,5 @@ def train_gate_on_atlas(
         )
         return best_smoothing(trials, image.grid)
 
+    on_part("smoothing")
     return replace(gate, correction=correction, smoothing=tuple(parallel_map(smoothing, truths)))

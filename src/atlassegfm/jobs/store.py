@@ -39,6 +39,7 @@ from ..core.errors import InputError
 from ..core.files import disk_errors, replaced_folder
 from ..core.image import Volume, save_masks, save_volume
 from ..core.labels import Structure, itk_snap_labels, slicer_color_table
+from ..core.text import did_you_mean
 from ..core.version import __version__
 from ..models import describe_model
 from ..records import (
@@ -114,9 +115,9 @@ def check_formats(formats: Sequence[str], query: Volume | None = None) -> None:
     """
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
-        raise InputError(
-            f"unknown format {unknown[0] if unknown else ''!r}; expected some of {', '.join(FORMATS)}, commas between"
-        )
+        first = unknown[0] if unknown else ""
+        meant = did_you_mean(first, FORMATS)
+        raise InputError(f"unknown format {first!r}{meant}; expected some of {', '.join(FORMATS)}, commas between")
     others = [name for name in formats if name in _DICOM_FORMATS]
     if others:
         dicom.require_dicom_extra()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..core.errors import InputError
+from ..core.text import did_you_mean
 from ..prompts import PromptKind
 from ..settings import NO_MODEL, ModelSettings, Settings
 from . import weights as _weights
@@ -95,7 +96,8 @@ MODELS: dict[str, ModelDescription] = {
 def describe_model(name: str) -> ModelDescription:
     """Describe a model; raise InputError, with the known names, if there is none."""
     if name not in MODELS:
-        raise InputError(f"unknown model {name!r}; known models: {', '.join((NO_MODEL, *MODELS))}")
+        known = (NO_MODEL, *MODELS)
+        raise InputError(f"unknown model {name!r}{did_you_mean(name, known)}; known models: {', '.join(known)}")
     return MODELS[name]
 
 

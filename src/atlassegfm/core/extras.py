@@ -1,0 +1,27 @@
+"""Extras of this package: what they bring, and whether it is installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+
+_PACKAGE = "atlassegfm"
+
+
+def requirements(extra: str) -> list[str]:
+    """Requirements of an extra, as pip takes them; empty where this package is not installed."""
+    try:
+        wanted = importlib.metadata.requires(_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    marker = re.compile(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]")
+    return [one.partition(";")[0].strip() for one in wanted if marker.search(one)]
+
+
+def is_installed(extra: str) -> bool | None:
+    """Whether all that an extra brings is installed; None where this package is not."""
+    names = [re.split(r"[^A-Za-z0-9._-]", one, maxsplit=1)[0] for one in requirements(extra)]
+    try:
+        return bool([importlib.metadata.version(name) for name in names]) or None
+    except importlib.metadata.PackageNotFoundError:
+        return False

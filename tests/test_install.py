@@ -1,0 +1,135 @@
+"""The package as others install it: a wheel, its extras, and the commands that errors give."""
+
+from __future__ import annotations
+
+import ast
+import email
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from atlassegfm.core.errors import MissingExtraError
+from atlassegfm.core.extras import is_installed, requirements
+from atlassegfm.models import MODELS
+from atlassegfm.registration import ENGINES
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def _distribution(requirement: str) -> str:
+    return re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this checkout, built as pip builds it, without a network."""
+    pytest.importorskip("hatchling", reason="hatchling is not installed; make test installs it")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_has_all_extras_and_all_files(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as content:
+        names = set(content.namelist())
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        head = email.message_from_bytes(content.read(metadata))
+    assert set(head.get_all("Provides-Extra")) == set(EXTRAS)
+    for extra, wanted in EXTRAS.items():
+        found = [one for one in head.get_all("Requires-Dist") if re.search(rf"extra == ['\"]{extra}['\"]", one)]
+        assert sorted(map(_distribution, found)) == sorted(map(_distribution, wanted)), extra
+    source = ROOT / "src"
+    files = (path for path in (source / "atlassegfm").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    assert {path.relative_to(source).as_posix() for path in files} <= names
+
+
+def _extras_in_errors() -> set[str]:
+    """Second argument of each ``MissingExtraError("...", "EXTRA")`` of the source."""
+    calls = (
+        node
+        for path in (ROOT / "src").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "MissingExtraError"
+    )
+    return {call.args[1].value for call in calls if isinstance(call.args[1], ast.Constant)}
+
+
+def test_every_extra_that_is_asked_for_exists() -> None:
+    asked = _extras_in_errors() | {row.extra for row in MODELS.values()} | {row.extra for row in ENGINES.values()}
+    assert asked - {""} <= set(EXTRAS)
+    assert len(asked) > 4
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_the_error_gives_a_command_for_this_environment(extra: str) -> None:
+    error = str(MissingExtraError("this", extra))
+    assert f"the extra {extra!r}" in error
+    python, *pip, first = shlex.split(error.partition("install it with: ")[2])[:5]
+    assert (python, pip) == (sys.executable, ["-m", "pip", "install"])
+    # No index has this package: its requirements are named instead.
+    assert not first.startswith("atlassegfm")
+    assert [_distribution(one) for one in requirements(extra)] == sorted(map(_distribution, EXTRAS[extra]))
+
+
+def test_without_metadata_the_command_is_for_a_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atlassegfm.core.extras._PACKAGE", "no-such-package")
+    assert is_installed("dicom") is None
+    assert str(MissingExtraError("this", "dicom")).endswith("-m pip install '.[dicom]'")
+
+
+def test_no_page_names_an_index_that_has_not_this_package() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    wrong = re.compile(r"pip install ['\"]?atlassegfm(\[|['\"]?\s*$)", re.MULTILINE)
+    assert not [page.name for page in pages if wrong.search(page.read_text(encoding="utf-8"))]
+    install = (ROOT / "docs/how-to/install.md").read_text(encoding="utf-8")
+    assert not [extra for extra in EXTRAS if f"`{extra}`" not in install]
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(("assignment", "code"), [("EXTRAS=dicom,report", 0), ("EXTRAS=", 2)])
+def test_make_extras_is_for_named_extras(assignment: str, code: int) -> None:
+    ended = subprocess.run(["make", "-n", "extras", assignment], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == code
+    assert code or "--editable '.[dicom,report]'" in ended.stdout
+    assert not code or "EXTRAS=" in ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_wheel_and_extra_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    """What a newcomer does: install, meet a missing extra, do what the error says."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+    def call(*command: str | Path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*map(str, command)], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True, env=environment)
+    python, program = tmp_path / "env/bin/python", tmp_path / "env/bin/atlassegfm"
+    installed = call(python, "-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt", wheel)
+    if installed.returncode and "connection" in installed.stderr.lower():
+        pytest.skip("no package index can be reached")
+    assert installed.returncode == 0, installed.stderr
+    assert call(program, "--version").stdout == f"atlassegfm {PROJECT['version']}\n"
+    refused = call(program, "demo", "-o", "demo")
+    assert refused.returncode == 2
+    remedy = refused.stderr.partition("install it with: ")[2].partition(", or leave")[0]
+    done = call(*shlex.split(remedy))
+    assert done.returncode == 0, done.stderr
+    ended = call(program, "demo", "-o", "demo", "--set", "registration.deformable=false")
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "demo/demo.png").exists()
+    # The other way of the documentation: the extra of the wheel.
+    assert call(python, "-m", "pip", "install", "--quiet", f"{wheel}[dicom]").returncode == 0
+    assert call(python, "-c", "import pydicom, highdicom, gdcm").returncode == 0
