@@ -12,7 +12,7 @@ import numpy as np
 
 from ..core.errors import InputError, MissingExtraError
 from ..core.geometry import Grid
-from ..core.image import Volume, load_volume
+from ..core.image import Volume, checked_image, load_labels, load_volume
 from ..dicom import Selection, Series, is_dicom_input, is_series_folder, load_series, open_labels, series_of
 from .against_atlas import compare_with_atlas
 from .findings import AtlasReport, Check, FileReport, Finding, Kind, LabelReport, sort_findings
@@ -72,6 +72,14 @@ def _load(path: Path, scans: list[Series], choice: str | None) -> Volume:
     return open_labels(path, None, Selection(overlap="last"))
 
 
+def _used(volume: Volume, kind: Kind, path: Path) -> tuple[Volume | None, str]:
+    """The volume as other commands use it; None, and why, if they refuse it."""
+    try:
+        return checked_image(volume, path) if kind == "scan" else load_labels(volume), ""
+    except InputError as error:
+        return None, str(error).removeprefix(f"{path}: ").removeprefix("the label map: ")
+
+
 def _examine(
     path: Path, scans: list[Series], choice: str | None, atlas: Atlas | None
 ) -> tuple[FileReport, Grid | None]:
@@ -88,16 +96,13 @@ def _examine(
     finite = np.isfinite(volume.data)
     bad = int(volume.data.size - np.count_nonzero(finite))
     values = volume.data[finite] if bad else volume.data
-    if bad:
-        findings.append(
-            Finding(
-                "error",
-                f"{bad} of {volume.data.size} voxels are NaN or infinite: the program refuses the file",
-                "replace them by the background value",
-            )
-        )
     value_range = (float(values.min()), float(values.max())) if values.size else ()
     kind: Kind = "labels" if looks_like_labels(volume, value_range) else "scan"
+    usable, refusal = _used(volume, kind, path)
+    if bad and usable is not None:
+        taken = "background" if kind == "labels" else "outside the scan"
+        text = f"{bad} of {volume.data.size} voxels are NaN or infinite: they are taken as {taken}"
+        findings.append(Finding("warning", text, "replace them by the background value if that is wrong"))
     labels: tuple[LabelReport, ...] = ()
     percentiles: tuple[float, ...] = ()
     if value_range and value_range[0] == value_range[1]:
@@ -117,12 +122,14 @@ def _examine(
         percentiles = tuple(float(p) for p in np.percentile(sample, PERCENTS))
         findings += intensity_findings(volume, value_range, percentiles)
     against: AtlasReport | None = None
-    if kind == "scan" and not bad and value_range and value_range[0] < value_range[1]:
+    if kind == "scan" and usable is not None:
         if atlas is None:
-            findings += inversion_findings(volume)
+            findings += inversion_findings(usable)
         else:
-            against, placed = compare_with_atlas(volume, atlas, name)
+            against, placed = compare_with_atlas(usable, atlas, name)
             findings += placed
+    if usable is None and not any(finding.severity == "error" for finding in findings):
+        findings.append(Finding("error", refusal))
     report = FileReport(
         name=name,
         kind=kind,

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ..core.errors import InputError
-from ..core.image import Volume
+from ..core.image import WHOLE_WITHIN, Volume
 from ..core.labels import dataset_json_of, read_names_file, structures_of
 from .findings import Finding, LabelReport, list_items
 
@@ -18,6 +18,8 @@ from .findings import Finding, LabelReport, list_items
 _MOST_LABELS = 1024
 #: So few values are a label map wherever they lie: scans of five bits are not made.
 _FEW_LABELS = 32
+#: Larger values are no labels; 64 bits hold it, and so does a float exactly.
+_LARGEST = 1 << 53
 #: Share of neighbouring voxels, background left out, that are equal: 0.74 and above in label maps (hippocampus to
 #: abdomen), 0.10 and below in scans, of all five development sets.
 _LABELS_ALIKE = 0.5
@@ -68,7 +70,8 @@ def label_reports(volume: Volume, path: Path) -> tuple[tuple[LabelReport, ...], 
     findings = []
     if not np.issubdtype(data.dtype, np.integer) and data.dtype != bool:
         finite = np.isfinite(data)
-        fractions = int(np.count_nonzero(finite & (data != np.round(np.where(finite, data, 0)))))
+        data = np.where(finite, data, 0)
+        fractions = int(np.count_nonzero(np.abs(data - np.round(data)) > WHOLE_WITHIN))
         if fractions:
             findings.append(
                 Finding(
@@ -86,7 +89,7 @@ def label_reports(volume: Volume, path: Path) -> tuple[tuple[LabelReport, ...], 
                     "in the smallest integer type that holds them",
                 )
             )
-        data = np.round(np.where(finite, data, 0)).astype(np.int64)
+        data = np.round(data).clip(-_LARGEST, _LARGEST).astype(np.int64)
     if data.min() < 0:
         findings.append(
             Finding("error", f"the label map has the value {int(data.min())}: the program refuses it", "renumber it")

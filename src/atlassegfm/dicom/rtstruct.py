@@ -21,7 +21,7 @@ from ..core.image import Volume
 from ..core.labels import Structure, listed
 from ..core.mask import LocalMap
 from .contours import fill, trace
-from .files import LPS_TO_RAS, items_of, no_warnings, read_dataset, text_of, value_of
+from .files import LPS_TO_RAS, element_errors, items_of, no_warnings, read_dataset, text_of, value_of
 from .identity import (
     LONGEST_NAME,
     SOFTWARE,
@@ -102,7 +102,8 @@ def read_rtstruct(path: Path, on: Series | Grid, selection: Selection = EVERYTHI
         raise InputError(f"{path}: no RTSTRUCT but {kind}; expected structures")
     notes = check_belongs(path, on, **_references(dataset)) if isinstance(on, Series) else []
     grid = on.grid if isinstance(on, Series) else on
-    rois = list(_read_rois(dataset, path))
+    with element_errors(path):
+        rois = list(_read_rois(dataset, path))
     if not rois:
         raise InputError(f"{path}: the RTSTRUCT has no structures; export it again")
     order = selection.select([(roi.number, roi.name) for roi in rois], path)

@@ -23,6 +23,7 @@ from ..core.image import Volume
 from ..core.labels import Structure
 from .files import (
     decode_pixels,
+    element_errors,
     group_numbers,
     items_of,
     no_warnings,
@@ -95,7 +96,8 @@ def read_segmentation(path: Path, on: Series | Grid | None = None, selection: Se
             frame_uids={text_of(dataset, "FrameOfReferenceUID")},
             series_uids={text_of(one, "SeriesInstanceUID") for one in items_of(dataset, "ReferencedSeriesSequence")},
         )
-    own, masks = _read_segments(dataset, path)
+    with element_errors(path):
+        own, masks = _read_segments(dataset, path)
     order = selection.select([(mask.number, mask.name) for mask in masks], path)
     chosen = [replace(masks[n], name=selection.renamed(masks[n].name)) for n in order]
     if not selection.wanted:

@@ -19,7 +19,7 @@ from ..core.errors import InputError
 from ..core.geometry import Grid
 from ..core.image import Source, Volume
 from ..core.labels import listed, plain_name
-from .files import decode_pixels, frame_count, is_dicom, read_dataset, read_header, text_of
+from .files import decode_pixels, element_errors, frame_count, is_dicom, read_dataset, read_header, text_of
 from .stack import VOLUME_KEYS, Frame, as_number, frames_of, has_image_type, pick_volume, stack_frames
 
 if TYPE_CHECKING:
@@ -275,9 +275,10 @@ def _read_voxels(series: Series, as_float: bool) -> NDArray[Any]:
     for k, frame in enumerate(series.frames):
         if frame.path != path:
             dataset = read_dataset(frame.path)
-            pixels, path = decode_pixels(dataset, frame.path), frame.path
-            if not out.size:
+            with element_errors(frame.path):
+                pixels, path = decode_pixels(dataset, frame.path), frame.path
                 kind = np.dtype(np.float32) if as_float or not whole else _integer_type(series, dataset)
+            if not out.size:
                 out = np.empty((len(series.frames), rows, columns), kind)
         values = pixels[frame.number]
         if not whole:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..core.errors import InputError
 from ..core.geometry import Grid
 from ..core.labels import listed
-from .files import LPS_TO_RAS, check_one_sample, frame_count, group_numbers, items_of, text_of, value_of
+from .files import LPS_TO_RAS, check_one_sample, element_errors, frame_count, group_numbers, items_of, text_of, value_of
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -97,7 +97,9 @@ def frames_of(files: Iterable[tuple[Path, Dataset]], folder: Path) -> tuple[list
             copies += 1
             continue
         positions[uid] = position
-        check_one_sample(header, path)
+        with element_errors(path):
+            check_one_sample(header, path)
+            found = _frames_in(path, header, uid)
         if has_image_type(header, "MOSAIC"):
             raise InputError(
                 f"{path}: a mosaic (all slices of a volume tiled into one image), which is not supported; convert it "
@@ -108,7 +110,7 @@ def frames_of(files: Iterable[tuple[Path, Dataset]], folder: Path) -> tuple[list
                 f"{path}: the values go through a table (Modality LUT), which is not supported; export the series with "
                 "a rescale slope and intercept"
             )
-        frames += _frames_in(path, header, uid)
+        frames += found
     if copies:
         notes.append(f"{copies} {'file is a copy' if copies == 1 else 'files are copies'} of others and left out")
     slices = [frame for frame in frames if not frame.is_localiser]

@@ -213,7 +213,8 @@ def _block_means(data: NDArray[np.float32], factors: Sequence[int]) -> NDArray[n
 
 def _downsample(scan: Volume, finest_mm: float) -> Volume:
     """Block means, by whole factors, of voxels no longer than ``finest_mm``."""
-    factors = tuple(max(1, int(finest_mm / spacing)) for spacing in scan.grid.spacing_mm)
+    longest = zip(scan.grid.shape, finest_mm / scan.grid.spacing_mm, strict=True)
+    factors = tuple(max(1, int(min(count, factor))) for count, factor in longest)
     return Volume(_block_means(scan.data, factors), _downsampled_grid(scan.grid, factors))
 
 
