@@ -267,7 +267,7 @@ def _text_header(path: Path, random: Random) -> str:
         words[random.randrange(1, len(words)) if len(words) > 1 else 0] = random.choice(TEXTS).encode()
         lines[n] = key + mark + b" ".join(words)
     path.write_bytes(b"\n".join(lines) + content[max(end, 0) :])
-    return f"{before!r} {how}: {lines[min(n, len(lines) - 1)]!r}"
+    return f"{before!r} {how}: {b''.join(lines[n : n + 1])!r}"
 
 
 def _pair(path: Path, random: Random) -> str:
@@ -379,7 +379,7 @@ def _change(dataset: pydicom.Dataset, tag: Any, action: str, text: str) -> None:
         elif kind == "US":
             value = b"".join(struct.pack("<H", int(one)) for one in [*parts, *parts])
     elif kind == "US":
-        value = struct.pack("<H", len(text) * 1000 if text else 0)
+        value = struct.pack("<H", len(text) * 1000 % 65536)
     elif kind == "SQ":
         dataset[tag].value = []
         return
@@ -491,6 +491,8 @@ def call(*arguments: str | Path) -> Said:
             main()
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 0
+            if code >= 128:  # ended from outside
+                raise
         except HangError:
             faults.append(f"still running after {LIMIT} s: {traceback.format_exc(limit=-8)}")
         except BaseException:  # noqa: BLE001  (what a user would see as a traceback)
@@ -536,7 +538,9 @@ def _captured() -> Iterator[list[str]]:
 
 def try_seed(base: Path, folder: Path, seed: int) -> tuple[Damaged, list[Said], list[str]]:
     """Damage input and put it through the commands; returns what they said and all faults."""
-    damaged = damage(base, folder, seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries that write the damage
+        damaged = damage(base, folder, seed)
     path, out = damaged.path, folder / "out"
     before = _listing(folder)
     style = ["--json"] if seed % 2 else []
@@ -563,7 +567,9 @@ def try_seed(base: Path, folder: Path, seed: int) -> tuple[Damaged, list[Said], 
         if style and not one.code and one.out:
             json.loads(one.out, parse_constant=_no_constant)
     if (said[2].code == 0) != scores.is_file():
-        faults.append(f"evaluate: exit code {said[2].code}, and {scores.name} is{' not' * (not scores.is_file())} there")
+        faults.append(
+            f"evaluate: exit code {said[2].code}, and {scores.name} is{' not' * (not scores.is_file())} there"
+        )
     faults += _faults_in(out, damaged, said[1].code)
     if said[0].code == 0 and said[1].code and not damaged.is_labels:
         faults.append(f"check finds no error, and segment refuses: {said[1].err}")
@@ -644,6 +650,8 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         failures = run_seeds(chosen, given.keep or Path(scratch), show=True)
     for number, reasons in failures.items():
-        sys.stdout.write(f"\nseed {number} failed (python tests/fuzz.py --seed {number}):\n" + "\n".join(reasons) + "\n")
+        sys.stdout.write(
+            f"\nseed {number} failed (python tests/fuzz.py --seed {number}):\n" + "\n".join(reasons) + "\n"
+        )
     sys.stdout.write(f"\n{len(chosen) - len(failures)} of {len(chosen)} seeds passed\n")
     sys.exit(bool(failures))

@@ -27,7 +27,7 @@ from .models import Segmenter, licence_accepted
 from .models.choice import load_chosen, prompt_kind
 from .models.prompted import Prediction, PromptedScan
 from .prompts import INSIDE, used_prompt
-from .quality.coverage import outside_fractions
+from .quality.coverage import CUT_FRACTION, outside_fractions
 from .quality.evidence import Case, Evidence, gather
 from .quality.verdict import StructureQuality, Verdict, judge
 from .registration import Registration, register
@@ -224,6 +224,11 @@ def _judge(
             reason = "the model found nothing there, and the warped atlas was kept"
             verdict: Verdict = "failed" if quality.verdict == "failed" else "review"
             quality = replace(quality, verdict=verdict, reason=f"{reason}; {quality.reason}")
+        outside = warped.outside[n - 1]
+        if status == "present" and outside >= CUT_FRACTION:
+            cut = f"{outside:.0%} of it lies outside the field of view, so that its volume is too small"
+            reason = f"{reason}; {cut}" if reason else cut
+            quality = replace(quality, reason=f"{cut}; {quality.reason}")
         prompt = None if predicted is None else predicted.prompts.get(n)
         results.append(
             StructureResult(
@@ -231,7 +236,7 @@ def _judge(
                 status,
                 reason,
                 volume_ml=float(voxels[n]) * scan.grid.voxel_volume_mm3 / 1000,
-                outside_fraction=warped.outside[n - 1],
+                outside_fraction=outside,
                 prompt=None if prompt is None else used_prompt(prompt, scan.grid, query.grid),
                 quality=quality,
             )

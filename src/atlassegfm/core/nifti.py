@@ -236,4 +236,3 @@ def _describes(header: Nifti1Header, grid: Grid) -> bool:
         return False
     affine, _ = _nifti_affine(header, None)
     return np.allclose(affine, grid.affine, rtol=1e-6, atol=1e-4)
-
