@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fuzz import make_base, try_seed
+from damage import make_base
+from fuzz import try_seed
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,7 @@ def checked_image(volume: Volume, name: PathLike) -> Volume:
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
         data = np.asarray(volume.data, dtype=np.float32)
     low, high = float(data.min()), float(data.max())
-    if not (-_LARGEST_VALUE <= low and high <= _LARGEST_VALUE):  # nor if they are NaN
+    if not (low >= -_LARGEST_VALUE and high <= _LARGEST_VALUE):  # nor if they are NaN
         valid = np.abs(data) <= _LARGEST_VALUE
         volume = _valid_or_refused(volume, valid, name, "taken as outside the scan")
         low, high = float(data[valid].min()), float(data[valid].max())
