@@ -27,7 +27,7 @@ from .models import Segmenter, licence_accepted
 from .models.choice import load_chosen, prompt_kind
 from .models.prompted import Prediction, PromptedScan
 from .prompts import INSIDE, used_prompt
-from .quality.coverage import CUT_FRACTION, outside_fractions
+from .quality.coverage import outside_fractions
 from .quality.evidence import Case, Evidence, gather
 from .quality.verdict import StructureQuality, Verdict, judge
 from .registration import Registration, register
@@ -219,16 +219,11 @@ def _judge(
         status, reason = warped.missing.get(n, ("present", ""))
         if status == "present" and not voxels[n]:
             status, reason = "absent", "at every voxel another structure or background is more probable"
-        quality = _quality(status, reason, evidence.get(n), settings, warped.registration.confidence)
+        quality = _quality(status, reason, evidence.get(n), settings, warped, n)
         if status == "present" and n in masks and is_empty_prediction(masks[n]):
             reason = "the model found nothing there, and the warped atlas was kept"
             verdict: Verdict = "failed" if quality.verdict == "failed" else "review"
             quality = replace(quality, verdict=verdict, reason=f"{reason}; {quality.reason}")
-        outside = warped.outside[n - 1]
-        if status == "present" and outside >= CUT_FRACTION:
-            cut = f"{outside:.0%} of it lies outside the field of view, so that its volume is too small"
-            reason = f"{reason}; {cut}" if reason else cut
-            quality = replace(quality, reason=f"{cut}; {quality.reason}")
         prompt = None if predicted is None else predicted.prompts.get(n)
         results.append(
             StructureResult(
@@ -236,7 +231,7 @@ def _judge(
                 status,
                 reason,
                 volume_ml=float(voxels[n]) * scan.grid.voxel_volume_mm3 / 1000,
-                outside_fraction=outside,
+                outside_fraction=warped.outside[n - 1],
                 prompt=None if prompt is None else used_prompt(prompt, scan.grid, query.grid),
                 quality=quality,
             )
@@ -245,10 +240,10 @@ def _judge(
 
 
 def _quality(
-    status: Status, reason: str, evidence: Evidence | None, settings: Settings, confidence: float
+    status: Status, reason: str, evidence: Evidence | None, settings: Settings, warped: _Warped, n: int
 ) -> StructureQuality:
     """Judge a structure by its evidence, or by its absence."""
     if status == "present" and evidence is not None:
-        return judge(evidence, settings.model, confidence)
+        return judge(evidence, settings.model, warped.registration.confidence, warped.outside[n - 1])
     # What the field of view does not show cannot be wrong, but somebody may expect it there.
     return StructureQuality("review" if status == "outside" else "failed", reason)

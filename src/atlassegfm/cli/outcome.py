@@ -126,6 +126,8 @@ def _remark(runs: dict[str, Any], row: Row) -> str:
 
 def print_result(case: Case, out: Path, *, as_json: bool) -> None:
     """Print the structures of one result."""
+    from ..quality.coverage import CUT_FRACTION
+
     result = _result(case, out)
     if as_json:
         print_json({"results": [result], "failures": []})
@@ -136,7 +138,8 @@ def print_result(case: Case, out: Path, *, as_json: bool) -> None:
         estimate = quality["estimated_dice"]
         remark = one["status"] + (f" ({one['reason']})" if one["reason"] else "")
         if one["status"] == "present":
-            remark = quality["reason"] if quality["verdict"] != "good" else one["reason"]
+            cut = one["outside_fraction"] >= CUT_FRACTION
+            remark = quality["reason"] if cut or quality["verdict"] != "good" else ""
         dice = "" if estimate is None else f"{estimate:.2f}"
         rows.append((one["name"], f"{one['volume_ml']:.1f}", dice, quality["verdict"], remark))
     typer.echo(f"{result['query']} -> {result['output']}  ({result['total_seconds']:.1f} s on {result['device']})")
