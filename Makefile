@@ -11,7 +11,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 ITK_GLO
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all trial check format results bench profile docs clean
+.PHONY: help demo test test-all trial fuzz check format results bench profile docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test-all: $(STAMPS)/test ## run all tests, the slow ones too (real scans in ../s
 
 trial: $(STAMPS)/test ## walk a newcomer's first day through the command line, and show it
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -s tests/test_trial.py
+
+fuzz: $(STAMPS)/test ## put 300 damaged files through check, segment and evaluate, in minutes
+	$(ONE_THREAD) $(BIN)/python tests/fuzz.py
 
 check: $(STAMPS)/lint ## lint, format, types and import layers
 	$(BIN)/ruff check .

@@ -218,7 +218,7 @@ def _judge(
         status, reason = warped.missing.get(n, ("present", ""))
         if status == "present" and not voxels[n]:
             status, reason = "absent", "at every voxel another structure or background is more probable"
-        quality = _quality(status, reason, evidence.get(n), settings, warped.registration.confidence)
+        quality = _quality(status, reason, evidence.get(n), settings, warped, n)
         if status == "present" and n in masks and is_empty_prediction(masks[n]):
             reason = "the model found nothing there, and the warped atlas was kept"
             verdict: Verdict = "failed" if quality.verdict == "failed" else "review"
@@ -239,10 +239,10 @@ def _judge(
 
 
 def _quality(
-    status: Status, reason: str, evidence: Evidence | None, settings: Settings, confidence: float
+    status: Status, reason: str, evidence: Evidence | None, settings: Settings, warped: _Warped, n: int
 ) -> StructureQuality:
     """Judge a structure by its evidence, or by its absence."""
     if status == "present" and evidence is not None:
-        return judge(evidence, settings.model, confidence)
+        return judge(evidence, settings.model, warped.registration.confidence, warped.outside[n - 1])
     # What the field of view does not show cannot be wrong, but somebody may expect it there.
     return StructureQuality("review" if status == "outside" else "failed", reason)

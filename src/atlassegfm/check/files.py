@@ -12,10 +12,10 @@ import numpy as np
 from ..atlas import Atlas
 from ..core.errors import InputError, MissingExtraError
 from ..core.geometry import Grid
-from ..core.image import Volume, load_volume
+from ..core.image import Volume, checked_image, load_labels, load_volume
 from ..dicom import Selection, Series, is_dicom_input, is_series_folder, load_series, open_labels, series_of
 from .against_atlas import compare_with_atlas
-from .findings import AtlasReport, Check, FileReport, Kind, LabelReport, error, sort_findings
+from .findings import AtlasReport, Check, FileReport, Kind, LabelReport, error, sort_findings, warning
 from .geometry import compare_grids, grid_findings, header_findings, oblique_deg, sheared_deg
 from .intensity import PERCENTS, SAMPLED_VOXELS, intensity_findings, inversion_findings
 from .labels import label_reports, looks_like_labels
@@ -66,6 +66,14 @@ def _load(path: Path, scans: list[Series], choice: str | None) -> Volume:
     raise refusals[0]
 
 
+def _used(volume: Volume, kind: Kind, path: Path) -> tuple[Volume | None, str]:
+    """The volume as other commands use it; None, and why, if they refuse it."""
+    try:
+        return checked_image(volume, path) if kind == "scan" else load_labels(volume), ""
+    except InputError as refusal:
+        return None, str(refusal).removeprefix(f"{path}: ").removeprefix("the label map: ")
+
+
 def _examine(
     path: Path, scans: list[Series], choice: str | None, atlas: Atlas | None
 ) -> tuple[FileReport, Grid | None]:
@@ -82,12 +90,14 @@ def _examine(
     finite = np.isfinite(volume.data)
     bad = int(volume.data.size - np.count_nonzero(finite))
     values = volume.data[finite] if bad else volume.data
-    if bad:
-        text = f"{bad} of {volume.data.size} voxels are NaN or infinite: the program refuses the file"
-        findings.append(error(text, "replace them by the background value"))
     value_range: tuple[float, ...] = (float(values.min()), float(values.max())) if values.size else ()
     constant = len(set(value_range)) == 1
     kind: Kind = "labels" if looks_like_labels(volume, value_range) else "scan"
+    usable, why = _used(volume, kind, path)
+    if bad and usable is not None:
+        taken = "background" if kind == "labels" else "outside the scan"
+        text = f"{bad} of {volume.data.size} voxels are NaN or infinite: they are taken as {taken}"
+        findings.append(warning(text, "replace them by the background value if that is wrong"))
     labels: tuple[LabelReport, ...] = ()
     percentiles: tuple[float, ...] = ()
     against: AtlasReport | None = None
@@ -102,11 +112,13 @@ def _examine(
         sample = values.ravel()[:: max(1, values.size // SAMPLED_VOXELS)]
         percentiles = tuple(float(p) for p in np.percentile(sample, PERCENTS))
         findings += intensity_findings(volume, value_range, percentiles)
-        if not bad and atlas is None:
-            findings += inversion_findings(volume)
-        elif not bad and atlas is not None:
-            against, more = compare_with_atlas(volume, atlas, name)
+        if usable is not None and atlas is None:
+            findings += inversion_findings(usable)
+        elif usable is not None and atlas is not None:
+            against, more = compare_with_atlas(usable, atlas, name)
             findings += more
+    if usable is None and not any(finding.severity == "error" for finding in findings):
+        findings.append(error(why))
     report = FileReport(
         name=name,
         kind=kind,

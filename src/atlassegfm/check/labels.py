@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ..core.errors import InputError
-from ..core.image import Volume
+from ..core.image import WHOLE_WITHIN, Volume
 from ..core.labels import LabelTable, dataset_json_of, read_names_file, structures_of
 from .findings import Finding, LabelReport, error, list_items, note, warning
 
@@ -19,6 +19,8 @@ from .findings import Finding, LabelReport, error, list_items, note, warning
 _MOST_LABELS = 1024
 #: So few values are a label map whatever their neighbours: scans of five bits are not made.
 _FEW_LABELS = 32
+#: Larger values are no labels; 64 bits hold it, and so does a float exactly.
+_LARGEST = 1 << 53
 #: Least fraction of neighbouring voxels, background left out, that are equal in a label map.
 _LEAST_EQUAL = 0.5
 #: Least fraction of whole numbers among nonzero values: label maps that were resampled smoothly keep them inside.
@@ -64,7 +66,7 @@ def label_reports(volume: Volume, path: Path) -> tuple[tuple[LabelReport, ...], 
     data, grid = volume.data, volume.grid
     findings = [*_type_findings(data)]
     if data.dtype.kind not in "iub":
-        data = np.round(np.where(np.isfinite(data), data, 0)).astype(np.int64)
+        data = np.round(np.where(np.isfinite(data), data, 0)).clip(-_LARGEST, _LARGEST).astype(np.int64)
     if data.min() < 0:
         text = f"the label map has the value {int(data.min())}: the program refuses it"
         findings.append(error(text, "renumber it"))
@@ -96,8 +98,8 @@ def _type_findings(data: NDArray[Any]) -> Iterator[Finding]:
     """Findings on labels stored as floating-point numbers."""
     if data.dtype.kind in "iub":
         return
-    finite = np.isfinite(data)
-    fractions = int(np.count_nonzero(finite & (data != np.round(np.where(finite, data, 0)))))
+    data = np.where(np.isfinite(data), data, 0)
+    fractions = int(np.count_nonzero(np.abs(data - np.round(data)) > WHOLE_WITHIN))
     if fractions:
         yield error(
             f"{fractions} voxels of what looks like a label map are not whole numbers: it was resampled "

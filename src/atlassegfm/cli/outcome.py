@@ -106,6 +106,8 @@ def _verdict(runs: dict[str, Any], row: Row) -> str:
 
 def _remark(runs: dict[str, Any], row: Row) -> str:
     """What needs a look: why a case failed, warnings, structures that are not good, absent or cut."""
+    from ..quality.coverage import CUT_FRACTION
+
     parts = [row.reason, *row.warnings] if row.reason else list(row.warnings)
     run = runs.get(row.case.name)
     found: dict[str, list[str]] = {}
@@ -114,6 +116,8 @@ def _remark(runs: dict[str, Any], row: Row) -> str:
             found.setdefault(one.status, []).append(one.name)
         elif one.quality is not None and one.quality.verdict != "good":
             found.setdefault(one.quality.verdict, []).append(one.name)
+        elif one.outside_fraction >= CUT_FRACTION:
+            found.setdefault("cut by the field of view", []).append(one.name)
     for word, names in found.items():
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         parts.append(f"{word}: {', '.join(names[:_NAMED])}{more}")
@@ -122,6 +126,8 @@ def _remark(runs: dict[str, Any], row: Row) -> str:
 
 def print_result(case: Case, out: Path, *, as_json: bool) -> None:
     """Print the structures of one result."""
+    from ..quality.coverage import CUT_FRACTION
+
     result = _result(case, out)
     if as_json:
         print_json({"results": [result], "failures": []})
@@ -132,7 +138,8 @@ def print_result(case: Case, out: Path, *, as_json: bool) -> None:
         estimate = quality["estimated_dice"]
         remark = one["status"] + (f" ({one['reason']})" if one["reason"] else "")
         if one["status"] == "present":
-            remark = quality["reason"] if quality["verdict"] != "good" else ""
+            cut = one["outside_fraction"] >= CUT_FRACTION
+            remark = quality["reason"] if cut or quality["verdict"] != "good" else ""
         dice = "" if estimate is None else f"{estimate:.2f}"
         rows.append((one["name"], f"{one['volume_ml']:.1f}", dice, quality["verdict"], remark))
     typer.echo(f"{result['query']} -> {result['output']}  ({result['total_seconds']:.1f} s on {result['device']})")

@@ -8,6 +8,8 @@ from ..atlas import Atlas
 from ..core.geometry import Grid
 from ..transforms.maps import Affine
 
+#: A structure counts as cut by the field of view from this fraction outside it on: less may be the fit's error.
+CUT_FRACTION = 0.1
 #: Voxels mapped at a time: bounds the memory of coordinates.
 _CHUNK_VOXELS = 1_000_000
 

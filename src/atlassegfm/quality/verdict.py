@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from .coverage import CUT_FRACTION
 from .estimate import regressions
 from .evidence import Evidence
 
@@ -64,10 +65,11 @@ class StructureQuality:
     evidence: Evidence | None = None
 
 
-def judge(evidence: Evidence, model: str, confidence: float) -> StructureQuality:
+def judge(evidence: Evidence, model: str, confidence: float, outside: float = 0.0) -> StructureQuality:
     """Estimate the Dice of one structure and give a verdict.
 
-    ``model`` is the model's name or "none", ``confidence`` that of the registration, in [0, 1].
+    ``model`` is the model's name or "none", ``confidence`` that of the registration, in [0, 1],
+    ``outside`` the fraction of the structure outside the field of view, which the reason names from 0.1 on.
     """
     regression = regressions().get(model, regressions()["model"])
     estimate = regression.estimate(evidence)
@@ -82,6 +84,8 @@ def judge(evidence: Evidence, model: str, confidence: float) -> StructureQuality
         worst = min(contributions, key=lambda name: contributions[name])
         if contributions[worst] < 0:
             reason += f"; {explain(worst, evidence)}"
+    if outside >= CUT_FRACTION:
+        reason = f"{outside:.0%} of it lies outside the field of view, so that its volume is too small; {reason}"
     return StructureQuality(verdict, reason, estimate, low, high, evidence)
 
 

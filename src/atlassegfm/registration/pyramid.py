@@ -166,7 +166,10 @@ def frame_grid(grid: Grid, axes: NDArray[np.float64], spacing_mm: ArrayLike) -> 
     orthogonal = orthogonal * np.sign(np.diag(upper))
     local = grid.corners_mm @ orthogonal
     low, high = local.min(axis=0), local.max(axis=0)
-    shape = np.maximum(np.round((high - low) / spacing_mm).astype(int) + 1, 2)
+    shape = np.round((high - low) / spacing_mm).astype(int) + 1
+    # A slab thinner than the spacing, as one slice is, still gets two planes within its thickness.
+    spacing_mm = np.where(shape < 2, np.minimum(spacing_mm, np.ptp(grid.faces_mm @ orthogonal, axis=0) / 2), spacing_mm)
+    shape = np.maximum(shape, 2)
     affine = np.eye(4)
     affine[:3, :3] = orthogonal * spacing_mm
     affine[:3, 3] = orthogonal @ ((low + high) / 2 - (shape - 1) / 2 * spacing_mm)
@@ -212,7 +215,8 @@ def _smooth(volume: Volume, onto: Grid) -> Volume:
 
 def _downsample(scan: Volume, finest_mm: float) -> Volume:
     """Block means, by whole factors, of voxels no longer than ``finest_mm``."""
-    return _block_means(scan, [max(1, int(finest_mm / spacing)) for spacing in scan.grid.spacing_mm])
+    longest = zip(scan.grid.shape, finest_mm / scan.grid.spacing_mm, strict=True)
+    return _block_means(scan, [max(1, int(min(count, factor))) for count, factor in longest])
 
 
 def _block_means(scan: Volume, factors: Sequence[int]) -> Volume:

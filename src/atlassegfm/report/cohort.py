@@ -16,6 +16,7 @@ import numpy as np
 from ..core.errors import InputError
 from ..core.labels import palette_color
 from ..dicom import is_series_folder
+from ..quality.coverage import CUT_FRACTION
 from ..quality.verdict import VERDICTS
 from ..records import ModelRecord, StructureRecord
 from .case import Agreement, CaseFacts, CaseOptions, write_case
@@ -194,10 +195,15 @@ def _quality(row: StructureRecord) -> tuple[str | None, str, float | None]:
     return (None, "", None) if one is None else (one.verdict, one.reason, finite(one.estimated_dice))
 
 
+def _is_whole(row: StructureRecord) -> bool:
+    """Whether a structure was found, and the field of view does not cut it."""
+    return row.status == "present" and row.volume_ml > 0 and row.outside_fraction < CUT_FRACTION
+
+
 def _volumes(entries: Sequence[_Entry], value: int) -> Distribution:
     """Volumes of a structure, ml, where the field of view does not cut it."""
     rows = ((entry.case.name, row) for entry in entries for row in entry.case.run.structures if row.value == value)
-    pairs = ((name, row.volume_ml) for name, row in rows if row.status == "present" and row.volume_ml > 0)
+    pairs = ((name, row.volume_ml) for name, row in rows if _is_whole(row))
     return Distribution.of(pairs, find_outliers=True)
 
 
