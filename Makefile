@@ -15,7 +15,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo extras test test-all test-install trial check format results bench profile docs clean
+.PHONY: help demo extras test test-all test-install trial fuzz check format results bench profile docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ trial: $(STAMPS)/test ## walk a newcomer's first day through the command line, a
 
 test-install: $(STAMPS)/test ## install the wheel into an empty environment, then an extra as its error message says
 	$(BIN)/python -m pytest tests/test_install.py
+
+fuzz: $(STAMPS)/test ## put 300 damaged files through check, segment and evaluate, in minutes
+	$(ONE_THREAD) $(BIN)/python tests/fuzz.py
 
 check: $(STAMPS)/lint ## lint, format, types and import layers
 	$(BIN)/ruff check .

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 
 import numpy as np
 
 from .errors import InputError
 from .geometry import Grid
-from .volume import Source, Volume, damage_message, spatial_shape
+from .volume import Source, Volume, damage_errors, spatial_shape
 
 
 def load_mgh(path: Path) -> Volume:
     """Read an MGH or MGZ file; raises InputError as :func:`~.image.load_volume`."""
-    from nibabel.freesurfer.mghformat import MGHError, MGHImage
+    from nibabel.freesurfer.mghformat import MGHImage
     from nibabel.openers import ImageOpener
-    from nibabel.spatialimages import HeaderDataError
 
-    try:
+    with damage_errors(path, "MGH"):
         with ImageOpener(str(path)) as file:
             image = MGHImage.from_bytes(file.read())
         data = np.asanyarray(image.dataobj)
-    except (EOFError, OSError, zlib.error, ValueError, KeyError, HeaderDataError, MGHError) as error:
-        raise InputError(damage_message(path, error, "MGH")) from None
     shape = spatial_shape(data.shape, path)
     notes = () if image.header["goodRASFlag"] == 1 else ("the header has no orientation; FreeSurfer's default counts",)
     try:

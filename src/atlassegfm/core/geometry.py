@@ -18,6 +18,8 @@ from .errors import InputError
 #: Axes are called singular when those of unit length span less than this volume: 1 is orthogonal, a gantry tilt of 30
 #: degrees spans 0.87.
 _SMALLEST_UNIT_AXES_VOLUME = 1e-3
+#: One voxel axis is shorter than another by no more than this factor: 0.5 um pixels in a slice of 100 mm have 5e-6.
+_SMALLEST_AXIS_RATIO = 1e-6
 
 #: RAS+ from the LPS frame of ITK and DICOM, and back.
 LPS_FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -61,8 +63,10 @@ class Grid:
             raise InputError("the affine is not a finite 4 x 4 matrix; correct the header")
         if not np.allclose(affine[3], (0, 0, 0, 1)):
             raise InputError(f"the affine ends in the row {affine[3].tolist()}; expected 0 0 0 1")
-        lengths = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
-        unit_volume = 0.0 if lengths.min() == 0 else abs(np.linalg.det(affine[:3, :3] / lengths))
+        with np.errstate(over="ignore"):
+            lengths = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+        degenerate = not np.isfinite(lengths).all() or lengths.min() <= _SMALLEST_AXIS_RATIO * lengths.max()
+        unit_volume = 0.0 if degenerate else abs(np.linalg.det(affine[:3, :3] / lengths))
         if unit_volume < _SMALLEST_UNIT_AXES_VOLUME:
             found = f"voxel axes of length {', '.join(f'{n:g}' for n in lengths)} mm that do not span a volume"
             raise InputError(f"the affine is singular ({found}); correct the header")

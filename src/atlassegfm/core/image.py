@@ -22,7 +22,7 @@ from .geometry import Grid
 from .itk import SEGMENTATION_SUFFIX, itk_grid, load_itk, save_itk
 from .labels import Structure, file_names
 from .nifti import PAIR_SUFFIXES, load_nifti, save_nifti
-from .volume import Source, Volume, spatial_shape
+from .volume import Source, Volume, check_real, spatial_shape
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -36,6 +36,7 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "NIFTI_SUFFIXES",
     "PAIR_SUFFIXES",
+    "WHOLE_WITHIN",
     "Source",
     "Volume",
     "as_volume",
@@ -65,6 +66,8 @@ WRITTEN_SUFFIXES = (".nii.gz", ".nii", SEGMENTATION_SUFFIX, ".nrrd", ".mha", ".m
 EXTENT_MM = (3.0, 10_000.0)
 #: Largest difference of a label from a whole number: what resampling in 32 bits leaves behind.
 WHOLE_WITHIN = 0.01
+#: Larger values are no intensities: sums of their squares are beyond 32 bits.
+_LARGEST_VALUE = np.float32(1e15)
 #: Label values up to this are counted in a table, larger ones sorted out.
 _LARGEST_COUNTED = 1 << 20
 #: Fraction of the voxels that may be NaN or infinite, in a scan or label map that is otherwise usable.
@@ -115,6 +118,7 @@ def as_volume(image: ImageLike) -> Volume:
             f"{type(image).__name__}: not an image; expected a path, a Volume, an image of nibabel or SimpleITK, or "
             "an array with its affine"
         )
+    check_real(data.dtype, name)
     shape = spatial_shape(data.shape, name)
     return Volume(data.reshape(shape), Grid(shape, affine))
 
@@ -170,8 +174,8 @@ def checked_image(volume: Volume, name: PathLike) -> Volume:
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
         data = np.asarray(volume.data, dtype=np.float32)
     low, high = float(data.min()), float(data.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        valid = np.isfinite(data)
+    if not (low >= -_LARGEST_VALUE and high <= _LARGEST_VALUE):  # nor if they are NaN
+        valid = np.abs(data) <= _LARGEST_VALUE
         volume = _valid_or_refused(volume, valid, name, "taken as outside the scan")
         low, high = float(data[valid].min()), float(data[valid].max())
         data = np.where(valid, data, np.float32(low))
@@ -196,10 +200,10 @@ def _valid_or_refused(volume: Volume, valid: NDArray[np.bool_], name: PathLike, 
     count = int(valid.size - valid.sum())
     if count > _MOST_INVALID * valid.size:
         raise InputError(
-            f"{name}: {count} of {valid.size} voxels are NaN, infinite or beyond 32 bits; expected numbers in most: "
+            f"{name}: {count} of {valid.size} voxels are NaN, infinite or above 1e15; expected numbers in most: "
             "export it again"
         )
-    return _noted(volume, f"{count} of {valid.size} voxels are NaN or infinite; {what}", name)
+    return _noted(volume, f"{count} of {valid.size} voxels are NaN, infinite or above 1e15; {what}", name)
 
 
 def _noted(volume: Volume, note: str, name: PathLike) -> Volume:

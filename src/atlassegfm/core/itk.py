@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .errors import InputError
 from .geometry import LPS_FLIP, Grid
 from .labels import LabelEntry, Structure, from_slicer_metadata, slicer_segments, to_slicer_metadata
-from .volume import Source, Volume, damage_message, spatial_shape
+from .volume import Source, Volume, check_real, damage_errors, spatial_shape
 
 #: A segmentation of 3D Slicer: an NRRD file with one layer, or one for each of its segments that overlap.
 SEGMENTATION_SUFFIX = ".seg.nrrd"
@@ -25,29 +25,33 @@ def load_itk(path: Path) -> Volume:
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-        shape = spatial_shape(reader.GetSize(), path)
-        layers = reader.GetNumberOfComponents()
-        if layers != 1 and not path.name.lower().endswith(SEGMENTATION_SUFFIX):
-            raise InputError(f"{path}: {layers} numbers a voxel; expected one")
-        image = reader.Execute()
-    except RuntimeError as error:
-        if "spacing" in str(error).lower():
-            raise InputError(
-                f"{path}: the spacing in the header is not three numbers above 0; correct the header"
-            ) from None
-        if "determinant" in str(error).lower() or "singular" in str(error).lower():
-            raise InputError(f"{path}: the affine is singular; correct the direction vectors in the header") from None
-        raise InputError(damage_message(path, error, path.suffix[1:].upper())) from None
-    grid = itk_grid(image, path)
-    metadata = {key: image.GetMetaData(key) for key in image.GetMetaDataKeys()}
-    stored = sitk.GetArrayFromImage(image)
-    if layers != 1:
-        data, table = _flattened(stored.reshape(*shape[::-1], layers), metadata, path)
-        return Volume(data.transpose(2, 1, 0), grid, Source(path, None, table))
-    data = stored.reshape(shape[::-1]).transpose(2, 1, 0)
-    return Volume(data, grid, Source(path, None, from_slicer_metadata(metadata)))
+    with damage_errors(path, path.suffix[1:].upper()):
+        try:
+            reader.ReadImageInformation()
+            shape = spatial_shape(reader.GetSize(), path)
+            layers = reader.GetNumberOfComponents()
+            if layers != 1 and not path.name.lower().endswith(SEGMENTATION_SUFFIX):
+                raise InputError(f"{path}: {layers} numbers a voxel; expected one")
+            image = reader.Execute()
+        except RuntimeError as error:
+            if "spacing" in str(error).lower():
+                raise InputError(
+                    f"{path}: the spacing in the header is not three numbers above 0; correct the header"
+                ) from None
+            if "determinant" in str(error).lower() or "singular" in str(error).lower():
+                raise InputError(
+                    f"{path}: the affine is singular; correct the direction vectors in the header"
+                ) from None
+            raise
+        grid = itk_grid(image, path)
+        metadata = {key: image.GetMetaData(key) for key in image.GetMetaDataKeys()}
+        stored = sitk.GetArrayFromImage(image)
+        check_real(stored.dtype, path)
+        if layers != 1:
+            data, table = _flattened(stored.reshape(*shape[::-1], layers), metadata, path)
+            return Volume(data.transpose(2, 1, 0), grid, Source(path, None, table))
+        data = stored.reshape(shape[::-1]).transpose(2, 1, 0)
+        return Volume(data, grid, Source(path, None, from_slicer_metadata(metadata)))
 
 
 def _flattened(

@@ -8,7 +8,6 @@ a tenth of a voxel, the sform counts and a note says by how much they differ.
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from .errors import InputError
 from .geometry import Grid, box_corners
 from .labels import LabelEntry, Structure, from_nifti_xml, to_nifti_xml
-from .volume import Source, Volume, damage_message, spatial_shape
+from .volume import Source, Volume, check_real, damage_errors, damage_message, spatial_shape
 
 if TYPE_CHECKING:
     from nibabel.nifti1 import Nifti1Header
@@ -48,39 +47,33 @@ def load_nifti(path: Path) -> Volume:
     """Read a NIfTI file, or the pair of header and voxels that either file belongs to; raises InputError."""
     from nibabel.arrayproxy import ArrayProxy
     from nibabel.openers import ImageOpener
-    from nibabel.spatialimages import HeaderDataError
-    from nibabel.wrapstruct import WrapStructError
 
     is_pair = path.suffix.lower() in PAIR_SUFFIXES
     header_path, voxel_path = pair_of(path) if is_pair else (path, path)
-    if is_pair and not _is_nifti(header_path):
-        return _load_analyze(path, header_path)
-    _check_compression(path)
-    try:
-        with ExitStack() as stack:
-            file = stack.enter_context(ImageOpener(str(header_path)))
-            header, stored_pixdim = _read_nifti_header(file, path)
-            shape = spatial_shape(header.get_data_shape(), path)
-            kind = header.get_data_dtype()
-            if kind.fields is not None or np.issubdtype(kind, np.complexfloating):
-                raise InputError(f"{path}: the voxels are {_kind_name(kind)}; expected one real number a voxel")
-            if not (np.isfinite(stored_pixdim).all() and (stored_pixdim > 0).all()):
-                values = ", ".join(f"{value:g}" for value in stored_pixdim)
-                raise InputError(
-                    f"{path}: the header gives the spacing {values}; expected three numbers above 0: correct pixdim"
-                )
-            affine, notes = _nifti_affine(header, path)
-            grid = _grid(shape, affine, path)
-            voxels = stack.enter_context(ImageOpener(str(voxel_path))) if is_pair else file
+    with damage_errors(path, "NIfTI"), ExitStack() as stack:
+        if is_pair and not _is_nifti(header_path):
+            return _load_analyze(path, header_path)
+        _check_compression(path)
+        file = stack.enter_context(ImageOpener(str(header_path)))
+        header, stored_pixdim = _read_nifti_header(file, path)
+        shape = spatial_shape(header.get_data_shape(), path)
+        check_real(header.get_data_dtype(), path)
+        if not (np.isfinite(stored_pixdim).all() and (stored_pixdim > 0).all()):
+            values = ", ".join(f"{value:g}" for value in stored_pixdim)
+            raise InputError(
+                f"{path}: the header gives the spacing {values}; expected three numbers above 0: correct pixdim"
+            )
+        affine, notes = _nifti_affine(header, path)
+        grid = _grid(shape, affine, path)
+        voxels = stack.enter_context(ImageOpener(str(voxel_path))) if is_pair else file
+        try:
             data = np.asanyarray(ArrayProxy(voxels, header, mmap=False)).reshape(shape)
-            # The checksum of a gzip stream follows its last byte: damage shows only to who reads that far.
-            while voxels.read(1 << 20):
-                pass
-    except MemoryError:
-        size = " x ".join(str(n) for n in shape)
-        raise InputError(f"{path}: {size} voxels do not fit into memory; check the header, or crop the scan") from None
-    except (EOFError, OSError, zlib.error, ValueError, HeaderDataError, WrapStructError) as error:
-        raise InputError(damage_message(path, error, "NIfTI")) from None
+        except MemoryError:
+            size = " x ".join(str(n) for n in shape)
+            raise InputError(f"{path}: {size} voxels do not fit into memory; check the header, or crop it") from None
+        # The checksum of a gzip stream follows its last byte: damage shows only to who reads that far.
+        while voxels.read(1 << 20):
+            pass
     table: dict[int, LabelEntry] = {}
     for extension in header.extensions:
         # The raw bytes: nibabel's decoded form is an error for some codes, the one of Workbench among them.
@@ -110,16 +103,13 @@ def _is_nifti(header: Path) -> bool:
 
 def _load_analyze(path: Path, header_path: Path) -> Volume:
     """Read an Analyze 7.5 or SPM file; the affine of a ``.mat`` beside it counts."""
-    from nibabel.spatialimages import HeaderDataError
     from nibabel.spm2analyze import Spm2AnalyzeImage
-    from nibabel.wrapstruct import WrapStructError
 
-    try:
+    with damage_errors(path, "Analyze"):
         image = Spm2AnalyzeImage.from_filename(header_path)
         shape = spatial_shape(image.shape, path)
+        check_real(image.get_data_dtype(), path)
         data = np.asanyarray(image.dataobj).reshape(shape)
-    except (EOFError, OSError, zlib.error, ValueError, KeyError, HeaderDataError, WrapStructError) as error:
-        raise InputError(damage_message(path, error, "Analyze")) from None
     notes: tuple[str, ...] = ()
     if not header_path.with_suffix(".mat").is_file():
         notes = ("an Analyze header has no orientation; its axes are taken as L, A, S, as SPM does",)
@@ -246,7 +236,3 @@ def _describes(header: Nifti1Header, grid: Grid) -> bool:
         return False
     affine, _ = _nifti_affine(header, None)
     return np.allclose(affine, grid.affine, rtol=1e-6, atol=1e-4)
-
-
-def _kind_name(kind: np.dtype[Any]) -> str:
-    return f"{len(kind.fields)} numbers each (colour)" if kind.fields is not None else f"complex ({kind.name})"

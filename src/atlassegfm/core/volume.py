@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InputError
+from .errors import AtlasSegError, InputError
 from .geometry import Grid
 from .labels import LabelEntry
 
@@ -103,6 +106,28 @@ def spatial_shape(shape: Sequence[int], path: Path) -> tuple[int, int, int]:
             "extract one volume of a series, or stack the slices"
         )
     return kept[0], kept[1], kept[2]
+
+
+def check_real(kind: np.dtype[Any], path: Path) -> None:
+    """Refuse voxels that are not one real number each."""
+    if kind.kind not in "biuf":
+        name = f"{len(kind.fields)} numbers each (colour)" if kind.fields is not None else f"complex ({kind.name})"
+        raise InputError(f"{path}: the voxels are {name}; expected one real number a voxel")
+
+
+@contextmanager
+def damage_errors(path: Path, kind: str) -> Iterator[None]:
+    """Raise what a library raises on a damaged file as InputError, and silence its warnings."""
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            yield
+    except AtlasSegError:
+        raise
+    except MemoryError:
+        raise InputError(f"{path}: it does not fit into memory; check its size in the header, or crop it") from None
+    except Exception as error:  # noqa: BLE001  (each library raises a dozen kinds)
+        raise InputError(damage_message(path, error, kind)) from None
 
 
 def damage_message(path: Path, error: BaseException | None, kind: str) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import InputError, MissingExtraError
+from ..core.errors import AtlasSegError, InputError, MissingExtraError
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -42,6 +42,18 @@ def no_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(pydicom|highdicom)(\..*)?")
         yield
+
+
+@contextmanager
+def element_errors(path: Path) -> Iterator[None]:
+    """Raise what elements of a damaged or invalid file raise on use as InputError, and silence warnings on them."""
+    try:
+        with no_warnings(), np.errstate(all="ignore"):
+            yield
+    except AtlasSegError:
+        raise
+    except Exception:  # noqa: BLE001  (pydicom converts values on access, to whatever they hold)
+        raise InputError(f"{path}: an element of the header has a value that cannot be used; export it again") from None
 
 
 def is_dicom(path: Path) -> bool:
@@ -141,8 +153,9 @@ def check_one_sample(dataset: Dataset, path: Path) -> None:
 
 
 def frame_count(dataset: Dataset) -> int:
-    """Count the frames of a file."""
-    return int(value_of(dataset, "NumberOfFrames") or 1)
+    """Count the frames of a file; one where it does not say."""
+    count = numbers_of(dataset, "NumberOfFrames", 1)
+    return 1 if count is None else max(int(count[0]), 1)
 
 
 def value_of(dataset: Dataset, keyword: str) -> Any:

@@ -21,7 +21,7 @@ from ..core.image import Volume, label_boxes
 from ..core.labels import Structure
 from ..core.mask import LocalMap
 from .contours import fill, trace
-from .files import items_of, no_warnings, numbers_of, read_dataset, text_of, value_of
+from .files import element_errors, items_of, no_warnings, numbers_of, read_dataset, text_of, value_of
 from .identity import (
     LONGEST_NAME,
     SOFTWARE,
@@ -87,7 +87,8 @@ def read_rtstruct(path: Path, on: Series | Grid, selection: Selection = EVERYTHI
     if not is_rtstruct(dataset):
         raise InputError(f"{path}: the modality is {text_of(dataset, 'Modality') or 'missing'}; expected an RTSTRUCT")
     grid, notes = (on.grid, check_belongs(path, on, **_references(dataset))) if isinstance(on, Series) else (on, [])
-    rois = list(_read_rois(dataset, path))
+    with element_errors(path):
+        rois = list(_read_rois(dataset, path))
     found = [(roi.number, roi.name, bool(roi.contours)) for roi in rois]
     order, left_out = selection.select(found, path, "closed contours")
     notes += left_out

@@ -21,6 +21,7 @@ from ..core.image import Volume, label_positions
 from ..core.labels import Structure
 from .files import (
     decode_pixels,
+    element_errors,
     group_numbers,
     items_of,
     no_warnings,
@@ -82,7 +83,8 @@ def read_segmentation(path: Path, on: Series | Grid | None = None, selection: Se
             frame_uids={text_of(dataset, "FrameOfReferenceUID")},
             series_uids={text_of(one, "SeriesInstanceUID") for one in items_of(dataset, "ReferencedSeriesSequence")},
         )
-    own, masks = _read_segments(dataset, path)
+    with element_errors(path):
+        own, masks = _read_segments(dataset, path)
     order, left_out = selection.select([(one.number, one.name, bool(one.mask.any())) for one in masks], path, "voxels")
     notes += left_out
     chosen = [replace(masks[n], name=selection.renamed(masks[n].name)) for n in order]

@@ -19,7 +19,7 @@ from ..core.errors import InputError
 from ..core.geometry import Grid
 from ..core.image import Source, Volume
 from ..core.labels import listed, plain_name
-from .files import decode_pixels, frame_count, is_dicom, read_dataset, read_header, text_of, value_of
+from .files import decode_pixels, element_errors, frame_count, is_dicom, read_dataset, read_header, text_of, value_of
 from .stack import VOLUME_KEYS, Frame, as_number, frames_of, has_image_type, pick_volume, stack_frames
 
 if TYPE_CHECKING:
@@ -247,12 +247,16 @@ def _listing(candidates: Sequence[_Candidate]) -> str:
 
 def _read_voxels(series: Series, as_float: bool) -> NDArray[Any]:
     """Read the rescaled values, (I, J, K)."""
-    out = np.empty((len(series.frames), *series.frames[0].shape), np.float32 if as_float else _value_type(series))
+    with element_errors(series.frames[0].path):
+        kind = np.dtype(np.float32) if as_float else np.dtype(_value_type(series))
+    out = np.empty((len(series.frames), *series.frames[0].shape), kind)
     path, pixels = None, np.zeros((0, 0, 0))
     for k, frame in enumerate(series.frames):
         if frame.path != path:
-            path, pixels = frame.path, decode_pixels(read_dataset(frame.path), frame.path)
-        out[k] = pixels[frame.number] * frame.slope + frame.intercept
+            with element_errors(frame.path):
+                path, pixels = frame.path, decode_pixels(read_dataset(frame.path), frame.path)
+        with np.errstate(all="ignore"):
+            out[k] = pixels[frame.number] * frame.slope + frame.intercept
     return out.transpose(2, 1, 0)
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..core.errors import InputError
 from ..core.geometry import LPS_FLIP, Grid
 from ..core.labels import listed
-from .files import check_one_sample, frame_count, group_numbers, items_of, text_of, value_of
+from .files import check_one_sample, element_errors, frame_count, group_numbers, items_of, text_of, value_of
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -91,12 +91,14 @@ def frames_of(files: Sequence[tuple[Path, Dataset]], folder: Path) -> tuple[list
         if uid in seen:
             continue
         seen[uid] = position
-        check_one_sample(header, path)
+        with element_errors(path):
+            check_one_sample(header, path)
+            found = _frames_in(path, header, uid)
         if has_image_type(header, "MOSAIC"):
             raise InputError(f"{path}: a mosaic of all slices, which is not supported; convert it with dcm2niix")
         if "ModalityLUTSequence" in header:
             raise InputError(f"{path}: has a table of values (Modality LUT); export it with a rescale slope instead")
-        frames += _frames_in(path, header, uid)
+        frames += found
     copies = len(files) - len(seen)
     if copies:
         notes.append(f"{copies} {'file is a copy' if copies == 1 else 'files are copies'} of others and left out")

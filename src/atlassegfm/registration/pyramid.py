@@ -161,7 +161,10 @@ def frame_grid(grid: Grid, spacing_mm: ArrayLike, axes: NDArray[np.float64] | No
     orthogonal = orthogonal * np.sign(np.diag(upper))
     local = grid.corners_mm @ orthogonal
     low, high = local.min(axis=0), local.max(axis=0)
-    shape = np.maximum(np.round((high - low) / spacing_mm).astype(int) + 1, 2)
+    shape = np.round((high - low) / spacing_mm).astype(int) + 1
+    # A slab thinner than the spacing, as one slice is, still gets two planes within its thickness.
+    spacing_mm = np.where(shape < 2, np.minimum(spacing_mm, np.ptp(grid.faces_mm @ orthogonal, axis=0) / 2), spacing_mm)
+    shape = np.maximum(shape, 2)
     affine = np.eye(4)
     affine[:3, :3] = orthogonal * spacing_mm
     affine[:3, 3] = orthogonal @ ((low + high) / 2 - (shape - 1) / 2 * spacing_mm)
@@ -203,7 +206,7 @@ def smooth(volume: Volume, onto: Grid) -> Volume:
 
 def _downsample(scan: Volume, finest_mm: float) -> Volume:
     """Means over blocks, no longer than ``finest_mm``; an incomplete last block is padded with its last plane."""
-    factors = np.maximum(1, (finest_mm / scan.grid.spacing_mm).astype(int))
+    factors = np.clip(finest_mm / scan.grid.spacing_mm, 1, scan.grid.shape).astype(int)
     data: NDArray[np.float32] = scan.data
     for axis, factor in enumerate(factors):
         data = np.pad(data, [(0, -data.shape[axis] % factor if n == axis else 0) for n in range(3)], mode="edge")
