@@ -67,10 +67,10 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_results_without_verdicts_have_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a registration that verdicts are not calibrated for; among others of which some are judged."""
     monkeypatch.setattr("atlassegfm.report.cohort._MOST_PICTURES", 1)
-    save_volume(QUERY.scan(straight_grid()), tmp_path / "scans.nii.gz")
+    save_volume(QUERY.scan(straight_grid()), tmp_path / "scan.nii.gz")
     for name, verdicts in (("a", (None, None, None)), ("b", ("good", None, "review"))):
         write_result(tmp_path / "out" / name, 0, verdicts)
-    write_report(tmp_path / "out", images=[tmp_path], options=WITHOUT_PICTURES)
+    write_report(tmp_path / "out", scans={"a": tmp_path / "scan.nii.gz"}, options=WITHOUT_PICTURES)
     data = data_of(tmp_path / "out/report.html", "table-data")
     assert data["cases"]["verdict"] == [None, "review"]
     assert data["structures"]["verdict"] == [None, None, None, "good", None, "review"]
