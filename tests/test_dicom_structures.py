@@ -588,6 +588,14 @@ def test_points_and_open_lines_are_warnings(scan: Volume, tmp_path: Path, caplog
     assert "left out, as they have no closed contours: Isocentre" in caplog.text
 
 
+def test_structures_of_one_name_are_told_apart(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rois = {"Liver": boxes((5, 9), (5, 9), [2]), "liver": boxes((15, 19), (5, 9), [2])}
+    with caplog.at_level(logging.WARNING):
+        volume = open_labels(made_rtstruct(tmp_path / "rs.dcm", rois, grid=scan.grid), scan)
+    assert [one.name for one in structures_in(volume)] == ["Liver", "liver (2)"]
+    assert "liver (2)" in caplog.text
+
+
 def test_overlapping_structures(scan: Volume, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rois = {"Body": boxes((1, 30), (1, 30), range(2, 6)), "PTV": boxes((5, 9), (5, 9), range(3, 5))}
     path = made_rtstruct(tmp_path / "rs.dcm", rois, grid=scan.grid)
