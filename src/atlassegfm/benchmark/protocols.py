@@ -35,6 +35,8 @@ def make_pairs(
 ) -> tuple[Pair, ...]:
     """Make the pairs of a protocol, those of one atlas together.
 
+    InputError if there are too few cases, an atlas is not among them, or an option belongs to another protocol.
+
     Parameters
     ----------
     cases : sequence of str
@@ -51,11 +53,6 @@ def make_pairs(
         For "one-to-all"; the first case if left out.
     every : int
         Keep one pair of so many; of "all-pairs" a balanced sample: every case is about as often atlas as query.
-
-    Raises
-    ------
-    InputError
-        If there are too few cases, an atlas is not among them, or an option belongs to another protocol.
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"unknown protocol {protocol!r}; expected one of {', '.join(PROTOCOLS)}")

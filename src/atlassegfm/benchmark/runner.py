@@ -33,6 +33,9 @@ def run(
 ) -> list[PairRecord]:
     """Run all pairs that are not done yet.
 
+    InputError if the folder holds something else, or a file of the dataset cannot be used. Finished pairs are kept;
+    AtlasSegError if a model cannot be loaded, before anything is written.
+
     Parameters
     ----------
     plan : Plan
@@ -49,13 +52,6 @@ def run(
     -------
     list of PairRecord
         Variant by variant, in the order of the pairs.
-
-    Raises
-    ------
-    InputError
-        If the folder holds something else, or a file of the dataset cannot be used. Finished pairs are kept.
-    AtlasSegError
-        If a model cannot be loaded, before anything is written.
     """
     store = {
         (variant.name, pair): out / PAIRS / slug(variant.name) / pair.atlas / f"{pair.query}.json"

@@ -51,6 +51,8 @@ class Timing:
 def scans_for(folder: Path | None, shape: tuple[int, int, int], labels: Sequence[str]) -> tuple[Atlas, Volume]:
     """Load an atlas and a query and resample each over its own field of view.
 
+    InputError if the dataset cannot be used or has fewer than two cases.
+
     Parameters
     ----------
     folder : Path or None
@@ -59,11 +61,6 @@ def scans_for(folder: Path | None, shape: tuple[int, int, int], labels: Sequence
         Voxels of both in RAS-canonical order.
     labels : sequence of str
         Structures to keep; all if empty.
-
-    Raises
-    ------
-    InputError
-        If the dataset cannot be used or has fewer than two cases.
     """
     if folder is None:
         full = Atlas.from_files(demo.PAIR / demo.ATLAS, demo.PAIR / demo.LABELS)

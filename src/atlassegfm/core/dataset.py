@@ -93,13 +93,8 @@ def load_dataset(folder: PathLike, *, channel: int = 0) -> Dataset:
     """Find the cases of a dataset in nnU-Net raw layout, with one channel, counted from 0, of each scan.
 
     If ``dataset.json`` in the folder has a table "dataset", the cases are those it lists; if not, those of ``imagesTr``
-    and ``labelsTr``. Hidden files do not count.
-
-    Raises
-    ------
-    InputError
-        If there is no such dataset, ``dataset.json`` cannot be used, an image has no labels or the other way round, or
-        there are other cases than ``dataset.json`` says.
+    and ``labelsTr``. Hidden files do not count. InputError if there is no such dataset, ``dataset.json`` cannot be
+    used, an image has no labels or the other way round, or there are other cases than ``dataset.json`` says.
     """
     folder = Path(folder)
     path = folder / "dataset.json"

@@ -52,10 +52,7 @@ class DiskFullError(InputError):
 def disk_errors(path: Path) -> Iterator[None]:
     """Raise errors of the disk as :class:`InputError` about ``path``.
 
-    Raises
-    ------
-    DiskFullError
-        If no space is left, or the user's quota is used up.
+    DiskFullError if no space is left, or the user's quota is used up.
     """
     try:
         yield
@@ -89,10 +86,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def output_folder(path: Path) -> Iterator[None]:
     """Make a folder for results, check that it can be written to, and remove it if it ends up empty.
 
-    Raises
-    ------
-    InputError
-        If it cannot be made or written to.
+    InputError if it cannot be made or written to.
     """
     if path.suffix.lower() in _FILE_ENDINGS and not path.exists():
         raise InputError(f"{path}: a folder is expected here, and this is named like a file; leave out {path.suffix}")
@@ -136,10 +130,7 @@ def check_replaceable(path: Path, known: frozenset[str]) -> None:
 def replaced_folder(path: Path, known: frozenset[str]) -> Iterator[Path]:
     """Give a temporary folder beside ``path``; put it in its place if the block succeeds, delete it if not.
 
-    Raises
-    ------
-    InputError
-        As :func:`check_replaceable`, and if the disk refuses.
+    InputError as :func:`check_replaceable`, and if the disk refuses.
     """
     check_replaceable(path, known)
     with disk_errors(path):

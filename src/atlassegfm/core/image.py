@@ -85,15 +85,12 @@ def image_stem(path: Path) -> str:
 def as_volume(image: ImageLike) -> Volume:
     """Take an image of nibabel or SimpleITK, or an array with its affine, as a volume; a volume as it is.
 
+    InputError if it is none of these, not 3-D, or its affine is singular.
+
     Parameters
     ----------
     image : Volume, nibabel image, SimpleITK image, or pair of array (I, J, K) and affine (4, 4)
         Affines are voxel to RAS+ mm, as nibabel has them; SimpleITK's frame is turned.
-
-    Raises
-    ------
-    InputError
-        If it is none of these, not 3-D, or its affine is singular.
     """
     if isinstance(image, Volume):
         return image
@@ -121,15 +118,12 @@ def as_volume(image: ImageLike) -> Volume:
 def load_volume(image: ImageLike) -> Volume:
     """Read a 3-D volume with its stored values (scaling of the header applied) and its geometry.
 
+    InputError if the file is missing, damaged, not an image, not 3-D or has no usable geometry.
+
     Parameters
     ----------
     image : path or image
         A file ending in one of :data:`IMAGE_SUFFIXES`, or what :func:`as_volume` takes.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, damaged, not an image, not 3-D or has no usable geometry.
     """
     if not isinstance(image, str | os.PathLike):
         return as_volume(image)
@@ -158,12 +152,8 @@ def load_image(image: ImageLike) -> Volume:
 def checked_image(volume: Volume, name: PathLike) -> Volume:
     """The scan as float32 intensities; NaN and infinite voxels get its lowest value, with a warning.
 
-    Resampling programs write NaN outside the field of view.
-
-    Raises
-    ------
-    InputError
-        If most voxels are NaN or infinite, all are equal, or its size in mm is not that of a body.
+    Resampling programs write NaN outside the field of view. InputError if most voxels are NaN or infinite, all are
+    equal, or its size in mm is not that of a body.
     """
     longest = float((np.array(volume.grid.shape) * volume.grid.spacing_mm).max())
     if not _EXTENT_MM[0] <= longest <= _EXTENT_MM[1]:
@@ -206,6 +196,7 @@ def load_labels(image: ImageLike, *, allow_empty: bool = False) -> Volume:
     """Read a label map: whole numbers, 0 for background, as the smallest unsigned integer type.
 
     Values within 0.01 of a whole number are rounded, NaN and infinite voxels are background, both with a warning.
+    InputError as :func:`load_volume`, and if there are fractions, negative values or no label where one is needed.
 
     Parameters
     ----------
@@ -213,11 +204,6 @@ def load_labels(image: ImageLike, *, allow_empty: bool = False) -> Volume:
         As :func:`load_volume` takes it.
     allow_empty : bool
         Whether a map without any label is one: a result may have found nothing, an atlas may not.
-
-    Raises
-    ------
-    InputError
-        As :func:`load_volume`, and if there are fractions, negative values or no label where one is needed.
     """
     name = image if isinstance(image, str | os.PathLike) else "the label map"
     volume = load_volume(image)
@@ -301,6 +287,8 @@ def label_boxes(values: Sequence[int], *maps: NDArray[Any]) -> dict[int, tuple[s
 def save_volume(volume: Volume, path: PathLike, *, structures: Sequence[Structure] | None = None) -> None:
     """Write a volume in the format of the file name, under a temporary name first.
 
+    InputError if the ending is not known or the folder cannot be written to.
+
     Parameters
     ----------
     volume : Volume
@@ -310,11 +298,6 @@ def save_volume(volume: Volume, path: PathLike, *, structures: Sequence[Structur
         Ends in one of :data:`WRITTEN_SUFFIXES`.
     structures : sequence of Structure, optional
         For label maps: names and colours to put into the header.
-
-    Raises
-    ------
-    InputError
-        If the ending is not known or the folder cannot be written to.
     """
     path = Path(path)
     suffix = image_suffix(path)

@@ -55,10 +55,7 @@ def _flattened(
 ) -> tuple[NDArray[np.uint16], dict[int, LabelEntry]]:
     """One label map of the layers (K, J, I, layer) of a 3D Slicer segmentation, numbered in the order of its segments.
 
-    Raises
-    ------
-    InputError
-        If segments overlap: a label map has one value a voxel.
+    InputError if segments overlap: a label map has one value a voxel.
     """
     data = np.zeros(layers.shape[:3], np.uint16)
     table: dict[int, LabelEntry] = {}

@@ -117,14 +117,10 @@ def file_names(structures: Sequence[Structure]) -> list[str]:
 def read_names_file(path: PathLike) -> dict[int, LabelEntry]:
     """Read label names from a file a user wrote or another program exported.
 
-    Understood are JSON (``{"liver": 1}``, ``{"1": "liver"}`` or a whole nnU-Net ``dataset.json``), and text
-    with one label a line: ``1 liver``, a FreeSurfer / 3D Slicer colour table ``1 liver 200 80 60 0``, or
-    an ITK-SNAP label description ``1 200 80 60 1 1 1 "liver"``. Lines that begin with ``#`` are comments.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, is not text, or a line or key has none of these forms.
+    Understood are JSON (``{"liver": 1}``, ``{"1": "liver"}`` or a whole nnU-Net ``dataset.json``), and text with one
+    label a line: ``1 liver``, a FreeSurfer / 3D Slicer colour table ``1 liver 200 80 60 0``, or an ITK-SNAP label
+    description ``1 200 80 60 1 1 1 "liver"``. Lines that begin with ``#`` are comments. InputError if the file is
+    missing, is not text, or a line or key has none of these forms.
     """
     path = Path(path)
     try:

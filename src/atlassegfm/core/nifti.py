@@ -89,13 +89,7 @@ def load_nifti(path: Path) -> Volume:
 
 
 def pair_of(path: Path) -> tuple[Path, Path]:
-    """Name header and voxel file of a pair.
-
-    Raises
-    ------
-    InputError
-        If one of them is missing.
-    """
+    """Name header and voxel file of a pair; InputError if one of them is missing."""
     found = [path if path.suffix.lower() == suffix else path.with_suffix(suffix) for suffix in PAIR_SUFFIXES]
     for one in found:
         if not one.is_file():

@@ -73,10 +73,7 @@ class Volume:
     def turned_to(self, grid: Grid) -> Volume:
         """The same voxels in the array order of ``grid`` (a view, no resampling).
 
-        Raises
-        ------
-        ValueError
-            If ``grid`` does not have the same voxels as this volume's grid.
+        ValueError if ``grid`` does not have the same voxels as this volume's grid.
         """
         from nibabel.orientations import apply_orientation
 
@@ -89,10 +86,7 @@ class Volume:
 def spatial_shape(shape: Sequence[int], path: Path) -> tuple[int, int, int]:
     """Get the three dimensions of an image: trailing ones of length 1 are dropped.
 
-    Raises
-    ------
-    InputError
-        If there are others than three.
+    InputError if there are others than three.
     """
     kept = list(shape)
     while len(kept) > 3 and kept[-1] == 1:

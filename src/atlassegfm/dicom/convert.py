@@ -56,18 +56,13 @@ def convert_labels(
 ) -> dict[str, Any]:
     """Convert a file of labels.
 
+    InputError if a file cannot be used, labels and scan do not share their voxels, or RTSTRUCT or DICOM-SEG is wanted
+    without the series it belongs to; OutputError if what was written does not read back the same.
+
     Returns
     -------
     dict
         Paths, and value, name and number of voxels of each structure; of DICOM, the comparison after reading it back.
-
-    Raises
-    ------
-    InputError
-        If a file cannot be used, labels and scan do not share their voxels, or RTSTRUCT or DICOM-SEG is wanted without
-        the series it belongs to.
-    OutputError
-        If what was written does not read back the same.
     """
     labels, out = Path(labels), Path(out)
     tables: list[LabelTable] = [] if conversion.names is None else [read_names_file(conversion.names)]

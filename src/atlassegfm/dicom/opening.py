@@ -30,10 +30,7 @@ def is_dicom_input(path: Path) -> bool:
 def modalities_in(files: Iterable[Path]) -> set[str]:
     """List modalities of DICOM files, up to the first that may be a slice of a scan.
 
-    Raises
-    ------
-    InputError
-        If a header cannot be read.
+    InputError if a header cannot be read.
     """
     found = set()
     for file in files:

@@ -45,10 +45,7 @@ def check_round_trip(
 ) -> tuple[RoundTrip, ...]:
     """Read a file back and compare it with the label map it was written from, on the voxels of the series.
 
-    Raises
-    ------
-    OutputError
-        If the file cannot be read back, or a structure of more than 50 voxels has a Dice below 0.99.
+    OutputError if the file cannot be read back, or a structure of more than 50 voxels has a Dice below 0.99.
     """
     read = read_rtstruct if is_rtstruct(read_header(path, ["SOPClassUID"])) else read_segmentation
     data = labels.turned_to(series.grid).data

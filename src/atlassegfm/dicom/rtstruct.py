@@ -75,13 +75,9 @@ def read_rtstruct(path: Path, on: Series | Grid, selection: Selection = EVERYTHI
     """Read the structures with closed contours of an RTSTRUCT as a label map, with ROI numbers as values.
 
     ``on`` is the scan they were drawn on; patient and frame of reference are compared with a series only. Names and
-    colours are in the source of the volume.
-
-    Raises
-    ------
-    InputError
-        If the file is no RTSTRUCT or damaged, of another patient or frame, a wanted structure is not there or has no
-        closed contours, contours lie outside the scan or not in its slices, or structures overlap.
+    colours are in the source of the volume. InputError if the file is no RTSTRUCT or damaged, of another patient or
+    frame, a wanted structure is not there or has no closed contours, contours lie outside the scan or not in its
+    slices, or structures overlap.
     """
     dataset = read_dataset(path)
     if not is_rtstruct(dataset):

@@ -63,12 +63,8 @@ def read_segmentation(path: Path, on: Series | Grid | None = None, selection: Se
 
     ``on`` is the scan they lie on; None for the grid of the file's own frames, from the first to the last. Values are
     segment numbers, or those of the label map for files of this program. Names and colours are in the source.
-
-    Raises
-    ------
-    InputError
-        If the file is no DICOM-SEG or damaged, of another patient or frame, on other voxels than the scan, a wanted
-        segment is not there or empty, or segments overlap.
+    InputError if the file is no DICOM-SEG or damaged, of another patient or frame, on other voxels than the scan, a
+    wanted segment is not there or empty, or segments overlap.
     """
     dataset = read_dataset(path)
     if not is_segmentation(dataset):
@@ -202,16 +198,9 @@ def write_segmentation(
     """Write a label map as a DICOM-SEG on a series, whose patient, study and frame of reference are copied.
 
     Labels are on the voxels of the series in any array order; else ValueError. Structures become segments 1, 2, 3, ...
-    in their order; one without voxels is described and has no frames.
-
-    Raises
-    ------
-    InputError
-        If there is no voxel at all: a DICOM-SEG needs a frame.
-    OutputError
-        If the headers of the series lack what a DICOM-SEG must copy.
-    MissingExtraError
-        If highdicom is not installed.
+    in their order; one without voxels is described and has no frames. InputError if there is no voxel at all: a
+    DICOM-SEG needs a frame; OutputError if the headers of the series lack what a DICOM-SEG must copy; MissingExtraError
+    if highdicom is not installed.
     """
     try:
         import highdicom

@@ -254,10 +254,7 @@ def _check_uniform(frames: Sequence[Frame], folder: Path) -> None:
 def stack_frames(frames: Sequence[Frame], folder: Path) -> tuple[list[Frame], Grid, list[str]]:
     """Sort frames of different positions into a stack; give its grid (k along the slices' normal) and warnings.
 
-    Raises
-    ------
-    InputError
-        If slices are missing, unevenly spaced or shifted sideways.
+    InputError if slices are missing, unevenly spaced or shifted sideways.
     """
     normal = frames[0].normal
     ordered = sorted(frames, key=lambda frame: float(frame.position_mm @ normal))

@@ -47,12 +47,7 @@ _DASK_SETTINGS = {"distributed.scheduler.allowed-failures": 0, "distributed.sche
 def require_cluster(kind: str) -> None:
     """Check that the kind of cluster is known and its packages are installed.
 
-    Raises
-    ------
-    InputError
-        If ``kind`` is none of "local", "slurm" and an address.
-    MissingExtraError
-        If the extra is not installed.
+    InputError if ``kind`` is none of "local", "slurm" and an address; MissingExtraError if the extra is not installed.
     """
     if kind not in ("local", "slurm") and "://" not in kind:
         raise InputError(f"--cluster {kind}: expected local, slurm, or the address of a scheduler as tcp://HOST:PORT")
@@ -68,15 +63,12 @@ def require_cluster(kind: str) -> None:
 def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
     """Parse options of a Slurm cluster.
 
+    InputError if one has no "=" or its key is not among :data:`SLURM_OPTIONS`.
+
     Parameters
     ----------
     assignments : sequence of str
         Each ``key=value``; values as in TOML, quotes may be left out. Repeated, those of a list add up.
-
-    Raises
-    ------
-    InputError
-        If one has no "=" or its key is not among :data:`SLURM_OPTIONS`.
     """
     options: dict[str, Any] = {}
     for assignment in assignments:
@@ -99,6 +91,8 @@ def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
 def slurm_cluster(work: Work, options: Mapping[str, Any], *, threads: int, gpu: bool) -> Any:
     """Build a cluster whose workers are Slurm jobs of one case; none is submitted yet.
 
+    MissingExtraError if the extra is not installed; InputError if Dask refuses an option.
+
     Parameters
     ----------
     work : Work
@@ -114,13 +108,6 @@ def slurm_cluster(work: Work, options: Mapping[str, Any], *, threads: int, gpu: 
     -------
     dask_jobqueue.SLURMCluster
         Its ``job_script()`` shows the jobs.
-
-    Raises
-    ------
-    MissingExtraError
-        If the extra is not installed.
-    InputError
-        If Dask refuses an option.
     """
     require_cluster("slurm")
     import dask
@@ -160,6 +147,8 @@ def run_on_cluster(
 ) -> Generator[Ended, None, None]:
     """Run the cases on a Dask cluster; yields as they end.
 
+    AtlasSegError if the cluster cannot be reached, or no worker can begin.
+
     Parameters
     ----------
     work, cases, watcher
@@ -170,11 +159,6 @@ def run_on_cluster(
         Processes or jobs to begin; nothing to an address.
     threads, gpu, options
         As for :func:`slurm_cluster`.
-
-    Raises
-    ------
-    AtlasSegError
-        If the cluster cannot be reached, or no worker can begin.
     """
     require_cluster(kind)
     work = work.absolute()

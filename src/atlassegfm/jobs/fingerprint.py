@@ -46,13 +46,7 @@ def atlas_digest(atlas: Atlas) -> str:
 
 
 def file_record(path: Path) -> FileRecord:
-    """Describe the content of a file, or of a folder with all in it.
-
-    Raises
-    ------
-    OSError
-        If it cannot be read.
-    """
+    """Describe the content of a file, or of a folder with all in it; OSError if it cannot be read."""
     content = hashlib.sha256()
     files = _files_of(path)
     stamp = _stamp(files)

@@ -17,10 +17,7 @@ from .work import SegmentWork
 def write_flat(names: Sequence[str], work: SegmentWork, folder: Path) -> None:
     """Copy each segmentation to ``CASE.nii.gz``, with a ``dataset.json`` of the label values.
 
-    Raises
-    ------
-    InputError
-        If the folder cannot be written to.
+    InputError if the folder cannot be written to.
     """
     labels = {"background": 0}
     with output_folder(folder):

@@ -58,6 +58,8 @@ def run_in_processes(
 ) -> Generator[Ended, None, None]:
     """Run the cases in several processes, which end with the generator.
 
+    AtlasSegError if the workers cannot load what all cases share.
+
     Parameters
     ----------
     work : Work
@@ -73,11 +75,6 @@ def run_in_processes(
     Ended
         In the order in which they end. A worker that is killed, for want of memory above all, costs its case, which is
         begun again once, and no other.
-
-    Raises
-    ------
-    AtlasSegError
-        If the workers cannot load what all cases share.
     """
     context = multiprocessing.get_context("spawn")
     reports = context.Queue()

@@ -102,6 +102,8 @@ def run(
 ) -> Outcome:
     """Compute the cases whose result is missing or was made from something else, and write the summary.
 
+    AtlasSegError if no case can be done.
+
     Parameters
     ----------
     cases : sequence of Case
@@ -113,11 +115,6 @@ def run(
     -------
     Outcome
         Of this shard. A case that fails does not stop the others; a full disk does.
-
-    Raises
-    ------
-    AtlasSegError
-        If no case can be done.
     """
     start, outcome = time.perf_counter(), plan_of(cases, work, options)
     remove_unfinished(work.out)

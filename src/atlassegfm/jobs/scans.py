@@ -74,6 +74,8 @@ class Scans:
 def find_scans(paths: Iterable[Path], *, inputs: Iterable[Path] = (), labels: bool = False) -> Scans:
     """Find the scans that paths stand for.
 
+    InputError if a folder holds no scan, or cannot be read.
+
     Parameters
     ----------
     paths : iterable of Path
@@ -82,11 +84,6 @@ def find_scans(paths: Iterable[Path], *, inputs: Iterable[Path] = (), labels: bo
         Other files of the command, as the atlas: left out where they are met in a folder.
     labels : bool
         Whether label maps in folders are taken too.
-
-    Raises
-    ------
-    InputError
-        If a folder holds no scan, or cannot be read.
     """
     scans = Scans(inputs=frozenset(map(os.path.realpath, inputs)))
     for path in paths:
@@ -116,6 +113,7 @@ def scans_of(folder: Path, images: Iterable[Path]) -> Matched:
     """Find the scans of a folder of results among images: by their content, whatever their names and folders.
 
     A result that does not record its scan's content is matched by file name, where no other case or image has it.
+    InputError if an image does not exist, or a folder holds no scan.
 
     Parameters
     ----------
@@ -123,11 +121,6 @@ def scans_of(folder: Path, images: Iterable[Path]) -> Matched:
         Of results, one folder a case.
     images : iterable of Path
         As for :func:`find_scans`.
-
-    Raises
-    ------
-    InputError
-        If an image does not exist, or a folder holds no scan.
     """
     images = list(images)
     for image in images:

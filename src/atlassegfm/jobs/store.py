@@ -105,12 +105,8 @@ class RunInputs:
 def check_formats(formats: Sequence[str], query: Volume | None = None) -> None:
     """Check that results can be written in these formats, DICOM ones for the ``query`` if it is given.
 
-    Raises
-    ------
-    InputError
-        If a format is unknown, none is given, or a DICOM format is wanted and the query is no DICOM series.
-    MissingExtraError
-        If the packages for DICOM are not installed.
+    InputError if a format is unknown, none is given, or a DICOM format is wanted and the query is no DICOM series;
+    MissingExtraError if the packages for DICOM are not installed.
     """
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
@@ -180,12 +176,8 @@ def write_result(
 ) -> RunRecord:
     """Write the result folder of one query, in place of an earlier one; ``keep`` adds intermediate results.
 
-    Raises
-    ------
-    InputError
-        If the folder cannot be written or holds something else, or as :func:`check_formats`.
-    OutputError
-        If an RTSTRUCT or DICOM-SEG does not read back as it was written.
+    InputError if the folder cannot be written or holds something else, or as :func:`check_formats`; OutputError if an
+    RTSTRUCT or DICOM-SEG does not read back as it was written.
     """
     check_formats(formats, inputs.query)
     structures = inputs.context.atlas.structures
@@ -225,10 +217,7 @@ def _save_labels(labels: Volume, structures: Sequence[Structure], folder: Path, 
 def write_failure(folder: Path, status: StatusRecord) -> None:
     """Leave nothing but ``status.json`` in a result folder: an earlier result would pass for a new one.
 
-    Raises
-    ------
-    InputError
-        If the folder cannot be written or holds something else.
+    InputError if the folder cannot be written or holds something else.
     """
     with replaced_folder(folder, RESULT_NAMES) as new, disk_errors(folder):
         status.write(new / STATUS)
