@@ -70,7 +70,7 @@ class Provenance(Record):
         description="SHA-256 of the model's weights; null where there are none on this machine."
     )
     keep: bool = Field(
-        description="Whether intermediate results are written; a result with them serves where they are not wanted, too."
+        description="Whether intermediate results are written; a result with them serves where they are unwanted, too."
     )
     formats: tuple[str, ...]
     series: str | None = Field(description="Which series of a DICOM folder.")

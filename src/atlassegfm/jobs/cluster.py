@@ -18,7 +18,7 @@ from ..core.errors import InputError, MissingExtraError
 from ..core.parallel import changed_environment
 from .plan import Case
 from .pool import ATTEMPTS
-from .work import Ended, Watcher, Work
+from .work import Ended, SegmentWork, Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -88,14 +88,14 @@ def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def slurm_cluster(work: Work, options: Mapping[str, Any], *, threads: int, gpu: bool) -> Any:
+def slurm_cluster(work: SegmentWork, options: Mapping[str, Any], *, threads: int, gpu: bool) -> Any:
     """Build a cluster whose workers are Slurm jobs of one case; none is submitted yet.
 
     MissingExtraError if the extra is not installed; InputError if Dask refuses an option.
 
     Parameters
     ----------
-    work : Work
+    work : SegmentWork
         Its environment becomes that of the jobs.
     options : mapping of str to Any
         Some of :data:`SLURM_OPTIONS`.
@@ -135,7 +135,7 @@ def slurm_cluster(work: Work, options: Mapping[str, Any], *, threads: int, gpu: 
 
 
 def run_on_cluster(
-    work: Work,
+    work: SegmentWork,
     cases: Sequence[Case],
     watcher: Watcher,
     *,
@@ -168,7 +168,7 @@ def run_on_cluster(
 
 @contextmanager
 def _client(
-    work: Work, kind: str, workers: int, *, threads: int, gpu: bool, options: Mapping[str, Any]
+    work: SegmentWork, kind: str, workers: int, *, threads: int, gpu: bool, options: Mapping[str, Any]
 ) -> Iterator[Any]:
     import dask
     from distributed import Client, LocalCluster
@@ -200,7 +200,7 @@ def _client(
         yield client
 
 
-def _feed(client: Any, work: Work, cases: Sequence[Case], watcher: Watcher) -> Iterator[Ended]:
+def _feed(client: Any, work: SegmentWork, cases: Sequence[Case], watcher: Watcher) -> Iterator[Ended]:
     """Submit as many cases as there are workers, and another for each that ends."""
     from distributed import wait
     from distributed.scheduler import KilledWorker
@@ -245,7 +245,7 @@ _opened: dict[str, Callable[[Case, int, Callable[[str], None]], Ended]] = {}
 _one_at_a_time = Lock()
 
 
-def _do(work: Work, case: Case, attempt: int) -> Ended:
+def _do(work: SegmentWork, case: Case, attempt: int) -> Ended:
     with _one_at_a_time:
         if work.key not in _opened:
             _opened.clear()

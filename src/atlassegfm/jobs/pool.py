@@ -21,7 +21,7 @@ from pebble import ProcessExpired, ProcessPool
 from ..context import Context
 from ..core.parallel import changed_environment
 from .plan import Case
-from .work import Ended, Task, Watcher, Work
+from .work import Ended, SegmentWork, Task, Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def visible_gpus() -> list[str]:
 
 
 def run_here(
-    work: Work, cases: Sequence[Case], watcher: Watcher, context: Context | None = None
+    work: SegmentWork, cases: Sequence[Case], watcher: Watcher, context: Context | None = None
 ) -> Generator[Ended, None, None]:
     """Run the cases in this process, one after the other, with a ``context`` that is loaded already."""
     task = work.open(context)
@@ -54,7 +54,7 @@ def run_here(
 
 
 def run_in_processes(
-    work: Work, cases: Sequence[Case], watcher: Watcher, workers: int, gpus: Sequence[str] = ()
+    work: SegmentWork, cases: Sequence[Case], watcher: Watcher, workers: int, gpus: Sequence[str] = ()
 ) -> Generator[Ended, None, None]:
     """Run the cases in several processes, which end with the generator.
 
@@ -62,7 +62,7 @@ def run_in_processes(
 
     Parameters
     ----------
-    work : Work
+    work : SegmentWork
     cases : sequence of Case
     watcher : Watcher
     workers : int
@@ -94,7 +94,7 @@ def run_in_processes(
 
 
 def _collect(
-    pool: ProcessPool, work: Work, cases: Sequence[Case], watcher: Watcher, reports: Any
+    pool: ProcessPool, work: SegmentWork, cases: Sequence[Case], watcher: Watcher, reports: Any
 ) -> Generator[Ended, None, None]:
     """Hand out the cases, pass on what workers report, and yield what ends."""
 
@@ -173,7 +173,7 @@ def _start_worker(reports: Any, gpus: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _run_case(work: Work, case: Case, attempt: int) -> Ended:
+def _run_case(work: SegmentWork, case: Case, attempt: int) -> Ended:
     if work.key not in _tasks:
         _tasks[work.key] = work.open()
     _reports.put((case.name, None))

@@ -16,10 +16,10 @@ from ..records import STATUS, CaseRecord, CohortRecord, State, StatusRecord
 from .plan import Case, Shard
 from .store import why_to_compute
 from .table import read_run, write_table
-from .work import Ended, SegmentWork, Watcher, Work
+from .work import Ended, SegmentWork, Watcher
 
 #: Runs cases, and yields each as it ends.
-Runner = Callable[[Work, Sequence[Case], Watcher], Generator[Ended, None, None]]
+Runner = Callable[[SegmentWork, Sequence[Case], Watcher], Generator[Ended, None, None]]
 
 
 @dataclass(frozen=True)

@@ -63,37 +63,6 @@ class Ended:
 Task = Callable[[Case, int, Callable[[str], None]], Ended]
 
 
-class Work(Protocol):
-    """Work on every case; goes to other processes and machines."""
-
-    @property
-    def key(self) -> str:
-        """Equal for equal work: what was opened once serves all cases."""
-        ...
-
-    @property
-    def provenance(self) -> Provenance:
-        """What results depend on besides the files of a case."""
-        ...
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """Environment variables of a process for this work."""
-        ...
-
-    def absolute(self) -> Work:
-        """The same with absolute paths."""
-        ...
-
-    def open(self, context: Context | None = None) -> Task:
-        """Load what all cases share, without the context if it is loaded already."""
-        ...
-
-    def give_up(self, case: Case, reason: str, attempts: int) -> Ended:
-        """Record that a case cannot be done."""
-        ...
-
-
 @dataclass(frozen=True)
 class Output:
     """Files to write of each result, and series to read of each query."""
@@ -101,18 +70,6 @@ class Output:
     keep: bool = False  # whether to write intermediate results
     formats: tuple[str, ...] = ("nifti",)  # of records.FORMATS
     series: str | None = None  # which series of a query that is a DICOM folder; None where there is one
-
-
-class ContextSource(Protocol):
-    """Where the context comes from."""
-
-    def load(self, settings: Settings) -> Context:
-        """Read it."""
-        ...
-
-    def absolute(self) -> ContextSource:
-        """The same with absolute paths."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -154,9 +111,12 @@ class ContextFolder:
         return ContextFolder(self.folder.absolute())
 
 
+ContextSource = AtlasFiles | ContextFolder
+
+
 @dataclass(frozen=True)
 class SegmentWork:
-    """Segmentation of every case with one context."""
+    """Segmentation of every case with one context; goes to other processes and machines."""
 
     out: Path  # folder of the result folders; exists
     source: ContextSource
@@ -169,7 +129,7 @@ class SegmentWork:
 
     @property
     def key(self) -> str:
-        """Digest of all of it."""
+        """Digest of all of it: what was opened once serves all cases of equal work."""
         return digest(str(self.out), self.provenance.to_json())
 
     @property
