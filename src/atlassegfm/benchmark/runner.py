@@ -31,27 +31,13 @@ def run(
     on_pair: Callable[[int, int, str], None] | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> list[PairRecord]:
-    """Run all pairs that are not done yet.
+    """Run all pairs that are not done yet, or all with ``force``; the records are in the order of variants and pairs.
 
-    InputError if the folder holds something else, or a file of the dataset cannot be used. Finished pairs are kept;
+    ``out``, the folder of the benchmark, is made if it is not there. ``on_pair`` is called with number (from 1), count
+    and name of each pair as it begins, ``on_stage`` with the name of each stage.
+
+    InputError if the folder holds something else, or a file of the dataset cannot be used: finished pairs are kept;
     AtlasSegError if a model cannot be loaded, before anything is written.
-
-    Parameters
-    ----------
-    plan : Plan
-    out : Path
-        Folder of the benchmark, made if it is not there.
-    force : bool
-        Whether to begin again where the folder holds a benchmark.
-    on_pair : callable, optional
-        Called with number (from 1), count and name of each pair as it begins.
-    on_stage : callable, optional
-        Called with the name of each stage.
-
-    Returns
-    -------
-    list of PairRecord
-        Variant by variant, in the order of the pairs.
     """
     store = {
         (variant.name, pair): out / PAIRS / slug(variant.name) / pair.atlas / f"{pair.query}.json"

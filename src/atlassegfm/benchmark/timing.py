@@ -49,18 +49,11 @@ class Timing:
 
 
 def scans_for(folder: Path | None, shape: tuple[int, int, int], labels: Sequence[str]) -> tuple[Atlas, Volume]:
-    """Load an atlas and a query and resample each over its own field of view.
+    """Load an atlas and a query, and resample each over its own field of view to ``shape`` voxels (RAS-canonical).
 
-    InputError if the dataset cannot be used or has fewer than two cases.
-
-    Parameters
-    ----------
-    folder : Path or None
-        Dataset in nnU-Net raw layout, whose first two cases are taken; None for the embedded pair.
-    shape : tuple of int, (3,)
-        Voxels of both in RAS-canonical order.
-    labels : sequence of str
-        Structures to keep; all if empty.
+    The folder is a dataset in nnU-Net raw layout, whose first two cases are taken; None for the embedded pair.
+    Structures are those of ``labels``; all if it is empty. InputError if the dataset cannot be used or has fewer than
+    two cases.
     """
     if folder is None:
         full = Atlas.from_files(demo.PAIR / demo.ATLAS, demo.PAIR / demo.LABELS)

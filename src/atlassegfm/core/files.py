@@ -50,10 +50,7 @@ class DiskFullError(InputError):
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise errors of the disk as :class:`InputError` about ``path``.
-
-    DiskFullError if no space is left, or the user's quota is used up.
-    """
+    """Raise errors of the disk as InputError about ``path``; DiskFullError if no space or quota is left."""
     try:
         yield
     except OSError as error:
@@ -84,10 +81,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def output_folder(path: Path) -> Iterator[None]:
-    """Make a folder for results, check that it can be written to, and remove it if it ends up empty.
-
-    InputError if it cannot be made or written to.
-    """
+    """Make a folder for results, and remove it if it ends up empty; InputError if it cannot be written to."""
     if path.suffix.lower() in _FILE_ENDINGS and not path.exists():
         raise InputError(f"{path}: a folder is expected here, and this is named like a file; leave out {path.suffix}")
     made: list[Path] = []

@@ -85,12 +85,8 @@ def image_stem(path: Path) -> str:
 def as_volume(image: ImageLike) -> Volume:
     """Take an image of nibabel or SimpleITK, or an array with its affine, as a volume; a volume as it is.
 
-    InputError if it is none of these, not 3-D, or its affine is singular.
-
-    Parameters
-    ----------
-    image : Volume, nibabel image, SimpleITK image, or pair of array (I, J, K) and affine (4, 4)
-        Affines are voxel to RAS+ mm, as nibabel has them; SimpleITK's frame is turned.
+    Arrays are (I, J, K), affines (4, 4) voxel to RAS+ mm, as nibabel has them; SimpleITK's frame is turned. InputError
+    if it is none of these, not 3-D, or its affine is singular.
     """
     if isinstance(image, Volume):
         return image
@@ -118,12 +114,8 @@ def as_volume(image: ImageLike) -> Volume:
 def load_volume(image: ImageLike) -> Volume:
     """Read a 3-D volume with its stored values (scaling of the header applied) and its geometry.
 
-    InputError if the file is missing, damaged, not an image, not 3-D or has no usable geometry.
-
-    Parameters
-    ----------
-    image : path or image
-        A file ending in one of :data:`IMAGE_SUFFIXES`, or what :func:`as_volume` takes.
+    The image is a file ending in one of :data:`IMAGE_SUFFIXES`, or what :func:`as_volume` takes. InputError if the file
+    is missing, damaged, not an image, not 3-D or has no usable geometry.
     """
     if not isinstance(image, str | os.PathLike):
         return as_volume(image)
@@ -195,15 +187,9 @@ def _noted(volume: Volume, note: str, name: PathLike) -> Volume:
 def load_labels(image: ImageLike, *, allow_empty: bool = False) -> Volume:
     """Read a label map: whole numbers, 0 for background, as the smallest unsigned integer type.
 
-    Values within 0.01 of a whole number are rounded, NaN and infinite voxels are background, both with a warning.
-    InputError as :func:`load_volume`, and if there are fractions, negative values or no label where one is needed.
-
-    Parameters
-    ----------
-    image : path or image
-        As :func:`load_volume` takes it.
-    allow_empty : bool
-        Whether a map without any label is one: a result may have found nothing, an atlas may not.
+    Values within 0.01 of a whole number are rounded, NaN and infinite voxels are background, both with a warning. A map
+    without any label is one only with ``allow_empty``: a result may have found nothing, an atlas may not. InputError as
+    :func:`load_volume`, and if there are fractions or negative values.
     """
     name = image if isinstance(image, str | os.PathLike) else "the label map"
     volume = load_volume(image)
@@ -285,19 +271,11 @@ def label_boxes(values: Sequence[int], *maps: NDArray[Any]) -> dict[int, tuple[s
 
 
 def save_volume(volume: Volume, path: PathLike, *, structures: Sequence[Structure] | None = None) -> None:
-    """Write a volume in the format of the file name, under a temporary name first.
+    """Write a volume in the format of the file name, one of :data:`WRITTEN_SUFFIXES`, under a temporary name first.
 
-    InputError if the ending is not known or the folder cannot be written to.
-
-    Parameters
-    ----------
-    volume : Volume
-        Where its source is a NIfTI file of the same grid, the geometry fields of that header are written
-        unchanged.
-    path : path
-        Ends in one of :data:`WRITTEN_SUFFIXES`.
-    structures : sequence of Structure, optional
-        For label maps: names and colours to put into the header.
+    Where its source is a NIfTI file of the same grid, the geometry fields of that header are written unchanged. Names
+    and colours of ``structures``, for label maps, are put into the header. InputError if the ending is not known or the
+    folder cannot be written to.
     """
     path = Path(path)
     suffix = image_suffix(path)

@@ -57,16 +57,9 @@ LabelTable = Mapping[int, LabelEntry]
 def structures_of(
     values: Iterable[int], tables: Iterable[LabelTable], *, default_name: str = "label_{value}"
 ) -> tuple[Structure, ...]:
-    """Give each label value the name and colour of the first table that knows it.
+    """Give each label value, without 0, the name and colour of the first table that knows it.
 
-    Parameters
-    ----------
-    values : iterable of int
-        Label values present in the atlas, 0 left out by the caller.
-    tables : iterable of LabelTable
-        In order of precedence.
-    default_name : str
-        Pattern for values no table names.
+    ``default_name`` is the pattern for values no table names.
     """
     tables = tuple(tables)
     found = []
@@ -313,22 +306,10 @@ def plain_name(name: str) -> str:
 
 
 def match_rank(wanted: str, value: int, name: str) -> int | None:
-    """Rank how a structure matches what a user wrote.
+    """Rank how a structure matches what a user wrote: a value ("6"), a name ("left kidney") or a shell pattern.
 
-    Parameters
-    ----------
-    wanted : str
-        A label value ("6"), a name ("left kidney") or a shell pattern (``*kidney*``).
-    value : int
-        Label value of the structure.
-    name : str
-        Its name.
-
-    Returns
-    -------
-    int or None
-        0 if ``wanted`` is its value, 1 if it is its name, 2 if it is a pattern of its name; None if it is none
-        of these. The lower one is meant where several fit.
+    0 if ``wanted`` is its value, 1 if it is its name, 2 if it is a pattern (``*kidney*``) of its name; None if it is
+    none of these. The lower one is meant where several fit.
     """
     if wanted.strip().isdecimal() and int(wanted) == value:
         return 0

@@ -71,10 +71,7 @@ class Volume:
         return self.turned_to(self.grid.canonical())
 
     def turned_to(self, grid: Grid) -> Volume:
-        """The same voxels in the array order of ``grid`` (a view, no resampling).
-
-        ValueError if ``grid`` does not have the same voxels as this volume's grid.
-        """
+        """The same voxels in the array order of ``grid`` (a view, no resampling); ValueError if it has other voxels."""
         from nibabel.orientations import apply_orientation
 
         orientation = self.grid.axes_relative_to(grid)
@@ -84,10 +81,7 @@ class Volume:
 
 
 def spatial_shape(shape: Sequence[int], path: Path) -> tuple[int, int, int]:
-    """Get the three dimensions of an image: trailing ones of length 1 are dropped.
-
-    InputError if there are others than three.
-    """
+    """Get the three dimensions of an image, without trailing ones of length 1; InputError if there are others."""
     kept = list(shape)
     while len(kept) > 3 and kept[-1] == 1:
         kept.pop()

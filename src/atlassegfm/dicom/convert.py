@@ -54,15 +54,11 @@ class Conversion:
 def convert_labels(
     labels: str | os.PathLike[str], out: str | os.PathLike[str], conversion: Conversion = Conversion()
 ) -> dict[str, Any]:
-    """Convert a file of labels.
+    """Convert a file of labels, and give paths, and value, name and number of voxels of each structure.
 
-    InputError if a file cannot be used, labels and scan do not share their voxels, or RTSTRUCT or DICOM-SEG is wanted
-    without the series it belongs to; OutputError if what was written does not read back the same.
-
-    Returns
-    -------
-    dict
-        Paths, and value, name and number of voxels of each structure; of DICOM, the comparison after reading it back.
+    Of DICOM, also the comparison after reading it back. InputError if a file cannot be used, labels and scan do not
+    share their voxels, or RTSTRUCT or DICOM-SEG is wanted without the series it belongs to; OutputError if what was
+    written does not read back the same.
     """
     labels, out = Path(labels), Path(out)
     tables: list[LabelTable] = [] if conversion.names is None else [read_names_file(conversion.names)]

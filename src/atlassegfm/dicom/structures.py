@@ -218,17 +218,8 @@ def with_structures(
 ) -> tuple[Volume, tuple[Structure, ...]]:
     """Choose structures of a label map; the others become background, and equal names are told apart.
 
-    InputError if a wanted structure is not there.
-
-    Parameters
-    ----------
-    labels : Volume
-    tables : sequence of LabelTable
-        Names of values, in order of precedence.
-    selection : Selection
-        Which structures, and what they are called.
-    name : str
-        Of the label map, in messages.
+    Tables of names are in order of precedence; ``name`` is that of the label map, for messages. InputError if a wanted
+    structure is not there.
     """
     structures, data = structures_of(label_values(labels.data), tables), labels.data
     if selection != EVERYTHING:

@@ -7,13 +7,13 @@ loaded once for each worker process.
 from __future__ import annotations
 
 import logging
-import tomllib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
+from ..core.config import toml_value
 from ..core.errors import InputError, MissingExtraError
 from ..core.parallel import changed_environment
 from .plan import Case
@@ -61,14 +61,9 @@ def require_cluster(kind: str) -> None:
 
 
 def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
-    """Parse options of a Slurm cluster.
+    """Parse options of a Slurm cluster; InputError if one has no "=" or its key is not in :data:`SLURM_OPTIONS`.
 
-    InputError if one has no "=" or its key is not among :data:`SLURM_OPTIONS`.
-
-    Parameters
-    ----------
-    assignments : sequence of str
-        Each ``key=value``; values as in TOML, quotes may be left out. Repeated, those of a list add up.
+    Each is ``key=value``; values as in TOML, quotes may be left out. Repeated, those of a list add up.
     """
     options: dict[str, Any] = {}
     for assignment in assignments:
@@ -77,10 +72,7 @@ def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
             raise InputError(
                 f"--cluster-option {assignment}: expected key=value with one of the keys {', '.join(SLURM_OPTIONS)}"
             )
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
+        value = toml_value(text)
         if key in _LISTS:
             options.setdefault(key, []).extend(value if isinstance(value, list) else [str(value)])
         else:
@@ -89,25 +81,10 @@ def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
 
 
 def slurm_cluster(work: SegmentWork, options: Mapping[str, Any], *, threads: int, gpu: bool) -> Any:
-    """Build a cluster whose workers are Slurm jobs of one case; none is submitted yet.
+    """Build a ``SLURMCluster`` whose workers are jobs of one case with so many cores; none is submitted yet.
 
-    MissingExtraError if the extra is not installed; InputError if Dask refuses an option.
-
-    Parameters
-    ----------
-    work : SegmentWork
-        Its environment becomes that of the jobs.
-    options : mapping of str to Any
-        Some of :data:`SLURM_OPTIONS`.
-    threads : int
-        Cores of a job.
-    gpu : bool
-        Whether each job asks for a GPU, unless ``job_extra_directives`` do.
-
-    Returns
-    -------
-    dask_jobqueue.SLURMCluster
-        Its ``job_script()`` shows the jobs.
+    ``options`` are some of :data:`SLURM_OPTIONS`. With ``gpu`` each job asks for one, unless ``job_extra_directives``
+    do. MissingExtraError if the extra is not installed; InputError if Dask refuses an option.
     """
     require_cluster("slurm")
     import dask
@@ -147,18 +124,9 @@ def run_on_cluster(
 ) -> Generator[Ended, None, None]:
     """Run the cases on a Dask cluster; yields as they end.
 
-    AtlasSegError if the cluster cannot be reached, or no worker can begin.
-
-    Parameters
-    ----------
-    work, cases, watcher
-        As for the other ways.
-    kind : str
-        "local", "slurm" or the address of a scheduler that runs.
-    workers : int
-        Processes or jobs to begin; nothing to an address.
-    threads, gpu, options
-        As for :func:`slurm_cluster`.
+    ``kind`` is "local", "slurm" or the address of a scheduler that runs, for which ``workers`` (processes or jobs to
+    begin) is not used; the others as for :func:`slurm_cluster`. AtlasSegError if the cluster cannot be reached, or no
+    worker can begin.
     """
     require_cluster(kind)
     work = work.absolute()

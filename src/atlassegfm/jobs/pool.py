@@ -56,25 +56,11 @@ def run_here(
 def run_in_processes(
     work: SegmentWork, cases: Sequence[Case], watcher: Watcher, workers: int, gpus: Sequence[str] = ()
 ) -> Generator[Ended, None, None]:
-    """Run the cases in several processes, which end with the generator.
+    """Run the cases in at most ``workers`` processes, which end with the generator; yields as they end.
 
-    AtlasSegError if the workers cannot load what all cases share.
-
-    Parameters
-    ----------
-    work : SegmentWork
-    cases : sequence of Case
-    watcher : Watcher
-    workers : int
-        Processes at most.
-    gpus : sequence of str
-        Names as ``CUDA_VISIBLE_DEVICES`` takes them, one for each worker; empty on the CPU.
-
-    Yields
-    ------
-    Ended
-        In the order in which they end. A worker that is killed, for want of memory above all, costs its case, which is
-        begun again once, and no other.
+    ``gpus`` are names as ``CUDA_VISIBLE_DEVICES`` takes them, one for each worker; empty on the CPU. A worker that is
+    killed, for want of memory above all, costs its case, which is begun again once, and no other. AtlasSegError if the
+    workers cannot load what all cases share.
     """
     context = multiprocessing.get_context("spawn")
     reports = context.Queue()

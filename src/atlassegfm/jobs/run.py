@@ -102,19 +102,8 @@ def run(
 ) -> Outcome:
     """Compute the cases whose result is missing or was made from something else, and write the summary.
 
-    AtlasSegError if no case can be done.
-
-    Parameters
-    ----------
-    cases : sequence of Case
-        Of all shards.
-    work, runner, watcher, options
-        What to do with each, where (this process, several, a cluster), who sees the progress.
-
-    Returns
-    -------
-    Outcome
-        Of this shard. A case that fails does not stop the others; a full disk does.
+    ``cases`` are those of all shards, the outcome that of this one. A case that fails does not stop the others; a full
+    disk does. AtlasSegError if no case can be done.
     """
     start, outcome = time.perf_counter(), plan_of(cases, work, options)
     remove_unfinished(work.out)

@@ -125,21 +125,10 @@ def check_formats(formats: Sequence[str], query: Volume | None = None) -> None:
 
 
 def why_to_compute(case: Case, folder: Path, provenance: Provenance) -> tuple[str, StatusRecord | None]:
-    """Decide whether a case has to be computed.
+    """Decide whether a case has to be computed, and read the status of the result that is in its folder, if any.
 
-    Parameters
-    ----------
-    case, folder
-        The case, and the folder of its result.
-    provenance : Provenance
-        What the result would be made from now, without the files of the case.
-
-    Returns
-    -------
-    why : str
-        "new", "failed before", "other settings" and so on; empty if its result is there.
-    status : StatusRecord or None
-        Of the result that is there.
+    The reason is "new", "failed before", "other settings" and so on; empty if its result is there. ``provenance`` is
+    what the result would be made from now, without the files of the case.
     """
     try:
         status = StatusRecord.read(folder / STATUS)
@@ -215,10 +204,7 @@ def _save_labels(labels: Volume, structures: Sequence[Structure], folder: Path, 
 
 
 def write_failure(folder: Path, status: StatusRecord) -> None:
-    """Leave nothing but ``status.json`` in a result folder: an earlier result would pass for a new one.
-
-    InputError if the folder cannot be written or holds something else.
-    """
+    """Leave nothing but ``status.json`` in a result folder: an earlier result would pass for a new one."""
     with replaced_folder(folder, RESULT_NAMES) as new, disk_errors(folder):
         status.write(new / STATUS)
 
