@@ -43,30 +43,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled scans of one kind.
+    """Labelled scans of one kind."""
 
-    Parameters
-    ----------
-    folder : Path
-        Where ``dataset.json`` lies.
-    name : str
-        Name of that folder.
-    cases : tuple of Case
-        At least one, sorted by name.
-    structures : mapping of int to str
-        Name of each label value in ascending order, without background and "ignore".
-    channels : tuple of str
-        Name of each channel of the scans ("CT", "T2").
-    ignored : int or None
-        Label value of voxels that nobody annotated; None where there is none.
-    """
-
-    folder: Path
-    name: str
-    cases: tuple[Case, ...]
-    structures: Mapping[int, str]
-    channels: tuple[str, ...]
-    ignored: int | None = None
+    folder: Path  # where dataset.json lies
+    name: str  # of that folder
+    cases: tuple[Case, ...]  # at least one, sorted by name
+    structures: Mapping[int, str]  # name of each label value in ascending order, without background and "ignore"
+    channels: tuple[str, ...]  # name of each channel of the scans ("CT", "T2")
+    ignored: int | None = None  # label value of voxels that nobody annotated; None where there is none
 
     def __post_init__(self) -> None:
         names = [case.name for case in self.cases]

@@ -25,22 +25,10 @@ _TEMPORARY_PREFIX = ".writing-"
 #: Seconds after which a temporary folder of an unknown writer is left over: writing a result takes seconds.
 _LEFT_OVER_SECONDS = 24 * 3600
 
-
 #: Endings of files: a folder for results is not called so by intention.
 _FILE_ENDINGS = (
-    ".nii",
-    ".gz",
-    ".nrrd",
-    ".mha",
-    ".mhd",
-    ".mgz",
-    ".dcm",
-    ".csv",
-    ".json",
-    ".html",
-    ".toml",
-    ".png",
-    ".zip",
+    *(".nii", ".gz", ".nrrd", ".mha", ".mhd", ".mgz", ".dcm"),
+    *(".csv", ".json", ".html", ".toml", ".png", ".zip"),
 )
 
 

@@ -26,21 +26,11 @@ _PALETTE = bytes.fromhex(
 
 @dataclass(frozen=True)
 class Structure:
-    """One anatomical structure of a label map.
+    """One anatomical structure of a label map."""
 
-    Parameters
-    ----------
-    value : int
-        Its value in the label map; greater than 0, as 0 is background.
-    name : str
-        Its name, as the user knows it.
-    color : tuple of int, (3,)
-        Red, green, blue, 0 to 255.
-    """
-
-    value: int
-    name: str
-    color: tuple[int, int, int]
+    value: int  # in the label map; greater than 0, which is background
+    name: str  # as the user knows it
+    color: tuple[int, int, int]  # red, green, blue, 0 to 255
 
 
 @dataclass(frozen=True)

@@ -20,43 +20,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where a volume came from.
+    """Where a volume came from."""
 
-    Parameters
-    ----------
-    path : Path
-        The file it was read from.
-    nifti_header : nibabel header or None
-        The file's header as stored, so that results get the same geometry fields; None for other formats.
-    label_table : mapping of int to LabelEntry
-        Names of label values, where the header holds any.
-    notes : tuple of str
-        What a user should know about the file's geometry, in words.
-    """
-
-    path: Path
+    path: Path  # the file it was read from
+    #: The file's header as stored, so that results get the same geometry fields; None for other formats.
     nifti_header: Nifti1Header | None = None
-    label_table: Mapping[int, LabelEntry] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    label_table: Mapping[int, LabelEntry] = field(default_factory=dict)  # where the header names label values
+    notes: tuple[str, ...] = ()  # what a user should know about the file's geometry
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Volume:
-    """A 3-D array of voxels and where they are.
+    """A 3-D array of voxels and where they are."""
 
-    Parameters
-    ----------
-    data : array, (I, J, K)
-        Intensities or label values.
-    grid : Grid
-        Of the same shape.
-    source : Source or None
-        The file it was read from, if any.
-    """
-
-    data: NDArray[Any]
-    grid: Grid
-    source: Source | None = None
+    data: NDArray[Any]  # (I, J, K) intensities or label values
+    grid: Grid  # of the same shape
+    source: Source | None = None  # the file it was read from, if any
 
     def __post_init__(self) -> None:
         if self.data.shape != self.grid.shape:

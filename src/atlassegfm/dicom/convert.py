@@ -29,26 +29,13 @@ FORMS = ("image", "masks", "rtstruct", "seg")
 
 @dataclass(frozen=True)
 class Conversion:
-    """What to write, and from what.
+    """What to write, and from what."""
 
-    Parameters
-    ----------
-    to : {"image", "masks", "rtstruct", "seg"}
-    onto : path, optional
-        The scan the labels lie on; RTSTRUCT and DICOM-SEG are read and written for its series.
-    series : str, optional
-        Which series of that folder.
-    names : path, optional
-        Names of the label values.
-    selection : Selection
-        Which structures, and what they are called.
-    """
-
-    to: str = "image"
-    onto: Path | None = None
-    series: str | None = None
-    names: Path | None = None
-    selection: Selection = field(default_factory=Selection)
+    to: str = "image"  # one of FORMS
+    onto: Path | None = None  # the scan the labels lie on; RTSTRUCT and DICOM-SEG are read and written for its series
+    series: str | None = None  # which series of that folder
+    names: Path | None = None  # names of the label values
+    selection: Selection = field(default_factory=Selection)  # which structures, and what they are called
 
 
 def convert_labels(

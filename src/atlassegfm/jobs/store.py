@@ -20,10 +20,8 @@ on request also
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -39,7 +37,7 @@ from ..core.errors import InputError
 from ..core.files import disk_errors, replaced_folder
 from ..core.image import Volume, save_masks, save_volume
 from ..core.labels import Structure, itk_snap_labels, slicer_color_table
-from ..core.version import __version__
+from ..core.version import __version__, library_versions
 from ..models import describe_model
 from ..records import (
     FORMATS,
@@ -87,12 +85,8 @@ class RunInputs:
         atlas, saved = self.context.atlas, self.context.saved
         context = None
         if saved is not None:
-            context = ContextRecord(
-                folder=saved.folder.resolve().name,
-                sha256=saved.sha256,
-                atlassegfm=self.context.version,
-                files=dict(self.context.files),
-            )
+            version, files, name = self.context.version, dict(self.context.files), saved.folder.resolve().name
+            context = ContextRecord(folder=name, sha256=saved.sha256, atlassegfm=version, files=files)
         return Inputs(
             atlas=_input(atlas.image),
             labels=_input(atlas.labels),
@@ -231,11 +225,7 @@ def run_record(segmentation: Segmentation, inputs: RunInputs) -> RunRecord:
         verdict=segmentation.verdict,
         structures=tuple(map(_structure_record, segmentation.structures)),
         settings=settings,
-        versions={
-            "atlassegfm": __version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("numpy", "scipy", "torch")},
-        },
+        versions={"atlassegfm": __version__, **library_versions()},
     )
 
 
@@ -269,9 +259,7 @@ def _structure_record(one: StructureResult) -> StructureRecord:
         quality = QualityRecord(
             verdict=one.quality.verdict,
             reason=one.quality.reason,
-            estimated_dice=_rounded(one.quality.estimated_dice),
-            low=_rounded(one.quality.low),
-            high=_rounded(one.quality.high),
+            **{name: _rounded(getattr(one.quality, name)) for name in ("estimated_dice", "low", "high")},
             evidence=None if evidence is None else {name: _rounded(n) for name, n in asdict(evidence).items()},
         )
     return StructureRecord(

@@ -40,13 +40,7 @@ def write_table(cases: Iterable[CaseRecord], out: Path, path: Path) -> None:
             if run is None:
                 table.writerow({**common, "remark": case.reason})
             for one in run.structures if run is not None else ():
-                quality = one.quality
-                judged = quality is not None and {
-                    "verdict": quality.verdict,
-                    "estimated_dice": quality.estimated_dice,
-                    "low": quality.low,
-                    "high": quality.high,
-                }
+                judged = one.quality and one.quality.model_dump(include={"verdict", "estimated_dice", "low", "high"})
                 table.writerow(
                     {
                         **common,
@@ -56,7 +50,7 @@ def write_table(cases: Iterable[CaseRecord], out: Path, path: Path) -> None:
                         "volume_ml": one.volume_ml,
                         "cut_fraction": one.outside_fraction,
                         **(judged or {}),
-                        "remark": one.reason or (quality.reason if quality is not None else ""),
+                        "remark": one.reason or (one.quality.reason if one.quality is not None else ""),
                         "seconds": case.seconds,
                     }
                 )
