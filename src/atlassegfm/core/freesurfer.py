@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import InputError
-from .geometry import Grid
-from .volume import Source, Volume, damage_message, spatial_shape
+from .volume import Source, Volume, damage_message, grid_of, spatial_shape
 
 
 def load_mgh(path: Path) -> Volume:
@@ -26,11 +25,7 @@ def load_mgh(path: Path) -> Volume:
         raise InputError(damage_message(path, error, "MGH")) from None
     shape = spatial_shape(data.shape, path)
     notes = () if image.header["goodRASFlag"] == 1 else ("the header has no orientation; FreeSurfer's default counts",)
-    try:
-        grid = Grid(shape, image.affine)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    return Volume(data.reshape(shape), grid, Source(path, notes=notes))
+    return Volume(data.reshape(shape), grid_of(shape, image.affine, path), Source(path, notes=notes))
 
 
 def save_mgh(volume: Volume, path: Path) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .errors import InputError
 from .geometry import LPS_FLIP, Grid
 from .labels import LabelEntry, Structure, from_slicer_metadata, slicer_segments, to_slicer_metadata
-from .volume import Source, Volume, damage_message, spatial_shape
+from .volume import Source, Volume, damage_message, grid_of, spatial_shape
 
 #: A segmentation of 3D Slicer: an NRRD file with one layer, or one for each of its segments that overlap.
 SEGMENTATION_SUFFIX = ".seg.nrrd"
@@ -96,10 +96,7 @@ def itk_grid(image: Any, path: Path) -> Grid:
     lps = np.eye(4)
     lps[:3, :3] = np.array(image.GetDirection()).reshape(count, count)[:3, :3] * np.array(image.GetSpacing()[:3])
     lps[:3, 3] = image.GetOrigin()[:3]
-    try:
-        return Grid(image.GetSize()[:3], LPS_FLIP @ lps)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return grid_of(image.GetSize(), LPS_FLIP @ lps, path)
 
 
 def set_itk_grid(image: Any, grid: Grid) -> None:

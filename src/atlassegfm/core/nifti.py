@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from .errors import InputError
 from .geometry import Grid, box_corners
 from .labels import LabelEntry, Structure, from_nifti_xml, to_nifti_xml
-from .volume import Source, Volume, damage_message, spatial_shape
+from .volume import Source, Volume, damage_message, grid_of, spatial_shape
 
 if TYPE_CHECKING:
     from nibabel.nifti1 import Nifti1Header
@@ -70,7 +70,7 @@ def load_nifti(path: Path) -> Volume:
                     f"{path}: the header gives the spacing {values}; expected three numbers above 0: correct pixdim"
                 )
             affine, notes = _nifti_affine(header, path)
-            grid = _grid(shape, affine, path)
+            grid = grid_of(shape, affine, path)
             voxels = stack.enter_context(ImageOpener(str(voxel_path))) if is_pair else file
             data = np.asanyarray(ArrayProxy(voxels, header, mmap=False)).reshape(shape)
             # The checksum of a gzip stream follows its last byte: damage shows only to who reads that far.
@@ -117,14 +117,7 @@ def _load_analyze(path: Path, header_path: Path) -> Volume:
     notes: tuple[str, ...] = ()
     if not header_path.with_suffix(".mat").is_file():
         notes = ("an Analyze header has no orientation; its axes are taken as L, A, S, as SPM does",)
-    return Volume(data, _grid(shape, image.affine, path), Source(path, notes=notes))
-
-
-def _grid(shape: tuple[int, int, int], affine: NDArray[np.float64], path: Path) -> Grid:
-    try:
-        return Grid(shape, affine)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return Volume(data, grid_of(shape, image.affine, path), Source(path, notes=notes))
 
 
 def _check_compression(path: Path) -> None:

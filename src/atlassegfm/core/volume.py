@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .files import PathLike
 from .geometry import Grid
 from .labels import LabelEntry
 
@@ -57,6 +59,14 @@ class Volume:
         if orientation is None:
             raise ValueError("the grids do not share their voxels")
         return Volume(apply_orientation(self.data, orientation), grid, self.source)
+
+
+def grid_of(shape: Sequence[int], affine: NDArray[np.float64], name: PathLike) -> Grid:
+    """Make the grid of an image; InputError, which names it, if it has none."""
+    try:
+        return Grid((shape[0], shape[1], shape[2]), affine)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def spatial_shape(shape: Sequence[int], path: Path) -> tuple[int, int, int]:

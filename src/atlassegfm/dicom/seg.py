@@ -159,7 +159,7 @@ def _grid_of_frames(frames: Sequence[Sequence[Dataset]], shape: tuple[int, int],
     off = np.abs(at - (first + slices[:, None] * step)).max()
     if off > OFF_VOXEL * min(distance, float(spacing.min())):
         raise InputError(f"{path}: the frames do not lie on evenly spaced slices; expected those of one scan")
-    return grid_of_slices(orientation, spacing, step, first, (*shape, count)), slices.tolist()
+    return grid_of_slices(orientation, spacing, step, first, (*shape, count), path), slices.tolist()
 
 
 def _place(mask: StructureMask, own: Grid, grid: Grid, path: Path) -> StructureMask:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ..core.errors import InputError
 from ..core.geometry import LPS_FLIP, Grid
 from ..core.labels import listed
+from ..core.volume import grid_of
 from .files import check_one_sample, frame_count, group_numbers, items_of, text_of, value_of
 
 if TYPE_CHECKING:
@@ -285,11 +286,8 @@ def stack_frames(frames: Sequence[Frame], folder: Path) -> tuple[list[Frame], Gr
     if off_along > _OFF_REPORTED * usual:
         even = f"{np.linalg.norm(step):.4g} mm"
         notes.append(f"slice positions are up to {off_along:.2g} mm off an even distance of {even}, and used as even")
-    try:
-        grid = grid_of_slices(first.orientation, first.spacing_mm, step, positions[0], (*first.shape, count))
-    except InputError as error:
-        raise InputError(f"{folder}: {error}") from None
-    return ordered, grid, notes
+    shape = (*first.shape, count)
+    return ordered, grid_of_slices(first.orientation, first.spacing_mm, step, positions[0], shape, folder), notes
 
 
 def grid_of_slices(
@@ -298,9 +296,10 @@ def grid_of_slices(
     step_mm: NDArray[np.float64],
     first_mm: NDArray[np.float64],
     shape: tuple[int, int, int],
+    path: Path,
 ) -> Grid:
     """Make the grid of (rows, columns, slices) from DICOM's orientation and PixelSpacing; step and first voxel LPS."""
     affine = np.eye(4)
     affine[:3] = np.column_stack((orientation[:3] * spacing_mm[1], orientation[3:] * spacing_mm[0], step_mm, first_mm))
     rows, columns, slices = shape
-    return Grid((columns, rows, slices), LPS_FLIP @ affine)
+    return grid_of((columns, rows, slices), LPS_FLIP @ affine, path)

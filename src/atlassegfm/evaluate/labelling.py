@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.image import Volume, load_labels, load_volume, smallest_label_type
+from ..core.image import Volume, label_values, load_labels, load_volume, smallest_label_type
 from ..core.labels import LabelTable, dataset_json_of, listed, match_rank, plain_name, read_names_file, structures_of
 from ..dicom import (
     EVERYTHING,
@@ -153,7 +153,7 @@ def find_structures(pairs: Sequence[FilePair], reader: PairReader, *, strict: bo
     tables: list[LabelTable] = [{}, {}]
     for pair in pairs:
         for side, (volume, path) in enumerate(zip(reader.read(pair), (pair.result, pair.reference), strict=True)):
-            present[side].update(label_values(volume))
+            present[side].update(label_values(volume.data))
             tables[side] = {**reader.table(volume, path), **tables[side]}
     results, references = (_place([getattr(pair, role) for pair in pairs]) for role in ("result", "reference"))
     if reader.names is None:
@@ -189,14 +189,6 @@ def pick_structures(names: Mapping[int, str], wanted: Sequence[str]) -> dict[int
             )
         picked |= {value for value, rank in ranks.items() if rank == min(ranks.values())}
     return {value: names[value] for value in sorted(picked)}
-
-
-def label_values(volume: Volume) -> set[int]:
-    """Label values present, without 0."""
-    found: set[int] = set()
-    for plane in np.moveaxis(volume.data, int(np.argmax(volume.data.strides)), 0):
-        found.update(np.unique(plane).tolist())
-    return found - {0}
 
 
 def _place(paths: Sequence[Path]) -> str:

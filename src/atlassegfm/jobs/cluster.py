@@ -10,6 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..core.errors import InputError, MissingExtraError
 from ..core.parallel import changed_environment
 from .plan import Case
 from .pool import ATTEMPTS
-from .work import Ended, SegmentWork, Watcher
+from .work import Row, SegmentWork, Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def run_on_cluster(
     threads: int = 1,
     gpu: bool = False,
     options: Mapping[str, Any] | None = None,
-) -> Generator[Ended, None, None]:
+) -> Generator[Row, None, None]:
     """Run the cases on a Dask cluster; yields as they end.
 
     ``kind`` is "local", "slurm" or the address of a scheduler that runs, for which ``workers`` (processes or jobs to
@@ -168,7 +169,7 @@ def _client(
         yield client
 
 
-def _feed(client: Any, work: SegmentWork, cases: Sequence[Case], watcher: Watcher) -> Iterator[Ended]:
+def _feed(client: Any, work: SegmentWork, cases: Sequence[Case], watcher: Watcher) -> Iterator[Row]:
     """Submit as many cases as there are workers, and another for each that ends."""
     from distributed import wait
     from distributed.scheduler import KilledWorker
@@ -202,18 +203,17 @@ def _feed(client: Any, work: SegmentWork, cases: Sequence[Case], watcher: Watche
                 elif error is not None:
                     raise error
                 else:
-                    found: Ended = future.result()
-                    yield Ended(**{**vars(found), "case": case})
+                    yield replace(future.result(), case=case)
     finally:
         client.cancel(list(running))
 
 
-_opened: dict[str, Callable[[Case, int, Callable[[str], None]], Ended]] = {}
+_opened: dict[str, Callable[[Case, int, Callable[[str], None]], Row]] = {}
 #: PyTorch's random numbers and switches belong to the process: one case at a time in each.
 _one_at_a_time = Lock()
 
 
-def _do(work: SegmentWork, case: Case, attempt: int) -> Ended:
+def _do(work: SegmentWork, case: Case, attempt: int) -> Row:
     with _one_at_a_time:
         if work.key not in _opened:
             _opened.clear()

@@ -21,7 +21,7 @@ from pebble import ProcessExpired, ProcessPool
 from ..context import Context
 from ..core.parallel import changed_environment
 from .plan import Case
-from .work import Ended, SegmentWork, Task, Watcher
+from .work import Row, SegmentWork, Task, Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def visible_gpus() -> list[str]:
 
 def run_here(
     work: SegmentWork, cases: Sequence[Case], watcher: Watcher, context: Context | None = None
-) -> Generator[Ended, None, None]:
+) -> Generator[Row, None, None]:
     """Run the cases in this process, one after the other, with a ``context`` that is loaded already."""
     task = work.open(context)
     for case in cases:
@@ -55,7 +55,7 @@ def run_here(
 
 def run_in_processes(
     work: SegmentWork, cases: Sequence[Case], watcher: Watcher, workers: int, gpus: Sequence[str] = ()
-) -> Generator[Ended, None, None]:
+) -> Generator[Row, None, None]:
     """Run the cases in at most ``workers`` processes, which end with the generator; yields as they end.
 
     ``gpus`` are names as ``CUDA_VISIBLE_DEVICES`` takes them, one for each worker; empty on the CPU. A worker that is
@@ -81,13 +81,13 @@ def run_in_processes(
 
 def _collect(
     pool: ProcessPool, work: SegmentWork, cases: Sequence[Case], watcher: Watcher, reports: Any
-) -> Generator[Ended, None, None]:
+) -> Generator[Row, None, None]:
     """Hand out the cases, pass on what workers report, and yield what ends."""
 
     def begin(case: Case, attempt: int) -> None:
         running[pool.schedule(_run_case, args=(work, case, attempt))] = (case, attempt)
 
-    running: dict[Future[Ended], tuple[Case, int]] = {}
+    running: dict[Future[Row], tuple[Case, int]] = {}
     by_name = {case.name: case for case in cases}
     for case in cases:
         begin(case, 1)
@@ -159,7 +159,7 @@ def _start_worker(reports: Any, gpus: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _run_case(work: SegmentWork, case: Case, attempt: int) -> Ended:
+def _run_case(work: SegmentWork, case: Case, attempt: int) -> Row:
     if work.key not in _tasks:
         _tasks[work.key] = work.open()
     _reports.put((case.name, None))

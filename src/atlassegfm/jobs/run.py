@@ -16,26 +16,10 @@ from ..records import STATUS, CaseRecord, CohortRecord, State, StatusRecord
 from .plan import Case, Shard
 from .store import why_to_compute
 from .table import read_run, write_table
-from .work import Ended, SegmentWork, Watcher
+from .work import Row, SegmentWork, Watcher
 
 #: Runs cases, and yields each as it ends.
-Runner = Callable[[SegmentWork, Sequence[Case], Watcher], Generator[Ended, None, None]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """Outcome of one case."""
-
-    case: Case
-    state: State  # "left": not begun, or not finished, when the run was stopped
-    kept: bool = False  # whether an earlier run had done it
-    reason: str = ""  # why it failed
-    is_input: bool = False  # whether the query itself is to blame for that
-    why: str = ""  # why it was computed: "new", "failed before", "other settings" and so on; empty where it was kept
-    attempts: int = 0
-    seconds: float = 0.0  # wall time of the computation
-    peak_memory_mb: int | None = None
-    warnings: tuple[str, ...] = ()  # reasons to doubt its result as a whole
+Runner = Callable[[SegmentWork, Sequence[Case], Watcher], Generator[Row, None, None]]
 
 
 @dataclass
@@ -115,12 +99,11 @@ def run(
             # Closed at once, whatever happens: its workers end with it.
             with closing(runner(options.prepare(work), to_do, watcher)) as all_ended:
                 for ended in all_ended:
-                    fields = {key: value for key, value in vars(ended).items() if key != "disk_full"}
-                    row = Row(**fields, why=outcome.rows[ended.case.name].why)
+                    row = replace(ended, why=outcome.rows[ended.case.name].why)
                     outcome.put(row)
                     ended_any = True
                     watcher.ended(row)
-                    if ended.disk_full:
+                    if row.disk_full:
                         break
     finally:
         # Where workers were killed in the end.
@@ -137,10 +120,9 @@ def plan_of(cases: Sequence[Case], work: SegmentWork, options: RunOptions = RunO
     for case in cases if options.shard is None else options.shard.part_of(cases):
         why, status = why_to_compute(case, work.out / case.name, work.provenance)
         if why or options.force or status is None:
-            outcome.put(Row(case, "left", why="forced" if options.force else why))
+            outcome.put(Row(case, "left", attempts=0, why="forced" if options.force else why))
         else:
-            row = Row(case, "done", kept=True, attempts=status.attempts, seconds=status.total_seconds)
-            outcome.put(replace(row, peak_memory_mb=status.peak_memory_mb, warnings=status.warnings))
+            outcome.put(_kept(case, status))
     return outcome
 
 
@@ -191,6 +173,10 @@ def _earlier_record(folder: Path) -> list[CaseRecord]:
         return []
     query = status.provenance and status.provenance.query
     case = Case(folder.name, Path(query.file if query else ""))
-    row = Row(case, status.state, kept=True, reason=status.reason, seconds=status.total_seconds)
-    row = replace(row, attempts=status.attempts, peak_memory_mb=status.peak_memory_mb, warnings=status.warnings)
-    return [_case_record(row, folder.parent).model_copy(update={"in_run": False})]
+    return [_case_record(_kept(case, status), folder.parent).model_copy(update={"in_run": False})]
+
+
+def _kept(case: Case, status: StatusRecord) -> Row:
+    """The outcome of a case that an earlier run had."""
+    fields = {name: getattr(status, name) for name in ("reason", "attempts", "peak_memory_mb", "warnings")}
+    return Row(case, status.state, seconds=status.total_seconds, kept=True, **fields)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from ..context import Context, customize
 from ..core.config import to_toml
@@ -22,7 +22,7 @@ from ..models import MODELS, Segmenter
 from ..models.table import load_chosen
 from ..models.weights import find_weights
 from ..quality.verdict import LEAST_CONFIDENCE
-from ..records import FileRecord, Provenance, StatusRecord
+from ..records import FileRecord, Provenance, State, StatusRecord
 from ..result import Segmentation
 from ..segment import segment
 from ..settings import NO_MODEL, Settings
@@ -45,22 +45,24 @@ class Watcher(Protocol):
 
 
 @dataclass(frozen=True)
-class Ended:
-    """End of a case."""
+class Row:
+    """Outcome of one case."""
 
     case: Case
-    state: Literal["done", "failed"]
+    state: State  # "left": not begun, or not finished, when the run was stopped
     reason: str = ""  # why it failed, in a sentence that begins with the file's name
-    is_input: bool = False  # whether the query itself is to blame
+    is_input: bool = False  # whether the query itself is to blame for that
     attempts: int = 1
-    seconds: float = 0.0  # wall time
+    seconds: float = 0.0  # wall time of the computation
     peak_memory_mb: int | None = None  # of the process that computed it
     warnings: tuple[str, ...] = ()  # reasons to doubt the result as a whole
     disk_full: bool = False  # whether the next case would fail for the same reason
+    kept: bool = False  # whether an earlier run had done it
+    why: str = ""  # why it was computed: "new", "failed before", "other settings" and so on; empty where it was kept
 
 
 #: Segments a case: takes the case, the number of the attempt and a callback for stages. A failure is a result.
-Task = Callable[[Case, int, Callable[[str], None]], Ended]
+Task = Callable[[Case, int, Callable[[str], None]], Row]
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class SegmentWork:
             context = replace(context, settings=self.settings)
             return replace(self, gate=customize(context, device=self.device, on_stage=on_stage).gate)
 
-    def give_up(self, case: Case, reason: str, attempts: int, *, is_input: bool = False, seconds: float = 0.0) -> Ended:
+    def give_up(self, case: Case, reason: str, attempts: int, *, is_input: bool = False, seconds: float = 0.0) -> Row:
         """Record in the case's folder that it cannot be done."""
         reason, peak = redact(case, reason.replace(str(self.out / case.name), case.name)), peak_memory_mb()
         failure: dict[str, Any] = {"reason": reason, "is_input": is_input, "attempts": attempts, "peak_memory_mb": peak}
@@ -177,7 +179,7 @@ class SegmentWork:
             write_failure(self.out / case.name, status)
         except InputError as error:
             logger.warning("%s", error)
-        return Ended(case, "failed", seconds=seconds, **failure)
+        return Row(case, "failed", seconds=seconds, **failure)
 
 
 @dataclass
@@ -188,7 +190,7 @@ class _Worker:
     context: Context
     model: Segmenter | None
 
-    def __call__(self, case: Case, attempt: int, on_stage: Callable[[str], None]) -> Ended:
+    def __call__(self, case: Case, attempt: int, on_stage: Callable[[str], None]) -> Row:
         """Read, segment and write one case; on an error, an earlier result is replaced by the reason."""
         work, start, is_input, disk_full = self.work, time.perf_counter(), False, False
         reset_peak_memory()
@@ -210,7 +212,7 @@ class _Worker:
             reason = f"unexpected error ({error!r})"
         else:
             seconds, peak, warnings = status.total_seconds, status.peak_memory_mb, status.warnings
-            return Ended(case, "done", attempts=attempt, seconds=seconds, peak_memory_mb=peak, warnings=warnings)
+            return Row(case, "done", attempts=attempt, seconds=seconds, peak_memory_mb=peak, warnings=warnings)
         ended = work.give_up(case, reason, attempt, is_input=is_input, seconds=time.perf_counter() - start)
         return replace(ended, disk_full=disk_full)
 
