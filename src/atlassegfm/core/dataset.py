@@ -24,7 +24,7 @@ from typing import Any
 from .errors import InputError
 from .files import PathLike
 from .image import IMAGE_SUFFIXES, image_stem, image_suffix
-from .labels import closest, listed, match_rank
+from .labels import hint, listed, pick_values, shortened
 
 _LAYOUT = "nnU-Net raw layout (dataset.json, imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz)"
 
@@ -61,7 +61,7 @@ class Dataset:
         """The case of that name; InputError if there is none."""
         cases = {case.name: case for case in self.cases}
         if name not in cases:
-            raise InputError(f"{self.folder}: no case {name!r}; {_hint(name, cases)}expected one of {listed([*cases])}")
+            raise InputError(f"{self.folder}: no case {name!r}; {hint(name, cases)}expected one of {listed([*cases])}")
         return cases[name]
 
     def select(self, names: Sequence[str]) -> Dataset:
@@ -108,16 +108,7 @@ def pick_structures(dataset: Dataset, wanted: Sequence[str]) -> tuple[int, ...]:
     path = dataset.folder / "dataset.json"
     if not wanted:
         raise InputError(f"{path}: no structure is named; expected at least one, or '*' for all")
-    picked: set[int] = set()
-    for one in wanted:
-        ranks = {value: match_rank(one, value, name) for value, name in dataset.structures.items()}
-        best = min((rank for rank in ranks.values() if rank is not None), default=None)
-        if best is None:
-            known = listed([f"{value} ({name})" for value, name in dataset.structures.items()])
-            hint = _hint(one, dataset.structures.values())
-            raise InputError(f"{path}: no structure {one!r}; {hint}expected a value, name or pattern of {known}")
-        picked.update(value for value, rank in ranks.items() if rank == best)
-    return tuple(sorted(picked))
+    return pick_values(dataset.structures, wanted, f"{path}: ")
 
 
 def _read_json(folder: Path, path: Path) -> dict[str, Any]:
@@ -248,13 +239,13 @@ def _listed_cases(table: Any, path: Path, channel: int) -> list[Case]:
     """The cases of the table "dataset", sorted by name; paths are relative to the folder and may leave it."""
     form = 'expected {"CASE": {"images": [a path for each channel], "label": a path}}'
     if not isinstance(table, dict) or not table:
-        raise InputError(f'{path}: "dataset" is {_shortened(table)}; {form}')
+        raise InputError(f'{path}: "dataset" is {shortened(repr(table), 80)}; {form}')
     cases = []
     for name in sorted(table):
         entry = table[name] if isinstance(table[name], dict) else {}
         images, labels = entry.get("images"), entry.get("label")
         if not (isinstance(labels, str) and isinstance(images, list) and all(isinstance(one, str) for one in images)):
-            raise InputError(f'{path}: case {name!r} of "dataset" is {_shortened(table[name])}; {form}')
+            raise InputError(f'{path}: case {name!r} of "dataset" is {shortened(repr(table[name]), 80)}; {form}')
         if channel >= len(images):
             found = f'case {name!r} of "dataset" has {len(images)} images'
             raise InputError(f"{path}: {found}, none for channel {channel}; add it")
@@ -273,7 +264,7 @@ def _check_complete(content: Mapping[str, Any], path: Path, found: Sequence[str]
         file = entry.get("label") if isinstance(entry, dict) else None
         if not isinstance(file, str):
             form = '{"image": a path, "label": a path}'
-            raise InputError(f'{path}: "training" has {_shortened(entry)}; expected {form}')
+            raise InputError(f'{path}: "training" has {shortened(repr(entry), 80)}; expected {form}')
         names.append(image_stem(Path(file)))
     if doubled := _doubled(names):
         raise InputError(f'{path}: "training" lists {len(doubled)} cases twice: {listed(doubled)}; list each once')
@@ -288,13 +279,3 @@ def _check_complete(content: Mapping[str, Any], path: Path, found: Sequence[str]
 
 def _doubled(names: Iterable[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
-
-
-def _hint(wanted: str, known: Iterable[str]) -> str:
-    like = closest(wanted, known)
-    return "" if like is None else f"did you mean {like!r}? "
-
-
-def _shortened(item: Any) -> str:
-    text = repr(item)
-    return text if len(text) <= 80 else f"{text[:77]}..."

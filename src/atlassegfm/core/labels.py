@@ -61,6 +61,20 @@ def structures_of(
     return tuple(found)
 
 
+def rgb(channels: Iterable[float]) -> tuple[int, int, int] | None:
+    """Red, green, blue of channels from 0 to 255; None if they are not three."""
+    values = [min(255, max(0, round(channel))) for channel in channels]
+    return (values[0], values[1], values[2]) if len(values) == 3 else None
+
+
+def _color(fractions: Iterable[str]) -> tuple[int, int, int] | None:
+    """Colour of channels written as fractions of 1; None if they are no three numbers."""
+    try:
+        return rgb([255 * float(fraction) for fraction in fractions])
+    except ValueError:
+        return None
+
+
 def palette_color(position: int) -> tuple[int, int, int]:
     """Colour number ``position`` (from 0) of an endless list of distinct colours, 0 to 255 each."""
     if position < len(_PALETTE) // 3:
@@ -141,12 +155,8 @@ def from_nifti_xml(xml: str) -> dict[int, LabelEntry]:
         key, name = label.get("Key"), (label.text or "").strip()
         if key is None or not key.lstrip("-").isdecimal() or not name:
             continue
-        channels = [label.get(channel) for channel in ("Red", "Green", "Blue")]
-        try:
-            color = tuple(min(255, max(0, round(255 * float(c)))) for c in channels if c is not None)
-        except ValueError:
-            color = ()
-        entries[int(key)] = LabelEntry(name, (color[0], color[1], color[2]) if len(color) == 3 else None)
+        fractions = (label.get(channel) or "" for channel in ("Red", "Green", "Blue"))
+        entries[int(key)] = LabelEntry(name, _color(fractions))
     return entries
 
 
@@ -182,11 +192,7 @@ def slicer_segments(metadata: Mapping[str, str]) -> list[SlicerSegment]:
         name = metadata.get(f"Segment{match[1]}_Name", "").strip() if match else ""
         if match is None or not text.strip().isdecimal() or not name:
             continue
-        try:
-            channels = [round(255 * float(c)) for c in metadata.get(f"Segment{match[1]}_Color", "").split()]
-        except ValueError:
-            channels = []
-        color = (channels[0], channels[1], channels[2]) if len(channels) == 3 else None
+        color = _color(metadata.get(f"Segment{match[1]}_Color", "").split())
         layer = metadata.get(f"Segment{match[1]}_Layer", "0").strip()
         found[int(match[1])] = SlicerSegment(int(layer) if layer.isdecimal() else 0, int(text), LabelEntry(name, color))
     return [found[number] for number in sorted(found)]
@@ -260,26 +266,25 @@ def _from_json(text: str, path: Path) -> dict[int, LabelEntry]:
     return entries
 
 
+#: Lines of label descriptions of ITK-SNAP, of colour tables of FreeSurfer and 3D Slicer, and of values and names.
+_LINES = (
+    re.compile(r'(?P<value>\d+)\s+(?P<color>\d+\s+\d+\s+\d+)\s+\S+\s+\d\s+\d\s+"(?P<name>.*)"'),
+    re.compile(r"(?P<value>\d+)\s+(?P<name>.+?)\s+(?P<color>\d+\s+\d+\s+\d+)(?:\s+\d+)?"),
+    re.compile(r"(?P<value>\d+)[\s,;:=]+(?P<name>.+)"),
+)
+
+
 def _from_lines(text: str, path: Path) -> dict[int, LabelEntry]:
     entries = {}
-    itk_snap = re.compile(r'(\d+)\s+(\d+)\s+(\d+)\s+(\d+)\s+\S+\s+\d\s+\d\s+"(.*)"')
-    color_table = re.compile(r"(\d+)\s+(.+?)\s+(\d+)\s+(\d+)\s+(\d+)(?:\s+\d+)?")
-    plain = re.compile(r"(\d+)[\s,;:=]+(.+)")
-    for number, raw in enumerate(text.splitlines(), start=1):
-        line = raw.strip()
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
         if not line or line.startswith("#"):
             continue
-        if match := itk_snap.fullmatch(line):
-            value, name, color = match[1], match[5], (match[2], match[3], match[4])
-        elif match := color_table.fullmatch(line):
-            value, name, color = match[1], match[2], (match[3], match[4], match[5])
-        elif match := plain.fullmatch(line):
-            value, name, color = match[1], match[2], None
-        else:
+        match = next(filter(None, (form.fullmatch(line) for form in _LINES)), None)
+        if match is None:
             raise InputError(f"{path}: line {number} is {line!r}; expected a label value and a name, as '1 liver'")
-        if int(value):
-            rgb = None if color is None else (int(color[0]), int(color[1]), int(color[2]))
-            entries[int(value)] = LabelEntry(name.strip().strip('"'), rgb)
+        if int(match["value"]):
+            color = rgb(map(int, match.groupdict().get("color", "").split()))
+            entries[int(match["value"])] = LabelEntry(match["name"].strip().strip('"'), color)
     return entries
 
 
@@ -309,11 +314,27 @@ def match_rank(wanted: str, value: int, name: str) -> int | None:
     return 2 if fnmatchcase(name, wanted) else None
 
 
-def closest(wanted: str, known: Iterable[str]) -> str | None:
-    """The known name most like a misspelt one; None if none is like it."""
+def hint(wanted: str, known: Iterable[str]) -> str:
+    """Ask whether the known name most like a misspelt one was meant; empty if none is like it."""
     by_plain = {plain_name(name): name for name in known}
     found = difflib.get_close_matches(plain_name(wanted), by_plain, n=1)
-    return by_plain[found[0]] if found else None
+    return f"did you mean {by_plain[found[0]]!r}? " if found else ""
+
+
+def pick_values(names: Mapping[int, str], wanted: Sequence[str], place: str = "") -> tuple[int, ...]:
+    """Find the label values, ascending, of structures by value, else name, else shell pattern.
+
+    InputError, which begins with ``place``, if one of them fits none.
+    """
+    picked: set[int] = set()
+    for one in wanted:
+        ranks = {value: rank for value, name in names.items() if (rank := match_rank(one, value, name)) is not None}
+        if not ranks:
+            known = listed([f"{value} ({name})" for value, name in sorted(names.items())])
+            likely = hint(one, names.values())
+            raise InputError(f"{place}no structure {one!r}; {likely}expected a value, name or pattern of {known}")
+        picked |= {value for value, rank in ranks.items() if rank == min(ranks.values())}
+    return tuple(sorted(picked))
 
 
 def listed(names: Sequence[str], limit: int = _LONGEST_LIST) -> str:

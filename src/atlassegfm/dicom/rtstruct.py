@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..core.errors import InputError
 from ..core.geometry import LPS_FLIP, Grid
 from ..core.image import Volume, label_boxes
-from ..core.labels import Structure
+from ..core.labels import Structure, rgb
 from ..core.mask import LocalMap
 from .contours import fill, trace
 from .files import items_of, no_warnings, numbers_of, read_dataset, text_of, value_of
@@ -200,7 +200,7 @@ def _read_rois(dataset: Dataset, path: Path) -> Iterator[_Roi]:
         name = name or f"ROI {number}"
         item = drawn.get(number, dataset_of())
         channels = numbers_of(item, "ROIDisplayColor", 3)
-        color = None if channels is None else (int(channels[0]), int(channels[1]), int(channels[2]))
+        color = None if channels is None else rgb(channels)
         contours = [
             (text_of(contour, "ContourGeometricType").upper(), _points(contour, f"{path}: a contour of {name!r}"))
             for contour in items_of(item, "ContourSequence")

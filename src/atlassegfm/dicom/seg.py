@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..core.errors import InputError, MissingExtraError, OutputError
 from ..core.geometry import Grid
 from ..core.image import Volume, label_positions
-from ..core.labels import Structure
+from ..core.labels import Structure, rgb
 from .files import (
     decode_pixels,
     group_numbers,
@@ -188,8 +188,7 @@ def _color(item: Dataset) -> Color | None:
     stored = numbers_of(item, "RecommendedDisplayCIELabValue", 3)
     if stored is None:
         return None
-    red, green, blue = CIELabColor.from_dicom_value([int(n) for n in stored]).to_rgb(clip=True)
-    return round(red), round(green), round(blue)
+    return rgb(CIELabColor.from_dicom_value([int(n) for n in stored]).to_rgb(clip=True))
 
 
 def write_segmentation(
