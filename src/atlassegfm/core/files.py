@@ -41,6 +41,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Raise errors of the disk as InputError about ``path``; DiskFullError if no space or quota is left."""
     try:
         yield
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{path}: a file is in the way, expected a folder for results; choose another") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFullError(f"{path}: no space is left there; free some, and run the same command again") from None
@@ -74,17 +76,13 @@ def output_folder(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: a folder is expected here, and this is named like a file; leave out {path.suffix}")
     made: list[Path] = []
     try:
-        try:
+        with disk_errors(path):
             for folder in (*reversed(path.parents), path):
                 if not folder.exists():
                     folder.mkdir()
                     made.append(folder)
             with tempfile.TemporaryDirectory(dir=path, prefix=_TEMPORARY_PREFIX):
                 pass
-        except (FileExistsError, NotADirectoryError):
-            raise InputError(f"{path}: a file is in the way, expected a folder for results; choose another") from None
-        except OSError as error:
-            raise InputError(f"{path}: cannot write there ({error.strerror}); choose another place") from None
         yield
     finally:
         for folder in reversed(made):

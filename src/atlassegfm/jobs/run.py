@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -28,19 +27,10 @@ class Outcome:
 
     rows: dict[str, Row] = field(default_factory=dict)  # by name of the case, in the order of the cases
     wall_seconds: float = 0.0
-    _counts: Counter[State] = field(default_factory=Counter)
-
-    def put(self, row: Row) -> None:
-        """Set the row of a case."""
-        before = self.rows.get(row.case.name)
-        if before is not None:
-            self._counts[before.state] -= 1
-        self.rows[row.case.name] = row
-        self._counts[row.state] += 1
 
     def count(self, state: State) -> int:
         """Number of cases in a state."""
-        return self._counts[state]
+        return sum(row.state == state for row in self.rows.values())
 
     @property
     def counts(self) -> dict[str, int]:
@@ -100,7 +90,7 @@ def run(
             with closing(runner(options.prepare(work), to_do, watcher)) as all_ended:
                 for ended in all_ended:
                     row = replace(ended, why=outcome.rows[ended.case.name].why)
-                    outcome.put(row)
+                    outcome.rows[row.case.name] = row
                     ended_any = True
                     watcher.ended(row)
                     if row.disk_full:
@@ -116,14 +106,14 @@ def run(
 
 def plan_of(cases: Sequence[Case], work: SegmentWork, options: RunOptions = RunOptions()) -> Outcome:
     """Tell which cases of a run are kept, and which are to be computed and why; nothing is computed."""
-    outcome = Outcome()
+    rows = {}
     for case in cases if options.shard is None else options.shard.part_of(cases):
         why, status = why_to_compute(case, work.out / case.name, work.provenance)
         if why or options.force or status is None:
-            outcome.put(Row(case, "left", attempts=0, why="forced" if options.force else why))
+            rows[case.name] = Row(case, "left", attempts=0, why="forced" if options.force else why)
         else:
-            outcome.put(_kept(case, status))
-    return outcome
+            rows[case.name] = _kept(case, status)
+    return Outcome(rows)
 
 
 def write_summary(outcome: Outcome, work: SegmentWork, options: RunOptions) -> None:

@@ -207,7 +207,6 @@ def run_record(segmentation: Segmentation, inputs: RunInputs) -> RunRecord:
     """Describe a result for ``run.json``: nothing that differs between two runs on the same inputs."""
     found, settings = segmentation.registration, to_dict(segmentation.settings)
     settings["model_path"] = Path(settings["model_path"]).name
-    jacobian = None if found.jacobian is None else {k: _rounded(v, 6) for k, v in asdict(found.jacobian).items()}
     return RunRecord(
         inputs=inputs.record(),
         device="cuda" if segmentation.device == "cuda" else "cpu",
@@ -218,7 +217,7 @@ def run_record(segmentation: Segmentation, inputs: RunInputs) -> RunRecord:
             confidence=_rounded(found.confidence),
             members=len(found.members),
             folding=_rounded(found.folding, 6),
-            jacobian=jacobian,
+            jacobian=_rounded_fields(found.jacobian, 6),
             linear_query_to_atlas_mm=tuple(tuple(round(n, 6) for n in row) for row in found.linear.matrix.tolist()),
         ),
         gate=None if segmentation.gate is None else segmentation.gate.describe(),
@@ -255,12 +254,11 @@ def _model_record(segmentation: Segmentation) -> ModelRecord:
 def _structure_record(one: StructureResult) -> StructureRecord:
     quality = None
     if one.quality is not None:
-        evidence = one.quality.evidence
         quality = QualityRecord(
             verdict=one.quality.verdict,
             reason=one.quality.reason,
             **{name: _rounded(getattr(one.quality, name)) for name in ("estimated_dice", "low", "high")},
-            evidence=None if evidence is None else {name: _rounded(n) for name, n in asdict(evidence).items()},
+            evidence=_rounded_fields(one.quality.evidence),
         )
     return StructureRecord(
         value=one.structure.value,
@@ -277,6 +275,11 @@ def _structure_record(one: StructureResult) -> StructureRecord:
 def _rounded(value: float | None, digits: int = 4) -> float | None:
     """Rounded for JSON, which has no NaN."""
     return None if value is None or not np.isfinite(value) else round(float(value), digits)
+
+
+def _rounded_fields(numbers: Any, digits: int = 4) -> dict[str, float | None] | None:
+    """The numbers of a dataclass, rounded for JSON; None for None."""
+    return None if numbers is None else {name: _rounded(value, digits) for name, value in asdict(numbers).items()}
 
 
 def _save_dicom(segmentation: Segmentation, inputs: RunInputs, path: Path, form: str) -> dict[str, Any]:
