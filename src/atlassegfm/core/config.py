@@ -29,10 +29,8 @@ Table = Mapping[str, Any]
 
 #: Comments in printed settings are wrapped to this width.
 _COMMENT_WIDTH = 100
-
 #: Known keys listed for an unknown one.
 _CLOSEST = 5
-
 #: Marks a setting that changes where or how fast a model answers, not what: ``Annotated[int, RUNTIME_ONLY]``.
 RUNTIME_ONLY = "runtime only"
 

@@ -27,7 +27,6 @@ from .image import IMAGE_SUFFIXES, image_stem, image_suffix
 from .labels import hint, listed, pick_values, shortened
 
 _LAYOUT = "nnU-Net raw layout (dataset.json, imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz)"
-
 #: Name of voxels nobody annotated: documentation/ignore_label.md of nnU-Net.
 _IGNORE = "ignore"
 

@@ -21,10 +21,8 @@ PathLike = str | os.PathLike[str]
 
 #: Temporary folders beside results begin so; a killed process may leave one.
 _TEMPORARY_PREFIX = ".writing-"
-
 #: Seconds after which a temporary folder of an unknown writer is left over: writing a result takes seconds.
 _LEFT_OVER_SECONDS = 24 * 3600
-
 #: Endings of files: a folder for results is not called so by intention.
 _FILE_ENDINGS = (
     *(".nii", ".gz", ".nrrd", ".mha", ".mhd", ".mgz", ".dcm"),

@@ -18,7 +18,6 @@ from .errors import InputError
 #: Axes are called singular when those of unit length span less than this volume: 1 is orthogonal, a gantry tilt of 30
 #: degrees spans 0.87.
 _SMALLEST_UNIT_AXES_VOLUME = 1e-3
-
 #: RAS+ from the LPS frame of ITK and DICOM, and back.
 LPS_FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from threading import Lock
@@ -19,7 +19,7 @@ from ..core.errors import InputError, MissingExtraError
 from ..core.parallel import changed_environment
 from .plan import Case
 from .pool import ATTEMPTS
-from .work import Row, SegmentWork, Watcher
+from .work import Row, SegmentWork, Watcher, opened
 
 logger = logging.getLogger(__name__)
 
@@ -208,14 +208,10 @@ def _feed(client: Any, work: SegmentWork, cases: Sequence[Case], watcher: Watche
         client.cancel(list(running))
 
 
-_opened: dict[str, Callable[[Case, int, Callable[[str], None]], Row]] = {}
 #: PyTorch's random numbers and switches belong to the process: one case at a time in each.
 _one_at_a_time = Lock()
 
 
 def _do(work: SegmentWork, case: Case, attempt: int) -> Row:
     with _one_at_a_time:
-        if work.key not in _opened:
-            _opened.clear()
-            _opened[work.key] = work.open()
-        return _opened[work.key](case, attempt, lambda _: None)
+        return opened(work)(case, attempt, lambda _: None)

@@ -21,7 +21,7 @@ from pebble import ProcessExpired, ProcessPool
 from ..context import Context
 from ..core.parallel import changed_environment
 from .plan import Case
-from .work import Row, SegmentWork, Task, Watcher
+from .work import Row, SegmentWork, Watcher, opened
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +63,16 @@ def run_in_processes(
     workers cannot load what all cases share.
     """
     context = multiprocessing.get_context("spawn")
-    reports = context.Queue()
+    reports, names = context.Queue(), context.Queue()
+    for gpu in gpus:
+        names.put(gpu)
     # Libraries read their variables when they are loaded, before the first line of the worker's own.
     with changed_environment(work.environment):
         pool = ProcessPool(
             min(workers, len(cases)),
             context=context,
             initializer=_start_worker,
-            initargs=(reports, _queue_of(context, gpus)),
+            initargs=(reports, names if gpus else None),
         )
         try:
             yield from _collect(pool, work, cases, watcher, reports)
@@ -123,13 +125,6 @@ def _pass_on(reports: Any, cases: dict[str, Case], watcher: Watcher) -> None:
             watcher.stage(cases[report[0]], report[1])
 
 
-def _queue_of(context: Any, items: Sequence[str]) -> Any:
-    found = context.Queue()
-    for item in items:
-        found.put(item)
-    return found if items else None
-
-
 def _ending(code: int | None) -> str:
     if code is not None and code < 0:
         return f"was ended by {signal.Signals(-code).name}"
@@ -139,7 +134,6 @@ def _ending(code: int | None) -> str:
 # In the worker
 
 _reports: Any = None
-_tasks: dict[str, Task] = {}
 
 
 def _start_worker(reports: Any, gpus: Any) -> None:
@@ -160,10 +154,9 @@ def _start_worker(reports: Any, gpus: Any) -> None:
 
 
 def _run_case(work: SegmentWork, case: Case, attempt: int) -> Row:
-    if work.key not in _tasks:
-        _tasks[work.key] = work.open()
+    task = opened(work)
     _reports.put((case.name, None))
-    return _tasks[work.key](case, attempt, lambda stage: _reports.put((case.name, stage)))
+    return task(case, attempt, lambda stage: _reports.put((case.name, stage)))
 
 
 def _end(_number: int, _frame: FrameType | None) -> NoReturn:

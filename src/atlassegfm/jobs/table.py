@@ -32,7 +32,7 @@ def write_table(cases: Iterable[CaseRecord], out: Path, path: Path) -> None:
     view are those of the part in view; ``cut_fraction`` is the fraction of the atlas's structure outside it.
     """
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, COLUMNS, restval="")
+        table = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
         table.writeheader()
         for case in cases:
             common = {"case": case.case, "query": case.query, "state": case.state, "in_run": case.in_run}
@@ -40,17 +40,7 @@ def write_table(cases: Iterable[CaseRecord], out: Path, path: Path) -> None:
             if run is None:
                 table.writerow({**common, "remark": case.reason})
             for one in run.structures if run is not None else ():
-                judged = one.quality and one.quality.model_dump(include={"verdict", "estimated_dice", "low", "high"})
-                table.writerow(
-                    {
-                        **common,
-                        "structure": one.name,
-                        "label": one.value,
-                        "status": one.status,
-                        "volume_ml": one.volume_ml,
-                        "cut_fraction": one.outside_fraction,
-                        **(judged or {}),
-                        "remark": one.reason or (one.quality.reason if one.quality is not None else ""),
-                        "seconds": case.seconds,
-                    }
-                )
+                judged = {} if one.quality is None else one.quality.model_dump()
+                named = {"structure": one.name, "label": one.value, "cut_fraction": one.outside_fraction}
+                named |= {"remark": one.reason or judged.get("reason", ""), "seconds": case.seconds}
+                table.writerow(common | judged | one.model_dump() | named)

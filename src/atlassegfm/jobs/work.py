@@ -182,6 +182,17 @@ class SegmentWork:
         return Row(case, "failed", seconds=seconds, **failure)
 
 
+_opened: dict[str, Task] = {}
+
+
+def opened(work: SegmentWork) -> Task:
+    """Open work, once for all its cases in this process."""
+    if work.key not in _opened:
+        _opened.clear()
+        _opened[work.key] = work.open()
+    return _opened[work.key]
+
+
 @dataclass
 class _Worker:
     """Context and model, loaded once for all cases of a process."""
