@@ -50,10 +50,7 @@ class FileRecord(Record):
     """One input file, or a folder with all in it."""
 
     file: str = Field(description="Name, without its folder.")
-    place: str = Field(
-        default="",
-        description="Digest of its absolute path: another scan of the same name never replaces a result in silence.",
-    )
+    place: str = Field(default="", description="Digest of its absolute path, which tells scans of one name apart.")
     stamp: str = Field(description="Digest of sizes and modification times: compared first, as it is cheap.")
     sha256: str = Field(description="Of the content, first 32 hexadecimal digits.")
 
@@ -66,18 +63,12 @@ class Provenance(Record):
     settings: str = Field(description="Digest of all settings, device and number of threads.")
     context: str = Field(description="Digest of the atlas: image, labels, structures.")
     context_version: str = Field(description="Version of the program that trained the gate.")
-    weights: str | None = Field(
-        description="SHA-256 of the model's weights; null where there are none on this machine."
-    )
-    keep: bool = Field(
-        description="Whether intermediate results are written; a result with them serves where they are unwanted, too."
-    )
+    weights: str | None = Field(description="SHA-256 of the model's weights; null if none are on this machine.")
+    keep: bool = Field(description="Whether intermediate results are written; a result with them serves in any case.")
     formats: tuple[str, ...]
     series: str | None = Field(description="Which series of a DICOM folder.")
     query: FileRecord | None = None
-    transform: FileRecord | None = Field(
-        default=None, description="The transform that was given instead of registering."
-    )
+    transform: FileRecord | None = Field(default=None, description="The transform given instead of registering.")
 
 
 class InputRecord(Record):
@@ -113,13 +104,9 @@ class ModelRecord(Record):
     summary: str = ""
     code_licence: str = ""
     weights_licence: str = ""
-    licence_accepted: str | None = Field(
-        default=None, description="Date (ISO 8601) on which the licence of the weights was accepted."
-    )
+    licence_accepted: str | None = Field(default=None, description="Date (ISO 8601) of accepting the weights' licence.")
     prompt: PromptKind | None = None
-    provenance: dict[str, Any] = Field(
-        default_factory=dict, description="Files, versions or server, as the model reports them."
-    )
+    provenance: dict[str, Any] = Field(default_factory=dict, description="Files, versions or server, as reported.")
 
 
 class RegistrationRecord(Record):
@@ -186,12 +173,8 @@ class RunRecord(Record):
     structures: tuple[StructureRecord, ...]
     settings: dict[str, Any]
     versions: dict[str, str]
-    dicom: dict[str, Any] | None = Field(
-        default=None, description="For each DICOM file: its name and how it compares after reading it back."
-    )
-    probability: tuple[str, ...] | None = Field(
-        default=None, description="Structures of the volumes of probability.nii.gz, in order."
-    )
+    dicom: dict[str, Any] | None = Field(default=None, description="Name and comparison when read back, for each file.")
+    probability: tuple[str, ...] | None = Field(default=None, description="Structures of probability.nii.gz, in order.")
 
 
 class StatusRecord(Record):
@@ -224,9 +207,7 @@ class CaseRecord(Record):
     peak_memory_mb: int | None
     warnings: tuple[str, ...]
     verdict: Verdict | None = Field(default=None, description="Worst of its structures; null without a result.")
-    in_run: bool = Field(
-        default=True, description="Whether this command had the case; if not, its result is of an earlier one."
-    )
+    in_run: bool = Field(default=True, description="Whether this command had the case; if not, an earlier one did.")
 
 
 class CohortRecord(Record):
