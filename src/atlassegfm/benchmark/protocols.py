@@ -25,13 +25,7 @@ class Pair:
 
 
 def make_pairs(
-    cases: Sequence[str],
-    protocol: str,
-    *,
-    seed: int = 0,
-    folds: int = 5,
-    atlases: Sequence[str] = (),
-    every: int = 1,
+    cases: Sequence[str], protocol: str, *, seed: int = 0, folds: int = 5, atlases: Sequence[str] = (), every: int = 1
 ) -> tuple[Pair, ...]:
     """Make the pairs of a protocol from the sorted names of all cases; those of one atlas are together.
 

@@ -356,9 +356,7 @@ def _contour(points: NDArray[np.float64], series: Series, k: int) -> Dataset:
     if sum(other.uid == frame.uid for other in series.frames[max(k - 1, 0) : k + 2]) > 1:
         image.ReferencedFrameNumber = frame.number + 1
     contour = dataset_of(
-        ContourImageSequence=[image],
-        ContourGeometricType="CLOSED_PLANAR",
-        NumberOfContourPoints=len(points),
+        ContourImageSequence=[image], ContourGeometricType="CLOSED_PLANAR", NumberOfContourPoints=len(points)
     )
     numbers = (points @ LPS_FLIP[:3, :3]).round(_DECIMALS) + 0.0
     text = "\\".join([f"{n:.{_DECIMALS}f}" for n in numbers.ravel().tolist()]).encode("ascii")

@@ -156,7 +156,7 @@ def merge(
     """
     grid, series = (on.grid, on) if isinstance(on, Series) else (on, None)
     masks, warnings = _renumber(masks)
-    masks, renamed = _told_apart(masks)
+    masks, renamed = _with_distinct_names(masks)
     warnings += renamed
     for one in masks:
         if not one.mask.any():
@@ -184,7 +184,7 @@ def merge(
     return Volume(data, grid, DicomSource(path, None, table, (*notes, *warnings), series))
 
 
-def _told_apart(masks: Sequence[StructureMask]) -> tuple[list[StructureMask], list[str]]:
+def _with_distinct_names(masks: Sequence[StructureMask]) -> tuple[list[StructureMask], list[str]]:
     names = distinct_names([one.name for one in masks])
     new = [name for name, one in zip(names, masks, strict=True) if name != one.name]
     notes = [f"several structures have one name; they are told apart as {listed(new, 6)}"] if new else []

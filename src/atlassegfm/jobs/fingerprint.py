@@ -56,10 +56,7 @@ def file_record(path: Path) -> FileRecord:
             while block := opened.read(_BLOCK_BYTES):
                 content.update(block)
     return FileRecord(
-        file=path.name or path.resolve().name,
-        place=place_of(path),
-        stamp=stamp,
-        sha256=content.hexdigest()[:_DIGITS],
+        file=path.name or path.resolve().name, place=place_of(path), stamp=stamp, sha256=content.hexdigest()[:_DIGITS]
     )
 
 

@@ -140,8 +140,9 @@ def _by_name(
     runs = {case.name: read_run(case) for case in cases}
     names = {name: run.inputs.query.file for name, run in runs.items() if run is not None and run.inputs.query}
     count = Counter([*names.values(), *(one.file for one in others.values())])
-    alike = {name: [path for path in images if path.name == file and path not in used] for name, file in names.items()}
-    return {name: paths[0] for name, paths in alike.items() if len(paths) == count[names[name]] == 1}
+    free = [path for path in images if path not in used]
+    matches = {name: [path for path in free if path.name == file] for name, file in names.items()}
+    return {name: paths[0] for name, paths in matches.items() if len(paths) == count[names[name]] == 1}
 
 
 def _content(path: Path) -> str:
