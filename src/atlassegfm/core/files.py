@@ -40,7 +40,7 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{path}: a file is in the way, expected a folder for results; choose another") from None
+        raise InputError(f"{path}: a file is in the way where a folder is expected; choose another place") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFullError(f"{path}: no space is left there; free some, and run the same command again") from None
@@ -111,24 +111,19 @@ def replaced_folder(path: Path, known: frozenset[str]) -> Iterator[Path]:
     InputError as :func:`check_replaceable`, and if the disk refuses.
     """
     check_replaceable(path, known)
-    with disk_errors(path):
-        holder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_TEMPORARY_PREFIX}{_host()}-{os.getpid()}-"))
-    new, old = holder / "new", holder / "old"
-    try:
-        with disk_errors(path):
-            new.mkdir()
+    own = f"{_TEMPORARY_PREFIX}{_host()}-{os.getpid()}-"
+    with disk_errors(path), tempfile.TemporaryDirectory(None, own, path.parent, ignore_cleanup_errors=True) as holder:
+        new, old = Path(holder, "new"), Path(holder, "old")
+        new.mkdir()
         yield new
-        with disk_errors(path):
-            # A folder that is not empty cannot be replaced in one step: for a moment there is none.
-            try:
-                if path.exists():
-                    os.replace(path, old)
-                os.replace(new, path)
-            finally:
-                if old.exists() and not path.exists():
-                    os.replace(old, path)
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
+        # A folder that is not empty cannot be replaced in one step: for a moment there is none.
+        try:
+            if path.exists():
+                os.replace(path, old)
+            os.replace(new, path)
+        finally:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
 
 
 def remove_unfinished(folder: Path) -> int:

@@ -34,7 +34,7 @@ from .. import dicom
 from ..context import Context
 from ..core.config import to_dict
 from ..core.errors import InputError
-from ..core.files import disk_errors, replaced_folder
+from ..core.files import replaced_folder
 from ..core.image import Volume, save_masks, save_volume
 from ..core.labels import Structure, itk_snap_labels, slicer_color_table
 from ..core.version import __version__, library_versions
@@ -165,7 +165,7 @@ def write_result(
     check_formats(formats, inputs.query)
     structures = inputs.context.atlas.structures
     run = run_record(segmentation, inputs)
-    with replaced_folder(folder, RESULT_NAMES) as new, disk_errors(folder):
+    with replaced_folder(folder, RESULT_NAMES) as new:
         _save_labels(segmentation.labels, structures, new, formats)
         others = [name for name in _DICOM_FORMATS if name in formats]
         written: dict[str, Any] = {}
@@ -199,7 +199,7 @@ def _save_labels(labels: Volume, structures: Sequence[Structure], folder: Path, 
 
 def write_failure(folder: Path, status: StatusRecord) -> None:
     """Leave nothing but ``status.json`` in a result folder: an earlier result would pass for a new one."""
-    with replaced_folder(folder, RESULT_NAMES) as new, disk_errors(folder):
+    with replaced_folder(folder, RESULT_NAMES) as new:
         status.write(new / STATUS)
 
 
