@@ -18,7 +18,7 @@ from atlassegfm.core.parallel import peak_memory_mb, reset_peak_memory
 from atlassegfm.jobs import Case, Outcome, plan_cases, run
 from atlassegfm.jobs.fingerprint import file_record
 from atlassegfm.jobs.pool import run_here
-from atlassegfm.jobs.work import Ended
+from atlassegfm.jobs.work import Row
 from atlassegfm.records import RESULT_NAMES, RUN, SEGMENTATION, STATUS, Provenance, StatusRecord
 from atlassegfm.settings import Settings
 
@@ -55,10 +55,10 @@ class StandIn:
         """Itself."""
         return self
 
-    def open(self, _context: object = None) -> Callable[[Case, int, Callable[[str], None]], Ended]:
+    def open(self, _context: object = None) -> Callable[[Case, int, Callable[[str], None]], Row]:
         """Nothing to load."""
 
-        def do(case: Case, attempt: int, tell: Callable[[str], None]) -> Ended:
+        def do(case: Case, attempt: int, tell: Callable[[str], None]) -> Row:
             tell("writing")
             made_from = self.provenance.model_copy(update={"query": file_record(case.query)})
             status = StatusRecord(state="done", provenance=made_from)
@@ -66,11 +66,11 @@ class StandIn:
                 (new / SEGMENTATION).write_bytes(b"")
                 (new / RUN).write_text("{}")
                 status.write(new / STATUS)
-            return Ended(case, "done", attempts=attempt)
+            return Row(case, "done", attempts=attempt)
 
         return do
 
-    def give_up(self, case: Case, reason: str, attempts: int) -> Ended:
+    def give_up(self, case: Case, reason: str, attempts: int) -> Row:
         """Never happens."""
         raise NotImplementedError
 

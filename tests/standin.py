@@ -13,7 +13,7 @@ from atlassegfm.core.errors import InputError
 from atlassegfm.core.parallel import thread_variables
 from atlassegfm.jobs.plan import Case
 from atlassegfm.jobs.store import write_failure
-from atlassegfm.jobs.work import Ended
+from atlassegfm.jobs.work import Row
 from atlassegfm.records import Provenance, StatusRecord
 from atlassegfm.settings import Settings
 
@@ -71,13 +71,13 @@ class StandIn:
     def absolute(self) -> StandIn:
         return self
 
-    def open(self, context: object = None) -> Callable[[Case, int, Callable[[str], None]], Ended]:
+    def open(self, context: object = None) -> Callable[[Case, int, Callable[[str], None]], Row]:
         if self.refuses:
             raise InputError("atlas.nii.gz: no such file")
         with (self.out / "opened.txt").open("a") as log:
             log.write(f"{os.getpid()} {os.environ['OMP_NUM_THREADS']}\n")
 
-        def do(case: Case, attempt: int, tell: Callable[[str], None]) -> Ended:
+        def do(case: Case, attempt: int, tell: Callable[[str], None]) -> Row:
             tell("working")
             with (self.out / "begun.txt").open("a") as log:
                 log.write(f"{case.name} {attempt} {os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')}\n")
@@ -85,13 +85,13 @@ class StandIn:
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(self.seconds)
             write_failure(self.out / case.name, StatusRecord(state="done", provenance=PROVENANCE))
-            return Ended(case, "done", attempts=attempt)
+            return Row(case, "done", attempts=attempt)
 
         return do
 
-    def give_up(self, case: Case, reason: str, attempts: int) -> Ended:
+    def give_up(self, case: Case, reason: str, attempts: int) -> Row:
         write_failure(self.out / case.name, StatusRecord(state="failed"))
-        return Ended(case, "failed", reason, attempts=attempts)
+        return Row(case, "failed", reason, attempts=attempts)
 
 
 class Silent:

@@ -892,7 +892,7 @@ def test_the_files_of_others_are_not_touched(
 
 def test_folders_that_cannot_be_used(dataset: Dataset, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match=re.escape(f"{tmp_path}/file/out: cannot write there (Not a directory)")):
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path}/file/out: a file is in the way")):
         run(plan_of(dataset), tmp_path / "file" / "out")
     out = tmp_path / "out"
     run(plan_of(dataset), out)

@@ -472,12 +472,12 @@ def test_missing_arguments(run: Run) -> None:
 
 def _out_is_a_file(folder: Path) -> tuple[list[str], str]:
     (folder / "out").write_text("in the way")
-    return ["query.nii.gz", "-o", "out"], "out: a file is in the way, expected a folder for results"
+    return ["query.nii.gz", "-o", "out"], "out: a file is in the way where a folder is expected"
 
 
 def _out_below_a_file(folder: Path) -> tuple[list[str], str]:
     (folder / "file").write_text("in the way")
-    return ["query.nii.gz", "-o", "file/out"], "file/out: a file is in the way, expected a folder"
+    return ["query.nii.gz", "-o", "file/out"], "file/out: a file is in the way where a folder is expected"
 
 
 def _result_is_a_file(folder: Path) -> tuple[list[str], str]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atlassegfm.core.labels import closest, listed, match_rank, plain_name
+from atlassegfm.core.labels import hint, listed, match_rank, plain_name
 
 
 @pytest.mark.parametrize("name", ["left kidney", "Left_Kidney", "LEFT-KIDNEY", " left _- kidney ", "left\tkidney"])
@@ -46,9 +46,9 @@ def test_names_that_look_like_something_else() -> None:
     assert match_rank("node [left]", 3, "node_[left]") == 1
 
 
-def test_closest() -> None:
-    assert closest("LEFT kidny", ["liver", "left_kidney"]) == "left_kidney"
-    assert closest("xyz", ["liver"]) is None
+def test_hint() -> None:
+    assert "'left_kidney'" in hint("LEFT kidny", ["liver", "left_kidney"])
+    assert hint("xyz", ["liver"]) == ""
 
 
 def test_listed() -> None:

@@ -50,17 +50,10 @@ def label_map_of(folder: Path) -> Path:
 class FileRecord(Record):
     """One input file, or a folder with all in it."""
 
-    file: str
-    """Name, without its folder."""
-
-    place: str = ""
-    """Digest of its absolute path: another scan of the same name never replaces a result in silence."""
-
-    stamp: str
-    """Digest of sizes and modification times: compared first, as it is cheap."""
-
-    sha256: str
-    """Of the content, first 32 hexadecimal digits."""
+    file: str = Field(description="Name, without its folder.")
+    place: str = Field(default="", description="Digest of its absolute path, which tells scans of one name apart.")
+    stamp: str = Field(description="Digest of sizes and modification times: compared first, as it is cheap.")
+    sha256: str = Field(description="Of the content, first 32 hexadecimal digits.")
 
 
 class Provenance(Record):
@@ -68,50 +61,31 @@ class Provenance(Record):
 
     version: str
     results_format: int = RESULTS_FORMAT
-    settings: str
-    """Digest of all settings, device and number of threads."""
-
-    context: str
-    """Digest of the atlas: image, labels, structures."""
-
-    context_version: str
-    """Version of the program that trained the gate."""
-
-    weights: str | None
-    """SHA-256 of the model's weights; null where there are none on this machine."""
-
-    keep: bool
-    """Whether intermediate results are written; a result with them serves where they are not wanted, too."""
-
+    settings: str = Field(description="Digest of all settings, device and number of threads.")
+    context: str = Field(description="Digest of the atlas: image, labels, structures.")
+    context_version: str = Field(description="Version of the program that trained the gate.")
+    weights: str | None = Field(description="SHA-256 of the model's weights; null if none are on this machine.")
+    keep: bool = Field(description="Whether intermediate results are written; a result with them serves in any case.")
     formats: tuple[str, ...]
-    series: str | None
-    """Which series of a DICOM folder."""
-
+    series: str | None = Field(description="Which series of a DICOM folder.")
     query: FileRecord | None = None
-    transform: FileRecord | None = None
-    """The transform that was given instead of registering."""
+    transform: FileRecord | None = Field(default=None, description="The transform given instead of registering.")
 
 
 class InputRecord(Record):
     """One input of a run by its name."""
 
     file: str
-    notes: tuple[str, ...] = ()
-    """Remarks on its geometry."""
+    notes: tuple[str, ...] = Field(default=(), description="Remarks on its geometry.")
 
 
 class ContextRecord(Record):
     """The context folder by its name."""
 
     folder: str
-    sha256: str
-    """Of its list of checksums."""
-
-    atlassegfm: str
-    """Version that made it."""
-
-    files: dict[str, str]
-    """Names of the atlas's files, by role."""
+    sha256: str = Field(description="Of its list of checksums.")
+    atlassegfm: str = Field(description="Version that made it.")
+    files: dict[str, str] = Field(description="Names of the atlas's files, by role.")
 
 
 class Inputs(Record):
@@ -131,30 +105,20 @@ class ModelRecord(Record):
     summary: str = ""
     code_licence: str = ""
     weights_licence: str = ""
-    licence_accepted: str | None = None
-    """Date (ISO 8601) on which the licence of the weights was accepted."""
-
+    licence_accepted: str | None = Field(default=None, description="Date (ISO 8601) of accepting the weights' licence.")
     prompt: PromptKind | None = None
-    provenance: dict[str, Any] = Field(default_factory=dict)
-    """Files, versions or server, as the model reports them."""
+    provenance: dict[str, Any] = Field(default_factory=dict, description="Files, versions or server, as reported.")
 
 
 class RegistrationRecord(Record):
     """The registration of atlas and query."""
 
     source: Literal["fitted", "given"]
-    confidence: float | None
-    """In [0, 1]; null for a given transform that was not compared."""
-
-    members: int
-    """Fits of the deformable stage, averaged."""
-
-    folding: float | None
-    """Fraction of the body where the Jacobian determinant is not positive."""
-
+    confidence: float | None = Field(description="In [0, 1]; null for a given transform that was not compared.")
+    members: int = Field(description="Fits of the deformable stage, averaged.")
+    folding: float | None = Field(description="Fraction of the body where the Jacobian determinant is not positive.")
     jacobian: dict[str, float | None] | None
-    linear_query_to_atlas_mm: tuple[tuple[float, ...], ...]
-    """4 x 4, RAS+ mm."""
+    linear_query_to_atlas_mm: tuple[tuple[float, ...], ...] = Field(description="4 x 4, RAS+ mm.")
 
 
 class PromptRecord(Record):
@@ -188,9 +152,7 @@ class StructureRecord(Record):
     status: Status
     reason: str
     volume_ml: float
-    outside_fraction: float
-    """Of the atlas's structure, outside the query's field of view."""
-
+    outside_fraction: float = Field(description="Of the atlas's structure, outside the query's field of view.")
     prompt: PromptRecord | None
     quality: QualityRecord | None
 
@@ -218,11 +180,8 @@ class RunRecord(Record):
     structures: tuple[StructureRecord, ...]
     settings: dict[str, Any]
     versions: dict[str, str]
-    dicom: dict[str, Any] | None = None
-    """For each DICOM file: its name and how it compares after reading it back."""
-
-    probability: tuple[str, ...] | None = None
-    """Structures of the volumes of probability.nii.gz, in order."""
+    dicom: dict[str, Any] | None = Field(default=None, description="Name and comparison when read back, for each file.")
+    probability: tuple[str, ...] | None = Field(default=None, description="Structures of probability.nii.gz, in order.")
 
 
 class StatusRecord(Record):
@@ -231,21 +190,14 @@ class StatusRecord(Record):
     format: int = RESULTS_FORMAT
     state: Literal["done", "failed"]
     reason: str = ""
-    is_input: bool = False
-    """Whether the query itself is the reason of a failure."""
-
+    is_input: bool = Field(default=False, description="Whether the query itself is the reason of a failure.")
     attempts: int = 1
-    warnings: tuple[str, ...] = ()
-    """Of the result as a whole."""
-
+    warnings: tuple[str, ...] = Field(default=(), description="Of the result as a whole.")
     total_seconds: float = 0.0
     peak_memory_mb: int | None = None
-    seconds: dict[str, float] = Field(default_factory=dict)
-    """Wall time of each stage."""
-
+    seconds: dict[str, float] = Field(default_factory=dict, description="Wall time of each stage.")
     registration_seconds: dict[str, float] = Field(default_factory=dict)
-    provenance: Provenance | None = None
-    """Null for a failure."""
+    provenance: Provenance | None = Field(default=None, description="Null for a failure.")
 
 
 class CaseRecord(Record):
@@ -254,15 +206,9 @@ class CaseRecord(Record):
     case: str
     query: str
     state: State
-    kept: bool
-    """Whether an earlier run had done it."""
-
-    reason: str
-    """Why it failed."""
-
-    why: str
-    """Why it was computed, such as "new", "failed before" or "other settings"."""
-
+    kept: bool = Field(description="Whether an earlier run had done it.")
+    reason: str = Field(description="Why it failed.")
+    why: str = Field(description='Why it was computed, such as "new", "failed before" or "other settings".')
     attempts: int
     seconds: float
     peak_memory_mb: int | None

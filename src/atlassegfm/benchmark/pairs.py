@@ -16,10 +16,9 @@ import numpy as np
 from ..atlas import Atlas, canonical_scan
 from ..context import Context, customize
 from ..core.errors import InputError, ModelError, RegistrationError
-from ..core.image import Volume, load_image, load_labels
+from ..core.image import Volume, label_values, load_image, load_labels
 from ..core.mask import LocalMap
 from ..core.parallel import peak_memory_mb, reset_peak_memory
-from ..evaluate.labelling import label_values
 from ..evaluate.metrics import StructureScores
 from ..evaluate.scores import check_grids, score_volumes
 from ..fusion.gate import Gate, fuse_structures

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Literal
 
 from ..core.config import to_dict
 from ..core.dataset import Dataset
-from ..core.version import __version__
+from ..core.version import __version__, library_versions
 from ..evaluate.tolerances import Tolerances
 from ..settings import NO_MODEL, Settings
 from .protocols import Pair
@@ -26,22 +24,13 @@ OUTPUTS = frozenset({PLAN, PAIRS, "results.csv", "times.csv", "summary.json", "r
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of doing the job, a column of the benchmark.
-
-    Parameters
-    ----------
-    name : str
-    settings : Settings
-    prompts_from : {"atlas", "user"}
-        "user": the model alone, with one click into the middle of the true structure.
-    methods : tuple of str
-        Which of :data:`METHODS` tables show.
-    """
+    """One way of doing the job, a column of the benchmark."""
 
     name: str
     settings: Settings
+    #: "user": the model alone, with one click into the middle of the true structure.
     prompts_from: Literal["atlas", "user"] = "atlas"
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = METHODS  # which of METHODS tables show
 
     @property
     def scored(self) -> tuple[str, ...]:
@@ -55,41 +44,19 @@ class Variant:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that decides the scores of a benchmark.
+    """All that decides the scores of a benchmark."""
 
-    Parameters
-    ----------
-    title : str
-        A few words, such as "all-pairs".
-    dataset : Dataset
-        With the cases that take part.
-    pairs : tuple of Pair
-        In the order they are run.
-    variants : tuple of Variant
-        Run one after the other on each pair, beginning with another one each time, so that their times compare.
-    values : tuple of int
-        Label values that take part: the others are removed from the atlas and not scored.
-    tolerances : Tolerances
-        Of the NSD.
-    centreline : tuple of int
-        Label values to score by clDice too.
-    seed : int
-        Of the protocol and the bootstrap.
-    device : {"cpu", "cuda"}
-    command : str
-        Command line of the report.
-    """
-
-    title: str
-    dataset: Dataset
-    pairs: tuple[Pair, ...]
+    title: str  # a few words, such as "all-pairs"
+    dataset: Dataset  # with the cases that take part
+    pairs: tuple[Pair, ...]  # in the order they are run
+    #: Run one after the other on each pair, beginning with another one each time, so that their times compare.
     variants: tuple[Variant, ...]
-    values: tuple[int, ...]
-    tolerances: Tolerances
-    centreline: tuple[int, ...] = ()
-    seed: int = 0
-    device: str = "cpu"
-    command: str = ""
+    values: tuple[int, ...]  # label values that take part: the others are removed from the atlas and not scored
+    tolerances: Tolerances  # of the NSD
+    centreline: tuple[int, ...] = ()  # label values to score by clDice too
+    seed: int = 0  # of the protocol and the bootstrap
+    device: str = "cpu"  # or "cuda"
+    command: str = ""  # command line, for the report
 
     @property
     def names(self) -> dict[int, str]:
@@ -116,10 +83,7 @@ class Plan:
             device=self.device,
             threads=torch.get_num_threads(),
             version=__version__,
-            versions={
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in ("numpy", "scipy", "torch")},
-            },
+            versions=library_versions(),
         )
 
 

@@ -26,37 +26,16 @@ class Pair:
 
 
 def make_pairs(
-    cases: Sequence[str],
-    protocol: str,
-    *,
-    seed: int = 0,
-    folds: int = 5,
-    atlases: Sequence[str] = (),
-    every: int = 1,
+    cases: Sequence[str], protocol: str, *, seed: int = 0, folds: int = 5, atlases: Sequence[str] = (), every: int = 1
 ) -> tuple[Pair, ...]:
-    """Make the pairs of a protocol, those of one atlas together.
+    """Make the pairs of a protocol from the sorted names of all cases; those of one atlas are together.
 
-    Parameters
-    ----------
-    cases : sequence of str
-        Names of all cases, sorted.
-    protocol : {"one-shot-5fold", "one-to-all", "all-pairs"}
-        "one-shot-5fold" is the paper's: the cases are shuffled and split into folds, and in each fold the first
-        case is the atlas for its other cases. "one-to-all": each of ``atlases`` for all other cases. "all-pairs":
-        every case for every other one.
-    seed : int
-        Of the shuffle.
-    folds : int
-        At least 2 [paper: 5].
-    atlases : sequence of str
-        For "one-to-all"; the first case if left out.
-    every : int
-        Keep one pair of so many; of "all-pairs" a balanced sample: every case is about as often atlas as query.
+    "one-shot-5fold" is the paper's: the cases are shuffled by ``seed`` and split into ``folds`` (at least 2; paper: 5),
+    and in each fold the first case is the atlas for its other cases. "one-to-all": each of ``atlases`` (the first case
+    if left out) for all other cases. "all-pairs": every case for every other one. Of ``every`` so many pairs one is
+    kept; of "all-pairs" a balanced sample: every case is about as often atlas as query.
 
-    Raises
-    ------
-    InputError
-        If there are too few cases, an atlas is not among them, or an option belongs to another protocol.
+    InputError if there are too few cases, an atlas is not among them, or an option belongs to another protocol.
     """
     if protocol not in PROTOCOLS:
         meant = did_you_mean(protocol, PROTOCOLS)

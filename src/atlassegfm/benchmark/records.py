@@ -44,17 +44,13 @@ class PairRecord(Record):
 
     peak_memory_mb: int | None = None
     gpu_memory_mb: int | None = None
-    confidence: float | None = None
-    """Of the registration."""
-
-    folding: float | None = None
-    """Fraction of the body where the displacement field folds."""
-
-    files: tuple[FileRecord, ...] = ()
-    """Image and labels of atlas and query."""
-
-    unnamed: tuple[int, ...] = ()
-    """Label values of atlas or query that ``dataset.json`` does not name: taken as background."""
+    confidence: float | None = Field(default=None, description="Of the registration.")
+    folding: float | None = Field(default=None, description="Fraction of the body where the displacement field folds.")
+    files: tuple[FileRecord, ...] = Field(default=(), description="Image and labels of atlas and query.")
+    unnamed: tuple[int, ...] = Field(
+        default=(),
+        description="Label values of atlas or query that ``dataset.json`` does not name: taken as background.",
+    )
 
 
 class PlanRecord(Record):
@@ -62,15 +58,11 @@ class PlanRecord(Record):
 
     format: int = RESULTS_FORMAT
     dataset: str
-    structures: dict[str, str]
-    """Names by label value."""
-
+    structures: dict[str, str] = Field(description="Names by label value.")
     tolerances_mm: dict[str, float]
     centreline: tuple[int, ...]
     variants: dict[str, dict[str, Any]]
     device: str
-    threads: int
-    """Sums round differently with another number of threads."""
-
+    threads: int = Field(description="Sums round differently with another number of threads.")
     version: str
     versions: dict[str, str]

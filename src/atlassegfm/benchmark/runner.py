@@ -33,7 +33,7 @@ def run(
     on_pair: Callable[[int, int, str], None] | None = None,
     on_stage: Callable[[str], None] | None = None,
 ) -> list[PairRecord]:
-    """Run all pairs that are not done yet.
+    """Run all pairs that are not done yet, or all with ``force``; the records are in the order of variants and pairs.
 
     Parameters
     ----------

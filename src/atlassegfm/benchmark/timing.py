@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
@@ -43,27 +42,13 @@ class Timing:
     peak_memory_mb: int | None
     stages: tuple[Stage, ...]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
 
 def scans_for(folder: Path | None, shape: tuple[int, int, int], labels: Sequence[str]) -> tuple[Atlas, Volume]:
-    """Load an atlas and a query and resample each over its own field of view.
+    """Load an atlas and a query, and resample each over its own field of view to ``shape`` voxels (RAS-canonical).
 
-    Parameters
-    ----------
-    folder : Path or None
-        Dataset in nnU-Net raw layout, whose first two cases are taken; None for the embedded pair.
-    shape : tuple of int, (3,)
-        Voxels of both in RAS-canonical order.
-    labels : sequence of str
-        Structures to keep; all if empty.
-
-    Raises
-    ------
-    InputError
-        If the dataset cannot be used or has fewer than two cases.
+    The folder is a dataset in nnU-Net raw layout, whose first two cases are taken; None for the embedded pair.
+    Structures are those of ``labels``; all if it is empty. InputError if the dataset cannot be used or has fewer than
+    two cases.
     """
     if folder is None:
         full = Atlas.from_files(demo.PAIR / demo.ATLAS, demo.PAIR / demo.LABELS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -248,7 +248,7 @@ def time(options: TimeOptions) -> None:
         device = resolve_device(options.device)
         timing = measure(atlas, query, base, device=device, rounds=options.rounds, on_stage=session.progress)
     if options.as_json:
-        print_json(timing.to_dict())
+        print_json(asdict(timing))
         return
     sizes = " x ".join(str(n) for n in query.grid.shape)
     source = "embedded scans" if options.dataset is None else options.dataset.name

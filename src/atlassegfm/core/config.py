@@ -31,10 +31,8 @@ Table = Mapping[str, Any]
 
 #: Comments in printed settings are wrapped to this width.
 _COMMENT_WIDTH = 100
-
 #: Known keys listed for an unknown one.
 _CLOSEST = 5
-
 #: Marks a setting that changes where or how fast a model answers, not what: ``Annotated[int, RUNTIME_ONLY]``.
 RUNTIME_ONLY = "runtime only"
 
@@ -61,7 +59,7 @@ def with_overrides(settings: S, assignments: Sequence[str], *, option: str = "--
             raise InputError(
                 f"{option} {assignment}: expected key=value, such as {example}={_at(to_dict(settings), example)}"
             )
-        table = _toml_value(text)
+        table = toml_value(text)
         for name in reversed(key.split(".")):
             table = {name: table}
         settings = with_table(settings, table, origin=f"{option} {assignment}")
@@ -232,8 +230,8 @@ def _at(table: Table, key: str) -> Any:
     return value
 
 
-def _toml_value(text: str) -> Any:
-    """The text as a value of TOML; the text itself where it is none, as for words without quotes."""
+def toml_value(text: str) -> Any:
+    """Read the text as a value of TOML; the text itself where it is none, as for words without quotes."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -24,10 +24,9 @@ from typing import Any
 from .errors import InputError
 from .files import PathLike
 from .image import IMAGE_SUFFIXES, image_stem, image_suffix
-from .labels import closest, listed, match_rank
+from .labels import hint, listed, pick_values, shortened
 
 _LAYOUT = "nnU-Net raw layout (dataset.json, imagesTr/CASE_0000.nii.gz, labelsTr/CASE.nii.gz)"
-
 #: Name of voxels nobody annotated: documentation/ignore_label.md of nnU-Net.
 _IGNORE = "ignore"
 
@@ -43,30 +42,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled scans of one kind.
+    """Labelled scans of one kind."""
 
-    Parameters
-    ----------
-    folder : Path
-        Where ``dataset.json`` lies.
-    name : str
-        Name of that folder.
-    cases : tuple of Case
-        At least one, sorted by name.
-    structures : mapping of int to str
-        Name of each label value in ascending order, without background and "ignore".
-    channels : tuple of str
-        Name of each channel of the scans ("CT", "T2").
-    ignored : int or None
-        Label value of voxels that nobody annotated; None where there is none.
-    """
-
-    folder: Path
-    name: str
-    cases: tuple[Case, ...]
-    structures: Mapping[int, str]
-    channels: tuple[str, ...]
-    ignored: int | None = None
+    folder: Path  # where dataset.json lies
+    name: str  # of that folder
+    cases: tuple[Case, ...]  # at least one, sorted by name
+    structures: Mapping[int, str]  # name of each label value in ascending order, without background and "ignore"
+    channels: tuple[str, ...]  # name of each channel of the scans ("CT", "T2")
+    ignored: int | None = None  # label value of voxels that nobody annotated; None where there is none
 
     def __post_init__(self) -> None:
         names = [case.name for case in self.cases]
@@ -77,7 +60,7 @@ class Dataset:
         """The case of that name; InputError if there is none."""
         cases = {case.name: case for case in self.cases}
         if name not in cases:
-            raise InputError(f"{self.folder}: no case {name!r}; {_hint(name, cases)}expected one of {listed([*cases])}")
+            raise InputError(f"{self.folder}: no case {name!r}; {hint(name, cases)}expected one of {listed([*cases])}")
         return cases[name]
 
     def select(self, names: Sequence[str]) -> Dataset:
@@ -93,13 +76,8 @@ def load_dataset(folder: PathLike, *, channel: int = 0) -> Dataset:
     """Find the cases of a dataset in nnU-Net raw layout, with one channel, counted from 0, of each scan.
 
     If ``dataset.json`` in the folder has a table "dataset", the cases are those it lists; if not, those of ``imagesTr``
-    and ``labelsTr``. Hidden files do not count.
-
-    Raises
-    ------
-    InputError
-        If there is no such dataset, ``dataset.json`` cannot be used, an image has no labels or the other way round, or
-        there are other cases than ``dataset.json`` says.
+    and ``labelsTr``. Hidden files do not count. InputError if there is no such dataset, ``dataset.json`` cannot be
+    used, an image has no labels or the other way round, or there are other cases than ``dataset.json`` says.
     """
     folder = Path(folder)
     path = folder / "dataset.json"
@@ -129,16 +107,7 @@ def pick_structures(dataset: Dataset, wanted: Sequence[str]) -> tuple[int, ...]:
     path = dataset.folder / "dataset.json"
     if not wanted:
         raise InputError(f"{path}: no structure is named; expected at least one, or '*' for all")
-    picked: set[int] = set()
-    for one in wanted:
-        ranks = {value: match_rank(one, value, name) for value, name in dataset.structures.items()}
-        best = min((rank for rank in ranks.values() if rank is not None), default=None)
-        if best is None:
-            known = listed([f"{value} ({name})" for value, name in dataset.structures.items()])
-            hint = _hint(one, dataset.structures.values())
-            raise InputError(f"{path}: no structure {one!r}; {hint}expected a value, name or pattern of {known}")
-        picked.update(value for value, rank in ranks.items() if rank == best)
-    return tuple(sorted(picked))
+    return pick_values(dataset.structures, wanted, f"{path}: ")
 
 
 def _read_json(folder: Path, path: Path) -> dict[str, Any]:
@@ -269,13 +238,13 @@ def _listed_cases(table: Any, path: Path, channel: int) -> list[Case]:
     """The cases of the table "dataset", sorted by name; paths are relative to the folder and may leave it."""
     form = 'expected {"CASE": {"images": [a path for each channel], "label": a path}}'
     if not isinstance(table, dict) or not table:
-        raise InputError(f'{path}: "dataset" is {_shortened(table)}; {form}')
+        raise InputError(f'{path}: "dataset" is {shortened(repr(table), 80)}; {form}')
     cases = []
     for name in sorted(table):
         entry = table[name] if isinstance(table[name], dict) else {}
         images, labels = entry.get("images"), entry.get("label")
         if not (isinstance(labels, str) and isinstance(images, list) and all(isinstance(one, str) for one in images)):
-            raise InputError(f'{path}: case {name!r} of "dataset" is {_shortened(table[name])}; {form}')
+            raise InputError(f'{path}: case {name!r} of "dataset" is {shortened(repr(table[name]), 80)}; {form}')
         if channel >= len(images):
             found = f'case {name!r} of "dataset" has {len(images)} images'
             raise InputError(f"{path}: {found}, none for channel {channel}; add it")
@@ -294,7 +263,7 @@ def _check_complete(content: Mapping[str, Any], path: Path, found: Sequence[str]
         file = entry.get("label") if isinstance(entry, dict) else None
         if not isinstance(file, str):
             form = '{"image": a path, "label": a path}'
-            raise InputError(f'{path}: "training" has {_shortened(entry)}; expected {form}')
+            raise InputError(f'{path}: "training" has {shortened(repr(entry), 80)}; expected {form}')
         names.append(image_stem(Path(file)))
     if doubled := _doubled(names):
         raise InputError(f'{path}: "training" lists {len(doubled)} cases twice: {listed(doubled)}; list each once')
@@ -309,13 +278,3 @@ def _check_complete(content: Mapping[str, Any], path: Path, found: Sequence[str]
 
 def _doubled(names: Iterable[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
-
-
-def _hint(wanted: str, known: Iterable[str]) -> str:
-    like = closest(wanted, known)
-    return "" if like is None else f"did you mean {like!r}? "
-
-
-def _shortened(item: Any) -> str:
-    text = repr(item)
-    return text if len(text) <= 80 else f"{text[:77]}..."

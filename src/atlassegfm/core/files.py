@@ -21,26 +21,12 @@ PathLike = str | os.PathLike[str]
 
 #: Temporary folders beside results begin so; a killed process may leave one.
 _TEMPORARY_PREFIX = ".writing-"
-
 #: Seconds after which a temporary folder of an unknown writer is left over: writing a result takes seconds.
 _LEFT_OVER_SECONDS = 24 * 3600
-
-
 #: Endings of files: a folder for results is not called so by intention.
 _FILE_ENDINGS = (
-    ".nii",
-    ".gz",
-    ".nrrd",
-    ".mha",
-    ".mhd",
-    ".mgz",
-    ".dcm",
-    ".csv",
-    ".json",
-    ".html",
-    ".toml",
-    ".png",
-    ".zip",
+    *(".nii", ".gz", ".nrrd", ".mha", ".mhd", ".mgz", ".dcm"),
+    *(".csv", ".json", ".html", ".toml", ".png", ".zip"),
 )
 
 
@@ -50,15 +36,11 @@ class DiskFullError(InputError):
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Raise errors of the disk as :class:`InputError` about ``path``.
-
-    Raises
-    ------
-    DiskFullError
-        If no space is left, or the user's quota is used up.
-    """
+    """Raise errors of the disk as InputError about ``path``; DiskFullError if no space or quota is left."""
     try:
         yield
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{path}: a file is in the way where a folder is expected; choose another place") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFullError(f"{path}: no space is left there; free some, and run the same command again") from None
@@ -87,28 +69,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def output_folder(path: Path) -> Iterator[None]:
-    """Make a folder for results, check that it can be written to, and remove it if it ends up empty.
-
-    Raises
-    ------
-    InputError
-        If it cannot be made or written to.
-    """
+    """Make a folder for results, and remove it if it ends up empty; InputError if it cannot be written to."""
     if path.suffix.lower() in _FILE_ENDINGS and not path.exists():
         raise InputError(f"{path}: a folder is expected here, and this is named like a file; leave out {path.suffix}")
     made: list[Path] = []
     try:
-        try:
+        with disk_errors(path):
             for folder in (*reversed(path.parents), path):
                 if not folder.exists():
                     folder.mkdir()
                     made.append(folder)
             with tempfile.TemporaryDirectory(dir=path, prefix=_TEMPORARY_PREFIX):
                 pass
-        except (FileExistsError, NotADirectoryError):
-            raise InputError(f"{path}: a file is in the way, expected a folder for results; choose another") from None
-        except OSError as error:
-            raise InputError(f"{path}: cannot write there ({error.strerror}); choose another place") from None
         yield
     finally:
         for folder in reversed(made):
@@ -136,30 +108,22 @@ def check_replaceable(path: Path, known: frozenset[str]) -> None:
 def replaced_folder(path: Path, known: frozenset[str]) -> Iterator[Path]:
     """Give a temporary folder beside ``path``; put it in its place if the block succeeds, delete it if not.
 
-    Raises
-    ------
-    InputError
-        As :func:`check_replaceable`, and if the disk refuses.
+    InputError as :func:`check_replaceable`, and if the disk refuses.
     """
     check_replaceable(path, known)
-    with disk_errors(path):
-        holder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{_TEMPORARY_PREFIX}{_host()}-{os.getpid()}-"))
-    new, old = holder / "new", holder / "old"
-    try:
-        with disk_errors(path):
-            new.mkdir()
+    own = f"{_TEMPORARY_PREFIX}{_host()}-{os.getpid()}-"
+    with disk_errors(path), tempfile.TemporaryDirectory(None, own, path.parent, ignore_cleanup_errors=True) as holder:
+        new, old = Path(holder, "new"), Path(holder, "old")
+        new.mkdir()
         yield new
-        with disk_errors(path):
-            # A folder that is not empty cannot be replaced in one step: for a moment there is none.
-            try:
-                if path.exists():
-                    os.replace(path, old)
-                os.replace(new, path)
-            finally:
-                if old.exists() and not path.exists():
-                    os.replace(old, path)
-    finally:
-        shutil.rmtree(holder, ignore_errors=True)
+        # A folder that is not empty cannot be replaced in one step: for a moment there is none.
+        try:
+            if path.exists():
+                os.replace(path, old)
+            os.replace(new, path)
+        finally:
+            if old.exists() and not path.exists():
+                os.replace(old, path)
 
 
 def remove_unfinished(folder: Path) -> int:

@@ -22,11 +22,7 @@ def load_mgh(path: Path) -> Volume:
         data = np.asanyarray(image.dataobj)
     shape = spatial_shape(data.shape, path)
     notes = () if image.header["goodRASFlag"] == 1 else ("the header has no orientation; FreeSurfer's default counts",)
-    try:
-        grid = Grid(shape, image.affine)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    return Volume(data.reshape(shape), grid, Source(path, notes=notes))
+    return Volume(data.reshape(shape), grid_of(shape, image.affine, path), Source(path, notes=notes))
 
 
 def save_mgh(volume: Volume, path: Path) -> None:

@@ -32,18 +32,10 @@ def box_corners(first: ArrayLike, last: ArrayLike) -> NDArray[Any]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Grid:
-    """A regular lattice of voxel centres in the world; InputError if shape or affine describe none.
+    """A regular lattice of voxel centres in the world; InputError if shape or affine describe none."""
 
-    Parameters
-    ----------
-    shape : tuple of int, (3,)
-        Number of voxels along i, j, k; each at least 1.
-    affine : array, (4, 4)
-        Maps homogeneous voxel indices (i, j, k, 1) to RAS+ mm. May be oblique or sheared, not singular.
-    """
-
-    shape: tuple[int, int, int]
-    affine: NDArray[np.float64]
+    shape: tuple[int, int, int]  # number of voxels along i, j, k; each at least 1
+    affine: NDArray[np.float64]  # (4, 4) from (i, j, k, 1) to RAS+ mm; may be oblique or sheared, not singular
 
     def __repr__(self) -> str:
         return f"Grid({self.describe()})"

@@ -89,15 +89,8 @@ def image_stem(path: Path) -> str:
 def as_volume(image: ImageLike) -> Volume:
     """Take an image of nibabel or SimpleITK, or an array with its affine, as a volume; a volume as it is.
 
-    Parameters
-    ----------
-    image : Volume, nibabel image, SimpleITK image, or pair of array (I, J, K) and affine (4, 4)
-        Affines are voxel to RAS+ mm, as nibabel has them; SimpleITK's frame is turned.
-
-    Raises
-    ------
-    InputError
-        If it is none of these, not 3-D, or its affine is singular.
+    Arrays are (I, J, K), affines (4, 4) voxel to RAS+ mm, as nibabel has them; SimpleITK's frame is turned. InputError
+    if it is none of these, not 3-D, or its affine is singular.
     """
     if isinstance(image, Volume):
         return image
@@ -126,15 +119,8 @@ def as_volume(image: ImageLike) -> Volume:
 def load_volume(image: ImageLike) -> Volume:
     """Read a 3-D volume with its stored values (scaling of the header applied) and its geometry.
 
-    Parameters
-    ----------
-    image : path or image
-        A file ending in one of :data:`IMAGE_SUFFIXES`, or what :func:`as_volume` takes.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, damaged, not an image, not 3-D or has no usable geometry.
+    The image is a file ending in one of :data:`IMAGE_SUFFIXES`, or what :func:`as_volume` takes. InputError if the file
+    is missing, damaged, not an image, not 3-D or has no usable geometry.
     """
     if not isinstance(image, str | os.PathLike):
         return as_volume(image)
@@ -163,12 +149,8 @@ def load_image(image: ImageLike) -> Volume:
 def checked_image(volume: Volume, name: PathLike) -> Volume:
     """The scan as float32 intensities; NaN and infinite voxels get its lowest value, with a warning.
 
-    Resampling programs write NaN outside the field of view.
-
-    Raises
-    ------
-    InputError
-        If most voxels are NaN or infinite, all are equal, or its size in mm is not that of a body.
+    Resampling programs write NaN outside the field of view. InputError if most voxels are NaN or infinite, all are
+    equal, or its size in mm is not that of a body.
     """
     _check_extent(volume.grid, name)
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
@@ -311,22 +293,11 @@ def label_boxes(values: Sequence[int], *maps: NDArray[Any]) -> dict[int, tuple[s
 
 
 def save_volume(volume: Volume, path: PathLike, *, structures: Sequence[Structure] | None = None) -> None:
-    """Write a volume in the format of the file name, under a temporary name first.
+    """Write a volume in the format of the file name, one of :data:`WRITTEN_SUFFIXES`, under a temporary name first.
 
-    Parameters
-    ----------
-    volume : Volume
-        Where its source is a NIfTI file of the same grid, the geometry fields of that header are written
-        unchanged.
-    path : path
-        Ends in one of :data:`WRITTEN_SUFFIXES`.
-    structures : sequence of Structure, optional
-        For label maps: names and colours to put into the header.
-
-    Raises
-    ------
-    InputError
-        If the ending is not known or the folder cannot be written to.
+    Where its source is a NIfTI file of the same grid, the geometry fields of that header are written unchanged. Names
+    and colours of ``structures``, for label maps, are put into the header. InputError if the ending is not known or the
+    folder cannot be written to.
     """
     path = Path(path)
     suffix = image_suffix(path)

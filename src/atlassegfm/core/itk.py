@@ -59,10 +59,7 @@ def _flattened(
 ) -> tuple[NDArray[np.uint16], dict[int, LabelEntry]]:
     """One label map of the layers (K, J, I, layer) of a 3D Slicer segmentation, numbered in the order of its segments.
 
-    Raises
-    ------
-    InputError
-        If segments overlap: a label map has one value a voxel.
+    InputError if segments overlap: a label map has one value a voxel.
     """
     data = np.zeros(layers.shape[:3], np.uint16)
     table: dict[int, LabelEntry] = {}
@@ -103,10 +100,7 @@ def itk_grid(image: Any, path: Path) -> Grid:
     lps = np.eye(4)
     lps[:3, :3] = np.array(image.GetDirection()).reshape(count, count)[:3, :3] * np.array(image.GetSpacing()[:3])
     lps[:3, 3] = image.GetOrigin()[:3]
-    try:
-        return Grid(image.GetSize()[:3], LPS_FLIP @ lps)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return grid_of(image.GetSize(), LPS_FLIP @ lps, path)
 
 
 def set_itk_grid(image: Any, grid: Grid) -> None:

@@ -26,21 +26,11 @@ _PALETTE = bytes.fromhex(
 
 @dataclass(frozen=True)
 class Structure:
-    """One anatomical structure of a label map.
+    """One anatomical structure of a label map."""
 
-    Parameters
-    ----------
-    value : int
-        Its value in the label map; greater than 0, as 0 is background.
-    name : str
-        Its name, as the user knows it.
-    color : tuple of int, (3,)
-        Red, green, blue, 0 to 255.
-    """
-
-    value: int
-    name: str
-    color: tuple[int, int, int]
+    value: int  # in the label map; greater than 0, which is background
+    name: str  # as the user knows it
+    color: tuple[int, int, int]  # red, green, blue, 0 to 255
 
 
 @dataclass(frozen=True)
@@ -57,16 +47,9 @@ LabelTable = Mapping[int, LabelEntry]
 def structures_of(
     values: Iterable[int], tables: Iterable[LabelTable], *, default_name: str = "label_{value}"
 ) -> tuple[Structure, ...]:
-    """Give each label value the name and colour of the first table that knows it.
+    """Give each label value, without 0, the name and colour of the first table that knows it.
 
-    Parameters
-    ----------
-    values : iterable of int
-        Label values present in the atlas, 0 left out by the caller.
-    tables : iterable of LabelTable
-        In order of precedence.
-    default_name : str
-        Pattern for values no table names.
+    ``default_name`` is the pattern for values no table names.
     """
     tables = tuple(tables)
     found = []
@@ -76,6 +59,20 @@ def structures_of(
         colors = [entry.color for entry in entries if entry.color is not None]
         found.append(Structure(value, name, colors[0] if colors else palette_color(position)))
     return tuple(found)
+
+
+def rgb(channels: Iterable[float]) -> tuple[int, int, int] | None:
+    """Red, green, blue of channels from 0 to 255; None if they are not three."""
+    values = [min(255, max(0, round(channel))) for channel in channels]
+    return (values[0], values[1], values[2]) if len(values) == 3 else None
+
+
+def _color(fractions: Iterable[str]) -> tuple[int, int, int] | None:
+    """Colour of channels written as fractions of 1; None if they are no three numbers."""
+    try:
+        return rgb([255 * float(fraction) for fraction in fractions])
+    except ValueError:
+        return None
 
 
 def palette_color(position: int) -> tuple[int, int, int]:
@@ -117,14 +114,10 @@ def file_names(structures: Sequence[Structure]) -> list[str]:
 def read_names_file(path: PathLike) -> dict[int, LabelEntry]:
     """Read label names from a file a user wrote or another program exported.
 
-    Understood are JSON (``{"liver": 1}``, ``{"1": "liver"}`` or a whole nnU-Net ``dataset.json``), and text
-    with one label a line: ``1 liver``, a FreeSurfer / 3D Slicer colour table ``1 liver 200 80 60 0``, or
-    an ITK-SNAP label description ``1 200 80 60 1 1 1 "liver"``. Lines that begin with ``#`` are comments.
-
-    Raises
-    ------
-    InputError
-        If the file is missing, is not text, or a line or key has none of these forms.
+    Understood are JSON (``{"liver": 1}``, ``{"1": "liver"}`` or a whole nnU-Net ``dataset.json``), and text with one
+    label a line: ``1 liver``, a FreeSurfer / 3D Slicer colour table ``1 liver 200 80 60 0``, or an ITK-SNAP label
+    description ``1 200 80 60 1 1 1 "liver"``. Lines that begin with ``#`` are comments. InputError if the file is
+    missing, is not text, or a line or key has none of these forms.
     """
     path = Path(path)
     try:
@@ -162,12 +155,8 @@ def from_nifti_xml(xml: str) -> dict[int, LabelEntry]:
         key, name = label.get("Key"), (label.text or "").strip()
         if key is None or not key.lstrip("-").isdecimal() or not name:
             continue
-        channels = [label.get(channel) for channel in ("Red", "Green", "Blue")]
-        try:
-            color = tuple(min(255, max(0, round(255 * float(c)))) for c in channels if c is not None)
-        except ValueError:
-            color = ()
-        entries[int(key)] = LabelEntry(name, (color[0], color[1], color[2]) if len(color) == 3 else None)
+        fractions = (label.get(channel) or "" for channel in ("Red", "Green", "Blue"))
+        entries[int(key)] = LabelEntry(name, _color(fractions))
     return entries
 
 
@@ -203,11 +192,7 @@ def slicer_segments(metadata: Mapping[str, str]) -> list[SlicerSegment]:
         name = metadata.get(f"Segment{match[1]}_Name", "").strip() if match else ""
         if match is None or not text.strip().isdecimal() or not name:
             continue
-        try:
-            channels = [round(255 * float(c)) for c in metadata.get(f"Segment{match[1]}_Color", "").split()]
-        except ValueError:
-            channels = []
-        color = (channels[0], channels[1], channels[2]) if len(channels) == 3 else None
+        color = _color(metadata.get(f"Segment{match[1]}_Color", "").split())
         layer = metadata.get(f"Segment{match[1]}_Layer", "0").strip()
         found[int(match[1])] = SlicerSegment(int(layer) if layer.isdecimal() else 0, int(text), LabelEntry(name, color))
     return [found[number] for number in sorted(found)]
@@ -281,26 +266,25 @@ def _from_json(text: str, path: Path) -> dict[int, LabelEntry]:
     return entries
 
 
+#: Lines of label descriptions of ITK-SNAP, of colour tables of FreeSurfer and 3D Slicer, and of values and names.
+_LINES = (
+    re.compile(r'(?P<value>\d+)\s+(?P<color>\d+\s+\d+\s+\d+)\s+\S+\s+\d\s+\d\s+"(?P<name>.*)"'),
+    re.compile(r"(?P<value>\d+)\s+(?P<name>.+?)\s+(?P<color>\d+\s+\d+\s+\d+)(?:\s+\d+)?"),
+    re.compile(r"(?P<value>\d+)[\s,;:=]+(?P<name>.+)"),
+)
+
+
 def _from_lines(text: str, path: Path) -> dict[int, LabelEntry]:
     entries = {}
-    itk_snap = re.compile(r'(\d+)\s+(\d+)\s+(\d+)\s+(\d+)\s+\S+\s+\d\s+\d\s+"(.*)"')
-    color_table = re.compile(r"(\d+)\s+(.+?)\s+(\d+)\s+(\d+)\s+(\d+)(?:\s+\d+)?")
-    plain = re.compile(r"(\d+)[\s,;:=]+(.+)")
-    for number, raw in enumerate(text.splitlines(), start=1):
-        line = raw.strip()
+    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
         if not line or line.startswith("#"):
             continue
-        if match := itk_snap.fullmatch(line):
-            value, name, color = match[1], match[5], (match[2], match[3], match[4])
-        elif match := color_table.fullmatch(line):
-            value, name, color = match[1], match[2], (match[3], match[4], match[5])
-        elif match := plain.fullmatch(line):
-            value, name, color = match[1], match[2], None
-        else:
+        match = next(filter(None, (form.fullmatch(line) for form in _LINES)), None)
+        if match is None:
             raise InputError(f"{path}: line {number} is {line!r}; expected a label value and a name, as '1 liver'")
-        if int(value):
-            rgb = None if color is None else (int(color[0]), int(color[1]), int(color[2]))
-            entries[int(value)] = LabelEntry(name.strip().strip('"'), rgb)
+        if int(match["value"]):
+            color = rgb(map(int, match.groupdict().get("color", "").split()))
+            entries[int(match["value"])] = LabelEntry(match["name"].strip().strip('"'), color)
     return entries
 
 
@@ -317,22 +301,10 @@ def plain_name(name: str) -> str:
 
 
 def match_rank(wanted: str, value: int, name: str) -> int | None:
-    """Rank how a structure matches what a user wrote.
+    """Rank how a structure matches what a user wrote: a value ("6"), a name ("left kidney") or a shell pattern.
 
-    Parameters
-    ----------
-    wanted : str
-        A label value ("6"), a name ("left kidney") or a shell pattern (``*kidney*``).
-    value : int
-        Label value of the structure.
-    name : str
-        Its name.
-
-    Returns
-    -------
-    int or None
-        0 if ``wanted`` is its value, 1 if it is its name, 2 if it is a pattern of its name; None if it is none
-        of these. The lower one is meant where several fit.
+    0 if ``wanted`` is its value, 1 if it is its name, 2 if it is a pattern (``*kidney*``) of its name; None if it is
+    none of these. The lower one is meant where several fit.
     """
     if wanted.strip().isdecimal() and int(wanted) == value:
         return 0
@@ -342,11 +314,27 @@ def match_rank(wanted: str, value: int, name: str) -> int | None:
     return 2 if fnmatchcase(name, wanted) else None
 
 
-def closest(wanted: str, known: Iterable[str]) -> str | None:
-    """The known name most like a misspelt one; None if none is like it."""
+def hint(wanted: str, known: Iterable[str]) -> str:
+    """Ask whether the known name most like a misspelt one was meant; empty if none is like it."""
     by_plain = {plain_name(name): name for name in known}
     found = difflib.get_close_matches(plain_name(wanted), by_plain, n=1)
-    return by_plain[found[0]] if found else None
+    return f"did you mean {by_plain[found[0]]!r}? " if found else ""
+
+
+def pick_values(names: Mapping[int, str], wanted: Sequence[str], place: str = "") -> tuple[int, ...]:
+    """Find the label values, ascending, of structures by value, else name, else shell pattern.
+
+    InputError, which begins with ``place``, if one of them fits none.
+    """
+    picked: set[int] = set()
+    for one in wanted:
+        ranks = {value: rank for value, name in names.items() if (rank := match_rank(one, value, name)) is not None}
+        if not ranks:
+            known = listed([f"{value} ({name})" for value, name in sorted(names.items())])
+            likely = hint(one, names.values())
+            raise InputError(f"{place}no structure {one!r}; {likely}expected a value, name or pattern of {known}")
+        picked |= {value for value, rank in ranks.items() if rank == min(ranks.values())}
+    return tuple(sorted(picked))
 
 
 def listed(names: Sequence[str], limit: int = _LONGEST_LIST, separator: str = ", ") -> str:

@@ -82,13 +82,7 @@ def load_nifti(path: Path) -> Volume:
 
 
 def pair_of(path: Path) -> tuple[Path, Path]:
-    """Name header and voxel file of a pair.
-
-    Raises
-    ------
-    InputError
-        If one of them is missing.
-    """
+    """Name header and voxel file of a pair; InputError if one of them is missing."""
     found = [path if path.suffix.lower() == suffix else path.with_suffix(suffix) for suffix in PAIR_SUFFIXES]
     for one in found:
         if not one.is_file():
@@ -113,14 +107,7 @@ def _load_analyze(path: Path, header_path: Path) -> Volume:
     notes: tuple[str, ...] = ()
     if not header_path.with_suffix(".mat").is_file():
         notes = ("an Analyze header has no orientation; its axes are taken as L, A, S, as SPM does",)
-    return Volume(data, _grid(shape, image.affine, path), Source(path, notes=notes))
-
-
-def _grid(shape: tuple[int, int, int], affine: NDArray[np.float64], path: Path) -> Grid:
-    try:
-        return Grid(shape, affine)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    return Volume(data, grid_of(shape, image.affine, path), Source(path, notes=notes))
 
 
 def _check_compression(path: Path) -> None:

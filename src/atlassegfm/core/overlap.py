@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 #: Voxels counted at once, to bound the memory of 64-bit values.
 _CHUNK = 1 << 22
-
 #: Smallest label value that is renumbered before counting.
 _LARGEST_COUNTED = 1 << 16
 

@@ -14,10 +14,8 @@ from typing import TypeVar
 
 #: Read by OpenMP (PyTorch), its linear algebra, and ITK, when they are loaded.
 _VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
-
 #: Linear algebra of NumPy and SciPy: always one, as its matrices are small, and as it cannot be changed later.
 NUMPY_THREADS = ("OPENBLAS_NUM_THREADS", "1")
-
 #: Parts of one job computed at a time, at most: each takes memory of its own.
 _MOST_PARALLEL = 4
 

@@ -23,43 +23,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Where a volume came from.
+    """Where a volume came from."""
 
-    Parameters
-    ----------
-    path : Path
-        The file it was read from.
-    nifti_header : nibabel header or None
-        The file's header as stored, so that results get the same geometry fields; None for other formats.
-    label_table : mapping of int to LabelEntry
-        Names of label values, where the header holds any.
-    notes : tuple of str
-        What a user should know about the file's geometry, in words.
-    """
-
-    path: Path
+    path: Path  # the file it was read from
+    #: The file's header as stored, so that results get the same geometry fields; None for other formats.
     nifti_header: Nifti1Header | None = None
-    label_table: Mapping[int, LabelEntry] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    label_table: Mapping[int, LabelEntry] = field(default_factory=dict)  # where the header names label values
+    notes: tuple[str, ...] = ()  # what a user should know about the file's geometry
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Volume:
-    """A 3-D array of voxels and where they are.
+    """A 3-D array of voxels and where they are."""
 
-    Parameters
-    ----------
-    data : array, (I, J, K)
-        Intensities or label values.
-    grid : Grid
-        Of the same shape.
-    source : Source or None
-        The file it was read from, if any.
-    """
-
-    data: NDArray[Any]
-    grid: Grid
-    source: Source | None = None
+    data: NDArray[Any]  # (I, J, K) intensities or label values
+    grid: Grid  # of the same shape
+    source: Source | None = None  # the file it was read from, if any
 
     def __post_init__(self) -> None:
         if self.data.shape != self.grid.shape:
@@ -74,13 +53,7 @@ class Volume:
         return self.turned_to(self.grid.canonical())
 
     def turned_to(self, grid: Grid) -> Volume:
-        """The same voxels in the array order of ``grid`` (a view, no resampling).
-
-        Raises
-        ------
-        ValueError
-            If ``grid`` does not have the same voxels as this volume's grid.
-        """
+        """The same voxels in the array order of ``grid`` (a view, no resampling); ValueError if it has other voxels."""
         from nibabel.orientations import apply_orientation
 
         orientation = self.grid.axes_relative_to(grid)
@@ -89,14 +62,16 @@ class Volume:
         return Volume(apply_orientation(self.data, orientation), grid, self.source)
 
 
-def spatial_shape(shape: Sequence[int], path: Path) -> tuple[int, int, int]:
-    """Get the three dimensions of an image: trailing ones of length 1 are dropped.
+def grid_of(shape: Sequence[int], affine: NDArray[np.float64], name: PathLike) -> Grid:
+    """Make the grid of an image; InputError, which names it, if it has none."""
+    try:
+        return Grid((shape[0], shape[1], shape[2]), affine)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
-    Raises
-    ------
-    InputError
-        If there are others than three.
-    """
+
+def spatial_shape(shape: Sequence[int], path: Path) -> tuple[int, int, int]:
+    """Get the three dimensions of an image, without trailing ones of length 1; InputError if there are others."""
     kept = list(shape)
     while len(kept) > 3 and kept[-1] == 1:
         kept.pop()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from .files import is_dicom, require_dicom_extra
 from .identity import Provenance
 from .opening import is_dicom_input, modalities_in, open_image, open_labels
-from .roundtrip import RoundTrip, check_round_trip
+from .roundtrip import check_round_trip
 from .rtstruct import read_rtstruct, write_rtstruct
 from .seg import read_segmentation, write_segmentation
 from .series import MODALITIES as SCAN_MODALITIES
@@ -23,7 +23,6 @@ __all__ = [
     "DicomSource",
     "Overlap",
     "Provenance",
-    "RoundTrip",
     "Selection",
     "Series",
     "check_round_trip",

@@ -29,45 +29,23 @@ FORMS = ("image", "masks", "rtstruct", "seg")
 
 @dataclass(frozen=True)
 class Conversion:
-    """What to write, and from what.
+    """What to write, and from what."""
 
-    Parameters
-    ----------
-    to : {"image", "masks", "rtstruct", "seg"}
-    onto : path, optional
-        The scan the labels lie on; RTSTRUCT and DICOM-SEG are read and written for its series.
-    series : str, optional
-        Which series of that folder.
-    names : path, optional
-        Names of the label values.
-    selection : Selection
-        Which structures, and what they are called.
-    """
-
-    to: str = "image"
-    onto: Path | None = None
-    series: str | None = None
-    names: Path | None = None
-    selection: Selection = field(default_factory=Selection)
+    to: str = "image"  # one of FORMS
+    onto: Path | None = None  # the scan the labels lie on; RTSTRUCT and DICOM-SEG are read and written for its series
+    series: str | None = None  # which series of that folder
+    names: Path | None = None  # names of the label values
+    selection: Selection = field(default_factory=Selection)  # which structures, and what they are called
 
 
 def convert_labels(
     labels: str | os.PathLike[str], out: str | os.PathLike[str], conversion: Conversion = Conversion()
 ) -> dict[str, Any]:
-    """Convert a file of labels.
+    """Convert a file of labels, and give paths, and value, name and number of voxels of each structure.
 
-    Returns
-    -------
-    dict
-        Paths, and value, name and number of voxels of each structure; of DICOM, the comparison after reading it back.
-
-    Raises
-    ------
-    InputError
-        If a file cannot be used, labels and scan do not share their voxels, or RTSTRUCT or DICOM-SEG is wanted without
-        the series it belongs to.
-    OutputError
-        If what was written does not read back the same.
+    Of DICOM, also the comparison after reading it back. InputError if a file cannot be used, labels and scan do not
+    share their voxels, or RTSTRUCT or DICOM-SEG is wanted without the series it belongs to; OutputError if what was
+    written does not read back the same.
     """
     labels, out = Path(labels), Path(out)
     tables: list[LabelTable] = [] if conversion.names is None else [read_names_file(conversion.names)]

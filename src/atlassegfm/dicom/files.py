@@ -112,10 +112,7 @@ def _ends_early(dataset: Dataset) -> bool:
 def decode_pixels(dataset: Dataset, path: Path) -> NDArray[Any]:
     """Decode the pixels of a whole file to stored values, (frames, rows, columns), not rescaled.
 
-    Raises
-    ------
-    InputError
-        If pixels are missing, in colour or cannot be decoded; the message names the package that decodes them.
+    InputError if pixels are missing, in colour or cannot be decoded; the message names the package that decodes them.
     """
     from pydicom.pixels.decoders.base import get_decoder
     from pydicom.uid import UID

@@ -134,11 +134,7 @@ def check_belongs(
     """Check that structures were drawn on a series, or at least in its frame of reference, and give warnings.
 
     UIDs are those of the frames of reference, series and images that the structures refer to; unknown ones are empty.
-
-    Raises
-    ------
-    InputError
-        If they are of another patient or in another frame of reference.
+    InputError if they are of another patient or in another frame of reference.
     """
     frames, others = set(frame_uids) - {""}, set(series_uids) - {""}
 

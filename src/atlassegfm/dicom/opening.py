@@ -28,13 +28,7 @@ def is_dicom_input(path: Path) -> bool:
 
 
 def modalities_in(files: Iterable[Path]) -> set[str]:
-    """List modalities of DICOM files, up to the first that may be a slice of a scan.
-
-    Raises
-    ------
-    InputError
-        If a header cannot be read.
-    """
+    """List modalities of DICOM files, up to the first that may be a slice of a scan; else InputError."""
     found = set()
     for file in files:
         found.add(text_of(read_header(file, ["Modality"]), "Modality"))
@@ -72,20 +66,11 @@ def open_labels(
     allow_empty: bool = False,
     tell: bool = True,
 ) -> Volume:
-    """Read a label map from an image file, an RTSTRUCT or a DICOM-SEG; InputError as their readers raise it.
+    """Read a label map from an image file, an RTSTRUCT, a DICOM-SEG or memory; InputError as their readers raise it.
 
-    Parameters
-    ----------
-    image
-        An image file, an RTSTRUCT, a DICOM-SEG or a label map in memory.
-    on
-        The scan it was drawn on; an RTSTRUCT needs it. Patient and frame of reference are compared with a series.
-    selection
-        Which structures of an RTSTRUCT or DICOM-SEG; an image file is read whole.
-    allow_empty
-        Accept an image file without any label.
-    tell
-        Log warnings about a DICOM file.
+    ``on`` is the scan it was drawn on, which an RTSTRUCT needs; patient and frame of reference are compared with a
+    series. The selection is for RTSTRUCT and DICOM-SEG, an image file is read whole, and may be without any label with
+    ``allow_empty``. With ``tell``, warnings about a DICOM file are logged.
     """
     if not isinstance(image, str | os.PathLike):
         return load_labels(image, allow_empty=allow_empty)

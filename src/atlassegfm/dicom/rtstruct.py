@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..core.errors import InputError
 from ..core.geometry import LPS_FLIP, Grid
 from ..core.image import Volume, label_boxes
-from ..core.labels import Structure
+from ..core.labels import Structure, rgb
 from ..core.mask import LocalMap
 from .contours import fill, trace
 from .files import element_errors, items_of, no_warnings, numbers_of, read_dataset, text_of, value_of
@@ -75,13 +75,9 @@ def read_rtstruct(path: Path, on: Series | Grid, selection: Selection = EVERYTHI
     """Read the structures with closed contours of an RTSTRUCT as a label map, with ROI numbers as values.
 
     ``on`` is the scan they were drawn on; patient and frame of reference are compared with a series only. Names and
-    colours are in the source of the volume.
-
-    Raises
-    ------
-    InputError
-        If the file is no RTSTRUCT or damaged, of another patient or frame, a wanted structure is not there or has no
-        closed contours, contours lie outside the scan or not in its slices, or structures overlap.
+    colours are in the source of the volume. InputError if the file is no RTSTRUCT or damaged, of another patient or
+    frame, a wanted structure is not there or has no closed contours, contours lie outside the scan or not in its
+    slices, or structures overlap.
     """
     dataset = read_dataset(path)
     if not is_rtstruct(dataset):
@@ -205,7 +201,7 @@ def _read_rois(dataset: Dataset, path: Path) -> Iterator[_Roi]:
         name = name or f"ROI {number}"
         item = drawn.get(number, dataset_of())
         channels = numbers_of(item, "ROIDisplayColor", 3)
-        color = None if channels is None else (int(channels[0]), int(channels[1]), int(channels[2]))
+        color = None if channels is None else rgb(channels)
         contours = [
             (text_of(contour, "ContourGeometricType").upper(), _points(contour, f"{path}: a contour of {name!r}"))
             for contour in items_of(item, "ContourSequence")
@@ -361,9 +357,7 @@ def _contour(points: NDArray[np.float64], series: Series, k: int) -> Dataset:
     if sum(other.uid == frame.uid for other in series.frames[max(k - 1, 0) : k + 2]) > 1:
         image.ReferencedFrameNumber = frame.number + 1
     contour = dataset_of(
-        ContourImageSequence=[image],
-        ContourGeometricType="CLOSED_PLANAR",
-        NumberOfContourPoints=len(points),
+        ContourImageSequence=[image], ContourGeometricType="CLOSED_PLANAR", NumberOfContourPoints=len(points)
     )
     numbers = (points @ LPS_FLIP[:3, :3]).round(_DECIMALS) + 0.0
     text = "\\".join([f"{n:.{_DECIMALS}f}" for n in numbers.ravel().tolist()]).encode("ascii")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ..core.errors import InputError, MissingExtraError, OutputError
 from ..core.geometry import Grid
 from ..core.image import Volume, label_positions
-from ..core.labels import Structure
+from ..core.labels import Structure, rgb
 from .files import (
     decode_pixels,
     element_errors,
@@ -64,12 +64,8 @@ def read_segmentation(path: Path, on: Series | Grid | None = None, selection: Se
 
     ``on`` is the scan they lie on; None for the grid of the file's own frames, from the first to the last. Values are
     segment numbers, or those of the label map for files of this program. Names and colours are in the source.
-
-    Raises
-    ------
-    InputError
-        If the file is no DICOM-SEG or damaged, of another patient or frame, on other voxels than the scan, a wanted
-        segment is not there or empty, or segments overlap.
+    InputError if the file is no DICOM-SEG or damaged, of another patient or frame, on other voxels than the scan, a
+    wanted segment is not there or empty, or segments overlap.
     """
     dataset = read_dataset(path)
     if not is_segmentation(dataset):
@@ -165,7 +161,7 @@ def _grid_of_frames(frames: Sequence[Sequence[Dataset]], shape: tuple[int, int],
     off = np.abs(at - (first + slices[:, None] * step)).max()
     if off > OFF_VOXEL * min(distance, float(spacing.min())):
         raise InputError(f"{path}: the frames do not lie on evenly spaced slices; expected those of one scan")
-    return grid_of_slices(orientation, spacing, step, first, (*shape, count)), slices.tolist()
+    return grid_of_slices(orientation, spacing, step, first, (*shape, count), path), slices.tolist()
 
 
 def _place(mask: StructureMask, own: Grid, grid: Grid, path: Path) -> StructureMask:
@@ -194,8 +190,7 @@ def _color(item: Dataset) -> Color | None:
     stored = numbers_of(item, "RecommendedDisplayCIELabValue", 3)
     if stored is None:
         return None
-    red, green, blue = CIELabColor.from_dicom_value([int(n) for n in stored]).to_rgb(clip=True)
-    return round(red), round(green), round(blue)
+    return rgb(CIELabColor.from_dicom_value([int(n) for n in stored]).to_rgb(clip=True))
 
 
 def write_segmentation(
@@ -204,16 +199,9 @@ def write_segmentation(
     """Write a label map as a DICOM-SEG on a series, whose patient, study and frame of reference are copied.
 
     Labels are on the voxels of the series in any array order; else ValueError. Structures become segments 1, 2, 3, ...
-    in their order; one without voxels is described and has no frames.
-
-    Raises
-    ------
-    InputError
-        If there is no voxel at all: a DICOM-SEG needs a frame.
-    OutputError
-        If the headers of the series lack what a DICOM-SEG must copy.
-    MissingExtraError
-        If highdicom is not installed.
+    in their order; one without voxels is described and has no frames. InputError if there is no voxel at all: a
+    DICOM-SEG needs a frame; OutputError if the headers of the series lack what a DICOM-SEG must copy; MissingExtraError
+    if highdicom is not installed.
     """
     try:
         import highdicom

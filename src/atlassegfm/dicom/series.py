@@ -81,19 +81,10 @@ def is_series_folder(path: Path) -> bool:
 def load_series(folder: Path, choice: str | None = None, *, as_float: bool = False) -> Volume:
     """Read a series of a folder as a scan, in HU for CT, in stored units otherwise; its source is a DicomSource.
 
-    Parameters
-    ----------
-    choice
-        Which series, where there are several: its number, part of its description, or its UID (or "..." and its end);
-        "3#2" is the second volume of series 3.
-    as_float
-        Give float32 even where all slices are rescaled by whole numbers, which gives integers.
-
-    Raises
-    ------
-    InputError
-        If no series of slices is there, or several and none was chosen; if slices do not form one even stack, or files
-        are damaged or cannot be decoded.
+    ``choice`` is which series, where there are several: its number, part of its description, or its UID (or "..." and
+    its end); "3#2" is the second volume of series 3. Values are integers where all slices are rescaled by whole
+    numbers, unless ``as_float``, else float32. InputError if no series of slices is there, or several and none was
+    chosen; if slices do not form one even stack, or files are damaged or cannot be decoded.
     """
     series, notes = find_series(folder, choice)
     for note in notes:

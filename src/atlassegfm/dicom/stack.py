@@ -24,6 +24,7 @@ from .files import check_one_sample, element_errors, frame_count, group_numbers,
 if TYPE_CHECKING:
     from pydicom import Dataset
 
+Vector = NDArray[np.float64]
 #: Slices nearer than this are at one position, mm: below any slice distance of a scanner.
 SAME_POSITION_MM = 0.01
 #: Slices and grids may lie off by this fraction of a voxel: the tolerance of :meth:`.Grid.matches`.
@@ -51,9 +52,9 @@ class Frame:
     number: int  # of the frame in the file, from 0
     uid: str  # SOP instance
     class_uid: str  # SOP class
-    position_mm: NDArray[np.float64]  # (3,) centre of the first pixel, LPS
-    orientation: NDArray[np.float64]  # (6,) unit vectors along rows and columns, LPS
-    spacing_mm: NDArray[np.float64]  # (2,) between rows, between columns: the order of PixelSpacing
+    position_mm: Vector  # (3,) centre of the first pixel, LPS
+    orientation: Vector  # (6,) unit vectors along rows and columns, LPS
+    spacing_mm: Vector  # (2,) between rows, between columns: the order of PixelSpacing
     shape: tuple[int, int]  # rows, columns
     slope: float  # with the intercept, stored value to unit (HU, Bq/ml, ...)
     intercept: float
@@ -61,7 +62,7 @@ class Frame:
     keys: Mapping[str, str]  # elements that distinguish the volumes of a 4-D series
 
     @property
-    def normal(self) -> NDArray[np.float64]:
+    def normal(self) -> Vector:
         """(3,) unit normal of the slice, LPS."""
         return np.asarray(np.cross(self.orientation[:3], self.orientation[3:]))
 
@@ -141,9 +142,7 @@ def _frames_in(path: Path, header: Dataset, uid: str) -> list[Frame]:
     return frames
 
 
-def plane_of(
-    groups: Sequence[Dataset], path: Path
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+def plane_of(groups: Sequence[Dataset], path: Path) -> tuple[Vector, Vector, Vector]:
     """Read position, orientation and spacing of a frame, as :class:`Frame` has them, from its functional groups."""
     found = []
     for sequence, keyword, count in (
@@ -256,10 +255,7 @@ def _check_uniform(frames: Sequence[Frame], folder: Path) -> None:
 def stack_frames(frames: Sequence[Frame], folder: Path) -> tuple[list[Frame], Grid, list[str]]:
     """Sort frames of different positions into a stack; give its grid (k along the slices' normal) and warnings.
 
-    Raises
-    ------
-    InputError
-        If slices are missing, unevenly spaced or shifted sideways.
+    InputError if slices are missing, unevenly spaced or shifted sideways.
     """
     normal = frames[0].normal
     ordered = sorted(frames, key=lambda frame: float(frame.position_mm @ normal))
@@ -290,22 +286,15 @@ def stack_frames(frames: Sequence[Frame], folder: Path) -> tuple[list[Frame], Gr
     if off_along > _OFF_REPORTED * usual:
         even = f"{np.linalg.norm(step):.4g} mm"
         notes.append(f"slice positions are up to {off_along:.2g} mm off an even distance of {even}, and used as even")
-    try:
-        grid = grid_of_slices(first.orientation, first.spacing_mm, step, positions[0], (*first.shape, count))
-    except InputError as error:
-        raise InputError(f"{folder}: {error}") from None
-    return ordered, grid, notes
+    shape = (*first.shape, count)
+    return ordered, grid_of_slices(first.orientation, first.spacing_mm, step, positions[0], shape, folder), notes
 
 
 def grid_of_slices(
-    orientation: NDArray[np.float64],
-    spacing_mm: NDArray[np.float64],
-    step_mm: NDArray[np.float64],
-    first_mm: NDArray[np.float64],
-    shape: tuple[int, int, int],
+    orientation: Vector, spacing_mm: Vector, step_mm: Vector, first_mm: Vector, shape: tuple[int, int, int], path: Path
 ) -> Grid:
     """Make the grid of (rows, columns, slices) from DICOM's orientation and PixelSpacing; step and first voxel LPS."""
     affine = np.eye(4)
     affine[:3] = np.column_stack((orientation[:3] * spacing_mm[1], orientation[3:] * spacing_mm[0], step_mm, first_mm))
     rows, columns, slices = shape
-    return Grid((columns, rows, slices), LPS_FLIP @ affine)
+    return grid_of((columns, rows, slices), LPS_FLIP @ affine, path)

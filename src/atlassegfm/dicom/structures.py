@@ -88,12 +88,8 @@ class Selection:
     def select(self, found: Sequence[tuple[int, str, bool]], path: Path, content: str) -> tuple[list[int], list[str]]:
         """Find the positions of the wanted structures in ``found``, in their order, and give warnings.
 
-        Each has number and name in the file, and whether it has ``content``; those without are left out.
-
-        Raises
-        ------
-        InputError
-            If a wanted one is not there or has no content, two get one name by synonyms, or nothing is left.
+        Each has number and name in the file, and whether it has ``content``; those without are left out. InputError if
+        a wanted one is not there or has no content, two get one name by synonyms, or nothing is left.
         """
         names = [self.renamed(name) for _, name, _ in found]
         order: list[int] = []
@@ -155,16 +151,12 @@ def merge(
 ) -> Volume:
     """Merge structures, in the order of the selection, into a label map; names, colours and notes are in its source.
 
-    Values are their numbers; those that cannot be label values (0, repeated) are replaced by free ones.
-
-    Raises
-    ------
-    InputError
-        If structures overlap and no rule was given, or one of them has no voxel.
+    Values are their numbers; those that cannot be label values (0, repeated) are replaced by free ones. InputError if
+    structures overlap and no rule was given, or one of them has no voxel.
     """
     grid, series = (on.grid, on) if isinstance(on, Series) else (on, None)
     masks, warnings = _renumber(masks)
-    masks, renamed = _told_apart(masks)
+    masks, renamed = _with_distinct_names(masks)
     warnings += renamed
     for one in masks:
         if not one.mask.any():
@@ -192,7 +184,7 @@ def merge(
     return Volume(data, grid, DicomSource(path, None, table, (*notes, *warnings), series))
 
 
-def _told_apart(masks: Sequence[StructureMask]) -> tuple[list[StructureMask], list[str]]:
+def _with_distinct_names(masks: Sequence[StructureMask]) -> tuple[list[StructureMask], list[str]]:
     names = distinct_names([one.name for one in masks])
     new = [name for name, one in zip(names, masks, strict=True) if name != one.name]
     notes = [f"several structures have one name; they are told apart as {listed(new, 6)}"] if new else []
@@ -226,20 +218,8 @@ def with_structures(
 ) -> tuple[Volume, tuple[Structure, ...]]:
     """Choose structures of a label map; the others become background, and equal names are told apart.
 
-    Parameters
-    ----------
-    labels : Volume
-    tables : sequence of LabelTable
-        Names of values, in order of precedence.
-    selection : Selection
-        Which structures, and what they are called.
-    name : str
-        Of the label map, in messages.
-
-    Raises
-    ------
-    InputError
-        If a wanted structure is not there.
+    Tables of names are in order of precedence; ``name`` is that of the label map, for messages. InputError if a wanted
+    structure is not there.
     """
     structures, data = structures_of(label_values(labels.data), tables), labels.data
     if selection != EVERYTHING:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.image import Volume, load_labels, load_volume, smallest_label_type
-from ..core.labels import LabelTable, dataset_json_of, listed, match_rank, plain_name, read_names_file, structures_of
+from ..core.image import Volume, label_values, load_labels, load_volume, smallest_label_type
+from ..core.labels import LabelTable, dataset_json_of, listed, pick_values, plain_name, read_names_file, structures_of
 from ..dicom import (
     EVERYTHING,
     DicomSource,
@@ -200,23 +200,7 @@ def find_structures(
 
 def pick_structures(names: Mapping[int, str], wanted: Sequence[str]) -> dict[int, str]:
     """Pick structures by value, else name, else shell pattern; an :class:`InputError` where nothing matches."""
-    picked: set[int] = set()
-    for one in wanted:
-        ranks = {value: rank for value, name in names.items() if (rank := match_rank(one, value, name)) is not None}
-        if not ranks:
-            raise InputError(
-                f"no structure {one!r}; expected a value, name or pattern of {_labelled(sorted(names), names)}"
-            )
-        picked |= {value for value, rank in ranks.items() if rank == min(ranks.values())}
-    return {value: names[value] for value in sorted(picked)}
-
-
-def label_values(volume: Volume) -> set[int]:
-    """Label values present, without 0."""
-    found: set[int] = set()
-    for plane in np.moveaxis(volume.data, int(np.argmax(volume.data.strides)), 0):
-        found.update(np.unique(plane).tolist())
-    return found - {0}
+    return {value: names[value] for value in pick_values(names, wanted)}
 
 
 def _place(paths: Sequence[Path]) -> str:

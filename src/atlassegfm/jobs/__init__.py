@@ -13,23 +13,21 @@ was killed continues from these files.
 
 from __future__ import annotations
 
-from .plan import Case, Shard, parse_shard, plan_cases
-from .run import Outcome, Row, RunOptions, run
-from .scans import Matched, Scans, find_scans, scans_of
-from .work import AtlasFiles, ContextFolder, Output, SegmentWork, provenance_of
+from .plan import Case, parse_shard, plan_cases
+from .run import Outcome, RunOptions, run
+from .scans import Scans, find_scans, scans_of
+from .work import AtlasFiles, ContextFolder, Output, Row, SegmentWork, provenance_of
 
 __all__ = [
     "AtlasFiles",
     "Case",
     "ContextFolder",
-    "Matched",
     "Outcome",
     "Output",
     "Row",
     "RunOptions",
     "Scans",
     "SegmentWork",
-    "Shard",
     "find_scans",
     "parse_shard",
     "plan_cases",

@@ -7,18 +7,19 @@ loaded once for each worker process.
 from __future__ import annotations
 
 import logging
-import tomllib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from threading import Lock
 from typing import Any
 
+from ..core.config import toml_value
 from ..core.errors import InputError, MissingExtraError
 from ..core.parallel import changed_environment
 from .plan import Case
 from .pool import ATTEMPTS
-from .work import Ended, Watcher, Work
+from .work import Row, SegmentWork, Watcher, opened
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +48,7 @@ _DASK_SETTINGS = {"distributed.scheduler.allowed-failures": 0, "distributed.sche
 def require_cluster(kind: str) -> None:
     """Check that the kind of cluster is known and its packages are installed.
 
-    Raises
-    ------
-    InputError
-        If ``kind`` is none of "local", "slurm" and an address.
-    MissingExtraError
-        If the extra is not installed.
+    InputError if ``kind`` is none of "local", "slurm" and an address; MissingExtraError if the extra is not installed.
     """
     if kind not in ("local", "slurm") and "://" not in kind:
         raise InputError(f"--cluster {kind}: expected local, slurm, or the address of a scheduler as tcp://HOST:PORT")
@@ -66,17 +62,9 @@ def require_cluster(kind: str) -> None:
 
 
 def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
-    """Parse options of a Slurm cluster.
+    """Parse options of a Slurm cluster; InputError if one has no "=" or its key is not in :data:`SLURM_OPTIONS`.
 
-    Parameters
-    ----------
-    assignments : sequence of str
-        Each ``key=value``; values as in TOML, quotes may be left out. Repeated, those of a list add up.
-
-    Raises
-    ------
-    InputError
-        If one has no "=" or its key is not among :data:`SLURM_OPTIONS`.
+    Each is ``key=value``; values as in TOML, quotes may be left out. Repeated, those of a list add up.
     """
     options: dict[str, Any] = {}
     for assignment in assignments:
@@ -85,10 +73,7 @@ def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
             raise InputError(
                 f"--cluster-option {assignment}: expected key=value with one of the keys {', '.join(SLURM_OPTIONS)}"
             )
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
+        value = toml_value(text)
         if key in _LISTS:
             options.setdefault(key, []).extend(value if isinstance(value, list) else [str(value)])
         else:
@@ -96,31 +81,11 @@ def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def slurm_cluster(work: Work, options: Mapping[str, Any], *, threads: int, gpu: bool) -> Any:
-    """Build a cluster whose workers are Slurm jobs of one case; none is submitted yet.
+def slurm_cluster(work: SegmentWork, options: Mapping[str, Any], *, threads: int, gpu: bool) -> Any:
+    """Build a ``SLURMCluster`` whose workers are jobs of one case with so many cores; none is submitted yet.
 
-    Parameters
-    ----------
-    work : Work
-        Its environment becomes that of the jobs.
-    options : mapping of str to Any
-        Some of :data:`SLURM_OPTIONS`.
-    threads : int
-        Cores of a job.
-    gpu : bool
-        Whether each job asks for a GPU, unless ``job_extra_directives`` do.
-
-    Returns
-    -------
-    dask_jobqueue.SLURMCluster
-        Its ``job_script()`` shows the jobs.
-
-    Raises
-    ------
-    MissingExtraError
-        If the extra is not installed.
-    InputError
-        If Dask refuses an option.
+    ``options`` are some of :data:`SLURM_OPTIONS`. With ``gpu`` each job asks for one, unless ``job_extra_directives``
+    do. MissingExtraError if the extra is not installed; InputError if Dask refuses an option.
     """
     require_cluster("slurm")
     import dask
@@ -148,7 +113,7 @@ def slurm_cluster(work: Work, options: Mapping[str, Any], *, threads: int, gpu: 
 
 
 def run_on_cluster(
-    work: Work,
+    work: SegmentWork,
     cases: Sequence[Case],
     watcher: Watcher,
     *,
@@ -157,24 +122,12 @@ def run_on_cluster(
     threads: int = 1,
     gpu: bool = False,
     options: Mapping[str, Any] | None = None,
-) -> Generator[Ended, None, None]:
+) -> Generator[Row, None, None]:
     """Run the cases on a Dask cluster; yields as they end.
 
-    Parameters
-    ----------
-    work, cases, watcher
-        As for the other ways.
-    kind : str
-        "local", "slurm" or the address of a scheduler that runs.
-    workers : int
-        Processes or jobs to begin; nothing to an address.
-    threads, gpu, options
-        As for :func:`slurm_cluster`.
-
-    Raises
-    ------
-    AtlasSegError
-        If the cluster cannot be reached, or no worker can begin.
+    ``kind`` is "local", "slurm" or the address of a scheduler that runs, for which ``workers`` (processes or jobs to
+    begin) is not used; the others as for :func:`slurm_cluster`. AtlasSegError if the cluster cannot be reached, or no
+    worker can begin.
     """
     require_cluster(kind)
     work = work.absolute()
@@ -184,7 +137,7 @@ def run_on_cluster(
 
 @contextmanager
 def _client(
-    work: Work, kind: str, workers: int, *, threads: int, gpu: bool, options: Mapping[str, Any]
+    work: SegmentWork, kind: str, workers: int, *, threads: int, gpu: bool, options: Mapping[str, Any]
 ) -> Iterator[Any]:
     import dask
     from distributed import Client, LocalCluster
@@ -216,7 +169,7 @@ def _client(
         yield client
 
 
-def _feed(client: Any, work: Work, cases: Sequence[Case], watcher: Watcher) -> Iterator[Ended]:
+def _feed(client: Any, work: SegmentWork, cases: Sequence[Case], watcher: Watcher) -> Iterator[Row]:
     """Submit as many cases as there are workers, and another for each that ends."""
     from distributed import wait
     from distributed.scheduler import KilledWorker
@@ -250,20 +203,15 @@ def _feed(client: Any, work: Work, cases: Sequence[Case], watcher: Watcher) -> I
                 elif error is not None:
                     raise error
                 else:
-                    found: Ended = future.result()
-                    yield Ended(**{**vars(found), "case": case})
+                    yield replace(future.result(), case=case)
     finally:
         client.cancel(list(running))
 
 
-_opened: dict[str, Callable[[Case, int, Callable[[str], None]], Ended]] = {}
 #: PyTorch's random numbers and switches belong to the process: one case at a time in each.
 _one_at_a_time = Lock()
 
 
-def _do(work: Work, case: Case, attempt: int) -> Ended:
+def _do(work: SegmentWork, case: Case, attempt: int) -> Row:
     with _one_at_a_time:
-        if work.key not in _opened:
-            _opened.clear()
-            _opened[work.key] = work.open()
-        return _opened[work.key](case, attempt, lambda _: None)
+        return opened(work)(case, attempt, lambda _: None)

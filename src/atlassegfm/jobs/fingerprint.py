@@ -46,13 +46,7 @@ def atlas_digest(atlas: Atlas) -> str:
 
 
 def file_record(path: Path) -> FileRecord:
-    """Describe the content of a file, or of a folder with all in it.
-
-    Raises
-    ------
-    OSError
-        If it cannot be read.
-    """
+    """Describe the content of a file, or of a folder with all in it; OSError if it cannot be read."""
     content = hashlib.sha256()
     files = _files_of(path)
     stamp = _stamp(files)
@@ -62,10 +56,7 @@ def file_record(path: Path) -> FileRecord:
             while block := opened.read(_BLOCK_BYTES):
                 content.update(block)
     return FileRecord(
-        file=path.name or path.resolve().name,
-        place=place_of(path),
-        stamp=stamp,
-        sha256=content.hexdigest()[:_DIGITS],
+        file=path.name or path.resolve().name, place=place_of(path), stamp=stamp, sha256=content.hexdigest()[:_DIGITS]
     )
 
 

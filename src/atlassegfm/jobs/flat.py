@@ -15,13 +15,7 @@ from .work import SegmentWork
 
 
 def write_flat(names: Sequence[str], work: SegmentWork, folder: Path) -> None:
-    """Copy each segmentation to ``CASE.nii.gz``, with a ``dataset.json`` of the label values.
-
-    Raises
-    ------
-    InputError
-        If the folder cannot be written to.
-    """
+    """Copy each segmentation to ``CASE.nii.gz``, with a ``dataset.json`` of the label values; else InputError."""
     labels = {"background": 0}
     with output_folder(folder):
         for name in names:

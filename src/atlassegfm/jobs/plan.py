@@ -51,13 +51,7 @@ class Shard:
 
 
 def parse_shard(text: str) -> Shard:
-    """Parse a shard as the command line gives it, such as "3/8".
-
-    Raises
-    ------
-    InputError
-        If it is anything else, or there is no such shard.
-    """
+    """Parse a shard as the command line gives it, such as "3/8"; InputError if there is no such shard."""
     match = _SHARD.fullmatch(text.strip())
     shard = Shard(0, 0) if match is None else Shard(int(match.group(1)), int(match.group(2)))
     if not 1 <= shard.number <= shard.count:
@@ -76,26 +70,13 @@ def plan_cases(
     """List the cases, checked before anything is computed.
 
     Each is named after its query; where several would have one name, or a folder holds the result of another scan, the
-    names of the query's folders that differ are put before it.
+    names of the query's folders that differ are put before it. ``out``, the folder of all result folders, need not
+    exist; ``inputs`` are other files that are read, which no result may overwrite; ``transform`` is that of one query,
+    or a folder of results made with ``--keep`` that has one for each. Results of other scans are replaced with
+    ``replace_others`` only.
 
-    Parameters
-    ----------
-    queries : sequence of Path
-        The scans.
-    out : Path
-        Folder of all result folders; need not exist.
-    inputs : sequence of Path
-        Other files that are read, which no result may overwrite.
-    transform : Path, optional
-        A transform for one query, or a folder of results made with ``--keep`` that has one for each.
-    replace_others : bool
-        Whether results of other scans may be replaced.
-
-    Raises
-    ------
-    InputError
-        If no free name is left, a result would overwrite an input or a folder with other files in it, or a query has no
-        transform.
+    InputError if no free name is left, a result would overwrite an input or a folder with other files in it, or a query
+    has no transform.
     """
     cases = _named_cases(queries, out, replace_others)
     if transform is not None:

@@ -21,7 +21,7 @@ from pebble import ProcessExpired, ProcessPool
 from ..context import Context
 from ..core.parallel import changed_environment
 from .plan import Case
-from .work import Ended, Task, Watcher, Work
+from .work import Row, SegmentWork, Watcher, opened
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,8 @@ def visible_gpus() -> list[str]:
 
 
 def run_here(
-    work: Work, cases: Sequence[Case], watcher: Watcher, context: Context | None = None
-) -> Generator[Ended, None, None]:
+    work: SegmentWork, cases: Sequence[Case], watcher: Watcher, context: Context | None = None
+) -> Generator[Row, None, None]:
     """Run the cases in this process, one after the other, with a ``context`` that is loaded already."""
     task = work.open(context)
     for case in cases:
@@ -54,40 +54,25 @@ def run_here(
 
 
 def run_in_processes(
-    work: Work, cases: Sequence[Case], watcher: Watcher, workers: int, gpus: Sequence[str] = ()
-) -> Generator[Ended, None, None]:
-    """Run the cases in several processes, which end with the generator.
+    work: SegmentWork, cases: Sequence[Case], watcher: Watcher, workers: int, gpus: Sequence[str] = ()
+) -> Generator[Row, None, None]:
+    """Run the cases in at most ``workers`` processes, which end with the generator; yields as they end.
 
-    Parameters
-    ----------
-    work : Work
-    cases : sequence of Case
-    watcher : Watcher
-    workers : int
-        Processes at most.
-    gpus : sequence of str
-        Names as ``CUDA_VISIBLE_DEVICES`` takes them, one for each worker; empty on the CPU.
-
-    Yields
-    ------
-    Ended
-        In the order in which they end. A worker that is killed, for want of memory above all, costs its case, which is
-        begun again once, and no other.
-
-    Raises
-    ------
-    AtlasSegError
-        If the workers cannot load what all cases share.
+    ``gpus`` are names as ``CUDA_VISIBLE_DEVICES`` takes them, one for each worker; empty on the CPU. A worker that is
+    killed, for want of memory above all, costs its case, which is begun again once, and no other. AtlasSegError if the
+    workers cannot load what all cases share.
     """
     context = multiprocessing.get_context("spawn")
-    reports = context.Queue()
+    reports, names = context.Queue(), context.Queue()
+    for gpu in gpus:
+        names.put(gpu)
     # Libraries read their variables when they are loaded, before the first line of the worker's own.
     with changed_environment(work.environment):
         pool = ProcessPool(
             min(workers, len(cases)),
             context=context,
             initializer=_start_worker,
-            initargs=(reports, _queue_of(context, gpus)),
+            initargs=(reports, names if gpus else None),
         )
         try:
             yield from _collect(pool, work, cases, watcher, reports)
@@ -97,14 +82,14 @@ def run_in_processes(
 
 
 def _collect(
-    pool: ProcessPool, work: Work, cases: Sequence[Case], watcher: Watcher, reports: Any
-) -> Generator[Ended, None, None]:
+    pool: ProcessPool, work: SegmentWork, cases: Sequence[Case], watcher: Watcher, reports: Any
+) -> Generator[Row, None, None]:
     """Hand out the cases, pass on what workers report, and yield what ends."""
 
     def begin(case: Case, attempt: int) -> None:
         running[pool.schedule(_run_case, args=(work, case, attempt))] = (case, attempt)
 
-    running: dict[Future[Ended], tuple[Case, int]] = {}
+    running: dict[Future[Row], tuple[Case, int]] = {}
     by_name = {case.name: case for case in cases}
     for case in cases:
         begin(case, 1)
@@ -140,13 +125,6 @@ def _pass_on(reports: Any, cases: dict[str, Case], watcher: Watcher) -> None:
             watcher.stage(cases[report[0]], report[1])
 
 
-def _queue_of(context: Any, items: Sequence[str]) -> Any:
-    found = context.Queue()
-    for item in items:
-        found.put(item)
-    return found if items else None
-
-
 def _ending(code: int | None) -> str:
     if code is not None and code < 0:
         return f"was ended by {signal.Signals(-code).name}"
@@ -156,7 +134,6 @@ def _ending(code: int | None) -> str:
 # In the worker
 
 _reports: Any = None
-_tasks: dict[str, Task] = {}
 
 
 def _start_worker(reports: Any, gpus: Any) -> None:
@@ -176,11 +153,10 @@ def _start_worker(reports: Any, gpus: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _run_case(work: Work, case: Case, attempt: int) -> Ended:
-    if work.key not in _tasks:
-        _tasks[work.key] = work.open()
+def _run_case(work: SegmentWork, case: Case, attempt: int) -> Row:
+    task = opened(work)
     _reports.put((case.name, None))
-    return _tasks[work.key](case, attempt, lambda stage: _reports.put((case.name, stage)))
+    return task(case, attempt, lambda stage: _reports.put((case.name, stage)))
 
 
 def _end(_number: int, _frame: FrameType | None) -> NoReturn:

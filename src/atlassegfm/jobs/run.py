@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -16,26 +15,10 @@ from ..records import STATUS, CaseRecord, CohortRecord, State, StatusRecord
 from .plan import Case, Shard
 from .store import why_to_compute
 from .table import read_run, write_table
-from .work import Ended, SegmentWork, Watcher, Work
+from .work import Row, SegmentWork, Watcher
 
 #: Runs cases, and yields each as it ends.
-Runner = Callable[[Work, Sequence[Case], Watcher], Generator[Ended, None, None]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """Outcome of one case."""
-
-    case: Case
-    state: State  # "left": not begun, or not finished, when the run was stopped
-    kept: bool = False  # whether an earlier run had done it
-    reason: str = ""  # why it failed
-    is_input: bool = False  # whether the query itself is to blame for that
-    why: str = ""  # why it was computed: "new", "failed before", "other settings" and so on; empty where it was kept
-    attempts: int = 0
-    seconds: float = 0.0  # wall time of the computation
-    peak_memory_mb: int | None = None
-    warnings: tuple[str, ...] = ()  # reasons to doubt its result as a whole
+Runner = Callable[[SegmentWork, Sequence[Case], Watcher], Generator[Row, None, None]]
 
 
 @dataclass
@@ -44,19 +27,10 @@ class Outcome:
 
     rows: dict[str, Row] = field(default_factory=dict)  # by name of the case, in the order of the cases
     wall_seconds: float = 0.0
-    _counts: Counter[State] = field(default_factory=Counter)
-
-    def put(self, row: Row) -> None:
-        """Set the row of a case."""
-        before = self.rows.get(row.case.name)
-        if before is not None:
-            self._counts[before.state] -= 1
-        self.rows[row.case.name] = row
-        self._counts[row.state] += 1
 
     def count(self, state: State) -> int:
         """Number of cases in a state."""
-        return self._counts[state]
+        return sum(row.state == state for row in self.rows.values())
 
     @property
     def counts(self) -> dict[str, int]:
@@ -102,22 +76,8 @@ def run(
 ) -> Outcome:
     """Compute the cases whose result is missing or was made from something else, and write the summary.
 
-    Parameters
-    ----------
-    cases : sequence of Case
-        Of all shards.
-    work, runner, watcher, options
-        What to do with each, where (this process, several, a cluster), who sees the progress.
-
-    Returns
-    -------
-    Outcome
-        Of this shard. A case that fails does not stop the others; a full disk does.
-
-    Raises
-    ------
-    AtlasSegError
-        If no case can be done.
+    ``cases`` are those of all shards, the outcome that of this one. A case that fails does not stop the others; a full
+    disk does. AtlasSegError if no case can be done.
     """
     start, outcome = time.perf_counter(), plan_of(cases, work, options)
     remove_unfinished(work.out)
@@ -129,12 +89,11 @@ def run(
             # Closed at once, whatever happens: its workers end with it.
             with closing(runner(options.prepare(work), to_do, watcher)) as all_ended:
                 for ended in all_ended:
-                    fields = {key: value for key, value in vars(ended).items() if key != "disk_full"}
-                    row = Row(**fields, why=outcome.rows[ended.case.name].why)
-                    outcome.put(row)
+                    row = replace(ended, why=outcome.rows[ended.case.name].why)
+                    outcome.rows[row.case.name] = row
                     ended_any = True
                     watcher.ended(row)
-                    if ended.disk_full:
+                    if row.disk_full:
                         break
     finally:
         # Where workers were killed in the end.
@@ -147,15 +106,14 @@ def run(
 
 def plan_of(cases: Sequence[Case], work: SegmentWork, options: RunOptions = RunOptions()) -> Outcome:
     """Tell which cases of a run are kept, and which are to be computed and why; nothing is computed."""
-    outcome = Outcome()
+    rows = {}
     for case in cases if options.shard is None else options.shard.part_of(cases):
         why, status = why_to_compute(case, work.out / case.name, work.provenance)
         if why or options.force or status is None:
-            outcome.put(Row(case, "left", why="forced" if options.force else why))
+            rows[case.name] = Row(case, "left", attempts=0, why="forced" if options.force else why)
         else:
-            row = Row(case, "done", kept=True, attempts=status.attempts, seconds=status.total_seconds)
-            outcome.put(replace(row, peak_memory_mb=status.peak_memory_mb, warnings=status.warnings))
-    return outcome
+            rows[case.name] = _kept(case, status)
+    return Outcome(rows)
 
 
 def write_summary(outcome: Outcome, work: SegmentWork, options: RunOptions) -> None:
@@ -205,6 +163,10 @@ def _earlier_record(folder: Path) -> list[CaseRecord]:
         return []
     query = status.provenance and status.provenance.query
     case = Case(folder.name, Path(query.file if query else ""))
-    row = Row(case, status.state, kept=True, reason=status.reason, seconds=status.total_seconds)
-    row = replace(row, attempts=status.attempts, peak_memory_mb=status.peak_memory_mb, warnings=status.warnings)
-    return [_case_record(row, folder.parent).model_copy(update={"in_run": False})]
+    return [_case_record(_kept(case, status), folder.parent).model_copy(update={"in_run": False})]
+
+
+def _kept(case: Case, status: StatusRecord) -> Row:
+    """The outcome of a case that an earlier run had."""
+    fields = {name: getattr(status, name) for name in ("reason", "attempts", "peak_memory_mb", "warnings")}
+    return Row(case, status.state, seconds=status.total_seconds, kept=True, **fields)

@@ -72,21 +72,10 @@ class Scans:
 
 
 def find_scans(paths: Iterable[Path], *, inputs: Iterable[Path] = (), labels: bool = False) -> Scans:
-    """Find the scans that paths stand for.
+    """Find the scans that paths stand for: files, taken as they are, and folders with scans anywhere below.
 
-    Parameters
-    ----------
-    paths : iterable of Path
-        Files, taken as they are, and folders: of a DICOM series, or with scans anywhere below.
-    inputs : iterable of Path
-        Other files of the command, as the atlas: left out where they are met in a folder.
-    labels : bool
-        Whether label maps in folders are taken too.
-
-    Raises
-    ------
-    InputError
-        If a folder holds no scan, or cannot be read.
+    A folder may be that of a DICOM series. ``inputs`` are other files of the command, as the atlas: left out where they
+    are met in a folder, as are label maps without ``labels``. InputError if a folder holds no scan, or cannot be read.
     """
     scans = Scans(inputs=frozenset(map(os.path.realpath, inputs)))
     for path in paths:
@@ -113,21 +102,10 @@ class Matched(NamedTuple):
 
 
 def scans_of(folder: Path, images: Iterable[Path]) -> Matched:
-    """Find the scans of a folder of results among images: by their content, whatever their names and folders.
+    """Find the scans of a folder of results, one folder a case, among images: by content, whatever their names.
 
     A result that does not record its scan's content is matched by file name, where no other case or image has it.
-
-    Parameters
-    ----------
-    folder : Path
-        Of results, one folder a case.
-    images : iterable of Path
-        As for :func:`find_scans`.
-
-    Raises
-    ------
-    InputError
-        If an image does not exist, or a folder holds no scan.
+    Images are paths as for :func:`find_scans`; InputError if one does not exist, or a folder holds no scan.
     """
     images = list(images)
     for image in images:
@@ -162,8 +140,9 @@ def _by_name(
     runs = {case.name: read_run(case) for case in cases}
     names = {name: run.inputs.query.file for name, run in runs.items() if run is not None and run.inputs.query}
     count = Counter([*names.values(), *(one.file for one in others.values())])
-    alike = {name: [path for path in images if path.name == file and path not in used] for name, file in names.items()}
-    return {name: paths[0] for name, paths in alike.items() if len(paths) == count[names[name]] == 1}
+    free = [path for path in images if path not in used]
+    matches = {name: [path for path in free if path.name == file] for name, file in names.items()}
+    return {name: paths[0] for name, paths in matches.items() if len(paths) == count[names[name]] == 1}
 
 
 def _content(path: Path) -> str:

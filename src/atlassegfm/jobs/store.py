@@ -20,10 +20,8 @@ on request also
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -36,7 +34,7 @@ from .. import dicom
 from ..context import Context
 from ..core.config import to_dict
 from ..core.errors import InputError
-from ..core.files import disk_errors, replaced_folder
+from ..core.files import replaced_folder
 from ..core.image import Volume, save_masks, save_volume
 from ..core.labels import Structure, itk_snap_labels, slicer_color_table
 from ..core.text import did_you_mean
@@ -88,12 +86,8 @@ class RunInputs:
         atlas, saved = self.context.atlas, self.context.saved
         context = None
         if saved is not None:
-            context = ContextRecord(
-                folder=saved.folder.resolve().name,
-                sha256=saved.sha256,
-                atlassegfm=self.context.version,
-                files=dict(self.context.files),
-            )
+            version, files, name = self.context.version, dict(self.context.files), saved.folder.resolve().name
+            context = ContextRecord(folder=name, sha256=saved.sha256, atlassegfm=version, files=files)
         return Inputs(
             atlas=_input(atlas.image),
             labels=_input(atlas.labels),
@@ -106,12 +100,8 @@ class RunInputs:
 def check_formats(formats: Sequence[str], query: Volume | None = None) -> None:
     """Check that results can be written in these formats, DICOM ones for the ``query`` if it is given.
 
-    Raises
-    ------
-    InputError
-        If a format is unknown, none is given, or a DICOM format is wanted and the query is no DICOM series.
-    MissingExtraError
-        If the packages for DICOM are not installed.
+    InputError if a format is unknown, none is given, or a DICOM format is wanted and the query is no DICOM series;
+    MissingExtraError if the packages for DICOM are not installed.
     """
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
@@ -130,21 +120,10 @@ def check_formats(formats: Sequence[str], query: Volume | None = None) -> None:
 
 
 def why_to_compute(case: Case, folder: Path, provenance: Provenance) -> tuple[str, StatusRecord | None]:
-    """Decide whether a case has to be computed.
+    """Decide whether a case has to be computed, and read the status of the result that is in its folder, if any.
 
-    Parameters
-    ----------
-    case, folder
-        The case, and the folder of its result.
-    provenance : Provenance
-        What the result would be made from now, without the files of the case.
-
-    Returns
-    -------
-    why : str
-        "new", "failed before", "other settings" and so on; empty if its result is there.
-    status : StatusRecord or None
-        Of the result that is there.
+    The reason is "new", "failed before", "other settings" and so on; empty if its result is there. ``provenance`` is
+    what the result would be made from now, without the files of the case.
     """
     try:
         status = StatusRecord.read(folder / STATUS)
@@ -181,17 +160,13 @@ def write_result(
 ) -> RunRecord:
     """Write the result folder of one query, in place of an earlier one; ``keep`` adds intermediate results.
 
-    Raises
-    ------
-    InputError
-        If the folder cannot be written or holds something else, or as :func:`check_formats`.
-    OutputError
-        If an RTSTRUCT or DICOM-SEG does not read back as it was written.
+    InputError if the folder cannot be written or holds something else, or as :func:`check_formats`; OutputError if an
+    RTSTRUCT or DICOM-SEG does not read back as it was written.
     """
     check_formats(formats, inputs.query)
     structures = inputs.context.atlas.structures
     run = run_record(segmentation, inputs)
-    with replaced_folder(folder, RESULT_NAMES) as new, disk_errors(folder):
+    with replaced_folder(folder, RESULT_NAMES) as new:
         _save_labels(segmentation.labels, structures, new, formats)
         others = [name for name in _DICOM_FORMATS if name in formats]
         written: dict[str, Any] = {}
@@ -224,14 +199,8 @@ def _save_labels(labels: Volume, structures: Sequence[Structure], folder: Path, 
 
 
 def write_failure(folder: Path, status: StatusRecord) -> None:
-    """Leave nothing but ``status.json`` in a result folder: an earlier result would pass for a new one.
-
-    Raises
-    ------
-    InputError
-        If the folder cannot be written or holds something else.
-    """
-    with replaced_folder(folder, RESULT_NAMES) as new, disk_errors(folder):
+    """Leave nothing but ``status.json`` in a result folder: an earlier result would pass for a new one."""
+    with replaced_folder(folder, RESULT_NAMES) as new:
         status.write(new / STATUS)
 
 
@@ -239,7 +208,6 @@ def run_record(segmentation: Segmentation, inputs: RunInputs) -> RunRecord:
     """Describe a result for ``run.json``: nothing that differs between two runs on the same inputs."""
     found, settings = segmentation.registration, to_dict(segmentation.settings)
     settings["model_path"] = Path(settings["model_path"]).name
-    jacobian = None if found.jacobian is None else {k: _rounded(v, 6) for k, v in asdict(found.jacobian).items()}
     return RunRecord(
         inputs=inputs.record(),
         device="cuda" if segmentation.device == "cuda" else "cpu",
@@ -250,18 +218,14 @@ def run_record(segmentation: Segmentation, inputs: RunInputs) -> RunRecord:
             confidence=_rounded(found.confidence),
             members=len(found.members),
             folding=_rounded(found.folding, 6),
-            jacobian=jacobian,
+            jacobian=_rounded_fields(found.jacobian, 6),
             linear_query_to_atlas_mm=tuple(tuple(round(n, 6) for n in row) for row in found.linear.matrix.tolist()),
         ),
         gate=None if segmentation.gate is None else segmentation.gate.describe(),
         verdict=segmentation.verdict,
         structures=tuple(map(_structure_record, segmentation.structures)),
         settings=settings,
-        versions={
-            "atlassegfm": __version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("numpy", "scipy", "torch")},
-        },
+        versions={"atlassegfm": __version__, **library_versions()},
     )
 
 
@@ -291,14 +255,11 @@ def _model_record(segmentation: Segmentation) -> ModelRecord:
 def _structure_record(one: StructureResult) -> StructureRecord:
     quality = None
     if one.quality is not None:
-        evidence = one.quality.evidence
         quality = QualityRecord(
             verdict=one.quality.verdict,
             reason=one.quality.reason,
-            estimated_dice=_rounded(one.quality.estimated_dice),
-            low=_rounded(one.quality.low),
-            high=_rounded(one.quality.high),
-            evidence=None if evidence is None else {name: _rounded(n) for name, n in asdict(evidence).items()},
+            **{name: _rounded(getattr(one.quality, name)) for name in ("estimated_dice", "low", "high")},
+            evidence=_rounded_fields(one.quality.evidence),
         )
     return StructureRecord(
         value=one.structure.value,
@@ -315,6 +276,11 @@ def _structure_record(one: StructureResult) -> StructureRecord:
 def _rounded(value: float | None, digits: int = 4) -> float | None:
     """Rounded for JSON, which has no NaN."""
     return None if value is None or not np.isfinite(value) else round(float(value), digits)
+
+
+def _rounded_fields(numbers: Any, digits: int = 4) -> dict[str, float | None] | None:
+    """The numbers of a dataclass, rounded for JSON; None for None."""
+    return None if numbers is None else {name: _rounded(value, digits) for name, value in asdict(numbers).items()}
 
 
 def _save_dicom(segmentation: Segmentation, inputs: RunInputs, path: Path, form: str) -> dict[str, Any]:

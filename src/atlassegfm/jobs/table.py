@@ -32,7 +32,7 @@ def write_table(cases: Iterable[CaseRecord], out: Path, path: Path) -> None:
     view are those of the part in view; ``cut_fraction`` is the fraction of the atlas's structure outside it.
     """
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, COLUMNS, restval="")
+        table = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
         table.writeheader()
         for case in cases:
             common = {"case": case.case, "query": case.query, "state": case.state, "in_run": case.in_run}

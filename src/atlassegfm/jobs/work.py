@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from ..context import Context, customize
 from ..core.config import to_toml
@@ -45,53 +45,24 @@ class Watcher(Protocol):
 
 
 @dataclass(frozen=True)
-class Ended:
-    """End of a case."""
+class Row:
+    """Outcome of one case."""
 
     case: Case
-    state: Literal["done", "failed"]
+    state: State  # "left": not begun, or not finished, when the run was stopped
     reason: str = ""  # why it failed, in a sentence that begins with the file's name
-    is_input: bool = False  # whether the query itself is to blame
+    is_input: bool = False  # whether the query itself is to blame for that
     attempts: int = 1
-    seconds: float = 0.0  # wall time
+    seconds: float = 0.0  # wall time of the computation
     peak_memory_mb: int | None = None  # of the process that computed it
     warnings: tuple[str, ...] = ()  # reasons to doubt the result as a whole
     disk_full: bool = False  # whether the next case would fail for the same reason
+    kept: bool = False  # whether an earlier run had done it
+    why: str = ""  # why it was computed: "new", "failed before", "other settings" and so on; empty where it was kept
 
 
 #: Segments a case: takes the case, the number of the attempt and a callback for stages. A failure is a result.
-Task = Callable[[Case, int, Callable[[str], None]], Ended]
-
-
-class Work(Protocol):
-    """Work on every case; goes to other processes and machines."""
-
-    @property
-    def key(self) -> str:
-        """Equal for equal work: what was opened once serves all cases."""
-        ...
-
-    @property
-    def provenance(self) -> Provenance:
-        """What results depend on besides the files of a case."""
-        ...
-
-    @property
-    def environment(self) -> Mapping[str, str]:
-        """Environment variables of a process for this work."""
-        ...
-
-    def absolute(self) -> Work:
-        """The same with absolute paths."""
-        ...
-
-    def open(self, context: Context | None = None) -> Task:
-        """Load what all cases share, without the context if it is loaded already."""
-        ...
-
-    def give_up(self, case: Case, reason: str, attempts: int) -> Ended:
-        """Record that a case cannot be done."""
-        ...
+Task = Callable[[Case, int, Callable[[str], None]], Row]
 
 
 @dataclass(frozen=True)
@@ -101,18 +72,6 @@ class Output:
     keep: bool = False  # whether to write intermediate results
     formats: tuple[str, ...] = ("nifti",)  # of records.FORMATS
     series: str | None = None  # which series of a query that is a DICOM folder; None where there is one
-
-
-class ContextSource(Protocol):
-    """Where the context comes from."""
-
-    def load(self, settings: Settings) -> Context:
-        """Read it."""
-        ...
-
-    def absolute(self) -> ContextSource:
-        """The same with absolute paths."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -154,9 +113,12 @@ class ContextFolder:
         return ContextFolder(self.folder.absolute())
 
 
+ContextSource = AtlasFiles | ContextFolder
+
+
 @dataclass(frozen=True)
 class SegmentWork:
-    """Segmentation of every case with one context."""
+    """Segmentation of every case with one context; goes to other processes and machines."""
 
     out: Path  # folder of the result folders; exists
     source: ContextSource
@@ -169,7 +131,7 @@ class SegmentWork:
 
     @property
     def key(self) -> str:
-        """Digest of all of it."""
+        """Digest of all of it: what was opened once serves all cases of equal work."""
         return digest(str(self.out), self.provenance.to_json())
 
     @property
@@ -208,7 +170,7 @@ class SegmentWork:
             context = replace(context, settings=self.settings)
             return replace(self, gate=customize(context, device=self.device, on_stage=on_stage).gate)
 
-    def give_up(self, case: Case, reason: str, attempts: int, *, is_input: bool = False, seconds: float = 0.0) -> Ended:
+    def give_up(self, case: Case, reason: str, attempts: int, *, is_input: bool = False, seconds: float = 0.0) -> Row:
         """Record in the case's folder that it cannot be done."""
         reason, peak = redact(case, reason.replace(str(self.out / case.name), case.name)), peak_memory_mb()
         failure: dict[str, Any] = {"reason": reason, "is_input": is_input, "attempts": attempts, "peak_memory_mb": peak}
@@ -217,7 +179,18 @@ class SegmentWork:
             write_failure(self.out / case.name, status)
         except InputError as error:
             logger.warning("%s", error)
-        return Ended(case, "failed", seconds=seconds, **failure)
+        return Row(case, "failed", seconds=seconds, **failure)
+
+
+_opened: dict[str, Task] = {}
+
+
+def opened(work: SegmentWork) -> Task:
+    """Open work, once for all its cases in this process."""
+    if work.key not in _opened:
+        _opened.clear()
+        _opened[work.key] = work.open()
+    return _opened[work.key]
 
 
 @dataclass
@@ -228,7 +201,7 @@ class _Worker:
     context: Context
     model: Segmenter | None
 
-    def __call__(self, case: Case, attempt: int, on_stage: Callable[[str], None]) -> Ended:
+    def __call__(self, case: Case, attempt: int, on_stage: Callable[[str], None]) -> Row:
         """Read, segment and write one case; on an error, an earlier result is replaced by the reason."""
         work, start, is_input, disk_full = self.work, time.perf_counter(), False, False
         reset_peak_memory()
@@ -250,7 +223,7 @@ class _Worker:
             reason = f"unexpected error ({error!r})"
         else:
             seconds, peak, warnings = status.total_seconds, status.peak_memory_mb, status.warnings
-            return Ended(case, "done", attempts=attempt, seconds=seconds, peak_memory_mb=peak, warnings=warnings)
+            return Row(case, "done", attempts=attempt, seconds=seconds, peak_memory_mb=peak, warnings=warnings)
         ended = work.give_up(case, reason, attempt, is_input=is_input, seconds=time.perf_counter() - start)
         return replace(ended, disk_full=disk_full)
 
