@@ -179,7 +179,7 @@ class PairRunner:
             self._queries.clear()
             case = self._plan.dataset.case(name)
             reference = load_labels(case.labels, allow_empty=True)
-            self._warn_unnamed(label_values(reference), name, case.labels)
+            self._warn_unnamed(set(label_values(reference.data)), name, case.labels)
             image = load_image(case.image)
             check_grids(image, reference)
             self._queries[name] = image, reference

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from .errors import InputError
-from .geometry import Grid
-from .volume import Source, Volume, damage_errors, spatial_shape
+from .volume import Source, Volume, damage_errors, grid_of, spatial_shape
 
 
 def load_mgh(path: Path) -> Volume:

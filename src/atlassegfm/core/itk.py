@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from .errors import InputError
 from .geometry import LPS_FLIP, Grid
 from .labels import LabelEntry, Structure, from_slicer_metadata, slicer_segments, to_slicer_metadata
-from .volume import Source, Volume, check_real, damage_errors, spatial_shape
+from .volume import Source, Volume, check_real, damage_errors, grid_of, spatial_shape
 
 #: A segmentation of 3D Slicer: an NRRD file with one layer, or one for each of its segments that overlap.
 SEGMENTATION_SUFFIX = ".seg.nrrd"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .errors import InputError
 from .geometry import Grid, box_corners
 from .labels import LabelEntry, Structure, from_nifti_xml, to_nifti_xml
-from .volume import Source, Volume, check_real, damage_errors, damage_message, spatial_shape
+from .volume import Source, Volume, check_real, damage_errors, damage_message, grid_of, spatial_shape
 
 if TYPE_CHECKING:
     from nibabel.nifti1 import Nifti1Header
@@ -64,7 +64,7 @@ def load_nifti(path: Path) -> Volume:
                 f"{path}: the header gives the spacing {values}; expected three numbers above 0: correct pixdim"
             )
         affine, notes = _nifti_affine(header, path)
-        grid = _grid(shape, affine, path)
+        grid = grid_of(shape, affine, path)
         voxels = stack.enter_context(ImageOpener(str(voxel_path))) if is_pair else file
         try:
             data = np.asanyarray(ArrayProxy(voxels, header, mmap=False)).reshape(shape)

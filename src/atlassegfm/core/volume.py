@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import AtlasSegError, InputError
+from .files import PathLike
 from .geometry import Grid
 from .labels import LabelEntry
 

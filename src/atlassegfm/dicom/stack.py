@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from ..core.errors import InputError
 from ..core.geometry import LPS_FLIP, Grid
 from ..core.labels import listed
+from ..core.volume import grid_of
 from .files import check_one_sample, element_errors, frame_count, group_numbers, items_of, text_of, value_of
 
 if TYPE_CHECKING:

@@ -170,7 +170,7 @@ def find_structures(
             failures[pair.case] = str(error)
             continue
         for side, (volume, path) in enumerate(zip(volumes, (pair.result, pair.reference), strict=True)):
-            present[side].update(label_values(volume))
+            present[side].update(label_values(volume.data))
             tables[side] = {**reader.table(volume, path), **tables[side]}
     if len(failures) == len(pairs):
         raise InputError(listed([*dict.fromkeys(failures.values())], 3, "; "))

@@ -38,7 +38,7 @@ from ..core.files import replaced_folder
 from ..core.image import Volume, save_masks, save_volume
 from ..core.labels import Structure, itk_snap_labels, slicer_color_table
 from ..core.text import did_you_mean
-from ..core.version import __version__
+from ..core.version import __version__, library_versions
 from ..models import describe_model
 from ..records import (
     FORMATS,

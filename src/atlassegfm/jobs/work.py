@@ -22,7 +22,7 @@ from ..models import MODELS, Segmenter
 from ..models.table import load_chosen
 from ..models.weights import find_weights
 from ..quality.verdict import LEAST_CONFIDENCE, describe_confidence
-from ..records import FileRecord, Provenance, StatusRecord
+from ..records import FileRecord, Provenance, State, StatusRecord
 from ..result import Segmentation
 from ..segment import segment
 from ..settings import NO_MODEL, Settings
