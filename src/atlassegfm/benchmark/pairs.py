@@ -16,10 +16,9 @@ import numpy as np
 from ..atlas import Atlas, canonical_scan
 from ..context import Context, customize
 from ..core.errors import InputError, ModelError, RegistrationError
-from ..core.image import Volume, load_image, load_labels
+from ..core.image import Volume, label_values, load_image, load_labels
 from ..core.mask import LocalMap
 from ..core.parallel import peak_memory_mb, reset_peak_memory
-from ..evaluate.labelling import label_values
 from ..evaluate.metrics import StructureScores
 from ..evaluate.scores import check_grids, score_volumes
 from ..fusion.gate import Gate, fuse_structures
@@ -180,7 +179,7 @@ class PairRunner:
             self._queries.clear()
             case = self._plan.dataset.case(name)
             reference = load_labels(case.labels, allow_empty=True)
-            self._warn_unnamed(label_values(reference), name, case.labels)
+            self._warn_unnamed(set(label_values(reference.data)), name, case.labels)
             image = load_image(case.image)
             check_grids(image, reference)
             self._queries[name] = image, reference

@@ -267,7 +267,7 @@ def label_values(labels: NDArray[Any]) -> list[int]:
     if int(labels.max()) > _LARGEST_COUNTED:
         return [int(value) for value in np.unique(labels) if value]
     counts = np.zeros(int(labels.max()) + 1, np.int64)
-    for plane in labels:
+    for plane in np.moveaxis(labels, int(np.argmax(labels.strides)), 0):
         found = np.bincount(plane.ravel())
         counts[: len(found)] += found
     return [int(value) for value in np.flatnonzero(counts) if value]
@@ -284,8 +284,8 @@ def smallest_label_type(largest: int) -> np.dtype[Any]:
 def label_positions(labels: NDArray[Any], values: Sequence[int]) -> NDArray[Any]:
     """Replace label values by their position in ``values`` from 1, all others by 0."""
     kind = smallest_label_type(len(values))
-    largest = max([int(labels.max(initial=0)), *values], default=0)
-    if largest < 1 << 16:  # a table is several times faster
+    least, largest = min([int(labels.min(initial=0)), *values]), max([int(labels.max(initial=0)), *values])
+    if least >= 0 and largest < 1 << 16:  # a table is several times faster
         table = np.zeros(largest + 1, kind)
         table[list(values)] = np.arange(1, len(values) + 1)
         return np.asarray(table[labels])

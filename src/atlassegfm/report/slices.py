@@ -145,14 +145,10 @@ def _panels(
 ) -> list[Panel]:
     """Show a box and a margin around it within the scan, on one slice of each plane."""
     margin = margin_mm / spacing_mm
-    start = [max(int(np.floor(side.start - more)), 0) for side, more in zip(box, margin, strict=True)]
-    stop = [min(int(np.ceil(side.stop + more)), count) for side, more, count in zip(box, margin, shape, strict=True)]
-    shown = tuple(map(slice, start, stop))
-    width = (np.array(stop) - start) * spacing_mm
-    return [
-        Panel(view, index, shown, float(width[view.right]), float(width[view.down]))
-        for view, index in zip(VIEWS, indices, strict=True)
-    ]
+    start = np.maximum(np.floor([side.start for side in box] - margin), 0).astype(int)
+    stop = np.minimum(np.ceil([side.stop for side in box] + margin), shape).astype(int)
+    shown, width = tuple(map(slice, start.tolist(), stop.tolist())), ((stop - start) * spacing_mm).tolist()
+    return [Panel(view, n, shown, width[view.right], width[view.down]) for view, n in zip(VIEWS, indices, strict=True)]
 
 
 def cut(array: NDArray[Any], panel: Panel) -> NDArray[Any]:
@@ -168,8 +164,7 @@ def cut(array: NDArray[Any], panel: Panel) -> NDArray[Any]:
 def letters(direction: NDArray[np.float64]) -> str:
     """Name the direction of a (3,) unit vector in RAS+: "R", or "RA" between two axes, the strongest first."""
     order = np.argsort(-np.abs(direction), kind="stable")
-    kept = [axis for axis in order if abs(direction[axis]) > _LETTER_COSINE]
-    return "".join("RAS"[a] if direction[a] > 0 else "LPI"[a] for a in kept)
+    return "".join(("LPI", "RAS")[int(direction[a] > 0)][a] for a in order if abs(direction[a]) > _LETTER_COSINE)
 
 
 def edge_letters(affine: NDArray[np.float64], view: View) -> tuple[str, str, str, str]:
@@ -217,7 +212,7 @@ def structure_window(image: Volume, inside: NDArray[np.bool_], box: tuple[slice,
     low, high = max(low, min(dark, first - 1.2 * span)), min(high, max(bright, last + 0.8 * span))
     if not high > low:
         low, high = float(part.min()), float(part.max())
-        high = high if high > low else low + 1
+    high = high if high > low else low + 1
     return Window(low, high, f"{low:.4g} to {high:.4g}")
 
 
@@ -238,8 +233,7 @@ def _percentiles(values: NDArray[Any], *percents: float) -> list[float]:
     """Compute percentiles of every nth value, about a million."""
     step = int(np.ceil((values.size / 1e6) ** (1 / values.ndim)))
     part = np.asarray(values[(slice(None, None, step),) * values.ndim], dtype=np.float32)
-    found: list[float] = np.percentile(part, percents).tolist()
-    return found
+    return list(np.percentile(part, percents).tolist())
 
 
 # Outlines
@@ -250,7 +244,7 @@ def smooth_mask(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float32]]:
     """Upsample a mask, not empty, for outlines without staircase; the value at every voxel centre stays.
 
-    ``pixel_mm`` is width and height of a voxel. Returns x, (W,), and y, (H,), in mm from the left and upper edge of the
+    ``pixel_mm`` is width and height of a voxel. Returns x, (W,), and y, (H,), in mm from the upper left corner of the
     slice, and the level, (H, W), which is 0.5 on the border.
     """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -262,9 +256,7 @@ def smooth_mask(
     at = [np.linspace(0, n - 1, (n - 1) * step + 1) for n, step in zip(padded.shape, steps, strict=True)]
     grid = np.meshgrid(at[0], at[1], indexing="ij")
     level = ndimage.map_coordinates(padded, grid, order=3, mode="constant").astype(np.float32)
-    y = (at[0] + first[0] + 0.5) * pixel_mm[1]
-    x = (at[1] + first[1] + 0.5) * pixel_mm[0]
-    return x, y, level
+    return (at[1] + first[1] + 0.5) * pixel_mm[0], (at[0] + first[0] + 0.5) * pixel_mm[1], level
 
 
 def outline(mask: NDArray[np.bool_], panel: Panel) -> str:
@@ -276,13 +268,9 @@ def outline(mask: NDArray[np.bool_], panel: Panel) -> str:
     pixel_mm = (panel.width_mm / mask.shape[1], panel.height_mm / mask.shape[0])
     xs, ys, level = smooth_mask(mask, pixel_mm, _PANEL_PX / max(panel.width_mm, panel.height_mm))
     step_x, step_y = float(xs[1] - xs[0]), float(ys[1] - ys[0])
-    pieces = []
-    for line in find_contours(level, 0.5):
-        points = np.column_stack((xs[0] + line[:, 1] * step_x, ys[0] + line[:, 0] * step_y))
-        points = approximate_polygon(points, _TOLERANCE_MM)
-        if len(points) > 2:
-            pieces.append("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) + "Z")
-    return "".join(pieces)
+    lines = [line[:, ::-1] * (step_x, step_y) + (xs[0], ys[0]) for line in find_contours(level, 0.5)]
+    polygons = [polygon for line in lines if len(polygon := approximate_polygon(line, _TOLERANCE_MM)) > 2]
+    return "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in polygon) + "Z" for polygon in polygons)
 
 
 # Pictures for pages
