@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from ..core.image import Volume
 
+_Floats = NDArray[np.float64]
 #: Cosine above which a direction gets a letter: an edge within 17 degrees of an axis has one letter.
 _LETTER_COSINE = 0.3
 #: Tilts from here on are written, in degrees.
@@ -86,7 +87,7 @@ class Window:
 
 
 def structure_panels(
-    mask: NDArray[np.bool_], offset: Sequence[int], shape: Sequence[int], spacing_mm: NDArray[np.float64]
+    mask: NDArray[np.bool_], offset: Sequence[int], shape: Sequence[int], spacing_mm: _Floats
 ) -> list[Panel]:
     """Choose three slices through a structure, each where its area is largest.
 
@@ -100,7 +101,7 @@ def structure_panels(
     return _panels(indices, box, margin_mm, shape, spacing_mm)
 
 
-def overview_panels(labels: NDArray[Any], count: int, spacing_mm: NDArray[np.float64]) -> list[Panel]:
+def overview_panels(labels: NDArray[Any], count: int, spacing_mm: _Floats) -> list[Panel]:
     """Choose three slices through structures 1 to ``count``, the plane of acquisition first."""
     boxes = ndimage.find_objects((labels > 0).astype(np.uint8)) or [tuple(slice(0, count) for count in labels.shape)]
     size_mm = np.array([side.stop - side.start for side in boxes[0]]) * spacing_mm
@@ -111,7 +112,7 @@ def overview_panels(labels: NDArray[Any], count: int, spacing_mm: NDArray[np.flo
     return sorted(panels, key=lambda panel: panel.view is not acquired)
 
 
-def acquisition_view(spacing_mm: NDArray[np.float64]) -> View:
+def acquisition_view(spacing_mm: _Floats) -> View:
     """Find the plane of the finest voxels; axial for isotropic voxels."""
     return next(view for view in VIEWS if spacing_mm[view.normal] >= 0.99 * float(spacing_mm.max()))
 
@@ -137,11 +138,7 @@ def _areas(labels: NDArray[Any], count: int, axis: int) -> NDArray[np.int64]:
 
 
 def _panels(
-    indices: Sequence[int],
-    box: Sequence[slice],
-    margin_mm: NDArray[np.float64],
-    shape: Sequence[int],
-    spacing_mm: NDArray[np.float64],
+    indices: Sequence[int], box: Sequence[slice], margin_mm: _Floats, shape: Sequence[int], spacing_mm: _Floats
 ) -> list[Panel]:
     """Show a box and a margin around it within the scan, on one slice of each plane."""
     margin = margin_mm / spacing_mm
@@ -161,20 +158,20 @@ def cut(array: NDArray[Any], panel: Panel) -> NDArray[Any]:
 # Directions and lengths
 
 
-def letters(direction: NDArray[np.float64]) -> str:
+def letters(direction: _Floats) -> str:
     """Name the direction of a (3,) unit vector in RAS+: "R", or "RA" between two axes, the strongest first."""
     order = np.argsort(-np.abs(direction), kind="stable")
     return "".join(("LPI", "RAS")[int(direction[a] > 0)][a] for a in order if abs(direction[a]) > _LETTER_COSINE)
 
 
-def edge_letters(affine: NDArray[np.float64], view: View) -> tuple[str, str, str, str]:
+def edge_letters(affine: _Floats, view: View) -> tuple[str, str, str, str]:
     """Name the directions of the left, right, top and bottom edge of a slice of a canonical scan."""
     direction = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     right, down = -direction[:, view.right], -direction[:, view.down]
     return letters(-right), letters(right), letters(-down), letters(down)
 
 
-def tilt_remark(affine: NDArray[np.float64], view: View) -> str:
+def tilt_remark(affine: _Floats, view: View) -> str:
     """Say how far a slice is tilted from the world plane it is named after; empty below 3 degrees."""
     direction = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     normal = np.cross(direction[:, view.right], direction[:, view.down])
@@ -241,7 +238,7 @@ def _percentiles(values: NDArray[Any], *percents: float) -> list[float]:
 
 def smooth_mask(
     mask: NDArray[np.bool_], pixel_mm: tuple[float, float], px_per_mm: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float32]]:
+) -> tuple[_Floats, _Floats, NDArray[np.float32]]:
     """Upsample a mask, not empty, for outlines without staircase; the value at every voxel centre stays.
 
     ``pixel_mm`` is width and height of a voxel. Returns x, (W,), and y, (H,), in mm from the upper left corner of the
@@ -277,11 +274,7 @@ def outline(mask: NDArray[np.bool_], panel: Panel) -> str:
 
 
 def slice_figure(
-    image: Volume | None,
-    panel: Panel,
-    window: Window | None,
-    masks: Mapping[str, NDArray[np.bool_]],
-    affine: NDArray[np.float64],
+    image: Volume | None, panel: Panel, window: Window | None, masks: Mapping[str, NDArray[np.bool_]], affine: _Floats
 ) -> dict[str, Any]:
     """Build a slice for a page from a canonical scan (grey without one), its affine and masks by kind, lowest first."""
     tilt = tilt_remark(affine, panel.view)
@@ -297,11 +290,7 @@ def slice_figure(
 
 
 def thumbnail(
-    image: Volume | None,
-    labels: NDArray[np.integer],
-    colors: Mapping[int, Sequence[int]],
-    panel: Panel,
-    window: Window | None,
+    image: Volume | None, labels: NDArray[Any], colors: Mapping[int, Sequence[int]], panel: Panel, window: Window | None
 ) -> dict[str, Any]:
     """Build a small slice with all structures in their colours: uri, width, height, and (colour, path) of outlines."""
     shown = cut(labels, panel)
