@@ -92,7 +92,7 @@ def grid_findings(grid: Grid) -> Iterator[Finding]:
     if oblique > _OBLIQUE_DEG:
         yield note(
             f"the slices are turned by {oblique:.1f} degrees against the patient's axes: handled here; programs "
-            "that ignore the rotation show the result beside the anatomy",
+            "that ignore the rotation show the result beside the anatomy"
         )
 
 
@@ -125,7 +125,7 @@ def _pair_findings(pair: PairReport, first: FileReport, second: FileReport, *, r
     if not pair.same_grid and reordered:
         yield note(
             f"the same voxels in another order ({first.axes} and {second.axes}): handled here; programs that pair "
-            "arrays by index mix them up",
+            "arrays by index mix them up"
         )
     elif not pair.same_grid and (first.kind == "labels") != (second.kind == "labels"):
         if distance_mm is not None and (min(overlap) >= _SAME_VIEW_PERCENT or _same_case(pair.first, pair.second)):
@@ -142,7 +142,7 @@ def _pair_findings(pair: PairReport, first: FileReport, second: FileReport, *, r
     if max(overlap) == 0:
         yield note(
             f"no common field of view in scanner coordinates (centres {pair.centres_mm:.0f} mm apart): usual for "
-            "different patients, and the search of the registration copes; not if its rigid stage is switched off",
+            "different patients, and the search of the registration copes; not if its rigid stage is switched off"
         )
 
 
