@@ -20,10 +20,7 @@ LEAST_CORRELATION = -0.3
 
 
 def compare_with_atlas(volume: Volume, atlas: Atlas, name: str) -> tuple[AtlasReport | None, list[Finding]]:
-    """Compare a scan with an atlas: sides, contrast and structures in view; no report where they cannot be fitted.
-
-    Where the scan hardly resembles the atlas, nothing else is believed.
-    """
+    """Compare sides, contrast and structures in view of a scan and an atlas; no report where they cannot be fitted."""
     findings = inversion_findings(volume)
     try:
         found = mirror.fit_to_atlas(volume, atlas, name=name)
@@ -37,7 +34,7 @@ def compare_with_atlas(volume: Volume, atlas: Atlas, name: str) -> tuple[AtlasRe
         None if math.isnan(found.correlation) else round(found.correlation, 3),
         {structure: round(100 * (1 - fraction), 1) for structure, fraction in outside},
     )
-    if not found.resembles:
+    if not found.resembles:  # nothing else is believed
         text = (
             f"the scan hardly resembles the atlas, by a linear fit (resemblance {found.resemblance:.2f}; usually "
             f"{found.least_resemblance} or more): it seems to show another part of the body, or another modality; "

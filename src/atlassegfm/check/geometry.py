@@ -135,10 +135,8 @@ def _pair_findings(pair: PairReport, first: FileReport, second: FileReport, *, r
                 "find out which header is right, and copy its geometry to the other file",
             )
         else:
-            yield note(
-                "a scan and a label map on different grids: refused as an atlas, fine for different patients",
-                "if the labels belong to this scan, resample them to it with nearest neighbour",
-            )
+            text = "a scan and a label map on different grids: refused as an atlas, fine for different patients"
+            yield note(text, "if the labels belong to this scan, resample them to it with nearest neighbour")
     if max(overlap) == 0:
         yield note(
             f"no common field of view in scanner coordinates (centres {pair.centres_mm:.0f} mm apart): usual for "

@@ -104,24 +104,14 @@ def _structure_findings(reports: Sequence[LabelReport], cut: Sequence[str]) -> I
     islands = [f"{one.name} ({one.stray})" for one in reports if one.stray]
     several = [f"{one.name} ({one.parts - one.stray})" for one in reports if one.parts - one.stray > 1]
     if tiny:
-        yield warning(
-            f"fewer than {_FEW_VOXELS} voxels: {list_items(tiny)}; half a voxel of misregistration loses them",
-            "annotate them on a finer scan, or remove stray clicks",
-        )
+        text = f"fewer than {_FEW_VOXELS} voxels: {list_items(tiny)}; half a voxel of misregistration loses them"
+        yield warning(text, "annotate them on a finer scan, or remove stray clicks")
     if cut:
-        yield warning(
-            f"cut off by the border of the field of view: {list_items(cut)}; as an atlas, this scan can only find "
-            "the part it shows",
-            "take an atlas that shows them whole, where there is one",
-        )
+        text = f"cut off by the border of the field of view: {list_items(cut)}; an atlas only finds the part it shows"
+        yield warning(text, "take an atlas that shows them whole, where there is one")
     if islands:
-        yield note(
-            f"stray islands of less than {_STRAY_FRACTION:.0%} of their structure: {list_items(islands)}; they are "
-            "carried over to the results",
-            "remove them if they are not meant",
-        )
+        text = f"stray islands of less than {_STRAY_FRACTION:.0%} of their structure: {list_items(islands)}"
+        yield note(f"{text}; they are carried over to the results", "remove them if they are not meant")
     if several:
-        yield note(
-            f"several large parts: {list_items(several)}; a click or a box prompts the model for the largest only",
-            "give left and right values of their own, or use mask prompts",
-        )
+        text = f"several large parts: {list_items(several)}; a click or a box prompts the model for the largest only"
+        yield note(text, "give left and right values of their own, or use mask prompts")

@@ -290,8 +290,11 @@ def label_positions(labels: NDArray[Any], values: Sequence[int]) -> NDArray[Any]
         table[list(values)] = np.arange(1, len(values) + 1)
         return np.asarray(table[labels])
     known, ranks = np.array([*sorted(values), largest + 1]), np.array([*(np.argsort(values) + 1), 0], kind)
-    place = np.searchsorted(known, labels)
-    return np.where(known[place] == labels, ranks[place], kind.type(0))
+    found = np.zeros_like(labels, kind)
+    for slab, out in zip(labels, found, strict=True):  # bounds the memory of 64-bit places
+        place = np.searchsorted(known, slab)
+        np.copyto(out, ranks[place], where=known[place] == slab)
+    return found
 
 
 def label_boxes(values: Sequence[int], *maps: NDArray[Any]) -> dict[int, tuple[slice, slice, slice]]:

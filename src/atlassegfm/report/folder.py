@@ -82,10 +82,7 @@ class ResultFolder:
 
 
 def read_folder(path: str | os.PathLike[str]) -> ResultFolder:
-    """Read a folder that holds a result folder for each case; a case that cannot be read is a failure.
-
-    An :class:`.InputError` if it is not a folder, or holds no result.
-    """
+    """Read a folder of results, :class:`.InputError` if it holds none; a case that cannot be read is a failure."""
     path = Path(path)
     if not path.is_dir():
         there = "a file" if path.exists() else "nothing"

@@ -89,10 +89,7 @@ class Window:
 def structure_panels(
     mask: NDArray[np.bool_], offset: Sequence[int], shape: Sequence[int], spacing_mm: _Floats
 ) -> list[Panel]:
-    """Choose three slices through a structure, each where its area is largest.
-
-    ``mask`` is the structure, not empty, in its bounding box that begins at voxel ``offset`` of a scan of some shape.
-    """
+    """Choose three slices of largest area through a structure, a mask on its box from voxel ``offset`` of a scan on."""
     size_mm = np.array(mask.shape) * spacing_mm
     margin_mm = np.maximum(max(_STRUCTURE_MARGIN * size_mm.max(), _MARGIN_MM), (_STRUCTURE_VIEW_MM - size_mm) / 2)
     areas = [mask.sum(axis=(view.right, view.down))[:, None] for view in VIEWS]

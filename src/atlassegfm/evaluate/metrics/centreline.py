@@ -80,10 +80,7 @@ def cell_size_mm(shape: tuple[int, ...], spacing_mm: Spacing) -> tuple[float | N
 
 
 def make_cells(inside: Mask, first: tuple[int, ...], spacing_mm: Spacing, cell_mm: float | None) -> Cells:
-    """Resample a mask, a crop from voxel ``first`` of the image on, to cells of the size from :func:`cell_size_mm`.
-
-    Cell 0 of the image is centred on voxel 0, whatever the crop.
-    """
+    """Resample a crop from voxel ``first`` of the image on to cells of some size; cell 0 is centred on voxel 0."""
     if cell_mm is None or not inside.size:
         return Cells(inside, first)
     starts = []

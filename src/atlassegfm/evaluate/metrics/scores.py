@@ -42,10 +42,7 @@ class StructureScores:
 
 
 def compare(result: Shape, reference: Shape, *, tolerance_mm: float, centreline: bool = False) -> StructureScores:
-    """Score one structure, by clDice only with ``centreline``.
-
-    A ValueError if the shapes are not on one grid or the tolerance is not a finite number of at least 0.
-    """
+    """Score one structure on one grid (else a ValueError), with a tolerance from 0; by clDice with ``centreline``."""
     grids = [f"{one.grid_shape} voxels of {one.spacing_mm} mm" for one in (result, reference)]
     if grids[0] != grids[1]:
         raise ValueError(f"shapes on {grids[0]} and on {grids[1]} are not on one grid")

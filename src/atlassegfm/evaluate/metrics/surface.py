@@ -2,11 +2,11 @@
 
 The surface is that of google-deepmind/surface-distance, the reference for the normalized surface Dice (arXiv
 1809.04430): surface elements ("surfels") sit on corners of voxels whose 2 x 2 x 2 neighbours are neither all inside
-nor all outside; beyond the image is outside. The area of a surfel is that of the marching-cubes triangles between those
-eight voxels.
+nor all outside; beyond the image is outside; corner n lies before voxel n. The area of a surfel is that of the
+marching-cubes triangles between those eight voxels.
 
-Distances go from point to nearest point. Near a surface, a k-d tree is faster than a distance transform and needs less
-memory; far from it, where very many points are about equally far, the transform takes over.
+Distances go from point to nearest point, by a k-d tree near a surface; far from it, where very many points are about
+equally far, by a distance transform.
 """
 
 from __future__ import annotations
@@ -89,10 +89,7 @@ def _nearest(
 
 
 def surfels(inside: Mask, first: tuple[int, ...], spacing_mm: Spacing) -> tuple[Points, NDArray[np.float64]]:
-    """Compute the surface elements of a mask, and the area of each, (N,), in mm²; corner n lies before voxel n.
-
-    ``inside``, (I, J, K), is a crop from voxel ``first`` of the image on that holds the whole mask.
-    """
+    """Compute the surface elements of a mask, cropped from voxel ``first`` of the image on, and their areas, mm²."""
     # Bit 4 di + 2 dj + dk of a corner's code is its voxel (di, dj, dk), gathered one axis after another.
     code = np.pad(inside, 1).view(np.uint8)
     code = code[:, :, :-1] | (code[:, :, 1:] << np.uint8(1))

@@ -78,10 +78,7 @@ def uniform(tolerance_mm: float) -> Tolerances:
 
 
 def load_tolerances(name_or_file: str) -> Tolerances:
-    """Read tolerances from one of :data:`PRESETS`, or a TOML file as in this module's docstring ("./flare22").
-
-    An :class:`.InputError` if there is neither such a preset nor such a file, or the file has another form.
-    """
+    """Read one of :data:`PRESETS`, or a TOML file of this module's form ("./flare22"); else an :class:`.InputError`."""
     is_preset = name_or_file in PRESETS
     path = Path(__file__).with_name(PRESETS[name_or_file]) if is_preset else Path(name_or_file)
     origin = f"preset {name_or_file}" if is_preset else name_or_file
