@@ -1,7 +1,6 @@
-"""Fit of a scan to an atlas: is it alike at all, mirrored or not, inverted or not, and which structures it shows whole.
+"""Linear fit of a scan to an atlas: resemblance, mirrored sides, inverted contrast and structures in view.
 
-The linear stages of the registration are run twice, on the scan and on its left-right mirror image. Bodies are not
-symmetric, so that one of them fits better.
+The linear stages are run on the scan and on its mirror image: bodies are not symmetric, so that one fits better.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class AtlasFit:
 
     @property
     def resemblance(self) -> float:
-        """How alike scan and atlas are after the fit; the correlation's sign is that of the contrast."""
+        """Similarity of scan and atlas after the fit; the correlation's sign is that of the contrast."""
         return self.confidence + _CORRELATION_WEIGHT * (0 if math.isnan(self.correlation) else abs(self.correlation))
 
     @property
