@@ -228,7 +228,7 @@ class TestIntensities:
         data = scan_data().astype(np.float32)
         data[0, 0, :3] = (np.nan, np.inf, -np.inf)
         report = only(nifti(tmp_path / "a.nii", data))
-        assert finding(report, "3 of 16800 voxels are NaN or infinite").severity == "warning"
+        assert finding(report, "3 of 16800 voxels are NaN, infinite").severity == "warning"
         assert report.kind == "scan"
         assert np.isfinite(report.value_range).all()
 

@@ -23,7 +23,7 @@ from atlassegfm.evaluate import EvaluationOptions, evaluate
 from atlassegfm.evaluate.metrics import StructureScores
 from atlassegfm.evaluate.pairing import FilePair, find_pairs
 from atlassegfm.evaluate.scores import CaseScore, score_volumes
-from atlassegfm.evaluate.summary import SMALL_ML, score_row, summarise, summarise_cases, write_scores
+from atlassegfm.evaluate.summary import SMALL_ML, summarise, summarise_cases, write_scores
 from atlassegfm.evaluate.tolerances import Tolerances, load_tolerances, uniform
 from conftest import ORIENTATIONS, SHEARED
 from scenes import straight_grid
@@ -854,7 +854,7 @@ def test_scores_are_written_as_a_table(tmp_path: Path) -> None:
 
 def test_rows_of_scores_come_back_from_the_table(tmp_path: Path) -> None:
     scores = made("ok", 0.25, cldice=0.5, cldice_note="resampled to 1 mm; result: lost")
-    write_scores(tmp_path / "scores.csv", [{"case": "a"} | score_row(scores), {"case": "b"} | score_row(made_empty())])
+    write_scores(tmp_path / "scores.csv", [{"case": "a"} | vars(scores), {"case": "b"} | vars(made_empty())])
     with (tmp_path / "scores.csv").open(newline="", encoding="utf-8") as file:
         first, second = csv.DictReader(file)
     assert list(first) == ["case", *asdict(scores)]

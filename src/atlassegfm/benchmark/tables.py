@@ -22,7 +22,7 @@ from ..core.errors import InputError
 from ..core.files import atomic_path
 from ..core.labels import listed
 from ..evaluate.statistics import LEVEL, Interval, Spread, macro_mean, paired_bootstrap, spread
-from ..evaluate.summary import SMALL_ML, Summary, plain_row, score_row, summarise, write_scores
+from ..evaluate.summary import SMALL_ML, Summary, plain_row, summarise, write_scores
 from .plan import PLAN, Plan
 from .protocols import Pair
 from .records import PairRecord, Row
@@ -159,7 +159,7 @@ def _keys(record: PairRecord) -> dict[str, str]:
 
 def _score_rows(records: Sequence[PairRecord]) -> list[dict[str, Any]]:
     return [
-        {**_keys(record), "method": row.method, "value": row.value, "structure": row.structure, **score_row(row.scores)}
+        {**_keys(record), "method": row.method, "value": row.value, "structure": row.structure, **vars(row.scores)}
         for record in records
         for row in record.rows
     ] + [{**_keys(record), "status": "not_scored"} for record in records if not record.rows]

@@ -20,10 +20,7 @@ LEAST_CORRELATION = -0.3
 
 
 def compare_with_atlas(volume: Volume, atlas: Atlas, name: str) -> tuple[AtlasReport | None, list[Finding]]:
-    """Compare a scan with an atlas: sides, contrast and structures in view; no report where they cannot be fitted.
-
-    Where the scan hardly resembles the atlas, nothing else is believed.
-    """
+    """Compare sides, contrast and structures in view of a scan and an atlas; no report where they cannot be fitted."""
     findings = inversion_findings(volume)
     try:
         found = mirror.fit_to_atlas(volume, atlas, name=name)
@@ -37,18 +34,14 @@ def compare_with_atlas(volume: Volume, atlas: Atlas, name: str) -> tuple[AtlasRe
         None if math.isnan(found.correlation) else round(found.correlation, 3),
         {structure: round(100 * (1 - fraction), 1) for structure, fraction in outside},
     )
-    if not found.resembles:
-        return report, [*findings, _foreign_finding(found)]
+    if not found.resembles:  # nothing else is believed
+        text = (
+            f"the scan hardly resembles the atlas, by a linear fit (resemblance {found.resemblance:.2f}; usually "
+            f"{found.least_resemblance} or more): it seems to show another part of the body, or another modality; "
+            "sides, contrast and field of view were not compared"
+        )
+        return report, [*findings, warning(text, "check that both show the same part of the body")]
     return report, [*findings, *_fit_findings(found, inverted=bool(findings)), *_view_findings(outside)]
-
-
-def _foreign_finding(found: mirror.AtlasFit) -> Finding:
-    return warning(
-        f"the scan hardly resembles the atlas, by a linear fit (resemblance {found.resemblance:.2f}; usually "
-        f"{found.least_resemblance} or more): it seems to show another part of the body, or another "
-        "modality; sides, contrast and field of view were not compared",
-        "check that both show the same part of the body",
-    )
 
 
 def _fit_findings(found: mirror.AtlasFit, *, inverted: bool) -> Iterator[Finding]:
@@ -71,18 +64,13 @@ def _fit_findings(found: mirror.AtlasFit, *, inverted: bool) -> Iterator[Finding
 def _view_findings(outside: Sequence[tuple[str, float]]) -> Iterator[Finding]:
     """Findings on structures out of view, from the name and the fraction out of view of each."""
     gone = [name for name, fraction in outside if fraction >= OUTSIDE_FRACTION]
-    cut = [
-        f"{name} ({100 * (1 - part):.0f} % in view)"
-        for name, part in outside
-        if CUT_FRACTION <= part < OUTSIDE_FRACTION
-    ]
+    partly = [(name, 100 * (1 - part)) for name, part in outside if CUT_FRACTION <= part < OUTSIDE_FRACTION]
     text = f"outside the field of view, by a linear fit: {list_items(gone)}"
     if len(gone) == len(outside):
         yield warning(f"{text}; nothing of the atlas would be found", "check that it is the same part of the body")
     elif gone:
         yield note(f"{text}; they will be missing from the result", "take a scan that shows them, if needed")
-    if cut:
-        yield note(
-            f"cut by the border of the field of view, by a linear fit: {list_items(cut)}; only that part can be "
-            "found, and volumes are too small",
-        )
+    if partly:
+        cut = list_items([f"{name} ({percent:.0f} % in view)" for name, percent in partly])
+        text = f"cut by the border of the field of view, by a linear fit: {cut}"
+        yield note(f"{text}; only that part can be found, and volumes are too small")

@@ -28,22 +28,13 @@ def check_files(
     *,
     on_stage: Callable[[str], None] | None = None,
 ) -> Check:
-    """Check files one by one, scans against an atlas, and all in pairs.
+    """Check scans, label maps, folders of DICOM series, RTSTRUCT and DICOM-SEG files one by one, and in pairs.
 
-    Parameters
-    ----------
-    paths : iterable of path
-        Scans and label maps, folders of DICOM series, RTSTRUCT and DICOM-SEG files. What cannot be read becomes a
-        finding. Structures are checked on the series among the paths that they belong to.
-    series : str, optional
-        Which series of DICOM folders, as :func:`~atlassegfm.dicom.load_series` takes it.
-    atlas : Atlas, optional
-        Each scan is fitted to it, which takes some seconds.
-    on_stage : callable, optional
-        Called with what is being done, as "fitting FILE to the atlas".
+    What cannot be read becomes a finding; structures are checked on the series among the paths that they belong to.
+    ``series`` chooses of DICOM folders as in :func:`~atlassegfm.dicom.load_series`. Each scan is fitted to ``atlas``,
+    which takes some seconds. ``on_stage`` is called with what is being done, as "fitting FILE to the atlas".
     """
-    files = [Path(path) for path in paths]
-    scans: list[Series] = []
+    files, scans = [Path(path) for path in paths], list[Series]()
     found: dict[int, tuple[FileReport, Grid | None]] = {}
     # Scans first, as structures need them.
     for position in sorted(range(len(files)), key=lambda n: is_dicom_input(files[n]) and not files[n].is_dir()):
@@ -93,9 +84,8 @@ def _examine(
     labels: tuple[LabelReport, ...] = ()
     percentiles: tuple[float, ...] = ()
     against: AtlasReport | None = None
-    if value_range:
-        sample = values.ravel()[:: max(1, values.size // SAMPLED_VOXELS)]
-        percentiles = tuple(float(p) for p in np.percentile(sample, PERCENTS)) if kind == "scan" else ()
+    if value_range and kind == "scan":
+        percentiles = tuple(np.percentile(values.ravel()[:: max(1, values.size // SAMPLED_VOXELS)], PERCENTS).tolist())
     try:
         checked = (checked_labels if kind == "labels" else checked_image)(volume, name)
     except InputError as refusal:

@@ -15,11 +15,9 @@ from .findings import FileReport, Finding, PairReport, note, sort_findings, warn
 
 #: Least ratio of slice distance and in-plane spacing to warn of: T2 abdomens of CHAOS have 6, thin-slice CT below 4.
 _ANISOTROPIC = 4.0
-#: Axes are called sheared from this angle off a right one, in degrees: half a millimetre over a field of view of
-#: 300 mm; rounded headers reach 0.01.
-_SHEARED_DEG = 0.1
-#: Axes are called oblique from this angle on, in degrees: below it, rounding.
-_OBLIQUE_DEG = 0.1
+#: Degrees from which axes are called sheared, off a right angle (0.5 mm over 300 mm; rounded headers reach 0.01), and
+#: oblique.
+_SHEARED_DEG, _OBLIQUE_DEG = 0.1, 0.1
 #: Least and greatest field of view of people, in mm: inner ear, and whole body (2 m).
 _FIELD_OF_VIEW_MM = (15.0, 2500.0)
 #: Voxels along two axes from which on a spacing of exactly 1 x 1 x 1 mm has probably been lost: scanners' bores are
@@ -58,14 +56,13 @@ def grid_findings(grid: Grid) -> Iterator[Finding]:
     spacing = np.sort(grid.spacing_mm)
     extent_mm = np.array(grid.shape) * grid.spacing_mm
     size = " x ".join(f"{mm:.4g}" for mm in extent_mm)
-    smallest, largest = _FIELD_OF_VIEW_MM
-    if not EXTENT_MM[0] <= extent_mm.max() <= EXTENT_MM[1]:
+    longest, (smallest, largest) = extent_mm.max(), _FIELD_OF_VIEW_MM
+    if not EXTENT_MM[0] <= longest <= EXTENT_MM[1]:
         pass  # refused by the reader, which says so
-    elif not smallest <= extent_mm.max() <= largest:
-        if extent_mm.max() < smallest:
+    elif not smallest <= longest <= largest:
+        suspicion = "too large for a person: is the spacing in micrometres?"
+        if longest < smallest:
             suspicion = "too small for a part of a person: is the spacing in metres or centimetres?"
-        else:
-            suspicion = "too large for a person: is the spacing in micrometres?"
         yield warning(
             f"the field of view is {size} mm, {suspicion} All distances in mm (smoothing, margins, error sizes) "
             "would be wrong",
@@ -95,7 +92,7 @@ def grid_findings(grid: Grid) -> Iterator[Finding]:
     if oblique > _OBLIQUE_DEG:
         yield note(
             f"the slices are turned by {oblique:.1f} degrees against the patient's axes: handled here; programs "
-            "that ignore the rotation show the result beside the anatomy",
+            "that ignore the rotation show the result beside the anatomy"
         )
 
 
@@ -118,17 +115,17 @@ def compare_grids(first: FileReport, one: Grid, second: FileReport, other: Grid)
     overlap = (_overlap_percent(one, other), _overlap_percent(other, one))
     centres_mm = float(np.linalg.norm(one.centre_mm - other.centre_mm))
     pair = PairReport(first.name, second.name, one.matches(other), distance_mm, centres_mm, overlap, ())
-    reordered = one.axes_relative_to(other) is not None
-    return replace(pair, findings=sort_findings([*_pair_findings(pair, first, second, reordered)]))
+    findings = _pair_findings(pair, first, second, reordered=one.axes_relative_to(other) is not None)
+    return replace(pair, findings=sort_findings([*findings]))
 
 
-def _pair_findings(pair: PairReport, first: FileReport, second: FileReport, reordered: bool) -> Iterator[Finding]:
+def _pair_findings(pair: PairReport, first: FileReport, second: FileReport, *, reordered: bool) -> Iterator[Finding]:
     """Findings on two grids; ``reordered``: they have the same voxels in some array order."""
     distance_mm, overlap = pair.distance_mm, pair.overlap_percent
     if not pair.same_grid and reordered:
         yield note(
             f"the same voxels in another order ({first.axes} and {second.axes}): handled here; programs that pair "
-            "arrays by index mix them up",
+            "arrays by index mix them up"
         )
     elif not pair.same_grid and (first.kind == "labels") != (second.kind == "labels"):
         if distance_mm is not None and (min(overlap) >= _SAME_VIEW_PERCENT or _same_case(pair.first, pair.second)):
@@ -138,14 +135,12 @@ def _pair_findings(pair: PairReport, first: FileReport, second: FileReport, reor
                 "find out which header is right, and copy its geometry to the other file",
             )
         else:
-            yield note(
-                "a scan and a label map on different grids: refused as an atlas, fine for different patients",
-                "if the labels belong to this scan, resample them to it with nearest neighbour",
-            )
+            text = "a scan and a label map on different grids: refused as an atlas, fine for different patients"
+            yield note(text, "if the labels belong to this scan, resample them to it with nearest neighbour")
     if max(overlap) == 0:
         yield note(
             f"no common field of view in scanner coordinates (centres {pair.centres_mm:.0f} mm apart): usual for "
-            "different patients, and the search of the registration copes; not if its rigid stage is switched off",
+            "different patients, and the search of the registration copes; not if its rigid stage is switched off"
         )
 
 

@@ -48,12 +48,9 @@ def intensity_findings(
 
 def inversion_findings(volume: Volume) -> list[Finding]:
     """Find inverted contrast, as far as the scan alone shows it."""
-    if not is_inverted(volume):
-        return []
-    return [
-        warning(
-            "what surrounds the body is the brightest there is: the intensities seem to be inverted (DICOM "
-            "MONOCHROME1, or a negative); air would be taken for the body, by the registration and by the models",
-            "turn them round (largest value minus each) and write the scan again",
-        )
-    ]
+    found = warning(
+        "what surrounds the body is the brightest there is: the intensities seem to be inverted (DICOM MONOCHROME1, or "
+        "a negative); air would be taken for the body, by the registration and by the models",
+        "turn them round (largest value minus each) and write the scan again",
+    )
+    return [found] if is_inverted(volume) else []

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from ..core.errors import InputError
-from ..core.image import WHOLE_WITHIN, Volume
+from ..core.image import WHOLE_WITHIN, Volume, label_boxes, label_values
 from ..core.labels import LabelTable, dataset_json_of, read_names_file, structures_of
 from .findings import Finding, LabelReport, list_items, note, warning
 
@@ -32,10 +32,9 @@ _FEW_VOXELS = 20
 def looks_like_labels(volume: Volume, value_range: tuple[float, ...]) -> bool:
     """Decide whether values are names rather than amounts, by header, number and neighbours."""
     source, data = volume.source, volume.data
-    if source is not None:
-        header = source.nifti_header
-        if source.label_table or (header is not None and int(header["intent_code"]) == 1002):
-            return True
+    header = None if source is None else source.nifti_header
+    if (source and source.label_table) or (header is not None and int(header["intent_code"]) == 1002):
+        return True
     if not value_range or value_range[0] < 0 or value_range[0] == value_range[1]:
         return False
     if data.dtype.kind not in "iub":
@@ -63,7 +62,8 @@ def label_reports(volume: Volume, path: Path) -> tuple[tuple[LabelReport, ...], 
     """Describe the structures of a label map, and find what is odd about it."""
     data, grid = volume.data, volume.grid
     findings: list[Finding] = []
-    values, numbers = _numbered(data)
+    values = label_values(data)
+    boxes = label_boxes(values, data)
     tables = [volume.source.label_table] if volume.source else []
     dataset = dataset_json_of(path)
     if dataset is not None:
@@ -72,11 +72,11 @@ def label_reports(volume: Volume, path: Path) -> tuple[tuple[LabelReport, ...], 
         except InputError as refusal:
             reason = str(refusal).replace(str(dataset), dataset.name)
             findings.append(warning(f"the names of the labels are not readable ({reason})"))
-    findings += _name_findings(values.tolist(), tables)
-    structures = structures_of(values.tolist(), tables)
+    findings += _name_findings(values, tables)
     reports, cut = [], []
-    for number, (structure, box) in enumerate(zip(structures, ndimage.find_objects(numbers), strict=True), start=1):
-        components, parts = ndimage.label(numbers[box] == number, structure=np.ones((3, 3, 3)))
+    for structure in structures_of(values, tables):
+        box = boxes[structure.value]
+        components, parts = ndimage.label(data[box] == structure.value, structure=np.ones((3, 3, 3)))
         sizes = np.bincount(components.ravel())[1:]
         voxels = int(sizes.sum())
         stray = int(np.count_nonzero(sizes < _STRAY_FRACTION * voxels))
@@ -95,8 +95,7 @@ def _name_findings(values: Sequence[int], tables: Sequence[LabelTable]) -> Itera
             "add them to the names, or remove them from the label map",
         )
     elif unnamed:
-        text = "neither the header nor a dataset.json names the labels"
-        yield note(text, "give a names file with --names")
+        yield note("neither the header nor a dataset.json names the labels", "give a names file with --names")
 
 
 def _structure_findings(reports: Sequence[LabelReport], cut: Sequence[str]) -> Iterator[Finding]:
@@ -105,39 +104,14 @@ def _structure_findings(reports: Sequence[LabelReport], cut: Sequence[str]) -> I
     islands = [f"{one.name} ({one.stray})" for one in reports if one.stray]
     several = [f"{one.name} ({one.parts - one.stray})" for one in reports if one.parts - one.stray > 1]
     if tiny:
-        yield warning(
-            f"fewer than {_FEW_VOXELS} voxels: {list_items(tiny)}; half a voxel of misregistration loses them",
-            "annotate them on a finer scan, or remove stray clicks",
-        )
+        text = f"fewer than {_FEW_VOXELS} voxels: {list_items(tiny)}; half a voxel of misregistration loses them"
+        yield warning(text, "annotate them on a finer scan, or remove stray clicks")
     if cut:
-        yield warning(
-            f"cut off by the border of the field of view: {list_items(cut)}; as an atlas, this scan can only find "
-            "the part it shows",
-            "take an atlas that shows them whole, where there is one",
-        )
+        text = f"cut off by the border of the field of view: {list_items(cut)}; an atlas only finds the part it shows"
+        yield warning(text, "take an atlas that shows them whole, where there is one")
     if islands:
-        yield note(
-            f"stray islands of less than {_STRAY_FRACTION:.0%} of their structure: {list_items(islands)}; they are "
-            "carried over to the results",
-            "remove them if they are not meant",
-        )
+        text = f"stray islands of less than {_STRAY_FRACTION:.0%} of their structure: {list_items(islands)}"
+        yield note(f"{text}; they are carried over to the results", "remove them if they are not meant")
     if several:
-        yield note(
-            f"several large parts: {list_items(several)}; a click or a box prompts the model for the largest only",
-            "give left and right values of their own, or use mask prompts",
-        )
-
-
-def _numbered(data: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Label values above 0 in ascending order, (N,), and the map of their positions from 1, (I, J, K).
-
-    Slice by slice, because sorting a whole large scan takes minutes; values of 32 bits need no table of that size.
-    """
-    slices = range(data.shape[2])
-    found = np.unique(np.concatenate([np.unique(data[:, :, k]) for k in slices]).astype(np.int64))
-    values = found[found > 0]
-    numbers = np.zeros(data.shape, np.int32)
-    for k in slices:
-        one = data[:, :, k]
-        numbers[:, :, k] = np.where(one > 0, np.searchsorted(values, one) + 1, 0)
-    return values, numbers
+        text = f"several large parts: {list_items(several)}; a click or a box prompts the model for the largest only"
+        yield note(text, "give left and right values of their own, or use mask prompts")

@@ -92,13 +92,7 @@ class Suggestion:
 
 
 def scans_in(folder: Path) -> list[Path]:
-    """List the image files of a folder, by name.
-
-    Raises
-    ------
-    InputError
-        If it is no folder or has fewer than three images.
-    """
+    """List the image files of a folder, by name; :class:`.InputError` if it is no folder or has fewer than three."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a folder of scans")
     found = sorted(path for path in folder.iterdir() if image_suffix(path) and not path.name.startswith("."))
@@ -119,25 +113,11 @@ def suggest(
     device: str = "cpu",
     on_pair: Callable[[int, int], None] | None = None,
 ) -> Suggestion:
-    """Rank scans by how well each would reach all others as an atlas.
+    """Rank scans of one kind, without labels, by how well each would reach all others as an atlas.
 
-    Parameters
-    ----------
-    files : sequence of Path
-        Scans of one kind; no labels.
-    settings : RegistrationSettings, optional
-        Of the linear stages; defaults if left out.
-    landmarks, finalists : int
-        Number of others, drawn by ``seed``, that each of more than :data:`ALL_PAIRS` scans is compared with, and number
-        of the best that are then compared with all.
-    device : {"cpu", "cuda"}
-    on_pair : callable, optional
-        Called with number and count of each pair as it begins.
-
-    Raises
-    ------
-    InputError
-        If fewer than three of the files can be used.
+    Each of more than :data:`ALL_PAIRS` scans is compared with ``landmarks`` others, drawn by ``seed``; the best
+    ``finalists`` are then compared with all. ``settings`` are those of the linear stages; ``on_pair`` is called with
+    number and count of each pair as it begins. An :class:`.InputError` if fewer than three files can be used.
     """
     settings = settings or RegistrationSettings()
     start = time.perf_counter()
@@ -182,11 +162,9 @@ def suggest(
     candidates = []
     # Those compared with all come first: the scores of the others are estimates.
     for n in sorted(range(count), key=lambda n: (n not in final, -scores[n], names[n])):
-        far = int(np.nanargmin(similarity[n]))
-        compared = int(np.isfinite(similarity[n]).sum())
-        candidates.append(
-            Candidate(names[n], paths[n], float(scores[n]), float(similarity[n, far]), names[far], compared)
-        )
+        far, compared = int(np.nanargmin(similarity[n])), int(np.isfinite(similarity[n]).sum())
+        lowest = float(similarity[n, far])
+        candidates.append(Candidate(names[n], paths[n], float(scores[n]), lowest, names[far], compared))
     positions, seconds = _positions(similarity, drawn), time.perf_counter() - start
     return Suggestion(tuple(candidates), tuple(names), similarity, positions, tuple(failures), done, seconds)
 

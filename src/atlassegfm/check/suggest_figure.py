@@ -40,11 +40,11 @@ def draw_suggestion(suggestion: Suggestion, path: Path) -> None:
     from matplotlib.figure import Figure
 
     best, others = suggestion.candidates[0], len(suggestion.names) - 1
+    little = "" if suggestion.differs else "The scans differ little: others would do as well. "
     text = (
         f"Similarity to the other {others} scans after a coarse linear registration: mean {best.score:.3f}, lowest "
-        f"{best.lowest:.3f} ({_short(best.furthest, 22)}). "
-        + ("" if suggestion.differs else "The scans differ little: others would do as well. ")
-        + f"{suggestion.pairs} pairs in {suggestion.seconds:.0f} s."
+        f"{best.lowest:.3f} ({_short(best.furthest, 22)}). {little}"
+        f"{suggestion.pairs} pairs in {suggestion.seconds:.0f} s."
     )
     with rc_context(_STYLE), atomic_path(path) as temporary:
         figure = Figure(figsize=(16, 10.4), dpi=100, facecolor="white")

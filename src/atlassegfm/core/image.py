@@ -246,10 +246,11 @@ def checked_labels(volume: Volume, name: PathLike, *, allow_empty: bool = False)
 
 def label_values(labels: NDArray[Any]) -> list[int]:
     """Label values present, ascending, without 0."""
+    planes = np.moveaxis(labels, int(np.argmax(labels.strides)), 0)
     if int(labels.max()) > _LARGEST_COUNTED:
-        return [int(value) for value in np.unique(labels) if value]
+        return sorted({value for plane in planes for value in np.unique(plane).tolist()} - {0})
     counts = np.zeros(int(labels.max()) + 1, np.int64)
-    for plane in labels:
+    for plane in planes:
         found = np.bincount(plane.ravel())
         counts[: len(found)] += found
     return [int(value) for value in np.flatnonzero(counts) if value]
@@ -266,14 +267,17 @@ def smallest_label_type(largest: int) -> np.dtype[Any]:
 def label_positions(labels: NDArray[Any], values: Sequence[int]) -> NDArray[Any]:
     """Replace label values by their position in ``values`` from 1, all others by 0."""
     kind = smallest_label_type(len(values))
-    largest = max([int(labels.max(initial=0)), *values], default=0)
-    if largest < 1 << 16:  # a table is several times faster
+    least, largest = min([int(labels.min(initial=0)), *values]), max([int(labels.max(initial=0)), *values])
+    if least >= 0 and largest < 1 << 16:  # a table is several times faster
         table = np.zeros(largest + 1, kind)
         table[list(values)] = np.arange(1, len(values) + 1)
         return np.asarray(table[labels])
     known, ranks = np.array([*sorted(values), largest + 1]), np.array([*(np.argsort(values) + 1), 0], kind)
-    place = np.searchsorted(known, labels)
-    return np.where(known[place] == labels, ranks[place], kind.type(0))
+    found = np.zeros_like(labels, kind)
+    for slab, out in zip(labels, found, strict=True):  # bounds the memory of 64-bit places
+        place = np.searchsorted(known, slab)
+        np.copyto(out, ranks[place], where=known[place] == slab)
+    return found
 
 
 def label_boxes(values: Sequence[int], *maps: NDArray[Any]) -> dict[int, tuple[slice, slice, slice]]:
@@ -282,11 +286,13 @@ def label_boxes(values: Sequence[int], *maps: NDArray[Any]) -> dict[int, tuple[s
 
     found: dict[int, tuple[slice, slice, slice]] = {}
     for labels in maps:
+        positions = label_positions(labels, values)
         # find_objects is fast with the axis that lies closest in memory last.
-        boxes = ndimage.find_objects(label_positions(labels, values).transpose(2, 1, 0))
+        turn = -1 if positions.flags.f_contiguous else 1
+        boxes = ndimage.find_objects(positions.transpose((0, 1, 2)[::turn]))
         for value, box in zip(values, boxes, strict=False):
             if box is not None:
-                sides = zip(box[::-1], found.get(value, box[::-1]), strict=True)
+                sides = zip(box[::turn], found.get(value, box[::turn]), strict=True)
                 i, j, k = (slice(min(a.start, b.start), max(a.stop, b.stop)) for a, b in sides)
                 found[value] = (i, j, k)
     return found

@@ -14,7 +14,7 @@ from ..core.labels import listed, read_names_file
 from .labelling import DicomInputs, PairReader, find_structures, pick_structures
 from .pairing import find_pairs
 from .scores import CaseScore, score_volumes
-from .summary import CaseSummary, Summary, plain_row, score_row, summarise, summarise_cases, write_scores
+from .summary import CaseSummary, Summary, plain_row, summarise, summarise_cases, write_scores
 from .tolerances import PRESETS, Tolerances, uniform
 
 logger = logging.getLogger(__name__)
@@ -26,23 +26,13 @@ __all__ = ["CaseScore", "DicomInputs", "Evaluation", "EvaluationOptions", "evalu
 class EvaluationOptions:
     """What to score.
 
-    Parameters
-    ----------
-    labels, centreline : sequence of str
-        Label values, names or shell patterns to score, and to score by clDice too; "*" is all that either side has.
-        Without ``labels`` both sides must have the same structures.
-    names : Path, optional
-        File with names of the labels; they come before those of the references' files, those before the results'.
-    partial : bool
-        Whether references without a result are left out with a warning instead of refused.
-    dicom : DicomInputs
-        How to read RTSTRUCT and DICOM-SEG files.
+    Structures are given as label values, names or shell patterns; "*" is all that either side has.
     """
 
-    labels: Sequence[str] = ()
-    centreline: Sequence[str] = ()
-    names: Path | None = None
-    partial: bool = False
+    labels: Sequence[str] = ()  # to score; without, both sides must have the same structures
+    centreline: Sequence[str] = ()  # to score by clDice too
+    names: Path | None = None  # file with names of labels: before those of the references' files, then the results'
+    partial: bool = False  # whether references without a result are left out with a warning instead of refused
     dicom: DicomInputs = field(default_factory=DicomInputs)
 
 
@@ -67,11 +57,13 @@ class Evaluation:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Table of all scores: a row for each structure of each case, and one for each case without scores."""
-        scored = [
-            {"case": one.case, "value": one.value, "structure": one.structure} | score_row(one.scores) | {"reason": ""}
-            for one in self.scores
-        ]
-        return scored + [{"case": case, **_not_scored(reason)} for case, reason in self.failures.items()]
+        keys = [{"case": one.case, "value": one.value, "structure": one.structure} for one in self.scores]
+        scored = [key | vars(one.scores) | {"reason": ""} for key, one in zip(keys, self.scores, strict=True)]
+        return [*scored, *self._not_scored]
+
+    @property
+    def _not_scored(self) -> list[dict[str, Any]]:
+        return [{"case": case, "status": "not_scored", "reason": reason} for case, reason in self.failures.items()]
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
         """Write all scores as CSV."""
@@ -82,8 +74,7 @@ class Evaluation:
         return {
             "tolerances": self.tolerances.origin,
             "summary": self.summary.to_dict(),
-            "cases": [{"status": "ok", **one.to_dict()} for one in self.cases]
-            + [{"case": case, **_not_scored(reason)} for case, reason in self.failures.items()],
+            "cases": [*({"status": "ok", **one.to_dict()} for one in self.cases), *self._not_scored],
             "scores": [plain_row(row) for row in self.rows],
         }
 
@@ -138,7 +129,3 @@ def evaluate(
         scores = score_volumes({"": labels}, truth, names, tolerances, centreline=thin)[""]
         scored += [CaseScore(pair.case, value, names[value], one) for value, one in scores.items()]
     return Evaluation(tuple(scored), tolerances, failures)
-
-
-def _not_scored(reason: str) -> dict[str, str]:
-    return {"status": "not_scored", "reason": reason}

@@ -31,20 +31,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DicomInputs:
-    """How to read RTSTRUCT and DICOM-SEG files.
+    """How to read RTSTRUCT and DICOM-SEG files."""
 
-    Parameters
-    ----------
-    scan, series : optional
-        Scan they lie on: folder of a DICOM series (and which one of it), or image file. Default: the voxels of the
-        other side, if that is an image file.
-    selection : Selection
-        Which structures, and their names.
-    """
-
-    scan: Path | None = None
-    series: str | None = None
-    selection: Selection = EVERYTHING
+    scan: Path | None = None  # image file or series folder they lie on; default: the other side, if an image file
+    series: str | None = None  # which series of the folder
+    selection: Selection = EVERYTHING  # which structures, and their names
 
 
 class PairReader:
@@ -59,13 +50,7 @@ class PairReader:
         self._dataset_names: dict[Path, LabelTable] = {}
 
     def read(self, pair: FilePair) -> tuple[Volume, Volume]:
-        """Read result and reference.
-
-        Raises
-        ------
-        InputError
-            If a file cannot be used, DICOM options are given without such a file, or two such files without a scan.
-        """
+        """Read result and reference; :class:`.InputError` if a file or an option for DICOM files cannot be used."""
         paths = (pair.result, pair.reference)
         foreign = [is_dicom_input(path) for path in paths]
         scan = self._scan if any(foreign) else None
@@ -75,13 +60,9 @@ class PairReader:
                 "--synonyms and --overlap are for; leave them out (--labels says what to score)"
             )
         if all(foreign) and scan is None:
-            raise InputError(
-                f"{pair.result}, {pair.reference}: both are DICOM objects; give the scan they lie on with --scan"
-            )
-        images = [
-            None if is_dicom else load_labels(path, allow_empty=True)
-            for path, is_dicom in zip(paths, foreign, strict=True)
-        ]
+            both = f"{pair.result}, {pair.reference}"
+            raise InputError(f"{both}: both are DICOM objects; give the scan they lie on with --scan")
+        images = [None if foreign[n] else load_labels(path, allow_empty=True) for n, path in enumerate(paths)]
         result, reference = (
             self._read_dicom(path, other if scan is None else scan) if image is None else image
             for path, image, other in zip(paths, images, reversed(images), strict=True)
@@ -130,11 +111,9 @@ class PairReader:
         entries = {}
         for value, entry in sorted(source.label_table.items()):
             name = plain_name(entry.name)
-            wanted = by_name.get(name, self._values.get(name))
-            if wanted is None:
+            if (wanted := by_name.get(name, self._values.get(name))) is None:
                 taken = {*table, *self._values.values()}
-                wanted = value if value not in taken else max(taken) + 1
-                self._values[name] = wanted
+                wanted = self._values[name] = value if value not in taken else max(taken) + 1
             lookup[value] = wanted
             entries[wanted] = entry
         data = lookup.astype(smallest_label_type(int(lookup.max())))[volume.data]
@@ -144,20 +123,11 @@ class PairReader:
 def find_structures(
     pairs: Sequence[FilePair], reader: PairReader, *, strict: bool
 ) -> tuple[dict[int, str], dict[str, str]]:
-    """Name each label value that results or references of the pairs (at least one) have.
+    """Name each label value that results or references of the pairs (at least one) have, among those to be scored.
 
-    Returns
-    -------
-    names : dict of int to str
-        By label value, of the pairs that can be scored.
-    failures : dict of str to str
-        Why a pair cannot be scored, by case: a file cannot be used, or they are on different grids.
-
-    Raises
-    ------
-    InputError
-        If no pair can be scored, all voxels are 0, a name has another value on the other side, or (``strict``) both
-        sides have other structures.
+    The second dict says by case why a pair cannot be scored: unusable files or different grids. An
+    :class:`.InputError` if none can be scored, all voxels are 0, a name has another value on the other side, or
+    (``strict``) both sides have other structures.
     """
     present: tuple[set[int], set[int]] = (set(), set())
     tables: list[LabelTable] = [{}, {}]

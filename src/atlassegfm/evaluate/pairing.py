@@ -32,12 +32,8 @@ def find_pairs(result: Path, reference: Path, *, partial: bool = False) -> list[
 
     Both are files, or folders of files with the same names. Results may be in the folder that ``segment`` wrote, with a
     folder for each query; a result of CASE_0000 belongs to the reference CASE. References without a result are left out
-    with a warning if ``partial``.
-
-    Raises
-    ------
-    InputError
-        If a path does not exist or only one is a folder, a folder has no label map, or a file has no counterpart.
+    with a warning if ``partial``. An :class:`.InputError` if a path does not exist or only one is a folder, a folder
+    has no label map, or a file has no counterpart.
     """
     for path, role in ((result, "results"), (reference, "references")):
         if not path.exists():
@@ -52,10 +48,8 @@ def find_pairs(result: Path, reference: Path, *, partial: bool = False) -> list[
     for stem, path in _label_files(result, nested=True).items():
         case = stem if stem in references else stem.removesuffix(_FIRST_CHANNEL)
         if case not in references:
-            raise InputError(
-                f"{path}: no reference in {reference}; expected {case}.nii.gz or another image suffix: "
-                "add it, or remove the result"
-            )
+            wanted = f"{case}.nii.gz or another image suffix"
+            raise InputError(f"{path}: no reference in {reference}; expected {wanted}: add it, or remove the result")
         if case in results:
             raise InputError(f"{path}: belongs to the reference {case} as does {results[case]}; remove one")
         results[case] = path
@@ -83,11 +77,8 @@ def _label_files(folder: Path, *, nested: bool) -> dict[str, Path]:
         else:
             stem, file = image_stem(path), path
             wanted = image_suffix(path) is not None or path.suffix.lower() == ".dcm"
-        if not wanted:
-            continue
-        if stem in found:
+        if wanted and found.setdefault(stem, file) is not file:
             raise InputError(f"{file}: {found[stem]} has the same name; remove one")
-        found[stem] = file
     if not found:
         also = f", or folders with {RESULT_FILE}" if nested else ""
         raise InputError(f"{folder}: no label map; expected files ending in {', '.join(IMAGE_SUFFIXES)}{also}")

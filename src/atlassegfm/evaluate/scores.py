@@ -38,23 +38,9 @@ def score_volumes(
 ) -> dict[str, dict[int, StructureScores]]:
     """Score label maps of several methods against one reference: by method, then by label value.
 
-    On axes that are not at right angles (tilted gantry) volumes are exact and distances are not: a warning says so.
-
-    Parameters
-    ----------
-    results : mapping of str to Volume
-        By method, on the reference's voxels in any array order.
-    reference : Volume
-    names : mapping of int to str
-        Label values to score, and their names.
-    tolerances : Tolerances
-    centreline : collection of int
-        Label values to score by clDice too.
-
-    Raises
-    ------
-    InputError
-        As of :func:`check_grids`.
+    Results are on the reference's voxels in any array order (:func:`check_grids`). ``names`` are of the label values to
+    score; those in ``centreline`` are scored by clDice too. On axes that are not at right angles (tilted gantry)
+    volumes are exact and distances are not: a warning says so.
     """
     spacing_mm = reference.grid.spacing_mm.tolist()
     voxel_ml = reference.grid.voxel_volume_mm3 / 1000

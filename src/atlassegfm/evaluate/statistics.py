@@ -65,11 +65,7 @@ def macro_mean(table: ArrayLike) -> float:
 
 
 def paired_bootstrap(
-    first: ArrayLike,
-    second: ArrayLike,
-    *clusters: Sequence[Hashable],
-    seed: int = 0,
-    resamples: int = RESAMPLES,
+    first: ArrayLike, second: ArrayLike, *clusters: Sequence[Hashable], seed: int = 0, resamples: int = RESAMPLES
 ) -> Interval:
     """Compare two methods scored on the same cases by the pigeonhole bootstrap.
 
@@ -77,12 +73,8 @@ def paired_bootstrap(
     replacement, independently of each other, and a pair counts as often as its query times as often as its atlas
     (A. B. Owen, Annals of Applied Statistics 1 (2007) 386). With few cases the interval is rather too narrow.
 
-    Parameters
-    ----------
-    first, second : array, (structures, cases)
-        A structure of a case counts where neither score is NaN.
-    *clusters : sequence, (cases,)
-        Query of each case, atlas of each case. What is the same for all cases is not resampled.
+    Scores are (structures, cases); a structure of a case counts where neither score is NaN. ``clusters``, (cases,), are
+    query of each case, atlas of each case; what is the same for all cases is not resampled.
     """
     one, other = (np.asarray(array, np.float64) for array in (first, second))
     if one.ndim != 2 or one.shape != other.shape or any(len(cluster) != one.shape[1] for cluster in clusters):

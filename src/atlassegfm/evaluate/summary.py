@@ -13,24 +13,16 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..core.files import atomic_path
-from .metrics import StructureScores
 from .scores import CaseScore
 from .statistics import Spread, mean_of, spread
 
 #: ml. Structures with a smaller mean volume form a group of their own in reports: single voxels decide their scores.
 SMALL_ML = 1.0
 #: Scores that are averaged, and their value of a perfect result.
-PERFECT: Mapping[str, float] = {
-    "dice": 1.0,
-    "nsd": 1.0,
-    "hd95_mm": 0.0,
-    "assd_mm": 0.0,
-    "hd95_voxel_mm": 0.0,
-    "cldice": 1.0,
-}
+PERFECT: Mapping[str, float] = {"dice": 1, "nsd": 1, "hd95_mm": 0, "assd_mm": 0, "hd95_voxel_mm": 0, "cldice": 1}
 #: Statuses in the order of reports.
 STATUSES = ("ok", "missed", "hallucinated", "both_empty")
 
@@ -101,10 +93,7 @@ class Summary:
 
 def summarise(scored: Sequence[CaseScore]) -> Summary:
     """Average scores over cases, then over structures."""
-    by_value: dict[int, list[CaseScore]] = {}
-    for one in scored:
-        by_value.setdefault(one.value, []).append(one)
-    names = _score_names(scored)
+    names, by_value = _score_names(scored), _grouped(scored, "value")
     structures = tuple(_summary_of(by_value[value], names) for value in sorted(by_value))
     small = tuple(one for one in structures if one.reference_ml < SMALL_ML)
     return Summary(
@@ -120,18 +109,16 @@ def summarise(scored: Sequence[CaseScore]) -> Summary:
 
 def summarise_cases(scored: Sequence[CaseScore]) -> list[CaseSummary]:
     """Average scores over the structures of each case."""
-    by_case: dict[str, list[CaseScore]] = {}
+    names, by_case = _score_names(scored), _grouped(scored, "case")
+    means = {case: {name: mean_of(_numbers(rows, name)) for name in names} for case, rows in by_case.items()}
+    return [CaseSummary(case, means[case], _worst(rows)) for case, rows in by_case.items()]
+
+
+def _grouped(scored: Sequence[CaseScore], key: Literal["case", "value"]) -> dict[Any, list[CaseScore]]:
+    groups: dict[Any, list[CaseScore]] = {}
     for one in scored:
-        by_case.setdefault(one.case, []).append(one)
-    return [
-        CaseSummary(case, {name: mean_of(_numbers(rows, name)) for name in _score_names(scored)}, _worst(rows))
-        for case, rows in by_case.items()
-    ]
-
-
-def score_row(scores: StructureScores) -> dict[str, Any]:
-    """Columns of a table."""
-    return dict(vars(scores))
+        groups.setdefault(getattr(one, key), []).append(one)
+    return groups
 
 
 def write_scores(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

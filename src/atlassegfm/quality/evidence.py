@@ -160,8 +160,7 @@ def _certainty(answer: LocalMap | None) -> float:
 
 def _neighbourhoods(case: Case, numbers: list[int], grid: Grid) -> dict[int, LocalMap]:
     """Weights for the mean dissimilarity around each structure: its warped mask, smoothed."""
-    around = {}
-    margin = round(4 * _AROUND_VOXELS)
+    around, margin = {}, round(4 * _AROUND_VOXELS)
     for n, mask in warp_labels(case.atlas_labels, numbers, grid, case.registration.fixed_to_moving).items():
         i, j, k = np.maximum(np.array(mask.start) - margin, 0).tolist()
         stop = np.minimum(np.array(mask.stop) + margin, grid.shape).tolist()
@@ -170,11 +169,7 @@ def _neighbourhoods(case: Case, numbers: list[int], grid: Grid) -> dict[int, Loc
 
 
 def _brightness(
-    image: Volume,
-    labels: NDArray[Any],
-    number: int,
-    box: tuple[slice, slice, slice],
-    limits: tuple[float, float],
+    image: Volume, labels: NDArray[Any], number: int, box: tuple[slice, ...], limits: tuple[float, float]
 ) -> _Brightness:
     """Brightness of a structure of a label map on the image's grid; ``box`` holds all of it."""
     spacing_mm = image.grid.spacing_mm
@@ -185,8 +180,7 @@ def _brightness(
     step = np.ones(3, int)
     while np.prod(np.ceil((last - first) / step)) > _BOX_VOXELS:
         step[int((spacing_mm * step).argmin())] += 1
-    i, j, k = (slice(int(a), int(b), int(s)) for a, b, s in zip(first, last, step, strict=True))
-    part = (i, j, k)
+    part = tuple(map(slice, first.tolist(), last.tolist(), step.tolist()))
     inside = labels[part] == number
     low, high = limits
     brightness = (image.data[part].astype(np.float32) - low) / (high - low)

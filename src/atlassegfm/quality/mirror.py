@@ -1,7 +1,6 @@
-"""Fit of a scan to an atlas: is it alike at all, mirrored or not, inverted or not, and which structures it shows whole.
+"""Linear fit of a scan to an atlas: resemblance, mirrored sides, inverted contrast and structures in view.
 
-The linear stages of the registration are run twice, on the scan and on its left-right mirror image. Bodies are not
-symmetric, so that one of them fits better.
+The linear stages are run on the scan and on its mirror image: bodies are not symmetric, so that one fits better.
 """
 
 from __future__ import annotations
@@ -31,8 +30,6 @@ _NEAR_END = 0.1
 _FACE_AIR, _FACES = 0.6, 2
 #: Fraction of the scan's middle that air stays below.
 _MIDDLE_AIR = 0.5
-
-
 #: Resemblance is the confidence of the fit plus this times the size of the correlation; scans of other parts of the
 #: body stay below the bound, and below a higher one where the bodies share so little of the field of view that the
 #: search finds a place for anything.
@@ -46,14 +43,13 @@ class AtlasFit:
 
     confidence: float  # of the better fit of scan and mirror image, in [0, 1]
     shared: float  # fraction of the field of view that is body in both
-
     mirrored_gain: float  # natural logarithm of its cost over that of its mirror image: above 0, the latter fits better
     correlation: float  # of intensities where both show body, in [-1, 1]; NaN where no body overlaps
     outside: Mapping[int, float]  # fraction of each structure out of the field of view, in [0, 1], by label value
 
     @property
     def resemblance(self) -> float:
-        """How alike scan and atlas are after the fit; the correlation's sign is that of the contrast."""
+        """Similarity of scan and atlas after the fit; the correlation's sign is that of the contrast."""
         return self.confidence + _CORRELATION_WEIGHT * (0 if math.isnan(self.correlation) else abs(self.correlation))
 
     @property
@@ -73,14 +69,8 @@ def fit_to_atlas(
     """Fit a scan to an atlas, as it is and mirrored.
 
     The scan may be in any array order; its intensities are inverted first where :func:`is_inverted`. ``settings`` are
-    those of the linear stages, defaults if left out; ``name`` is the scan's in messages.
-
-    Raises
-    ------
-    InputError
-        If the scan cannot be used.
-    RegistrationError
-        If it shows nothing but background.
+    those of the linear stages, defaults if left out; ``name`` is the scan's in messages. An :class:`.InputError` if the
+    scan cannot be used, a :class:`.RegistrationError` if it shows nothing but background.
     """
     # Late: is_inverted() needs no PyTorch.
     from ..registration.affine import fit
@@ -104,15 +94,12 @@ def fit_to_atlas(
     correlation = _correlation(side, annotated, better, spacings[-1])
     outside = dict(zip(atlas.values, outside_fractions(atlas, better, scan.grid), strict=True))
     found = measure(side, annotated, better, spacings[-1])
-    shared = float(found.weight.mean())
-    return AtlasFit(found.confidence, shared, gain, -correlation if inverted else correlation, outside)
+    correlation = -correlation if inverted else correlation
+    return AtlasFit(found.confidence, float(found.weight.mean()), gain, correlation, outside)
 
 
 def is_inverted(scan: Volume) -> bool:
-    """Decide whether the surroundings of the body, air, are brightest; never so for crops without air.
-
-    Intensities must be finite.
-    """
+    """Decide whether the surroundings of the body, air, are brightest (of finite values); never without air."""
     data = scan.data
     low, high = np.percentile(data.ravel()[:: max(1, data.size // 500_000)], _ENDS)
     if high <= low:

@@ -55,25 +55,12 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class StructureQuality:
-    """Estimated quality of one structure.
+    """Estimated quality of one structure."""
 
-    Parameters
-    ----------
-    verdict : {"good", "review", "failed"} or None
-        None where it is not judged.
-    reason : str
-        Why, or the evidence that lowers the estimate most; and whether the field of view cuts the structure.
-    estimated_dice : float or None
-        In [0, 1]; None without evidence, or where it is not judged.
-    low, high : float or None
-        80 % interval of the Dice.
-    evidence : Evidence or None
-    """
-
-    verdict: Verdict | None
-    reason: str
-    estimated_dice: float | None = None
-    low: float | None = None
+    verdict: Verdict | None  # None where it is not judged
+    reason: str  # or the evidence that lowers the estimate most; and whether the field of view cuts the structure
+    estimated_dice: float | None = None  # in [0, 1]; None without evidence, or where it is not judged
+    low: float | None = None  # ends of the 80 % interval of the Dice
     high: float | None = None
     evidence: Evidence | None = None
 
@@ -86,19 +73,10 @@ def is_calibrated(settings: Settings, *, transform_given: bool) -> bool:
 def judge(
     evidence: Evidence, model: str, confidence: float, *, outside: float = 0.0, calibrated: bool = True
 ) -> StructureQuality:
-    """Estimate the Dice of one structure and give a verdict.
+    """Estimate the Dice of one structure and give a verdict; neither unless ``calibrated`` (:func:`is_calibrated`).
 
-    Parameters
-    ----------
-    evidence : Evidence
-    model : str
-        Name of the model, or "none".
-    confidence : float
-        Of the registration, in [0, 1].
-    outside : float
-        Fraction of the atlas's structure outside the field of view.
-    calibrated : bool
-        As :func:`is_calibrated` says; without, there is neither estimate nor verdict.
+    ``model`` is its name, or "none"; ``confidence`` that of the registration, in [0, 1]; ``outside`` the fraction of
+    the atlas's structure outside the field of view.
     """
     if not calibrated:
         return StructureQuality(None, _joined(NOT_JUDGED, cut_remark(outside)), evidence=evidence)
@@ -116,10 +94,8 @@ def judge(
 
 def describe_confidence(confidence: float) -> str:
     """Say that the confidence of a registration is below its bound."""
-    return (
-        f"the scan hardly resembles the atlas (confidence of the registration {confidence:.2f}, usually "
-        f"{LEAST_CONFIDENCE} or more)"
-    )
+    found = f"confidence of the registration {confidence:.2f}, usually {LEAST_CONFIDENCE} or more"
+    return f"the scan hardly resembles the atlas ({found})"
 
 
 def explain(name: str, evidence: Evidence, mean: float) -> str:
@@ -147,11 +123,8 @@ def _worst_objection(evidence: Evidence, regression: Regression) -> str:
         above = (getattr(evidence, name) - term.mean) / term.deviation
         # Where the regression has a sign that nobody would expect, the evidence explains nothing.
         if added < 0 and (-above if name in _LOW_IS_BAD else above) >= _NOTABLE:
-            lowering[name] = added
-    if not lowering:
-        return ""
-    worst = min(lowering, key=lambda name: lowering[name])
-    return explain(worst, evidence, regression.terms[worst].mean)
+            lowering[added] = explain(name, evidence, term.mean)
+    return lowering[min(lowering)] if lowering else ""
 
 
 def _joined(*parts: str) -> str:

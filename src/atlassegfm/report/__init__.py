@@ -1,7 +1,4 @@
-"""Reports: a page of the cohort, a page of each case, and overview pictures.
-
-Pages hold all they need: they open without a server or a network.
-"""
+"""Pages of a cohort and of each case, which open without a server or a network, and overview pictures."""
 
 from __future__ import annotations
 

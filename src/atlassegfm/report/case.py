@@ -19,7 +19,7 @@ from ..core.labels import Structure, listed, read_names_file, shortened, structu
 from ..core.overlap import dice_per_structure
 from ..core.record import Record
 from ..dicom import is_dicom_input, open_image
-from ..quality.verdict import VERDICTS, Verdict
+from ..quality.verdict import Verdict
 from ..records import RUN, SLICER_COLORS, STATUS, StructureRecord, label_map_of
 from .folder import ATLAS, CASE_PAGE, CASE_PICTURE, MODEL, Case, finite
 from .overview import Note, draw_overview
@@ -38,6 +38,8 @@ from .viewer import Reduction, labels_payload, reduction, scan_payload
 
 #: The facts of a page end within this many characters from its beginning.
 _FACTS_REACH = 400_000
+#: Verdicts whose structures the picture names, the worst first.
+_POOR = ("failed", "review")
 _FACTS = re.compile(r'<script type="application/json" id="facts">(.*?)</script>', re.DOTALL)
 _NO_SCAN = "The scan was not given: only labels are shown. --images FOLDER adds it."
 _NO_MAPS = "The label maps of atlas and model were not kept: only the result is outlined. segment --keep keeps them."
@@ -63,9 +65,7 @@ class CaseFacts(Record):
     """Facts on the page of a case for the page of the cohort, by label value."""
 
     fingerprint: str
-    result: str
-    """Digest of run.json and the label map alone."""
-
+    result: str  # digest of run.json and the label map alone
     colors: dict[int, tuple[int, int, int]]
     agreement: dict[int, Agreement]
     thumbnail: dict[str, Any]  # empty for an empty result
@@ -105,14 +105,8 @@ def write_case(
 
     A page that shows the scan is not replaced by one that does not, as long as the result is the same; the second value
     tells whether it was kept for that. ``image`` is the query's file or DICOM folder, where it is known; ``back`` the
-    address of the cohort's page relative to the folder, empty for none.
-
-    Raises
-    ------
-    InputError
-        If a label map cannot be read, or the folder cannot be written.
-    MissingExtraError
-        If matplotlib is not installed and the overview is wanted.
+    address of the cohort's page relative to the folder, empty for none. An :class:`.InputError` if a label map cannot
+    be read or the folder written; a :class:`.MissingExtraError` if matplotlib is missing and the overview is wanted.
     """
     path = case.folder / CASE_PAGE
     result = _digest(case.folder / RUN, label_map_of(case.folder))
@@ -168,31 +162,22 @@ def write_case(
 def _note(row: StructureRecord) -> Note | None:
     """What the legend of the picture says of a structure; None if it is present, whole and good."""
     verdict: Verdict = (row.quality and row.quality.verdict) or "good"  # or not judged
-    remarks = (
-        f"in view; {row.cut}" if row.cut else "",
-        row.status if row.status == "absent" else "",
-        verdict if verdict != "good" else "",
-    )
-    text = ", ".join(filter(None, remarks))
+    remarks = {f"in view; {row.cut}": row.cut, "absent": row.status == "absent", verdict: verdict != "good"}
+    text = ", ".join(remark for remark, applies in remarks.items() if applies)
     return Note(text, "review" if verdict == "good" else verdict) if text else None
 
 
 def _subtitle(case: Case, maps: _Maps) -> str:
     """Model, and the names of what failed, needs review, is missing or cut."""
     rows = case.run.structures
-    groups = {
-        verdict: [r for r in rows if r.quality is not None and r.quality.verdict == verdict] for verdict in VERDICTS
-    }
-    named: dict[str, list[StructureRecord]] = {verdict: groups[verdict] for verdict in ("failed", "review")}
-    named["absent"] = [row for row in rows if row.status == "absent"]
-    named["cut by the field of view"] = [row for row in rows if row.cut]
-    parts = [
-        f"Model: {case.run.model.name}",
-        f"good: {len(groups['good'])} of {len(rows)}" if any(groups.values()) else "",
-    ]
-    parts += [f"{key}: {listed([shortened(r.name, 40) for r in group], 6)}" for key, group in named.items() if group]
-    parts.append("the scan is missing: labels only" if maps.image is None else "")
-    return ". ".join(filter(None, parts)) + "."
+    verdicts = [row.quality and row.quality.verdict for row in rows]
+    named = {one: [row.name for row, is_it in zip(rows, verdicts, strict=True) if is_it == one] for one in _POOR}
+    named["absent"] = [row.name for row in rows if row.status == "absent"]
+    named["cut by the field of view"] = [row.name for row in rows if row.cut]
+    good = f"good: {verdicts.count('good')} of {len(rows)}" if any(verdicts) else ""
+    poor = [f"{key}: {listed([shortened(one, 40) for one in names], 6)}" for key, names in named.items() if names]
+    missing = "the scan is missing: labels only" if maps.image is None else ""
+    return ". ".join(filter(None, (f"Model: {case.run.model.name}", good, *poor, missing))) + "."
 
 
 def _digest(*paths: Path) -> str:
@@ -319,12 +304,9 @@ def _section(maps: _Maps, structure: Structure) -> dict[str, Any]:
 
 
 def _notes(case: Case, maps: _Maps) -> list[str]:
-    no_maps = ""
-    if "atlas" not in maps.labels:
-        no_maps = _NO_MAPS
-    elif "model" not in maps.labels and case.run.model.name != "none":
-        no_maps = "The model's label map is not in the folder."
-    return [note for note in (*case.warnings, maps.image_note, no_maps) if note]
+    lacks_model = "model" not in maps.labels and case.run.model.name != "none"
+    no_maps = "The model's label map is not in the folder." if lacks_model else ""
+    return [*filter(None, (*case.warnings, maps.image_note, no_maps if "atlas" in maps.labels else _NO_MAPS))]
 
 
 def _viewer(maps: _Maps, size: Reduction, sections: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

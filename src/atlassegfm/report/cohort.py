@@ -19,23 +19,16 @@ from ..quality.verdict import VERDICTS
 from ..records import ModelRecord, StructureRecord
 from .case import Agreement, CaseFacts, CaseOptions, write_case
 from .distribution import FEWEST_CASES, OUTLIER_Z, Distribution, plot
-from .folder import (
-    CASE_PAGE,
-    COHORT_PAGE,
-    LEFT,
-    Case,
-    Failure,
-    ResultFolder,
-    finite,
-    read_folder,
-    shown_reason,
-)
+from .folder import CASE_PAGE, COHORT_PAGE, LEFT, Case, Failure, ResultFolder, finite, read_folder, shown_reason
 from .page import flatten, write_page
 
 #: Largest numbers of thumbnails, of cases to review at once, and behind "more".
 _MOST_PICTURES, _MOST_FIRST, _MOST_LISTED = 48, 12, 240
 #: Colours of the stages of a run.
 _STAGE_COLORS = ("#4e79a7", "#f28e2b", "#59a14f", "#b07aa1", "#e15759", "#76b7b2", "#edc948", "#9c755f", "#ff9da7")
+#: By label value.
+_Colors = Mapping[int, Sequence[int]]
+_Volumes = Mapping[int, Distribution]
 
 
 @dataclass(frozen=True)
@@ -90,23 +83,12 @@ def write_report(
     options: ReportOptions | None = None,
     on_case: Callable[[int, int, str], None] | None = None,
 ) -> Written:
-    """Write the page of a cohort and of each case of its folder, as ``segment -o`` writes it.
+    """Write the page of a cohort, ``path`` or report.html in its folder, and of each case.
 
-    Parameters
-    ----------
-    path : path, optional
-        The page of the cohort; ``report.html`` in the folder if left out.
-    scans : mapping of str to Path, optional
-        By name of the case: a file or DICOM folder. Results do not say where these are, as paths may name patients.
-    on_case : callable, optional
-        Called with number, count and name before the page of each case.
-
-    Raises
-    ------
-    InputError
-        If there is no result in the folder, or the page cannot be written.
-    MissingExtraError
-        If matplotlib is not installed and overviews are wanted.
+    The folder is one that ``segment -o`` wrote. ``scans`` are files or DICOM folders by name of the case: results do
+    not say where these are, as paths may name patients. ``on_case`` is called with number, count and name before the
+    page of each case. An :class:`.InputError` if there is no result in the folder, or the page cannot be written; a
+    :class:`.MissingExtraError` if matplotlib is not installed and overviews are wanted.
     """
     options, folder = options or ReportOptions(), Path(folder)
     path = folder / COHORT_PAGE if path is None else Path(path)
@@ -185,21 +167,14 @@ def _quality(row: StructureRecord) -> tuple[str | None, str, float | None]:
 def _volumes(entries: Sequence[_Entry], value: int) -> Distribution:
     """Volumes of a structure, ml, where the field of view does not cut it: a part says nothing on the whole."""
     rows = ((entry.case.name, row) for entry in entries for row in entry.case.run.structures if row.value == value)
-    pairs = (
-        (name, row.volume_ml) for name, row in rows if row.status == "present" and row.volume_ml > 0 and not row.cut
-    )
-    return Distribution.of(pairs, find_outliers=True)
+    whole = ((name, row.volume_ml) for name, row in rows if row.status == "present" and not row.cut)
+    return Distribution.of(((name, ml) for name, ml in whole if ml > 0), find_outliers=True)
 
 
-def _reviews(
-    entries: Sequence[_Entry], failures: Sequence[Failure], volumes: Mapping[int, Distribution]
-) -> list[_Review]:
+def _reviews(entries: Sequence[_Entry], failures: Sequence[Failure], volumes: _Volumes) -> list[_Review]:
     """List what to review, the worst first."""
-    found = [
-        _Review(0.0, one.name, "failed", "", f"no result ({one.state}): {one.reason}")
-        for one in failures
-        if one.state != LEFT
-    ]
+    without = [one for one in failures if one.state != LEFT]
+    found = [_Review(0.0, one.name, "failed", "", f"no result ({one.state}): {one.reason}") for one in without]
     for entry in entries:
         name = entry.case.name
         found += [_Review(0.5, name, "look", entry.link, warning) for warning in entry.case.warnings]
@@ -222,11 +197,7 @@ def _reviews(
 
 
 def _table(
-    entries: Sequence[_Entry],
-    names: Mapping[int, str],
-    colors: Mapping[int, Sequence[int]],
-    volumes: Mapping[int, Distribution],
-    failures: Sequence[Failure],
+    entries: Sequence[_Entry], names: Mapping[int, str], colors: _Colors, volumes: _Volumes, failures: Sequence[Failure]
 ) -> dict[str, Any]:
     """Rows for ``cohort.js``, by name of column."""
     cases: list[dict[str, Any]] = []
@@ -234,7 +205,6 @@ def _table(
     for position, entry in enumerate(entries):
         case, rows = entry.case, entry.case.run.structures
         agreed = [n for row in rows if (n := entry.agreement(row.value).atlas_model) is not None]
-        total = case.total_seconds
         cases.append(
             {
                 "name": case.name,
@@ -245,7 +215,7 @@ def _table(
                 "structures": len(rows),
                 "agreement": min(agreed, default=None),
                 "confidence": finite(case.run.registration.confidence),
-                "seconds": None if total is None else round(total, 1),
+                "seconds": case.total_seconds and round(case.total_seconds, 1),
                 "outliers": sum(case.name in volumes[row.value].outlier_factors for row in rows),
                 "state": "done",
                 "reason": "",
@@ -255,11 +225,7 @@ def _table(
         for row in rows:
             verdict, reason, estimate = _quality(row)
             one, spread = entry.agreement(row.value), volumes[row.value]
-            factor = (
-                round(row.volume_ml / spread.median, 3)
-                if spread.median and row.status == "present" and not row.cut
-                else None
-            )
+            median = spread.median if row.status == "present" and not row.cut else None
             structures.append(
                 {
                     "case": position,
@@ -269,18 +235,16 @@ def _table(
                     "status": row.status,
                     "volume": round(row.volume_ml, 3),
                     "cut": row.cut,
-                    "factor": factor,
+                    "factor": round(row.volume_ml / median, 3) if median else None,
                     "atlasModel": one.atlas_model,
                     "resultAtlas": one.result_atlas,
                     "remarks": reason or row.reason,
                     "outlier": case.name in spread.outlier_factors,
                 }
             )
-    nothing = {"link": "", "verdict": None, "good": 0, "review": 0, "failed": 0, "present": 0, "structures": 0}
-    nothing |= {"agreement": None, "confidence": None, "seconds": None, "outliers": 0}
-    cases += [
-        {"name": one.name, **nothing, "state": one.state, "reason": one.reason, "inRun": one.in_run} for one in failures
-    ]
+    unknown = dict.fromkeys(("verdict", "agreement", "confidence", "seconds"))
+    nothing = {"link": "", **unknown, **dict.fromkeys((*VERDICTS, "present", "structures", "outliers"), 0)}
+    cases += [nothing | {"name": f.name, "state": f.state, "reason": f.reason, "inRun": f.in_run} for f in failures]
     return {
         "cases": _columns(cases),
         "structures": _columns(structures),
@@ -296,18 +260,15 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _distributions(
-    entries: Sequence[_Entry],
-    names: Mapping[int, str],
-    colors: Mapping[int, Sequence[int]],
-    volumes: Mapping[int, Distribution],
+    entries: Sequence[_Entry], names: Mapping[int, str], colors: _Colors, volumes: _Volumes
 ) -> list[dict[str, Any]]:
     """Volumes and agreement of each structure."""
     rows = []
     for value, name in names.items():
         agreed = ((entry.case.name, entry.agreement(value).atlas_model) for entry in entries)
-        agreement = Distribution.of((case, number) for case, number in agreed if number is not None)
-        row = {"name": name, "color": colors[value], "spread": volumes[value], "volumes": plot(volumes[value])}
-        rows.append(row | {"agreement": plot(agreement, (0.0, 1.0))})
+        agreement = plot(Distribution.of((case, dice) for case, dice in agreed if dice is not None), (0.0, 1.0))
+        drawn = {"volumes": plot(volumes[value]), "agreement": agreement}
+        rows.append({"name": name, "color": colors[value], "spread": volumes[value], **drawn})
     return rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,31 +69,11 @@ def outliers(volumes: NDArray[np.float64]) -> NDArray[np.bool_]:
     return np.asarray(_Z_FACTOR * distance / deviation > OUTLIER_Z)
 
 
-class Dot(NamedTuple):
-    """One case in a plot, px."""
+def plot(found: Distribution, limits: tuple[float, float] | None = None) -> dict[str, Any] | None:
+    """Lay out the plot of a distribution, with ``limits`` or the range of its values; None without values.
 
-    x: float
-    y: float
-    is_outlier: bool
-    title: str
-
-
-@dataclass(frozen=True)
-class Plot:
-    """Dots or columns over a box of the quartiles, px."""
-
-    width: int
-    height: int
-    base: int
-    quartiles: tuple[float, float, float]
-    dots: tuple[Dot, ...]
-    columns: tuple[tuple[float, float, float], ...]  # left edge, height and width of each
-    first: str
-    last: str
-
-
-def plot(found: Distribution, limits: tuple[float, float] | None = None) -> Plot | None:
-    """Lay out the plot of a distribution, with ``limits`` or the range of its values; None without values."""
+    Lengths are px: box of the quartiles, and dots (x, y, is_outlier, title) or columns (left edge, height, width).
+    """
     values = found.values
     if not len(values):
         return None
@@ -106,22 +86,23 @@ def plot(found: Distribution, limits: tuple[float, float] | None = None) -> Plot
     def x(value: float) -> float:
         return _INSET + inner * (value - first) / (last - first)
 
-    low, middle, high = (x(float(v)) for v in np.percentile(values, (25, 50, 75)))
     as_dots = len(values) <= _MOST_DOTS
     # The row of a dot sets nearly equal values apart.
     rows = [7 + (number * 5) % (base - 13) if as_dots else base - 4 for number in range(len(values))]
-    dots = tuple(
-        Dot(x(float(value)), row, bool(far), f"{name}: {value:.4g}")
-        for name, value, far, row in zip(found.names, values, found.is_outlier, rows, strict=True)
+    dots = [
+        (x(value), row, far, f"{name}: {value:.4g}")
+        for name, value, far, row in zip(found.names, values.tolist(), found.is_outlier.tolist(), rows, strict=True)
         if as_dots or far
-    )
+    ]
     counts, edges = np.histogram(values, _BINS, (first, last))
-    columns = tuple(
+    columns = [
         (x(float(edge)), max(1.0, (base - 4) * count / counts.max()), inner / _BINS - 0.6)
         for count, edge in zip(counts, edges[:-1], strict=True)
         if count and not as_dots
-    )
-    return Plot(width, _HEIGHT, base, (low, middle, high), dots, columns, _tick(first), _tick(last))
+    ]
+    quartiles = [x(value) for value in np.percentile(values, (25, 50, 75)).tolist()]
+    size = {"width": width, "height": _HEIGHT, "base": base, "first": _tick(first), "last": _tick(last)}
+    return {**size, "quartiles": quartiles, "dots": dots, "columns": columns}
 
 
 def _tick(value: float) -> str:

@@ -76,20 +76,13 @@ class ResultFolder:
     def structure_names(self) -> dict[int, str]:
         """Names of all label values, in order of appearance."""
         names: dict[int, str] = {}
-        for case in self.cases:
-            for row in case.run.structures:
-                names.setdefault(row.value, row.name)
+        for row in (row for case in self.cases for row in case.run.structures):
+            names.setdefault(row.value, row.name)
         return names
 
 
 def read_folder(path: str | os.PathLike[str]) -> ResultFolder:
-    """Read a folder that holds a result folder for each case; a case that cannot be read is a failure.
-
-    Raises
-    ------
-    InputError
-        If it is not a folder, or holds no result.
-    """
+    """Read a folder of results, :class:`.InputError` if it holds none; a case that cannot be read is a failure."""
     path = Path(path)
     if not path.is_dir():
         there = "a file" if path.exists() else "nothing"

@@ -17,16 +17,7 @@ from ..core.image import Volume, label_positions
 from ..core.labels import Structure
 from ..quality.verdict import VERDICTS, Verdict
 from .page import millilitres
-from .slices import (
-    Panel,
-    bar_length_mm,
-    cut,
-    edge_letters,
-    overview_panels,
-    overview_window,
-    smooth_mask,
-    tilt_remark,
-)
+from .slices import Panel, bar_length_mm, cut, edge_letters, overview_panels, overview_window, smooth_mask, tilt_remark
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -77,25 +68,10 @@ def draw_overview(
 ) -> None:
     """Draw a scan with its segmentation in three planes and write it as PNG.
 
-    The same voxels give the same file, whatever their order in memory.
-
-    Parameters
-    ----------
-    result, reference : Volume
-        Labels on the voxels of ``image`` (the array order may differ): solid outlines, and dashed white ones.
-    structures : sequence of Structure
-        Labels to draw, with names and colours.
-    title, subtitle : str
-        The only text that could identify a patient.
-    notes : mapping of int to Note, optional
-        By label value. Where the legend has no room for all structures, those that are not good come first.
-
-    Raises
-    ------
-    MissingExtraError
-        If matplotlib is not installed.
-    ValueError
-        If the label maps are not on the voxels of the image.
+    Structures of the result get solid outlines, of the reference dashed white ones; both are on the voxels of ``image``
+    in any array order (else a ValueError), and the same voxels give the same file. Only title and subtitle could
+    identify a patient. Where the legend has no room for all structures, those that are not good by their ``notes`` (by
+    label value) come first. A :class:`.MissingExtraError` if matplotlib is not installed.
     """
     require_report_extra()
     scan = image.canonical()
@@ -195,9 +171,8 @@ def _layout(panels: Sequence[Panel], top_px: float) -> list[_Rectangle]:
 
 def _draw_header(canvas: _Canvas, title: str, lines: Sequence[str], right_px: float) -> None:
     _shorten(canvas.text(_MARGIN_PX, 46, title, color=_TEXT, fontsize=21, fontweight="bold"), right_px)
-    for number, line in enumerate(lines):
-        text = canvas.text(_MARGIN_PX, 76 + 26 * number, line, color=_FAINT, fontsize=12)
-        _shorten(text, _WIDTH_PX - _MARGIN_PX)
+    for n, line in enumerate(lines):
+        _shorten(canvas.text(_MARGIN_PX, 76 + 26 * n, line, color=_FAINT, fontsize=12), _WIDTH_PX - _MARGIN_PX)
 
 
 def _draw_line_key(canvas: _Canvas, colors: Sequence[Any]) -> None:
@@ -207,10 +182,9 @@ def _draw_line_key(canvas: _Canvas, colors: Sequence[Any]) -> None:
     for name, dashes, linewidth, shades in keys:
         canvas.text(right, 46, name, color=_FAINT, fontsize=12, ha="right")
         right -= 10 * len(name) + 8
-        piece = 42 / len(shades)
-        for number, shade in enumerate(reversed(shades)):
-            ends = right - piece * (number + 1), right - piece * number
-            canvas.line(*ends, 41, color=shade, linewidth=linewidth, linestyle=dashes)
+        ends = np.linspace(right, right - 42, len(shades) + 1).tolist()
+        for last, first, shade in zip(ends, ends[1:], reversed(shades), strict=False):
+            canvas.line(first, last, 41, color=shade, linewidth=linewidth, linestyle=dashes)
         right -= 70
 
 

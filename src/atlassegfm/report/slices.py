@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from ..core.image import Volume
 
+_Floats = NDArray[np.float64]
 #: Cosine above which a direction gets a letter: an edge within 17 degrees of an axis has one letter.
 _LETTER_COSINE = 0.3
 #: Tilts from here on are written, in degrees.
@@ -86,12 +87,9 @@ class Window:
 
 
 def structure_panels(
-    mask: NDArray[np.bool_], offset: Sequence[int], shape: Sequence[int], spacing_mm: NDArray[np.float64]
+    mask: NDArray[np.bool_], offset: Sequence[int], shape: Sequence[int], spacing_mm: _Floats
 ) -> list[Panel]:
-    """Choose three slices through a structure, each where its area is largest.
-
-    ``mask`` is the structure, not empty, in its bounding box that begins at voxel ``offset`` of a scan of some shape.
-    """
+    """Choose three slices of largest area through a structure, a mask on its box from voxel ``offset`` of a scan on."""
     size_mm = np.array(mask.shape) * spacing_mm
     margin_mm = np.maximum(max(_STRUCTURE_MARGIN * size_mm.max(), _MARGIN_MM), (_STRUCTURE_VIEW_MM - size_mm) / 2)
     areas = [mask.sum(axis=(view.right, view.down))[:, None] for view in VIEWS]
@@ -100,7 +98,7 @@ def structure_panels(
     return _panels(indices, box, margin_mm, shape, spacing_mm)
 
 
-def overview_panels(labels: NDArray[Any], count: int, spacing_mm: NDArray[np.float64]) -> list[Panel]:
+def overview_panels(labels: NDArray[Any], count: int, spacing_mm: _Floats) -> list[Panel]:
     """Choose three slices through structures 1 to ``count``, the plane of acquisition first."""
     boxes = ndimage.find_objects((labels > 0).astype(np.uint8)) or [tuple(slice(0, count) for count in labels.shape)]
     size_mm = np.array([side.stop - side.start for side in boxes[0]]) * spacing_mm
@@ -111,7 +109,7 @@ def overview_panels(labels: NDArray[Any], count: int, spacing_mm: NDArray[np.flo
     return sorted(panels, key=lambda panel: panel.view is not acquired)
 
 
-def acquisition_view(spacing_mm: NDArray[np.float64]) -> View:
+def acquisition_view(spacing_mm: _Floats) -> View:
     """Find the plane of the finest voxels; axial for isotropic voxels."""
     return next(view for view in VIEWS if spacing_mm[view.normal] >= 0.99 * float(spacing_mm.max()))
 
@@ -137,22 +135,14 @@ def _areas(labels: NDArray[Any], count: int, axis: int) -> NDArray[np.int64]:
 
 
 def _panels(
-    indices: Sequence[int],
-    box: Sequence[slice],
-    margin_mm: NDArray[np.float64],
-    shape: Sequence[int],
-    spacing_mm: NDArray[np.float64],
+    indices: Sequence[int], box: Sequence[slice], margin_mm: _Floats, shape: Sequence[int], spacing_mm: _Floats
 ) -> list[Panel]:
     """Show a box and a margin around it within the scan, on one slice of each plane."""
     margin = margin_mm / spacing_mm
-    start = [max(int(np.floor(side.start - more)), 0) for side, more in zip(box, margin, strict=True)]
-    stop = [min(int(np.ceil(side.stop + more)), count) for side, more, count in zip(box, margin, shape, strict=True)]
-    shown = tuple(map(slice, start, stop))
-    width = (np.array(stop) - start) * spacing_mm
-    return [
-        Panel(view, index, shown, float(width[view.right]), float(width[view.down]))
-        for view, index in zip(VIEWS, indices, strict=True)
-    ]
+    start = np.maximum(np.floor([side.start for side in box] - margin), 0).astype(int)
+    stop = np.minimum(np.ceil([side.stop for side in box] + margin), shape).astype(int)
+    shown, width = tuple(map(slice, start.tolist(), stop.tolist())), ((stop - start) * spacing_mm).tolist()
+    return [Panel(view, n, shown, width[view.right], width[view.down]) for view, n in zip(VIEWS, indices, strict=True)]
 
 
 def cut(array: NDArray[Any], panel: Panel) -> NDArray[Any]:
@@ -165,21 +155,20 @@ def cut(array: NDArray[Any], panel: Panel) -> NDArray[Any]:
 # Directions and lengths
 
 
-def letters(direction: NDArray[np.float64]) -> str:
+def letters(direction: _Floats) -> str:
     """Name the direction of a (3,) unit vector in RAS+: "R", or "RA" between two axes, the strongest first."""
     order = np.argsort(-np.abs(direction), kind="stable")
-    kept = [axis for axis in order if abs(direction[axis]) > _LETTER_COSINE]
-    return "".join("RAS"[a] if direction[a] > 0 else "LPI"[a] for a in kept)
+    return "".join(("LPI", "RAS")[int(direction[a] > 0)][a] for a in order if abs(direction[a]) > _LETTER_COSINE)
 
 
-def edge_letters(affine: NDArray[np.float64], view: View) -> tuple[str, str, str, str]:
+def edge_letters(affine: _Floats, view: View) -> tuple[str, str, str, str]:
     """Name the directions of the left, right, top and bottom edge of a slice of a canonical scan."""
     direction = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     right, down = -direction[:, view.right], -direction[:, view.down]
     return letters(-right), letters(right), letters(-down), letters(down)
 
 
-def tilt_remark(affine: NDArray[np.float64], view: View) -> str:
+def tilt_remark(affine: _Floats, view: View) -> str:
     """Say how far a slice is tilted from the world plane it is named after; empty below 3 degrees."""
     direction = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     normal = np.cross(direction[:, view.right], direction[:, view.down])
@@ -217,7 +206,7 @@ def structure_window(image: Volume, inside: NDArray[np.bool_], box: tuple[slice,
     low, high = max(low, min(dark, first - 1.2 * span)), min(high, max(bright, last + 0.8 * span))
     if not high > low:
         low, high = float(part.min()), float(part.max())
-        high = high if high > low else low + 1
+    high = high if high > low else low + 1
     return Window(low, high, f"{low:.4g} to {high:.4g}")
 
 
@@ -238,8 +227,7 @@ def _percentiles(values: NDArray[Any], *percents: float) -> list[float]:
     """Compute percentiles of every nth value, about a million."""
     step = int(np.ceil((values.size / 1e6) ** (1 / values.ndim)))
     part = np.asarray(values[(slice(None, None, step),) * values.ndim], dtype=np.float32)
-    found: list[float] = np.percentile(part, percents).tolist()
-    return found
+    return list(np.percentile(part, percents).tolist())
 
 
 # Outlines
@@ -247,10 +235,10 @@ def _percentiles(values: NDArray[Any], *percents: float) -> list[float]:
 
 def smooth_mask(
     mask: NDArray[np.bool_], pixel_mm: tuple[float, float], px_per_mm: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float32]]:
+) -> tuple[_Floats, _Floats, NDArray[np.float32]]:
     """Upsample a mask, not empty, for outlines without staircase; the value at every voxel centre stays.
 
-    ``pixel_mm`` is width and height of a voxel. Returns x, (W,), and y, (H,), in mm from the left and upper edge of the
+    ``pixel_mm`` is width and height of a voxel. Returns x, (W,), and y, (H,), in mm from the upper left corner of the
     slice, and the level, (H, W), which is 0.5 on the border.
     """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -262,9 +250,7 @@ def smooth_mask(
     at = [np.linspace(0, n - 1, (n - 1) * step + 1) for n, step in zip(padded.shape, steps, strict=True)]
     grid = np.meshgrid(at[0], at[1], indexing="ij")
     level = ndimage.map_coordinates(padded, grid, order=3, mode="constant").astype(np.float32)
-    y = (at[0] + first[0] + 0.5) * pixel_mm[1]
-    x = (at[1] + first[1] + 0.5) * pixel_mm[0]
-    return x, y, level
+    return (at[1] + first[1] + 0.5) * pixel_mm[0], (at[0] + first[0] + 0.5) * pixel_mm[1], level
 
 
 def outline(mask: NDArray[np.bool_], panel: Panel) -> str:
@@ -276,24 +262,16 @@ def outline(mask: NDArray[np.bool_], panel: Panel) -> str:
     pixel_mm = (panel.width_mm / mask.shape[1], panel.height_mm / mask.shape[0])
     xs, ys, level = smooth_mask(mask, pixel_mm, _PANEL_PX / max(panel.width_mm, panel.height_mm))
     step_x, step_y = float(xs[1] - xs[0]), float(ys[1] - ys[0])
-    pieces = []
-    for line in find_contours(level, 0.5):
-        points = np.column_stack((xs[0] + line[:, 1] * step_x, ys[0] + line[:, 0] * step_y))
-        points = approximate_polygon(points, _TOLERANCE_MM)
-        if len(points) > 2:
-            pieces.append("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points) + "Z")
-    return "".join(pieces)
+    lines = [line[:, ::-1] * (step_x, step_y) + (xs[0], ys[0]) for line in find_contours(level, 0.5)]
+    polygons = [polygon for line in lines if len(polygon := approximate_polygon(line, _TOLERANCE_MM)) > 2]
+    return "".join("M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in polygon) + "Z" for polygon in polygons)
 
 
 # Pictures for pages
 
 
 def slice_figure(
-    image: Volume | None,
-    panel: Panel,
-    window: Window | None,
-    masks: Mapping[str, NDArray[np.bool_]],
-    affine: NDArray[np.float64],
+    image: Volume | None, panel: Panel, window: Window | None, masks: Mapping[str, NDArray[np.bool_]], affine: _Floats
 ) -> dict[str, Any]:
     """Build a slice for a page from a canonical scan (grey without one), its affine and masks by kind, lowest first."""
     tilt = tilt_remark(affine, panel.view)
@@ -309,11 +287,7 @@ def slice_figure(
 
 
 def thumbnail(
-    image: Volume | None,
-    labels: NDArray[np.integer],
-    colors: Mapping[int, Sequence[int]],
-    panel: Panel,
-    window: Window | None,
+    image: Volume | None, labels: NDArray[Any], colors: Mapping[int, Sequence[int]], panel: Panel, window: Window | None
 ) -> dict[str, Any]:
     """Build a small slice with all structures in their colours: uri, width, height, and (colour, path) of outlines."""
     shown = cut(labels, panel)

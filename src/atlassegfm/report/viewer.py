@@ -64,11 +64,9 @@ def labels_payload(labels: Volume, values: Sequence[int], size: Reduction) -> st
 
 
 def _reduced_grid(grid: Grid, size: Reduction) -> Grid:
-    scale = np.array(size.factors, dtype=np.float64)
-    affine = grid.affine.copy()
-    affine[:3, :3] = grid.affine[:3, :3] * scale
-    affine[:3, 3] = grid.voxel_to_world((scale - 1) / 2)
-    return Grid(size.shape, affine)
+    scale = np.diag((*size.factors, 1.0))
+    scale[:3, 3] = (np.array(size.factors) - 1) / 2
+    return Grid(size.shape, grid.affine @ scale)
 
 
 def _packed(data: NDArray[Any], grid: Grid, slope: float = 1.0, intercept: float = 0.0) -> str:

@@ -1,7 +1,4 @@
-"""Agreement of a result with a reference on its native grid: overlap, surfaces and centrelines.
-
-A structure that neither of them has gives NaN, never 1: means must say how those are counted.
-"""
+"""Overlap, surfaces and centrelines of result and reference on its grid; NaN, never 1, where both lack a structure."""
 
 from __future__ import annotations
 

@@ -1,13 +1,11 @@
 """Centrelines of vessel-like masks, and the fraction of them inside another mask (clDice, arXiv 2003.07311).
 
-The skeleton is scikit-image's 3-D thinning (Lee, Kashyap and Chu 1994) on isotropic cells: anisotropic voxels are
-first cut into cells of the smallest spacing, each with the value of the nearest voxel. This keeps the topology;
-interpolation would lose a vessel one voxel thick. In a mask too large for that, a coarser cell is inside if any voxel
-in it is.
+The skeleton is scikit-image's 3-D thinning (Lee, Kashyap and Chu 1994) on isotropic cells: anisotropic voxels are cut
+into cells of the smallest spacing, each with the value of the nearest voxel, which keeps the topology. In a mask too
+large for that, a coarser cell is inside if any voxel in it is.
 
-Thinning deletes some tubes of an even width entirely (4 x 4 x N, 2 x 2 x 2). What is left without a centreline is
-thinned again on a lattice of half cells: n cells in a row have n centres and n - 1 midpoints there, an odd number,
-which thinning keeps.
+Thinning deletes some tubes of an even width (4 x 4 x N, 2 x 2 x 2). What is left without a centreline is thinned again
+on a lattice of half cells: n cells in a row have n centres and n - 1 midpoints, an odd number, which thinning keeps.
 """
 
 from __future__ import annotations
@@ -62,10 +60,7 @@ class Skeleton:
     note: str  # what was done besides thinning; "" for nothing
 
     def fraction_in(self, cells: Cells) -> float:
-        """Compute the fraction of the length inside a mask of this skeleton's cells.
-
-        A point between cells counts with the fraction of them that is inside.
-        """
+        """Compute the fraction of the length inside a mask; a point between cells counts with their fraction inside."""
         corners = [
             cells.at(np.stack([ends[axis][:, axis] for axis in range(3)], axis=1))
             for ends in itertools.product((self.low, self.high), repeat=3)
@@ -85,11 +80,7 @@ def cell_size_mm(shape: tuple[int, ...], spacing_mm: Spacing) -> tuple[float | N
 
 
 def make_cells(inside: Mask, first: tuple[int, ...], spacing_mm: Spacing, cell_mm: float | None) -> Cells:
-    """Resample a mask to cells of the size from :func:`cell_size_mm`.
-
-    ``inside``, (I, J, K), is a crop from voxel ``first`` of the image on that holds the whole mask. Cell 0 of the image
-    is centred on voxel 0, whatever the crop.
-    """
+    """Resample a crop from voxel ``first`` of the image on to cells of some size; cell 0 is centred on voxel 0."""
     if cell_mm is None or not inside.size:
         return Cells(inside, first)
     starts = []
@@ -108,10 +99,7 @@ def make_cells(inside: Mask, first: tuple[int, ...], spacing_mm: Spacing, cell_m
 
 
 def make_skeleton(cells: Cells, cell_mm: float | None, note: str) -> Skeleton:
-    """Thin a mask that is not empty to its centreline; every component keeps a part of it.
-
-    ``cell_mm`` and ``note`` are from :func:`cell_size_mm`; the skeleton's note adds what plain thinning had lost.
-    """
+    """Thin a mask, not empty, to its centreline; the note of :func:`cell_size_mm` gets what plain thinning had lost."""
     thin = np.argwhere(_thin(cells.inside))
     low, high, weight = [thin], [thin], [np.ones(len(thin))]
     lost, whole, stretches = _lost(cells.inside, thin)
@@ -122,10 +110,9 @@ def make_skeleton(cells: Cells, cell_mm: float | None, note: str) -> Skeleton:
         low.append(ends[0] + start)
         high.append(ends[1] + start)
         weight.append(weights)
-    notes = [note] if note else []
-    for count, one, several in ((whole, "component", "components"), (stretches, "stretch", "stretches")):
-        if count:
-            notes.append(f"skeleton of {count} {one if count == 1 else several} rebuilt on a doubled lattice")
+    lost_parts = ((whole, "component", "components"), (stretches, "stretch", "stretches"))
+    rebuilt = [f"{count} {one if count == 1 else several}" for count, one, several in lost_parts if count]
+    notes = [*filter(None, [note]), *(f"skeleton of {what} rebuilt on a doubled lattice" for what in rebuilt)]
     begin, end = (np.concatenate(points) + cells.first for points in (low, high))
     return Skeleton(begin, end, np.concatenate(weight), cell_mm, "; ".join(notes))
 
@@ -133,11 +120,10 @@ def make_skeleton(cells: Cells, cell_mm: float | None, note: str) -> Skeleton:
 def _lost(inside: Mask, thin: NDArray[np.int64]) -> tuple[Mask, int, int]:
     """(I, J, K) cells without a centreline, and the number of whole components and of stretches among them."""
     components, count = ndimage.label(inside, structure=_NEIGHBOURS)
-    has_points = np.zeros(count + 1, bool)
-    has_points[0] = True
-    has_points[components[tuple(thin.T)]] = True
-    lost: Mask = ~has_points[components]
-    whole = int(np.count_nonzero(~has_points))
+    is_lost = np.arange(count + 1) > 0
+    is_lost[components[tuple(thin.T)]] = False
+    lost: Mask = is_lost[components]
+    whole = int(np.count_nonzero(is_lost))
     del components
     if not len(thin):
         return lost, whole, 0
@@ -160,8 +146,7 @@ def _thin(inside: Mask) -> Mask:
     from skimage.morphology import skeletonize
 
     # Named, as scikit-image otherwise takes an array one cell thick for a 2-D image.
-    thinned: Mask = skeletonize(inside, method="lee") > 0
-    return thinned
+    return np.asarray(skeletonize(inside, method="lee") > 0)
 
 
 def _thin_doubled(part: Mask) -> tuple[tuple[NDArray[np.int64], NDArray[np.int64]], NDArray[np.float64]]:

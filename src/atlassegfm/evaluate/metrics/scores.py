@@ -24,51 +24,25 @@ Status = Literal["ok", "both_empty", "missed", "hallucinated", "failed", "not_in
 
 @dataclass(frozen=True)
 class StructureScores:
-    """Scores of one structure.
-
-    Parameters
-    ----------
-    status : Status
-    dice : float
-    nsd, tolerance_mm : float
-        Normalized surface Dice: fraction of the area of both surfaces within the tolerance of the other.
-    hd95_mm : float
-        Robust Hausdorff distance: 95 % of the surface's area is no farther from the other; the larger direction.
-    assd_mm : float
-        Average symmetric surface distance: mean distance to the other surface over the area of both.
-    hd95_voxel_mm : float
-        95th percentile of the distances between centres of surface voxels, as in MONAI; the larger direction.
-    result_voxels, reference_voxels : int
-    result_ml, reference_ml : float
-    cldice : float or None
-        Harmonic mean of the fractions of each centreline inside the other mask; None where not asked for.
-    cldice_note : str
-        What was done for it besides thinning; "" for nothing.
-    """
+    """Scores of one structure."""
 
     status: Status
     dice: float
-    nsd: float
+    nsd: float  # normalized surface Dice: fraction of the area of both surfaces within the tolerance of the other
     tolerance_mm: float
-    hd95_mm: float
-    assd_mm: float
-    hd95_voxel_mm: float
+    hd95_mm: float  # robust Hausdorff distance: 95 % of the area is no farther from the other; the larger direction
+    assd_mm: float  # average symmetric surface distance: mean distance to the other surface over the area of both
+    hd95_voxel_mm: float  # 95th percentile between centres of surface voxels, as in MONAI; the larger direction
     result_voxels: int
     reference_voxels: int
     result_ml: float
     reference_ml: float
-    cldice: float | None
-    cldice_note: str
+    cldice: float | None  # harmonic mean of the fractions of each centreline in the other mask; None if not asked for
+    cldice_note: str  # what was done for it besides thinning; "" for nothing
 
 
 def compare(result: Shape, reference: Shape, *, tolerance_mm: float, centreline: bool = False) -> StructureScores:
-    """Score one structure, by clDice only with ``centreline``.
-
-    Raises
-    ------
-    ValueError
-        If the shapes are not on one grid or the tolerance is not a finite number of at least 0.
-    """
+    """Score one structure on one grid (else a ValueError), with a tolerance from 0; by clDice with ``centreline``."""
     grids = [f"{one.grid_shape} voxels of {one.spacing_mm} mm" for one in (result, reference)]
     if grids[0] != grids[1]:
         raise ValueError(f"shapes on {grids[0]} and on {grids[1]} are not on one grid")
@@ -88,21 +62,8 @@ def compare(result: Shape, reference: Shape, *, tolerance_mm: float, centreline:
         diagonal = math.hypot(*np.multiply(result.grid_shape, result.spacing_mm))
         hd95 = assd = hd95_voxel = diagonal if either else math.nan
         cldice = dice if centreline else None
-    return StructureScores(
-        status=status,
-        dice=dice,
-        nsd=nsd,
-        tolerance_mm=tolerance_mm,
-        hd95_mm=hd95,
-        assd_mm=assd,
-        hd95_voxel_mm=hd95_voxel,
-        result_voxels=result.voxels,
-        reference_voxels=reference.voxels,
-        result_ml=result.ml,
-        reference_ml=reference.ml,
-        cldice=cldice,
-        cldice_note=note,
-    )
+    sizes = (result.voxels, reference.voxels, result.ml, reference.ml)
+    return StructureScores(status, dice, nsd, tolerance_mm, hd95, assd, hd95_voxel, *sizes, cldice, note)
 
 
 def score_labels(
@@ -114,24 +75,11 @@ def score_labels(
     *,
     centreline: Collection[int] = (),
 ) -> dict[int, StructureScores]:
-    """Score the structures of a label map, in the order of ``values``.
+    """Score the structures of a label map, (I, J, K) of an integer type, against one on its grid.
 
-    Parameters
-    ----------
-    result, reference : array of an integer type, (I, J, K)
-        Label maps on one grid.
-    values : sequence of int
-        Label values to score; others are background.
-    spacing_mm : sequence of float, (3,)
-    tolerances_mm : mapping of int to float
-        Tolerance of the normalized surface Dice for each value.
-    centreline : collection of int
-        Values to compute clDice for.
-
-    Raises
-    ------
-    ValueError
-        As of :func:`label_shapes` and :func:`compare`, or if the shapes differ or a tolerance is missing.
+    Scores are in the order of ``values``; others are background. ``tolerances_mm`` of the normalized surface Dice are
+    by value; those in ``centreline`` are scored by clDice too. A ValueError as of :func:`label_shapes` and
+    :func:`compare`, or if the shapes of the arrays differ or a tolerance is missing.
     """
     if result.shape != reference.shape:
         raise ValueError(f"arrays of shape {result.shape} and {reference.shape} are not on one grid")

@@ -9,13 +9,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
+from ...core.image import label_boxes
 from .centreline import Cells, Skeleton, cell_size_mm, make_cells, make_skeleton
 from .surface import Mask, Points, Spacing, surface_voxels, surfels
-
-#: Label values up to here are searched as they are; larger ones are renumbered first.
-_LARGEST_SEARCHED = 1 << 16
 
 
 class Shape:
@@ -70,8 +67,7 @@ class Shape:
         return int(np.count_nonzero(self._inside(first, stop) & other._inside(first, stop)))
 
     def _inside(self, first: tuple[int, ...], stop: tuple[int, ...]) -> Mask:
-        inside: Mask = self._labels[tuple(map(slice, first, stop))] == self._value
-        return inside
+        return np.asarray(self._labels[tuple(map(slice, first, stop))] == self._value)
 
     def _crop(self) -> Mask:
         """(I, J, K) the box in C order, which sorts the points made from it."""
@@ -81,12 +77,8 @@ class Shape:
 def label_shapes(labels: NDArray[Any], values: Iterable[int], spacing_mm: Sequence[float]) -> dict[int, Shape]:
     """Find structures in a label map, (I, J, K) of an integer type, in one pass over the voxels.
 
-    Other values than ``values`` are background; those that are missing get empty shapes.
-
-    Raises
-    ------
-    ValueError
-        If the array does not hold whole numbers on three axes, or the spacing is not three positive numbers.
+    Other values than ``values`` are background; those that are missing get empty shapes. A ValueError if the array does
+    not hold whole numbers on three axes, or the spacing is not three positive numbers.
     """
     if labels.ndim != 3:
         raise ValueError(f"a label map has three axes, not {labels.ndim}")
@@ -94,32 +86,9 @@ def label_shapes(labels: NDArray[Any], values: Iterable[int], spacing_mm: Sequen
         labels = labels.view(np.uint8)
     elif not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"label maps hold whole numbers, not {labels.dtype}")
-    spacing = tuple(float(step) for step in spacing_mm)
-    if len(spacing) != 3 or not all(0 < step < math.inf for step in spacing):
-        raise ValueError(f"the spacing is three positive numbers of mm, not {spacing}")
-    wanted = list(values)
-    known = np.unique(np.array(wanted, np.int64))
-    direct = not len(known) or (known[0] > 0 and known[-1] < _LARGEST_SEARCHED)
-    # Search in the order of memory, which is several times faster.
-    turned = labels.flags.f_contiguous and not labels.flags.c_contiguous
-    searched = labels.T if turned else labels
-    if not direct:
-        searched = _renumbered(searched, known)
-    boxes = ndimage.find_objects(searched, int(known[-1]) if direct and len(known) else max(len(known), 1))
-    nowhere = (slice(0, 0),) * 3
-    shapes = {}
-    for value in wanted:
-        box = boxes[value - 1 if direct else int(np.searchsorted(known, value))] or nowhere
-        shapes[value] = Shape(labels, value, box[::-1] if turned else box, (spacing[0], spacing[1], spacing[2]))
-    return shapes
-
-
-def _renumbered(labels: NDArray[Any], known: NDArray[np.int64]) -> NDArray[Any]:
-    """(I, J, K) place of each voxel's value in ``known``, from 1; 0 for other values."""
-    numbers = np.zeros(labels.shape, np.min_scalar_type(len(known)))
-    # Slice by slice, to bound the memory of 64-bit values.
-    for slab, out in zip(labels, numbers, strict=True):
-        wide = slab.astype(np.int64)
-        place = np.searchsorted(known, wide).clip(max=len(known) - 1)
-        np.copyto(out, place + 1, where=known[place] == wide, casting="unsafe")
-    return numbers
+    if len(spacing_mm) != 3 or not all(0 < step < math.inf for step in spacing_mm):
+        raise ValueError(f"the spacing is three positive numbers of mm, not {spacing_mm}")
+    spacing = float(spacing_mm[0]), float(spacing_mm[1]), float(spacing_mm[2])
+    wanted = list(dict.fromkeys(values))
+    boxes, nowhere = label_boxes(wanted, labels), (slice(0, 0),) * 3
+    return {value: Shape(labels, value, boxes.get(value, nowhere), spacing) for value in wanted}

@@ -2,11 +2,11 @@
 
 The surface is that of google-deepmind/surface-distance, the reference for the normalized surface Dice (arXiv
 1809.04430): surface elements ("surfels") sit on corners of voxels whose 2 x 2 x 2 neighbours are neither all inside
-nor all outside; beyond the image is outside. The area of a surfel is that of the marching-cubes triangles between those
-eight voxels.
+nor all outside; beyond the image is outside; corner n lies before voxel n. The area of a surfel is that of the
+marching-cubes triangles between those eight voxels.
 
-Distances go from point to nearest point. Near a surface, a k-d tree is faster than a distance transform and needs less
-memory; far from it, where very many points are about equally far, the transform takes over.
+Distances go from point to nearest point, by a k-d tree near a surface; far from it, where very many points are about
+equally far, by a distance transform.
 """
 
 from __future__ import annotations
@@ -80,23 +80,16 @@ def _nearest(
     tree.query(sample, workers=workers)
     expected_s = (time.perf_counter() - begun) * len(index) / len(sample)
     count = int(np.prod(size, dtype=np.int64))
-    nearest: NDArray[np.int32]
-    if expected_s > max(_PATIENCE_S, count * _TRANSFORM_S) and count <= _LARGEST_TRANSFORM:
-        off = np.ones(tuple(size), bool)
-        off[tuple((end.index - low).T)] = False
-        found = ndimage.distance_transform_edt(off, end.spacing_mm, return_distances=False, return_indices=True)
-        nearest = found[(slice(None), *(index - low).T)].T + low
-    else:
-        nearest = end.index[tree.query(index * spacing, workers=workers)[1]]
-    return nearest
+    if count > _LARGEST_TRANSFORM or expected_s <= max(_PATIENCE_S, count * _TRANSFORM_S):
+        return np.asarray(end.index[tree.query(index * spacing, workers=workers)[1]])
+    off = np.ones(tuple(size), bool)
+    off[tuple((end.index - low).T)] = False
+    found = ndimage.distance_transform_edt(off, end.spacing_mm, return_distances=False, return_indices=True)
+    return np.asarray(found[(slice(None), *(index - low).T)].T + low)
 
 
 def surfels(inside: Mask, first: tuple[int, ...], spacing_mm: Spacing) -> tuple[Points, NDArray[np.float64]]:
-    """Compute the surface elements of a mask, and the area of each, (N,), in mm².
-
-    ``inside``, (I, J, K), is a crop from voxel ``first`` of the image on that holds the whole mask. Corner n of the
-    lattice lies before voxel n on each axis.
-    """
+    """Compute the surface elements of a mask, cropped from voxel ``first`` of the image on, and their areas, mm²."""
     # Bit 4 di + 2 dj + dk of a corner's code is its voxel (di, dj, dk), gathered one axis after another.
     code = np.pad(inside, 1).view(np.uint8)
     code = code[:, :, :-1] | (code[:, :, 1:] << np.uint8(1))
@@ -117,8 +110,7 @@ def surfel_areas_mm2(spacing_mm: Spacing) -> NDArray[np.float64]:
     """Compute the area of the surface in each of the 256 neighbourhoods of a corner, (256,)."""
     i, j, k = spacing_mm
     across = np.array((j * k, i * k, i * j))
-    areas: NDArray[np.float64] = np.linalg.norm(_normals() * across, axis=2).sum(axis=1)
-    return areas
+    return np.asarray(np.linalg.norm(_normals() * across, axis=2).sum(axis=1))
 
 
 @cache

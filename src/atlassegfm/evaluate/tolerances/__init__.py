@@ -34,13 +34,7 @@ _KEYS = ("default_mm", "tolerance_mm", "source")
 
 @dataclass(frozen=True)
 class Tolerances:
-    """NSD tolerance of every structure.
-
-    Raises
-    ------
-    InputError
-        If a tolerance is not a finite number of at least 0, or a pattern is empty or given twice.
-    """
+    """NSD tolerance of every structure, finite and at least 0; patterns are not empty, and given once (InputError)."""
 
     default_mm: float  # for structures that no pattern matches
     patterns: tuple[tuple[str, float], ...]  # label value, name or shell pattern, and its tolerance in mm
@@ -58,14 +52,11 @@ class Tolerances:
         seen: dict[str, str] = {}
         for key, _ in self.patterns:
             plain = plain_name(key)
+            where, before = f"{self.origin}: {key!r}", seen.get(plain)
             if not plain:
-                raise InputError(
-                    f"{self.origin}: {key!r} names no structure; expected a label value, a name or a pattern"
-                )
-            if plain in seen:
-                raise InputError(
-                    f"{self.origin}: {seen[plain]!r} and {key!r} are the same name; expected each once: remove one"
-                )
+                raise InputError(f"{where} names no structure; expected a label value, a name or a pattern")
+            if before is not None:
+                raise InputError(f"{where} is the same name as {before!r}; expected each once: remove one")
             seen[plain] = key
 
     def of(self, value: int, name: str) -> float:
@@ -87,27 +78,17 @@ def uniform(tolerance_mm: float) -> Tolerances:
 
 
 def load_tolerances(name_or_file: str) -> Tolerances:
-    """Read tolerances from one of :data:`PRESETS`, or a TOML file as in this module's docstring ("./flare22").
-
-    Raises
-    ------
-    InputError
-        If there is neither such a preset nor such a file, or the file has another form.
-    """
+    """Read one of :data:`PRESETS`, or a TOML file of this module's form ("./flare22"); else an :class:`.InputError`."""
     is_preset = name_or_file in PRESETS
     path = Path(__file__).with_name(PRESETS[name_or_file]) if is_preset else Path(name_or_file)
     origin = f"preset {name_or_file}" if is_preset else name_or_file
     if not path.exists():
-        raise InputError(
-            f"{name_or_file}: neither a preset nor a file; expected {', '.join(PRESETS)} or a TOML file of tolerances"
-        )
+        known = ", ".join(PRESETS)
+        raise InputError(f"{name_or_file}: neither a preset nor a file; expected {known} or a TOML file of tolerances")
     table = load_toml(path, "a file of tolerances")
-    unknown = [key for key in table if key not in _KEYS]
-    if unknown:
-        raise InputError(
-            f"{origin}: unknown key {unknown[0]!r}; expected {', '.join(_KEYS)}: "
-            "write tolerances of structures below [tolerance_mm]"
-        )
+    if unknown := [key for key in table if key not in _KEYS]:
+        known = f"{', '.join(_KEYS)}: write tolerances of structures below [tolerance_mm]"
+        raise InputError(f"{origin}: unknown key {unknown[0]!r}; expected {known}")
     if "default_mm" not in table:
         raise InputError(f"{origin}: no default_mm; add the tolerance of all other structures, as default_mm = 2.0")
     patterns, source = table.get("tolerance_mm", {}), table.get("source", "")
