@@ -18,18 +18,18 @@ import typer
 
 from ..core.parallel import NUMPY_THREADS
 from .benchmark import app as benchmark_app
-from .check import CheckOptions, check
-from .convert import ConvertOptions, convert
-from .customize import CustomizeOptions, customize
-from .demo import DemoOptions, demo
-from .evaluate import EvaluateOptions, evaluate
+from .check import check
+from .convert import convert
+from .customize import customize
+from .demo import demo
+from .evaluate import evaluate
 from .help import HELP_OPTIONS, Group, usage_error
 from .models import app as models_app
 from .options import SettingsOptions, command
-from .report import ReportCommandOptions, report
-from .segment import SegmentOptions, segment
+from .report import report
+from .segment import segment
 from .session import EXIT_INTERRUPTED, open_session
-from .suggest import SuggestOptions, suggest
+from .suggest import suggest
 
 #: Shells report a process that a signal ended as 128 + the signal's number.
 _SIGNALLED = 128
@@ -62,6 +62,13 @@ def _options(
     pass
 
 
+for _one in (segment, demo, check, customize, evaluate, report, convert, suggest):
+    command(app, _one.__name__)(_one)
+app.add_typer(benchmark_app, name="benchmark")
+app.add_typer(models_app, name="models")
+
+
+@command(app, "settings")
 def settings(options: SettingsOptions) -> None:
     """Print all settings as TOML, with what they mean."""
     with open_session(quiet=True):
@@ -69,19 +76,6 @@ def settings(options: SettingsOptions) -> None:
 
         text = to_toml(options.settings())
     typer.echo(text, nl=False)
-
-
-command(app, SegmentOptions, "segment")(segment)
-command(app, DemoOptions, "demo")(demo)
-command(app, CheckOptions, "check")(check)
-command(app, CustomizeOptions, "customize")(customize)
-command(app, EvaluateOptions, "evaluate")(evaluate)
-command(app, ReportCommandOptions, "report")(report)
-command(app, ConvertOptions, "convert")(convert)
-command(app, SuggestOptions, "suggest")(suggest)
-app.add_typer(benchmark_app, name="benchmark")
-app.add_typer(models_app, name="models")
-command(app, SettingsOptions, "settings")(settings)
 
 
 def main() -> NoReturn:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from .options import AtlasOptions, ScreenOptions, options
-from .session import EXIT_FAILURES, EXIT_USAGE, open_session, print_json
+from .options import AtlasOptions, ScreenOptions, argument, flag, options
+from .session import EXIT_FAILURES, EXIT_USAGE, print_json
 
 #: Width of tables that go into a file or a pipe.
 _PIPED_WIDTH = 160
@@ -18,13 +17,8 @@ _PIPED_WIDTH = 160
 class CheckOptions(AtlasOptions, ScreenOptions):
     """Options of ``check``."""
 
-    files: Annotated[
-        list[Path],
-        typer.Argument(metavar="FILES...", help="Scans, label maps, DICOM series folders, RTSTRUCT, DICOM-SEG."),
-    ]
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Exit code 1 where there is a warning, for scripts that stop at any doubt.")
-    ] = False
+    files: list[Path] = argument("FILES...", "Scans, label maps, DICOM series folders, RTSTRUCT, DICOM-SEG.")
+    strict: bool = flag("--strict", "Exit code 1 where there is a warning, for scripts that stop at any doubt.")
 
 
 def check(options: CheckOptions) -> None:
@@ -34,13 +28,12 @@ def check(options: CheckOptions) -> None:
     of the body, are left and right swapped, is the contrast inverted, does it show the structures? The exit code is 2
     if a file could not be used.
     """
-    with open_session(options.quiet, warnings=False, log=options.log) as session:
+    with options.session(warnings=False) as session:
         from ..check import check_files
         from ..jobs.scans import find_scans
 
         atlas = None
         if any(one is not None for one in (options.context, options.atlas, options.labels, options.names)):
-            options.check_atlas()
             atlas = options.load_atlas()
         scans = find_scans(options.files, labels=True)
         for remark in scans.remarks():

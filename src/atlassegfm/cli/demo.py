@@ -5,28 +5,25 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from .options import DeviceOptions, ScreenOptions, SettingsOptions, options
+from .options import DeviceOptions, ScreenOptions, SettingsOptions, flag, option, options
 from .report import require_pictures
-from .session import open_session, or_none, print_json, print_table, score_text
+from .session import or_none, print_json, print_table, score_text
 
 
 @options
 class DemoOptions(ScreenOptions, DeviceOptions, SettingsOptions):
     """Options of ``demo``."""
 
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder for the scans and the result.")] = (
-        Path("atlassegfm-demo")
-    )
-    picture: Annotated[bool, typer.Option("--picture/--no-picture", help="Draw OUT/demo.png (extra 'report').")] = True
+    out: Path = option("--out -o", "OUT", "Folder for the scans and the result.", Path("atlassegfm-demo"))
+    picture: bool = flag("--picture/--no-picture", "Draw OUT/demo.png (extra 'report').", True)
 
 
 def demo(options: DemoOptions) -> None:
     """Do the whole job on an embedded pair of scans; nothing to download."""
-    with open_session(options.quiet, log=options.log) as session:
+    with options.session() as session:
         if options.picture:
             require_pictures()
         from ..core.device import resolve_device

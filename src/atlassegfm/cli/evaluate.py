@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from ..core.errors import InputError
-from .options import ScreenOptions, SeriesOption, StructureOptions, options, split_list
-from .session import EXIT_FAILURES, open_session, print_json, print_table, score_text
+from .options import (
+    ScreenOptions,
+    StructureOptions,
+    flag,
+    names_option,
+    option,
+    options,
+    required,
+    series_option,
+    split_list,
+)
+from .session import EXIT_FAILURES, print_json, print_table, score_text
 
 if TYPE_CHECKING:
     from ..evaluate import Evaluation
@@ -22,51 +33,36 @@ DEFAULT_TOLERANCE_MM = 2.0
 #: Statuses that are counted in the table where there are any.
 _COUNTED = {"missed": "missed", "hallucinated": "halluc.", "both_empty": "neither"}
 
-ToleranceOption = Annotated[
-    str,
-    typer.Option(
-        "--tolerance",
-        metavar="MM|PRESET|FILE",
-        help="Tolerance of the NSD: mm for all, a preset (flare22, kits21, nikolov) or a TOML file.",
-    ),
-]
-LabelsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--labels", metavar="A,B,...", help="Structures to score, by value, name or pattern; '*' for all there are."
-    ),
-]
-CentrelineOption = Annotated[
-    str | None, typer.Option("--cldice", metavar="A,B,...", help="Structures to score by clDice too (vessels).")
-]
+tolerance_option = functools.partial(
+    option,
+    "--tolerance",
+    "MM|PRESET|FILE",
+    "Tolerance of the NSD: mm for all, a preset (flare22, kits21, nikolov) or a TOML file.",
+    f"{DEFAULT_TOLERANCE_MM:g}",
+)
+labels_option = functools.partial(
+    option, "--labels", "A,B,...", "Structures to score, by value, name or pattern; '*' for all there are."
+)
+cldice_option = functools.partial(option, "--cldice", "A,B,...", "Structures to score by clDice too (vessels).")
 
 
 @options
 class EvaluateOptions(StructureOptions, ScreenOptions):
     """Options of ``evaluate``."""
 
-    pred: Annotated[Path, typer.Option("--pred", metavar="P", help="Label map to score, or folder of them.")]
-    ref: Annotated[Path, typer.Option("--ref", metavar="R", help="Reference label map, or folder of them.")]
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE.csv", help="Scores of each structure of each case.")
-    ] = None
-    tolerance: ToleranceOption = f"{DEFAULT_TOLERANCE_MM:g}"
-    labels: LabelsOption = None
-    cldice: CentrelineOption = None
-    names: Annotated[
-        Path | None, typer.Option("--names", metavar="FILE", help="Names of the labels: JSON, or '1 liver' lines.")
-    ] = None
-    partial: Annotated[
-        bool, typer.Option("--partial", help="Leave out references that have no result instead of refusing.")
-    ] = False
-    cases: Annotated[bool, typer.Option("--cases", help="Print a table of the cases too.")] = False
-    scan: Annotated[
-        Path | None,
-        typer.Option(
-            "--scan", metavar="IMG", help="The scan that RTSTRUCT or DICOM-SEG files lie on: DICOM folder or image."
-        ),
-    ] = None
-    series: SeriesOption = None
+    pred: Path = required("--pred", "P", "Label map to score, or folder of them.")
+    ref: Path = required("--ref", "R", "Reference label map, or folder of them.")
+    out: Path | None = option("--out -o", "FILE.csv", "Scores of each structure of each case.")
+    tolerance: str = tolerance_option()
+    labels: str | None = labels_option()
+    cldice: str | None = cldice_option()
+    names: Path | None = names_option()
+    partial: bool = flag("--partial", "Leave out references that have no result instead of refusing.")
+    cases: bool = flag("--cases", "Print a table of the cases too.")
+    scan: Path | None = option(
+        "--scan", "IMG", "The scan that RTSTRUCT or DICOM-SEG files lie on: DICOM folder or image."
+    )
+    series: str | None = series_option()
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -77,7 +73,7 @@ def evaluate(options: EvaluateOptions) -> None:
     exit code 1; the others are scored.
     """
     out = options.out
-    with open_session(options.quiet, log=options.log) as session:
+    with options.session() as session:
         tolerances = read_tolerance(options.tolerance)
         if out is not None and out.suffix.lower() != ".csv":
             raise InputError(f"{out}: the scores are written as CSV; give a file ending in .csv")

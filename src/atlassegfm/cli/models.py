@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -13,7 +13,7 @@ from ..core.errors import InputError
 from ..core.extras import is_installed
 from ..core.text import counted
 from .help import HELP_OPTIONS, Group
-from .options import ScreenOptions, command, options
+from .options import ScreenOptions, argument, command, flag, option, options
 from .session import accept_licences, open_session, print_json, print_table
 
 if TYPE_CHECKING:
@@ -46,45 +46,37 @@ app = typer.Typer(
 class ListOptions:
     """Options of ``models list``."""
 
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False
+    as_json: bool = flag("--json", "Print the result as JSON.")
 
 
 @options
 class NameOptions:
     """The model."""
 
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the model, as `atlassegfm models` lists it.")]
+    name: str = argument("NAME", "Name of the model, as `atlassegfm models` lists it.")
 
 
 @options
 class ShowOptions(NameOptions, ScreenOptions):
     """Options of ``models show``."""
 
-    folder: Annotated[
-        Path | None,
-        typer.Option("--folder", metavar="FOLDER", help="Look only here, as after `models fetch --folder`."),
-    ] = None
+    folder: Path | None = option("--folder", "FOLDER", "Look only here, as after `models fetch --folder`.")
 
 
 @options
 class FetchOptions(NameOptions):
     """Options of ``models fetch``."""
 
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--folder",
-            metavar="FOLDER",
-            help="Folder for the files; name it with --model-path later [default: where they are looked for].",
-        ),
-    ] = None
-    accept_licence: Annotated[
-        bool,
-        typer.Option("--accept-licence", help="Accept the licence of the weights, where needed; recorded once."),
-    ] = False
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress; warnings and errors stay.")] = False
+    folder: Path | None = option(
+        "--folder",
+        "FOLDER",
+        "Folder for the files; name it with --model-path later [default: where they are looked for].",
+    )
+    accept_licence: bool = flag("--accept-licence", "Accept the licence of the weights, where needed; recorded once.")
+    quiet: bool = flag("--quiet -q", "Show no progress; warnings and errors stay.")
 
 
+@command(app, _DEFAULT)
 def list_models(options: ListOptions) -> None:
     """List the segmentation models, and whether what they need is there."""
     with open_session(quiet=True):
@@ -116,6 +108,7 @@ def list_models(options: ListOptions) -> None:
     typer.echo("atlassegfm models fetch NAME   download its weights")
 
 
+@command(app, "show")
 def show(options: ShowOptions) -> None:
     """Show one model: licences, the paper's figures, its files, and which of them were found.
 
@@ -158,6 +151,7 @@ def show(options: ShowOptions) -> None:
         typer.echo(f"    found      {_found_text(one)}")
 
 
+@command(app, "fetch")
 def fetch(options: FetchOptions) -> None:
     """Download the weights of a model; the only command that downloads anything.
 
@@ -185,11 +179,6 @@ def fetch(options: FetchOptions) -> None:
         typer.echo(f"  {one.file.path}  {one.size} bytes, {one.verdict}\n    sha256 {one.sha256}")
     if options.folder is not None:
         typer.echo(f"use them with --model-path {fetched.folder}")
-
-
-command(app, ListOptions, _DEFAULT)(list_models)
-command(app, ShowOptions, "show")(show)
-command(app, FetchOptions, "fetch")(fetch)
 
 
 def _describe(name: str) -> ModelDescription:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from ..core.errors import InputError, MissingExtraError
 from ..core.labels import listed
-from .options import ScreenOptions, options
-from .session import Session, open_session, print_json
+from .options import ScreenOptions, argument, flag, option, options
+from .session import Session, print_json
 
 if TYPE_CHECKING:
     from ..report import ReportOptions, Written
@@ -51,37 +51,25 @@ def report_on(
 class ReportCommandOptions(ScreenOptions):
     """Options of ``report``."""
 
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of results, as `segment -o` writes it.")]
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="The page of the cohort [default: OUT/report.html]."),
-    ] = None
-    images: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--images",
-            metavar="PATH",
-            help="The queries: files, DICOM series folders, or folders with them anywhere below; may be repeated. They "
-            "are found by their content. Without them new pages show labels only: results do not say where scans lie.",
-        ),
-    ] = None
-    cases: Annotated[bool, typer.Option("--cases/--no-cases", help="Write a page for each case too.")] = True
-    picture: Annotated[
-        bool, typer.Option("--picture/--no-picture", help="Draw CASE/overview.png too (extra 'report').")
-    ] = True
-    viewer_voxels: Annotated[
-        int,
-        typer.Option(
-            "--viewer-voxels",
-            metavar="N",
-            min=0,
-            help="Largest number of voxels of the interactive view; 0 leaves the view out.",
-        ),
-    ] = 8_000_000
-    title: Annotated[str, typer.Option("--title", help="Title of the page [default: the name of OUT].")] = ""
-    force: Annotated[
-        bool, typer.Option("--force", help="Make all pages again, those too that show a scan that is not given.")
-    ] = False
+    folder: Path = argument("OUT", "Folder of results, as `segment -o` writes it.")
+    out: Path | None = option("--out -o", "FILE", "The page of the cohort [default: OUT/report.html].")
+    images: list[Path] | None = option(
+        "--images",
+        "PATH",
+        "The queries: files, DICOM series folders, or folders with them anywhere below; may be repeated. They are "
+        "found by their content. Without them new pages show labels only: results do not say where scans lie.",
+    )
+    cases: bool = flag("--cases/--no-cases", "Write a page for each case too.", True)
+    picture: bool = flag("--picture/--no-picture", "Draw CASE/overview.png too (extra 'report').", True)
+    viewer_voxels: int = option(
+        "--viewer-voxels",
+        "N",
+        "Largest number of voxels of the interactive view; 0 leaves the view out.",
+        8_000_000,
+        min=0,
+    )
+    title: str = option("--title", None, "Title of the page [default: the name of OUT].", "")
+    force: bool = flag("--force", "Make all pages again, those too that show a scan that is not given.")
 
 
 def report(options: ReportCommandOptions) -> None:
@@ -90,7 +78,7 @@ def report(options: ReportCommandOptions) -> None:
     OUT/report.html lists what to review first, and all cases and structures; OUT/CASE/report.html shows slices through
     every structure and an interactive view. Each page holds all it needs and loads nothing.
     """
-    with open_session(options.quiet, log=options.log) as session:
+    with options.session() as session:
         if options.picture and options.cases:
             require_pictures()
         from ..jobs import scans_of

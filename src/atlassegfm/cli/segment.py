@@ -5,15 +5,26 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..core.errors import InputError
-from .options import AtlasOptions, DeviceOptions, ModelOptions, ScreenOptions, options, split_list
+from .options import (
+    AtlasOptions,
+    DeviceOptions,
+    ModelOptions,
+    ScreenOptions,
+    argument,
+    flag,
+    option,
+    options,
+    required,
+    split_list,
+)
 from .outcome import print_outcome, print_plan, print_result
 from .progress import RunProgress
-from .session import EXIT_FAILURES, EXIT_USAGE, Session, open_session
+from .session import EXIT_FAILURES, EXIT_USAGE, Session
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -33,90 +44,50 @@ _NAMED = 10
 class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
     """Options of ``segment``."""
 
-    queries: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="QUERY...", help="Scans to segment: image files, DICOM series folders, or folders of them."
-        ),
-    ]
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder that gets one folder per query.")]
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Also write atlas, model and probability maps, and the transform.")
-    ] = False
-    report: Annotated[
-        bool,
-        typer.Option("--report", help="Also write OUT/report.html and a page for each case; keeps what --keep keeps."),
-    ] = False
-    transform: Annotated[
-        Path | None,
-        typer.Option(
-            "--transform",
-            metavar="PATH",
-            help="Take a saved transform from query to atlas and do not register: a transform file, a folder as --keep "
-            "writes it, or a folder of results made with --keep.",
-        ),
-    ] = None
-    formats: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            metavar="A,B,...",
-            help="What to write: nifti, nrrd, seg.nrrd (3D Slicer), mgz (FreeSurfer), masks (a file for each "
-            "structure), and for DICOM series rtstruct and seg.",
-        ),
-    ] = "nifti"
-    flat: Annotated[
-        Path | None,
-        typer.Option(
-            "--flat", metavar="DIR", help="Also write DIR/CASE.nii.gz and dataset.json, the layout of nnU-Net."
-        ),
-    ] = None
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="List what would be done, under which names, and what is left out; do nothing."),
-    ] = False
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            metavar="N",
-            min=1,
-            help="Scans to segment at a time, each in a process of its own [default: 1]. On GPUs at most one for each.",
-        ),
-    ] = None
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            "--threads",
-            metavar="N",
-            min=1,
-            help="Threads for each scan [default: 1 with several queries, all cores with one]. Another number moves "
-            "borders a little.",
-        ),
-    ] = None
-    force: Annotated[
-        bool, typer.Option("--force", help="Segment all queries again, also those whose result is there already.")
-    ] = False
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            "--shard", metavar="I/N", help="Run the I-th of N parts of the queries, as one job of a job array."
-        ),
-    ] = None
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            "--cluster",
-            metavar="local|slurm|tcp://HOST:PORT",
-            help="Segment on a Dask cluster (extra 'cluster'): processes here, Slurm jobs, or a running scheduler.",
-        ),
-    ] = None
-    cluster_options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--cluster-option", metavar="KEY=VALUE", help="What a Slurm job asks for, as queue=gpu; may be repeated."
-        ),
-    ] = None
+    queries: list[Path] = argument(
+        "QUERY...", "Scans to segment: image files, DICOM series folders, or folders of them."
+    )
+    out: Path = required("--out -o", "OUT", "Folder that gets one folder per query.")
+    keep: bool = flag("--keep", "Also write atlas, model and probability maps, and the transform.")
+    report: bool = flag("--report", "Also write OUT/report.html and a page for each case; keeps what --keep keeps.")
+    transform: Path | None = option(
+        "--transform",
+        "PATH",
+        "Take a saved transform from query to atlas and do not register: a transform file, a folder as --keep writes "
+        "it, or a folder of results made with --keep.",
+    )
+    formats: str = option(
+        "--format",
+        "A,B,...",
+        "What to write: nifti, nrrd, seg.nrrd (3D Slicer), mgz (FreeSurfer), masks (a file for each structure), and "
+        "for DICOM series rtstruct and seg.",
+        "nifti",
+    )
+    flat: Path | None = option("--flat", "DIR", "Also write DIR/CASE.nii.gz and dataset.json, the layout of nnU-Net.")
+    dry_run: bool = flag("--dry-run", "List what would be done, under which names, and what is left out; do nothing.")
+    workers: int | None = option(
+        "--workers",
+        "N",
+        "Scans to segment at a time, each in a process of its own [default: 1]. On GPUs at most one for each.",
+        min=1,
+    )
+    threads: int | None = option(
+        "--threads",
+        "N",
+        "Threads for each scan [default: 1 with several queries, all cores with one]. Another number moves borders a "
+        "little.",
+        min=1,
+    )
+    force: bool = flag("--force", "Segment all queries again, also those whose result is there already.")
+    shard: str | None = option("--shard", "I/N", "Run the I-th of N parts of the queries, as one job of a job array.")
+    cluster: str | None = option(
+        "--cluster",
+        "local|slurm|tcp://HOST:PORT",
+        "Segment on a Dask cluster (extra 'cluster'): processes here, Slurm jobs, or a running scheduler.",
+    )
+    cluster_options: list[str] | None = option(
+        "--cluster-option", "KEY=VALUE", "What a Slurm job asks for, as queue=gpu; may be repeated."
+    )
 
     def check(self) -> None:
         """Refuse options that do not go together, before anything is read."""
@@ -151,7 +122,7 @@ def segment(options: SegmentOptions) -> None:
     missing, or was made from other files, settings or another version. Folders are searched for scans; what is not
     taken is named.
     """
-    with open_session(options.quiet, log=options.log) as session:
+    with options.session() as session:
         options.check()
         settings, context = _settings(options, session)
         wanted = split_list(options.formats, "--format")
