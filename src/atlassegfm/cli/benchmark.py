@@ -62,21 +62,21 @@ class BenchmarkOptions(ScreenOptions, DeviceOptions, SettingsOptions):
     """Options of all comparisons."""
 
     dataset: Path = argument("DATASET", "Folder in nnU-Net raw layout, with labels.")
-    out: Path = required("--out -o", "OUT", "Folder of the benchmark; an interrupted one is continued.")
+    out: Path = required("--out -o OUT", "Folder of the benchmark; an interrupted one is continued.")
     protocol: str = option(
-        "--protocol", "one-shot-5fold|one-to-all|all-pairs", "Which atlas for which query.", "one-shot-5fold"
+        "--protocol one-shot-5fold|one-to-all|all-pairs", "Which atlas for which query.", "one-shot-5fold"
     )
-    atlas: str | None = option("--atlas", "A,B,...", "Atlases of one-to-all [default: the first case].")
-    cases: str | None = option("--cases", "A,B,...", "Cases that take part.")
+    atlas: str | None = option("--atlas A,B,...", "Atlases of one-to-all [default: the first case].")
+    cases: str | None = option("--cases A,B,...", "Cases that take part.")
     labels: str | None = labels_option()
-    every: int = option("--every", "N", "Run a sample of the pairs, one of N.", 1)
-    folds: int = option("--folds", "N", "Folds of one-shot-5fold, where 5 are too many.", 5)
+    every: int = option("--every N", "Run a sample of the pairs, one of N.", 1)
+    folds: int = option("--folds N", "Folds of one-shot-5fold, where 5 are too many.", 5)
     tolerance: str = tolerance_option()
     cldice: str | None = cldice_option()
-    channel: int = option("--channel", "N", "Channel of the scans.", 0)
-    model_path: Path | None = option("--model-path", "PATH", "File or folder of the model's weights.")
+    channel: int = option("--channel N", "Channel of the scans.", 0)
+    model_path: Path | None = option("--model-path PATH", "File or folder of the model's weights.")
     accept_licence: bool = flag("--accept-licence", "Accept the licence of the models' weights; recorded once.")
-    plots: bool = flag("--plots/--no-plots", "Draw plots (extra 'report').", True)
+    plots: bool = option("--plots/--no-plots", "Draw plots (extra 'report').", True)
     force: bool = flag("--force", "Begin again where OUT holds results.")
 
     @property
@@ -89,10 +89,10 @@ class BenchmarkOptions(ScreenOptions, DeviceOptions, SettingsOptions):
 class ProtocolOptions(BenchmarkOptions):
     """Options of ``benchmark protocol``."""
 
-    models: str | None = option("--models", "A,B,...", "Models side by side [default: builtin].")
-    engines: str | None = option("--engines", "A,B,...", "Registration engines side by side.")
+    models: str | None = option("--models A,B,...", "Models side by side [default: builtin].")
+    engines: str | None = option("--engines A,B,...", "Registration engines side by side.")
     variants: list[str] | None = option(
-        "--variant", "NAME:KEY=VALUE[;KEY=VALUE...]", "Also with these settings, side by side; may be repeated."
+        "--variant NAME:KEY=VALUE[;KEY=VALUE...]", "Also with these settings, side by side; may be repeated."
     )
 
 
@@ -117,7 +117,7 @@ def protocol(options: ProtocolOptions) -> None:
 class ModelBenchmarkOptions(BenchmarkOptions):
     """Options of comparisons of one model."""
 
-    model: str | None = option("--model", "NAME", "Segmentation model [default: builtin].")
+    model: str | None = option("--model NAME", "Segmentation model [default: builtin].")
 
 
 @command(app, "ablation")
@@ -153,7 +153,7 @@ def ablation(options: ModelBenchmarkOptions) -> None:
 class PromptsOptions(BenchmarkOptions):
     """Options of ``benchmark prompts``."""
 
-    models: str = option("--models", "A,B,...", "Models, each with all the prompts it takes.", "builtin")
+    models: str = option("--models A,B,...", "Models, each with all the prompts it takes.", "builtin")
 
 
 @command(app, "prompts")
@@ -186,8 +186,7 @@ class EnginesOptions(ModelBenchmarkOptions):
     """Options of ``benchmark engines``."""
 
     engines: str | None = option(
-        "--engines",
-        "A,B,...",
+        "--engines A,B,...",
         "Registration engines [default: all that are installed; voxelmorph, which takes minutes a pair on a CPU, only "
         "with a GPU].",
     )
@@ -213,8 +212,8 @@ class TimeOptions(ScreenOptions, DeviceOptions, ModelOptions):
         "[DATASET]", "Folder whose first two cases are used [default: the embedded pair].", None
     )
     labels: str | None = labels_option()
-    rounds: int = option("--rounds", "N", "Number of runs, of which the median counts.", 3, min=1)
-    shape: str = option("--shape", "IxJxK", "Voxels of both scans.", "256x256x240")
+    rounds: int = option("--rounds N", "Number of runs, of which the median counts.", 3, min=1)
+    shape: str = option("--shape IxJxK", "Voxels of both scans.", "256x256x240")
 
 
 @command(app, "time")

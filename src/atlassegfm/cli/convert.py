@@ -27,15 +27,12 @@ class ConvertOptions(ScreenOptions, StructureOptions):
     """Options of ``convert``."""
 
     labels: Path = argument("LABELS", "Label map, RTSTRUCT or DICOM-SEG.")
-    out: Path = required("--out -o", "OUT", "File to write; with --to masks a folder of files.")
+    out: Path = required("--out -o OUT", "File to write; with --to masks a folder of files.")
     to: str | None = option(
-        "--to",
-        "image|masks|rtstruct|seg",
+        "--to image|masks|rtstruct|seg",
         "What to write [default: an image in the format of OUT's ending, as .nii.gz or .seg.nrrd].",
     )
-    onto: Path | None = option(
-        "--onto", "SCAN", "The scan it lies on: RTSTRUCT and DICOM-SEG are written for its series."
-    )
+    onto: Path | None = option("--onto SCAN", "The scan it lies on: RTSTRUCT and DICOM-SEG are written for its series.")
     names: Path | None = names_option()
     series: str | None = series_option()
     force: bool = flag("--force", "Replace OUT if it exists.")

@@ -26,11 +26,11 @@ from .session import print_json
 class CustomizeOptions(ScreenOptions, DeviceOptions, ModelOptions, StructureOptions):
     """Options of ``customize``."""
 
-    atlas: Path = required("--atlas", "IMG", "The annotated scan.")
-    labels: Path = required("--labels", "LAB", "Labels of the atlas: label map, RTSTRUCT or DICOM-SEG.")
-    out: Path = required("--out -o", "CTX", "Context folder to write.")
+    atlas: Path = required("--atlas IMG", "The annotated scan.")
+    labels: Path = required("--labels LAB", "Labels of the atlas: label map, RTSTRUCT or DICOM-SEG.")
+    out: Path = required("--out -o CTX", "Context folder to write.")
     names: Path | None = names_option()
-    atlas_series: str | None = option("--atlas-series", "S", "Which series of the atlas's DICOM folder.")
+    atlas_series: str | None = option("--atlas-series S", "Which series of the atlas's DICOM folder.")
 
 
 def customize(options: CustomizeOptions) -> None:
@@ -70,18 +70,9 @@ def customize(options: CustomizeOptions) -> None:
     gate = None if context.gate is None else context.gate.describe()
     seconds = round(time.perf_counter() - begun, 3)
     if options.as_json:
-        print_json(
-            {
-                "context": str(out),
-                "sha256": saved.sha256,
-                "model": settings.model,
-                "prompt": context.prompt,
-                "gate": gate,
-                "structures": [{"value": one.value, "name": one.name} for one in context.atlas.structures],
-                "device": device,
-                "total_seconds": seconds,
-            }
-        )
+        structures = [{"value": one.value, "name": one.name} for one in context.atlas.structures]
+        chosen = {"model": settings.model, "prompt": context.prompt, "gate": gate, "structures": structures}
+        print_json({"context": str(out), "sha256": saved.sha256, **chosen, "device": device, "total_seconds": seconds})
         return
     typer.echo(f"{options.atlas.name} -> {out}  ({seconds:.1f} s on {device})")
     typer.echo(f"  structures  {', '.join(context.atlas.names)}")

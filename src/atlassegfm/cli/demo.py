@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from .options import DeviceOptions, ScreenOptions, SettingsOptions, flag, option, options
+from .options import DeviceOptions, ScreenOptions, SettingsOptions, option, options
 from .report import require_pictures
 from .session import or_none, print_json, print_table, score_text
 
@@ -17,8 +17,8 @@ from .session import or_none, print_json, print_table, score_text
 class DemoOptions(ScreenOptions, DeviceOptions, SettingsOptions):
     """Options of ``demo``."""
 
-    out: Path = option("--out -o", "OUT", "Folder for the scans and the result.", Path("atlassegfm-demo"))
-    picture: bool = flag("--picture/--no-picture", "Draw OUT/demo.png (extra 'report').", True)
+    out: Path = option("--out -o OUT", "Folder for the scans and the result.", Path("atlassegfm-demo"))
+    picture: bool = option("--picture/--no-picture", "Draw OUT/demo.png (extra 'report').", True)
 
 
 def demo(options: DemoOptions) -> None:
@@ -52,10 +52,8 @@ def demo(options: DemoOptions) -> None:
     data = out / "data"
     command = ["atlassegfm", "segment", "--atlas", str(data / ATLAS), "--labels", str(data / LABELS)]
     command += [str(data / QUERY), "-o", str(out / "result")]
-    for assignment in options.overrides or ():
-        command += ["--set", assignment]
-    if options.seed is not None:
-        command += ["--seed", str(options.seed)]
+    command += [word for assignment in options.overrides or () for word in ("--set", assignment)]
+    command += [] if options.seed is None else ["--seed", str(options.seed)]
     typer.echo(f"\nresult    {out / 'result'}")
     if options.picture:
         typer.echo(f"picture   {out / 'demo.png'}")

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ..models.base import PublishedWeights
     from ..models.weights import StoredFile
 
+#: Whether an extra is installed: on the page of a model, and in the list.
+_STATES = {True: ("installed", "installed"), False: ("not installed", "missing"), None: ("not known", "?")}
 #: The subcommand meant where none is named.
 _DEFAULT = "list"
 
@@ -60,7 +62,7 @@ class NameOptions:
 class ShowOptions(NameOptions, ScreenOptions):
     """Options of ``models show``."""
 
-    folder: Path | None = option("--folder", "FOLDER", "Look only here, as after `models fetch --folder`.")
+    folder: Path | None = option("--folder FOLDER", "Look only here, as after `models fetch --folder`.")
 
 
 @options
@@ -68,9 +70,7 @@ class FetchOptions(NameOptions):
     """Options of ``models fetch``."""
 
     folder: Path | None = option(
-        "--folder",
-        "FOLDER",
-        "Folder for the files; name it with --model-path later [default: where they are looked for].",
+        "--folder FOLDER", "Folder for the files; name it with --model-path later [default: where they are looked for]."
     )
     accept_licence: bool = flag("--accept-licence", "Accept the licence of the weights, where needed; recorded once.")
     quiet: bool = flag("--quiet -q", "Show no progress; warnings and errors stay.")
@@ -86,8 +86,8 @@ def list_models(options: ListOptions) -> None:
 
         rows = []
         for row in (*MODELS.values(), ModelDescription(NO_MODEL, "the result is the warped atlas", (), "")):
-            found = None if row.weights is None else folder_with_weights(row.weights, folders_of(row.name))
-            weights = {"needs_weights": row.weights is not None, "weights": None if found is None else str(found)}
+            found = row.weights and folder_with_weights(row.weights, folders_of(row.name))
+            weights = {"needs_weights": row.weights is not None, "weights": found and str(found)}
             licence = "" if row.name == NO_MODEL else row.weights_licence
             rows.append(_described(row) | weights | {"weights_licence": licence})
     if options.as_json:
@@ -95,8 +95,7 @@ def list_models(options: ListOptions) -> None:
         return
     table = []
     for content in rows:
-        state = {True: "installed", False: "missing"}.get(content["extra_installed"], "?")
-        extra = state if content["extra"] else "-"
+        extra = _STATES[content["extra_installed"]][1] if content["extra"] else "-"
         place, licence = "-", "-"
         if content["needs_weights"]:
             place, licence = "found" if content["weights"] else "missing", content["weights_licence"]
@@ -123,29 +122,32 @@ def show(options: ShowOptions) -> None:
     if options.as_json:
         print_json(content)
         return
+    accepted = weights and weights["licence_accepted"]
+    state = f"accepted on {accepted}" if accepted else "not accepted yet"
     lines = [
         ("model", row.name),
         ("what it is", row.summary),
         ("prompts, best first", ", ".join(row.prompts)),
         ("Dice in the paper", ", ".join(f"{kind} {dice:g} %" for kind, dice in row.paper_dice.items()) or "none"),
-        ("extra", _extra_text(content["extra"], content["extra_installed"])),
+        ("extra", f"{row.extra} ({_STATES[content['extra_installed']][0]})" if row.extra else "none needed"),
         ("licence of the code", row.code_licence),
     ]
-    if weights is None:
-        _print_lines([*lines, ("weights", "none needed")])
-        return
-    accepted = weights["licence_accepted"]
-    state = f"accepted on {accepted}" if accepted else "not accepted yet"
-    lines += [
-        ("licence of the weights", f"{weights['licence']}, {weights['licence_url']}"),
-        ("", f"no commercial use; {state}" if weights["non_commercial"] else "need not be accepted"),
-        ("published", weights["page"]),
-        ("revision", weights["revision"]),
-        *(("looked for in" if n == 0 else "", folder) for n, folder in enumerate(weights["looked_in"])),
-        ("found in", weights["found"] or "none of them"),
-    ]
-    _print_lines(lines)
-    for one in weights["files"]:
+    lines += (
+        [("weights", "none needed")]
+        if weights is None
+        else [
+            ("licence of the weights", f"{weights['licence']}, {weights['licence_url']}"),
+            ("", f"no commercial use; {state}" if weights["non_commercial"] else "need not be accepted"),
+            ("published", weights["page"]),
+            ("revision", weights["revision"]),
+            *(("looked for in" if n == 0 else "", folder) for n, folder in enumerate(weights["looked_in"])),
+            ("found in", weights["found"] or "none of them"),
+        ]
+    )
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        typer.echo(f"  {name:<{width}}  {text}".rstrip())
+    for one in weights["files"] if weights else ():
         typer.echo(f"\n  {one['path']}")
         typer.echo(f"    published  {one['size'] or 'not known'} bytes, sha256 {one['sha256'] or 'not known'}")
         typer.echo(f"    found      {_found_text(one)}")
@@ -208,9 +210,8 @@ def _agrees(name: str, published: PublishedWeights) -> bool:
 
     if not published.non_commercial or licence_accepted(name) is not None or not sys.stdin.isatty():
         return False
-    typer.echo(f"licence of the weights of {name}: {published.licence}, no commercial use", err=True)
-    typer.echo(f"read it at {published.licence_url}", err=True)
-    typer.echo("Do you accept it? [y/N] ", err=True, nl=False)
+    licence = f"{published.licence}, no commercial use\nread it at {published.licence_url}"
+    typer.echo(f"licence of the weights of {name}: {licence}\nDo you accept it? [y/N] ", err=True, nl=False)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise InputError(f"the licence of the weights of the model {name!r} was not accepted; nothing was downloaded")
     return True
@@ -238,12 +239,6 @@ def _file(published: PublishedWeights, stored: StoredFile) -> dict[str, Any]:
     return {**found.pop("file"), "url": published.url_of(stored.file), "found": found}
 
 
-def _print_lines(lines: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in lines)
-    for name, text in lines:
-        typer.echo(f"  {name:<{width}}  {text}".rstrip())
-
-
 def _found_text(file: dict[str, Any]) -> str:
     found = file["found"]
     if found["verdict"] == "missing":
@@ -251,9 +246,3 @@ def _found_text(file: dict[str, Any]) -> str:
     verdict = "nothing to compare with" if found["verdict"] == "not known" else found["verdict"]
     expected = f", expected {found['expected']}" if found["expected"] else ""
     return f"{found['size']} bytes, sha256 {found['sha256'] or 'not computed'}: {verdict}{expected}"
-
-
-def _extra_text(extra: str | None, installed: bool | None) -> str:
-    if extra is None:
-        return "none needed"
-    return f"{extra} ({'not known' if installed is None else 'installed' if installed else 'not installed'})"

@@ -28,14 +28,16 @@ O = TypeVar("O")  # noqa: E741
 options = dataclass(frozen=True, kw_only=True)
 
 
-def option(names: str, metavar: str | None, text: str, default: Any = None, **more: Any) -> Any:
-    """Make a field of an option: names with spaces between, and its help; ``MISSING`` makes it a required one."""
-    return field(default=default, metadata={"as": typer.Option(*names.split(), metavar=metavar, help=text, **more)})
+def option(usage: str, text: str, default: Any = None, **more: Any) -> Any:
+    """Make a field of an option from its names and its value as the help shows them, such as "--out -o OUT"."""
+    words = usage.split()
+    metavar = None if words[-1].startswith("-") else words.pop()
+    info = typer.Option(*words, metavar=metavar, help=text, **more)
+    return field(default=default, metadata={"as": info})
 
 
-def flag(names: str, text: str, default: bool = False) -> Any:
-    """Make a field of an option without a value."""
-    return option(names, None, text, default)
+required = functools.partial(option, default=MISSING)
+flag = functools.partial(option, default=False)
 
 
 def argument(metavar: str, text: str, default: Any = MISSING) -> Any:
@@ -43,12 +45,10 @@ def argument(metavar: str, text: str, default: Any = MISSING) -> Any:
     return field(default=default, metadata={"as": typer.Argument(metavar=metavar, help=text)})
 
 
-required = functools.partial(option, default=MISSING)
-names_option = functools.partial(option, "--names", "FILE", "Names of the labels: JSON, or '1 liver' lines.")
+names_option = functools.partial(option, "--names FILE", "Names of the labels: JSON, or '1 liver' lines.")
 series_option = functools.partial(
     option,
-    "--series",
-    "S",
+    "--series S",
     "Which series of a DICOM folder: its number, UID or part of its description; '#2' behind it: the second volume of "
     "a 4-D series.",
 )
@@ -85,7 +85,7 @@ class ScreenOptions:
 
     as_json: bool = flag("--json", "Print the result as JSON.")
     quiet: bool = flag("--quiet -q", "Show no progress; warnings and errors stay.")
-    log: Path | None = option("--log", "FILE", "Add progress, warnings and errors to this file, with their time.")
+    log: Path | None = option("--log FILE", "Add progress, warnings and errors to this file, with their time.")
 
     def session(self, *, warnings: bool = True) -> AbstractContextManager[Session]:
         """Open the session of a command."""
@@ -96,11 +96,11 @@ class ScreenOptions:
 class SettingsOptions:
     """Settings of a job."""
 
-    config: Path | None = option("--config", "FILE", "Settings in TOML, as `atlassegfm settings` prints them.")
+    config: Path | None = option("--config FILE", "Settings in TOML, as `atlassegfm settings` prints them.")
     overrides: list[str] | None = option(
-        "--set", "KEY=VALUE", "Change a setting; may be repeated. `atlassegfm settings` lists them."
+        "--set KEY=VALUE", "Change a setting; may be repeated. `atlassegfm settings` lists them."
     )
-    seed: int | None = option("--seed", "N", "Seed of the random numbers [default: 0].")
+    seed: int | None = option("--seed N", "Seed of the random numbers [default: 0].")
 
     def settings(self, base: Settings | None = None) -> Settings:
         """Build the settings: defaults (or ``base``), then the file, then ``--set``, then options of their own."""
@@ -123,23 +123,22 @@ class SettingsOptions:
 class DeviceOptions:
     """Compute device."""
 
-    device: str = option("--device", "auto|cpu|cuda", "Where to compute.", "auto")
+    device: str = option("--device auto|cpu|cuda", "Where to compute.", "auto")
 
 
 @options
 class ModelOptions(SettingsOptions):
     """The segmentation model."""
 
-    model: str | None = option("--model", "NAME", "Segmentation model, or none [default: builtin].")
+    model: str | None = option("--model NAME", "Segmentation model, or none [default: builtin].")
     model_path: Path | None = option(
-        "--model-path",
-        "PATH",
+        "--model-path PATH",
         "File or folder of the model's weights [default: where `atlassegfm models show NAME` says].",
     )
     accept_licence: bool = flag(
         "--accept-licence", "Accept the licence of the model's weights, where it asks for that; recorded once."
     )
-    prompt: str | None = option("--prompt", "auto|click|box|mask", "Prompt of the model [default: auto].")
+    prompt: str | None = option("--prompt auto|click|box|mask", "Prompt of the model [default: auto].")
 
     def accept(self, model: str, session: Session) -> None:
         """Record that the user accepts the licence of a model's weights, and name it; refuse a prompt of no model."""
@@ -156,14 +155,13 @@ class StructureOptions:
     """Structures to take from labels."""
 
     structures: str | None = option(
-        "--structures", "A,B,...", "Structures to take, by name, pattern or number [default: all]."
+        "--structures A,B,...", "Structures to take, by name, pattern or number [default: all]."
     )
     synonyms: Path | None = option(
-        "--synonyms", "FILE", 'TOML of names and what files call them: Brainstem = ["brain stem", "BS*"].'
+        "--synonyms FILE", 'TOML of names and what files call them: Brainstem = ["brain stem", "BS*"].'
     )
     overlap: str = option(
-        "--overlap",
-        "refuse|first|last",
+        "--overlap refuse|first|last",
         "Which structure of an RTSTRUCT or DICOM-SEG gets voxels that several have.",
         "refuse",
     )
@@ -189,16 +187,14 @@ class StructureOptions:
 class AtlasOptions(StructureOptions):
     """The annotated scan, from files or from a context folder."""
 
-    atlas: Path | None = option("--atlas", "IMG", "The annotated scan.")
-    labels: Path | None = option("--labels", "LAB", "Labels of the atlas: label map, RTSTRUCT or DICOM-SEG.")
+    atlas: Path | None = option("--atlas IMG", "The annotated scan.")
+    labels: Path | None = option("--labels LAB", "Labels of the atlas: label map, RTSTRUCT or DICOM-SEG.")
     names: Path | None = names_option()
     context: Path | None = option(
-        "--context", "CTX", "A folder that `atlassegfm customize` wrote, instead of atlas and labels."
+        "--context CTX", "A folder that `atlassegfm customize` wrote, instead of atlas and labels."
     )
     series: str | None = series_option()
-    atlas_series: str | None = option(
-        "--atlas-series", "S", "Which series of the atlas's DICOM folder, as for --series."
-    )
+    atlas_series: str | None = option("--atlas-series S", "Which series of the atlas's DICOM folder, as for --series.")
 
     def check_atlas(self) -> None:
         """Check that either an atlas with its labels or a context is given; raise InputError if not."""

@@ -10,6 +10,7 @@ import typer
 
 from ..core.errors import InputError, MissingExtraError
 from ..core.labels import listed
+from ..core.text import counted
 from .options import ScreenOptions, argument, flag, option, options
 from .session import Session, print_json
 
@@ -52,23 +53,21 @@ class ReportCommandOptions(ScreenOptions):
     """Options of ``report``."""
 
     folder: Path = argument("OUT", "Folder of results, as `segment -o` writes it.")
-    out: Path | None = option("--out -o", "FILE", "The page of the cohort [default: OUT/report.html].")
+    out: Path | None = option("--out -o FILE", "The page of the cohort [default: OUT/report.html].")
     images: list[Path] | None = option(
-        "--images",
-        "PATH",
+        "--images PATH",
         "The queries: files, DICOM series folders, or folders with them anywhere below; may be repeated. They are "
         "found by their content. Without them new pages show labels only: results do not say where scans lie.",
     )
-    cases: bool = flag("--cases/--no-cases", "Write a page for each case too.", True)
-    picture: bool = flag("--picture/--no-picture", "Draw CASE/overview.png too (extra 'report').", True)
+    cases: bool = option("--cases/--no-cases", "Write a page for each case too.", True)
+    picture: bool = option("--picture/--no-picture", "Draw CASE/overview.png too (extra 'report').", True)
     viewer_voxels: int = option(
-        "--viewer-voxels",
-        "N",
+        "--viewer-voxels N",
         "Largest number of voxels of the interactive view; 0 leaves the view out.",
         8_000_000,
         min=0,
     )
-    title: str = option("--title", None, "Title of the page [default: the name of OUT].", "")
+    title: str = option("--title", "Title of the page [default: the name of OUT].", "")
     force: bool = flag("--force", "Make all pages again, those too that show a scan that is not given.")
 
 
@@ -90,28 +89,18 @@ def report(options: ReportCommandOptions) -> None:
             session.progress("finding the scans")
         matched = scans_of(options.folder, options.images or ())
         written = report_on(options.folder, matched.scans, session, options.out, content)
-        for reason, paths in (
-            ("belong to no case", matched.unused),
-            ("changed since they were segmented", matched.changed),
-        ):
+        left_out = {"belong to no case": matched.unused, "changed since they were segmented": matched.changed}
+        for reason, paths in left_out.items():
             if paths:
                 session.say(f"images left out, {reason}: {listed([str(path) for path in paths], 4)}")
     if options.as_json:
-        print_json(
-            {
-                "report": str(written.path),
-                "cases": written.cases,
-                "failures": written.failures,
-                "without_image": written.without_image,
-                "kept": written.kept,
-                "unused_images": [str(path) for path in (*matched.unused, *matched.changed)],
-                "problems": list(written.problems),
-            }
-        )
+        counts = {name: getattr(written, name) for name in ("cases", "failures", "without_image", "kept")}
+        unused = [str(path) for path in (*matched.unused, *matched.changed)]
+        problems = list(written.problems)
+        print_json({"report": str(written.path), **counts, "unused_images": unused, "problems": problems})
         return
-    typer.echo(
-        f"report    {written.path}  ({written.cases} {'case' if written.cases == 1 else 'cases'}{_failed(written)})"
-    )
+    failed = f", {written.failures} without a result" if written.failures else ""
+    typer.echo(f"report    {written.path}  ({counted(written.cases, 'case')}{failed})")
     if written.kept:
         typer.echo(
             f"{written.kept} kept as they are: they show the scan, which was not given now or cannot be read; give it "
@@ -119,7 +108,3 @@ def report(options: ReportCommandOptions) -> None:
         )
     if written.without_image:
         typer.echo(f"{written.without_image} without their scan: only labels are shown; give the scans with --images")
-
-
-def _failed(written: Written) -> str:
-    return f", {written.failures} without a result" if written.failures else ""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..core.errors import InputError
+from ..core.labels import listed
 from .options import (
     AtlasOptions,
     DeviceOptions,
@@ -47,46 +48,41 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
     queries: list[Path] = argument(
         "QUERY...", "Scans to segment: image files, DICOM series folders, or folders of them."
     )
-    out: Path = required("--out -o", "OUT", "Folder that gets one folder per query.")
+    out: Path = required("--out -o OUT", "Folder that gets one folder per query.")
     keep: bool = flag("--keep", "Also write atlas, model and probability maps, and the transform.")
     report: bool = flag("--report", "Also write OUT/report.html and a page for each case; keeps what --keep keeps.")
     transform: Path | None = option(
-        "--transform",
-        "PATH",
+        "--transform PATH",
         "Take a saved transform from query to atlas and do not register: a transform file, a folder as --keep writes "
         "it, or a folder of results made with --keep.",
     )
     formats: str = option(
-        "--format",
-        "A,B,...",
+        "--format A,B,...",
         "What to write: nifti, nrrd, seg.nrrd (3D Slicer), mgz (FreeSurfer), masks (a file for each structure), and "
         "for DICOM series rtstruct and seg.",
         "nifti",
     )
-    flat: Path | None = option("--flat", "DIR", "Also write DIR/CASE.nii.gz and dataset.json, the layout of nnU-Net.")
+    flat: Path | None = option("--flat DIR", "Also write DIR/CASE.nii.gz and dataset.json, the layout of nnU-Net.")
     dry_run: bool = flag("--dry-run", "List what would be done, under which names, and what is left out; do nothing.")
     workers: int | None = option(
-        "--workers",
-        "N",
+        "--workers N",
         "Scans to segment at a time, each in a process of its own [default: 1]. On GPUs at most one for each.",
         min=1,
     )
     threads: int | None = option(
-        "--threads",
-        "N",
+        "--threads N",
         "Threads for each scan [default: 1 with several queries, all cores with one]. Another number moves borders a "
         "little.",
         min=1,
     )
     force: bool = flag("--force", "Segment all queries again, also those whose result is there already.")
-    shard: str | None = option("--shard", "I/N", "Run the I-th of N parts of the queries, as one job of a job array.")
+    shard: str | None = option("--shard I/N", "Run the I-th of N parts of the queries, as one job of a job array.")
     cluster: str | None = option(
-        "--cluster",
-        "local|slurm|tcp://HOST:PORT",
+        "--cluster local|slurm|tcp://HOST:PORT",
         "Segment on a Dask cluster (extra 'cluster'): processes here, Slurm jobs, or a running scheduler.",
     )
     cluster_options: list[str] | None = option(
-        "--cluster-option", "KEY=VALUE", "What a Slurm job asks for, as queue=gpu; may be repeated."
+        "--cluster-option KEY=VALUE", "What a Slurm job asks for, as queue=gpu; may be repeated."
     )
 
     def check(self) -> None:
@@ -288,9 +284,8 @@ def _exit(outcome: Outcome, session: Session) -> None:
     if not failed:
         return
     if len(outcome.rows) > 1:
-        named = ", ".join(str(row.case.query) for row in failed[:_NAMED])
-        more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
-        session.error(f"{len(failed)} of {len(outcome.rows)} queries failed: {named}{more}")
+        named = listed([str(row.case.query) for row in failed], _NAMED)
+        session.error(f"{len(failed)} of {len(outcome.rows)} queries failed: {named}")
     if outcome.count("left"):
         session.error(f"stopped: {outcome.count('left')} not begun; the same command continues from there")
     # Where every query is bad input, the call was wrong as a whole.

@@ -20,7 +20,7 @@ from ..core.text import duration
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
 
 EXIT_FAILURES = 1
@@ -53,17 +53,13 @@ class Session:
     steps: Steps | None = None
 
     def __init__(self, console: Console, bar: Progress | None, *, quiet: bool, log: TextIO | None = None) -> None:
-        self._console = console
-        self._log = log
-        self._bar = bar
-        self._task: TaskID | None = None
-        self._quiet = quiet
-        self._prefix = ""
-        self._silent = False
+        self._console, self._bar, self._log = console, bar, log
+        self._task = None if bar is None else bar.add_task("starting", session=self)
+        #: Whether lines of progress are printed: there is no bar, and they are wanted.
+        self._lines = bar is None and not quiet
+        self._quiet, self._silent, self._prefix = quiet, False, ""
         self._start = self._shown = time.monotonic()
         self._end: float | None = None
-        if bar is not None:
-            self._task = bar.add_task("starting", session=self)
 
     @property
     def left(self) -> str:
@@ -84,7 +80,7 @@ class Session:
     def begin_pair(self, number: int, count: int, name: str) -> None:
         """Show that a pair of a benchmark begins; one line for each where there is no bar."""
         self.begin(number, count, name)
-        if self._bar is None and not self._quiet:
+        if self._lines:
             self.say(", ".join(filter(None, (self._prefix.rstrip(), self.left))))
             self._silent = True
 
@@ -93,7 +89,7 @@ class Session:
         where = "" if self.steps is None else self.steps.begin(stage)
         text = f"{self._prefix}{stage}"
         self._record(text)
-        if self._bar is None and not self._quiet and (self._waited() or not (self._silent or ": " in stage)):
+        if self._lines and (self._waited() or not (self._silent or ": " in stage)):
             known = ", ".join(filter(None, (where, self.left)))
             self._show(f"{text} ({known})" if known else text)
         self._update(f"{text} ({where})" if where else text)
@@ -101,7 +97,7 @@ class Session:
     def advance(self, description: str, line: str = "") -> None:
         """Show how far all of it is: as the bar's text, or, where there is no bar, in a line of its own."""
         self._record(line)
-        if self._bar is None and not self._quiet and (line or self._waited()):
+        if self._lines and (line or self._waited()):
             self._show(line or description)
         self._update(description)
 

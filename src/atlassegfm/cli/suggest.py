@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from ..core.text import counted, duration
-from .options import DeviceOptions, ScreenOptions, SettingsOptions, argument, flag, option, options
+from .options import DeviceOptions, ScreenOptions, SettingsOptions, argument, option, options
 from .report import require_pictures
 from .session import print_json, print_table
 
@@ -18,10 +18,10 @@ class SuggestOptions(ScreenOptions, DeviceOptions, SettingsOptions):
     """Options of ``suggest``."""
 
     folder: Path = argument("FOLDER", "Scans of one kind, without labels.")
-    out: Path | None = option("--out -o", "OUT", "Folder that gets suggest.png (why) and suggest.json.")
-    landmarks: int = option("--landmarks", "N", "Of more than 12 scans, compare each with N others.", 8, min=3)
-    finalists: int = option("--finalists", "N", "Of more than 12 scans, then compare the best N with all.", 3, min=1)
-    picture: bool = flag("--picture/--no-picture", "Draw OUT/suggest.png (extra 'report').", True)
+    out: Path | None = option("--out -o OUT", "Folder that gets suggest.png (why) and suggest.json.")
+    landmarks: int = option("--landmarks N", "Of more than 12 scans, compare each with N others.", 8, min=3)
+    finalists: int = option("--finalists N", "Of more than 12 scans, then compare the best N with all.", 3, min=1)
+    picture: bool = option("--picture/--no-picture", "Draw OUT/suggest.png (extra 'report').", True)
 
 
 def suggest(options: SuggestOptions) -> None:
