@@ -23,9 +23,10 @@ from .convert import convert
 from .customize import customize
 from .demo import demo
 from .evaluate import evaluate
+from .fields import command
 from .help import HELP_OPTIONS, Group, usage_error
 from .models import app as models_app
-from .options import SettingsOptions, command
+from .options import SettingsOptions
 from .report import report
 from .segment import segment
 from .session import EXIT_INTERRUPTED, open_session

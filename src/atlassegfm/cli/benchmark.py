@@ -14,29 +14,15 @@ import typer
 from ..core.errors import InputError, MissingExtraError
 from ..core.text import counted, did_you_mean
 from .evaluate import cldice_option, labels_option, read_tolerance, tolerance_option
+from .fields import argument, command, flag, option, options, required
 from .help import HELP_OPTIONS, Group
-from .options import (
-    DeviceOptions,
-    ModelOptions,
-    ScreenOptions,
-    SettingsOptions,
-    argument,
-    command,
-    flag,
-    option,
-    options,
-    required,
-    split_list,
-)
+from .options import DeviceOptions, ModelOptions, ScreenOptions, SettingsOptions, split_list
 from .report import require_pictures
 from .session import EXIT_FAILURES, accept_licences, print_json, print_table
 
 if TYPE_CHECKING:
     from ..benchmark import Plan, Variant
     from ..settings import Settings
-
-#: The subcommand meant where none is named.
-_DEFAULT = "protocol"
 
 
 class _DefaultGroup(Group):
@@ -46,7 +32,7 @@ class _DefaultGroup(Group):
         """Put the default's name in front where no name is given."""
         if args and args[0] not in (*self.commands, *HELP_OPTIONS):
             is_path = args[0].startswith("-") or Path(args[0]).exists()
-            args = [_DEFAULT, *args] if is_path or not did_you_mean(args[0], self.commands) else args
+            args = ["protocol", *args] if is_path or not did_you_mean(args[0], self.commands) else args
         return list(super().parse_args(ctx, args))
 
 
@@ -96,7 +82,7 @@ class ProtocolOptions(BenchmarkOptions):
     )
 
 
-@command(app, _DEFAULT)
+@command(app, "protocol")
 def protocol(options: ProtocolOptions) -> None:
     """Atlas only, model, fused and oracle over the pairs of a protocol (what `benchmark DATASET` runs)."""
 
@@ -239,8 +225,9 @@ def time(options: TimeOptions) -> None:
     source = "embedded scans" if options.dataset is None else options.dataset.name
     typer.echo(f"{sizes} voxels ({source}), {counted(len(atlas.structures), 'structure')}, {timing.device}")
     typer.echo(f"median of {counted(options.rounds, 'run')}; peak {timing.peak_memory_mb} MB")
-    parameters = ["" if one.parameters is None else str(one.parameters) for one in timing.stages]
-    rows = [(one.name, f"{one.seconds:.2f}", count) for one, count in zip(timing.stages, parameters, strict=True)]
+    rows = [
+        (one.name, f"{one.seconds:.2f}", "" if one.parameters is None else str(one.parameters)) for one in timing.stages
+    ]
     print_table(("stage", "seconds", "parameters"), rows, numbers_from=1)
 
 

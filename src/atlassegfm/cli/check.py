@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .options import AtlasOptions, ScreenOptions, argument, flag, options
+from .fields import argument, flag, options
+from .options import AtlasOptions, ScreenOptions
 from .session import EXIT_FAILURES, EXIT_USAGE, print_json
 
 if TYPE_CHECKING:
@@ -112,12 +113,12 @@ def _description(report: FileReport) -> str:
 
 
 def _label_table(labels: Sequence[LabelReport]) -> Table:
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
-    for title in ("value", "structure", "voxels", "volume ml", "parts", "stray"):
-        table.add_column(title, justify="left" if title == "structure" else "right")
+    titles = ("value", "structure", "voxels", "volume ml", "parts", "stray")
+    columns = [Column(title, justify="left" if title == "structure" else "right") for title in titles]
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
     for one in labels:
         counts = str(one.voxels), _millilitres(one.volume_ml), str(one.parts), str(one.stray)
         table.add_row(str(one.value), Text(one.name), *counts)

@@ -8,17 +8,8 @@ import typer
 
 from ..core.errors import InputError
 from ..core.text import counted, did_you_mean
-from .options import (
-    ScreenOptions,
-    StructureOptions,
-    argument,
-    flag,
-    names_option,
-    option,
-    options,
-    required,
-    series_option,
-)
+from .fields import argument, flag, names_option, option, options, required, series_option
+from .options import ScreenOptions, StructureOptions
 from .session import print_json
 
 

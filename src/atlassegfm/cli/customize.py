@@ -9,16 +9,8 @@ from pathlib import Path
 import typer
 
 from ..core.errors import InputError
-from .options import (
-    DeviceOptions,
-    ModelOptions,
-    ScreenOptions,
-    StructureOptions,
-    names_option,
-    option,
-    options,
-    required,
-)
+from .fields import names_option, option, options, required
+from .options import DeviceOptions, ModelOptions, ScreenOptions, StructureOptions
 from .session import print_json
 
 

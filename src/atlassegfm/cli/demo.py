@@ -8,9 +8,10 @@ from pathlib import Path
 
 import typer
 
-from .options import DeviceOptions, ScreenOptions, SettingsOptions, option, options
+from .fields import option, options
+from .options import DeviceOptions, ScreenOptions, SettingsOptions
 from .report import require_pictures
-from .session import or_none, print_json, print_table, score_text
+from .session import print_json, print_table, score_text
 
 
 @options
@@ -61,4 +62,5 @@ def demo(options: DemoOptions) -> None:
 
 
 def _by_method(dice: Sequence[float | None]) -> dict[str, float | None]:
-    return dict(zip(("atlas", "model", "fused"), map(or_none, dice), strict=True))
+    rounded = [None if one is None or one != one else round(one, 4) for one in dice]
+    return dict(zip(("atlas", "model", "fused"), rounded, strict=True))

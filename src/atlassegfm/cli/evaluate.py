@@ -11,25 +11,13 @@ import typer
 
 from ..core.errors import InputError
 from ..core.text import counted
-from .options import (
-    ScreenOptions,
-    StructureOptions,
-    flag,
-    names_option,
-    option,
-    options,
-    required,
-    series_option,
-    split_list,
-)
+from .fields import flag, names_option, option, options, required, series_option
+from .options import ScreenOptions, StructureOptions, split_list
 from .session import EXIT_FAILURES, print_json, print_table, score_text
 
 if TYPE_CHECKING:
     from ..evaluate import CaseScore, Evaluation
     from ..evaluate.tolerances import Tolerances
-
-#: mm. Public tools take 1, 2 or 3; it is printed with every NSD.
-DEFAULT_TOLERANCE_MM = 2.0
 
 #: Columns of the table by status, for those that occur, and by score.
 _COUNTED = {"missed": "missed", "hallucinated": "halluc.", "both_empty": "neither"}
@@ -39,7 +27,7 @@ tolerance_option = functools.partial(
     option,
     "--tolerance MM|PRESET|FILE",
     "Tolerance of the NSD: mm for all, a preset (flare22, kits21, nikolov) or a TOML file.",
-    f"{DEFAULT_TOLERANCE_MM:g}",
+    "2",  # public tools take 1, 2 or 3; it is printed with every NSD
 )
 labels_option = functools.partial(
     option, "--labels A,B,...", "Structures to score, by value, name or pattern; '*' for all there are."
@@ -81,10 +69,6 @@ def evaluate(options: EvaluateOptions) -> None:
         from ..evaluate import DicomInputs, EvaluationOptions
         from ..evaluate import evaluate as score
 
-        def begin(number: int, count: int, case: str) -> None:
-            session.begin(number, count, case)
-            session.progress("scoring")
-
         session.progress("reading labels")
         wanted = EvaluationOptions(
             labels=split_list(options.labels, "--labels"),
@@ -93,7 +77,9 @@ def evaluate(options: EvaluateOptions) -> None:
             partial=options.partial,
             dicom=DicomInputs(options.scan, options.series, options.selection()),
         )
-        evaluation = score(options.pred, options.ref, tolerances, wanted, on_case=begin)
+        evaluation = score(
+            options.pred, options.ref, tolerances, wanted, on_case=functools.partial(session.begin, stage="scoring")
+        )
         if out is not None:
             evaluation.write_csv(out)
     if options.as_json:

@@ -12,8 +12,9 @@ import typer
 from ..core.errors import InputError
 from ..core.extras import is_installed
 from ..core.text import counted
+from .fields import argument, command, flag, option, options
 from .help import HELP_OPTIONS, Group
-from .options import ScreenOptions, argument, command, flag, option, options
+from .options import ScreenOptions
 from .session import accept_licences, open_session, print_json, print_table
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 #: Whether an extra is installed: on the page of a model, and in the list.
 _STATES = {True: ("installed", "installed"), False: ("not installed", "missing"), None: ("not known", "?")}
-#: The subcommand meant where none is named.
-_DEFAULT = "list"
 
 
 class _DefaultGroup(Group):
@@ -33,7 +32,7 @@ class _DefaultGroup(Group):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the default's name in front where options stand alone."""
         if not args or (args[0].startswith("-") and args[0] not in HELP_OPTIONS):
-            args = [_DEFAULT, *args]
+            args = ["list", *args]
         return list(super().parse_args(ctx, args))
 
 
@@ -76,7 +75,7 @@ class FetchOptions(NameOptions):
     quiet: bool = flag("--quiet -q", "Show no progress; warnings and errors stay.")
 
 
-@command(app, _DEFAULT)
+@command(app, "list")
 def list_models(options: ListOptions) -> None:
     """List the segmentation models, and whether what they need is there."""
     with open_session(quiet=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,8 @@ import typer
 from ..core.errors import InputError, MissingExtraError
 from ..core.labels import listed
 from ..core.text import counted
-from .options import ScreenOptions, argument, flag, option, options
+from .fields import argument, flag, option, options
+from .options import ScreenOptions
 from .session import Session, print_json
 
 if TYPE_CHECKING:
@@ -38,11 +40,8 @@ def report_on(
     """Write the report of a folder of results; ``scans`` by name of the case."""
     from ..report import write_report
 
-    def show(number: int, count: int, name: str) -> None:
-        session.begin(number, count, name)
-        session.progress("page")
-
-    written = write_report(folder, out, scans=scans, options=content, on_case=show)
+    begin = functools.partial(session.begin, stage="page")
+    written = write_report(folder, out, scans=scans, options=content, on_case=begin)
     for problem in written.problems:
         session.error(problem)
     return written

@@ -11,18 +11,8 @@ import typer
 
 from ..core.errors import InputError
 from ..core.labels import listed
-from .options import (
-    AtlasOptions,
-    DeviceOptions,
-    ModelOptions,
-    ScreenOptions,
-    argument,
-    flag,
-    option,
-    options,
-    required,
-    split_list,
-)
+from .fields import argument, flag, option, options, required
+from .options import AtlasOptions, DeviceOptions, ModelOptions, ScreenOptions, split_list
 from .outcome import print_outcome, print_plan, print_result
 from .progress import RunProgress
 from .session import EXIT_FAILURES, EXIT_USAGE, Session
@@ -104,6 +94,13 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
         if self.context is not None and self.out.resolve().is_relative_to(self.context.resolve()):
             raise InputError(f"{self.out}: is inside the context {self.context}; choose another output folder")
 
+    def batch(self) -> RunOptions:
+        """Build the options of the run."""
+        from ..jobs import RunOptions, parse_shard
+
+        shard = None if self.shard is None else parse_shard(self.shard)
+        return RunOptions(self.force, shard, self.workers or 1, self.cluster)
+
     def other_inputs(self) -> list[Path]:
         """Files that are read besides the queries: no result may overwrite them."""
         given = (self.atlas, self.labels, self.names, self.context, self.config, self.model_path, self.synonyms)
@@ -124,39 +121,39 @@ def segment(options: SegmentOptions) -> None:
         wanted = split_list(options.formats, "--format")
         _check_installed(options, settings, wanted)
         # Imported here: PyTorch is loaded below, and errors above come at once.
+        from .. import jobs
         from ..core.device import resolve_device
         from ..core.files import output_folder
-        from ..jobs import AtlasFiles, ContextFolder, Output, SegmentWork, find_scans, plan_cases, provenance_of
+        from ..jobs.run import plan_of
 
         inputs = options.other_inputs()
-        scans = find_scans(options.queries, inputs=inputs)
+        scans = jobs.find_scans(options.queries, inputs=inputs)
         if not options.dry_run:
             for remark in scans.remarks():
                 session.say(remark)
-        _check_series(options.series, scans.found)
-        cases = plan_cases(scans.found, options.out, inputs, options.transform, replace_others=options.force)
+        if options.series is not None and not any(query.is_dir() for query in scans.found):
+            what = "chooses a series of a DICOM folder, and no query is one"
+            raise InputError(f"--series {options.series}: {what}; leave it out")
+        cases = jobs.plan_cases(scans.found, options.out, inputs, options.transform, replace_others=options.force)
         elsewhere = options.cluster not in (None, "local") and options.device == "cuda"
         device = options.device if elsewhere else resolve_device(options.device)
         options.accept(settings.model, session)
-        output = Output(options.keep or options.report, wanted, options.series)
+        output = jobs.Output(options.keep or options.report, wanted, options.series)
         source: ContextSource
         if options.context is not None:
-            source = ContextFolder(options.context)
+            source = jobs.ContextFolder(options.context)
         elif options.atlas is not None and options.labels is not None:
             selection = options.selection()
-            source = AtlasFiles(options.atlas, options.labels, options.names, options.atlas_series, selection)
+            source = jobs.AtlasFiles(options.atlas, options.labels, options.names, options.atlas_series, selection)
         session.progress("reading the atlas")
         context = context or source.load(settings)
         threads = options.threads
         if threads is None and not _is_single(options, cases):
             threads = _COHORT_THREADS
-        provenance = provenance_of(context, settings, device=device, threads=threads, output=output)
-        work = SegmentWork(options.out, source, settings, device, threads, output, provenance)
+        provenance = jobs.provenance_of(context, settings, device=device, threads=threads, output=output)
+        work = jobs.SegmentWork(options.out, source, settings, device, threads, output, provenance)
         if options.dry_run:
-            from ..jobs.run import plan_of
-
-            plan = plan_of(cases, work, _run_options(options, 1))
-            print_plan(plan, scans, options.out, as_json=options.as_json)
+            print_plan(plan_of(cases, work, options.batch()), scans, options.out, as_json=options.as_json)
             return
         with output_folder(options.out):
             outcome = _run(options, cases, work, context, session)
@@ -205,11 +202,6 @@ def _check_installed(options: SegmentOptions, settings: Settings, formats: tuple
     check_formats(formats)
 
 
-def _check_series(series: str | None, queries: list[Path]) -> None:
-    if series is not None and not any(query.is_dir() for query in queries):
-        raise InputError(f"--series {series}: chooses a series of a DICOM folder, and no query is one; leave it out")
-
-
 def _is_single(options: SegmentOptions, cases: list[Case]) -> bool:
     """Whether one query was named, not a folder: its result is shown in full."""
     return len(cases) == 1 and cases[0].query == options.queries[0]
@@ -223,23 +215,16 @@ def _run(options: SegmentOptions, cases: list[Case], work: SegmentWork, context:
     runner, workers = _runner(work, context, options, session, len(cases))
     steps = query_steps(model=work.settings.model != NO_MODEL, gate=context.gate is None)
     progress = RunProgress(session, options.out, steps)
-    chosen = _run_options(options, workers)
+    batch = replace(options.batch(), workers=workers)
     if workers > 1 or options.cluster is not None:
-        chosen = replace(chosen, prepare=lambda work: work.with_gate(context, session.progress))
+        batch = replace(batch, prepare=lambda work: work.with_gate(context, session.progress))
     try:
-        return run(cases, work, runner, progress, chosen)
+        return run(cases, work, runner, progress, batch)
     except (KeyboardInterrupt, SystemExit):
         done, left = progress.outcome.count("done"), progress.outcome.count("left")
         if len(cases) > 1:
             session.say(f"stopped: {done} done, {left} left; the same command continues from there")
         raise
-
-
-def _run_options(options: SegmentOptions, workers: int) -> RunOptions:
-    from ..jobs import RunOptions, parse_shard
-
-    shard = None if options.shard is None else parse_shard(options.shard)
-    return RunOptions(options.force, shard, workers, options.cluster)
 
 
 def _runner(

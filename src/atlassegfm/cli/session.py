@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from ..core.errors import AtlasSegError
+from ..core.errors import AtlasSegError, InputError
 from ..core.progress import Steps
 from ..core.text import duration
 
@@ -51,9 +51,11 @@ class Session:
 
     #: Steps of the job, for "2 of 6" and the time left; None where they are not known.
     steps: Steps | None = None
+    #: All lines are added to this file, with date and time.
+    log: TextIO | None = None
 
-    def __init__(self, console: Console, bar: Progress | None, *, quiet: bool, log: TextIO | None = None) -> None:
-        self._console, self._bar, self._log = console, bar, log
+    def __init__(self, console: Console, bar: Progress | None, *, quiet: bool) -> None:
+        self._console, self._bar = console, bar
         self._task = None if bar is None else bar.add_task("starting", session=self)
         #: Whether lines of progress are printed: there is no bar, and they are wanted.
         self._lines = bar is None and not quiet
@@ -68,21 +70,25 @@ class Session:
         left = left if self.steps is None else self.steps.left
         return f"about {duration(left)} left" if left is not None and left >= 1 else ""
 
-    def begin(self, number: int, count: int, name: str) -> None:
-        """Show that a query begins; the time left is estimated from those before it."""
+    def begin(self, number: int, count: int, name: str, stage: str = "") -> None:
+        """Show that a query begins, with this stage; the time left is estimated from those before it."""
         self._prefix = f"{name} " if count == 1 else f"[{number}/{count}] {name} "
         self.steps, now = None, time.monotonic()
         if number == 1:
             self._start, self._end = now, None
         else:
             self._end = now + (now - self._start) / (number - 1) * (count - number + 1)
+        if stage:
+            self.progress(stage)
 
-    def begin_pair(self, number: int, count: int, name: str) -> None:
+    def begin_pair(self, number: int, count: int, name: str, stage: str = "") -> None:
         """Show that a pair of a benchmark begins; one line for each where there is no bar."""
         self.begin(number, count, name)
         if self._lines:
             self.say(", ".join(filter(None, (self._prefix.rstrip(), self.left))))
             self._silent = True
+        if stage:
+            self.progress(stage)
 
     def progress(self, stage: str) -> None:
         """Show what is being done; parts of a stage come as "stage: part"."""
@@ -129,9 +135,9 @@ class Session:
 
     def _record(self, text: str) -> None:
         """Write a line into the log file, with date and time."""
-        if self._log is not None and not self._log.closed and text:
-            self._log.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
-            self._log.flush()
+        if self.log is not None and not self.log.closed and text:
+            self.log.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
+            self.log.flush()
 
 
 class _WarningLines(logging.Handler):
@@ -165,23 +171,25 @@ def open_session(quiet: bool, *, warnings: bool = True, log: Path | None = None)
             text = TextColumn("{task.fields[session].left}  {task.description}", table_column=last)
             bar = Progress(SpinnerColumn(), TimeElapsedColumn(), text, console=console, transient=True, expand=True)
             stack.enter_context(bar)
-        file = None
-        if log is not None:
-            try:
-                file = stack.enter_context(log.open("a", encoding="utf-8"))
-            except OSError as error:
-                Session(console, bar, quiet=quiet).error(f"{log}: cannot be written ({error.strerror}); choose another")
-                raise typer.Exit(EXIT_USAGE) from None
-        session = Session(console, bar, quiet=quiet, log=file)
+        session = Session(console, bar, quiet=quiet)
         handler = _WarningLines(session) if warnings else logging.NullHandler()
         package = logging.getLogger(_PACKAGE)
         package.addHandler(handler)
         stack.callback(package.removeHandler, handler)
         try:
+            if log is not None:
+                session.log = stack.enter_context(_opened(log))
             yield session
         except AtlasSegError as error:
             session.error(str(error))
             raise typer.Exit(EXIT_USAGE) from None
+
+
+def _opened(log: Path) -> TextIO:
+    try:
+        return log.open("a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{log}: cannot be written ({error.strerror}); choose another") from None
 
 
 def sentence(text: str) -> str:
@@ -231,8 +239,3 @@ def print_table(
 def score_text(value: float | None) -> str:
     """A score for a table; a dash for none."""
     return "-" if value is None or value != value else f"{value:.3f}"
-
-
-def or_none(value: float | None) -> float | None:
-    """A score for JSON."""
-    return None if value is None or value != value else round(value, 4)

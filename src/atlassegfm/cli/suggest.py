@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import typer
 
 from ..core.text import counted, duration
-from .options import DeviceOptions, ScreenOptions, SettingsOptions, argument, option, options
+from .fields import argument, option, options
+from .options import DeviceOptions, ScreenOptions, SettingsOptions
 from .report import require_pictures
 from .session import print_json, print_table
 
@@ -44,12 +46,9 @@ def suggest(options: SuggestOptions) -> None:
         files = scans_in(options.folder)
         resolved = resolve_device(options.device)
 
-        def show(number: int, count: int) -> None:
-            session.begin_pair(number, count, "pair")
-            session.progress("registration")
-
+        begin = functools.partial(session.begin_pair, name="pair", stage="registration")
         choice = {"landmarks": options.landmarks, "finalists": options.finalists, "seed": settings.seed}
-        found = rank(files, settings.registration, device=resolved, on_pair=show, **choice)
+        found = rank(files, settings.registration, device=resolved, on_pair=begin, **choice)
         for _, reason in found.failures:
             session.error(reason)
         if out is not None:
