@@ -32,9 +32,6 @@ from .segment import segment
 from .session import EXIT_INTERRUPTED, open_session
 from .suggest import suggest
 
-#: Shells report a process that a signal ended as 128 + the signal's number.
-_SIGNALLED = 128
-
 app = typer.Typer(
     name="atlassegfm",
     cls=Group,
@@ -107,4 +104,4 @@ def main() -> NoReturn:
 
 def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
     """End by an exception, so that nothing unfinished is left behind when a cluster ends the job."""
-    raise SystemExit(_SIGNALLED + number)
+    raise SystemExit(128 + number)  # as shells report a process that a signal ended

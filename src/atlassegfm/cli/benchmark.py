@@ -272,15 +272,11 @@ def _run(title: str, columns: Callable[[Variant, list[str]], list[Variant]], opt
         for note in notes:
             session.note(note)
 
-        def show_plan(kept: int, to_do: int) -> None:
-            if kept:
-                session.note(f"{kept} kept, {to_do} to do")
-
         records = run(
             plan,
             options.out,
             force=options.force,
-            on_planned=show_plan,
+            on_planned=lambda kept, to_do: session.note(f"{kept} kept, {to_do} to do") if kept else None,
             on_pair=session.begin_pair,
             on_stage=session.progress,
         )

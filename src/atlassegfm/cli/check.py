@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 #: More pairs than this are not listed in the table of the terminal.
 _LISTED_PAIRS = 15
-#: Width of tables that go into a file or a pipe.
-_PIPED_WIDTH = 160
 
 
 @options
@@ -57,7 +55,7 @@ def check(options: CheckOptions) -> None:
 
         console = Console()
         if not console.is_terminal:
-            console.width = _PIPED_WIDTH
+            console.width = 160
         console.print(as_table(found))
     if found.worst == "error":
         raise typer.Exit(EXIT_USAGE)

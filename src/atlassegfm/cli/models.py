@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -50,24 +51,22 @@ class ListOptions:
     as_json: bool = flag("--json", "Print the result as JSON.")
 
 
-@options
-class NameOptions:
-    """The model."""
-
-    name: str = argument("NAME", "Name of the model, as `atlassegfm models` lists it.")
+name_option = functools.partial(argument, "NAME", "Name of the model, as `atlassegfm models` lists it.")
 
 
 @options
-class ShowOptions(NameOptions, ScreenOptions):
+class ShowOptions(ScreenOptions):
     """Options of ``models show``."""
 
+    name: str = name_option()
     folder: Path | None = option("--folder FOLDER", "Look only here, as after `models fetch --folder`.")
 
 
 @options
-class FetchOptions(NameOptions):
+class FetchOptions:
     """Options of ``models fetch``."""
 
+    name: str = name_option()
     folder: Path | None = option(
         "--folder FOLDER", "Folder for the files; name it with --model-path later [default: where they are looked for]."
     )
@@ -121,8 +120,6 @@ def show(options: ShowOptions) -> None:
     if options.as_json:
         print_json(content)
         return
-    accepted = weights and weights["licence_accepted"]
-    state = f"accepted on {accepted}" if accepted else "not accepted yet"
     lines = [
         ("model", row.name),
         ("what it is", row.summary),
@@ -131,10 +128,12 @@ def show(options: ShowOptions) -> None:
         ("extra", f"{row.extra} ({_STATES[content['extra_installed']][0]})" if row.extra else "none needed"),
         ("licence of the code", row.code_licence),
     ]
-    lines += (
-        [("weights", "none needed")]
-        if weights is None
-        else [
+    if weights is None:
+        lines.append(("weights", "none needed"))
+    else:
+        accepted = weights["licence_accepted"]
+        state = f"accepted on {accepted}" if accepted else "not accepted yet"
+        lines += [
             ("licence of the weights", f"{weights['licence']}, {weights['licence_url']}"),
             ("", f"no commercial use; {state}" if weights["non_commercial"] else "need not be accepted"),
             ("published", weights["page"]),
@@ -142,7 +141,6 @@ def show(options: ShowOptions) -> None:
             *(("looked for in" if n == 0 else "", folder) for n, folder in enumerate(weights["looked_in"])),
             ("found in", weights["found"] or "none of them"),
         ]
-    )
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
         typer.echo(f"  {name:<{width}}  {text}".rstrip())

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 EXIT_FAILURES = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-#: Whose log records are shown.
-_PACKAGE = "atlassegfm"
 #: Where there is no bar, also parts of a stage are shown after so many seconds without a line.
 _SILENCE_S = 10.0
 #: Columns of text are not made narrower than this to fit the screen.
@@ -56,12 +54,13 @@ class Session:
 
     def __init__(self, console: Console, bar: Progress | None, *, quiet: bool) -> None:
         self._console, self._bar = console, bar
-        self._task = None if bar is None else bar.add_task("starting", session=self)
         #: Whether lines of progress are printed: there is no bar, and they are wanted.
         self._lines = bar is None and not quiet
         self._quiet, self._silent, self._prefix = quiet, False, ""
         self._start = self._shown = time.monotonic()
         self._end: float | None = None
+        # Last, as the bar is drawn by a thread of its own.
+        self._task = None if bar is None else bar.add_task("starting", session=self)
 
     @property
     def left(self) -> str:
@@ -173,7 +172,7 @@ def open_session(quiet: bool, *, warnings: bool = True, log: Path | None = None)
             stack.enter_context(bar)
         session = Session(console, bar, quiet=quiet)
         handler = _WarningLines(session) if warnings else logging.NullHandler()
-        package = logging.getLogger(_PACKAGE)
+        package = logging.getLogger("atlassegfm")
         package.addHandler(handler)
         stack.callback(package.removeHandler, handler)
         try:
