@@ -70,16 +70,13 @@ def evaluate(options: EvaluateOptions) -> None:
         from ..evaluate import evaluate as score
 
         session.progress("reading labels")
+        labels, centreline = split_list(options.labels, "--labels"), split_list(options.cldice, "--cldice")
+        dicom = DicomInputs(options.scan, options.series, options.selection())
         wanted = EvaluationOptions(
-            labels=split_list(options.labels, "--labels"),
-            centreline=split_list(options.cldice, "--cldice"),
-            names=options.names,
-            partial=options.partial,
-            dicom=DicomInputs(options.scan, options.series, options.selection()),
+            labels=labels, centreline=centreline, names=options.names, partial=options.partial, dicom=dicom
         )
-        evaluation = score(
-            options.pred, options.ref, tolerances, wanted, on_case=functools.partial(session.begin, stage="scoring")
-        )
+        begin = functools.partial(session.begin, stage="scoring")
+        evaluation = score(options.pred, options.ref, tolerances, wanted, on_case=begin)
         if out is not None:
             evaluation.write_csv(out)
     if options.as_json:

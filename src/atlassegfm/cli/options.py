@@ -150,12 +150,11 @@ class AtlasOptions(StructureOptions):
     def load_atlas(self) -> Atlas:
         """Read the annotated scan."""
         self.check_atlas()
-        if self.context is not None:
-            from ..context import Context
-
-            return Context.load(self.context).atlas
         from ..atlas import Atlas
+        from ..context import Context
 
+        if self.context is not None:
+            return Context.load(self.context).atlas
         assert self.atlas is not None
         assert self.labels is not None
         return Atlas.from_files(

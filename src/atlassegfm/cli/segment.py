@@ -15,6 +15,7 @@ from .fields import argument, flag, option, options, required
 from .options import AtlasOptions, DeviceOptions, ModelOptions, ScreenOptions, split_list
 from .outcome import print_outcome, print_plan, print_result
 from .progress import RunProgress
+from .report import report_on, require_pictures
 from .session import EXIT_FAILURES, EXIT_USAGE, Session
 
 if TYPE_CHECKING:
@@ -79,9 +80,7 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
         """Refuse options that do not go together, before anything is read."""
         self.check_atlas()
         if self.shard is not None:
-            from ..jobs import parse_shard
-
-            parse_shard(self.shard)
+            self.batch()  # refuses what is no shard
         if self.cluster is not None:
             from ..jobs.cluster import parse_options, require_cluster
 
@@ -158,8 +157,6 @@ def segment(options: SegmentOptions) -> None:
         with output_folder(options.out):
             outcome = _run(options, cases, work, context, session)
             if options.report and any((options.out / case.name / "run.json").exists() for case in cases):
-                from .report import report_on
-
                 report_on(options.out, {case.name: case.query for case in cases}, session)
             if options.flat is not None:
                 from ..jobs.flat import write_flat
@@ -193,8 +190,6 @@ def _check_installed(options: SegmentOptions, settings: Settings, formats: tuple
 
     prompt_kind(settings)
     if options.report:
-        from .report import require_pictures
-
         require_pictures()
     if options.transform is None:
         require_engine(settings.registration)

@@ -43,12 +43,11 @@ def suggest(options: SuggestOptions) -> None:
         from ..core.files import atomic_path, output_folder
 
         settings = options.settings()
-        files = scans_in(options.folder)
-        resolved = resolve_device(options.device)
+        files, device = scans_in(options.folder), resolve_device(options.device)
 
         begin = functools.partial(session.begin_pair, name="pair", stage="registration")
         choice = {"landmarks": options.landmarks, "finalists": options.finalists, "seed": settings.seed}
-        found = rank(files, settings.registration, device=resolved, on_pair=begin, **choice)
+        found = rank(files, settings.registration, device=device, on_pair=begin, **choice)
         for _, reason in found.failures:
             session.error(reason)
         if out is not None:
