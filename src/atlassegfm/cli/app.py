@@ -72,8 +72,7 @@ def settings(options: SettingsOptions) -> None:
     with open_session(quiet=True):
         from ..core.config import to_toml
 
-        text = to_toml(options.settings())
-    typer.echo(text, nl=False)
+        typer.echo(to_toml(options.settings()), nl=False)
 
 
 def main() -> NoReturn:

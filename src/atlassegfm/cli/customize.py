@@ -43,8 +43,7 @@ def customize(options: CustomizeOptions) -> None:
         selection = options.selection()
         check_replaceable(out, contexts.CONTEXT_NAMES)
         files = (options.atlas, options.labels, options.names)
-        inputs = (*files, options.config, options.model_path, options.synonyms)
-        for path in inputs:
+        for path in (*files, options.config, options.model_path, options.synonyms):
             if path is not None and path.resolve().is_relative_to(out.resolve()):
                 raise InputError(f"{path}: would be overwritten, as the context goes to {out}; choose another folder")
         device = resolve_device(options.device)

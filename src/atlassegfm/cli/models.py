@@ -156,9 +156,8 @@ def fetch(options: FetchOptions) -> None:
 
     The environment variable HF_ENDPOINT names a mirror of Hugging Face, HTTPS_PROXY a proxy.
     """
-    # The progress bar would write over the question.
     name = options.name
-    with open_session(quiet=True) as session:
+    with open_session(quiet=True) as session:  # a progress bar would write over the question
         published = _describe(name).weights
         if published is None:
             typer.echo(f"{name} needs no weights: nothing to fetch")

@@ -91,7 +91,7 @@ def report(options: ReportCommandOptions) -> None:
         left_out = {"belong to no case": matched.unused, "changed since they were segmented": matched.changed}
         for reason, paths in left_out.items():
             if paths:
-                session.say(f"images left out, {reason}: {listed([str(path) for path in paths], 4)}")
+                session.say(f"images left out, {reason}: {listed(list(map(str, paths)), 4)}")
     if options.as_json:
         counts = {name: getattr(written, name) for name in ("cases", "failures", "without_image", "kept")}
         unused = [str(path) for path in (*matched.unused, *matched.changed)]

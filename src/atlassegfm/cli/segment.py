@@ -146,9 +146,7 @@ def segment(options: SegmentOptions) -> None:
             source = jobs.AtlasFiles(options.atlas, options.labels, options.names, options.atlas_series, selection)
         session.progress("reading the atlas")
         context = context or source.load(settings)
-        threads = options.threads
-        if threads is None and not _is_single(options, cases):
-            threads = _COHORT_THREADS
+        threads = options.threads or (None if _is_single(options, cases) else _COHORT_THREADS)
         provenance = jobs.provenance_of(context, settings, device=device, threads=threads, output=output)
         work = jobs.SegmentWork(options.out, source, settings, device, threads, output, provenance)
         if options.dry_run:
