@@ -159,16 +159,14 @@ def fetch(options: FetchOptions) -> None:
     name = options.name
     with open_session(quiet=True) as session:  # a progress bar would write over the question
         published = _describe(name).weights
-        if published is None:
-            typer.echo(f"{name} needs no weights: nothing to fetch")
-            return
-        if options.accept_licence or _agrees(name, published):
+        if published is not None and (options.accept_licence or _agrees(name, published)):
             accept_licences([name], session)
     with open_session(options.quiet) as session:
         from ..models import fetch_weights
 
         fetched = fetch_weights(name, options.folder, session.progress)
     if fetched is None:
+        typer.echo(f"{name} needs no weights: nothing to fetch")
         return
     count = len(fetched.downloaded)
     done = f"{counted(count, 'file')} downloaded" if count else "complete already, none downloaded"
