@@ -17,7 +17,7 @@ from scipy import ndimage
 from atlassegfm.atlas import Atlas
 from atlassegfm.check import check_files
 from atlassegfm.check.findings import Check, FileReport, Finding
-from atlassegfm.cli.check_table import as_table
+from atlassegfm.cli.check import as_table
 from atlassegfm.core.errors import InputError, RegistrationError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume, load_image, load_labels, save_volume

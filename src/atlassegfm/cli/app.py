@@ -18,21 +18,19 @@ import typer
 
 from ..core.parallel import NUMPY_THREADS
 from .benchmark import app as benchmark_app
-from .check import CheckOptions, check
-from .convert import ConvertOptions, convert
-from .customize import CustomizeOptions, customize
-from .demo import DemoOptions, demo
-from .evaluate import EvaluateOptions, evaluate
+from .check import check
+from .convert import convert
+from .customize import customize
+from .demo import demo
+from .evaluate import evaluate
+from .fields import command
 from .help import HELP_OPTIONS, Group, usage_error
 from .models import app as models_app
-from .options import SettingsOptions, command
-from .report import ReportCommandOptions, report
-from .segment import SegmentOptions, segment
+from .options import SettingsOptions
+from .report import report
+from .segment import segment
 from .session import EXIT_INTERRUPTED, open_session
-from .suggest import SuggestOptions, suggest
-
-#: Shells report a process that a signal ended as 128 + the signal's number.
-_SIGNALLED = 128
+from .suggest import suggest
 
 app = typer.Typer(
     name="atlassegfm",
@@ -62,26 +60,19 @@ def _options(
     pass
 
 
+for _one in (segment, demo, check, customize, evaluate, report, convert, suggest):
+    command(app, _one.__name__)(_one)
+app.add_typer(benchmark_app, name="benchmark")
+app.add_typer(models_app, name="models")
+
+
+@command(app, "settings")
 def settings(options: SettingsOptions) -> None:
     """Print all settings as TOML, with what they mean."""
     with open_session(quiet=True):
         from ..core.config import to_toml
 
-        text = to_toml(options.settings())
-    typer.echo(text, nl=False)
-
-
-command(app, SegmentOptions, "segment")(segment)
-command(app, DemoOptions, "demo")(demo)
-command(app, CheckOptions, "check")(check)
-command(app, CustomizeOptions, "customize")(customize)
-command(app, EvaluateOptions, "evaluate")(evaluate)
-command(app, ReportCommandOptions, "report")(report)
-command(app, ConvertOptions, "convert")(convert)
-command(app, SuggestOptions, "suggest")(suggest)
-app.add_typer(benchmark_app, name="benchmark")
-app.add_typer(models_app, name="models")
-command(app, SettingsOptions, "settings")(settings)
+        typer.echo(to_toml(options.settings()), nl=False)
 
 
 def main() -> NoReturn:
@@ -112,4 +103,4 @@ def main() -> NoReturn:
 
 def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
     """End by an exception, so that nothing unfinished is left behind when a cluster ends the job."""
-    raise SystemExit(_SIGNALLED + number)
+    raise SystemExit(128 + number)  # as shells report a process that a signal ended

@@ -7,24 +7,22 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..core.errors import InputError, MissingExtraError
 from ..core.text import counted, did_you_mean
-from .evaluate import DEFAULT_TOLERANCE_MM, CentrelineOption, LabelsOption, ToleranceOption, read_tolerance
+from .evaluate import cldice_option, labels_option, read_tolerance, tolerance_option
+from .fields import argument, command, flag, option, options, required
 from .help import HELP_OPTIONS, Group
-from .options import DeviceOptions, ModelOptions, ScreenOptions, SettingsOptions, command, options, split_list
+from .options import DeviceOptions, ModelOptions, ScreenOptions, SettingsOptions, split_list
 from .report import require_pictures
-from .session import EXIT_FAILURES, accept_licences, open_session, print_json, print_table
+from .session import EXIT_FAILURES, accept_licences, print_json, print_table
 
 if TYPE_CHECKING:
     from ..benchmark import Plan, Variant
     from ..settings import Settings
-
-#: The subcommand meant where none is named.
-_DEFAULT = "protocol"
 
 
 class _DefaultGroup(Group):
@@ -34,7 +32,7 @@ class _DefaultGroup(Group):
         """Put the default's name in front where no name is given."""
         if args and args[0] not in (*self.commands, *HELP_OPTIONS):
             is_path = args[0].startswith("-") or Path(args[0]).exists()
-            args = [_DEFAULT, *args] if is_path or not did_you_mean(args[0], self.commands) else args
+            args = ["protocol", *args] if is_path or not did_you_mean(args[0], self.commands) else args
         return list(super().parse_args(ctx, args))
 
 
@@ -49,35 +47,23 @@ app = typer.Typer(
 class BenchmarkOptions(ScreenOptions, DeviceOptions, SettingsOptions):
     """Options of all comparisons."""
 
-    dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Folder in nnU-Net raw layout, with labels.")]
-    out: Annotated[
-        Path,
-        typer.Option("--out", "-o", metavar="OUT", help="Folder of the benchmark; an interrupted one is continued."),
-    ]
-    protocol: Annotated[
-        str,
-        typer.Option("--protocol", metavar="one-shot-5fold|one-to-all|all-pairs", help="Which atlas for which query."),
-    ] = "one-shot-5fold"
-    atlas: Annotated[
-        str | None, typer.Option("--atlas", metavar="A,B,...", help="Atlases of one-to-all [default: the first case].")
-    ] = None
-    cases: Annotated[str | None, typer.Option("--cases", metavar="A,B,...", help="Cases that take part.")] = None
-    labels: LabelsOption = None
-    every: Annotated[int, typer.Option("--every", metavar="N", help="Run a sample of the pairs, one of N.")] = 1
-    folds: Annotated[
-        int, typer.Option("--folds", metavar="N", help="Folds of one-shot-5fold, where 5 are too many.")
-    ] = 5
-    tolerance: ToleranceOption = f"{DEFAULT_TOLERANCE_MM:g}"
-    cldice: CentrelineOption = None
-    channel: Annotated[int, typer.Option("--channel", metavar="N", help="Channel of the scans.")] = 0
-    model_path: Annotated[
-        Path | None, typer.Option("--model-path", metavar="PATH", help="File or folder of the model's weights.")
-    ] = None
-    accept_licence: Annotated[
-        bool, typer.Option("--accept-licence", help="Accept the licence of the models' weights; recorded once.")
-    ] = False
-    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots (extra 'report').")] = True
-    force: Annotated[bool, typer.Option("--force", help="Begin again where OUT holds results.")] = False
+    dataset: Path = argument("DATASET", "Folder in nnU-Net raw layout, with labels.")
+    out: Path = required("--out -o OUT", "Folder of the benchmark; an interrupted one is continued.")
+    protocol: str = option(
+        "--protocol one-shot-5fold|one-to-all|all-pairs", "Which atlas for which query.", "one-shot-5fold"
+    )
+    atlas: str | None = option("--atlas A,B,...", "Atlases of one-to-all [default: the first case].")
+    cases: str | None = option("--cases A,B,...", "Cases that take part.")
+    labels: str | None = labels_option()
+    every: int = option("--every N", "Run a sample of the pairs, one of N.", 1)
+    folds: int = option("--folds N", "Folds of one-shot-5fold, where 5 are too many.", 5)
+    tolerance: str = tolerance_option()
+    cldice: str | None = cldice_option()
+    channel: int = option("--channel N", "Channel of the scans.", 0)
+    model_path: Path | None = option("--model-path PATH", "File or folder of the model's weights.")
+    accept_licence: bool = flag("--accept-licence", "Accept the licence of the models' weights; recorded once.")
+    plots: bool = option("--plots/--no-plots", "Draw plots (extra 'report').", True)
+    force: bool = flag("--force", "Begin again where OUT holds results.")
 
     @property
     def title(self) -> str:
@@ -89,22 +75,14 @@ class BenchmarkOptions(ScreenOptions, DeviceOptions, SettingsOptions):
 class ProtocolOptions(BenchmarkOptions):
     """Options of ``benchmark protocol``."""
 
-    models: Annotated[
-        str | None, typer.Option("--models", metavar="A,B,...", help="Models side by side [default: builtin].")
-    ] = None
-    engines: Annotated[
-        str | None, typer.Option("--engines", metavar="A,B,...", help="Registration engines side by side.")
-    ] = None
-    variants: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--variant",
-            metavar="NAME:KEY=VALUE[;KEY=VALUE...]",
-            help="Also with these settings, side by side; may be repeated.",
-        ),
-    ] = None
+    models: str | None = option("--models A,B,...", "Models side by side [default: builtin].")
+    engines: str | None = option("--engines A,B,...", "Registration engines side by side.")
+    variants: list[str] | None = option(
+        "--variant NAME:KEY=VALUE[;KEY=VALUE...]", "Also with these settings, side by side; may be repeated."
+    )
 
 
+@command(app, "protocol")
 def protocol(options: ProtocolOptions) -> None:
     """Atlas only, model, fused and oracle over the pairs of a protocol (what `benchmark DATASET` runs)."""
 
@@ -125,11 +103,10 @@ def protocol(options: ProtocolOptions) -> None:
 class ModelBenchmarkOptions(BenchmarkOptions):
     """Options of comparisons of one model."""
 
-    model: Annotated[
-        str | None, typer.Option("--model", metavar="NAME", help="Segmentation model [default: builtin].")
-    ] = None
+    model: str | None = option("--model NAME", "Segmentation model [default: builtin].")
 
 
+@command(app, "ablation")
 def ablation(options: ModelBenchmarkOptions) -> None:
     """The paper's Table 4: stages of the registration off and on; the model alone, with prompts, with fusion.
 
@@ -162,11 +139,10 @@ def ablation(options: ModelBenchmarkOptions) -> None:
 class PromptsOptions(BenchmarkOptions):
     """Options of ``benchmark prompts``."""
 
-    models: Annotated[
-        str, typer.Option("--models", metavar="A,B,...", help="Models, each with all the prompts it takes.")
-    ] = "builtin"
+    models: str = option("--models A,B,...", "Models, each with all the prompts it takes.", "builtin")
 
 
+@command(app, "prompts")
 def prompts(options: PromptsOptions) -> None:
     """The paper's Table 6: click, box and mask from the warped atlas, for each model that takes them.
 
@@ -195,17 +171,14 @@ def prompts(options: PromptsOptions) -> None:
 class EnginesOptions(ModelBenchmarkOptions):
     """Options of ``benchmark engines``."""
 
-    engines: Annotated[
-        str | None,
-        typer.Option(
-            "--engines",
-            metavar="A,B,...",
-            help="Registration engines [default: all that are installed; voxelmorph, which takes minutes a pair on a "
-            "CPU, only with a GPU].",
-        ),
-    ] = None
+    engines: str | None = option(
+        "--engines A,B,...",
+        "Registration engines [default: all that are installed; voxelmorph, which takes minutes a pair on a CPU, only "
+        "with a GPU].",
+    )
 
 
+@command(app, "engines")
 def engines(options: EnginesOptions) -> None:
     """The paper's Table 7: registration engines, alternating on the same pairs so that their times compare."""
 
@@ -221,20 +194,18 @@ def engines(options: EnginesOptions) -> None:
 class TimeOptions(ScreenOptions, DeviceOptions, ModelOptions):
     """Options of ``benchmark time``."""
 
-    dataset: Annotated[
-        Path | None,
-        typer.Argument(metavar="[DATASET]", help="Folder whose first two cases are used [default: the embedded pair]."),
-    ] = None
-    labels: LabelsOption = None
-    rounds: Annotated[
-        int, typer.Option("--rounds", metavar="N", min=1, help="Number of runs, of which the median counts.")
-    ] = 3
-    shape: Annotated[str, typer.Option("--shape", metavar="IxJxK", help="Voxels of both scans.")] = "256x256x240"
+    dataset: Path | None = argument(
+        "[DATASET]", "Folder whose first two cases are used [default: the embedded pair].", None
+    )
+    labels: str | None = labels_option()
+    rounds: int = option("--rounds N", "Number of runs, of which the median counts.", 3, min=1)
+    shape: str = option("--shape IxJxK", "Voxels of both scans.", "256x256x240")
 
 
+@command(app, "time")
 def time(options: TimeOptions) -> None:
     """The paper's Table 5: seconds and parameters of each stage on scans of 256 x 256 x 240 voxels."""
-    with open_session(options.quiet, log=options.log) as session:
+    with options.session() as session:
         from ..benchmark.timing import measure, scans_for
         from ..core.device import resolve_device
 
@@ -254,16 +225,10 @@ def time(options: TimeOptions) -> None:
     source = "embedded scans" if options.dataset is None else options.dataset.name
     typer.echo(f"{sizes} voxels ({source}), {counted(len(atlas.structures), 'structure')}, {timing.device}")
     typer.echo(f"median of {counted(options.rounds, 'run')}; peak {timing.peak_memory_mb} MB")
-    parameters = ["" if one.parameters is None else str(one.parameters) for one in timing.stages]
-    rows = [(one.name, f"{one.seconds:.2f}", count) for one, count in zip(timing.stages, parameters, strict=True)]
+    rows = [
+        (one.name, f"{one.seconds:.2f}", "" if one.parameters is None else str(one.parameters)) for one in timing.stages
+    ]
     print_table(("stage", "seconds", "parameters"), rows, numbers_from=1)
-
-
-command(app, ProtocolOptions, _DEFAULT)(protocol)
-command(app, ModelBenchmarkOptions, "ablation")(ablation)
-command(app, PromptsOptions, "prompts")(prompts)
-command(app, EnginesOptions, "engines")(engines)
-command(app, TimeOptions, "time")(time)
 
 
 def _usable_engines(base: Variant, device: str, notes: list[str]) -> list[str]:
@@ -287,7 +252,7 @@ def _usable_engines(base: Variant, device: str, notes: list[str]) -> list[str]:
 
 def _run(title: str, columns: Callable[[Variant, list[str]], list[Variant]], options: BenchmarkOptions) -> None:
     """Run a benchmark and print its table; ``columns`` makes the variants of a plain one, and may add to the notes."""
-    with open_session(options.quiet, log=options.log) as session:
+    with options.session() as session:
         if options.plots:
             require_pictures("--no-plots")
         from ..benchmark import Variant, run, write_reports
@@ -307,15 +272,11 @@ def _run(title: str, columns: Callable[[Variant, list[str]], list[Variant]], opt
         for note in notes:
             session.note(note)
 
-        def show_plan(kept: int, to_do: int) -> None:
-            if kept:
-                session.note(f"{kept} kept, {to_do} to do")
-
         records = run(
             plan,
             options.out,
             force=options.force,
-            on_planned=show_plan,
+            on_planned=lambda kept, to_do: session.note(f"{kept} kept, {to_do} to do") if kept else None,
             on_pair=session.begin_pair,
             on_stage=session.progress,
         )

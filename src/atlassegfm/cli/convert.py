@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from ..core.errors import InputError
 from ..core.text import counted, did_you_mean
-from .options import ScreenOptions, SeriesOption, StructureOptions, options
-from .session import open_session, print_json
+from .fields import argument, flag, names_option, option, options, required, series_option
+from .options import ScreenOptions, StructureOptions
+from .session import print_json
 
 
 @options
 class ConvertOptions(ScreenOptions, StructureOptions):
     """Options of ``convert``."""
 
-    labels: Annotated[Path, typer.Argument(metavar="LABELS", help="Label map, RTSTRUCT or DICOM-SEG.")]
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="OUT", help="File to write; with --to masks a folder of files.")
-    ]
-    to: Annotated[
-        str | None,
-        typer.Option(
-            "--to",
-            metavar="image|masks|rtstruct|seg",
-            help="What to write [default: an image in the format of OUT's ending, as .nii.gz or .seg.nrrd].",
-        ),
-    ] = None
-    onto: Annotated[
-        Path | None,
-        typer.Option(
-            "--onto", metavar="SCAN", help="The scan it lies on: RTSTRUCT and DICOM-SEG are written for its series."
-        ),
-    ] = None
-    names: Annotated[
-        Path | None, typer.Option("--names", metavar="FILE", help="Names of the labels: JSON, or '1 liver' lines.")
-    ] = None
-    series: SeriesOption = None
-    force: Annotated[bool, typer.Option("--force", help="Replace OUT if it exists.")] = False
+    labels: Path = argument("LABELS", "Label map, RTSTRUCT or DICOM-SEG.")
+    out: Path = required("--out -o OUT", "File to write; with --to masks a folder of files.")
+    to: str | None = option(
+        "--to image|masks|rtstruct|seg",
+        "What to write [default: an image in the format of OUT's ending, as .nii.gz or .seg.nrrd].",
+    )
+    onto: Path | None = option("--onto SCAN", "The scan it lies on: RTSTRUCT and DICOM-SEG are written for its series.")
+    names: Path | None = names_option()
+    series: str | None = series_option()
+    force: bool = flag("--force", "Replace OUT if it exists.")
 
 
 def convert(options: ConvertOptions) -> None:
@@ -47,7 +34,7 @@ def convert(options: ConvertOptions) -> None:
 
     Names and colours go with them. What was written as RTSTRUCT or DICOM-SEG is read back and compared.
     """
-    with open_session(options.quiet, log=options.log) as session:
+    with options.session() as session:
         session.progress("reading")
         from ..dicom.convert import FORMS, Conversion, convert_labels
 

@@ -5,30 +5,24 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from ..core.errors import InputError
-from .options import DeviceOptions, ModelOptions, ScreenOptions, StructureOptions, options
-from .session import open_session, print_json
+from .fields import names_option, option, options, required
+from .options import DeviceOptions, ModelOptions, ScreenOptions, StructureOptions
+from .session import print_json
 
 
 @options
 class CustomizeOptions(ScreenOptions, DeviceOptions, ModelOptions, StructureOptions):
     """Options of ``customize``."""
 
-    atlas: Annotated[Path, typer.Option("--atlas", metavar="IMG", help="The annotated scan.")]
-    labels: Annotated[
-        Path, typer.Option("--labels", metavar="LAB", help="Labels of the atlas: label map, RTSTRUCT or DICOM-SEG.")
-    ]
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="CTX", help="Context folder to write.")]
-    names: Annotated[
-        Path | None, typer.Option("--names", metavar="FILE", help="Names of the labels: JSON, or '1 liver' lines.")
-    ] = None
-    atlas_series: Annotated[
-        str | None, typer.Option("--atlas-series", metavar="S", help="Which series of the atlas's DICOM folder.")
-    ] = None
+    atlas: Path = required("--atlas IMG", "The annotated scan.")
+    labels: Path = required("--labels LAB", "Labels of the atlas: label map, RTSTRUCT or DICOM-SEG.")
+    out: Path = required("--out -o CTX", "Context folder to write.")
+    names: Path | None = names_option()
+    atlas_series: str | None = option("--atlas-series S", "Which series of the atlas's DICOM folder.")
 
 
 def customize(options: CustomizeOptions) -> None:
@@ -36,7 +30,7 @@ def customize(options: CustomizeOptions) -> None:
 
     CTX gets the scan, its labels and names, all settings, and the gate, trained on the scan alone.
     """
-    with open_session(options.quiet, log=options.log) as session:
+    with options.session() as session:
         from .. import context as contexts
         from ..core.device import resolve_device
         from ..core.files import check_replaceable, output_folder
@@ -48,8 +42,8 @@ def customize(options: CustomizeOptions) -> None:
         prompt_kind(settings)
         selection = options.selection()
         check_replaceable(out, contexts.CONTEXT_NAMES)
-        inputs = (options.atlas, options.labels, options.names, options.config, options.model_path, options.synonyms)
-        for path in inputs:
+        files = (options.atlas, options.labels, options.names)
+        for path in (*files, options.config, options.model_path, options.synonyms):
             if path is not None and path.resolve().is_relative_to(out.resolve()):
                 raise InputError(f"{path}: would be overwritten, as the context goes to {out}; choose another folder")
         device = resolve_device(options.device)
@@ -59,12 +53,7 @@ def customize(options: CustomizeOptions) -> None:
             session.progress("reading the atlas")
             model = load_chosen(settings, device)
             context = contexts.Context.from_files(
-                options.atlas,
-                options.labels,
-                options.names,
-                settings=settings,
-                series=options.atlas_series,
-                selection=selection,
+                *files, settings=settings, series=options.atlas_series, selection=selection
             )
             context = contexts.customize(context, device=device, model=model, on_stage=session.progress)
             session.progress("writing")
@@ -72,18 +61,9 @@ def customize(options: CustomizeOptions) -> None:
     gate = None if context.gate is None else context.gate.describe()
     seconds = round(time.perf_counter() - begun, 3)
     if options.as_json:
-        print_json(
-            {
-                "context": str(out),
-                "sha256": saved.sha256,
-                "model": settings.model,
-                "prompt": context.prompt,
-                "gate": gate,
-                "structures": [{"value": one.value, "name": one.name} for one in context.atlas.structures],
-                "device": device,
-                "total_seconds": seconds,
-            }
-        )
+        structures = [{"value": one.value, "name": one.name} for one in context.atlas.structures]
+        chosen = {"model": settings.model, "prompt": context.prompt, "gate": gate, "structures": structures}
+        print_json({"context": str(out), "sha256": saved.sha256, **chosen, "device": device, "total_seconds": seconds})
         return
     typer.echo(f"{options.atlas.name} -> {out}  ({seconds:.1f} s on {device})")
     typer.echo(f"  structures  {', '.join(context.atlas.names)}")

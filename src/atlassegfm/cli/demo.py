@@ -5,28 +5,26 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from .options import DeviceOptions, ScreenOptions, SettingsOptions, options
+from .fields import option, options
+from .options import DeviceOptions, ScreenOptions, SettingsOptions
 from .report import require_pictures
-from .session import open_session, or_none, print_json, print_table, score_text
+from .session import print_json, print_table, score_text
 
 
 @options
 class DemoOptions(ScreenOptions, DeviceOptions, SettingsOptions):
     """Options of ``demo``."""
 
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder for the scans and the result.")] = (
-        Path("atlassegfm-demo")
-    )
-    picture: Annotated[bool, typer.Option("--picture/--no-picture", help="Draw OUT/demo.png (extra 'report').")] = True
+    out: Path = option("--out -o OUT", "Folder for the scans and the result.", Path("atlassegfm-demo"))
+    picture: bool = option("--picture/--no-picture", "Draw OUT/demo.png (extra 'report').", True)
 
 
 def demo(options: DemoOptions) -> None:
     """Do the whole job on an embedded pair of scans; nothing to download."""
-    with open_session(options.quiet, log=options.log) as session:
+    with options.session() as session:
         if options.picture:
             require_pictures()
         from ..core.device import resolve_device
@@ -55,10 +53,8 @@ def demo(options: DemoOptions) -> None:
     data = out / "data"
     command = ["atlassegfm", "segment", "--atlas", str(data / ATLAS), "--labels", str(data / LABELS)]
     command += [str(data / QUERY), "-o", str(out / "result")]
-    for assignment in options.overrides or ():
-        command += ["--set", assignment]
-    if options.seed is not None:
-        command += ["--seed", str(options.seed)]
+    command += [word for assignment in options.overrides or () for word in ("--set", assignment)]
+    command += [] if options.seed is None else ["--seed", str(options.seed)]
     typer.echo(f"\nresult    {out / 'result'}")
     if options.picture:
         typer.echo(f"picture   {out / 'demo.png'}")
@@ -66,4 +62,5 @@ def demo(options: DemoOptions) -> None:
 
 
 def _by_method(dice: Sequence[float | None]) -> dict[str, float | None]:
-    return dict(zip(("atlas", "model", "fused"), map(or_none, dice), strict=True))
+    rounded = [None if one is None or one != one else round(one, 4) for one in dice]
+    return dict(zip(("atlas", "model", "fused"), rounded, strict=True))

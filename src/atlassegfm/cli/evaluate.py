@@ -2,71 +2,54 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from ..core.errors import InputError
-from .options import ScreenOptions, SeriesOption, StructureOptions, options, split_list
-from .session import EXIT_FAILURES, open_session, print_json, print_table, score_text
+from ..core.text import counted
+from .fields import flag, names_option, option, options, required, series_option
+from .options import ScreenOptions, StructureOptions, split_list
+from .session import EXIT_FAILURES, print_json, print_table, score_text
 
 if TYPE_CHECKING:
-    from ..evaluate import Evaluation
+    from ..evaluate import CaseScore, Evaluation
     from ..evaluate.tolerances import Tolerances
 
-#: mm. Public tools take 1, 2 or 3; it is printed with every NSD.
-DEFAULT_TOLERANCE_MM = 2.0
-
-#: Statuses that are counted in the table where there are any.
+#: Columns of the table by status, for those that occur, and by score.
 _COUNTED = {"missed": "missed", "hallucinated": "halluc.", "both_empty": "neither"}
+_SCORES = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95", "assd_mm": "ASSD", "cldice": "clDice"}
 
-ToleranceOption = Annotated[
-    str,
-    typer.Option(
-        "--tolerance",
-        metavar="MM|PRESET|FILE",
-        help="Tolerance of the NSD: mm for all, a preset (flare22, kits21, nikolov) or a TOML file.",
-    ),
-]
-LabelsOption = Annotated[
-    str | None,
-    typer.Option(
-        "--labels", metavar="A,B,...", help="Structures to score, by value, name or pattern; '*' for all there are."
-    ),
-]
-CentrelineOption = Annotated[
-    str | None, typer.Option("--cldice", metavar="A,B,...", help="Structures to score by clDice too (vessels).")
-]
+tolerance_option = functools.partial(
+    option,
+    "--tolerance MM|PRESET|FILE",
+    "Tolerance of the NSD: mm for all, a preset (flare22, kits21, nikolov) or a TOML file.",
+    "2",  # public tools take 1, 2 or 3; it is printed with every NSD
+)
+labels_option = functools.partial(
+    option, "--labels A,B,...", "Structures to score, by value, name or pattern; '*' for all there are."
+)
+cldice_option = functools.partial(option, "--cldice A,B,...", "Structures to score by clDice too (vessels).")
 
 
 @options
 class EvaluateOptions(StructureOptions, ScreenOptions):
     """Options of ``evaluate``."""
 
-    pred: Annotated[Path, typer.Option("--pred", metavar="P", help="Label map to score, or folder of them.")]
-    ref: Annotated[Path, typer.Option("--ref", metavar="R", help="Reference label map, or folder of them.")]
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE.csv", help="Scores of each structure of each case.")
-    ] = None
-    tolerance: ToleranceOption = f"{DEFAULT_TOLERANCE_MM:g}"
-    labels: LabelsOption = None
-    cldice: CentrelineOption = None
-    names: Annotated[
-        Path | None, typer.Option("--names", metavar="FILE", help="Names of the labels: JSON, or '1 liver' lines.")
-    ] = None
-    partial: Annotated[
-        bool, typer.Option("--partial", help="Leave out references that have no result instead of refusing.")
-    ] = False
-    cases: Annotated[bool, typer.Option("--cases", help="Print a table of the cases too.")] = False
-    scan: Annotated[
-        Path | None,
-        typer.Option(
-            "--scan", metavar="IMG", help="The scan that RTSTRUCT or DICOM-SEG files lie on: DICOM folder or image."
-        ),
-    ] = None
-    series: SeriesOption = None
+    pred: Path = required("--pred P", "Label map to score, or folder of them.")
+    ref: Path = required("--ref R", "Reference label map, or folder of them.")
+    out: Path | None = option("--out -o FILE.csv", "Scores of each structure of each case.")
+    tolerance: str = tolerance_option()
+    labels: str | None = labels_option()
+    cldice: str | None = cldice_option()
+    names: Path | None = names_option()
+    partial: bool = flag("--partial", "Leave out references that have no result instead of refusing.")
+    cases: bool = flag("--cases", "Print a table of the cases too.")
+    scan: Path | None = option("--scan IMG", "The scan that RTSTRUCT or DICOM-SEG files lie on: DICOM folder or image.")
+    series: str | None = series_option()
 
 
 def evaluate(options: EvaluateOptions) -> None:
@@ -77,7 +60,7 @@ def evaluate(options: EvaluateOptions) -> None:
     exit code 1; the others are scored.
     """
     out = options.out
-    with open_session(options.quiet, log=options.log) as session:
+    with options.session() as session:
         tolerances = read_tolerance(options.tolerance)
         if out is not None and out.suffix.lower() != ".csv":
             raise InputError(f"{out}: the scores are written as CSV; give a file ending in .csv")
@@ -86,18 +69,13 @@ def evaluate(options: EvaluateOptions) -> None:
         from ..evaluate import DicomInputs, EvaluationOptions
         from ..evaluate import evaluate as score
 
-        def begin(number: int, count: int, case: str) -> None:
-            session.begin(number, count, case)
-            session.progress("scoring")
-
         session.progress("reading labels")
+        labels, centreline = split_list(options.labels, "--labels"), split_list(options.cldice, "--cldice")
+        dicom = DicomInputs(options.scan, options.series, options.selection())
         wanted = EvaluationOptions(
-            labels=split_list(options.labels, "--labels"),
-            centreline=split_list(options.cldice, "--cldice"),
-            names=options.names,
-            partial=options.partial,
-            dicom=DicomInputs(options.scan, options.series, options.selection()),
+            labels=labels, centreline=centreline, names=options.names, partial=options.partial, dicom=dicom
         )
+        begin = functools.partial(session.begin, stage="scoring")
         evaluation = score(options.pred, options.ref, tolerances, wanted, on_case=begin)
         if out is not None:
             evaluation.write_csv(out)
@@ -108,9 +86,8 @@ def evaluate(options: EvaluateOptions) -> None:
         if options.cases:
             _print_cases(evaluation)
         if evaluation.failures:
-            typer.echo(
-                f"\nnot scored: {len(evaluation.failures)} of {len(evaluation.cases) + len(evaluation.failures)}"
-            )
+            failed = len(evaluation.failures)
+            typer.echo(f"\nnot scored: {failed} of {len(evaluation.cases) + failed}")
         for case, reason in evaluation.failures.items():
             typer.echo(f"  {case}: {reason}")
         if out is not None:
@@ -132,38 +109,25 @@ def read_tolerance(text: str) -> Tolerances:
 
 def _print_summary(evaluation: Evaluation) -> None:
     """Print a row for each structure; columns that would say nothing are left out."""
-    summary = evaluation.summary
-    several, cldice = summary.cases > 1, "cldice" in summary.means
-    counted = [status for status in _COUNTED if summary.counts[status]]
-    own_tolerances = len({one.tolerance_mm for one in summary.structures}) > 1
-
-    def row(
-        title: str, facts: Sequence[str], means: Mapping[str, float], sd: str, mm: str, worst: Sequence[str]
-    ) -> None:
-        cells = [title, *facts, score_text(means["dice"]), *([sd] if several else []), score_text(means["nsd"])]
-        cells += [*([mm] if own_tolerances else []), _mm(means["hd95_mm"]), _mm(means["assd_mm"])]
-        rows.append([*cells, *([score_text(means["cldice"])] if cldice else []), *(worst if several else [])])
-
-    head = ["structure", "ml", *(["cases"] if several else []), *(_COUNTED[status] for status in counted), "Dice"]
-    head += [*(["sd"] if several else []), "NSD", *(["at mm"] if own_tolerances else []), "HD95", "ASSD"]
-    head += [*(["clDice"] if cldice else []), *(["worst", "in case"] if several else [])]
-    rows: list[list[str]] = []
+    summary, rows = evaluation.summary, []
     for one in summary.structures:
-        facts = [_mm(one.reference_ml), *([str(sum(one.counts.values()))] if several else [])]
-        facts += [str(one.counts[status]) for status in counted]
-        worst = ["-", ""] if one.worst is None else [score_text(one.worst.scores.dice), one.worst.case]
-        means = {name: spread.mean for name, spread in one.scores.items()}
-        row(one.structure, facts, means, score_text(one.scores["dice"].sd), f"{one.tolerance_mm:g}", worst)
-    blank = [""] * (1 + several + len(counted))
-    row("mean", blank, summary.means, "", "", ["", ""])
+        facts = {"structure": one.structure, "ml": _mm(one.reference_ml), "cases": str(sum(one.counts.values()))}
+        facts |= {title: str(one.counts[status]) for status, title in _COUNTED.items()}
+        facts |= {"sd": score_text(one.scores["dice"].sd), "at mm": f"{one.tolerance_mm:g}"}
+        scores = {name: spread.mean for name, spread in one.scores.items()}
+        rows.append(_worst(one.worst) | facts | _cells(scores))
+    rows.append({"structure": "mean", **_cells(summary.means)})
     if summary.counts["both_empty"]:
-        row("neither = perfect", blank, summary.means_with_empty, "", "", ["", ""])
-    cases = "1 case" if summary.cases == 1 else f"{summary.cases} cases"
-    typer.echo(
-        f"{cases}, {len(summary.structures)} structures; NSD at {evaluation.tolerances.origin}; HD95 and ASSD in mm"
-    )
-    print_table(head, rows, numbers_from=1, numbers_to=len(head) - several)
-    if counted:
+        rows.append({"structure": "neither = perfect", **_cells(summary.means_with_empty)})
+    several, counts = summary.cases > 1, {title: summary.counts[status] for status, title in _COUNTED.items()}
+    own_tolerances = len({one.tolerance_mm for one in summary.structures}) > 1
+    shown = {"structure": True, "ml": True, "cases": several, **counts, "Dice": True, "sd": several, "NSD": True}
+    shown |= {"at mm": own_tolerances, "HD95": True, "ASSD": True, "clDice": "cldice" in summary.means}
+    shown |= {"worst": several, "in case": several}
+    size = f"{counted(summary.cases, 'case')}, {len(summary.structures)} structures"
+    typer.echo(f"{size}; NSD at {evaluation.tolerances.origin}; HD95 and ASSD in mm")
+    _print_rows([title for title, wanted in shown.items() if wanted], rows, texts=several)
+    if any(counts.values()):
         typer.echo(
             "\nMissed and hallucinated structures count as Dice 0, NSD 0 and the image's diagonal; where\n"
             "neither has the structure, it is left out."
@@ -172,14 +136,29 @@ def _print_summary(evaluation: Evaluation) -> None:
 
 def _print_cases(evaluation: Evaluation) -> None:
     """Print a row for each case, means over its structures."""
-    head, rows = ["case", "Dice", "NSD", "HD95", "ASSD", "worst", "structure"], []
-    for one in evaluation.cases:
-        scores = [score_text(one.means[name]) for name in ("dice", "nsd")]
-        worst = ["-", ""] if one.worst is None else [score_text(one.worst.scores.dice), one.worst.structure]
-        rows.append([one.case, *scores, _mm(one.means["hd95_mm"]), _mm(one.means["assd_mm"]), *worst])
-    rows += [[case, *("-" for _ in head[1:-1]), "not scored"] for case in evaluation.failures]
-    typer.echo("")
-    print_table(head, rows, numbers_from=1, numbers_to=len(head) - 1)
+    head = ["case", "Dice", "NSD", "HD95", "ASSD", "worst", "structure"]
+    rows = [{"case": one.case} | _cells(one.means) | _worst(one.worst) for one in evaluation.cases]
+    unknown = dict.fromkeys(head, "-") | {"structure": "not scored"}
+    typer.echo()
+    _print_rows(head, [*rows, *(unknown | {"case": case} for case in evaluation.failures)], texts=1)
+
+
+def _print_rows(head: Sequence[str], rows: Sequence[Mapping[str, str]], texts: int) -> None:
+    """Print the cells of these columns; between the first and the last ``texts`` all are numbers."""
+    cells = [[row.get(title, "") for title in head] for row in rows]
+    print_table(head, cells, numbers_from=1, numbers_to=len(head) - texts)
+
+
+def _cells(scores: Mapping[str, float]) -> dict[str, str]:
+    """Scores by the title of their column."""
+    texts = {name: _mm(score) if name.endswith("_mm") else score_text(score) for name, score in scores.items()}
+    return {title: texts[name] for name, title in _SCORES.items() if name in texts}
+
+
+def _worst(worst: CaseScore | None) -> dict[str, str]:
+    if worst is None:
+        return {"worst": "-"}
+    return {"worst": score_text(worst.scores.dice), "in case": worst.case, "structure": worst.structure}
 
 
 def _mm(value: float) -> str:

@@ -29,11 +29,12 @@ class Command(TyperCommand):
         """Write arguments and options."""
         sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         for one in self.get_params(ctx):
-            record = one.get_help_record(ctx)
-            if record is not None:
-                is_argument = one.param_type_name == "argument"
-                name = _argument(one) if is_argument else re.sub(r"<\w+>", "TEXT", record[0])
-                sections["Arguments" if is_argument else "Options"].append((name, record[1]))
+            if (record := one.get_help_record(ctx)) is None:
+                continue
+            if one.param_type_name == "argument":
+                sections["Arguments"].append((_argument(one), record[1]))
+            else:
+                sections["Options"].append((re.sub(r"<\w+>", "TEXT", record[0]), record[1]))
         for title, records in sections.items():
             if records:
                 with formatter.section(title):

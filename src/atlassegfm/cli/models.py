@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..core.errors import InputError
 from ..core.extras import is_installed
 from ..core.text import counted
+from .fields import argument, command, flag, option, options
 from .help import HELP_OPTIONS, Group
-from .options import ScreenOptions, command, options
+from .options import ScreenOptions
 from .session import accept_licences, open_session, print_json, print_table
 
 if TYPE_CHECKING:
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
     from ..models.base import PublishedWeights
     from ..models.weights import StoredFile
 
-#: The subcommand meant where none is named.
-_DEFAULT = "list"
+#: Whether an extra is installed: on the page of a model, and in the list.
+_STATES = {True: ("installed", "installed"), False: ("not installed", "missing"), None: ("not known", "?")}
 
 
 class _DefaultGroup(Group):
@@ -31,7 +33,7 @@ class _DefaultGroup(Group):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the default's name in front where options stand alone."""
         if not args or (args[0].startswith("-") and args[0] not in HELP_OPTIONS):
-            args = [_DEFAULT, *args]
+            args = ["list", *args]
         return list(super().parse_args(ctx, args))
 
 
@@ -46,45 +48,33 @@ app = typer.Typer(
 class ListOptions:
     """Options of ``models list``."""
 
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False
+    as_json: bool = flag("--json", "Print the result as JSON.")
+
+
+name_option = functools.partial(argument, "NAME", "Name of the model, as `atlassegfm models` lists it.")
 
 
 @options
-class NameOptions:
-    """The model."""
-
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the model, as `atlassegfm models` lists it.")]
-
-
-@options
-class ShowOptions(NameOptions, ScreenOptions):
+class ShowOptions(ScreenOptions):
     """Options of ``models show``."""
 
-    folder: Annotated[
-        Path | None,
-        typer.Option("--folder", metavar="FOLDER", help="Look only here, as after `models fetch --folder`."),
-    ] = None
+    name: str = name_option()
+    folder: Path | None = option("--folder FOLDER", "Look only here, as after `models fetch --folder`.")
 
 
 @options
-class FetchOptions(NameOptions):
+class FetchOptions:
     """Options of ``models fetch``."""
 
-    folder: Annotated[
-        Path | None,
-        typer.Option(
-            "--folder",
-            metavar="FOLDER",
-            help="Folder for the files; name it with --model-path later [default: where they are looked for].",
-        ),
-    ] = None
-    accept_licence: Annotated[
-        bool,
-        typer.Option("--accept-licence", help="Accept the licence of the weights, where needed; recorded once."),
-    ] = False
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress; warnings and errors stay.")] = False
+    name: str = name_option()
+    folder: Path | None = option(
+        "--folder FOLDER", "Folder for the files; name it with --model-path later [default: where they are looked for]."
+    )
+    accept_licence: bool = flag("--accept-licence", "Accept the licence of the weights, where needed; recorded once.")
+    quiet: bool = flag("--quiet -q", "Show no progress; warnings and errors stay.")
 
 
+@command(app, "list")
 def list_models(options: ListOptions) -> None:
     """List the segmentation models, and whether what they need is there."""
     with open_session(quiet=True):
@@ -94,8 +84,8 @@ def list_models(options: ListOptions) -> None:
 
         rows = []
         for row in (*MODELS.values(), ModelDescription(NO_MODEL, "the result is the warped atlas", (), "")):
-            found = None if row.weights is None else folder_with_weights(row.weights, folders_of(row.name))
-            weights = {"needs_weights": row.weights is not None, "weights": None if found is None else str(found)}
+            found = row.weights and folder_with_weights(row.weights, folders_of(row.name))
+            weights = {"needs_weights": row.weights is not None, "weights": found and str(found)}
             licence = "" if row.name == NO_MODEL else row.weights_licence
             rows.append(_described(row) | weights | {"weights_licence": licence})
     if options.as_json:
@@ -103,8 +93,7 @@ def list_models(options: ListOptions) -> None:
         return
     table = []
     for content in rows:
-        state = {True: "installed", False: "missing"}.get(content["extra_installed"], "?")
-        extra = state if content["extra"] else "-"
+        extra = _STATES[content["extra_installed"]][1] if content["extra"] else "-"
         place, licence = "-", "-"
         if content["needs_weights"]:
             place, licence = "found" if content["weights"] else "missing", content["weights_licence"]
@@ -116,6 +105,7 @@ def list_models(options: ListOptions) -> None:
     typer.echo("atlassegfm models fetch NAME   download its weights")
 
 
+@command(app, "show")
 def show(options: ShowOptions) -> None:
     """Show one model: licences, the paper's figures, its files, and which of them were found.
 
@@ -135,48 +125,48 @@ def show(options: ShowOptions) -> None:
         ("what it is", row.summary),
         ("prompts, best first", ", ".join(row.prompts)),
         ("Dice in the paper", ", ".join(f"{kind} {dice:g} %" for kind, dice in row.paper_dice.items()) or "none"),
-        ("extra", _extra_text(content["extra"], content["extra_installed"])),
+        ("extra", f"{row.extra} ({_STATES[content['extra_installed']][0]})" if row.extra else "none needed"),
         ("licence of the code", row.code_licence),
     ]
     if weights is None:
-        _print_lines([*lines, ("weights", "none needed")])
-        return
-    accepted = weights["licence_accepted"]
-    state = f"accepted on {accepted}" if accepted else "not accepted yet"
-    lines += [
-        ("licence of the weights", f"{weights['licence']}, {weights['licence_url']}"),
-        ("", f"no commercial use; {state}" if weights["non_commercial"] else "need not be accepted"),
-        ("published", weights["page"]),
-        ("revision", weights["revision"]),
-        *(("looked for in" if n == 0 else "", folder) for n, folder in enumerate(weights["looked_in"])),
-        ("found in", weights["found"] or "none of them"),
-    ]
-    _print_lines(lines)
-    for one in weights["files"]:
+        lines.append(("weights", "none needed"))
+    else:
+        accepted = weights["licence_accepted"]
+        state = f"accepted on {accepted}" if accepted else "not accepted yet"
+        lines += [
+            ("licence of the weights", f"{weights['licence']}, {weights['licence_url']}"),
+            ("", f"no commercial use; {state}" if weights["non_commercial"] else "need not be accepted"),
+            ("published", weights["page"]),
+            ("revision", weights["revision"]),
+            *(("looked for in" if n == 0 else "", folder) for n, folder in enumerate(weights["looked_in"])),
+            ("found in", weights["found"] or "none of them"),
+        ]
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        typer.echo(f"  {name:<{width}}  {text}".rstrip())
+    for one in weights["files"] if weights else ():
         typer.echo(f"\n  {one['path']}")
         typer.echo(f"    published  {one['size'] or 'not known'} bytes, sha256 {one['sha256'] or 'not known'}")
         typer.echo(f"    found      {_found_text(one)}")
 
 
+@command(app, "fetch")
 def fetch(options: FetchOptions) -> None:
     """Download the weights of a model; the only command that downloads anything.
 
     The environment variable HF_ENDPOINT names a mirror of Hugging Face, HTTPS_PROXY a proxy.
     """
-    # The progress bar would write over the question.
     name = options.name
-    with open_session(quiet=True) as session:
+    with open_session(quiet=True) as session:  # a progress bar would write over the question
         published = _describe(name).weights
-        if published is None:
-            typer.echo(f"{name} needs no weights: nothing to fetch")
-            return
-        if options.accept_licence or _agrees(name, published):
+        if published is not None and (options.accept_licence or _agrees(name, published)):
             accept_licences([name], session)
     with open_session(options.quiet) as session:
         from ..models import fetch_weights
 
         fetched = fetch_weights(name, options.folder, session.progress)
     if fetched is None:
+        typer.echo(f"{name} needs no weights: nothing to fetch")
         return
     count = len(fetched.downloaded)
     done = f"{counted(count, 'file')} downloaded" if count else "complete already, none downloaded"
@@ -185,11 +175,6 @@ def fetch(options: FetchOptions) -> None:
         typer.echo(f"  {one.file.path}  {one.size} bytes, {one.verdict}\n    sha256 {one.sha256}")
     if options.folder is not None:
         typer.echo(f"use them with --model-path {fetched.folder}")
-
-
-command(app, ListOptions, _DEFAULT)(list_models)
-command(app, ShowOptions, "show")(show)
-command(app, FetchOptions, "fetch")(fetch)
 
 
 def _describe(name: str) -> ModelDescription:
@@ -219,9 +204,8 @@ def _agrees(name: str, published: PublishedWeights) -> bool:
 
     if not published.non_commercial or licence_accepted(name) is not None or not sys.stdin.isatty():
         return False
-    typer.echo(f"licence of the weights of {name}: {published.licence}, no commercial use", err=True)
-    typer.echo(f"read it at {published.licence_url}", err=True)
-    typer.echo("Do you accept it? [y/N] ", err=True, nl=False)
+    licence = f"{published.licence}, no commercial use\nread it at {published.licence_url}"
+    typer.echo(f"licence of the weights of {name}: {licence}\nDo you accept it? [y/N] ", err=True, nl=False)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise InputError(f"the licence of the weights of the model {name!r} was not accepted; nothing was downloaded")
     return True
@@ -249,12 +233,6 @@ def _file(published: PublishedWeights, stored: StoredFile) -> dict[str, Any]:
     return {**found.pop("file"), "url": published.url_of(stored.file), "found": found}
 
 
-def _print_lines(lines: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in lines)
-    for name, text in lines:
-        typer.echo(f"  {name:<{width}}  {text}".rstrip())
-
-
 def _found_text(file: dict[str, Any]) -> str:
     found = file["found"]
     if found["verdict"] == "missing":
@@ -262,9 +240,3 @@ def _found_text(file: dict[str, Any]) -> str:
     verdict = "nothing to compare with" if found["verdict"] == "not known" else found["verdict"]
     expected = f", expected {found['expected']}" if found["expected"] else ""
     return f"{found['size']} bytes, sha256 {found['sha256'] or 'not computed'}: {verdict}{expected}"
-
-
-def _extra_text(extra: str | None, installed: bool | None) -> str:
-    if extra is None:
-        return "none needed"
-    return f"{extra} ({'not known' if installed is None else 'installed' if installed else 'not installed'})"

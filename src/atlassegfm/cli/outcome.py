@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ..core.labels import listed
 from ..core.text import counted, duration
 from .progress import with_path
 from .session import print_json, print_table
@@ -16,6 +17,7 @@ from .session import print_json, print_table
 if TYPE_CHECKING:
     from ..jobs import Case, Outcome, Row
     from ..jobs.scans import Scans
+    from ..records import RunRecord
 
 #: Up to so many cases the table shows them all, else those that need a look.
 _LISTED = 50
@@ -31,22 +33,15 @@ def print_plan(plan: Outcome, scans: Scans, out: Path, *, as_json: bool) -> None
     seconds = [row.seconds for row in rows if row.kept and row.seconds]
     estimate = statistics.median(seconds) * plan.count("left") if seconds else None
     if as_json:
-        print_json(
-            {
-                "cases": [
-                    {"case": row.case.name, "query": str(row.case.query), "kept": row.kept, "why": row.why}
-                    for row in rows
-                ],
-                "left_out": {reason: [str(path) for path in paths] for reason, paths in scans.left_out.items()},
-                "counts": plan.counts,
-                "estimated_seconds": None if estimate is None else round(estimate),
-            }
-        )
+        cases = [
+            {"case": row.case.name, "query": str(row.case.query), "kept": row.kept, "why": row.why} for row in rows
+        ]
+        left_out = {reason: [str(path) for path in paths] for reason, paths in scans.left_out.items()}
+        rounded = None if estimate is None else round(estimate)
+        print_json({"cases": cases, "left_out": left_out, "counts": plan.counts, "estimated_seconds": rounded})
         return
-    print_table(
-        ("case", "what", "query"),
-        [(row.case.name, "keep" if row.kept else f"segment, {row.why}", str(row.case.query)) for row in rows],
-    )
+    cells = [(row.case.name, "keep" if row.kept else f"segment, {row.why}", str(row.case.query)) for row in rows]
+    print_table(("case", "what", "query"), cells)
     for reason, paths in scans.left_out.items():
         typer.echo(f"left out, {reason}:")
         for path in paths:
@@ -58,35 +53,24 @@ def print_plan(plan: Outcome, scans: Scans, out: Path, *, as_json: bool) -> None
 
 def print_outcome(outcome: Outcome, out: Path, *, as_json: bool) -> None:
     """Print the outcome of a run."""
+    done = [row for row in outcome.rows.values() if row.state == "done"]
     if as_json:
-        print_json(
-            {
-                "results": [
-                    {"kept": row.kept, **_result(row.case, out)} for row in outcome.rows.values() if row.state == "done"
-                ],
-                "failures": [{"query": row.case.query.name, "reason": with_path(row)} for row in outcome.failed],
-                "counts": outcome.counts,
-                "wall_seconds": round(outcome.wall_seconds, 3),
-            }
-        )
+        results = [{"kept": row.kept, **_result(row.case, out)} for row in done]
+        failures = [{"query": row.case.query.name, "reason": with_path(row)} for row in outcome.failed]
+        seconds = round(outcome.wall_seconds, 3)
+        print_json({"results": results, "failures": failures, "counts": outcome.counts, "wall_seconds": seconds})
         return
     from ..jobs.table import read_run
 
-    runs = {row.case.name: read_run(out / row.case.name) for row in outcome.rows.values() if row.state == "done"}
-    rows = list(outcome.rows.values())
-    if len(rows) > _LISTED:
-        rows = [row for row in rows if row.state != "done" or _remark(runs, row)]
-    if rows:
-        cells = [
-            (
-                row.case.name,
-                "kept" if row.kept else row.state,
-                _verdict(runs, row),
-                f"{row.seconds:.0f}",
-                _remark(runs, row),
-            )
-            for row in rows
-        ]
+    runs = {row.case.name: read_run(out / row.case.name) for row in done}
+    cells = []
+    for row in outcome.rows.values():
+        run = runs.get(row.case.name)
+        remark, verdict = _remark(row, run), "" if run is None else run.verdict or "not judged"
+        if len(outcome.rows) <= _LISTED or row.state != "done" or remark:
+            state = "kept" if row.kept else row.state
+            cells.append((row.case.name, state, verdict, f"{row.seconds:.0f}", remark))
+    if cells:
         print_table(("case", "state", "verdict", "s", ""), cells, numbers_from=3, numbers_to=4)
     left = f", {outcome.count('left')} left" if outcome.count("left") else ""
     count = counted(len(outcome.rows), "query", "queries")
@@ -97,17 +81,11 @@ def print_outcome(outcome: Outcome, out: Path, *, as_json: bool) -> None:
     typer.echo(f"table     {out / 'cohort.csv'}")
 
 
-def _verdict(runs: dict[str, Any], row: Row) -> str:
-    run = runs.get(row.case.name)
-    return "" if run is None else run.verdict or "not judged"
-
-
-def _remark(runs: dict[str, Any], row: Row) -> str:
+def _remark(row: Row, run: RunRecord | None) -> str:
     """What needs a look: why a case failed, warnings, structures that are not good, absent or cut."""
     from ..quality.coverage import cut_remark
 
     parts = [row.reason, *row.warnings] if row.reason else list(row.warnings)
-    run = runs.get(row.case.name)
     found: dict[str, list[str]] = {}
     for one in () if run is None else run.structures:
         if one.status != "present":
@@ -116,9 +94,7 @@ def _remark(runs: dict[str, Any], row: Row) -> str:
             found.setdefault(one.quality.verdict, []).append(one.name)
         if one.status == "present" and cut_remark(one.outside_fraction):
             found.setdefault("cut by the field of view", []).append(one.name)
-    for word, names in found.items():
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        parts.append(f"{word}: {', '.join(names[:_NAMED])}{more}")
+    parts += [f"{word}: {listed(names, _NAMED)}" for word, names in found.items()]
     return shorten("; ".join(parts), _LONGEST_REMARK, placeholder=" ...")
 
 

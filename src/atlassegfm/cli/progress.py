@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,8 +31,7 @@ class RunProgress:
         from ..jobs import Outcome
 
         self.outcome = Outcome()
-        self._session = session
-        self._out = out
+        self._session, self._out = session, out
         #: Usual seconds of the steps of a query.
         self._steps = {"reading": 0.3, **steps, "writing": 0.3}
         self._start = time.monotonic()
@@ -89,14 +89,11 @@ def _usual_seconds(files: Iterable[Path]) -> float | None:
     from ..core.errors import InputError
     from ..records import StatusRecord
 
-    def seconds() -> Iterator[float]:
-        for path in files:
-            try:
-                yield StatusRecord.read(path).total_seconds
-            except InputError:
-                continue
-
-    found = [one for one in seconds() if one]
+    found = []
+    for path in files:
+        with suppress(InputError):
+            found.append(StatusRecord.read(path).total_seconds)
+    found = [one for one in found if one]
     return statistics.median(found) if found else None
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from ..core.errors import InputError, MissingExtraError
 from ..core.labels import listed
-from .options import ScreenOptions, options
-from .session import Session, open_session, print_json
+from ..core.text import counted
+from .fields import argument, flag, option, options
+from .options import ScreenOptions
+from .session import Session, print_json
 
 if TYPE_CHECKING:
     from ..report import ReportOptions, Written
@@ -37,11 +40,8 @@ def report_on(
     """Write the report of a folder of results; ``scans`` by name of the case."""
     from ..report import write_report
 
-    def show(number: int, count: int, name: str) -> None:
-        session.begin(number, count, name)
-        session.progress("page")
-
-    written = write_report(folder, out, scans=scans, options=content, on_case=show)
+    begin = functools.partial(session.begin, stage="page")
+    written = write_report(folder, out, scans=scans, options=content, on_case=begin)
     for problem in written.problems:
         session.error(problem)
     return written
@@ -51,37 +51,23 @@ def report_on(
 class ReportCommandOptions(ScreenOptions):
     """Options of ``report``."""
 
-    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of results, as `segment -o` writes it.")]
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="FILE", help="The page of the cohort [default: OUT/report.html]."),
-    ] = None
-    images: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--images",
-            metavar="PATH",
-            help="The queries: files, DICOM series folders, or folders with them anywhere below; may be repeated. They "
-            "are found by their content. Without them new pages show labels only: results do not say where scans lie.",
-        ),
-    ] = None
-    cases: Annotated[bool, typer.Option("--cases/--no-cases", help="Write a page for each case too.")] = True
-    picture: Annotated[
-        bool, typer.Option("--picture/--no-picture", help="Draw CASE/overview.png too (extra 'report').")
-    ] = True
-    viewer_voxels: Annotated[
-        int,
-        typer.Option(
-            "--viewer-voxels",
-            metavar="N",
-            min=0,
-            help="Largest number of voxels of the interactive view; 0 leaves the view out.",
-        ),
-    ] = 8_000_000
-    title: Annotated[str, typer.Option("--title", help="Title of the page [default: the name of OUT].")] = ""
-    force: Annotated[
-        bool, typer.Option("--force", help="Make all pages again, those too that show a scan that is not given.")
-    ] = False
+    folder: Path = argument("OUT", "Folder of results, as `segment -o` writes it.")
+    out: Path | None = option("--out -o FILE", "The page of the cohort [default: OUT/report.html].")
+    images: list[Path] | None = option(
+        "--images PATH",
+        "The queries: files, DICOM series folders, or folders with them anywhere below; may be repeated. They are "
+        "found by their content. Without them new pages show labels only: results do not say where scans lie.",
+    )
+    cases: bool = option("--cases/--no-cases", "Write a page for each case too.", True)
+    picture: bool = option("--picture/--no-picture", "Draw CASE/overview.png too (extra 'report').", True)
+    viewer_voxels: int = option(
+        "--viewer-voxels N",
+        "Largest number of voxels of the interactive view; 0 leaves the view out.",
+        8_000_000,
+        min=0,
+    )
+    title: str = option("--title", "Title of the page [default: the name of OUT].", "")
+    force: bool = flag("--force", "Make all pages again, those too that show a scan that is not given.")
 
 
 def report(options: ReportCommandOptions) -> None:
@@ -90,7 +76,7 @@ def report(options: ReportCommandOptions) -> None:
     OUT/report.html lists what to review first, and all cases and structures; OUT/CASE/report.html shows slices through
     every structure and an interactive view. Each page holds all it needs and loads nothing.
     """
-    with open_session(options.quiet, log=options.log) as session:
+    with options.session() as session:
         if options.picture and options.cases:
             require_pictures()
         from ..jobs import scans_of
@@ -102,28 +88,18 @@ def report(options: ReportCommandOptions) -> None:
             session.progress("finding the scans")
         matched = scans_of(options.folder, options.images or ())
         written = report_on(options.folder, matched.scans, session, options.out, content)
-        for reason, paths in (
-            ("belong to no case", matched.unused),
-            ("changed since they were segmented", matched.changed),
-        ):
+        left_out = {"belong to no case": matched.unused, "changed since they were segmented": matched.changed}
+        for reason, paths in left_out.items():
             if paths:
-                session.say(f"images left out, {reason}: {listed([str(path) for path in paths], 4)}")
+                session.say(f"images left out, {reason}: {listed(list(map(str, paths)), 4)}")
     if options.as_json:
-        print_json(
-            {
-                "report": str(written.path),
-                "cases": written.cases,
-                "failures": written.failures,
-                "without_image": written.without_image,
-                "kept": written.kept,
-                "unused_images": [str(path) for path in (*matched.unused, *matched.changed)],
-                "problems": list(written.problems),
-            }
-        )
+        counts = {name: getattr(written, name) for name in ("cases", "failures", "without_image", "kept")}
+        unused = [str(path) for path in (*matched.unused, *matched.changed)]
+        problems = list(written.problems)
+        print_json({"report": str(written.path), **counts, "unused_images": unused, "problems": problems})
         return
-    typer.echo(
-        f"report    {written.path}  ({written.cases} {'case' if written.cases == 1 else 'cases'}{_failed(written)})"
-    )
+    failed = f", {written.failures} without a result" if written.failures else ""
+    typer.echo(f"report    {written.path}  ({counted(written.cases, 'case')}{failed})")
     if written.kept:
         typer.echo(
             f"{written.kept} kept as they are: they show the scan, which was not given now or cannot be read; give it "
@@ -131,7 +107,3 @@ def report(options: ReportCommandOptions) -> None:
         )
     if written.without_image:
         typer.echo(f"{written.without_image} without their scan: only labels are shown; give the scans with --images")
-
-
-def _failed(written: Written) -> str:
-    return f", {written.failures} without a result" if written.failures else ""

@@ -5,15 +5,18 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ..core.errors import InputError
-from .options import AtlasOptions, DeviceOptions, ModelOptions, ScreenOptions, options, split_list
+from ..core.labels import listed
+from .fields import argument, flag, option, options, required
+from .options import AtlasOptions, DeviceOptions, ModelOptions, ScreenOptions, split_list
 from .outcome import print_outcome, print_plan, print_result
 from .progress import RunProgress
-from .session import EXIT_FAILURES, EXIT_USAGE, Session, open_session
+from .report import report_on, require_pictures
+from .session import EXIT_FAILURES, EXIT_USAGE, Session
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -33,98 +36,51 @@ _NAMED = 10
 class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
     """Options of ``segment``."""
 
-    queries: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="QUERY...", help="Scans to segment: image files, DICOM series folders, or folders of them."
-        ),
-    ]
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="Folder that gets one folder per query.")]
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Also write atlas, model and probability maps, and the transform.")
-    ] = False
-    report: Annotated[
-        bool,
-        typer.Option("--report", help="Also write OUT/report.html and a page for each case; keeps what --keep keeps."),
-    ] = False
-    transform: Annotated[
-        Path | None,
-        typer.Option(
-            "--transform",
-            metavar="PATH",
-            help="Take a saved transform from query to atlas and do not register: a transform file, a folder as --keep "
-            "writes it, or a folder of results made with --keep.",
-        ),
-    ] = None
-    formats: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            metavar="A,B,...",
-            help="What to write: nifti, nrrd, seg.nrrd (3D Slicer), mgz (FreeSurfer), masks (a file for each "
-            "structure), and for DICOM series rtstruct and seg.",
-        ),
-    ] = "nifti"
-    flat: Annotated[
-        Path | None,
-        typer.Option(
-            "--flat", metavar="DIR", help="Also write DIR/CASE.nii.gz and dataset.json, the layout of nnU-Net."
-        ),
-    ] = None
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="List what would be done, under which names, and what is left out; do nothing."),
-    ] = False
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers",
-            metavar="N",
-            min=1,
-            help="Scans to segment at a time, each in a process of its own [default: 1]. On GPUs at most one for each.",
-        ),
-    ] = None
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            "--threads",
-            metavar="N",
-            min=1,
-            help="Threads for each scan [default: 1 with several queries, all cores with one]. Another number moves "
-            "borders a little.",
-        ),
-    ] = None
-    force: Annotated[
-        bool, typer.Option("--force", help="Segment all queries again, also those whose result is there already.")
-    ] = False
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            "--shard", metavar="I/N", help="Run the I-th of N parts of the queries, as one job of a job array."
-        ),
-    ] = None
-    cluster: Annotated[
-        str | None,
-        typer.Option(
-            "--cluster",
-            metavar="local|slurm|tcp://HOST:PORT",
-            help="Segment on a Dask cluster (extra 'cluster'): processes here, Slurm jobs, or a running scheduler.",
-        ),
-    ] = None
-    cluster_options: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--cluster-option", metavar="KEY=VALUE", help="What a Slurm job asks for, as queue=gpu; may be repeated."
-        ),
-    ] = None
+    queries: list[Path] = argument(
+        "QUERY...", "Scans to segment: image files, DICOM series folders, or folders of them."
+    )
+    out: Path = required("--out -o OUT", "Folder that gets one folder per query.")
+    keep: bool = flag("--keep", "Also write atlas, model and probability maps, and the transform.")
+    report: bool = flag("--report", "Also write OUT/report.html and a page for each case; keeps what --keep keeps.")
+    transform: Path | None = option(
+        "--transform PATH",
+        "Take a saved transform from query to atlas and do not register: a transform file, a folder as --keep writes "
+        "it, or a folder of results made with --keep.",
+    )
+    formats: str = option(
+        "--format A,B,...",
+        "What to write: nifti, nrrd, seg.nrrd (3D Slicer), mgz (FreeSurfer), masks (a file for each structure), and "
+        "for DICOM series rtstruct and seg.",
+        "nifti",
+    )
+    flat: Path | None = option("--flat DIR", "Also write DIR/CASE.nii.gz and dataset.json, the layout of nnU-Net.")
+    dry_run: bool = flag("--dry-run", "List what would be done, under which names, and what is left out; do nothing.")
+    workers: int | None = option(
+        "--workers N",
+        "Scans to segment at a time, each in a process of its own [default: 1]. On GPUs at most one for each.",
+        min=1,
+    )
+    threads: int | None = option(
+        "--threads N",
+        "Threads for each scan [default: 1 with several queries, all cores with one]. Another number moves borders a "
+        "little.",
+        min=1,
+    )
+    force: bool = flag("--force", "Segment all queries again, also those whose result is there already.")
+    shard: str | None = option("--shard I/N", "Run the I-th of N parts of the queries, as one job of a job array.")
+    cluster: str | None = option(
+        "--cluster local|slurm|tcp://HOST:PORT",
+        "Segment on a Dask cluster (extra 'cluster'): processes here, Slurm jobs, or a running scheduler.",
+    )
+    cluster_options: list[str] | None = option(
+        "--cluster-option KEY=VALUE", "What a Slurm job asks for, as queue=gpu; may be repeated."
+    )
 
     def check(self) -> None:
         """Refuse options that do not go together, before anything is read."""
         self.check_atlas()
         if self.shard is not None:
-            from ..jobs import parse_shard
-
-            parse_shard(self.shard)
+            self.batch()  # refuses what is no shard
         if self.cluster is not None:
             from ..jobs.cluster import parse_options, require_cluster
 
@@ -136,6 +92,13 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
             raise InputError("--flat: copies the NIfTI files; add nifti to --format")
         if self.context is not None and self.out.resolve().is_relative_to(self.context.resolve()):
             raise InputError(f"{self.out}: is inside the context {self.context}; choose another output folder")
+
+    def batch(self) -> RunOptions:
+        """Build the options of the run."""
+        from ..jobs import RunOptions, parse_shard
+
+        shard = None if self.shard is None else parse_shard(self.shard)
+        return RunOptions(self.force, shard, self.workers or 1, self.cluster)
 
     def other_inputs(self) -> list[Path]:
         """Files that are read besides the queries: no result may overwrite them."""
@@ -151,51 +114,47 @@ def segment(options: SegmentOptions) -> None:
     missing, or was made from other files, settings or another version. Folders are searched for scans; what is not
     taken is named.
     """
-    with open_session(options.quiet, log=options.log) as session:
+    with options.session() as session:
         options.check()
         settings, context = _settings(options, session)
         wanted = split_list(options.formats, "--format")
         _check_installed(options, settings, wanted)
         # Imported here: PyTorch is loaded below, and errors above come at once.
+        from .. import jobs
         from ..core.device import resolve_device
         from ..core.files import output_folder
-        from ..jobs import AtlasFiles, ContextFolder, Output, SegmentWork, find_scans, plan_cases, provenance_of
+        from ..jobs.run import plan_of
 
         inputs = options.other_inputs()
-        scans = find_scans(options.queries, inputs=inputs)
+        scans = jobs.find_scans(options.queries, inputs=inputs)
         if not options.dry_run:
             for remark in scans.remarks():
                 session.say(remark)
-        _check_series(options.series, scans.found)
-        cases = plan_cases(scans.found, options.out, inputs, options.transform, replace_others=options.force)
+        if options.series is not None and not any(query.is_dir() for query in scans.found):
+            what = "chooses a series of a DICOM folder, and no query is one"
+            raise InputError(f"--series {options.series}: {what}; leave it out")
+        cases = jobs.plan_cases(scans.found, options.out, inputs, options.transform, replace_others=options.force)
         elsewhere = options.cluster not in (None, "local") and options.device == "cuda"
         device = options.device if elsewhere else resolve_device(options.device)
         options.accept(settings.model, session)
-        output = Output(options.keep or options.report, wanted, options.series)
+        output = jobs.Output(options.keep or options.report, wanted, options.series)
         source: ContextSource
         if options.context is not None:
-            source = ContextFolder(options.context)
+            source = jobs.ContextFolder(options.context)
         elif options.atlas is not None and options.labels is not None:
             selection = options.selection()
-            source = AtlasFiles(options.atlas, options.labels, options.names, options.atlas_series, selection)
+            source = jobs.AtlasFiles(options.atlas, options.labels, options.names, options.atlas_series, selection)
         session.progress("reading the atlas")
         context = context or source.load(settings)
-        threads = options.threads
-        if threads is None and not _is_single(options, cases):
-            threads = _COHORT_THREADS
-        provenance = provenance_of(context, settings, device=device, threads=threads, output=output)
-        work = SegmentWork(options.out, source, settings, device, threads, output, provenance)
+        threads = options.threads or (None if _is_single(options, cases) else _COHORT_THREADS)
+        provenance = jobs.provenance_of(context, settings, device=device, threads=threads, output=output)
+        work = jobs.SegmentWork(options.out, source, settings, device, threads, output, provenance)
         if options.dry_run:
-            from ..jobs.run import plan_of
-
-            plan = plan_of(cases, work, _run_options(options, 1))
-            print_plan(plan, scans, options.out, as_json=options.as_json)
+            print_plan(plan_of(cases, work, options.batch()), scans, options.out, as_json=options.as_json)
             return
         with output_folder(options.out):
             outcome = _run(options, cases, work, context, session)
             if options.report and any((options.out / case.name / "run.json").exists() for case in cases):
-                from .report import report_on
-
                 report_on(options.out, {case.name: case.query for case in cases}, session)
             if options.flat is not None:
                 from ..jobs.flat import write_flat
@@ -229,18 +188,11 @@ def _check_installed(options: SegmentOptions, settings: Settings, formats: tuple
 
     prompt_kind(settings)
     if options.report:
-        from .report import require_pictures
-
         require_pictures()
     if options.transform is None:
         require_engine(settings.registration)
     options.selection()
     check_formats(formats)
-
-
-def _check_series(series: str | None, queries: list[Path]) -> None:
-    if series is not None and not any(query.is_dir() for query in queries):
-        raise InputError(f"--series {series}: chooses a series of a DICOM folder, and no query is one; leave it out")
 
 
 def _is_single(options: SegmentOptions, cases: list[Case]) -> bool:
@@ -256,23 +208,16 @@ def _run(options: SegmentOptions, cases: list[Case], work: SegmentWork, context:
     runner, workers = _runner(work, context, options, session, len(cases))
     steps = query_steps(model=work.settings.model != NO_MODEL, gate=context.gate is None)
     progress = RunProgress(session, options.out, steps)
-    chosen = _run_options(options, workers)
+    batch = replace(options.batch(), workers=workers)
     if workers > 1 or options.cluster is not None:
-        chosen = replace(chosen, prepare=lambda work: work.with_gate(context, session.progress))
+        batch = replace(batch, prepare=lambda work: work.with_gate(context, session.progress))
     try:
-        return run(cases, work, runner, progress, chosen)
+        return run(cases, work, runner, progress, batch)
     except (KeyboardInterrupt, SystemExit):
         done, left = progress.outcome.count("done"), progress.outcome.count("left")
         if len(cases) > 1:
             session.say(f"stopped: {done} done, {left} left; the same command continues from there")
         raise
-
-
-def _run_options(options: SegmentOptions, workers: int) -> RunOptions:
-    from ..jobs import RunOptions, parse_shard
-
-    shard = None if options.shard is None else parse_shard(options.shard)
-    return RunOptions(options.force, shard, workers, options.cluster)
 
 
 def _runner(
@@ -317,9 +262,8 @@ def _exit(outcome: Outcome, session: Session) -> None:
     if not failed:
         return
     if len(outcome.rows) > 1:
-        named = ", ".join(str(row.case.query) for row in failed[:_NAMED])
-        more = f" and {len(failed) - _NAMED} more" if len(failed) > _NAMED else ""
-        session.error(f"{len(failed)} of {len(outcome.rows)} queries failed: {named}{more}")
+        named = listed([str(row.case.query) for row in failed], _NAMED)
+        session.error(f"{len(failed)} of {len(outcome.rows)} queries failed: {named}")
     if outcome.count("left"):
         session.error(f"stopped: {outcome.count('left')} not begun; the same command continues from there")
     # Where every query is bad input, the call was wrong as a whole.

@@ -14,20 +14,18 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from ..core.errors import AtlasSegError
+from ..core.errors import AtlasSegError, InputError
 from ..core.progress import Steps
 from ..core.text import duration
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
 
 
 EXIT_FAILURES = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130
-#: Whose log records are shown.
-_PACKAGE = "atlassegfm"
 #: Where there is no bar, also parts of a stage are shown after so many seconds without a line.
 _SILENCE_S = 10.0
 #: Columns of text are not made narrower than this to fit the screen.
@@ -51,19 +49,18 @@ class Session:
 
     #: Steps of the job, for "2 of 6" and the time left; None where they are not known.
     steps: Steps | None = None
+    #: All lines are added to this file, with date and time.
+    log: TextIO | None = None
 
-    def __init__(self, console: Console, bar: Progress | None, *, quiet: bool, log: TextIO | None = None) -> None:
-        self._console = console
-        self._log = log
-        self._bar = bar
-        self._task: TaskID | None = None
-        self._quiet = quiet
-        self._prefix = ""
-        self._silent = False
+    def __init__(self, console: Console, bar: Progress | None, *, quiet: bool) -> None:
+        self._console, self._bar = console, bar
+        #: Whether lines of progress are printed: there is no bar, and they are wanted.
+        self._lines = bar is None and not quiet
+        self._quiet, self._silent, self._prefix = quiet, False, ""
         self._start = self._shown = time.monotonic()
         self._end: float | None = None
-        if bar is not None:
-            self._task = bar.add_task("starting", session=self)
+        # Last, as the bar is drawn by a thread of its own.
+        self._task = None if bar is None else bar.add_task("starting", session=self)
 
     @property
     def left(self) -> str:
@@ -72,28 +69,32 @@ class Session:
         left = left if self.steps is None else self.steps.left
         return f"about {duration(left)} left" if left is not None and left >= 1 else ""
 
-    def begin(self, number: int, count: int, name: str) -> None:
-        """Show that a query begins; the time left is estimated from those before it."""
+    def begin(self, number: int, count: int, name: str, stage: str = "") -> None:
+        """Show that a query begins, with this stage; the time left is estimated from those before it."""
         self._prefix = f"{name} " if count == 1 else f"[{number}/{count}] {name} "
         self.steps, now = None, time.monotonic()
         if number == 1:
             self._start, self._end = now, None
         else:
             self._end = now + (now - self._start) / (number - 1) * (count - number + 1)
+        if stage:
+            self.progress(stage)
 
-    def begin_pair(self, number: int, count: int, name: str) -> None:
+    def begin_pair(self, number: int, count: int, name: str, stage: str = "") -> None:
         """Show that a pair of a benchmark begins; one line for each where there is no bar."""
         self.begin(number, count, name)
-        if self._bar is None and not self._quiet:
+        if self._lines:
             self.say(", ".join(filter(None, (self._prefix.rstrip(), self.left))))
             self._silent = True
+        if stage:
+            self.progress(stage)
 
     def progress(self, stage: str) -> None:
         """Show what is being done; parts of a stage come as "stage: part"."""
         where = "" if self.steps is None else self.steps.begin(stage)
         text = f"{self._prefix}{stage}"
         self._record(text)
-        if self._bar is None and not self._quiet and (self._waited() or not (self._silent or ": " in stage)):
+        if self._lines and (self._waited() or not (self._silent or ": " in stage)):
             known = ", ".join(filter(None, (where, self.left)))
             self._show(f"{text} ({known})" if known else text)
         self._update(f"{text} ({where})" if where else text)
@@ -101,7 +102,7 @@ class Session:
     def advance(self, description: str, line: str = "") -> None:
         """Show how far all of it is: as the bar's text, or, where there is no bar, in a line of its own."""
         self._record(line)
-        if self._bar is None and not self._quiet and (line or self._waited()):
+        if self._lines and (line or self._waited()):
             self._show(line or description)
         self._update(description)
 
@@ -133,9 +134,9 @@ class Session:
 
     def _record(self, text: str) -> None:
         """Write a line into the log file, with date and time."""
-        if self._log is not None and not self._log.closed and text:
-            self._log.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
-            self._log.flush()
+        if self.log is not None and not self.log.closed and text:
+            self.log.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}\n")
+            self.log.flush()
 
 
 class _WarningLines(logging.Handler):
@@ -169,23 +170,25 @@ def open_session(quiet: bool, *, warnings: bool = True, log: Path | None = None)
             text = TextColumn("{task.fields[session].left}  {task.description}", table_column=last)
             bar = Progress(SpinnerColumn(), TimeElapsedColumn(), text, console=console, transient=True, expand=True)
             stack.enter_context(bar)
-        file = None
-        if log is not None:
-            try:
-                file = stack.enter_context(log.open("a", encoding="utf-8"))
-            except OSError as error:
-                Session(console, bar, quiet=quiet).error(f"{log}: cannot be written ({error.strerror}); choose another")
-                raise typer.Exit(EXIT_USAGE) from None
-        session = Session(console, bar, quiet=quiet, log=file)
+        session = Session(console, bar, quiet=quiet)
         handler = _WarningLines(session) if warnings else logging.NullHandler()
-        package = logging.getLogger(_PACKAGE)
+        package = logging.getLogger("atlassegfm")
         package.addHandler(handler)
         stack.callback(package.removeHandler, handler)
         try:
+            if log is not None:
+                session.log = stack.enter_context(_opened(log))
             yield session
         except AtlasSegError as error:
             session.error(str(error))
             raise typer.Exit(EXIT_USAGE) from None
+
+
+def _opened(log: Path) -> TextIO:
+    try:
+        return log.open("a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{log}: cannot be written ({error.strerror}); choose another") from None
 
 
 def sentence(text: str) -> str:
@@ -235,8 +238,3 @@ def print_table(
 def score_text(value: float | None) -> str:
     """A score for a table; a dash for none."""
     return "-" if value is None or value != value else f"{value:.3f}"
-
-
-def or_none(value: float | None) -> float | None:
-    """A score for JSON."""
-    return None if value is None or value != value else round(value, 4)

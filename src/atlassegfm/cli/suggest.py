@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from ..core.text import counted, duration
-from .options import DeviceOptions, ScreenOptions, SettingsOptions, options
+from .fields import argument, option, options
+from .options import DeviceOptions, ScreenOptions, SettingsOptions
 from .report import require_pictures
-from .session import open_session, print_json, print_table
+from .session import print_json, print_table
 
 
 @options
 class SuggestOptions(ScreenOptions, DeviceOptions, SettingsOptions):
     """Options of ``suggest``."""
 
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Scans of one kind, without labels.")]
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="OUT", help="Folder that gets suggest.png (why) and suggest.json."),
-    ] = None
-    landmarks: Annotated[
-        int, typer.Option("--landmarks", metavar="N", min=3, help="Of more than 12 scans, compare each with N others.")
-    ] = 8
-    finalists: Annotated[
-        int,
-        typer.Option(
-            "--finalists", metavar="N", min=1, help="Of more than 12 scans, then compare the best N with all."
-        ),
-    ] = 3
-    picture: Annotated[bool, typer.Option("--picture/--no-picture", help="Draw OUT/suggest.png (extra 'report').")] = (
-        True
-    )
+    folder: Path = argument("FOLDER", "Scans of one kind, without labels.")
+    out: Path | None = option("--out -o OUT", "Folder that gets suggest.png (why) and suggest.json.")
+    landmarks: int = option("--landmarks N", "Of more than 12 scans, compare each with N others.", 8, min=3)
+    finalists: int = option("--finalists N", "Of more than 12 scans, then compare the best N with all.", 3, min=1)
+    picture: bool = option("--picture/--no-picture", "Draw OUT/suggest.png (extra 'report').", True)
 
 
 def suggest(options: SuggestOptions) -> None:
@@ -42,7 +31,7 @@ def suggest(options: SuggestOptions) -> None:
 
     Scans are registered coarsely to each other, and compared. No labels are needed.
     """
-    with open_session(options.quiet, log=options.log) as session:
+    with options.session() as session:
         out = options.out
         picture = options.picture and out is not None
         if picture:
@@ -54,15 +43,11 @@ def suggest(options: SuggestOptions) -> None:
         from ..core.files import atomic_path, output_folder
 
         settings = options.settings()
-        files = scans_in(options.folder)
-        resolved = resolve_device(options.device)
+        files, device = scans_in(options.folder), resolve_device(options.device)
 
-        def show(number: int, count: int) -> None:
-            session.begin_pair(number, count, "pair")
-            session.progress("registration")
-
+        begin = functools.partial(session.begin_pair, name="pair", stage="registration")
         choice = {"landmarks": options.landmarks, "finalists": options.finalists, "seed": settings.seed}
-        found = rank(files, settings.registration, device=resolved, on_pair=show, **choice)
+        found = rank(files, settings.registration, device=device, on_pair=begin, **choice)
         for _, reason in found.failures:
             session.error(reason)
         if out is not None:
