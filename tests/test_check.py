@@ -633,3 +633,12 @@ def test_real_scans_and_labels_are_recognised(data_dir: Path) -> None:
                 report = only(path)
                 assert report.kind == kind, path
                 assert "error" not in {one.severity for one in report.findings}, report.findings
+
+
+def test_many_files_of_several_patients(tmp_path: Path) -> None:
+    for number in range(7):
+        nifti(tmp_path / f"p{number}/T1.nii", scan_data())
+        nifti(tmp_path / f"p{number}/organs.nii", label_data())
+    found = check_files(sorted(tmp_path.rglob("*.nii")))
+    assert [one.name for one in found.files][:2] == ["p0/T1.nii", "p0/organs.nii"]
+    assert {(one.first, one.second) for one in found.pairs} == {(f"p{n}/T1.nii", f"p{n}/organs.nii") for n in range(7)}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,12 @@ from ..core.image import Volume, checked_image, checked_labels, load_volume
 from ..dicom import Selection, Series, is_dicom_input, is_series_folder, load_series, open_labels, series_of
 from .against_atlas import compare_with_atlas
 from .findings import AtlasReport, Check, FileReport, Kind, LabelReport, error, note, sort_findings, warning
-from .geometry import compare_grids, grid_findings, header_findings, oblique_deg, sheared_deg
+from .geometry import compare_grids, grid_findings, header_findings, oblique_deg, same_case, sheared_deg
 from .intensity import PERCENTS, SAMPLED_VOXELS, intensity_findings, inversion_findings
 from .labels import label_reports, looks_like_labels
+
+#: Files of which all pairs are compared; of more only those of one case: by their names, or alone in a folder.
+_FEW = 12
 
 
 def check_files(
@@ -35,14 +39,34 @@ def check_files(
     which takes some seconds. ``on_stage`` is called with what is being done, as "fitting FILE to the atlas".
     """
     files, scans = [Path(path) for path in paths], list[Series]()
+    names = _names(files)
     found: dict[int, tuple[FileReport, Grid | None]] = {}
     # Scans first, as structures need them.
     for position in sorted(range(len(files)), key=lambda n: is_dicom_input(files[n]) and not files[n].is_dir()):
-        found[position] = _examine(files[position], scans, series, atlas, on_stage or (lambda _: None))
+        path, name = files[position], names[position]
+        found[position] = _examine(path, name, scans, series, atlas, on_stage or (lambda _: None))
     examined = [found[position] for position in range(len(files))]
-    readable = [(report, grid) for report, grid in examined if grid is not None]
-    pairs = tuple(compare_grids(*one, *other) for one, other in itertools.combinations(readable, 2))
+    readable = [n for n, (_, grid) in enumerate(examined) if grid is not None]
+    beside = Counter(path.parent for path in files)
+    pairs = tuple(
+        compare_grids(*examined[one], *examined[other])  # type: ignore[arg-type]
+        for one, other in itertools.combinations(readable, 2)
+        if len(files) <= _FEW
+        or (files[one].parent == files[other].parent and beside[files[one].parent] <= _FEW)
+        or ("/" not in names[one] + names[other] and same_case(names[one], names[other]))
+    )
     return Check(tuple(report for report, _ in examined), pairs)
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """Names of files for messages: equal ones with the folders that tell them apart."""
+    names = [path.name or path.resolve().name for path in files]
+    count = Counter(names)
+    common = os.path.commonpath([path.absolute().parent for path in files]) if files else ""
+    return [
+        Path(os.path.relpath(path.absolute(), common)).as_posix() if count[name] > 1 else name
+        for path, name in zip(files, names, strict=True)
+    ]
 
 
 def _load(path: Path, scans: list[Series], choice: str | None) -> Volume:
@@ -64,10 +88,9 @@ def _load(path: Path, scans: list[Series], choice: str | None) -> Volume:
 
 
 def _examine(
-    path: Path, scans: list[Series], choice: str | None, atlas: Atlas | None, on_stage: Callable[[str], None]
+    path: Path, name: str, scans: list[Series], choice: str | None, atlas: Atlas | None, on_stage: Callable[[str], None]
 ) -> tuple[FileReport, Grid | None]:
     """Report on one file; its grid too if it has one."""
-    name = path.name or path.resolve().name
     on_stage(f"reading: {name}")
     try:
         volume = _load(path, scans, choice)

@@ -128,7 +128,7 @@ def _pair_findings(pair: PairReport, first: FileReport, second: FileReport, *, r
             "arrays by index mix them up"
         )
     elif not pair.same_grid and (first.kind == "labels") != (second.kind == "labels"):
-        if distance_mm is not None and (min(overlap) >= _SAME_VIEW_PERCENT or _same_case(pair.first, pair.second)):
+        if distance_mm is not None and (min(overlap) >= _SAME_VIEW_PERCENT or same_case(pair.first, pair.second)):
             yield warning(
                 f"the same shape, but corners up to {distance_mm:.3g} mm apart: if the labels were drawn on this "
                 "scan, one of the headers is wrong, and the two are refused as an atlas",
@@ -144,7 +144,7 @@ def _pair_findings(pair: PairReport, first: FileReport, second: FileReport, *, r
         )
 
 
-def _same_case(first: str, second: str) -> bool:
+def same_case(first: str, second: str) -> bool:
     """Whether two file names belong to one case: "case" and "case_0000", "scan" and "scan_labels"."""
     one, other = image_stem(Path(first)), image_stem(Path(second))
     return one.startswith(other) or other.startswith(one)
