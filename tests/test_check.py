@@ -637,6 +637,7 @@ def test_real_scans_and_labels_are_recognised(data_dir: Path) -> None:
 
 def test_many_files_of_several_patients(tmp_path: Path) -> None:
     for number in range(7):
+        (tmp_path / f"p{number}").mkdir()
         nifti(tmp_path / f"p{number}/T1.nii", scan_data())
         nifti(tmp_path / f"p{number}/organs.nii", label_data())
     found = check_files(sorted(tmp_path.rglob("*.nii")))
