@@ -697,7 +697,7 @@ def test_twelve_real_scans(
     labels = sorted((data_dir / "Dataset004_Hippocampus/labelsTr").iterdir())
     for number in range(9):
         shutil.copyfile(images[1 + number % (len(images) - 1)], folder / f"scans/case{number}.nii.gz")
-    # It resembles a hippocampus by chance (confidence 0.58), but every structure is judged failed.
+    # Another part of the body: named as such, by its confidence or by its verdicts.
     abdomen = min((data_dir / "Dataset001_AbdMR/imagesTr").iterdir())
     shutil.copyfile(abdomen, folder / "scans/abdomen.nii.gz")
     (folder / "scans/damaged.nii.gz").write_bytes(images[1].read_bytes()[:5000])
@@ -718,7 +718,9 @@ def test_twelve_real_scans(
     assert said.count("error: scans/damaged.nii.gz: ") == 1, said
     assert said.count("error: scans/gone.nii.gz: ") == 1, said
     # Told again where it was kept: in the table.
-    assert re.search(r"^ +abdomen .* every structure in view is judged failed", said, re.MULTILINE), said
+    assert re.search(
+        r"^ +abdomen .* (every structure in view is judged failed|hardly resembles the atlas)", said, re.MULTILINE
+    ), said
     assert "12 queries: 10 done" in said
     after = {path.parent.name: path.stat().st_mtime_ns for path in out.glob("*/run.json")}
     assert {name: after[name] for name in before} == before
