@@ -101,6 +101,9 @@ def test_first_day(hospital: Path, run: Run, monkeypatch: pytest.MonkeyPatch) ->
     assert len(rows) == 4 * len(STRUCTURES) + 1
     assert {row["case"] for row in rows} == set(names)
 
+    again = step(1, *command, "--report")
+    assert "out/report.html" in again.out
+
     # For the planning system: an RTSTRUCT on the patient's own series.
     source = "out/series/segmentation.nii.gz"
     step(0, "convert", source, "--to", "rtstruct", "--onto", "scans/patient 4/series", "-o", "rs.dcm")

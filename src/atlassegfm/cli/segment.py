@@ -154,8 +154,9 @@ def segment(options: SegmentOptions) -> None:
             return
         with output_folder(options.out):
             outcome = _run(options, cases, work, context, session)
+            page = None
             if options.report and any((options.out / case.name / "run.json").exists() for case in cases):
-                report_on(options.out, {case.name: case.query for case in cases}, session)
+                page = report_on(options.out, {case.name: case.query for case in cases}, session).path
             if options.flat is not None:
                 from ..jobs.flat import write_flat
 
@@ -164,6 +165,8 @@ def segment(options: SegmentOptions) -> None:
         print_outcome(outcome, options.out, as_json=options.as_json)
     elif not outcome.failed:
         print_result(cases[0], options.out, as_json=options.as_json)
+    if page is not None and not options.as_json:
+        typer.echo(f"report    {page}")
     _exit(outcome, session)
 
 
