@@ -34,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(
         "| set | pairs | false suspicion | mirrored found | largest gain of a right scan | inverted found | false | "
-        "correlation, least and median | not alike | least resemblance | s a scan |"
+        "correlation, least and median | not similar | least resemblance | s a scan |"
     )
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     of_set: dict[str, list[Atlas]] = {}
@@ -45,7 +45,7 @@ def main() -> None:
         atlases = [Atlas.from_files(case.image, case.labels) for case in cases]
         scans = [atlas.image for atlas in atlases]
         of_set[folder.name] = atlases[:3]
-        gains, correlations, seconds, alike, resemblances = [], [], [], [], []
+        gains, correlations, seconds, similar, resemblances = [], [], [], [], []
         for atlas in atlases:
             for scan in scans:
                 if scan is not atlas.image:
@@ -54,7 +54,7 @@ def main() -> None:
                     seconds.append(time.perf_counter() - start)
                     gains.append(found.mirrored_gain)
                     correlations.append(found.correlation)
-                    alike.append(found.resembles)
+                    similar.append(found.resembles)
                     resemblances.append(found.resemblance)
         gain = np.array(gains)
         inverted = [is_inverted(Volume(scan.data.max() - scan.data, scan.grid)) for scan in scans]
@@ -64,10 +64,10 @@ def main() -> None:
             f"| {sum(inverted)} of {len(scans)} | {sum(is_inverted(scan) for scan in scans)} "
             f"| {np.nanmin(correlations):.2f}, {np.nanmedian(correlations):.2f} "
             f"({np.count_nonzero(np.array(correlations) < LEAST_CORRELATION)} below the bound) "
-            f"| {alike.count(False)} | {min(resemblances):.2f} | {np.median(seconds):.1f} |",
+            f"| {similar.count(False)} | {min(resemblances):.2f} | {np.median(seconds):.1f} |",
             flush=True,
         )
-    print("\n| atlas | scan | resemblance | alike |\n|---|---|---:|---|")
+    print("\n| atlas | scan | resemblance | similar |\n|---|---|---:|---|")
     for one, other in permutations(of_set, 2):
         for atlas, scan in ((of_set[one][0], of_set[other][0]), (of_set[one][1], of_set[other][2])):
             found = fit_to_atlas(scan.image, atlas)

@@ -335,7 +335,7 @@ BAD_QUERIES: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "missing": (lambda _: ["absent.nii.gz"], "absent.nii.gz: no such file; check the path"),
     "not an image": (_text_file, "bad.nii: not readable as NIfTI; expected an image file"),
     "wrong ending": (_wrong_ending, "bad.txt: not a known image file; expected a file ending in .nii.gz, "),
-    "empty folder": (_empty_folder, "empty: no scan in this folder; expected image files"),
+    "empty folder": (_empty_folder, "empty: no scan here"),
     "truncated": (_truncated, "bad.nii.gz: the file is truncated or damaged; copy it again"),
     "4-D": (
         _with_data(lambda data: np.stack([data, data], axis=-1)),

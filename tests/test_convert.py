@@ -91,3 +91,14 @@ def test_refusals(folder: Path, run: Run) -> None:
         assert outcome.err.count("error:") == 1
     assert sorted(folder.rglob("*")) == before
     assert open_labels(folder / "seg.dcm").data.any()
+
+
+def test_masks_are_replaced_as_a_whole_with_force(folder: Path, run: Run) -> None:
+    command = ("convert", "labels.nii.gz", "--to", "masks", "-o", "masks")
+    assert run(*command).code == 0
+    assert run(*command).code == 2
+    assert run(*command, "--force").code == 0
+    assert len(list((folder / "masks").iterdir())) == len(STRUCTURES)
+    (folder / "masks/notes.txt").write_text("mine")
+    assert run(*command, "--force").code == 2
+    assert (folder / "masks/notes.txt").read_text() == "mine"

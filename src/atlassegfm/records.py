@@ -51,7 +51,7 @@ class FileRecord(Record):
     """One input file, or a folder with all in it."""
 
     file: str = Field(description="Name, without its folder.")
-    place: str = Field(default="", description="Digest of its absolute path, which tells scans of one name apart.")
+    place: str = Field(default="", description="Digest of its absolute path, which distinguishes scans of one name.")
     stamp: str = Field(description="Digest of sizes and modification times: compared first, as it is cheap.")
     sha256: str = Field(description="Of the content, first 32 hexadecimal digits.")
 

@@ -101,7 +101,7 @@ class Check:
         return min(found, key=SEVERITIES.index, default=None)
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole report in plain lists, numbers and texts, for JSON."""
+        """Convert the report to plain lists, numbers and texts, for JSON."""
         return {"worst": self.worst, **dataclasses.asdict(self)}
 
 

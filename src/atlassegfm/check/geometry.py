@@ -145,7 +145,7 @@ def _pair_findings(pair: PairReport, first: FileReport, second: FileReport, *, r
 
 
 def same_case(first: str, second: str) -> bool:
-    """Whether two file names belong to one case: "case" and "case_0000", "scan" and "scan_labels"."""
+    """Check whether two file names belong to one case: "case" and "case_0000", "scan" and "scan_labels"."""
     one, other = image_stem(Path(first)), image_stem(Path(second))
     return one.startswith(other) or other.startswith(one)
 

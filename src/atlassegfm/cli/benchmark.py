@@ -75,10 +75,10 @@ class BenchmarkOptions(ScreenOptions, DeviceOptions, SettingsOptions):
 class ProtocolOptions(BenchmarkOptions):
     """Options of ``benchmark protocol``."""
 
-    models: str | None = option("--models A,B,...", "Models side by side [default: builtin].")
-    engines: str | None = option("--engines A,B,...", "Registration engines side by side.")
+    models: str | None = option("--models A,B,...", "Models to compare [default: builtin].")
+    engines: str | None = option("--engines A,B,...", "Registration engines to compare.")
     variants: list[str] | None = option(
-        "--variant NAME:KEY=VALUE[;KEY=VALUE...]", "Also with these settings, side by side; may be repeated."
+        "--variant NAME:KEY=VALUE[;KEY=VALUE...]", "Also compare with these settings; may be repeated."
     )
 
 

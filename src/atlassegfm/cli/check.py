@@ -27,7 +27,7 @@ class CheckOptions(AtlasOptions, ScreenOptions):
     """Options of ``check``."""
 
     files: list[Path] = argument("FILES...", "Scans, label maps, DICOM series folders, RTSTRUCT, DICOM-SEG.")
-    strict: bool = flag("--strict", "Exit code 1 where there is a warning, for scripts that stop at any doubt.")
+    strict: bool = flag("--strict", "Exit code 1 where there is a warning, for scripts.")
 
 
 def check(options: CheckOptions) -> None:
@@ -64,7 +64,7 @@ def check(options: CheckOptions) -> None:
 
 
 def as_table(result: Check) -> RenderableType:
-    """The report for a terminal, to be printed by rich."""
+    """Format the report for a terminal, to be printed by rich."""
     from rich.console import Group
     from rich.padding import Padding
     from rich.text import Text

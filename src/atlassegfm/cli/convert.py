@@ -39,10 +39,12 @@ def convert(options: ConvertOptions) -> None:
         from ..dicom.convert import FORMS, Conversion, convert_labels
 
         out = options.out
-        to = options.to or ("" if out.suffix.lower() == ".dcm" else "image")
+        if options.to is None and out.suffix.lower() == ".dcm":
+            raise InputError(f"{out}: both RTSTRUCT and DICOM-SEG end so; add --to rtstruct or --to seg")
+        to = options.to or "image"
         if to not in FORMS:
-            meant = did_you_mean(options.to or "", FORMS)
-            raise InputError(f"--to {options.to or ''}: expected one of {', '.join(FORMS)}{meant}")
+            meant = did_you_mean(to, FORMS)
+            raise InputError(f"--to {to}: expected one of {', '.join(FORMS)}{meant}")
         if out.exists() and not options.force:
             raise InputError(f"{out}: exists already; choose another name, or replace it with --force")
         conversion = Conversion(to, options.onto, options.series, options.names, options.selection())

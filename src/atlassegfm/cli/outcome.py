@@ -40,8 +40,10 @@ def print_plan(plan: Outcome, scans: Scans, out: Path, *, as_json: bool) -> None
         rounded = None if estimate is None else round(estimate)
         print_json({"cases": cases, "left_out": left_out, "counts": plan.counts, "estimated_seconds": rounded})
         return
-    cells = [(row.case.name, "keep" if row.kept else f"segment, {row.why}", str(row.case.query)) for row in rows]
-    print_table(("case", "what", "query"), cells)
+    cells = [(row.case.name, "keep" if row.kept else f"segment, {row.why}") for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row, (name, what) in zip(rows, cells, strict=True):  # no table: a path stays in one piece
+        typer.echo(f"  {name:<{widths[0]}}  {what:<{widths[1]}}  {row.case.query}")
     for reason, paths in scans.left_out.items():
         typer.echo(f"left out, {reason}:")
         for path in paths:

@@ -98,5 +98,5 @@ def _usual_seconds(files: Iterable[Path]) -> float | None:
 
 
 def with_path(row: Row) -> str:
-    """Why a case failed, with the path as the user gave it."""
+    """State why a case failed, with the path as the user gave it."""
     return f"{row.case.query}{row.reason.removeprefix(row.case.query.name)}"

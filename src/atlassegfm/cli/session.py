@@ -192,7 +192,7 @@ def _opened(log: Path) -> TextIO:
 
 
 def sentence(text: str) -> str:
-    """Text on one line."""
+    """Join a text to one line."""
     return " ".join(text.split())
 
 
@@ -236,5 +236,5 @@ def print_table(
 
 
 def score_text(value: float | None) -> str:
-    """A score for a table; a dash for none."""
+    """Format a score for a table; a dash for none."""
     return "-" if value is None or value != value else f"{value:.3f}"

@@ -125,7 +125,7 @@ def known_fields(settings_class: type) -> dict[str, FieldInfo]:
 
 
 def describe_values(field: FieldInfo) -> str:
-    """The values a setting allows, in words: "true or false", "a number from 0 to 1"."""
+    """Describe the values a setting allows: "true or false", "a number from 0 to 1"."""
     return _described(field.annotation, field.metadata)
 
 

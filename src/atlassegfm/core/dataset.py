@@ -57,14 +57,14 @@ class Dataset:
             raise ValueError("there are no cases, or they are not sorted, or some are doubled; use load_dataset")
 
     def case(self, name: str) -> Case:
-        """The case of that name; InputError if there is none."""
+        """Get the case of that name; InputError if there is none."""
         cases = {case.name: case for case in self.cases}
         if name not in cases:
             raise InputError(f"{self.folder}: no case {name!r}; {hint(name, cases)}expected one of {listed([*cases])}")
         return cases[name]
 
     def select(self, names: Sequence[str]) -> Dataset:
-        """The dataset with these cases only; InputError if there is none, an unknown one, or one twice."""
+        """Select cases of the dataset; InputError if there is none, an unknown one, or one twice."""
         if not names:
             raise InputError(f"{self.folder}: no case is named; expected at least one")
         if doubled := _doubled(names):

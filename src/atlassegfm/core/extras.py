@@ -19,7 +19,7 @@ def requirements(extra: str) -> list[str]:
 
 
 def is_installed(extra: str) -> bool | None:
-    """Whether all that an extra brings is installed; None where this package is not."""
+    """Check whether all that an extra brings is installed; None where this package is not."""
     names = [re.split(r"[^A-Za-z0-9._-]", one, maxsplit=1)[0] for one in requirements(extra)]
     try:
         return bool([importlib.metadata.version(name) for name in names]) or None

@@ -127,7 +127,7 @@ class Grid:
         return float(np.linalg.norm(self.corners_mm - other.corners_mm, axis=1).max())
 
     def matches(self, other: Grid, tolerance_voxels: float = 0.1) -> bool:
-        """Whether both grids have the same voxels, to a fraction of the smallest spacing.
+        """Check whether both grids have the same voxels, to a fraction of the smallest spacing.
 
         A tenth of a voxel changes no label, and is more than rounded headers differ by (1e-5 to 0.05 mm).
         """
@@ -135,7 +135,7 @@ class Grid:
         return self.shape == other.shape and self.distance_mm(other) <= tolerance_voxels * smallest_mm
 
     def crop(self, start: ArrayLike, stop: ArrayLike) -> Grid:
-        """The grid of the voxels start <= (i, j, k) < stop; both (3,) int, inside this grid."""
+        """Get the grid of the voxels start <= (i, j, k) < stop; both (3,) int, inside this grid."""
         first, last = np.asarray(start, dtype=int), np.asarray(stop, dtype=int)
         if (first < 0).any() or (last > np.array(self.shape)).any() or (last <= first).any():
             raise InputError(f"the box {first.tolist()} to {last.tolist()} is not inside a grid of shape {self.shape}")
@@ -144,7 +144,7 @@ class Grid:
         return Grid(tuple(last - first), affine)
 
     def canonical(self) -> Grid:
-        """The same voxels with axes permuted and flipped so that i, j, k point closest to R, A, S."""
+        """Permute and flip the axes so that i, j, k point closest to R, A, S."""
         from nibabel.orientations import io_orientation
 
         return self._turned(io_orientation(self.affine))

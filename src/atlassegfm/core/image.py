@@ -75,13 +75,13 @@ _MOST_INVALID = 0.5
 
 
 def image_suffix(path: Path) -> str | None:
-    """The ending of a file name that names a format this package reads (".nii.gz", ...), or None."""
+    """Get the ending of a file name that names a format this package reads (".nii.gz", ...), or None."""
     name = path.name.lower()
     return next((suffix for suffix in IMAGE_SUFFIXES if name.endswith(suffix)), None)
 
 
 def image_stem(path: Path) -> str:
-    """The file name without its image ending: the name results of this scan go by."""
+    """Get the file name without its image ending: the name results of this scan go by."""
     suffix = image_suffix(path)
     return path.name[: -len(suffix)] if suffix else path.stem
 
@@ -147,7 +147,7 @@ def load_image(image: ImageLike) -> Volume:
 
 
 def checked_image(volume: Volume, name: PathLike) -> Volume:
-    """The scan as float32 intensities; NaN and infinite voxels get its lowest value, with a warning.
+    """Convert a scan to float32 intensities; NaN and infinite voxels get its lowest value, with a warning.
 
     Resampling programs write NaN outside the field of view. InputError if most voxels are NaN or infinite, all are
     equal, or its size in mm is not that of a body.
@@ -204,7 +204,7 @@ def load_labels(image: ImageLike, *, allow_empty: bool = False) -> Volume:
 
 
 def checked_labels(volume: Volume, name: PathLike, *, allow_empty: bool = False) -> Volume:
-    """The label map as the smallest unsigned integer type: whole numbers, 0 for background.
+    """Convert a label map to the smallest unsigned integer type: whole numbers, 0 for background.
 
     Values within 0.01 of a whole number are rounded, NaN and infinite voxels are background, both with a warning.
 
@@ -245,7 +245,7 @@ def checked_labels(volume: Volume, name: PathLike, *, allow_empty: bool = False)
 
 
 def label_values(labels: NDArray[Any]) -> list[int]:
-    """Label values present, ascending, without 0."""
+    """List the label values present in an array, ascending, without 0."""
     planes = np.moveaxis(labels, int(np.argmax(labels.strides)), 0)
     if int(labels.max()) > _LARGEST_COUNTED:
         return sorted({value for plane in planes for value in np.unique(plane).tolist()} - {0})
@@ -257,7 +257,7 @@ def label_values(labels: NDArray[Any]) -> list[int]:
 
 
 def smallest_label_type(largest: int) -> np.dtype[Any]:
-    """The smallest integer type for values 0 to ``largest`` that NIfTI, NRRD and MetaImage all hold."""
+    """Get the smallest integer type for values 0 to ``largest`` that NIfTI, NRRD and MetaImage all hold."""
     for candidate in (np.uint8, np.uint16, np.uint32):
         if largest <= np.iinfo(candidate).max:
             return np.dtype(candidate)
@@ -320,7 +320,7 @@ def save_volume(volume: Volume, path: PathLike, *, structures: Sequence[Structur
 
 def save_masks(labels: Volume, structures: Sequence[Structure], folder: Path) -> None:
     """Write a folder with a mask (0 and 1) for each structure, named after it; an absent one is empty."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for structure, name in zip(structures, file_names(structures), strict=True):
         mask = Volume((labels.data == structure.value).astype(np.uint8), labels.grid, labels.source)
         save_volume(mask, folder / f"{name}.nii.gz", structures=[replace(structure, value=1)])

@@ -88,14 +88,14 @@ def save_itk(volume: Volume, path: Path, structures: Sequence[Structure] | None)
     try:
         sitk.WriteImage(image, str(path), useCompression=True)
     except RuntimeError:
-        # ITK does not say why: a full disk is told from the rest by trying.
+        # ITK does not say why: a second write shows whether the disk is full.
         with path.open("wb") as file:
             file.write(bytes(1 << 20))
         raise InputError(f"{path.name}: cannot be written in this format; choose another") from None
 
 
 def itk_grid(image: Any, path: Path) -> Grid:
-    """The RAS+ grid of a SimpleITK image or reader, of its first three dimensions; errors name ``path``."""
+    """Get the RAS+ grid of a SimpleITK image or reader, of its first three dimensions; errors name ``path``."""
     count = image.GetDimension()
     lps = np.eye(4)
     lps[:3, :3] = np.array(image.GetDirection()).reshape(count, count)[:3, :3] * np.array(image.GetSpacing()[:3])

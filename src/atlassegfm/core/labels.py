@@ -76,7 +76,7 @@ def _color(fractions: Iterable[str]) -> tuple[int, int, int] | None:
 
 
 def palette_color(position: int) -> tuple[int, int, int]:
-    """Colour number ``position`` (from 0) of an endless list of distinct colours, 0 to 255 each."""
+    """Get colour number ``position`` (from 0) of an endless list of distinct colours, 0 to 255 each."""
     if position < len(_PALETTE) // 3:
         red, green, blue = _PALETTE[3 * position : 3 * position + 3]
         return red, green, blue
@@ -102,7 +102,7 @@ def distinct_names(names: Sequence[str]) -> list[str]:
 
 
 def file_names(structures: Sequence[Structure]) -> list[str]:
-    """Names of files for structures: what no file system takes is replaced, and equal names get the label value."""
+    """Make file names of structures: what no file system takes is replaced, and equal names get the label value."""
     plain = [re.sub(r'[\\/:*?"<>|\x00-\x1f]+', "_", one.name).strip(" .") or str(one.value) for one in structures]
     count = Counter(name.casefold() for name in plain)
     return [
@@ -132,7 +132,7 @@ def read_names_file(path: PathLike) -> dict[int, LabelEntry]:
 
 
 def dataset_json_of(labels_path: Path) -> Path | None:
-    """The ``dataset.json`` beside a label file or, as in the nnU-Net raw layout, one folder above."""
+    """Find the ``dataset.json`` beside a label file or, as in the nnU-Net raw layout, one folder above."""
     folder = labels_path.resolve().parent
     for candidate in (folder / "dataset.json", folder.parent / "dataset.json"):
         if candidate.is_file():
@@ -141,7 +141,7 @@ def dataset_json_of(labels_path: Path) -> Path | None:
 
 
 def from_nifti_xml(xml: str) -> dict[int, LabelEntry]:
-    """Names from the ``LabelTable`` of a NIfTI header extension (Connectome Workbench, TotalSegmentator)."""
+    """Read names from the ``LabelTable`` of a NIfTI header extension (Connectome Workbench, TotalSegmentator)."""
     start = xml.find("<LabelTable")
     stop = xml.rfind("</LabelTable>")
     if start < 0 or stop < 0:
@@ -161,7 +161,7 @@ def from_nifti_xml(xml: str) -> dict[int, LabelEntry]:
 
 
 def to_nifti_xml(structures: Iterable[Structure]) -> str:
-    """The header extension that :func:`from_nifti_xml` reads, as Connectome Workbench writes it."""
+    """Write the header extension that :func:`from_nifti_xml` reads, as Connectome Workbench does."""
     root = ElementTree.Element("CaretExtension")
     volume = ElementTree.SubElement(root, "VolumeInformation", Index="0")
     table = ElementTree.SubElement(volume, "LabelTable")
@@ -199,12 +199,12 @@ def slicer_segments(metadata: Mapping[str, str]) -> list[SlicerSegment]:
 
 
 def from_slicer_metadata(metadata: Mapping[str, str]) -> dict[int, LabelEntry]:
-    """Names from the header fields of a 3D Slicer segmentation of one layer."""
+    """Read names from the header fields of a 3D Slicer segmentation of one layer."""
     return {one.value: one.entry for one in slicer_segments(metadata)}
 
 
 def to_slicer_metadata(structures: Sequence[Structure], shape: Sequence[int]) -> dict[str, str]:
-    """The header fields of a 3D Slicer segmentation of ``shape`` voxels; none without structures."""
+    """Write the header fields of a 3D Slicer segmentation of ``shape`` voxels; none without structures."""
     if not structures:
         return {}
     extent = " ".join(f"0 {count - 1}" for count in shape)
@@ -227,13 +227,13 @@ def to_slicer_metadata(structures: Sequence[Structure], shape: Sequence[int]) ->
 
 
 def slicer_color_table(structures: Iterable[Structure]) -> str:
-    """A colour table of 3D Slicer (``.ctbl``), which :func:`read_names_file` reads."""
+    """Write a colour table of 3D Slicer (``.ctbl``), which :func:`read_names_file` reads."""
     rows = ("{} {} {} {} {} 255\n".format(one.value, "_".join(one.name.split()), *one.color) for one in structures)
     return "# value name red green blue alpha\n0 background 0 0 0 0\n" + "".join(rows)
 
 
 def itk_snap_labels(structures: Iterable[Structure]) -> str:
-    """Label descriptions of ITK-SNAP, which :func:`read_names_file` reads."""
+    """Write label descriptions of ITK-SNAP, which :func:`read_names_file` reads."""
     rows = (
         '{:5} {:5} {:4} {:4}        1  1  1    "{}"\n'.format(one.value, *one.color, one.name) for one in structures
     )
@@ -293,7 +293,7 @@ _LONGEST_LIST = 15
 
 
 def plain_name(name: str) -> str:
-    """A name as it is compared: no capitals, one space for each run of spaces, underscores and hyphens.
+    """Normalise a name for comparison: no capitals, one space for each run of spaces, underscores and hyphens.
 
     What stands in square brackets keeps its hyphens, as "[a-c]" in a pattern is a range.
     """
@@ -338,7 +338,7 @@ def pick_values(names: Mapping[int, str], wanted: Sequence[str], place: str = ""
 
 
 def listed(names: Sequence[str], limit: int = _LONGEST_LIST, separator: str = ", ") -> str:
-    """Names for a message: "a, b, c", or the first ``limit`` of them "and 4 more"."""
+    """List names for a message: "a, b, c", or the first ``limit`` of them "and 4 more"."""
     rest = len(names) - limit
     return separator.join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 

@@ -46,7 +46,7 @@ class LocalMap:
 
     @classmethod
     def empty(cls) -> LocalMap:
-        """The field that is zero everywhere."""
+        """Make the field that is zero everywhere."""
         return cls((0, 0, 0), np.zeros((0, 0, 0), np.float32))
 
     @classmethod
@@ -57,7 +57,7 @@ class LocalMap:
         return cls.empty()
 
     def to_full(self, shape: tuple[int, int, int]) -> NDArray[np.float32]:
-        """The field on the whole grid of the given shape."""
+        """Expand to the whole grid of the given shape."""
         return self.on_box((0, 0, 0), shape)
 
     def on_box(self, start: Sequence[int], stop: Sequence[int]) -> NDArray[np.float32]:

@@ -120,7 +120,7 @@ def _check_compression(path: Path) -> None:
             "if it is an uncompressed NIfTI file, rename it to end in .nii"
         )
     if is_gzip and not path.name.lower().endswith(".gz"):
-        raise InputError(f"{path}: compressed with gzip, unlike its ending says; rename it to end in .nii.gz")
+        raise InputError(f"{path}: compressed with gzip, which its ending does not say; rename it to end in .nii.gz")
 
 
 def _read_nifti_header(file: Any, path: Path) -> tuple[Nifti1Header, NDArray[np.float64]]:

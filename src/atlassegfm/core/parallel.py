@@ -60,7 +60,7 @@ def parallel_map(work: Callable[[T], R], parts: Iterable[T], *, most: int = _MOS
 
 
 def thread_variables(count: int) -> dict[str, str]:
-    """Environment variables under which a program computes with this many threads."""
+    """Get the environment variables under which a program computes with this many threads."""
     return {**dict.fromkeys(_VARIABLES, str(count)), NUMPY_THREADS[0]: NUMPY_THREADS[1]}
 
 

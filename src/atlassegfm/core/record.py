@@ -20,7 +20,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
     def to_json(self, *, indent: int = 2) -> str:
-        """Text of the file."""
+        """Serialise to the text of the file."""
         return self.model_dump_json(indent=indent) + "\n"
 
     def write(self, path: PathLike) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """Number and noun: "1 case", "2 cases"."""
+    """Format a number and its noun: "1 case", "2 cases"."""
     return f"{number} {noun if number == 1 else plural or noun + 's'}"
 
 

@@ -50,11 +50,11 @@ class Volume:
         return f"Volume({self.grid.describe()}, {self.data.dtype})"
 
     def canonical(self) -> Volume:
-        """The same voxels, axes permuted and flipped to point closest to R, A, S (a view, no resampling)."""
+        """Permute and flip the axes to point closest to R, A, S (a view, no resampling)."""
         return self.turned_to(self.grid.canonical())
 
     def turned_to(self, grid: Grid) -> Volume:
-        """The same voxels in the array order of ``grid`` (a view, no resampling); ValueError if it has other voxels."""
+        """Permute and flip the axes to those of ``grid`` (a view, no resampling); ValueError if it has other voxels."""
         from nibabel.orientations import apply_orientation
 
         orientation = self.grid.axes_relative_to(grid)

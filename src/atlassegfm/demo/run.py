@@ -41,7 +41,7 @@ class DemoOutcome:
     run: RunRecord
 
     def means(self) -> MethodDice:
-        """Mean Dice over the structures."""
+        """Compute the mean Dice over the structures."""
         atlas, model, fused = zip(*self.scores.values(), strict=True)
         mean_of_model = None if None in model else float(np.nanmean(model))
         return float(np.nanmean(atlas)), mean_of_model, float(np.nanmean(fused))

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import InputError
-from ..core.files import atomic_path
+from ..core.files import atomic_path, replaced_folder
 from ..core.image import Volume, load_volume, save_masks, save_volume
-from ..core.labels import LabelTable, Structure, dataset_json_of, read_names_file
+from ..core.labels import LabelTable, Structure, dataset_json_of, file_names, read_names_file
 from .files import require_dicom_extra
 from .identity import Provenance
 from .opening import is_dicom_input, open_labels
@@ -69,7 +69,7 @@ def convert_labels(
     else:
         comparison = None
         if conversion.to == "masks":
-            with atomic_path(out) as temporary:
+            with replaced_folder(out, frozenset(f"{name}.nii.gz" for name in file_names(structures))) as temporary:
                 save_masks(volume, structures, temporary)
         else:
             save_volume(volume, out, structures=structures)

@@ -92,7 +92,7 @@ def fingerprint(series: Series, structures: Sequence[Structure], provenance: Pro
 
 
 def series_number(series: Series, offset: int) -> int:
-    """Number a new series made from another: 3 gives 301, 302, ..."""
+    """Make the number of a new series from that of another: 3 gives 301, 302, ..."""
     try:
         number = int(float(series.number))
     except ValueError:

@@ -64,7 +64,7 @@ def open_labels(
     selection: Selection = EVERYTHING,
     *,
     allow_empty: bool = False,
-    tell: bool = True,
+    warn: bool = True,
 ) -> Volume:
     """Read a label map from an image file, an RTSTRUCT, a DICOM-SEG or memory; InputError as their readers raise it.
 
@@ -95,6 +95,6 @@ def open_labels(
     notes = list(volume.source.notes) if volume.source else []
     if target is not None and series is None:
         notes.append("patient and frame of reference are not checked, as the scan is no DICOM series")
-    for note in notes if tell else ():
+    for note in notes if warn else ():
         logger.warning("%s: %s", path, note)
     return volume

@@ -187,7 +187,7 @@ def merge(
 def _with_distinct_names(masks: Sequence[StructureMask]) -> tuple[list[StructureMask], list[str]]:
     names = distinct_names([one.name for one in masks])
     new = [name for name, one in zip(names, masks, strict=True) if name != one.name]
-    notes = [f"several structures have one name; they are told apart as {listed(new, 6)}"] if new else []
+    notes = [f"several structures have one name; they are renamed to {listed(new, 6)}"] if new else []
     return [replace(one, name=name) for one, name in zip(masks, names, strict=True)], notes
 
 
@@ -216,7 +216,7 @@ def structures_in(volume: Volume) -> tuple[Structure, ...]:
 def with_structures(
     labels: Volume, tables: Sequence[LabelTable], selection: Selection, name: str
 ) -> tuple[Volume, tuple[Structure, ...]]:
-    """Choose structures of a label map; the others become background, and equal names are told apart.
+    """Choose structures of a label map; the others become background, and equal names get a number.
 
     Tables of names are in order of precedence; ``name`` is that of the label map, for messages. InputError if a wanted
     structure is not there.

@@ -75,7 +75,7 @@ class PairReader:
         return result, reference
 
     def table(self, volume: Volume, path: Path) -> LabelTable:
-        """Names in a file's header, then those of the dataset.json of its folder."""
+        """Get the names in a file's header, then those of the dataset.json of its folder."""
         own = {} if volume.source is None else volume.source.label_table
         dataset = dataset_json_of(path)
         if dataset is None:
@@ -97,7 +97,7 @@ class PairReader:
         return find_series(path, self._dicom.series)[0] if is_series_folder(path) else load_volume(path)
 
     def _read_dicom(self, path: Path, scan: Series | Volume | None) -> Volume:
-        volume = open_labels(path, scan, self._dicom.selection, tell=path not in self._reported)
+        volume = open_labels(path, scan, self._dicom.selection, warn=path not in self._reported)
         self._reported.add(path)
         return volume
 

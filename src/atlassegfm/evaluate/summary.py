@@ -132,7 +132,7 @@ def write_scores(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def plain_number(value: float | None) -> float | int | None:
-    """Number for JSON, which has no NaN: 6 decimals, None for NaN."""
+    """Convert a number for JSON, which has no NaN: 6 decimals, None for NaN."""
     if value is None or isinstance(value, int):
         return value
     return None if math.isnan(value) else round(value, 6)

@@ -84,7 +84,7 @@ class _Network(nn.Module):
         return result
 
     def export(self, mean: np.ndarray, deviation: np.ndarray, strength: float) -> Correction:
-        """The trained network as arrays."""
+        """Export the trained network as arrays."""
         layers = (*self.hidden, self.output)
         w0, w1, w2 = (np.ascontiguousarray(layer.weight.detach().numpy().T) for layer in layers)
         b0, b1, b2 = (layer.bias.detach().numpy() for layer in layers)

@@ -148,7 +148,7 @@ def fuse(atlas: LocalMap, model: LocalMap, gate: Gate, *, device: str = "cpu") -
 
 
 def is_empty_prediction(predicted: LocalMap) -> bool:
-    """Whether no voxel of a prediction is inside."""
+    """Check whether no voxel of a prediction is inside."""
     return not (predicted.values >= INSIDE).any()
 
 

@@ -101,7 +101,7 @@ def remove_islands(
 
 
 def find_islands(mask: NDArray[np.bool_], parts: int) -> NDArray[np.bool_]:
-    """Voxels of the connected parts beyond the largest ``parts``, unless these are large themselves."""
+    """Find the voxels of the connected parts beyond the largest ``parts``, unless these are large themselves."""
     part_of, count = ndimage.label(mask, _CONNECTIVITY)
     if count <= parts:
         return np.zeros(mask.shape, bool)

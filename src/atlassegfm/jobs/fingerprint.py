@@ -17,7 +17,7 @@ from ..core.errors import InputError
 from ..core.nifti import PAIR_SUFFIXES, pair_of
 from ..records import STATUS, FileRecord
 
-#: Hexadecimal digits kept of a SHA-256: two of a billion different values share them once in 10^20.
+#: Hexadecimal digits kept of a SHA-256: two of a billion different values have the same once in 10^20.
 _DIGITS = 32
 _BLOCK_BYTES = 1 << 20
 #: Headers of scans whose voxels are in files of their own, and the field that names these.
@@ -61,7 +61,7 @@ def file_record(path: Path) -> FileRecord:
 
 
 def place_of(path: Path) -> str:
-    """Compute the digest of an absolute path: it tells places apart and names no folder."""
+    """Compute the digest of an absolute path: it distinguishes places and names no folder."""
     return digest(os.path.realpath(path))
 
 
@@ -86,7 +86,7 @@ def query_of(folder: Path) -> FileRecord | None:
 
 
 def is_unchanged(path: Path, record: FileRecord | None) -> bool:
-    """Whether a file has the content of the record, under any name; not read if place, size and time are the same.
+    """Check whether a file has the content of the record; it is not read if place, size and time are the same.
 
     A file that cannot be read counts as changed: who reads it next says why.
     """

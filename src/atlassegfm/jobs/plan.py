@@ -31,7 +31,7 @@ class Case:
     transform: Path | None = None  # taken instead of registering: query to atlas
 
     def absolute(self) -> Case:
-        """The same with absolute paths."""
+        """Copy with absolute paths."""
         return Case(self.name, self.query.absolute(), None if self.transform is None else self.transform.absolute())
 
 
@@ -43,7 +43,7 @@ class Shard:
     count: int
 
     def part_of(self, cases: Sequence[Case]) -> list[Case]:
-        """The cases of this shard, by name; every case is in one shard."""
+        """Select the cases of this shard, by name; every case is in one shard."""
         return sorted(cases, key=lambda case: case.name)[self.number - 1 :: self.count]
 
     def __str__(self) -> str:

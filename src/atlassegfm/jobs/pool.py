@@ -35,7 +35,7 @@ _PACKAGE = "atlassegfm"
 
 
 def visible_gpus() -> list[str]:
-    """GPUs this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    """List the GPUs this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
     import torch
 
     count = torch.cuda.device_count()
@@ -60,7 +60,7 @@ def run_in_processes(
 
     ``gpus`` are names as ``CUDA_VISIBLE_DEVICES`` takes them, one for each worker; empty on the CPU. A worker that is
     killed, for want of memory above all, costs its case, which is begun again once, and no other. AtlasSegError if the
-    workers cannot load what all cases share.
+    workers cannot load context or model.
     """
     context = multiprocessing.get_context("spawn")
     reports, names = context.Queue(), context.Queue()

@@ -29,7 +29,7 @@ class Outcome:
     wall_seconds: float = 0.0
 
     def count(self, state: State) -> int:
-        """Number of cases in a state."""
+        """Count the cases in a state."""
         return sum(row.state == state for row in self.rows.values())
 
     @property
@@ -53,10 +53,10 @@ class RunWatcher(Watcher, Protocol):
     """Progress of a run as a whole."""
 
     def planned(self, outcome: Outcome) -> None:
-        """What is kept and what is to do is known; the outcome is filled from now on."""
+        """Show what is kept and what is to do; the outcome is filled from now on."""
 
     def ended(self, row: Row) -> None:
-        """A case is done or failed."""
+        """Show that a case is done or failed."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import nibabel as nib
 
 from ..context import CONTEXT_NAMES
 from ..core.errors import AtlasSegError, InputError
+from ..core.files import PathLike
 from ..core.image import NIFTI_SUFFIXES, image_stem, image_suffix
 from ..core.itk import SEGMENTATION_SUFFIX
 from ..core.labels import listed
@@ -71,14 +72,14 @@ class Scans:
         ]
 
 
-def find_scans(paths: Iterable[Path], *, inputs: Iterable[Path] = (), labels: bool = False) -> Scans:
+def find_scans(paths: Iterable[PathLike], *, inputs: Iterable[PathLike] = (), labels: bool = False) -> Scans:
     """Find the scans that paths stand for: files, taken as they are, and folders with scans anywhere below.
 
     A folder may be that of a DICOM series. ``inputs`` are other files of the command, as the atlas: left out where they
     are met in a folder, as are label maps without ``labels``. InputError if a folder holds no scan, or cannot be read.
     """
-    scans = Scans(inputs=frozenset(map(os.path.realpath, inputs)))
-    for path in paths:
+    scans = Scans(inputs=frozenset(os.path.realpath(os.fspath(path)) for path in inputs))
+    for path in map(Path, paths):
         before = len(scans.found)
         if path.is_dir():
             _walk(path, scans, labels, [], bids=False)
@@ -87,7 +88,7 @@ def find_scans(paths: Iterable[Path], *, inputs: Iterable[Path] = (), labels: bo
         if len(scans.found) == before and _TAKEN not in scans.left_out:
             rest = "; ".join(scans.remarks())
             raise InputError(
-                f"{path}: no scan in this folder; expected image files or DICOM series in it or below"
+                f"{path}: no scan here; expected an image file, or a folder with image files or DICOM series below"
                 + (f" ({rest})" if rest else "")
             )
     return scans
@@ -101,17 +102,17 @@ class Matched(NamedTuple):
     unused: list[Path]  # of no case
 
 
-def scans_of(folder: Path, images: Iterable[Path]) -> Matched:
+def scans_of(folder: PathLike, images: Iterable[PathLike]) -> Matched:
     """Find the scans of a folder of results, one folder a case, among images: by content, whatever their names.
 
     A result that does not record its scan's content is matched by file name, where no other case or image has it.
     Images are paths as for :func:`find_scans`; InputError if one does not exist, or a folder holds no scan.
     """
-    images = list(images)
-    for image in images:
+    folder, paths = Path(folder), list(map(Path, images))
+    for image in paths:
         if not image.exists():
             raise InputError(f"{image}: no such file or folder; expected the scans that were segmented")
-    given = find_scans(images)
+    given = find_scans(paths)
     cases = [path.parent for path in sorted(folder.glob(f"*/{RUN}"))] if given.found else []
     records = {case.name: record for case in cases if (record := query_of(case)) is not None}
     places = {place_of(path): path for path in [*itertools.chain(*given.left_out.values()), *given.found]}

@@ -1,4 +1,4 @@
-"""The work on one case: read, segment, write; and what all cases share."""
+"""The work on one case: read, segment, write; and what is loaded once for all."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Watcher(Protocol):
     """Progress of a run."""
 
     def begun(self, case: Case) -> None:
-        """A case begins."""
+        """Show that a case begins."""
 
     def stage(self, case: Case, stage: str) -> None:
-        """A stage of a case begins."""
+        """Show that a stage of a case begins."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Row:
     attempts: int = 1
     seconds: float = 0.0  # wall time of the computation
     peak_memory_mb: int | None = None  # of the process that computed it
-    warnings: tuple[str, ...] = ()  # reasons to doubt the result as a whole
+    warnings: tuple[str, ...] = ()  # on the result as a whole
     disk_full: bool = False  # whether the next case would fail for the same reason
     kept: bool = False  # whether an earlier run had done it
     why: str = ""  # why it was computed: "new", "failed before", "other settings" and so on; empty where it was kept
@@ -91,7 +91,7 @@ class AtlasFiles:
         )
 
     def absolute(self) -> AtlasFiles:
-        """The same with absolute paths."""
+        """Copy with absolute paths."""
         names = None if self.names is None else self.names.absolute()
         return replace(self, atlas=self.atlas.absolute(), labels=self.labels.absolute(), names=names)
 
@@ -109,7 +109,7 @@ class ContextFolder:
         return context
 
     def absolute(self) -> ContextFolder:
-        """The same with an absolute path."""
+        """Copy with absolute paths."""
         return ContextFolder(self.folder.absolute())
 
 
@@ -142,7 +142,7 @@ class SegmentWork:
         return {**threads, "OMP_WAIT_POLICY": "PASSIVE"}
 
     def absolute(self) -> SegmentWork:
-        """The same with absolute paths."""
+        """Copy with absolute paths."""
         path = self.settings.model_path
         settings = replace(self.settings, model_path=str(Path(path).expanduser().absolute())) if path else self.settings
         return replace(self, out=self.out.absolute(), source=self.source.absolute(), settings=settings)
@@ -284,7 +284,7 @@ def provenance_of(
 
 
 def warnings_on(result: Segmentation) -> list[str]:
-    """Reasons to doubt a result as a whole, the wrong part of the body above all."""
+    """List the warnings on a result as a whole, the wrong part of the body above all."""
     found = []
     confidence = result.registration.confidence
     if result.is_judged and confidence < LEAST_CONFIDENCE:  # NaN, where it was not measured, is not

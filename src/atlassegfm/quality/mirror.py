@@ -31,8 +31,8 @@ _FACE_AIR, _FACES = 0.6, 2
 #: Fraction of the scan's middle that air stays below.
 _MIDDLE_AIR = 0.5
 #: Resemblance is the confidence of the fit plus this times the size of the correlation; scans of other parts of the
-#: body stay below the bound, and below a higher one where the bodies share so little of the field of view that the
-#: search finds a place for anything.
+#: body stay below the bound, and below a higher one where the bodies have so little of the field of view in common that
+#: the search finds a place for anything.
 _CORRELATION_WEIGHT, _LITTLE_SHARED = 0.3, 0.05
 _LEAST_RESEMBLANCE, _LEAST_WHERE_LITTLE_IS_SHARED = 0.28, 0.5
 

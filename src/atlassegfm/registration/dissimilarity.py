@@ -28,7 +28,7 @@ class Dissimilarity:
     weight: NDArray[np.float32]
 
     def mean(self, around: LocalMap | None = None) -> float:
-        """Mean over the common foreground, or over a soft mask on the grid; 0 where there is none."""
+        """Average over the common foreground, or over a soft mask on the grid; 0 where there is none."""
         values, weight = self.values, self.weight
         if around is not None:
             values, weight = self.values[around.box], around.values

@@ -139,7 +139,7 @@ def write_transform(
 
 
 def is_transform(path: PathLike) -> bool:
-    """Whether a path may be one transform: a file, or a folder with an affine in it."""
+    """Check whether a path may be one transform: a file, or a folder with an affine in it."""
     path = Path(path)
     return (path / AFFINE_FILE).is_file() if path.is_dir() else path.exists()
 

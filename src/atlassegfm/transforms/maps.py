@@ -42,7 +42,7 @@ class Affine:
 
     @classmethod
     def identity(cls) -> Affine:
-        """The map that moves nothing."""
+        """Make the map that moves nothing."""
         return cls(np.eye(4))
 
     def map(self, points_mm: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -50,7 +50,7 @@ class Affine:
         return points_mm @ self.matrix[:3, :3].T + self.matrix[:3, 3]
 
     def inverse(self) -> Affine:
-        """The map back."""
+        """Invert the map."""
         return Affine(np.linalg.inv(self.matrix).astype(np.float64))
 
     @property

@@ -74,7 +74,7 @@ def _warp_labels(
     worth_mapping = _near_labels(padded, labels.grid, onto, fixed_to_moving)
 
     def weights_in(part: tuple[slice, NDArray[np.float64]]) -> dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Voxels and interpolation weights of the structures in one slab."""
+        """Compute voxels and interpolation weights of the structures in one slab."""
         slab, points = part
         chosen = np.flatnonzero(worth_mapping(slab))
         ijk = labels.grid.world_to_voxel(fixed_to_moving.map(points[chosen])) + 1
