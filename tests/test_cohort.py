@@ -518,7 +518,8 @@ def test_killed_worker_costs_one_case_one_more_attempt(tmp_path: Path, caplog: p
     assert rows["fatal"].reason == (
         "its worker was ended by SIGKILL, 2 times; if memory ran out, use fewer workers or crop the scan"
     )
-    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
+    # Which of two workers dies first is the machine's business.
+    assert sorted(record.getMessage() for record in caplog.records if record.levelno == logging.WARNING) == [
         "deadly.nii: its worker was ended by SIGKILL; begun again",
         "fatal.nii: its worker was ended by SIGKILL; begun again",
     ]
