@@ -1,49 +1,65 @@
 """Fit and check the estimate of the Dice coefficient from evidence that needs no labels (atlassegfm.quality).
 
-Every ordered pair of the cases of three sets is segmented with the built-in model and without one. Evidence and true
-Dice are kept in one file a pair, so that an interrupted run can be resumed. A ridge regression is fitted for each kind
-of result and cross-validated by query, by atlas and by set.
+Every ordered pair of the cases of four sets is segmented, the query as it is and varied: thick slices, a part of the
+field of view, or noise and another contrast. Evidence and true Dice are kept in one file a pair, and gates in one an
+atlas, so that an interrupted run goes on. A ridge regression is fitted for each kind of result and cross-validated by
+query, by atlas and by set; bounds of the verdicts follow from the estimates left out by query.
 
-    python benchmarks/quality.py DATA OUT            # about an hour on 2 cores
-    python benchmarks/quality.py DATA OUT --write    # and write the coefficients into the package
+    python benchmarks/quality.py DATA OUT --workers 2            # about two hours on 2 cores
+    python benchmarks/quality.py DATA OUT --write                # and write the calibration into the package
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+import pickle
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import permutations
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 
-from atlassegfm.atlas import Atlas
+from atlassegfm.atlas import Atlas, canonical_scan
 from atlassegfm.benchmark.pairs import restricted
 from atlassegfm.context import Context, customize
-from atlassegfm.core.config import with_overrides
-from atlassegfm.core.dataset import Dataset, load_dataset
-from atlassegfm.core.image import load_image, load_labels
+from atlassegfm.core.dataset import load_dataset
+from atlassegfm.core.geometry import Grid
+from atlassegfm.core.image import Volume, load_image, load_labels
 from atlassegfm.core.overlap import dice
+from atlassegfm.core.parallel import limited_threads
 from atlassegfm.quality import estimate
 from atlassegfm.quality.estimate import CALIBRATION, Regression, Term
-from atlassegfm.quality.evidence import Evidence
-from atlassegfm.quality.verdict import FAILED_BELOW, GOOD_FROM
+from atlassegfm.quality.evidence import Case, Evidence, gather
 from atlassegfm.result import Segmentation
 from atlassegfm.segment import segment
 from atlassegfm.settings import Settings
 
-SETS = {
+SETS: Mapping[str, tuple[int, ...]] = {
     "Dataset001_AbdMR": (1, 2, 3, 4),
     "Dataset002_AbdCT": (1, 2, 3, 6),
     "Dataset005_Cardiac": (1, 2, 3),
+    "Dataset004_Hippocampus": (1, 2),
 }
-#: Results of a lower Dice should be flagged.
-BAD = 0.7
+#: Cases of each set, the first by name.
+CASES = 6
+#: Results of a lower Dice should not be good; of these, at most this fraction is.
+BAD, MISSED = 0.7, 0.05
+#: Of the results below the bound of "failed" at least this fraction is bad.
+FAILED = 0.5
+#: Fraction of the bad results that triage has to find.
+FOUND = 0.95
 #: Weight of the ridge penalty; 3, 10 and 30 differ by less than 0.01 in AUROC.
 RIDGE = 30.0
+#: A structure of fewer voxels in the query says nothing.
+FEWEST_VOXELS = 50
 #: Evidence left out of each regression: another model's certainty is not comparable to the built-in one's, and without
 #: a model there is neither certainty nor agreement.
 LEFT_OUT = {
@@ -55,66 +71,139 @@ LEFT_OUT = {
 Row = dict[str, Any]
 
 
-def measure(dataset: Dataset, values: Sequence[int], out: Path, *, only_measured: bool) -> list[Row]:
-    """Measure evidence and true Dice of each structure of each ordered pair."""
-    rows: list[Row] = []
-    names = sorted(case.name for case in dataset.cases)
-    for atlas in names:
-        context = None
-        for query in names:
-            if query == atlas:
-                continue
-            file = out / f"{dataset.name}_{atlas}_{query}.json"
-            if not file.exists():
-                if only_measured:
-                    continue
-                if context is None:
-                    context = _context(dataset, atlas, values)
-                found = _pair(context, dataset, query)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.with_suffix(".part").write_text(json.dumps(found))
-                file.with_suffix(".part").replace(file)
-                print(file.stem, flush=True)
-            rows += [
-                {"set": dataset.name, "atlas": atlas, "query": query, **row} for row in json.loads(file.read_text())
-            ]
-    return rows
+@dataclass(frozen=True)
+class Job:
+    """One atlas and one query of a set; ``varied`` changes the query."""
+
+    data: Path
+    out: Path
+    dataset: str
+    atlas: str
+    query: str
+    varied: bool
+
+    @property
+    def file(self) -> Path:
+        """Where its rows are kept."""
+        return self.out / f"{self.dataset}_{self.atlas}_{self.query}{'_varied' if self.varied else ''}.json"
+
+    def rows(self) -> list[Row]:
+        """Read its rows."""
+        names = {"set": self.dataset, "atlas": self.atlas, "query": self.query, "varied": self.varied}
+        return [{**names, **row} for row in json.loads(self.file.read_text())]
+
+    def measure(self) -> str:
+        """Segment the query, and keep evidence and true Dice of each structure."""
+        with limited_threads(1):
+            dataset = load_dataset(self.data / self.dataset)
+            case, other = dataset.case(self.atlas), dataset.case(self.query)
+            atlas = restricted(Atlas.from_files(case.image, case.labels), SETS[self.dataset], case.labels)
+            context = _with_gate(Context(atlas, Settings()), self.out / f"gate_{self.dataset}_{self.atlas}.pickle")
+            scan, truth = load_image(other.image), load_labels(other.labels)
+            if self.varied:
+                scan, truth = varied(scan.canonical(), truth.canonical(), zlib.crc32(self.file.name.encode()))
+            result = segment(context, scan)
+            found = [*_rows(result, truth), *_rows_without_model(context, scan, result, truth)]
+        self.file.with_suffix(".part").write_text(json.dumps(found))
+        self.file.with_suffix(".part").replace(self.file)
+        return self.file.stem
 
 
-def _context(dataset: Dataset, name: str, values: Sequence[int]) -> Context:
-    case = dataset.case(name)
-    atlas = restricted(Atlas.from_files(case.image, case.labels), values, case.labels)
-    return customize(Context(atlas, Settings()))
+def jobs(data: Path, out: Path) -> Iterator[Job]:
+    """List all jobs: queries as they are first, and atlases in turn, so that gates are trained side by side."""
+    for is_varied in (False, True):
+        for name in SETS:
+            cases = sorted(case.name for case in load_dataset(data / name).cases)[:CASES]
+            pairs = sorted(permutations(cases, 2), key=lambda pair: (cases.index(pair[1]) - cases.index(pair[0])) % 99)
+            yield from (Job(data, out, name, atlas, query, is_varied) for atlas, query in pairs)
 
 
-def _pair(context: Context, dataset: Dataset, query: str) -> list[Row]:
-    case = dataset.case(query)
-    scan, truth = load_image(case.image), load_labels(case.labels).data
-    result = segment(context, scan)
-    without_model = Context(context.atlas, with_overrides(Settings(), ["model=none"]))
-    bare = segment(without_model, scan, transforms=[result.registration.fixed_to_moving])
-    return [row for kind, one in (("builtin", result), ("none", bare)) for row in _rows(kind, one, truth)]
+def varied(scan: Volume, truth: Volume, seed: int) -> tuple[Volume, Volume]:
+    """Change a scan in one of three ways: thick slices, a part of the field of view, noise and another contrast."""
+    rng, axis = np.random.default_rng(seed), int(np.argmax(scan.grid.spacing_mm))
+    data, labels = scan.data.astype(np.float32), truth.data
+    low, high = np.percentile(data, (1, 99))
+    if seed % 3 == 0:
+        count = int(rng.integers(2, 4))
+        whole = data.shape[axis] // count * count
+        blocks = np.split(np.take(data, range(whole), axis), whole // count, axis)
+        data = np.concatenate([block.mean(axis=axis, keepdims=True) for block in blocks], axis=axis)
+        labels = np.take(labels, range(count // 2, whole, count), axis)
+        affine = scan.grid.affine.copy()
+        affine[:3, 3] = scan.grid.voxel_to_world(np.eye(3)[axis] * (count - 1) / 2)
+        affine[:3, axis] *= count
+        grid = Grid(data.shape, affine)
+    elif seed % 3 == 1:
+        start, stop = np.zeros(3, int), np.array(data.shape)
+        side, cut = int(rng.integers(3)), float(rng.uniform(0.1, 0.25))
+        if rng.random() < 0.5:
+            start[side] = round(cut * data.shape[side])
+        else:
+            stop[side] -= round(cut * data.shape[side])
+        box = tuple(map(slice, start.tolist(), stop.tolist()))
+        data, labels, grid = data[box], labels[box], scan.grid.crop(start, stop)
+    else:
+        unit = np.clip((data - low) / (high - low), 0, None) ** rng.uniform(0.75, 1.33)
+        noise = ndimage.gaussian_filter(rng.standard_normal(data.shape).astype(np.float32), 0.5)
+        data, grid = (low + (high - low) * (unit + 0.05 * noise)).astype(np.float32), scan.grid
+    return Volume(np.ascontiguousarray(data), grid), Volume(np.ascontiguousarray(labels), grid)
 
 
-def _rows(kind: str, result: Segmentation, truth: NDArray[Any]) -> list[Row]:
+def _with_gate(context: Context, file: Path) -> Context:
+    """Train the context's gate, or take that which an earlier run of this script kept."""
+    if not file.exists():
+        part = file.with_suffix(f".{zlib.crc32(str(np.random.default_rng().integers(2**60)).encode())}")
+        part.write_bytes(pickle.dumps(customize(context).gate))
+        part.replace(file)
+    return replace(context, gate=pickle.loads(file.read_bytes()))  # noqa: S301  written by this script
+
+
+def _rows(result: Segmentation, truth: Volume) -> list[Row]:
     rows = []
     for one in result.structures:
         value, found = one.structure.value, one.quality
-        if (truth == value).any() and found is not None and found.evidence is not None:
-            score = dice(result.labels.data == value, truth == value)
-            rows.append({"kind": kind, "value": value, "dice": score, "evidence": asdict(found.evidence)})
+        if (truth.data == value).sum() >= FEWEST_VOXELS and found is not None and found.evidence is not None:
+            rows.append(_row("builtin", value, result.labels.data, truth, found.evidence))
     return rows
 
 
+def _rows_without_model(context: Context, scan: Volume, result: Segmentation, truth: Volume) -> list[Row]:
+    """Judge the warped atlas as the result that it is without a model."""
+    atlas, query = context.atlas, canonical_scan(scan, "the query")
+    labels = np.zeros(query.grid.shape, np.uint16)
+    stored = result.atlas_labels.canonical().data
+    for n, value in enumerate(atlas.values, start=1):
+        labels[stored == value] = n
+    case = Case(
+        query=query,
+        atlas=atlas.image,
+        atlas_labels=atlas.numbered,
+        registration=result.registration,
+        warped={atlas.values.index(value) + 1: maps.atlas for value, maps in result.probabilities.items()},
+        answers={},
+        labels=labels,
+    )
+    return [
+        _row("none", atlas.values[n - 1], result.atlas_labels.data, truth, evidence)
+        for n, evidence in gather(case).items()
+        if (truth.data == atlas.values[n - 1]).sum() >= FEWEST_VOXELS
+    ]
+
+
+def _row(kind: str, value: int, labels: NDArray[Any], truth: Volume, evidence: Evidence) -> Row:
+    score = dice(labels == value, truth.data == value)
+    return {"kind": kind, "value": value, "dice": score, "evidence": asdict(evidence)}
+
+
 def fit(rows: Sequence[Row], names: Sequence[str]) -> Regression:
-    """Fit a ridge regression of the Dice on evidence; its interval is still 0."""
+    """Fit a ridge regression of the Dice on evidence; its interval and bounds are still 0."""
     evidence, scores = _arrays(rows, names)
     mean, deviation = evidence.mean(axis=0), evidence.std(axis=0) + 1e-9
-    scaled = (evidence - mean) / deviation
+    scaled = np.clip((evidence - mean) / deviation, -estimate.MAX_DEVIATIONS, estimate.MAX_DEVIATIONS)
     weight = np.linalg.solve(scaled.T @ scaled + RIDGE * np.eye(len(names)), scaled.T @ (scores - scores.mean()))
     columns = zip(mean.tolist(), deviation.tolist(), weight.tolist(), strict=True)
     terms = {name: Term(*column) for name, column in zip(names, columns, strict=True)}
-    return Regression(float(scores.mean()), 0.0, 0.0, terms)
+    return Regression(float(scores.mean()), 0.0, 0.0, 0.0, 0.0, terms)
 
 
 def left_out(rows: Sequence[Row], names: Sequence[str], group: Callable[[Row], str]) -> NDArray[np.float64]:
@@ -135,6 +224,57 @@ def auroc(scores: NDArray[np.float64], is_bad: NDArray[np.bool_]) -> float:
     return float(((bad < other) + 0.5 * (bad == other)).mean()) if bad.size and other.size else float("nan")
 
 
+def bounds(estimates: NDArray[np.float64], is_bad: NDArray[np.bool_]) -> tuple[float, float]:
+    """Find the estimates from which on a result is good, and below which it failed (:data:`MISSED`, :data:`FAILED`)."""
+    steps = np.arange(0.3, 0.95, 0.01)
+    good = next(float(at) for at in steps if (estimates[is_bad] >= at).mean() <= MISSED)
+    failed = [
+        float(at) for at in steps if at <= good and (below := estimates < at).any() and is_bad[below].mean() >= FAILED
+    ]
+    return round(good, 2), round(failed[-1], 2) if failed else round(good, 2)
+
+
+def triage(estimates: NDArray[np.float64], is_bad: NDArray[np.bool_]) -> float:
+    """Compute the fraction of all results to look at, worst estimates first, to find :data:`FOUND` of the bad ones."""
+    order = np.argsort(estimates, kind="stable")
+    found = np.cumsum(is_bad[order]) / is_bad.sum()
+    return float((np.argmax(found >= FOUND) + 1) / len(order))
+
+
+def report(kind: str, rows: Sequence[Row], names: Sequence[str]) -> Regression:
+    """Fit one kind of result, and print what the fit is worth on results left out of it."""
+    scores = _arrays(rows, names)[1]
+    is_bad, regression = scores < BAD, fit(rows, names)
+    print(f"\n{kind}: {len(rows)} structures, {int(is_bad.sum())} with a Dice below {BAD}")
+    groups: dict[str, Callable[[Row], str]] = {
+        "query": lambda row: row["set"] + row["query"],
+        "atlas": lambda row: row["set"] + row["atlas"],
+        "set": lambda row: row["set"],
+    }
+    for left, group in groups.items():
+        estimates = left_out(rows, names, group)
+        off = scores - estimates
+        print(
+            f"  left out by {left}: AUROC {auroc(estimates, is_bad):.3f}, correlation "
+            f"{np.corrcoef(estimates, scores)[0, 1]:.3f}, mean error {np.abs(off).mean():.3f}"
+        )
+        if left == "query":
+            low, high = np.percentile(off, (10, 90))
+            good, failed = bounds(estimates, is_bad)
+            regression = replace(regression, below=float(-low), above=float(high), good_from=good, failed_below=failed)
+            print(f"  look at {triage(estimates, is_bad):.0%} of the structures to find {FOUND:.0%} of these")
+        for name, is_varied in sorted({(row["set"], row["varied"]) for row in rows}):
+            here = np.array([row["set"] == name and row["varied"] == is_varied for row in rows])
+            bad, is_good = is_bad[here], estimates[here] >= good
+            what = f"{name}{' varied' if is_varied else ''}: {len(bad)} structures, mean Dice {scores[here].mean():.3f}"
+            missed = f"{int(bad.sum())} bad, {int((bad & is_good).sum())} of them good"
+            print(f"    {what}, AUROC {auroc(estimates[here], bad):.3f}, {missed}, {1 - is_good.mean():.0%} not good")
+        for verdict, first, last in (("good", good, 2.0), ("review", failed, good), ("failed", -1.0, failed)):
+            here = (estimates >= first) & (estimates < last)
+            print(f"    {verdict} ({first:.2f}..): {int(here.sum())} structures, {int(is_bad[here].sum())} below {BAD}")
+    return regression
+
+
 def _arrays(rows: Sequence[Row], names: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return (
         np.array([[row["evidence"][name] for name in names] for row in rows]),
@@ -147,52 +287,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of the datasets in nnU-Net raw layout")
     parser.add_argument("out", type=Path, help="folder for one file a pair")
-    parser.add_argument("--write", action="store_true", help="write the coefficients into the package")
+    parser.add_argument("--workers", type=int, default=2, help="pairs measured side by side, one thread each")
+    parser.add_argument("--write", action="store_true", help="write the calibration into the package")
     parser.add_argument("--only-measured", action="store_true", help="take the pairs that OUT has, measure no more")
     arguments = parser.parse_args()
-    rows = [
-        row
-        for name, values in SETS.items()
-        for row in measure(
-            load_dataset(arguments.data / name), values, arguments.out, only_measured=arguments.only_measured
-        )
-    ]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    all_jobs = list(jobs(arguments.data, arguments.out))
+    missing = [] if arguments.only_measured else [job for job in all_jobs if not job.file.exists()]
+    with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
+        for done in pool.map(Job.measure, missing):
+            print(done, flush=True)
+    rows = [row for job in all_jobs if job.file.exists() for row in job.rows()]
     regressions: dict[str, Regression] = {}
     for kind, without in LEFT_OUT.items():
         mine = [row for row in rows if row["kind"] == ("none" if kind == "none" else "builtin")]
-        names = [name for name in Evidence.__dataclass_fields__ if name not in without]
-        scores = _arrays(mine, names)[1]
-        is_bad = scores < BAD
-        print(f"\n{kind}: {len(mine)} structures, {int(is_bad.sum())} with a Dice below {BAD}")
-        groups: dict[str, Callable[[Row], str]] = {
-            "query": lambda row: row["set"] + row["query"],
-            "atlas": lambda row: row["set"] + row["atlas"],
-            "set": lambda row: row["set"],
-        }
-        regressions[kind] = fit(mine, names)
-        for left, group in groups.items():
-            estimates = left_out(mine, names, group)
-            off = scores - estimates
-            print(
-                f"  left out by {left}: AUROC {auroc(estimates, is_bad):.3f}, correlation "
-                f"{np.corrcoef(estimates, scores)[0, 1]:.3f}, mean error {np.abs(off).mean():.3f}"
-            )
-            for one in sorted({row["set"] for row in mine}):
-                here = np.array([row["set"] == one for row in mine])
-                print(f"    {one}: AUROC {auroc(estimates[here], is_bad[here]):.3f}, {int(is_bad[here].sum())} bad")
-            if left == "query":
-                low, high = np.percentile(off, (10, 90))
-                regressions[kind] = replace(regressions[kind], below=float(-low), above=float(high))
-                for verdict, first, last in (
-                    ("good", GOOD_FROM, 2.0),
-                    ("review", FAILED_BELOW, GOOD_FROM),
-                    ("failed", -1.0, FAILED_BELOW),
-                ):
-                    here = (estimates >= first) & (estimates < last)
-                    print(
-                        f"    {verdict}: {int(here.sum())} structures, mean Dice {scores[here].mean():.3f}, "
-                        f"{int(is_bad[here].sum())} below {BAD}"
-                    )
+        regressions[kind] = report(kind, mine, [n for n in Evidence.__dataclass_fields__ if n not in without])
     if arguments.write:
         file = Path(estimate.__file__).with_name(CALIBRATION)
         plain = {kind: asdict(one) for kind, one in regressions.items()}

@@ -101,7 +101,7 @@ def segment(
                     scan,
                     atlas.image,
                     settings.registration,
-                    moving_labels=atlas.labels,
+                    moving_labels=atlas.numbered,
                     device=device,
                     on_stage=report,
                 )

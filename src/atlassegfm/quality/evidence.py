@@ -16,6 +16,7 @@ from ..core.mask import LocalMap
 from ..core.overlap import dice
 from ..prompts import INSIDE
 from ..registration import Registration
+from ..transforms.maps import Affine
 from ..transforms.resample import warp_labels
 
 #: Percentiles of a scan's intensities that become brightness 0 and 1, taken over about so many voxels.
@@ -28,6 +29,8 @@ _BOX_VOXELS = 300_000
 _AROUND_VOXELS = 1.5
 #: Probabilities above this count for the model's certainty.
 _LEAST_PROBABILITY = 0.05
+#: Probabilities of the warped mask between these count as blurred.
+_BLURRED = (0.25, 0.75)
 #: Ranges and dissimilarities stay this far from 0.
 _TINY = 1e-6
 
@@ -56,6 +59,9 @@ class Evidence:
     dissimilarity_overall: float  # mean MIND-SSC difference of the whole foreground
     displacement: float  # shift of the centroid by the deformation, over the cube root of the volume
     offset: float  # distance of the result's centroid from that of the warped mask, likewise
+    apart: float  # distance of its shift by the deformation from the median shift of the structures, likewise
+    blur: float  # volume where the ensemble's mean mask is 1/4 to 3/4 over its volume: its members disagree there
+    place_margin: float  # how much worse the second best place of the structure search is, in [0, 1]; 0 without one
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +100,8 @@ def gather(case: Case) -> dict[int, Evidence]:
     overall = 0.0 if difference is None else difference.mean()
     to_query = case.registration.linear.inverse()
     growth = abs(float(np.linalg.det(to_query.matrix[:3, :3])))
-    evidence = {}
+    shifts_mm = {n: _shift_mm(case, n, atlas_boxes[n - 1], to_query) for n in present}
+    usual_mm, evidence = np.median(list(shifts_mm.values()), axis=0), {}
     for n in present:
         warped, mask = case.warped[n], _mask(case.labels, n, boxes[n - 1])
         label = _mask(case.atlas_labels.data, n, atlas_boxes[n - 1])
@@ -104,8 +111,8 @@ def gather(case: Case) -> dict[int, Evidence]:
         expected_mm3 = np.count_nonzero(label.values) * case.atlas.grid.voxel_volume_mm3 * growth
         change = float(np.log(volume_mm3 / expected_mm3))
         size_mm = expected_mm3 ** (1 / 3)
-        linear_centre = to_query.map(_centroid_mm(label, case.atlas.grid))
         warped_centre, centre = (_centroid_mm(one, case.query.grid) for one in (warped, mask))
+        shift_mm = shifts_mm[n]
         dissimilarity = 0.0 if difference is None else difference.mean(near[n])
         evidence[n] = Evidence(
             agreement=_agreement(warped, mask),
@@ -122,8 +129,11 @@ def gather(case: Case) -> dict[int, Evidence]:
             dissimilarity=dissimilarity,
             dissimilarity_relative=dissimilarity / max(overall, _TINY),
             dissimilarity_overall=overall,
-            displacement=float(np.linalg.norm(warped_centre - linear_centre)) / size_mm,
+            displacement=float(np.linalg.norm(shift_mm)) / size_mm,
             offset=float(np.linalg.norm(centre - warped_centre)) / size_mm,
+            apart=float(np.linalg.norm(shift_mm - usual_mm)) / size_mm,
+            blur=_blur(warped),
+            place_margin=case.registration.places[n].margin if n in case.registration.places else 0.0,
         )
     return evidence
 
@@ -143,6 +153,17 @@ def _intensity_range(data: NDArray[Any]) -> tuple[float, float]:
 def _centroid_mm(mask: LocalMap, grid: Grid) -> NDArray[np.float64]:
     """(1, 3) RAS+ mm."""
     return grid.voxel_to_world((np.argwhere(mask.values >= INSIDE).mean(axis=0) + mask.start)[None])
+
+
+def _shift_mm(case: Case, number: int, box: tuple[slice, slice, slice], to_query: Affine) -> NDArray[np.float64]:
+    """(1, 3) shift of a structure's centroid by the deformation, RAS+ mm."""
+    linear = to_query.map(_centroid_mm(_mask(case.atlas_labels.data, number, box), case.atlas.grid))
+    return _centroid_mm(case.warped[number], case.query.grid) - linear
+
+
+def _blur(warped: LocalMap) -> float:
+    low, high = _BLURRED
+    return float(((warped.values > low) & (warped.values < high)).sum() / max((warped.values >= INSIDE).sum(), 1))
 
 
 def _agreement(one: LocalMap, other: LocalMap) -> float:

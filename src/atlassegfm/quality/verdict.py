@@ -16,9 +16,6 @@ from .evidence import Evidence
 Verdict = Literal["good", "review", "failed"]
 #: From best to worst.
 VERDICTS: tuple[Verdict, ...] = ("good", "review", "failed")
-#: Estimated Dice from which on a structure is good, and below which it failed: in the calibration they flag most
-#: structures below 0.7, and less than half of all.
-GOOD_FROM, FAILED_BELOW = 0.78, 0.62
 #: Confidence of a registration below which the scans probably show different parts of the body.
 LEAST_CONFIDENCE = 0.45
 #: Reason of structures without a verdict.
@@ -26,7 +23,7 @@ NOT_JUDGED = "not judged: verdicts are calibrated for the default registration o
 #: Objections are at least so many standard deviations of the calibration from its mean.
 _NOTABLE = 0.5
 #: Evidence that is an objection where it is low; all other is where it is high.
-_LOW_IS_BAD = frozenset({"agreement", "certainty", "log_volume", "separation_product"})
+_LOW_IS_BAD = frozenset({"agreement", "certainty", "log_volume", "separation_product", "place_margin"})
 #: Objection to a structure by piece of evidence: the evidence and its mean in the calibration, {factor} and {usual} as
 #: ratios of volumes, {ml} and {usual_ml} as volumes.
 _REASONS = {
@@ -50,6 +47,9 @@ _REASONS = {
     "dissimilarity_overall": "query and warped atlas differ by {value:.2f} (on average {mean:.2f})",
     "displacement": "the deformation moved it by {value:.2f} of its size (on average {mean:.2f})",
     "offset": "the result lies {value:.2f} of its size off the warped atlas (on average {mean:.2f})",
+    "apart": "the deformation moved it by {value:.2f} of its size against the other structures (on average {mean:.2f})",
+    "blur": "fits with other weights disagree on {value:.0%} of its volume (on average {mean:.0%})",
+    "place_margin": "another place in the scan matches nearly as well (worse by {value:.2f}, on average {mean:.2f})",
 }
 
 
@@ -83,12 +83,13 @@ def judge(
     regression = regressions().get(model, regressions()["model"])
     estimate = regression.estimate(evidence)
     low, high = max(estimate - regression.below, 0.0), min(estimate + regression.above, 1.0)
-    verdict: Verdict = "good" if estimate >= GOOD_FROM else "failed" if estimate < FAILED_BELOW else "review"
+    good_from = regression.good_from
+    verdict: Verdict = "good" if estimate >= good_from else "failed" if estimate < regression.failed_below else "review"
     reason = f"estimated Dice {estimate:.2f}"
     if confidence < LEAST_CONFIDENCE:
         verdict, reason = "failed", f"{describe_confidence(confidence)}: do the scans show the same part of the body?"
     elif verdict != "good":
-        reason = _joined(f"{reason} (good from {GOOD_FROM})", _worst_objection(evidence, regression))
+        reason = _joined(f"{reason} (good from {good_from:.2f})", _worst_objection(evidence, regression))
     return StructureQuality(verdict, _joined(reason, cut_remark(outside)), estimate, low, high, evidence)
 
 

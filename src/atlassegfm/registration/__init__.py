@@ -17,9 +17,9 @@ from ..settings import RegistrationSettings
 from ..transforms.jacobian import deformation_statistics, nodes_in
 from ..transforms.maps import Affine, Transform, points_over, stages_of
 from .engines import ENGINES, require_engine
-from .result import Registration
+from .result import Place, Registration
 
-__all__ = ["ENGINES", "Registration", "register", "registration_from", "require_engine"]
+__all__ = ["ENGINES", "Place", "Registration", "register", "registration_from", "require_engine"]
 
 
 def register(
@@ -56,10 +56,11 @@ def register(
         with clock.stage("linear"):
             linear, _ = affine.fit(query, atlas, spacings, settings, device)
         found = Registration(linear, None, parameter_count={"linear": 12 if settings.affine else 6})
+    places: dict[int, Place] = {}
     if settings.deformable or by_engine:
         start = None
         if settings.structure_search and moving_labels is not None and engine.takes_start:
-            search = partial(structures.fit, query, atlas, moving_labels, found.linear, spacings[-1], device)
+            search = partial(structures.fit, query, atlas, moving_labels, found.linear, spacings[-1], device, places)
             with clock.stage("structures"):
                 field = search(brightness=True)
             start = None if field is None else pyramid.Start(field, partial(search, brightness=False))
@@ -70,7 +71,8 @@ def register(
     with clock.stage("assess"):
         measured = dissimilarity.measure(query, atlas, found.fixed_to_moving, spacings[-1])
         folding, jacobian = deformation_statistics(found.field, found.local, query.body)
-    return replace(found, seconds=clock.seconds, dissimilarity=measured, folding=folding, jacobian=jacobian)
+    found = replace(found, seconds=clock.seconds, places=places)
+    return replace(found, dissimilarity=measured, folding=folding, jacobian=jacobian)
 
 
 def registration_from(

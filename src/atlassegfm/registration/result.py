@@ -14,6 +14,21 @@ if TYPE_CHECKING:
     from .dissimilarity import Dissimilarity
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the structure search found a structure, and the best of the places at least half its size away."""
+
+    shift_mm: float  # from where the linear stages put it
+    cost: float  # lowest is best; see the module structures
+    second_cost: float | None  # None if no other place was carried to the end
+    second_distance_mm: float | None
+
+    @property
+    def margin(self) -> float:
+        """How much worse the second place is, in [0, 1]; 1 if there is none."""
+        return 1.0 if self.second_cost is None else min(self.second_cost - self.cost, 1.0)
+
+
 @dataclass(frozen=True, eq=False)
 class Registration:
     """The transform of one pair, query world to atlas world (RAS+ mm), and how it was found.
@@ -25,7 +40,8 @@ class Registration:
     ``seconds`` is the wall time of each stage that ran, ``parameter_count`` the parameters optimised by stage, "linear"
     and "deformable" (on its finest levels). ``dissimilarity`` is that of the scans after all stages, None if not
     measured; ``folding`` the fraction of the query's body in which space is folded, in [0, 1]; ``jacobian`` describes
-    volume changes in the body, within the labels' box where there is a local field.
+    volume changes in the body, within the labels' box where there is a local field. ``places`` are those of the
+    structure search by label value, without structures whose own place was not believed.
     """
 
     linear: Affine
@@ -37,6 +53,7 @@ class Registration:
     jacobian: JacobianStatistics | None = None
     parameter_count: Mapping[str, int] = dataclass_field(default_factory=dict)
     further_members: tuple[Transform, ...] = ()
+    places: Mapping[int, Place] = dataclass_field(default_factory=dict)
 
     @property
     def confidence(self) -> float:

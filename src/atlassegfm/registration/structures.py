@@ -2,7 +2,7 @@
 
 Between two people organs lie centimetres apart, are turned and of other size: too far for a smooth deformable fit that
 starts from the affine. Each structure, with the tissue around it, is matched at all translations within reach (by FFT);
-linear maps are fitted from the best of them, and the one that matches best in the end is kept.
+linear maps are fitted from the best of them, roughly at first, and the one that matches best in the end is kept.
 """
 
 from __future__ import annotations
@@ -24,28 +24,32 @@ from ..transforms.resample import warp_labels
 from .affine import affine_maps, homogeneous
 from .features import mind_ssc
 from .pyramid import Level, Scan, frame_grid, on_grid
+from .result import Place
 
 #: Standard deviation of the prior on a translation, as a fraction of the field of view's size (its volume's cube root).
 _PRIOR_FRACTION = 0.1
-#: Standard deviations of the prior within which translations are searched.
-_REACH = 2.0
+#: Standard deviations of the prior within which translations are searched: kidneys lie up to 3.3 apart.
+_REACH = 3.5
 #: Tissue around a structure that is matched with it, as a fraction of the field of view's size.
 _SURROUNDINGS_FRACTION = 0.03
 #: Weights of correlation, squared intensity difference and prior beside the MIND-SSC difference (1).
-_CORRELATION_WEIGHT, _INTENSITY_WEIGHT, _PRIOR_WEIGHT = 2.0, 5.0, 0.2
+_CORRELATION_WEIGHT, _INTENSITY_WEIGHT, _PRIOR_WEIGHT = 2.0, 5.0, 0.05
 #: Penalty of the part of a structure that a translation takes out of the field of view.
 _OUTSIDE_PENALTY = 1.0
 #: Added to products of variances, against division by zero where all is of one brightness.
 _VARIANCE_FLOOR = 1e-5
 #: Voxels on each side within which a minimum must be the lowest.
 _NEIGHBOURHOOD = 2
-#: Translations from which a linear map is fitted, besides none: the right place is often the second or third.
-_CANDIDATES = 8
-#: Voxels of a patch that are compared, drawn at random from larger ones.
-_MOST_POINTS = 4000
-#: Adam's steps, and their sizes: in voxels for the translation, and in radians or logarithms of a stretch.
-_ITERATIONS = 60
+#: Translations from which a linear map is fitted roughly, besides none, and the best of these that are fitted to the
+#: end, if they are so many voxels apart: the cost of a translation alone says little where a structure is turned.
+_CANDIDATES, _FINALISTS, _APART_VOXELS = 64, 10, 1.5
+#: Voxels of a patch that are compared in the rough and in the final fit, drawn at random from larger ones.
+_ROUGH_POINTS, _FINAL_POINTS = 1000, 4000
+#: Adam's steps in both, and their sizes: in voxels for the translation, in radians or logarithms of a stretch.
+_ROUGH_ITERATIONS, _FINAL_ITERATIONS = 15, 50
 _SHIFT_STEP, _SHAPE_STEP = 0.15, 0.02
+#: MIND-SSC difference by which a translation may be worse than none: more, and brightness was misleading.
+_MISLED = 0.03
 #: Penalties of squared rotation (radians), stretch and shear (logarithms).
 _ROTATION_PENALTY, _STRETCH_PENALTY, _SHEAR_PENALTY = 0.8, 0.4, 0.8
 #: Factor of the cost in the exponent of a structure's weight in the blending: structures that match worse count less.
@@ -56,6 +60,10 @@ _BLENDING_FRACTION = 0.08
 _CORRECTION_FRACTIONS = (0.08, 0.056, 0.04, 0.028)
 #: Weight of no displacement against the strongest structure, in the blending and in the corrections.
 _FADING, _CORRECTION_FADING = 0.02, 0.05
+#: Another place is at least so many sizes of the structure (cube roots of its volume) away.
+_ELSEWHERE_SIZES = 0.5
+#: A voxel leads to a structure from this part of it on, and is elsewhere below this part of its mask.
+_TWICE, _ELSEWHERE = 0.3, 0.1
 #: Only the largest structures are searched for: the smallest of a hundred say little about where they are.
 _MOST_STRUCTURES = 32
 #: A structure of fewer voxels on the level's grid is not searched for.
@@ -64,11 +72,12 @@ _FEWEST_VOXELS = 8
 
 @dataclass(frozen=True, eq=False)
 class _StructureMap:
-    """The linear map of one structure, (4, 4) from warped atlas to query in voxels; its mask there, and the cost."""
+    """The linear map of one structure, (4, 4) from warped atlas to query in voxels; its masks there, and the place."""
 
     to_query: NDArray[np.float64]
+    atlas_mask: NDArray[np.float32]
     mask: NDArray[np.float32]
-    cost: float
+    place: Place
 
 
 def fit(
@@ -78,10 +87,11 @@ def fit(
     linear: Affine,
     spacing_mm: float,
     device: str,
+    places: dict[int, Place] | None = None,
     *,
     brightness: bool = True,
 ) -> DisplacementField | None:
-    """Fit a linear map to each structure and blend them to one smooth field.
+    """Fit a linear map to each structure and blend them to one smooth field; ``places`` becomes where each was found.
 
     The field is in the fixed world, applied before ``linear`` (fixed to moving world); None where no structure is in
     view. ``brightness`` compares intensities beside MIND-SSC: that tells organs of similar form apart, but misleads
@@ -95,9 +105,12 @@ def fit(
     maps = {value: mask for value, mask in warp_labels(labels, values, grid, linear).items() if not mask.is_empty}
     large = sorted(maps, key=lambda value: -float(maps[value].values.sum()))[:_MOST_STRUCTURES]
     structures = StructureFit(query, atlas, spacing_mm, size_mm, brightness=brightness)
-    masks = (maps[value] for value in sorted(large))
-    found = [structures.fit(mask) for mask in masks if (mask.values >= 0.5).sum() >= _FEWEST_VOXELS]
-    matched = [one for one in found if one is not None]
+    masks = {value: maps[value] for value in sorted(large)}
+    found = {n: structures.fit(mask) for n, mask in masks.items() if (mask.values >= 0.5).sum() >= _FEWEST_VOXELS}
+    matched = [one for one in found.values() if one is not None]
+    if places is not None:
+        places.clear()
+        places.update({value: one.place for value, one in found.items() if one is not None})
     return field_from_voxels(grid, _blend(matched, size_mm / spacing_mm)) if matched else None
 
 
@@ -110,6 +123,7 @@ class Patch:
 
     box: tuple[slice, ...]
     weight: Tensor
+    voxels: int  # of the structure itself
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +135,12 @@ class _Sample:
     image: Tensor  # (N,)
     mind: Tensor  # (12, N)
     centre: Tensor  # (3,), of rotation and stretch
+
+    def thinned(self) -> _Sample:
+        """Draw :data:`_ROUGH_POINTS` of the voxels, with the same centre."""
+        drawn = _drawn(len(self.weight), _ROUGH_POINTS).to(self.weight.device)
+        weight = self.weight[drawn]
+        return _Sample(self.points[drawn], weight / weight.sum(), self.image[drawn], self.mind[:, drawn], self.centre)
 
 
 class StructureFit:
@@ -153,7 +173,8 @@ class StructureFit:
         closeness = np.clip(1 - distance_mm / self._surroundings_mm, 0, 1).astype(np.float32)
         box = tuple(map(slice, start, stop))
         weight = torch.from_numpy(closeness).to(self._atlas_image.device) * self._atlas_inside[box]
-        return Patch(box, weight) if float(weight.sum()) > 0 else None
+        voxels = int((mask.values >= 0.5).sum())
+        return Patch(box, weight, voxels) if float(weight.sum()) > 0 else None
 
     def candidates(self, patch: Patch, count: int) -> Tensor:
         """Find the ``count`` best translations from warped atlas to query: lowest minima, (n, 3) voxels, best first."""
@@ -196,57 +217,76 @@ class StructureFit:
         """Fit the map of a structure of the warped atlas: the best of those from all candidate places.
 
         None if the structure is out of the atlas's view or the best map takes it out of the query's, or if MIND-SSC
-        alone is lower without any map than at the best translation or with the best map: brightness was misleading.
+        alone is lower without any map than with the best one or at its first translation: brightness was misleading.
         """
         patch = self.patch(mask)
-        found = None if patch is None else self._best(self._sample(patch), self.candidates(patch, _CANDIDATES))
+        found = None if patch is None else self._best(patch, self.candidates(patch, _CANDIDATES))
         if found is None:
             return None
-        to_query, cost = found
+        to_query, place = found
         back = np.linalg.inv(to_query)
         whole = mask.on_box((0, 0, 0), self._query.shape[2:])
         moved = ndimage.affine_transform(whole, back[:3, :3], back[:3, 3], order=1)
-        return _StructureMap(to_query, moved.astype(np.float32), cost) if moved.any() else None
+        return _StructureMap(to_query, whole, moved.astype(np.float32), place) if moved.any() else None
 
     def _sample(self, patch: Patch) -> _Sample:
-        """All voxels with a weight, or :data:`_MOST_POINTS` of them."""
-        device = patch.weight.device
+        """Compare all voxels with a weight, or :data:`_FINAL_POINTS` of them."""
         inside = torch.nonzero(patch.weight > 0)
-        if len(inside) > _MOST_POINTS:
-            drawn = np.sort(np.random.default_rng(0).choice(len(inside), _MOST_POINTS, replace=False))
-            inside = inside[torch.from_numpy(drawn).to(device)]
+        inside = inside[_drawn(len(inside), _FINAL_POINTS).to(inside.device)]
         weight = patch.weight[inside.unbind(dim=1)]
         weight = weight / weight.sum()
-        points = inside + torch.tensor([side.start for side in patch.box], device=device)
+        points = inside + torch.tensor([side.start for side in patch.box], device=inside.device)
         i, j, k = points.unbind(dim=1)
         centre = (points * weight[:, None]).sum(dim=0)
         image, mind = self._atlas_image[i, j, k], self._atlas_mind[:, i, j, k]
         return _Sample(points.float(), weight, image, mind, centre)
 
-    def _best(self, sample: _Sample, shifts: Tensor) -> tuple[NDArray[np.float64], float] | None:
-        """The best map from warped atlas to query, in voxels, and its cost, from (n, 3) translations, best first."""
+    def _best(self, patch: Patch, shifts: Tensor) -> tuple[NDArray[np.float64], Place] | None:
+        """The best map from warped atlas to query, in voxels, and its place, from (n, 3) translations."""
+        sample = self._sample(patch)
         start = torch.zeros((len(shifts) + 1, 12), device=shifts.device)
         start[:-1, :3] = shifts
         with torch.no_grad():
-            first, *_, unmoved = self._terms(start, sample)[0].tolist()
-        if first > unmoved:
+            at_start = self._terms(start, sample)[0]
+        found, cost = self._fitted(start, sample.thinned(), _ROUGH_ITERATIONS)
+        kept = _distinct(found[:, :3], cost)
+        found, cost = self._fitted(found[kept], sample, _FINAL_ITERATIONS)
+        best = int(cost.argmin())
+        with torch.no_grad():
+            difference = float(self._terms(found[best : best + 1], sample)[0])
+            matrix, offset = affine_maps(found[best : best + 1], sample.centre)
+        unmoved = float(at_start[-1])
+        if difference > unmoved or float(at_start[kept[best]]) > unmoved + _MISLED:
             return None
+        return homogeneous(matrix[0], offset[0]), self._place(found[:, :3], cost, patch.voxels ** (1 / 3))
+
+    def _place(self, shifts: Tensor, cost: Tensor, size: float) -> Place:
+        """Describe the best of (n, 3) translations and the best of those elsewhere; ``size`` of the structure."""
+        best = int(cost.argmin())
+        distance = (shifts - shifts[best]).norm(dim=1)
+        elsewhere = torch.where(distance > _ELSEWHERE_SIZES * size, cost, torch.inf)
+        second = int(elsewhere.argmin())
+        is_there = bool(torch.isfinite(elsewhere[second]))
+        return Place(
+            float(shifts[best].norm()) * self._spacing_mm,
+            float(cost[best]),
+            float(cost[second]) if is_there else None,
+            float(distance[second]) * self._spacing_mm if is_there else None,
+        )
+
+    def _fitted(self, start: Tensor, sample: _Sample, iterations: int) -> tuple[Tensor, Tensor]:
+        """Fit linear maps from (n, 12) parameters; the parameters found, and their costs with the prior, (n,)."""
         shift, shape = (part.clone().requires_grad_(True) for part in (start[:, :3], start[:, 3:]))
         optimizer = torch.optim.Adam([{"params": [shift], "lr": _SHIFT_STEP}, {"params": [shape], "lr": _SHAPE_STEP}])
-        for _ in range(_ITERATIONS):
+        for _ in range(iterations):
             _, cost = self._terms(torch.cat((shift, shape), dim=1), sample)
             optimizer.zero_grad()
             cost.sum().backward()
             optimizer.step()
         found = torch.cat((shift, shape), dim=1).detach()
         with torch.no_grad():
-            mind_difference, cost = self._terms(found, sample)
-            cost = cost + _PRIOR_WEIGHT * 0.5 * (found[:, :3] / self._prior_voxels).pow(2).sum(dim=1)
-            best = int(cost.argmin())
-            if float(mind_difference[best]) > unmoved:
-                return None
-            matrix, offset = affine_maps(found[best : best + 1], sample.centre)
-        return homogeneous(matrix[0], offset[0]), float(cost[best])
+            cost = self._terms(found, sample)[1]
+        return found, cost + _PRIOR_WEIGHT * 0.5 * (found[:, :3] / self._prior_voxels).pow(2).sum(dim=1)
 
     def _terms(self, parameters: Tensor, sample: _Sample) -> tuple[Tensor, Tensor]:
         """MIND-SSC difference and cost without the prior on the shift, (n,) each."""
@@ -275,16 +315,48 @@ class StructureFit:
         return mind_difference, cost + _INTENSITY_WEIGHT * squared_difference
 
 
+def _drawn(count: int, most: int) -> Tensor:
+    """Indices of all of ``count`` items, or of ``most`` of them drawn at random (with a fixed seed), in order."""
+    if count <= most:
+        return torch.arange(count)
+    return torch.from_numpy(np.sort(np.random.default_rng(0).choice(count, most, replace=False)))
+
+
+def _distinct(shifts: Tensor, cost: Tensor) -> list[int]:
+    """Indices of the best of (n, 3) translations in voxels, best first, none near a better one; the last always."""
+    kept: list[int] = []
+    for n in torch.argsort(cost, stable=True).tolist():
+        if len(kept) < _FINALISTS and all(float((shifts[n] - shifts[m]).norm()) > _APART_VOXELS for m in kept):
+            kept.append(n)
+    last = len(shifts) - 1
+    return kept if last in kept else [*kept, last]
+
+
 def _blend(structures: list[_StructureMap], size: float) -> NDArray[np.float32]:
     """One smooth displacement from query to warped atlas, (3, I, J, K) voxels; ``size`` of the field of view in voxels.
+
+    Where the maps of others lead from elsewhere to a structure, as at the place it would have without its own map, it
+    would be found twice: its own map holds there too, and leads past it.
+    """
+    nodes = np.indices(structures[0].mask.shape, dtype=np.float32)
+    masks = [one.mask for one in structures]
+    displacement = _blended(structures, masks, size)
+    for n, one in enumerate(structures):
+        found = ndimage.map_coordinates(one.atlas_mask, nodes + displacement, order=1, mode="constant")
+        masks[n] = np.where((found >= _TWICE) & (one.mask < _ELSEWHERE), np.float32(1), one.mask)
+    return _blended(structures, masks, size)
+
+
+def _blended(structures: list[_StructureMap], masks: list[NDArray[np.float32]], size: float) -> NDArray[np.float32]:
+    """Blend the structures' maps, each of which holds in its mask, to one smooth displacement.
 
     A mean of the structures' maps weighted by nearness holds between and around them. Near two structures it is right
     for neither: what each still lacks within itself is added, smoothed by narrower and narrower Gaussians.
     """
     shape = structures[0].mask.shape
     nodes = np.indices(shape, dtype=np.float32)
-    least = min(one.cost for one in structures)
-    trust = [np.float32(np.exp(_DISTRUST * (least - one.cost))) for one in structures]
+    least = min(one.place.cost for one in structures)
+    trust = [np.float32(np.exp(_DISTRUST * (least - one.place.cost))) for one in structures]
 
     def smooth(values: NDArray[np.float32], fraction: float) -> NDArray[np.float32]:
         return np.asarray(ndimage.gaussian_filter(values, fraction * size, truncate=3))
@@ -295,18 +367,18 @@ def _blend(structures: list[_StructureMap], size: float) -> NDArray[np.float32]:
         return np.asarray(np.float32(back[axis, 3]) + np.tensordot(back[axis, :3].astype(np.float32), nodes, axes=1))
 
     displacement, nearness = np.zeros((3, *shape), np.float32), np.zeros(shape, np.float32)
-    for one, trusted in zip(structures, trust, strict=True):
+    for one, mask, trusted in zip(structures, masks, trust, strict=True):
         # Large organs count more, not in proportion to their volume: a kidney keeps its own map beside the liver.
-        influence = smooth(one.mask * (trusted / np.sqrt(one.mask.sum())), _BLENDING_FRACTION)
+        influence = smooth(mask * (trusted / np.sqrt(one.mask.sum())), _BLENDING_FRACTION)
         nearness += influence
         for axis in range(3):
             displacement[axis] += influence * wanted(one, axis)
     displacement /= nearness + np.float32(_FADING) * nearness.max()
-    masks, nothing = [a * one.mask for a, one in zip(trust, structures, strict=True)], np.zeros(shape, np.float32)
+    weights, nothing = [a * mask for a, mask in zip(trust, masks, strict=True)], np.zeros(shape, np.float32)
     for fraction in _CORRECTION_FRACTIONS:
-        weight = smooth(sum(masks, nothing), fraction)
+        weight = smooth(sum(weights, nothing), fraction)
         weight += np.float32(_CORRECTION_FADING) * weight.max()
         for axis in range(3):
-            lacking = (m * (wanted(one, axis) - displacement[axis]) for m, one in zip(masks, structures, strict=True))
+            lacking = (m * (wanted(one, axis) - displacement[axis]) for m, one in zip(weights, structures, strict=True))
             displacement[axis] += smooth(sum(lacking, nothing), fraction) / weight
     return displacement
