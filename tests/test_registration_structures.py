@@ -16,7 +16,7 @@ from scipy.spatial.transform import Rotation
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap
-from atlassegfm.registration import pyramid, structures
+from atlassegfm.registration import Place, pyramid, structures
 from atlassegfm.registration.affine import affine_maps
 from atlassegfm.registration.features import mind_ssc
 from atlassegfm.transforms.maps import Affine
@@ -121,7 +121,7 @@ def test_costs_of_shifts_are_those_of_a_cruder_search(brightness: bool) -> None:
     sigma = structures._PRIOR_FRACTION * 12.0
     costs = found._costs(patch).numpy()
     reach = (costs.shape[0] - 1) // 2
-    assert reach == 3
+    assert reach == 5
     for shift in itertools.product((-reach, -1, 0, 2, reach), repeat=3):
         expected = crude_cost(query, atlas, patch, shift, sigma, brightness=brightness)
         assert costs[tuple(n + reach for n in shift)] == pytest.approx(expected, abs=2e-3)
@@ -263,7 +263,11 @@ def ball(centre: tuple[float, float, float], radius: float = 6.0) -> NDArray[np.
 def moved_ball(
     centre: tuple[float, float, float], shift: tuple[float, float, float], cost: float = 0.5
 ) -> structures._StructureMap:
-    return structures._StructureMap(affine_of(np.eye(3), shift), ball(centre), cost)
+    """A ball that is at ``centre`` in the query, and in the atlas where the shift leads from."""
+    came_from = tuple(np.subtract(centre, shift).tolist())
+    return structures._StructureMap(
+        affine_of(np.eye(3), shift), ball(came_from), ball(centre), Place(0.0, cost, None, None)
+    )
 
 
 def test_blending_gives_each_structure_its_own_shift() -> None:
@@ -277,6 +281,39 @@ def test_blending_gives_each_structure_its_own_shift() -> None:
     # What is halfway belongs to neither; nothing overshoots.
     assert np.abs(field[:, 20, 20, 20] + np.add(first, second) / 2).max() < 1.5
     assert np.abs(field).max() < 5
+
+
+def test_a_structure_that_moved_far_is_found_once() -> None:
+    """Where it was in the atlas another structure, which stayed, would lead to it a second time."""
+    far, stays = moved_ball((20, 20, 30), (0.0, 0.0, 16.0), cost=1.5), moved_ball((10, 20, 10), (0.0, 0.0, 0.0))
+    nodes = np.indices((SIZE,) * 3, dtype=np.float32)
+
+    def elsewhere(field: NDArray[np.float32]) -> int:
+        found = ndimage.map_coordinates(far.atlas_mask, nodes + field, order=1, mode="constant") > 0.5
+        return int((found & (ball((20, 20, 30), 9.0) == 0)).sum())
+
+    once = structures._blended([far, stays], [far.mask, stays.mask], float(SIZE))
+    assert elsewhere(once) > 0.2 * far.mask.sum()
+    assert elsewhere(structures._blend([far, stays], float(SIZE))) < 0.05 * far.mask.sum()
+
+
+def test_places_tell_how_far_and_how_much_worse_the_second_is() -> None:
+    atlas, mask = organ(AT_REST)
+    query, _ = organ(about_the_middle(np.eye(3), (0.0, 0.0, 10.0)))
+    decoy, decoy_mask = organ(about_the_middle(np.eye(3), (0.0, 0.0, -10.0)))
+
+    def place(seen: NDArray[np.float32]) -> Place:
+        found = best_map(seen, atlas, mask)
+        assert found is not None
+        return found.place
+
+    alone, twins = place(query), place(np.where(decoy_mask > 0, decoy, query))
+    assert alone.shift_mm == pytest.approx(10, abs=1)
+    assert twins.shift_mm == pytest.approx(10, abs=1)
+    assert twins.second_distance_mm == pytest.approx(20, abs=2)
+    assert twins.margin < 0.05
+    assert alone.margin > 0.3
+    assert Place(0.0, 1.0, None, None).margin == 1
 
 
 def test_far_from_all_structures_nothing_moves() -> None:

@@ -14,7 +14,7 @@ from .quality.verdict import Verdict
 from .result import Status
 
 #: Raised by hand when results or these files change: results with another number are computed again.
-RESULTS_FORMAT = 3
+RESULTS_FORMAT = 4
 State = Literal["done", "failed", "left"]
 SEGMENTATION, RUN, STATUS = "segmentation.nii.gz", "run.json", "status.json"
 #: Formats of a segmentation, and the file or folder of each.
@@ -144,6 +144,15 @@ class QualityRecord(Record):
     evidence: dict[str, float | None] | None
 
 
+class PlaceRecord(Record):
+    """Where the structure search found a structure, and the second best place, at least half its size away."""
+
+    shift_mm: float = Field(description="From where the linear stages put it.")
+    cost: float = Field(description="Of the match of atlas and scan there; lower is better.")
+    second_cost: float | None
+    second_distance_mm: float | None = Field(description="Between the two places.")
+
+
 class StructureRecord(Record):
     """Outcome for one structure."""
 
@@ -153,6 +162,7 @@ class StructureRecord(Record):
     reason: str
     volume_ml: float
     outside_fraction: float = Field(description="Of the atlas's structure, outside the query's field of view.")
+    place: PlaceRecord | None = None
     prompt: PromptRecord | None
     quality: QualityRecord | None
 

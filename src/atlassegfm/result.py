@@ -14,7 +14,7 @@ from .fusion.gate import Gate
 from .prompts import PromptKind, UsedPrompt
 from .quality.coverage import cut_remark
 from .quality.verdict import StructureQuality, Verdict, is_calibrated, overall
-from .registration import Registration
+from .registration import Place, Registration
 from .settings import Settings
 
 Status = Literal["present", "absent", "outside"]
@@ -36,7 +36,8 @@ class StructureResult:
     ``status`` is "outside" where at least 90 % of it lies outside the query's field of view, "absent" where no voxel of
     it was found. ``reason`` says why it is not present, or why the warped atlas was kept; else it is empty.
     ``outside_fraction`` is that of the atlas's structure which the linear registration maps outside the query's field
-    of view. ``prompt`` is None without a model, or where the warped mask is empty.
+    of view. ``place`` is where the structure search found it, None where it was not searched for or not believed.
+    ``prompt`` is None without a model, or where the warped mask is empty.
     """
 
     structure: Structure
@@ -44,6 +45,7 @@ class StructureResult:
     reason: str
     volume_ml: float
     outside_fraction: float
+    place: Place | None = None
     prompt: UsedPrompt | None = None
     quality: StructureQuality | None = None
 

@@ -223,7 +223,8 @@ def _judge(
         if status == "present" and not voxels[n]:
             status, reason = "absent", "at every voxel another structure or background is more probable"
         if status == "present" and n in evidence:
-            quality = judging(evidence[n], outside=warped.outside[n - 1])
+            place = warped.registration.places.get(n)
+            quality = judging(evidence[n], outside=warped.outside[n - 1], place=place)
         else:  # what the field of view does not show cannot be wrong, but somebody may expect it there
             quality = StructureQuality("review" if status == "outside" else "failed", reason)
         if status == "present" and n in masks and is_empty_prediction(masks[n]):
@@ -238,6 +239,7 @@ def _judge(
                 reason,
                 volume_ml=float(voxels[n]) * scan.grid.voxel_volume_mm3 / 1000,
                 outside_fraction=warped.outside[n - 1],
+                place=warped.registration.places.get(n),
                 prompt=None if prompt is None else used_prompt(prompt, scan.grid, query.grid),
                 quality=quality,
             )

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..core.config import quality_settings
 from ..settings import Settings
 from .coverage import cut_remark
 from .estimate import Regression, regressions
 from .evidence import Evidence
+
+if TYPE_CHECKING:
+    from ..registration import Place
 
 Verdict = Literal["good", "review", "failed"]
 #: From best to worst.
@@ -20,6 +23,8 @@ VERDICTS: tuple[Verdict, ...] = ("good", "review", "failed")
 LEAST_CONFIDENCE = 0.45
 #: Reason of structures without a verdict.
 NOT_JUDGED = "not judged: verdicts are calibrated for the default registration only"
+#: A second place in the scan that matches a structure worse by less than this is named in the reason.
+_CLOSE_MARGIN = 0.1
 #: Objections are at least so many standard deviations of the calibration from its mean.
 _NOTABLE = 0.5
 #: Evidence that is an objection where it is low; all other is where it is high.
@@ -71,15 +76,22 @@ def is_calibrated(settings: Settings, *, transform_given: bool) -> bool:
 
 
 def judge(
-    evidence: Evidence, model: str, confidence: float, *, outside: float = 0.0, calibrated: bool = True
+    evidence: Evidence,
+    model: str,
+    confidence: float,
+    *,
+    outside: float = 0.0,
+    place: Place | None = None,
+    calibrated: bool = True,
 ) -> StructureQuality:
     """Estimate the Dice of one structure and give a verdict; neither unless ``calibrated`` (:func:`is_calibrated`).
 
     ``model`` is its name, or "none"; ``confidence`` that of the registration, in [0, 1]; ``outside`` the fraction of
-    the atlas's structure outside the field of view.
+    the atlas's structure outside the field of view; ``place`` where the structure search found it.
     """
+    remarks = cut_remark(outside), _place_remark(place)
     if not calibrated:
-        return StructureQuality(None, _joined(NOT_JUDGED, cut_remark(outside)), evidence=evidence)
+        return StructureQuality(None, _joined(NOT_JUDGED, *remarks), evidence=evidence)
     regression = regressions().get(model, regressions()["model"])
     estimate = regression.estimate(evidence)
     low, high = max(estimate - regression.below, 0.0), min(estimate + regression.above, 1.0)
@@ -90,7 +102,7 @@ def judge(
         verdict, reason = "failed", f"{describe_confidence(confidence)}: do the scans show the same part of the body?"
     elif verdict != "good":
         reason = _joined(f"{reason} (good from {good_from:.2f})", _worst_objection(evidence, regression))
-    return StructureQuality(verdict, _joined(reason, cut_remark(outside)), estimate, low, high, evidence)
+    return StructureQuality(verdict, _joined(reason, *remarks), estimate, low, high, evidence)
 
 
 def describe_confidence(confidence: float) -> str:
@@ -114,6 +126,12 @@ def explain(name: str, evidence: Evidence, mean: float) -> str:
 def overall(verdicts: Iterable[Verdict | None]) -> Verdict | None:
     """Return the worst of several verdicts; None if none is known."""
     return max((one for one in verdicts if one is not None), key=VERDICTS.index, default=None)
+
+
+def _place_remark(place: Place | None) -> str:
+    if place is None or place.second_distance_mm is None or place.margin >= _CLOSE_MARGIN:
+        return ""
+    return f"another place in the scan, {place.second_distance_mm:.0f} mm away, matches nearly as well"
 
 
 def _worst_objection(evidence: Evidence, regression: Regression) -> str:
