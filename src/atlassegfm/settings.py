@@ -62,8 +62,8 @@ class InstanceSettings:
     """Whether each level fits a stationary velocity and levels are composed: hardly any folding, but slower."""
 
     contrast_robust: bool = True
-    """Whether the fit is repeated where the structures' contrast differs between the scans: structures are searched for
-    by MIND-SSC alone, which is contrast-invariant, and it dominates until the level in the labels' box."""
+    """Whether, where the structures' contrast differs between the scans, they are searched for again by MIND-SSC alone,
+    which is contrast-invariant, and it dominates until the level in the labels' box."""
 
     contrast_tolerance: Annotated[float, Field(ge=0, le=1)] = 0.15
     """Difference of structures' brightness, in intensity ranges, that counts as another contrast [abdominal MR]."""

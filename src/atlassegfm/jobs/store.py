@@ -269,7 +269,7 @@ def _structure_record(one: StructureResult) -> StructureRecord:
         reason=one.reason,
         volume_ml=round(one.volume_ml, 4),
         outside_fraction=round(one.outside_fraction, 4),
-        place=None if one.place is None else PlaceRecord(**(_rounded_fields(one.place) or {})),
+        place=None if one.place is None else PlaceRecord.model_validate(_rounded_fields(one.place)),
         prompt=None if one.prompt is None else PromptRecord(**asdict(one.prompt)),
         quality=quality,
     )

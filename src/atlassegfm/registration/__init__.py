@@ -6,7 +6,7 @@ PyTorch is loaded by the first registration, not by importing this package.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -56,14 +56,19 @@ def register(
         with clock.stage("linear"):
             linear, _ = affine.fit(query, atlas, spacings, settings, device)
         found = Registration(linear, None, parameter_count={"linear": 12 if settings.affine else 6})
-    places: dict[int, Place] = {}
+    places: Mapping[int, Place] = {}
     if settings.deformable or by_engine:
         start = None
         if settings.structure_search and moving_labels is not None and engine.takes_start:
-            search = partial(structures.fit, query, atlas, moving_labels, found.linear, spacings[-1], device, places)
+            search = partial(structures.fit, query, atlas, moving_labels, found.linear, spacings[-1], device)
             with clock.stage("structures"):
-                field = search(brightness=True)
-            start = None if field is None else pyramid.Start(field, partial(search, brightness=False))
+                searched, robust = search(), False
+                if settings.instance.contrast_robust:
+                    robust = searched.contrast_difference > settings.instance.contrast_tolerance
+                if robust:
+                    searched = search(brightness=False)
+            places = searched.places
+            start = None if searched.field is None else pyramid.Start(searched.field, contrast_robust=robust)
         with clock.stage("deformable"):
             pair = pyramid.Pair(fixed, moving, query, atlas, moving_labels)
             fitted = engine.load()(pair, None if by_engine else found.linear, start, settings, device)

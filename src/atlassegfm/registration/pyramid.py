@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,11 +86,11 @@ class Pair:
 class Start:
     """The displacement a deformable engine starts from: in the fixed world, applied before the linear stages.
 
-    ``without_brightness`` finds such a field anew, or None, by features invariant to contrast.
+    ``contrast_robust`` where the structures' contrast differs between the scans.
     """
 
     field: DisplacementField
-    without_brightness: Callable[[], DisplacementField | None] | None = None
+    contrast_robust: bool = False
 
 
 def level_spacings_mm(grid: Grid, voxels: Sequence[int]) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ linear maps are fitted from the best of them, roughly at first, and the one that
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ..core.image import Volume
 from ..core.mask import LocalMap
+from ..prompts import INSIDE
 from ..transforms.maps import Affine, DisplacementField, field_from_voxels
 from ..transforms.resample import warp_labels
 from .affine import affine_maps, homogeneous
@@ -80,6 +82,19 @@ class _StructureMap:
     place: Place
 
 
+@dataclass(frozen=True, eq=False)
+class Search:
+    """The field from all structures, None where none is in view; where each was found; and the change of contrast.
+
+    The field is in the fixed world, applied before the linear stages. ``contrast_difference`` is the difference of the
+    structures' median brightness in both scans, in [0, 1], a mean weighted by volume and by the margin of the place.
+    """
+
+    field: DisplacementField | None
+    places: Mapping[int, Place]
+    contrast_difference: float
+
+
 def fit(
     fixed: Scan,
     moving: Scan,
@@ -87,15 +102,13 @@ def fit(
     linear: Affine,
     spacing_mm: float,
     device: str,
-    places: dict[int, Place] | None = None,
     *,
     brightness: bool = True,
-) -> DisplacementField | None:
-    """Fit a linear map to each structure and blend them to one smooth field; ``places`` becomes where each was found.
+) -> Search:
+    """Fit a linear map to each structure and blend them to one smooth field, applied before ``linear``.
 
-    The field is in the fixed world, applied before ``linear`` (fixed to moving world); None where no structure is in
-    view. ``brightness`` compares intensities beside MIND-SSC: that tells organs of similar form apart, but misleads
-    where the contrast of organs differs between the scans.
+    ``brightness`` compares intensities beside MIND-SSC: that tells organs of similar form apart, but misleads where the
+    contrast of organs differs between the scans.
     """
     grid = frame_grid(fixed.intensity.grid, spacing_mm)
     query, atlas = on_grid(fixed, grid, device), on_grid(moving, grid, device, linear)
@@ -105,13 +118,33 @@ def fit(
     maps = {value: mask for value, mask in warp_labels(labels, values, grid, linear).items() if not mask.is_empty}
     large = sorted(maps, key=lambda value: -float(maps[value].values.sum()))[:_MOST_STRUCTURES]
     structures = StructureFit(query, atlas, spacing_mm, size_mm, brightness=brightness)
-    masks = {value: maps[value] for value in sorted(large)}
-    found = {n: structures.fit(mask) for n, mask in masks.items() if (mask.values >= 0.5).sum() >= _FEWEST_VOXELS}
-    matched = [one for one in found.values() if one is not None]
-    if places is not None:
-        places.clear()
-        places.update({value: one.place for value, one in found.items() if one is not None})
-    return field_from_voxels(grid, _blend(matched, size_mm / spacing_mm)) if matched else None
+    masks = {n: maps[n] for n in sorted(large) if (maps[n].values >= INSIDE).sum() >= _FEWEST_VOXELS}
+    found = {value: structures.fit(mask) for value, mask in masks.items()}
+    matched = {value: one for value, one in found.items() if one is not None}
+    blended = _blend(list(matched.values()), size_mm / spacing_mm) if matched else None
+    return Search(
+        None if blended is None else field_from_voxels(grid, blended),
+        {value: one.place for value, one in matched.items()},
+        _contrast_difference(query, atlas, masks, found),
+    )
+
+
+def _contrast_difference(
+    query: Level, atlas: Level, masks: Mapping[int, LocalMap], found: Mapping[int, _StructureMap | None]
+) -> float:
+    images = [level.image[0, 0].cpu().numpy() for level in (query, atlas)]
+    differences, weights = [], []
+    for value, mask in masks.items():
+        one, whole = found[value], mask.on_box((0, 0, 0), images[0].shape)
+        there = (whole if one is None else one.mask) >= INSIDE
+        if there.any():
+            medians = [
+                float(np.median(image[inside])) for image, inside in zip(images, (there, whole >= INSIDE), strict=True)
+            ]
+            differences.append(abs(medians[0] - medians[1]))
+            # An uncertain place says little; where brightness misled, contrast has changed.
+            weights.append(float((whole >= INSIDE).sum()) * (1.0 if one is None else one.place.margin))
+    return float(np.average(differences, weights=weights)) if sum(weights) else 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,6 @@ differ, and the mean of the labels warped by all of them is as near to the truth
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,16 +23,13 @@ from torch import Tensor
 
 from ...core.geometry import Grid
 from ...core.image import Volume
-from ...prompts import INSIDE
 from ...settings import InstanceSettings, RegistrationSettings
 from ...transforms.maps import Affine, Chain, DisplacementField, Transform, displacement_on, field_from_voxels
-from ...transforms.resample import resample, warp_labels
+from ...transforms.resample import resample
 from ..features import LocalCorrelation, mind_ssc
 from ..pyramid import Pair, Scan, Start, axes_of, level_grid, on_grid
 from ..result import Registration
 from ..sampling import gradient_penalty, integrate_velocity, sample_at
-
-logger = logging.getLogger(__name__)
 
 #: Voxels between control points.
 _STRIDE = 2
@@ -53,8 +49,6 @@ _MARGIN_VOXELS = 12
 _LABELLED_FRACTION = 0.05
 #: Squarings in the integration of a velocity; 7 in VoxelMorph's diffeomorphic layers, too.
 _SQUARINGS = 7
-#: Contrast is compared in the largest structures, and in those with at least so many voxels on the coarse level.
-_MOST_STRUCTURES, _FEWEST_VOXELS = 32, 8
 #: Reach of the emphasis beyond a structure's border, as a fraction of the grid's size (its volume's cube root).
 _EMPHASIS_REACH = 0.03
 
@@ -84,20 +78,11 @@ def fit(pair: Pair, linear: Affine, start: Start | None, settings: RegistrationS
     would undo much of it. The field lies on the grid of the finest level over the whole field of view, the local field
     on that of the level in the labels' box.
     """
-    options, robust = settings.instance, False
+    options, robust = settings.instance, start is not None and start.contrast_robust
     member = partial(_Member, pair, linear, options, device)
     begin = None if start is None else start.field
-    first = member()
+    first = member(contrast_robust=robust)
     field, count = first.fit_levels(begin)
-    if options.contrast_robust and pair.moving_labels is not None:
-        difference = _contrast_difference(pair, pair.moving_labels, field, linear)
-        robust = difference > options.contrast_tolerance
-        logger.debug("contrast of the structures differs by %.3f of the range: contrast-robust %s", difference, robust)
-        if robust:
-            if start is not None and start.without_brightness is not None:
-                begin = start.without_brightness()
-            first = member(contrast_robust=True)
-            field, count = first.fit_levels(begin)
     local, local_count = first.fit_labels_box(field)
     further: list[Transform] = []
     for factors in _FURTHER_MEMBERS[: options.ensemble - 1]:
@@ -186,22 +171,6 @@ def _sizes(labels: Volume) -> dict[int, int]:
     """Voxels of each structure; no table over label values, which may have 32 bits."""
     values, counts = np.unique(labels.data[labels.data > 0], return_counts=True)
     return dict(zip(values.tolist(), counts.tolist(), strict=True))
-
-
-def _contrast_difference(pair: Pair, labels: Volume, field: DisplacementField, linear: Affine) -> float:
-    """Mean over the largest structures, weighted by volume, of the difference of median intensities, in [0, 1]."""
-    transform = Chain((field, linear))
-    fixed = on_grid(pair.fixed_scan, field.grid, "cpu").image[0, 0].numpy()
-    moving = on_grid(pair.moving_scan, field.grid, "cpu", transform).image[0, 0].numpy()
-    sizes = _sizes(labels)
-    values = sorted(sizes, key=lambda value: -sizes[value])[:_MOST_STRUCTURES]
-    differences, volumes = [], []
-    for mask in warp_labels(labels, values, field.grid, transform).values():
-        inside = mask.values >= INSIDE
-        if inside.sum() >= _FEWEST_VOXELS:
-            volumes.append(int(inside.sum()))
-            differences.append(abs(float(np.median(fixed[mask.box][inside]) - np.median(moving[mask.box][inside]))))
-    return float(np.average(differences, weights=volumes)) if differences else 0.0
 
 
 class _Level:
