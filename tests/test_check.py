@@ -32,7 +32,9 @@ LIVER = (Structure(1, "liver", (200, 80, 60)), Structure(2, "spleen", (10, 20, 2
 
 
 def scan_data(shape: tuple[int, ...] = SHAPE) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 1500, shape).astype(np.int16)
+    data = np.random.default_rng(0).integers(0, 500, shape).astype(np.int16)
+    data[tuple(slice(n // 4, None) for n in shape)] += 1000
+    return data
 
 
 def label_data(shape: tuple[int, int, int] = SHAPE) -> np.ndarray:
@@ -245,7 +247,7 @@ class TestIntensities:
     def test_hardly_any_contrast(self, tmp_path: Path) -> None:
         data = np.zeros(SHAPE, np.float32)
         data[:2, :2, :2] = np.random.default_rng(0).random((2, 2, 2))
-        assert finding(only(nifti(tmp_path / "a.nii", data)), "98 % of the voxels").severity == "warning"
+        assert finding(only(nifti(tmp_path / "a.nii", data)), "there is next to nothing to register").severity == "warning"
 
     def test_eight_bits(self, tmp_path: Path) -> None:
         data = np.random.default_rng(0).integers(0, 256, SHAPE).astype(np.uint8)

@@ -11,7 +11,7 @@ from ..core.image import Volume
 from ..quality import mirror
 from ..quality.coverage import CUT_FRACTION, OUTSIDE_FRACTION
 from .findings import AtlasReport, Finding, list_items, note, warning
-from .intensity import inversion_findings
+from .intensity import inversion_findings, modality_findings
 
 #: Natural logarithm of the ratio of costs (about 2 %) above which the better fit of the mirror image is reported.
 MIRRORED_GAIN = 0.02
@@ -21,7 +21,8 @@ LEAST_CORRELATION = -0.3
 
 def compare_with_atlas(volume: Volume, atlas: Atlas, name: str) -> tuple[AtlasReport | None, list[Finding]]:
     """Compare sides, contrast and structures in view of a scan and an atlas; no report where they cannot be fitted."""
-    findings = inversion_findings(volume)
+    inverted = inversion_findings(volume)
+    findings = [*inverted, *modality_findings(volume, atlas.image)]
     try:
         found = mirror.fit_to_atlas(volume, atlas, name=name)
     except AtlasSegError as error:
@@ -41,7 +42,7 @@ def compare_with_atlas(volume: Volume, atlas: Atlas, name: str) -> tuple[AtlasRe
             "sides, contrast and field of view were not compared"
         )
         return report, [*findings, warning(text, "check that both show the same part of the body")]
-    return report, [*findings, *_fit_findings(found, inverted=bool(findings)), *_view_findings(outside)]
+    return report, [*findings, *_fit_findings(found, inverted=bool(inverted)), *_view_findings(outside)]
 
 
 def _fit_findings(found: mirror.AtlasFit, *, inverted: bool) -> Iterator[Finding]:

@@ -17,10 +17,9 @@ from .findings import Finding, LabelReport, list_items, note, warning
 
 #: Most different values of a label map.
 _MOST_LABELS = 1024
-#: So few values are a label map whatever their neighbours: scans of five bits are not made.
-_FEW_LABELS = 32
-#: Least fraction of neighbouring voxels, background left out, that are equal in a label map.
-_LEAST_EQUAL = 0.5
+#: Least fraction of neighbouring voxels, background left out, that are equal in a label map, and in one of so few values
+#: of which most voxels are background: scans of five bits are noise.
+_LEAST_EQUAL, _FEW_LABELS, _LEAST_EQUAL_OF_FEW = 0.5, 32, 0.1
 #: Least fraction of whole numbers among nonzero values: label maps that were resampled smoothly keep them inside.
 _MOSTLY_WHOLE = 0.5
 #: A part is a stray island below this fraction of its structure.
@@ -44,10 +43,11 @@ def looks_like_labels(volume: Volume, value_range: tuple[float, ...]) -> bool:
             return False
         data = np.where(np.isfinite(data), np.round(data), 0)
     # A part has nearly as many different values as the whole, and is fast.
-    different = len(np.unique(data[tuple(slice(None, None, 1 + n // 128) for n in data.shape)]))
-    if different <= _FEW_LABELS:
-        return True
-    return different <= _MOST_LABELS and max(_equal_fraction(data, axis) for axis in range(3)) >= _LEAST_EQUAL
+    part = data[tuple(slice(None, None, 1 + n // 128) for n in data.shape)]
+    different = len(np.unique(part))
+    few = different <= _FEW_LABELS and 2 * np.count_nonzero(part) <= part.size
+    least = _LEAST_EQUAL_OF_FEW if few else _LEAST_EQUAL
+    return different <= _MOST_LABELS and max(_equal_fraction(data, axis) for axis in range(3)) >= least
 
 
 def _equal_fraction(data: NDArray[Any], axis: int) -> float:
