@@ -247,7 +247,27 @@ class TestIntensities:
     def test_hardly_any_contrast(self, tmp_path: Path) -> None:
         data = np.zeros(SHAPE, np.float32)
         data[:2, :2, :2] = np.random.default_rng(0).random((2, 2, 2))
-        assert finding(only(nifti(tmp_path / "a.nii", data)), "there is next to nothing to register").severity == "warning"
+        assert finding(only(nifti(tmp_path / "a.nii", data)), "next to nothing to register").severity == "warning"
+
+    @pytest.mark.parametrize("kind", [np.int16, np.uint8, np.float32])
+    @pytest.mark.parametrize("what", ["noise", "faint noise", "air and table", "hot voxels"])
+    def test_nothing_in_it(self, what: str, kind: type, tmp_path: Path) -> None:
+        random, shape = np.random.default_rng(0), (60, 56, 40)
+        data = np.zeros(shape)
+        if what == "hot voxels":
+            data.ravel()[random.integers(0, data.size, 9)] = 180
+        else:
+            data = np.abs(random.normal(0, 3 if what == "faint noise" else 12, shape))
+        if what == "air and table":
+            data[15:-15, 6:8] += 120
+        report = only(nifti(tmp_path / "a.nii", data.astype(kind)))
+        assert report.kind == "scan"
+        assert finding(report, "next to nothing to register").severity == "warning"
+
+    def test_small_bodies_are_something(self, tmp_path: Path) -> None:
+        data = np.abs(np.random.default_rng(0).normal(0, 8, (64, 64, 40)))
+        data[20:44, 24:48, 4:36] += 400  # 11 %
+        assert only(nifti(tmp_path / "a.nii", data.astype(np.int16))).findings == ()
 
     def test_eight_bits(self, tmp_path: Path) -> None:
         data = np.random.default_rng(0).integers(0, 256, SHAPE).astype(np.uint8)
@@ -510,7 +530,7 @@ class TestAgainstAnAtlas:
             well.findings
         )
         assert well.atlas is not None
-        assert well.atlas.mirrored_gain < -0.05
+        assert well.atlas.mirrored_gain < -0.02
         wrong = against(saved(mirrored(scan), tmp_path), atlas)
         one = finding(wrong, "left and right of the scan seem to be swapped")
         assert one.severity == "warning"
@@ -590,6 +610,27 @@ class TestAgainstAnAtlas:
         assert one.severity == "warning"
         assert "of the same modality" in one.text
         assert only(tmp_path / "query.nii.gz").findings == ()
+
+    @pytest.mark.parametrize("of_atlas", [True, False])
+    def test_hounsfield_units_of_one_alone(self, of_atlas: bool, tmp_path: Path) -> None:
+        def in_hounsfield(scan: Volume) -> Volume:
+            air = -1000 + np.random.default_rng(0).uniform(0, 40, ROOM.shape)
+            return Volume(np.where(scan.data > 0, scan.data / 4, air).astype(np.float32), scan.grid)
+
+        plain, hounsfield = OTHER.scan(ROOM), in_hounsfield(OTHER.scan(ROOM))
+        own = ATLAS.scan(ROOM)
+        atlas = Atlas.from_volumes(in_hounsfield(own) if of_atlas else own, ATLAS.labels(ROOM), STRUCTURES)
+        wrong, right = (plain, hounsfield) if of_atlas else (hounsfield, plain)
+        one = finding(against(saved(wrong, tmp_path), atlas), "has Hounsfield units")
+        assert one.severity == "warning"
+        assert "of another modality" in one.text
+        assert {one.severity for one in against(saved(right, tmp_path), atlas).findings} <= {"note"}
+        # Neither a crop without air nor values with an offset are another modality, but the offset is told.
+        crop = Volume(np.maximum(hounsfield.data, -150), ROOM)
+        assert "Hounsfield" not in str(against(saved(crop, tmp_path), atlas).findings)
+        if of_atlas:
+            one = finding(against(saved(Volume(hounsfield.data + 1024, ROOM), tmp_path), atlas), "1000 or 1024 added")
+            assert one.severity == "note"
 
     def test_a_scan_that_cannot_be_fitted(self, atlas: Atlas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def refuse(*_: object, **__: object) -> None:

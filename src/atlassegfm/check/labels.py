@@ -17,8 +17,8 @@ from .findings import Finding, LabelReport, list_items, note, warning
 
 #: Most different values of a label map.
 _MOST_LABELS = 1024
-#: Least fraction of neighbouring voxels, background left out, that are equal in a label map, and in one of so few values
-#: of which most voxels are background: scans of five bits are noise.
+#: Least fraction of neighbouring voxels, background left out, that are equal in a label map, and in one of so few
+#: values that is mostly background: scans of five bits are noise.
 _LEAST_EQUAL, _FEW_LABELS, _LEAST_EQUAL_OF_FEW = 0.5, 32, 0.1
 #: Least fraction of whole numbers among nonzero values: label maps that were resampled smoothly keep them inside.
 _MOSTLY_WHOLE = 0.5
