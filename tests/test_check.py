@@ -611,6 +611,18 @@ class TestAgainstAnAtlas:
         assert "of the same modality" in one.text
         assert only(tmp_path / "query.nii.gz").findings == ()
 
+    def test_another_modality(self, atlas: Atlas, tmp_path: Path) -> None:
+        scan = OTHER.scan(ROOM)
+        other = np.where(scan.data > 0, 40 + 300 * np.cos(scan.data / 25) ** 2, 0).astype(np.float32)
+        report = against(saved(Volume(other, ROOM), tmp_path), atlas)
+        one = finding(report, "another modality or sequence")
+        assert one.severity == "warning"
+        assert report.atlas is not None
+        assert report.atlas.histogram_distance is not None
+        assert f"{report.atlas.histogram_distance:.2f}" in one.text
+        stronger = Volume(scan.data**1.1 * 7, ROOM)
+        assert against(saved(stronger, tmp_path), atlas).findings == ()
+
     @pytest.mark.parametrize("of_atlas", [True, False])
     def test_hounsfield_units_of_one_alone(self, of_atlas: bool, tmp_path: Path) -> None:
         def in_hounsfield(scan: Volume) -> Volume:

@@ -50,9 +50,9 @@ def _fit_findings(found: mirror.AtlasFit, *, inverted: bool) -> Iterator[Finding
     """Findings on sides and contrast; ``inverted``: the scan alone shows that already."""
     if found.mirrored_gain > MIRRORED_GAIN:
         yield warning(
-            f"the mirror image fits the atlas better by {100 * found.mirrored_gain:.1f} % of what unlike scans differ by "
-            "(usually below 0): left and right of the scan seem to be swapped (or those of the atlas); organs would be "
-            "looked for, and labelled, on the wrong side",
+            f"the mirror image fits the atlas better by {100 * found.mirrored_gain:.1f} % of what unlike scans differ "
+            "by (usually below 0): left and right of the scan seem to be swapped (or those of the atlas); organs would "
+            "be looked for, and labelled, on the wrong side",
             "compare with the original DICOM or a known side (liver, heart, a marker), and convert the scan again",
         )
     if not inverted and found.correlation < LEAST_CORRELATION:  # NaN, where no body overlaps, is not
