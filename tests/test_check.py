@@ -568,8 +568,8 @@ class TestAgainstAnAtlas:
         for seed in (1, 2):
             found = against(saved(symmetric(seed), tmp_path), twin)
             assert found.atlas is not None
-            assert abs(found.atlas.mirrored_gain) < 0.01
-            assert found.findings == ()
+            assert abs(found.atlas.mirrored_gain) < 0.006
+            assert finding(found, "left and right cannot be told apart").severity == "note"
 
     def test_field_of_view(self, atlas: Atlas, tmp_path: Path) -> None:
         # Up to z = 10 mm: without the node (11 to 25 mm).

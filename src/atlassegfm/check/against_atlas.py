@@ -55,6 +55,12 @@ def _fit_findings(found: mirror.AtlasFit, *, inverted: bool) -> Iterator[Finding
             "be looked for, and labelled, on the wrong side",
             "compare with the original DICOM or a known side (liver, heart, a marker), and convert the scan again",
         )
+    elif found.mirrored_gain > -MIRRORED_GAIN:
+        yield note(
+            f"the mirror image fits as well (better by {100 * found.mirrored_gain:.1f} %), as in nearly symmetric "
+            "anatomy: left and right cannot be told apart, and swapped sides would not be found",
+            "look at a known side, if the header is not certain",
+        )
     if not inverted and found.correlation < LEAST_CORRELATION:  # NaN, where no body overlaps, is not
         yield warning(
             f"what is bright in the atlas is dark in the scan (correlation {found.correlation:.2f}): if both are "
