@@ -99,8 +99,9 @@ def load_atlas(folder: Path, number: int, hounsfield: bool) -> Atlas:
 
 def in_hounsfield(scan: Volume) -> Volume:
     """Give a CT of 8 bit, which was cut at about -160 and 240 HU, values that look like Hounsfield units."""
-    values = np.where(scan.data == 0, -1000, np.round(-160 + scan.data / 255 * 400))
-    return Volume(values.astype(np.int16), scan.grid)
+    air = np.random.default_rng(0).normal(-1000, 10, scan.data.shape)
+    values = np.where(scan.data == 0, air, -160 + scan.data / 255 * 400)
+    return Volume(np.round(np.maximum(values, -1024)).astype(np.int16), scan.grid)
 
 
 def varied(scan: Volume, random: Random) -> Volume:

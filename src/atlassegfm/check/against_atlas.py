@@ -13,8 +13,9 @@ from ..quality.coverage import CUT_FRACTION, OUTSIDE_FRACTION
 from .findings import AtlasReport, Finding, list_items, note, warning
 from .intensity import inversion_findings, modality_findings
 
-#: Gain above which the better fit of the mirror image is reported: of right scans it is 0.0047 at most.
-MIRRORED_GAIN = 0.006
+#: Gain above which the better fit of the mirror image is reported: of right scans it is below 0, but up to 0.015 in
+#: nearly symmetric anatomy, where some heads lean to the other side than most.
+MIRRORED_GAIN, SYMMETRIC_GAIN = 0.006, 0.02
 #: Correlation of the intensities of scan and atlas inside the body below which inverted contrast is reported.
 LEAST_CORRELATION = -0.3
 
@@ -48,17 +49,18 @@ def compare_with_atlas(volume: Volume, atlas: Atlas, name: str) -> tuple[AtlasRe
 
 def _fit_findings(found: mirror.AtlasFit, *, inverted: bool) -> Iterator[Finding]:
     """Findings on sides and contrast; ``inverted``: the scan alone shows that already."""
-    if found.mirrored_gain > MIRRORED_GAIN:
+    least = SYMMETRIC_GAIN if found.symmetric else MIRRORED_GAIN
+    if found.mirrored_gain > least:
         yield warning(
             f"the mirror image fits the atlas better by {100 * found.mirrored_gain:.1f} % of what unlike scans differ "
             "by (usually below 0): left and right of the scan seem to be swapped (or those of the atlas); organs would "
             "be looked for, and labelled, on the wrong side",
             "compare with the original DICOM or a known side (liver, heart, a marker), and convert the scan again",
         )
-    elif found.mirrored_gain > -MIRRORED_GAIN:
+    elif found.mirrored_gain > -least:
         yield note(
             f"the mirror image fits as well (better by {100 * found.mirrored_gain:.1f} %), as in nearly symmetric "
-            "anatomy: left and right cannot be told apart, and swapped sides would not be found",
+            "anatomy: left and right cannot be told apart, and swapped sides would not be found for certain",
             "look at a known side, if the header is not certain",
         )
     if not inverted and found.correlation < LEAST_CORRELATION:  # NaN, where no body overlaps, is not

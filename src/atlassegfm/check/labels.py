@@ -44,18 +44,19 @@ def looks_like_labels(volume: Volume, value_range: tuple[float, ...]) -> bool:
         data = np.where(np.isfinite(data), np.round(data), 0)
     # A part has nearly as many different values as the whole, and is fast.
     part = data[tuple(slice(None, None, 1 + n // 128) for n in data.shape)]
-    different = len(np.unique(part))
-    few = different <= _FEW_LABELS and 2 * np.count_nonzero(part) <= part.size
+    different, counts = np.unique(part, return_counts=True)
+    background = different[counts.argmax()]  # 0, or what a scan has around the body
+    few = len(different) <= _FEW_LABELS and 2 * counts.max() >= part.size
     least = _LEAST_EQUAL_OF_FEW if few else _LEAST_EQUAL
-    return different <= _MOST_LABELS and max(_equal_fraction(data, axis) for axis in range(3)) >= least
+    return len(different) <= _MOST_LABELS and max(_equal_fraction(data, axis, background) for axis in range(3)) >= least
 
 
-def _equal_fraction(data: NDArray[Any], axis: int) -> float:
+def _equal_fraction(data: NDArray[Any], axis: int, background: float) -> float:
     """Fraction of neighbours along an axis, not both background, that have one value."""
     along = np.moveaxis(data, axis, 0)
     one, other = along[:-1], along[1:]
-    counted = int(np.count_nonzero((one != 0) | (other != 0)))
-    return int(np.count_nonzero((one == other) & (one != 0))) / max(counted, 1)
+    counted = int(np.count_nonzero((one != background) | (other != background)))
+    return int(np.count_nonzero((one == other) & (one != background))) / max(counted, 1)
 
 
 def label_reports(volume: Volume, path: Path) -> tuple[tuple[LabelReport, ...], list[Finding]]:

@@ -35,6 +35,8 @@ _MIDDLE_AIR = 0.5
 #: the search finds a place for anything.
 _CORRELATION_WEIGHT, _LITTLE_SHARED = 0.3, 0.05
 _LEAST_RESEMBLANCE, _LEAST_WHERE_LITTLE_IS_SHARED = 0.28, 0.5
+#: Largest fraction of the cost of unlike scans up to which both mirror images fit well.
+_SYMMETRIC = 0.5
 #: Distance of both distributions of intensities less this times their correlation; larger ones are of two modalities.
 _MODALITY_CORRELATION_WEIGHT, _MODALITY_BOUND = 0.3, -0.005
 
@@ -46,6 +48,7 @@ class AtlasFit:
     confidence: float  # of the better fit of scan and mirror image, in [0, 1]
     shared: float  # fraction of the field of view that is body in both
     mirrored_gain: float  # its cost less that of its mirror image, 1 for scans that are nothing like each other
+    symmetric: bool  # whether both mirror images fit so well that little tells them apart
     correlation: float  # of intensities where both show body, in [-1, 1]; NaN where no body overlaps
     histogram_distance: float  # of intensities where both surely show body, in [0, 1]; NaN where they do not
     outside: Mapping[int, float]  # fraction of each structure out of the field of view, in [0, 1], by label value
@@ -97,13 +100,14 @@ def fit_to_atlas(
         prepare(Volume(one, scan.grid), None, spacings[-1], name) for one in (data, np.ascontiguousarray(data[::-1]))
     ]
     (straight, cost), (mirrored, mirrored_cost) = (fit(side, annotated, spacings, settings, "cpu") for side in sides)
-    gain = (cost - mirrored_cost) / (2 * MISMATCH_PENALTY)  # of both scans
+    unlike = 2 * MISMATCH_PENALTY  # cost, of both scans
+    gain, symmetric = (cost - mirrored_cost) / unlike, max(cost, mirrored_cost) < _SYMMETRIC * unlike
     better, side = (mirrored, sides[1]) if gain > 0 else (straight, sides[0])
     correlation, distance = _compare_intensities(side, annotated, better, spacings[-1])
     outside = dict(zip(atlas.values, outside_fractions(atlas, better, scan.grid), strict=True))
     found = measure(side, annotated, better, spacings[-1])
     correlation = -correlation if inverted else correlation
-    return AtlasFit(found.confidence, float(found.weight.mean()), gain, correlation, distance, outside)
+    return AtlasFit(found.confidence, float(found.weight.mean()), gain, symmetric, correlation, distance, outside)
 
 
 def is_inverted(scan: Volume) -> bool:
