@@ -39,7 +39,7 @@ SETS = {"AbdMR": "abdomen", "AbdCT": "abdomen", "OASIS": "head", "Hippocampus": 
 #: Words of the warnings that name each kind; an empty scan may be refused, or be like nothing.
 NAMED = {
     "right": (),
-    "wrong part": ("hardly resembles",),
+    "wrong part": ("hardly resembles", "nothing of the atlas would be found"),
     "mirrored": ("to be swapped",),
     "wrong modality": ("modality", "inverted"),
     "empty": ("hardly resembles", "could not be fitted", "next to nothing", "all voxels"),

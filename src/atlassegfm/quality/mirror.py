@@ -35,6 +35,8 @@ _MIDDLE_AIR = 0.5
 #: the search finds a place for anything.
 _CORRELATION_WEIGHT, _LITTLE_SHARED = 0.3, 0.05
 _LEAST_RESEMBLANCE, _LEAST_WHERE_LITTLE_IS_SHARED = 0.28, 0.5
+#: Voxels over the atlas's field of view at most: a small crop has fine levels, on which a whole body takes minutes.
+_MOST_VOXELS = 600_000
 #: Largest fraction of the cost of unlike scans up to which both mirror images fit well.
 _SYMMETRIC = 0.5
 #: Distance of both distributions of intensities less this times their correlation; larger ones are of two modalities.
@@ -93,7 +95,9 @@ def fit_to_atlas(
     scan = canonical_scan(scan, name)
     inverted = is_inverted(scan)
     data = scan.data.max() - scan.data if inverted else scan.data
+    finest = (float(np.prod(atlas.image.grid.shape)) * atlas.image.grid.voxel_volume_mm3 / _MOST_VOXELS) ** (1 / 3)
     spacings = level_spacings_mm(scan.grid, (settings.coarse_voxels, settings.fine_voxels))
+    spacings = tuple(max(spacing, finest) for spacing in spacings)
     annotated = prepare(atlas.image, atlas.labels, spacings[-1], "atlas")
     # Both on one grid, which is its own mirror image, as if the header had the sides swapped.
     sides = [
