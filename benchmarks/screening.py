@@ -173,6 +173,7 @@ def check(data: Path, case: Case) -> dict[str, Any]:
         **asdict(case),
         "named": any(word in text for word in NAMED[case.kind] for text in alarms),
         "alarms": alarms,
+        "undecided": any("told apart" in one.text for one in report.findings),
         "read_as": report.kind,
         "figures": report.atlas and {**asdict(report.atlas), "inside_percent": None},
         "seconds": round(time.perf_counter() - start, 2),
@@ -180,13 +181,15 @@ def check(data: Path, case: Case) -> dict[str, Any]:
 
 
 def print_table(rows: Sequence[dict[str, Any]], key: Callable[[dict[str, Any]], str]) -> None:
-    """Print how many of each group were named, called something else, or passed."""
-    print("| cases of | cases | named | called something else | passed |\n|---|---:|---:|---:|---:|")
+    """Print how many of each group were found by name, called something else or passed; of those, sides undecided."""
+    print("| kind | cases | found | called something else | passed | of these sides undecided |")
+    print("|---|---:|---:|---:|---:|---:|")
     for group in dict.fromkeys(map(key, rows)):
         of_group = [row for row in rows if key(row) == group]
         named = sum(row["named"] for row in of_group)
-        passed = sum(not row["alarms"] for row in of_group)
-        print(f"| {group} | {len(of_group)} | {named} | {len(of_group) - named - passed} | {passed} |")
+        passed = [row for row in of_group if not row["alarms"]]
+        undecided, otherwise = sum(row["undecided"] for row in passed), len(of_group) - named - len(passed)
+        print(f"| {group} | {len(of_group)} | {named} | {otherwise} | {len(passed)} | {undecided} |")
 
 
 def main() -> None:
