@@ -611,6 +611,12 @@ class TestAgainstAnAtlas:
         assert "of the same modality" in one.text
         assert only(tmp_path / "query.nii.gz").findings == ()
 
+    def test_noise_is_not_fitted(self, atlas: Atlas, tmp_path: Path) -> None:
+        noise = np.random.default_rng(0).normal(0, 9, ROOM.shape).astype(np.float32)
+        report = against(saved(Volume(noise, ROOM), tmp_path), atlas)
+        assert finding(report, "next to nothing to register").severity == "warning"
+        assert report.atlas is None
+
     def test_another_modality(self, atlas: Atlas, tmp_path: Path) -> None:
         scan = OTHER.scan(ROOM)
         other = np.where(scan.data > 0, 40 + 300 * np.cos(scan.data / 25) ** 2, 0).astype(np.float32)

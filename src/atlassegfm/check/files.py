@@ -125,7 +125,7 @@ def _examine(
             more = [*intensity_findings(checked, volume.data.dtype, value_range, percentiles)]
             if atlas is None:
                 more += inversion_findings(checked)
-            else:
+            elif all(one.severity == "note" for one in more):  # there is something to fit
                 on_stage(f"fitting {name} to the atlas")
                 against, compared = compare_with_atlas(checked, atlas, name)
                 more += compared
