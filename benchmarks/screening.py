@@ -1,6 +1,6 @@
 """How many unsuitable scans ``check`` finds against an atlas, and how many right ones it suspects.
 
-python benchmarks/screening.py DATA [--workers N] [--limit N] [--rows FILE]
+python benchmarks/screening.py DATA [--workers N] [--limit N] [--kinds KIND,...] [--rows FILE]
 
 DATA is a folder of datasets in nnU-Net raw layout, as ../shared/data. 100 cases of each kind are made from it: scans of
 another part of the body, mirrored ones, ones of another modality, empty ones, and right ones. All but the empty are
