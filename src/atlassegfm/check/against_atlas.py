@@ -11,17 +11,19 @@ from ..core.image import Volume
 from ..quality import mirror
 from ..quality.coverage import CUT_FRACTION, OUTSIDE_FRACTION
 from .findings import AtlasReport, Finding, list_items, note, warning
-from .intensity import inversion_findings
+from .intensity import inversion_findings, modality_findings
 
-#: Natural logarithm of the ratio of costs (about 2 %) above which the better fit of the mirror image is reported.
-MIRRORED_GAIN = 0.02
+#: Gain above which the better fit of the mirror image is reported: of right scans it is below 0, but up to 0.015 in
+#: nearly symmetric anatomy, where some heads lean to the other side than most.
+MIRRORED_GAIN, SYMMETRIC_GAIN = 0.006, 0.02
 #: Correlation of the intensities of scan and atlas inside the body below which inverted contrast is reported.
 LEAST_CORRELATION = -0.3
 
 
 def compare_with_atlas(volume: Volume, atlas: Atlas, name: str) -> tuple[AtlasReport | None, list[Finding]]:
     """Compare sides, contrast and structures in view of a scan and an atlas; no report where they cannot be fitted."""
-    findings = inversion_findings(volume)
+    inverted = inversion_findings(volume)
+    findings = [*inverted, *modality_findings(volume, atlas.image)]
     try:
         found = mirror.fit_to_atlas(volume, atlas, name=name)
     except AtlasSegError as error:
@@ -32,6 +34,7 @@ def compare_with_atlas(volume: Volume, atlas: Atlas, name: str) -> tuple[AtlasRe
         round(found.resemblance, 3),
         round(found.mirrored_gain, 4),
         None if math.isnan(found.correlation) else round(found.correlation, 3),
+        None if math.isnan(found.histogram_distance) else round(found.histogram_distance, 3),
         {structure: round(100 * (1 - fraction), 1) for structure, fraction in outside},
     )
     if not found.resembles:  # nothing else is believed
@@ -41,23 +44,37 @@ def compare_with_atlas(volume: Volume, atlas: Atlas, name: str) -> tuple[AtlasRe
             "sides, contrast and field of view were not compared"
         )
         return report, [*findings, warning(text, "check that both show the same part of the body")]
-    return report, [*findings, *_fit_findings(found, inverted=bool(findings)), *_view_findings(outside)]
+    return report, [*findings, *_fit_findings(found, inverted=bool(inverted)), *_view_findings(outside)]
 
 
 def _fit_findings(found: mirror.AtlasFit, *, inverted: bool) -> Iterator[Finding]:
     """Findings on sides and contrast; ``inverted``: the scan alone shows that already."""
-    if found.mirrored_gain > MIRRORED_GAIN:
-        percent = 100 * math.expm1(found.mirrored_gain)
+    least = SYMMETRIC_GAIN if found.symmetric else MIRRORED_GAIN
+    if found.mirrored_gain > least:
         yield warning(
-            f"the mirror image fits the atlas better by {percent:.1f} %: left and right of the scan seem to be swapped "
-            "(or those of the atlas); organs would be looked for, and labelled, on the wrong side",
+            f"the mirror image fits the atlas better by {100 * found.mirrored_gain:.1f} % of what unlike scans differ "
+            "by (usually below 0): left and right of the scan seem to be swapped (or those of the atlas); organs would "
+            "be looked for, and labelled, on the wrong side",
             "compare with the original DICOM or a known side (liver, heart, a marker), and convert the scan again",
+        )
+    elif found.mirrored_gain > -least:
+        yield note(
+            f"the mirror image fits as well (better by {100 * found.mirrored_gain:.1f} %), as in nearly symmetric "
+            "anatomy: left and right cannot be told apart, and swapped sides would not be found for certain",
+            "look at a known side, if the header is not certain",
         )
     if not inverted and found.correlation < LEAST_CORRELATION:  # NaN, where no body overlaps, is not
         yield warning(
             f"what is bright in the atlas is dark in the scan (correlation {found.correlation:.2f}): if both are "
             "of the same modality, the intensities seem to be inverted, and the model would be misled",
             "turn them round (largest value minus each), unless it is another modality or sequence",
+        )
+    elif not inverted and found.other_modality:
+        yield warning(
+            "the intensities are not those of the atlas where both show body (distance of their distributions "
+            f"{found.histogram_distance:.2f}, correlation {found.correlation:.2f}): the scan seems to be of another "
+            "modality or sequence, which misleads model and gate",
+            "take an atlas of the scan's modality and sequence",
         )
 
 

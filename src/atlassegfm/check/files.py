@@ -122,10 +122,10 @@ def _examine(
                 text = f"the labels are stored as {volume.data.dtype}: they are read as whole numbers, and results are "
                 more.append(note(f"{text}written in the smallest integer type that holds them"))
         else:
-            more = [*intensity_findings(volume, value_range, percentiles)]
+            more = [*intensity_findings(checked, volume.data.dtype, value_range, percentiles)]
             if atlas is None:
                 more += inversion_findings(checked)
-            else:
+            elif all(one.severity == "note" for one in more):  # there is something to fit
                 on_stage(f"fitting {name} to the atlas")
                 against, compared = compare_with_atlas(checked, atlas, name)
                 more += compared

@@ -47,8 +47,9 @@ class AtlasReport:
 
     resembles: bool  # whether it seems to show the same part of the body; if not, the rest means nothing
     resemblance: float  # confidence of the fit, and the size of the correlation
-    mirrored_gain: float  # of the fit of the mirror image: natural logarithm of the ratio of costs
+    mirrored_gain: float  # of the fit of the mirror image, in [-1, 1]: 1 for scans that are nothing like each other
     correlation: float | None  # of intensities where both show body, in [-1, 1]; None where none overlaps
+    histogram_distance: float | None  # between their distributions, in [0, 1]; None where none overlaps
     inside_percent: dict[str, float]  # how much of each structure lies in the scan's field of view, by name
 
 

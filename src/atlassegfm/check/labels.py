@@ -17,10 +17,9 @@ from .findings import Finding, LabelReport, list_items, note, warning
 
 #: Most different values of a label map.
 _MOST_LABELS = 1024
-#: So few values are a label map whatever their neighbours: scans of five bits are not made.
-_FEW_LABELS = 32
-#: Least fraction of neighbouring voxels, background left out, that are equal in a label map.
-_LEAST_EQUAL = 0.5
+#: Least fraction of neighbouring voxels, background left out, that are equal in a label map, and in one of so few
+#: values that is mostly background: scans of five bits are noise.
+_LEAST_EQUAL, _FEW_LABELS, _LEAST_EQUAL_OF_FEW = 0.5, 32, 0.1
 #: Least fraction of whole numbers among nonzero values: label maps that were resampled smoothly keep them inside.
 _MOSTLY_WHOLE = 0.5
 #: A part is a stray island below this fraction of its structure.
@@ -44,18 +43,20 @@ def looks_like_labels(volume: Volume, value_range: tuple[float, ...]) -> bool:
             return False
         data = np.where(np.isfinite(data), np.round(data), 0)
     # A part has nearly as many different values as the whole, and is fast.
-    different = len(np.unique(data[tuple(slice(None, None, 1 + n // 128) for n in data.shape)]))
-    if different <= _FEW_LABELS:
-        return True
-    return different <= _MOST_LABELS and max(_equal_fraction(data, axis) for axis in range(3)) >= _LEAST_EQUAL
+    part = data[tuple(slice(None, None, 1 + n // 128) for n in data.shape)]
+    different, counts = np.unique(part, return_counts=True)
+    background = different[counts.argmax()]  # 0, or what a scan has around the body
+    few = len(different) <= _FEW_LABELS and 2 * counts.max() >= part.size
+    least = _LEAST_EQUAL_OF_FEW if few else _LEAST_EQUAL
+    return len(different) <= _MOST_LABELS and max(_equal_fraction(data, axis, background) for axis in range(3)) >= least
 
 
-def _equal_fraction(data: NDArray[Any], axis: int) -> float:
+def _equal_fraction(data: NDArray[Any], axis: int, background: float) -> float:
     """Fraction of neighbours along an axis, not both background, that have one value."""
     along = np.moveaxis(data, axis, 0)
     one, other = along[:-1], along[1:]
-    counted = int(np.count_nonzero((one != 0) | (other != 0)))
-    return int(np.count_nonzero((one == other) & (one != 0))) / max(counted, 1)
+    counted = int(np.count_nonzero((one != background) | (other != background)))
+    return int(np.count_nonzero((one == other) & (one != background))) / max(counted, 1)
 
 
 def label_reports(volume: Volume, path: Path) -> tuple[tuple[LabelReport, ...], list[Finding]]:

@@ -20,8 +20,8 @@ from ..transforms.maps import Affine
 if TYPE_CHECKING:
     from ..registration.pyramid import Scan
 
-#: Least product of the foreground fractions of a voxel in both scans to count as body of both.
-_BOTH_BODIES = 0.25
+#: Least product of the foreground fractions of a voxel in both scans to count as body of both, and surely so.
+_BOTH_BODIES, _SURELY_BOTH = 0.25, 0.7
 #: Percentiles taken for the ends of a scan's intensities; noise is beyond.
 _ENDS = (1.0, 99.0)
 #: Background is within this fraction of the intensity range from its end.
@@ -35,6 +35,12 @@ _MIDDLE_AIR = 0.5
 #: the search finds a place for anything.
 _CORRELATION_WEIGHT, _LITTLE_SHARED = 0.3, 0.05
 _LEAST_RESEMBLANCE, _LEAST_WHERE_LITTLE_IS_SHARED = 0.28, 0.5
+#: Voxels over the atlas's field of view at most: a small crop has fine levels, on which a whole body takes minutes.
+_MOST_VOXELS = 600_000
+#: Largest fraction of the cost of unlike scans up to which both mirror images fit well.
+_SYMMETRIC = 0.5
+#: Distance of both distributions of intensities less this times their correlation; larger ones are of two modalities.
+_MODALITY_CORRELATION_WEIGHT, _MODALITY_BOUND = 0.3, -0.005
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +49,10 @@ class AtlasFit:
 
     confidence: float  # of the better fit of scan and mirror image, in [0, 1]
     shared: float  # fraction of the field of view that is body in both
-    mirrored_gain: float  # natural logarithm of its cost over that of its mirror image: above 0, the latter fits better
+    mirrored_gain: float  # its cost less that of its mirror image, 1 for scans that are nothing like each other
+    symmetric: bool  # whether both mirror images fit so well that little tells them apart
     correlation: float  # of intensities where both show body, in [-1, 1]; NaN where no body overlaps
+    histogram_distance: float  # of intensities where both surely show body, in [0, 1]; NaN where they do not
     outside: Mapping[int, float]  # fraction of each structure out of the field of view, in [0, 1], by label value
 
     @property
@@ -62,6 +70,11 @@ class AtlasFit:
         """Whether the scan seems to show the same part of the body."""
         return self.resemblance >= self.least_resemblance
 
+    @property
+    def other_modality(self) -> bool:
+        """Whether the intensities seem to be those of another modality or sequence."""
+        return self.histogram_distance - _MODALITY_CORRELATION_WEIGHT * self.correlation > _MODALITY_BOUND  # not if NaN
+
 
 def fit_to_atlas(
     scan: Volume, atlas: Atlas, settings: RegistrationSettings | None = None, *, name: str = "the scan"
@@ -73,7 +86,7 @@ def fit_to_atlas(
     scan cannot be used, a :class:`.RegistrationError` if it shows nothing but background.
     """
     # Late: is_inverted() needs no PyTorch.
-    from ..registration.affine import fit
+    from ..registration.affine import MISMATCH_PENALTY, fit
     from ..registration.dissimilarity import measure
     from ..registration.pyramid import level_spacings_mm, prepare
     from .coverage import outside_fractions
@@ -82,20 +95,23 @@ def fit_to_atlas(
     scan = canonical_scan(scan, name)
     inverted = is_inverted(scan)
     data = scan.data.max() - scan.data if inverted else scan.data
+    finest = (float(np.prod(atlas.image.grid.shape)) * atlas.image.grid.voxel_volume_mm3 / _MOST_VOXELS) ** (1 / 3)
     spacings = level_spacings_mm(scan.grid, (settings.coarse_voxels, settings.fine_voxels))
+    spacings = tuple(max(spacing, finest) for spacing in spacings)
     annotated = prepare(atlas.image, atlas.labels, spacings[-1], "atlas")
     # Both on one grid, which is its own mirror image, as if the header had the sides swapped.
     sides = [
         prepare(Volume(one, scan.grid), None, spacings[-1], name) for one in (data, np.ascontiguousarray(data[::-1]))
     ]
     (straight, cost), (mirrored, mirrored_cost) = (fit(side, annotated, spacings, settings, "cpu") for side in sides)
-    gain = math.log(max(cost, 1e-9) / max(mirrored_cost, 1e-9))
+    unlike = 2 * MISMATCH_PENALTY  # cost, of both scans
+    gain, symmetric = (cost - mirrored_cost) / unlike, max(cost, mirrored_cost) < _SYMMETRIC * unlike
     better, side = (mirrored, sides[1]) if gain > 0 else (straight, sides[0])
-    correlation = _correlation(side, annotated, better, spacings[-1])
+    correlation, distance = _compare_intensities(side, annotated, better, spacings[-1])
     outside = dict(zip(atlas.values, outside_fractions(atlas, better, scan.grid), strict=True))
     found = measure(side, annotated, better, spacings[-1])
     correlation = -correlation if inverted else correlation
-    return AtlasFit(found.confidence, float(found.weight.mean()), gain, correlation, outside)
+    return AtlasFit(found.confidence, float(found.weight.mean()), gain, symmetric, correlation, distance, outside)
 
 
 def is_inverted(scan: Volume) -> bool:
@@ -112,14 +128,18 @@ def is_inverted(scan: Volume) -> bool:
     return bool(np.mean(middle >= bright) < _MIDDLE_AIR)
 
 
-def _correlation(query: Scan, atlas: Scan, query_to_atlas: Affine, spacing_mm: float) -> float:
-    """Pearson correlation of intensities where both scans show body; NaN if undefined."""
+def _compare_intensities(query: Scan, atlas: Scan, query_to_atlas: Affine, spacing_mm: float) -> tuple[float, float]:
+    """Pearson correlation of intensities where both scans show body, and distance of quantiles; NaN if undefined."""
     from ..registration.pyramid import frame_grid, on_grid
 
     grid = frame_grid(query.intensity.grid, spacing_mm)
     one, other = on_grid(query, grid, "cpu"), on_grid(atlas, grid, "cpu", query_to_atlas)
-    both = (one.weight * other.weight >= _BOTH_BODIES).numpy()
-    first, second = one.image.numpy()[both], other.image.numpy()[both]
+    both = (one.weight * other.weight).numpy()
+    first, second = (scan.image.numpy()[both >= _BOTH_BODIES] for scan in (one, other))
     if len(first) < 2 or first.std() == 0 or second.std() == 0:
-        return math.nan
-    return float(np.corrcoef(first, second)[0, 1])
+        return math.nan, math.nan
+    correlation, surely = float(np.corrcoef(first, second)[0, 1]), both >= _SURELY_BOTH
+    if not surely.any():
+        return correlation, math.nan
+    quantiles = [np.quantile(scan.image.numpy()[surely], np.linspace(0.02, 0.98, 49)) for scan in (one, other)]
+    return correlation, float(np.abs(quantiles[0] - quantiles[1]).mean())
