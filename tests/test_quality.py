@@ -18,7 +18,7 @@ from atlassegfm.quality import verdict
 from atlassegfm.quality.estimate import Regression, Term, regressions
 from atlassegfm.quality.evidence import Case, Evidence, gather
 from atlassegfm.quality.verdict import VERDICTS, explain, is_calibrated, judge, overall
-from atlassegfm.registration import Registration
+from atlassegfm.registration import Place, Registration
 from atlassegfm.registration.dissimilarity import Dissimilarity
 from atlassegfm.segment import segment
 from atlassegfm.settings import Settings
@@ -118,6 +118,37 @@ def test_dissimilarity_is_that_around_the_structure() -> None:
     assert evidence.dissimilarity_relative == pytest.approx(evidence.dissimilarity / difference.mean())
 
 
+def test_places_of_the_structure_search_are_evidence() -> None:
+    assert gather(case(cuboid()))[1].place_margin == 0
+    places = {1: Place(20.0, 1.5, 1.75, 60.0)}
+    registration = Registration(Affine.identity(), None, places=places)
+    assert gather(case(cuboid(), registration=registration))[1].place_margin == pytest.approx(0.25)
+    close = judge(NOTHING, "builtin", 0.6, place=Place(20.0, 1.5, 1.55, 60.0)).reason
+    assert "60 mm" in close
+    assert "60 mm" not in judge(NOTHING, "builtin", 0.6, place=places[1]).reason
+
+
+def test_a_structure_that_moved_against_the_others_is_apart() -> None:
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[2:6, 2:6, 2:6], labels[2:6, 12:16, 2:6], labels[12:16, 2:6, 2:6] = 1, 2, 3
+    moved = np.zeros_like(labels)
+    # All went one voxel along the first axis, the third five more along the second.
+    moved[3:7, 2:6, 2:6], moved[3:7, 12:16, 2:6], moved[13:17, 7:11, 2:6] = 1, 2, 3
+    warped = {n: LocalMap.from_full((moved == n).astype(np.float32)) for n in (1, 2, 3)}
+    found = gather(case(cuboid(), labels=moved, atlas_labels=Volume(labels, GRID), warped=warped))
+    size = (64 * GRID.voxel_volume_mm3) ** (1 / 3)
+    assert found[1].apart == found[2].apart == pytest.approx(0, abs=1e-6)
+    assert found[3].apart == pytest.approx(5 * GRID.spacing_mm[1] / size)
+    assert found[1].displacement == pytest.approx(GRID.spacing_mm[0] / size)
+
+
+def test_blur_is_where_members_of_the_ensemble_disagree() -> None:
+    assert gather(case(cuboid()))[1].blur == 0
+    half = cuboid().astype(np.float32)
+    half[half > 0] = np.where(np.arange(int(half.sum())) % 4 == 0, 0.5, 1)
+    assert gather(case(cuboid(), warped=half))[1].blur == pytest.approx(0.25)
+
+
 def test_structures_that_are_not_there_have_no_evidence() -> None:
     assert gather(case(np.zeros(SHAPE, bool))) == {}
 
@@ -142,7 +173,7 @@ NOTHING = Evidence(**dict.fromkeys((field.name for field in fields(Evidence)), 0
 
 def test_estimate_is_linear_within_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     terms = {"agreement": Term(0.9, 0.05, 0.04), "displacement": Term(0.2, 0.1, -0.06)}
-    monkeypatch.setattr(verdict, "regressions", lambda: {"model": Regression(0.8, 0.1, 0.05, terms)})
+    monkeypatch.setattr(verdict, "regressions", lambda: {"model": Regression(0.8, 0.1, 0.05, 0.78, 0.62, terms)})
     evidence = replace(NOTHING, agreement=0.95, displacement=0.1)
     found = judge(evidence, "builtin", 0.6)
     assert (found.verdict, found.estimated_dice) == ("good", pytest.approx(0.8 + 0.04 + 0.06))

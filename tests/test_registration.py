@@ -532,12 +532,10 @@ def test_contrast_of_structures_is_compared() -> None:
     scan, labels = scenes.ATLAS.scan(grid), scenes.ATLAS.labels(grid)
     # The liver, by far the largest structure, is dark in the other scan.
     dark = Volume(np.where(labels.data == 1, scan.data / 4, scan.data).astype(np.float32), grid)
-    field = DisplacementField(grid, np.zeros((3, *grid.shape), np.float32))
 
     def difference(query: Volume) -> float:
-        prepared = pyramid.prepare(query, None, 2.0, "query"), pyramid.prepare(scan, labels, 2.0, "atlas")
-        pair = Pair(query, scan, *prepared, labels)
-        return instance._contrast_difference(pair, labels, field, Affine.identity())
+        prepared = pyramid.prepare(query, None, 4.0, "query"), pyramid.prepare(scan, labels, 4.0, "atlas")
+        return structures.fit(*prepared, labels, Affine.identity(), 4.0, "cpu").contrast_difference
 
     assert difference(scan) < 0.01
     assert difference(dark) > 0.2
@@ -553,7 +551,7 @@ def test_where_contrast_differs_the_fit_is_contrast_robust(monkeypatch: pytest.M
     dark = Volume(np.where(organs.data == 1, fixed.data / 4, fixed.data).astype(np.float32), grid)
     fit, asked = structures.fit, []
 
-    def noted(*args: Any, brightness: bool = True) -> DisplacementField | None:
+    def noted(*args: Any, brightness: bool = True) -> structures.Search:
         asked.append(brightness)
         return fit(*args, brightness=brightness)
 

@@ -372,7 +372,7 @@ def test_search_moves_each_structure_in_world_mm(name: str) -> None:
         Affine.identity(),
         5.0,
         "cpu",
-    )
+    ).field
     assert field is not None
     missed = np.linalg.norm(field.map(np.array(there)) - here, axis=1)
     assert missed.max() < 5
@@ -384,4 +384,5 @@ def test_no_structure_in_view_gives_no_field() -> None:
     scan, labels = Volume(atlas, grid), Volume(mask.astype(np.uint8), grid)
     prepared = pyramid.prepare(scan, None, 1.0, "query"), pyramid.prepare(scan, labels, 1.0, "atlas")
     away = Affine(affine_of(np.eye(3), (200.0, 0.0, 0.0)))
-    assert structures.fit(*prepared, labels, away, 1.0, "cpu") is None
+    found = structures.fit(*prepared, labels, away, 1.0, "cpu")
+    assert (found.field, found.places, found.contrast_difference) == (None, {}, 0)
