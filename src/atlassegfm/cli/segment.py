@@ -67,6 +67,11 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
         min=1,
     )
     force: bool = flag("--force", "Segment all queries again, also those whose result is there already.")
+    second_pass: bool = option(
+        "--second-pass/--no-second-pass",
+        "Try structures that are not good again, with another scan of the cohort as the atlas; from five scans on.",
+        True,
+    )
     shard: str | None = option("--shard I/N", "Run the I-th of N parts of the queries, as one job of a job array.")
     cluster: str | None = option(
         "--cluster local|slurm|tcp://HOST:PORT",
@@ -98,7 +103,7 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
         from ..jobs import RunOptions, parse_shard
 
         shard = None if self.shard is None else parse_shard(self.shard)
-        return RunOptions(self.force, shard, self.workers or 1, self.cluster)
+        return RunOptions(self.force, shard, self.workers or 1, self.cluster, self.second_pass)
 
     def other_inputs(self) -> list[Path]:
         """Files that are read besides the queries: no result may overwrite them."""
@@ -206,13 +211,14 @@ def _is_single(options: SegmentOptions, cases: list[Case]) -> bool:
 def _run(options: SegmentOptions, cases: list[Case], work: SegmentWork, context: Context, session: Session) -> Outcome:
     from ..core.progress import query_steps
     from ..jobs import run
+    from ..jobs.second_pass import FEWEST_CASES
     from ..settings import NO_MODEL
 
     runner, workers = _runner(work, context, options, session, len(cases))
     steps = query_steps(model=work.settings.model != NO_MODEL, gate=context.gate is None)
     progress = RunProgress(session, options.out, steps)
     batch = replace(options.batch(), workers=workers)
-    if workers > 1 or options.cluster is not None:
+    if workers > 1 or options.cluster is not None or len(cases) >= FEWEST_CASES:
         batch = replace(batch, prepare=lambda work: work.with_gate(context, session.progress))
     try:
         return run(cases, work, runner, progress, batch)
