@@ -56,8 +56,8 @@ def print_plan(plan: Outcome, scans: Scans, out: Path, *, as_json: bool) -> None
     typer.echo(f"{count} -> {out}: {plan.kept} kept, {plan.count('left')} to segment ({time}); nothing was done")
 
 
-def print_outcome(outcome: Outcome, out: Path, *, as_json: bool) -> None:
-    """Print the outcome of a run."""
+def print_outcome(outcome: Outcome, out: Path, table: str, *, as_json: bool) -> None:
+    """Print the outcome of a run, and where its table is."""
     done = [row for row in outcome.rows.values() if row.state == "done"]
     if as_json:
         results = [{"kept": row.kept, **_result(row.case, out)} for row in done]
@@ -83,7 +83,7 @@ def print_outcome(outcome: Outcome, out: Path, *, as_json: bool) -> None:
         f"{count}: {outcome.count('done')} done (of them {outcome.kept} kept), "
         f"{outcome.count('failed')} failed{left}, in {duration(outcome.wall_seconds)} -> {out}"
     )
-    typer.echo(f"table     {out / 'cohort.csv'}")
+    typer.echo(f"table     {out / table}.csv")
     if first := _look_first(runs):
         typer.echo(f"look first at  {first}")
 

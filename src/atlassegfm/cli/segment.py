@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
         "nifti",
     )
     flat: Path | None = option("--flat DIR", "Also write DIR/CASE.nii.gz and dataset.json, the layout of nnU-Net.")
+    csv: Path | None = option("--csv FILE", "Also write the table of all structures and cases there.")
     dry_run: bool = flag("--dry-run", "List what would be done, under which names, and what is left out; do nothing.")
     workers: int | None = option(
         "--workers N",
@@ -93,6 +95,8 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
             parse_options(self.cluster_options or ())
         if self.cluster_options and self.cluster != "slurm":
             raise InputError("--cluster-option: is for --cluster slurm; leave it out, or say which cluster")
+        if self.csv is not None and (self.csv.is_dir() or not self.csv.parent.is_dir()):
+            raise InputError(f"--csv {self.csv}: expected the name of a file in a folder that exists, ending in .csv")
         if self.flat is not None and "nifti" not in split_list(self.formats, "--format"):
             raise InputError("--flat: copies the NIfTI files; add nifti to --format")
         if self.context is not None and self.out.resolve().is_relative_to(self.context.resolve()):
@@ -127,7 +131,7 @@ def segment(options: SegmentOptions) -> None:
         # Imported here: PyTorch is loaded below, and errors above come at once.
         from .. import jobs
         from ..core.device import resolve_device
-        from ..core.files import output_folder
+        from ..core.files import atomic_path, output_folder
         from ..jobs.run import plan_of
 
         inputs = options.other_inputs()
@@ -166,8 +170,11 @@ def segment(options: SegmentOptions) -> None:
                 from ..jobs.flat import write_flat
 
                 write_flat([row.case.name for row in outcome.rows.values() if row.state == "done"], work, options.flat)
+    if options.csv is not None:
+        with atomic_path(options.csv) as temporary:
+            shutil.copyfile(options.out / f"{options.batch().summary}.csv", temporary)
     if not _is_single(options, cases) or (outcome.failed and options.as_json):
-        print_outcome(outcome, options.out, as_json=options.as_json)
+        print_outcome(outcome, options.out, options.batch().summary, as_json=options.as_json)
     elif not outcome.failed:
         print_result(cases[0], options.out, as_json=options.as_json)
     if page is not None and not options.as_json:

@@ -76,6 +76,11 @@ class RunOptions:
     #: Called once with the work, if there is any to do, before it goes to others; gives the work as they get it.
     prepare: Callable[[SegmentWork], SegmentWork] = lambda work: work
 
+    @property
+    def summary(self) -> str:
+        """Name of the summary and the table, without ending."""
+        return "cohort" if self.shard is None else f"cohort-{self.shard.number}-of-{self.shard.count}"
+
 
 def run(
     cases: Sequence[Case], work: SegmentWork, runner: Runner, watcher: RunWatcher, options: RunOptions = RunOptions()
@@ -149,8 +154,7 @@ def write_summary(outcome: Outcome, work: SegmentWork, options: RunOptions) -> N
 
     Without shards, results of earlier commands in the folder are listed too, marked as such.
     """
-    shard = options.shard
-    name = "cohort" if shard is None else f"cohort-{shard.number}-of-{shard.count}"
+    shard, name = options.shard, options.summary
     names = {row.case.name for row in outcome.rows.values()}
     earlier = [] if shard is not None else sorted(path.parent.name for path in work.out.glob(f"*/{STATUS}"))
     records = [_case_record(row, work.out) for row in outcome.rows.values()]

@@ -36,7 +36,7 @@ from .work import Row, SegmentWork, Worker, redact, warnings_on
 logger = logging.getLogger(__name__)
 
 #: Fewest results of a cohort that help each other, and the largest fraction of them that is tried again.
-FEWEST_CASES, MOST_TRIED = 5, 0.3
+FEWEST_CASES, MOST_TRIED = 5, 0.25
 #: The estimated Dice of a structure that is taken over is higher by at least this.
 LEAST_GAIN = 0.05
 #: Largest fraction of a structure that is taken over which lies on good structures; it stays theirs.
@@ -268,13 +268,13 @@ def choose(
 def merge(
     run: RunRecord, result: Segmentation, better: Mapping[int, StructureRecord], labels: Volume
 ) -> tuple[Volume, set[int]]:
-    """Put structures of a second result into the labels of the first; good ones keep their voxels.
+    """Put structures of a second result into the labels of the first; only failed ones lose voxels to them.
 
     Gives also the values of all structures that changed.
     """
-    good = [one.value for one in run.structures if First.of(one).is_good]
+    kept = [one.value for one in run.structures if First.of(one).verdict != "failed"]
     data = np.where(np.isin(labels.data, [*better]), 0, labels.data).astype(labels.data.dtype)
-    taken = np.isin(result.labels.data, [*better]) & ~np.isin(data, good)
+    taken = np.isin(result.labels.data, [*better]) & ~np.isin(data, kept)
     changed = {*better, *np.unique(data[taken]).tolist()} - {0}
     data[taken] = result.labels.data[taken]
     return Volume(data, labels.grid, labels.source), changed
