@@ -28,7 +28,6 @@ from atlassegfm.jobs.second_pass import (
     SecondPass,
     Try,
     choose,
-    good_volumes,
     mended_run,
     merge,
     plan_second_pass,
@@ -284,7 +283,7 @@ def write_run(out: Path, name: str, kidney: float, *, volume: float = 50.0, conf
 
 
 def planned(cases: list[Case], work: SegmentWork) -> list[tuple[str, str]]:
-    return [(one.case.name, one.donor.name) for one in plan_second_pass(cases, work)]
+    return [(one.case.name, one.donor.name) for one in plan_second_pass(cases, work)[0]]
 
 
 def test_the_worst_are_tried_first_with_the_donor_most_alike(tmp_path: Path) -> None:
@@ -303,7 +302,7 @@ def test_mended_results_do_not_change_the_plan(tmp_path: Path) -> None:
     cases = [write_run(tmp_path, f"d{n}", 0.9, volume=40 + 5 * n) for n in range(6)]
     cases += [write_run(tmp_path, "bad", 0.4, volume=54), write_run(tmp_path, "worse", 0.2, volume=46)]
     work = make_work(tmp_path)
-    expected, volumes = planned(cases, work), good_volumes(cases, work)
+    expected, volumes = planned(cases, work), plan_second_pass(cases, work)[1]
     path = tmp_path / "worse/run.json"
     run = RunRecord.read(path)
     (kidney,) = (one for one in run.structures if one.value == KIDNEY)
@@ -315,7 +314,7 @@ def test_mended_results_do_not_change_the_plan(tmp_path: Path) -> None:
     mended.write(path)
     assert mended.verdict == "good"
     assert planned(cases, work) == expected
-    assert good_volumes(cases, work) == volumes
+    assert plan_second_pass(cases, work)[1] == volumes
     first = {one.value: First.of(one) for one in mended.structures}
     assert (first[KIDNEY].verdict, first[KIDNEY].estimate, first[KIDNEY].volume_ml) == ("failed", 0.2, 46)
 

@@ -14,7 +14,7 @@ from ..core.errors import InputError
 from ..core.files import disk_errors, remove_unfinished
 from ..records import STATUS, CaseRecord, CohortRecord, State, StatusRecord
 from .plan import Case, Shard
-from .second_pass import SecondPass, good_volumes, plan_second_pass
+from .second_pass import SecondPass, plan_second_pass
 from .store import why_to_compute
 from .table import read_run, write_table
 from .work import Row, SegmentWork, Watcher
@@ -122,12 +122,12 @@ def _try_again(
 ) -> None:
     """Run the second pass; what it did goes to the results, the outcome gets their warnings."""
     done = [row.case for row in outcome.rows.values() if row.state == "done"]
-    planned = plan_second_pass(done, work)
+    planned, volumes = plan_second_pass(done, work)
     tries = [one for one in planned if StatusRecord.read(work.out / one.case.name / STATUS).second_pass is None]
     if not tries:
         return
     watcher.again(len(tries))
-    second = SecondPass.after(prepared(), tries, good_volumes(done, work))
+    second = SecondPass.after(prepared(), tries, volumes)
     with closing(runner(second, [one.case for one in tries], watcher)) as all_ended:
         for ended in all_ended:
             if ended.disk_full:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..atlas import Atlas
 from ..context import Context
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 FEWEST_CASES, MOST_TRIED = 5, 0.25
 #: The estimated Dice of a structure that is taken over is higher by at least this.
 LEAST_GAIN = 0.05
-#: Largest fraction of a structure that is taken over which lies on good structures; it stays theirs.
+#: Largest fraction of a structure that is taken over which lies on others that keep their voxels.
 MOST_SHARED = 0.2
 
 
@@ -75,70 +76,95 @@ class First(NamedTuple):
         return self.status == "present" and self.verdict == "good"
 
     @property
+    def is_whole(self) -> bool:
+        """Whether its volume counts: good, and not cut by the field of view."""
+        return self.is_good and not self.is_cut and self.volume_ml > 0
+
+    @property
     def is_wanted(self) -> bool:
         """Whether it is to be mended."""
         return self.status != "outside" and self.verdict in ("review", "failed")
 
 
-def plan_second_pass(cases: Sequence[Case], work: SegmentWork) -> list[Try]:
+#: Volumes, ml, of each structure where it is good and whole, by label value.
+Volumes = Mapping[int, tuple[float, ...]]
+
+
+def plan_second_pass(cases: Sequence[Case], work: SegmentWork) -> tuple[list[Try], Volumes]:
     """Choose the cases to try again, those with the lowest estimates first, and the case that helps each.
 
-    ``cases`` are those with a result. Whether one was tried or mended already does not matter here.
+    ``cases`` are those with a result. Whether one was tried or mended already does not matter here. Gives also the
+    volumes of good structures.
     """
     if len(cases) < FEWEST_CASES or not is_calibrated(work.settings, transform_given=False):
-        return []
-    read = ((case, read_run(work.out / case.name)) for case in cases if case.transform is None)
-    runs = {case.name: (case, run) for case, run in sorted(read, key=lambda one: one[0].name) if run is not None}
-    first = {name: {one.value: First.of(one) for one in run.structures} for name, (_, run) in runs.items()}
-    poor = {name: [one.estimate for one in found.values() if one.is_wanted] for name, found in first.items()}
-
-    def hope(name: str) -> tuple[bool, float, str]:
-        """Scans that hardly resemble the atlas come last."""
-        confidence = runs[name][1].registration.confidence
-        return confidence is not None and confidence < LEAST_CONFIDENCE, min(poor[name]), name
-
-    chosen = sorted((name for name in runs if poor[name]), key=hope)[: int(MOST_TRIED * len(cases))]
+        return [], {}
+    read = ((case, read_run(work.out / case.name)) for case in sorted(cases, key=lambda case: case.name))
+    found = [(case, run) for case, run in read if run is not None and case.transform is None]
+    if not found:
+        return [], {}
+    cohort = _Cohort.of([run for _, run in found])
+    lowest = np.where(cohort.wanted, cohort.estimates, np.inf).min(axis=1)
+    # Scans that hardly resemble the atlas come last; equal ones stay in the order of their names.
+    order = [int(n) for n in np.lexsort((lowest, cohort.is_other)) if np.isfinite(lowest[n])]
+    chosen = order[: int(MOST_TRIED * len(cases))]
+    donors = np.setdiff1d(np.arange(len(found)), chosen)
     tries = []
-    for name in chosen:
-        case, run = runs[name]
-        wanted = {value for value, one in first[name].items() if one.is_wanted}
-        ranked = []
-        for other in runs.keys() - set(chosen):
-            usable = {value for value in wanted if value in first[other] and first[other][value].is_good}
-            if usable:
-                estimate = sum(first[other][value].estimate for value in usable) / len(usable)
-                far = _distance(first[name], first[other]) + _distance_of_sizes(run, runs[other][1])
-                ranked.append((-len(usable), round(far + 1 - estimate, 6), other, usable))
-        if ranked:
-            *_, other, usable = min(ranked)
-            tries.append(Try(case, runs[other][0], tuple(sorted(usable))))
-    return tries
+    for n in chosen:
+        usable = cohort.good[donors] & cohort.wanted[n]
+        if usable.any():
+            best = np.lexsort((cohort.distances(n, donors, usable), -usable.sum(axis=1)))[0]
+            wanted = tuple(value for value, is_it in zip(cohort.values, usable[best], strict=True) if is_it)
+            tries.append(Try(found[n][0], found[donors[best]][0], wanted))
+    return tries, {value: _known(volumes) for value, volumes in zip(cohort.values, cohort.volumes.T, strict=True)}
 
 
-def _distance(one: Mapping[int, First], other: Mapping[int, First]) -> float:
-    """Mean difference of log volumes of structures good in both; 1 where there are none."""
-    both = [(one[value], other[value]) for value in one.keys() & other.keys()]
-    whole = [pair for pair in both if all(found.is_good and not found.is_cut and found.volume_ml for found in pair)]
-    logs = [abs(math.log(a.volume_ml / b.volume_ml)) for a, b in whole]
-    return math.fsum(logs) / len(logs) if logs else 1.0
+def _known(volumes: NDArray[np.float64]) -> tuple[float, ...]:
+    return tuple(volumes[~np.isnan(volumes)].tolist())
 
 
-def _distance_of_sizes(one: RunRecord, other: RunRecord) -> float:
-    """Mean difference of the log scales of both linear registrations to the atlas."""
-    matrices = np.array([run.registration.linear_query_to_atlas_mm for run in (one, other)])[:, :3, :3]
-    scales = np.log(np.linalg.svd(matrices, compute_uv=False))
-    return float(np.abs(scales[0] - scales[1]).mean())
+@dataclass(frozen=True)
+class _Cohort:
+    """What the first pass found, as arrays of cases and structures."""
 
+    values: tuple[int, ...]
+    good: NDArray[np.bool_]
+    wanted: NDArray[np.bool_]
+    estimates: NDArray[np.float64]
+    volumes: NDArray[np.float64]  # ml, where they are good and whole; else NaN
+    scales: NDArray[np.float64]  # logarithms of the linear registration's, three a case
+    is_other: NDArray[np.bool_]  # whether the scan hardly resembles the atlas
 
-def good_volumes(cases: Sequence[Case], work: SegmentWork) -> dict[int, tuple[float, ...]]:
-    """Collect the volumes, ml, of each structure where it is good and whole."""
-    found: dict[int, list[float]] = {}
-    for run in (read_run(work.out / case.name) for case in cases):
-        for one in () if run is None else run.structures:
-            first = First.of(one)
-            if first.is_good and not first.is_cut and first.volume_ml:
-                found.setdefault(one.value, []).append(first.volume_ml)
-    return {value: tuple(sorted(volumes)) for value, volumes in found.items()}
+    @classmethod
+    def of(cls, runs: Sequence[RunRecord]) -> _Cohort:
+        """Collect it."""
+        values = tuple(sorted({one.value for run in runs for one in run.structures}))
+        nothing = First("outside", None, 0.0, 0.0, False)
+        tables = [{one.value: First.of(one) for one in run.structures} for run in runs]
+        rows = [[table.get(value, nothing) for value in values] for table in tables]
+        confidences = [run.registration.confidence for run in runs]
+        matrices = [np.array(run.registration.linear_query_to_atlas_mm)[:3, :3] for run in runs]
+        return cls(
+            values,
+            np.array([[one.is_good for one in row] for row in rows]),
+            np.array([[one.is_wanted for one in row] for row in rows]),
+            np.array([[one.estimate for one in row] for row in rows]),
+            np.array([[one.volume_ml if one.is_whole else math.nan for one in row] for row in rows]),
+            np.log([np.linalg.svd(one, compute_uv=False) for one in matrices]),
+            np.array([one is not None and one < LEAST_CONFIDENCE for one in confidences]),
+        )
+
+    def distances(self, n: int, donors: NDArray[np.intp], usable: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Tell how unlike case ``n`` the donors are, and how far their usable structures are from certain.
+
+        Mean differences of log volumes (1 where no structure is good in both) and of log scales, and 1 less the mean
+        estimate.
+        """
+        apart = np.abs(np.log(self.volumes[donors] / self.volumes[n]))
+        both = ~np.isnan(apart)
+        volumes = np.where(both, apart, 0).sum(axis=1) / np.maximum(both.sum(axis=1), 1) + ~both.any(axis=1)
+        scales = np.abs(self.scales[donors] - self.scales[n]).mean(axis=1)
+        certain = np.where(usable, self.estimates[donors], 0).sum(axis=1) / np.maximum(usable.sum(axis=1), 1)
+        return np.asarray((volumes + scales + 1 - certain).round(6))
 
 
 @dataclass(frozen=True)
@@ -146,10 +172,10 @@ class SecondPass(SegmentWork):
     """Second pass over some cases; goes to other processes and machines as the first does."""
 
     tries: Mapping[str, Try] = field(default_factory=dict)  # by name of the case
-    volumes: Mapping[int, tuple[float, ...]] = field(default_factory=dict)  # as good_volumes gives them
+    volumes: Volumes = field(default_factory=dict)
 
     @classmethod
-    def after(cls, work: SegmentWork, tries: Sequence[Try], volumes: Mapping[int, tuple[float, ...]]) -> SecondPass:
+    def after(cls, work: SegmentWork, tries: Sequence[Try], volumes: Volumes) -> SecondPass:
         """Build it from the work of the first pass."""
         shared: dict[str, Any] = {one.name: getattr(work, one.name) for one in fields(SegmentWork)}
         return cls(**shared, tries={one.case.name: one for one in tries}, volumes=volumes)
@@ -238,31 +264,35 @@ class _Mender(Worker):
 
 
 def choose(
-    run: RunRecord, result: Segmentation, tried: Try, labels: Volume, volumes: Mapping[int, tuple[float, ...]]
+    run: RunRecord, result: Segmentation, tried: Try, labels: Volume, volumes: Volumes
 ) -> tuple[dict[int, StructureRecord], str]:
     """Choose the structures of a second result that are taken over, by label value; and why none is.
 
-    ``labels`` are those of the first; ``volumes`` as :func:`good_volumes` gives them.
+    ``labels`` are those of the first; ``volumes`` those of the cohort.
     """
     if not result.registration.confidence >= LEAST_CONFIDENCE:
         return {}, f"confidence of the registration with {tried.donor.name} is {result.registration.confidence:.2f}"
-    better, against = {}, []
-    first = {one.value: First.of(one) for one in run.structures}
-    good = [value for value, one in first.items() if one.is_good]
-    for new in map(structure_record, result.structures):
-        if new.value not in tried.wanted:
-            continue
-        found, inside = First.of(new), result.labels.data == new.value
-        gain = found.estimate - first[new.value].estimate
-        if found.status != "present" or gain < LEAST_GAIN:
+    better, against, first = {}, [], {one.value: First.of(one) for one in run.structures}
+    for new in (structure_record(one) for one in result.structures if one.structure.value in tried.wanted):
+        found = First.of(new)
+        if found.status != "present" or found.estimate - first[new.value].estimate < LEAST_GAIN:
             against.append(f"{new.name}: the estimate is no better ({found.estimate:.2f})")
-        elif np.isin(labels.data[inside], good).mean() > MOST_SHARED:
-            against.append(f"{new.name}: lies on good structures")
         elif not found.is_cut and outliers(np.array([*volumes.get(new.value, ()), found.volume_ml]))[-1]:
             against.append(f"{new.name}: {found.volume_ml:.1f} ml are unlike the volumes of the cohort")
         else:
             better[new.value] = new
+    while lost := [value for value in better if _shared(value, _kept(run, better), result, labels) > MOST_SHARED]:
+        against += [f"{better.pop(value).name}: lies on other structures" for value in lost]
     return better, listed(against, 4, "; ")
+
+
+def _kept(run: RunRecord, better: Mapping[int, StructureRecord]) -> list[int]:
+    """Structures that lose no voxel: all but those that failed, or are replaced."""
+    return [one.value for one in run.structures if one.value not in better and First.of(one).verdict != "failed"]
+
+
+def _shared(value: int, kept: Sequence[int], result: Segmentation, labels: Volume) -> float:
+    return float(np.isin(labels.data[result.labels.data == value], kept).mean())
 
 
 def merge(
@@ -272,9 +302,8 @@ def merge(
 
     Gives also the values of all structures that changed.
     """
-    kept = [one.value for one in run.structures if First.of(one).verdict != "failed"]
     data = np.where(np.isin(labels.data, [*better]), 0, labels.data).astype(labels.data.dtype)
-    taken = np.isin(result.labels.data, [*better]) & ~np.isin(data, kept)
+    taken = np.isin(result.labels.data, [*better]) & ~np.isin(data, _kept(run, better))
     changed = {*better, *np.unique(data[taken]).tolist()} - {0}
     data[taken] = result.labels.data[taken]
     return Volume(data, labels.grid, labels.source), changed
