@@ -153,6 +153,22 @@ class PlaceRecord(Record):
     second_distance_mm: float | None = Field(description="Between the two places.")
 
 
+class MendedRecord(Record):
+    """A structure taken from the second pass, and what the first pass had found."""
+
+    donor: str = Field(description="Case of the same cohort whose result served as the atlas.")
+    status: Status
+    verdict: Verdict | None
+    estimated_dice: float | None
+    volume_ml: float
+
+    @property
+    def remark(self) -> str:
+        """Where it is from and why, in a clause."""
+        found = "" if self.estimated_dice is None else f", estimated Dice {self.estimated_dice:.2f}"
+        return f"from the second pass, with case {self.donor} as the atlas (before: {self.verdict}{found})"
+
+
 class StructureRecord(Record):
     """Outcome for one structure."""
 
@@ -165,6 +181,7 @@ class StructureRecord(Record):
     place: PlaceRecord | None = None
     prompt: PromptRecord | None
     quality: QualityRecord | None
+    mended: MendedRecord | None = Field(default=None, description="Null where the first pass found it.")
 
     @property
     def cut(self) -> str:
@@ -193,6 +210,20 @@ class RunRecord(Record):
     dicom: dict[str, Any] | None = Field(default=None, description="Name and comparison when read back, for each file.")
     probability: tuple[str, ...] | None = Field(default=None, description="Structures of probability.nii.gz, in order.")
 
+    @property
+    def is_judged(self) -> bool:
+        """Whether estimates and the bound of the confidence hold."""
+        return any(one.quality is not None and one.quality.estimated_dice is not None for one in self.structures)
+
+
+class SecondPassRecord(Record):
+    """What the second pass did for a case: it is tried once."""
+
+    donor: str = Field(description="Case of the same cohort whose result served as the atlas.")
+    mended: tuple[str, ...] = Field(default=(), description="Names of the structures that were taken over.")
+    reason: str = Field(default="", description="Why none was.")
+    seconds: float = 0.0
+
 
 class StatusRecord(Record):
     """``status.json``: how a case went."""
@@ -208,6 +239,7 @@ class StatusRecord(Record):
     seconds: dict[str, float] = Field(default_factory=dict, description="Wall time of each stage.")
     registration_seconds: dict[str, float] = Field(default_factory=dict)
     provenance: Provenance | None = Field(default=None, description="Null for a failure.")
+    second_pass: SecondPassRecord | None = Field(default=None, description="Null where there was none.")
 
 
 class CaseRecord(Record):
@@ -226,6 +258,7 @@ class CaseRecord(Record):
     verdict: Verdict | None = None
     """Worst of its structures; null without a result, or where none is judged."""
 
+    mended: dict[str, str] = Field(default_factory=dict, description="Case each structure was mended with, by name.")
     in_run: bool = True
     """Whether this command had the case; if not, its result is of an earlier one."""
 

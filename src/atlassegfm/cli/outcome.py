@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ _LISTED = 50
 _LONGEST_REMARK = 160
 #: Structures named in a row of the table.
 _NAMED = 4
+#: Cases to look at first, and structures named of each.
+_LOOK_FIRST, _NAMED_FIRST = 5, 2
 
 
 def print_plan(plan: Outcome, scans: Scans, out: Path, *, as_json: bool) -> None:
@@ -53,8 +56,8 @@ def print_plan(plan: Outcome, scans: Scans, out: Path, *, as_json: bool) -> None
     typer.echo(f"{count} -> {out}: {plan.kept} kept, {plan.count('left')} to segment ({time}); nothing was done")
 
 
-def print_outcome(outcome: Outcome, out: Path, *, as_json: bool) -> None:
-    """Print the outcome of a run."""
+def print_outcome(outcome: Outcome, out: Path, table: str, *, as_json: bool) -> None:
+    """Print the outcome of a run, and where its table is."""
     done = [row for row in outcome.rows.values() if row.state == "done"]
     if as_json:
         results = [{"kept": row.kept, **_result(row.case, out)} for row in done]
@@ -80,11 +83,27 @@ def print_outcome(outcome: Outcome, out: Path, *, as_json: bool) -> None:
         f"{count}: {outcome.count('done')} done (of them {outcome.kept} kept), "
         f"{outcome.count('failed')} failed{left}, in {duration(outcome.wall_seconds)} -> {out}"
     )
-    typer.echo(f"table     {out / 'cohort.csv'}")
+    typer.echo(f"table     {out / table}.csv")
+    if first := _look_first(runs):
+        typer.echo(f"look first at  {first}")
+
+
+def _look_first(runs: Mapping[str, RunRecord | None]) -> str:
+    """List the cases with the worst verdicts, then the lowest estimates, and their structures that are not good."""
+    ranked = []
+    for name, run in runs.items():
+        poor = {}
+        for one in () if run is None else run.structures:
+            if one.quality is not None and one.quality.verdict in ("review", "failed") and one.status != "outside":
+                poor[one.quality.verdict == "review", one.quality.estimated_dice or 0.0, one.value] = one
+        if poor:
+            worst = [f"{one.name} {one.quality and one.quality.verdict}" for _, one in sorted(poor.items())]
+            ranked.append((min(poor), name, listed(worst, _NAMED_FIRST)))
+    return ", ".join(f"{name} ({worst})" for _, name, worst in sorted(ranked)[:_LOOK_FIRST])
 
 
 def _remark(row: Row, run: RunRecord | None) -> str:
-    """What needs a look: why a case failed, warnings, structures that are not good, absent or cut."""
+    """What needs a look: why a case failed, warnings, structures that are not good, absent, cut or mended."""
     from ..quality.coverage import cut_remark
 
     parts = [row.reason, *row.warnings] if row.reason else list(row.warnings)
@@ -96,6 +115,8 @@ def _remark(row: Row, run: RunRecord | None) -> str:
             found.setdefault(one.quality.verdict, []).append(one.name)
         if one.status == "present" and cut_remark(one.outside_fraction):
             found.setdefault("cut by the field of view", []).append(one.name)
+        if one.mended is not None:
+            found.setdefault(f"mended with {one.mended.donor}", []).append(one.name)
     parts += [f"{word}: {listed(names, _NAMED)}" for word, names in found.items()]
     return shorten("; ".join(parts), _LONGEST_REMARK, placeholder=" ...")
 

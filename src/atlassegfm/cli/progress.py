@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.progress import Steps
-from ..core.text import duration
+from ..core.text import counted, duration
 from .session import Session
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class RunProgress:
         self._steps = {"reading": 0.3, **steps, "writing": 0.3}
         self._start = time.monotonic()
         self._ended = 0
+        #: Cases of the second pass, once it has begun.
+        self._again = 0
 
     def planned(self, outcome: Outcome) -> None:
         """Show what is kept and what is to do."""
@@ -45,6 +47,12 @@ class RunProgress:
             listed = f" ({', '.join(f'{count} {reason}' for reason, count in reasons.items())})" if reasons else ""
             left = outcome.count("left")
             self._session.note(f"{outcome.kept} of {len(outcome.rows)} kept, {left} to do{listed}")
+
+    def again(self, count: int) -> None:
+        """Show that a second pass begins."""
+        self._again, self._ended, self._start = count, 0, time.monotonic()
+        what = "structures that are not good are tried again with another case as the atlas"
+        self._session.note(f"second pass, {counted(count, 'case')}: {what}")
 
     def begun(self, case: Case) -> None:
         """Show that a case begins."""
@@ -71,7 +79,10 @@ class RunProgress:
             self._session.error(with_path(row))
         for warning in row.warnings:
             self._session.say(f"warning: {query}: {warning}")
-        if count > 1:
+        if self._again:
+            line = f"[{self._ended}/{self._again}] second pass, {row.case.name}: {row.reason} ({row.seconds:.1f} s)"
+            self._session.advance(self._state(), line)
+        elif count > 1:
             number = count - self.outcome.count("left")
             line = f"[{number}/{count}] {row.case.name} done in {row.seconds:.1f} s; {self._state()}"
             self._session.advance(self._state(), line if row.state == "done" else "")
@@ -79,6 +90,9 @@ class RunProgress:
     def _state(self) -> str:
         done, failed, left = (self.outcome.count(state) for state in ("done", "failed", "left"))
         text = f"{done} done, {failed} failed, {left} left"
+        if self._again:
+            left = self._again - self._ended
+            text = f"second pass: {self._ended} done, {left} left"
         if left and self._ended:
             text += f", about {duration((time.monotonic() - self._start) / self._ended * left)} left"
         return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +55,7 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
         "nifti",
     )
     flat: Path | None = option("--flat DIR", "Also write DIR/CASE.nii.gz and dataset.json, the layout of nnU-Net.")
+    csv: Path | None = option("--csv FILE", "Also write the table of all structures and cases there.")
     dry_run: bool = flag("--dry-run", "List what would be done, under which names, and what is left out; do nothing.")
     workers: int | None = option(
         "--workers N",
@@ -67,6 +69,11 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
         min=1,
     )
     force: bool = flag("--force", "Segment all queries again, also those whose result is there already.")
+    second_pass: bool = option(
+        "--second-pass/--no-second-pass",
+        "Try structures that are not good again, with another scan of the cohort as the atlas; from five scans on.",
+        True,
+    )
     shard: str | None = option("--shard I/N", "Run the I-th of N parts of the queries, as one job of a job array.")
     cluster: str | None = option(
         "--cluster local|slurm|tcp://HOST:PORT",
@@ -88,6 +95,8 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
             parse_options(self.cluster_options or ())
         if self.cluster_options and self.cluster != "slurm":
             raise InputError("--cluster-option: is for --cluster slurm; leave it out, or say which cluster")
+        if self.csv is not None and (self.csv.is_dir() or not self.csv.parent.is_dir()):
+            raise InputError(f"--csv {self.csv}: expected the name of a file in a folder that exists, ending in .csv")
         if self.flat is not None and "nifti" not in split_list(self.formats, "--format"):
             raise InputError("--flat: copies the NIfTI files; add nifti to --format")
         if self.context is not None and self.out.resolve().is_relative_to(self.context.resolve()):
@@ -98,7 +107,7 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
         from ..jobs import RunOptions, parse_shard
 
         shard = None if self.shard is None else parse_shard(self.shard)
-        return RunOptions(self.force, shard, self.workers or 1, self.cluster)
+        return RunOptions(self.force, shard, self.workers or 1, self.cluster, self.second_pass)
 
     def other_inputs(self) -> list[Path]:
         """Files that are read besides the queries: no result may overwrite them."""
@@ -122,7 +131,7 @@ def segment(options: SegmentOptions) -> None:
         # Imported here: PyTorch is loaded below, and errors above come at once.
         from .. import jobs
         from ..core.device import resolve_device
-        from ..core.files import output_folder
+        from ..core.files import atomic_path, output_folder
         from ..jobs.run import plan_of
 
         inputs = options.other_inputs()
@@ -161,8 +170,11 @@ def segment(options: SegmentOptions) -> None:
                 from ..jobs.flat import write_flat
 
                 write_flat([row.case.name for row in outcome.rows.values() if row.state == "done"], work, options.flat)
+    if options.csv is not None:
+        with atomic_path(options.csv) as temporary:
+            shutil.copyfile(options.out / f"{options.batch().summary}.csv", temporary)
     if not _is_single(options, cases) or (outcome.failed and options.as_json):
-        print_outcome(outcome, options.out, as_json=options.as_json)
+        print_outcome(outcome, options.out, options.batch().summary, as_json=options.as_json)
     elif not outcome.failed:
         print_result(cases[0], options.out, as_json=options.as_json)
     if page is not None and not options.as_json:
@@ -206,13 +218,14 @@ def _is_single(options: SegmentOptions, cases: list[Case]) -> bool:
 def _run(options: SegmentOptions, cases: list[Case], work: SegmentWork, context: Context, session: Session) -> Outcome:
     from ..core.progress import query_steps
     from ..jobs import run
+    from ..jobs.second_pass import FEWEST_CASES
     from ..settings import NO_MODEL
 
     runner, workers = _runner(work, context, options, session, len(cases))
     steps = query_steps(model=work.settings.model != NO_MODEL, gate=context.gate is None)
     progress = RunProgress(session, options.out, steps)
     batch = replace(options.batch(), workers=workers)
-    if workers > 1 or options.cluster is not None:
+    if workers > 1 or options.cluster is not None or len(cases) >= FEWEST_CASES:
         batch = replace(batch, prepare=lambda work: work.with_gate(context, session.progress))
     try:
         return run(cases, work, runner, progress, batch)

@@ -10,7 +10,7 @@ from .files import is_dicom, require_dicom_extra
 from .identity import Provenance
 from .opening import is_dicom_input, modalities_in, open_image, open_labels
 from .roundtrip import check_round_trip
-from .rtstruct import read_rtstruct, write_rtstruct
+from .rtstruct import contours_in, read_rtstruct, write_rtstruct
 from .seg import read_segmentation, write_segmentation
 from .series import MODALITIES as SCAN_MODALITIES
 from .series import DicomSource, Series, find_series, is_series_folder, load_series, series_of
@@ -26,6 +26,7 @@ __all__ = [
     "Selection",
     "Series",
     "check_round_trip",
+    "contours_in",
     "find_series",
     "is_dicom",
     "is_dicom_input",

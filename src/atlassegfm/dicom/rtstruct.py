@@ -96,6 +96,13 @@ def read_rtstruct(path: Path, on: Series | Grid, selection: Selection = EVERYTHI
     return merge(masks, selection, on, path, notes)
 
 
+def contours_in(path: Path) -> dict[int, Sequence[Dataset]]:
+    """Read the contours of an RTSTRUCT by ROI number, of those that have any."""
+    items = items_of(read_dataset(path), "ROIContourSequence")
+    found = {int(value_of(item, "ReferencedROINumber")): items_of(item, "ContourSequence") for item in items}
+    return {number: contours for number, contours in found.items() if contours}
+
+
 def _rasterise(roi: _Roi, grid: Grid, path: Path, interpolate: bool) -> tuple[StructureMask, list[str]]:
     """Mark the voxels inside the contours of a structure, in slices along any axis of the grid; and give warnings."""
     contours = [grid.world_to_voxel(contour) for contour in roi.contours]
@@ -231,12 +238,14 @@ def write_rtstruct(
     series: Series,
     provenance: Provenance,
     probabilities: Mapping[int, tuple[Grid, LocalMap]] | None = None,
+    contours: Mapping[int, Sequence[Dataset]] | None = None,
 ) -> None:
     """Write a label map as an RTSTRUCT on a series, whose patient, study and frame of reference are copied.
 
     Labels, and the grid and probability in [0, 1] of label values, are on the voxels of the series in any array order;
     else ValueError. Label values become ROI numbers; a structure without voxels has no contours. Probabilities move
-    contours between voxels, never across a voxel's centre.
+    contours between voxels, never across a voxel's centre. ``contours`` of label values, as :func:`contours_in` reads
+    them, are written as they are.
     """
     import pydicom
     from pydicom.dataset import FileMetaDataset
@@ -285,7 +294,9 @@ def write_rtstruct(
             )
         )
         drawn = dataset_of(ROIDisplayColor=list(structure.color), ReferencedROINumber=value)
-        if value in boxes:
+        if value in (contours or {}):
+            drawn.ContourSequence = (contours or {})[value]
+        elif value in boxes:
             outlines = _outlines(data, value, boxes[value], series.grid, (probabilities or {}).get(value))
             drawn.ContourSequence = [_contour(points, series, k) for k, points in outlines]
         dataset.ROIContourSequence.append(drawn)

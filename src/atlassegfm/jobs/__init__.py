@@ -5,6 +5,7 @@
 - :mod:`.work`: read, segment and write one case;
 - :mod:`.store`: result folders, and whether a result is still what would be computed now;
 - :mod:`.pool`: in this process or several; :mod:`.cluster`: on several machines, by Dask;
+- :mod:`.second_pass`: structures that are not good, tried again with another case as the atlas;
 - :mod:`.run`: all of it together.
 
 Each case ends in a folder of its own with ``status.json``, put in place as a whole. There is no other state: a run that

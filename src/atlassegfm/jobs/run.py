@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from ..core.errors import InputError
 from ..core.files import disk_errors, remove_unfinished
 from ..records import STATUS, CaseRecord, CohortRecord, State, StatusRecord
 from .plan import Case, Shard
+from .second_pass import SecondPass, plan_second_pass
 from .store import why_to_compute
 from .table import read_run, write_table
 from .work import Row, SegmentWork, Watcher
@@ -58,6 +60,9 @@ class RunWatcher(Watcher, Protocol):
     def ended(self, row: Row) -> None:
         """Show that a case is done or failed."""
 
+    def again(self, count: int) -> None:
+        """Show that so many cases are tried again; they begin and end once more."""
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -67,14 +72,20 @@ class RunOptions:
     shard: Shard | None = None  # part of the cases to run
     workers: int = 1  # for the summary
     cluster: str | None = None  # for the summary
+    second_pass: bool = True  # whether structures that are not good are tried again, where all cases are run
     #: Called once with the work, if there is any to do, before it goes to others; gives the work as they get it.
     prepare: Callable[[SegmentWork], SegmentWork] = lambda work: work
+
+    @property
+    def summary(self) -> str:
+        """Name of the summary and the table, without ending."""
+        return "cohort" if self.shard is None else f"cohort-{self.shard.number}-of-{self.shard.count}"
 
 
 def run(
     cases: Sequence[Case], work: SegmentWork, runner: Runner, watcher: RunWatcher, options: RunOptions = RunOptions()
 ) -> Outcome:
-    """Compute the cases whose result is missing or was made from something else, and write the summary.
+    """Compute the cases whose result is missing or was made from something else, mend them, and write the summary.
 
     ``cases`` are those of all shards, the outcome that of this one. A case that fails does not stop the others; a full
     disk does. AtlasSegError if no case can be done.
@@ -83,11 +94,11 @@ def run(
     remove_unfinished(work.out)
     to_do = [row.case for row in outcome.rows.values() if row.state == "left"]
     watcher.planned(outcome)
-    ended_any = False
+    ended_any, prepared = False, cache(lambda: options.prepare(work))
     try:
         if to_do:
             # Closed at once, whatever happens: its workers end with it.
-            with closing(runner(options.prepare(work), to_do, watcher)) as all_ended:
+            with closing(runner(prepared(), to_do, watcher)) as all_ended:
                 for ended in all_ended:
                     row = replace(ended, why=outcome.rows[ended.case.name].why)
                     outcome.rows[row.case.name] = row
@@ -95,6 +106,8 @@ def run(
                     watcher.ended(row)
                     if row.disk_full:
                         break
+        if options.second_pass and options.shard is None and not outcome.count("left"):
+            _try_again(outcome, work, prepared, runner, watcher)
     finally:
         # Where workers were killed in the end.
         remove_unfinished(work.out)
@@ -104,11 +117,31 @@ def run(
     return outcome
 
 
+def _try_again(
+    outcome: Outcome, work: SegmentWork, prepared: Callable[[], SegmentWork], runner: Runner, watcher: RunWatcher
+) -> None:
+    """Run the second pass; what it did goes to the results, the outcome gets their warnings."""
+    done = [row.case for row in outcome.rows.values() if row.state == "done"]
+    planned, volumes = plan_second_pass(done, work)
+    tries = [one for one in planned if StatusRecord.read(work.out / one.case.name / STATUS).second_pass is None]
+    if not tries:
+        return
+    watcher.again(len(tries))
+    second = SecondPass.after(prepared(), tries, volumes)
+    with closing(runner(second, [one.case for one in tries], watcher)) as all_ended:
+        for ended in all_ended:
+            if ended.disk_full:
+                break
+            name = ended.case.name
+            outcome.rows[name] = replace(outcome.rows[name], warnings=ended.warnings)
+            watcher.ended(replace(ended, warnings=()))
+
+
 def plan_of(cases: Sequence[Case], work: SegmentWork, options: RunOptions = RunOptions()) -> Outcome:
     """Tell which cases of a run are kept, and which are to be computed and why; nothing is computed."""
     rows = {}
     for case in cases if options.shard is None else options.shard.part_of(cases):
-        why, status = why_to_compute(case, work.out / case.name, work.provenance)
+        why, status = why_to_compute(case, work.out / case.name, work.provenance, second_pass=options.second_pass)
         if why or options.force or status is None:
             rows[case.name] = Row(case, "left", attempts=0, why="forced" if options.force else why)
         else:
@@ -121,8 +154,7 @@ def write_summary(outcome: Outcome, work: SegmentWork, options: RunOptions) -> N
 
     Without shards, results of earlier commands in the folder are listed too, marked as such.
     """
-    shard = options.shard
-    name = "cohort" if shard is None else f"cohort-{shard.number}-of-{shard.count}"
+    shard, name = options.shard, options.summary
     names = {row.case.name for row in outcome.rows.values()}
     earlier = [] if shard is not None else sorted(path.parent.name for path in work.out.glob(f"*/{STATUS}"))
     records = [_case_record(row, work.out) for row in outcome.rows.values()]
@@ -151,6 +183,7 @@ def _case_record(row: Row, out: Path) -> CaseRecord:
         query=row.case.query.name,
         seconds=round(row.seconds, 3),
         verdict=None if run is None else run.verdict,
+        mended={} if run is None else {one.name: one.mended.donor for one in run.structures if one.mended is not None},
         **{name: getattr(row, name) for name in shared},
     )
 

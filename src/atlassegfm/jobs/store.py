@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,10 @@ from ..context import Context
 from ..core.config import to_dict
 from ..core.errors import InputError
 from ..core.files import replaced_folder
-from ..core.image import Volume, save_masks, save_volume
-from ..core.labels import Structure, itk_snap_labels, slicer_color_table
+from ..core.geometry import Grid
+from ..core.image import Volume, load_labels, save_masks, save_volume, smallest_label_type
+from ..core.labels import Structure, file_names, itk_snap_labels, slicer_color_table
+from ..core.mask import LocalMap
 from ..core.text import did_you_mean
 from ..core.version import __version__, library_versions
 from ..models import describe_model
@@ -59,6 +62,7 @@ from ..records import (
     RunRecord,
     StatusRecord,
     StructureRecord,
+    label_map_of,
 )
 from ..result import Segmentation, StructureResult
 from ..settings import NO_MODEL
@@ -98,6 +102,18 @@ class RunInputs:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class LabelledQuery:
+    """What the label files of a result are written from."""
+
+    query: Volume
+    labels: Volume  # on its voxels as stored
+    structures: tuple[Structure, ...]
+    run: RunRecord
+    maps: Mapping[int, tuple[Grid, LocalMap]]  # probabilities by label value, for contours
+    contours: Mapping[int, Any] = field(default_factory=dict)  # by label value, where they are drawn already
+
+
 def check_formats(formats: Sequence[str], query: Volume | None = None) -> None:
     """Check that results can be written in these formats, DICOM ones for the ``query`` if it is given.
 
@@ -120,11 +136,14 @@ def check_formats(formats: Sequence[str], query: Volume | None = None) -> None:
         )
 
 
-def why_to_compute(case: Case, folder: Path, provenance: Provenance) -> tuple[str, StatusRecord | None]:
+def why_to_compute(
+    case: Case, folder: Path, provenance: Provenance, *, second_pass: bool = True
+) -> tuple[str, StatusRecord | None]:
     """Decide whether a case has to be computed, and read the status of the result that is in its folder, if any.
 
     The reason is "new", "failed before", "other settings" and so on; empty if its result is there. ``provenance`` is
-    what the result would be made from now, without the files of the case.
+    what the result would be made from now, without the files of the case; without a ``second_pass`` a result that it
+    changed does not serve.
     """
     try:
         status = StatusRecord.read(folder / STATUS)
@@ -135,6 +154,8 @@ def why_to_compute(case: Case, folder: Path, provenance: Provenance) -> tuple[st
     files = (RUN, *(FORMATS[name] for name in provenance.formats if name not in _DICOM_FORMATS))
     if status.provenance is None or not all((folder / file).exists() for file in files):
         return "new", status
+    if status.second_pass is not None and status.second_pass.mended and not second_pass:
+        return "other second pass", status
     return changed_since(status.provenance, provenance, {"query": case.query, "transform": case.transform}), status
 
 
@@ -169,10 +190,9 @@ def write_result(
     run = run_record(segmentation, inputs)
     with replaced_folder(folder, RESULT_NAMES) as new:
         _save_labels(segmentation.labels, structures, new, formats)
-        others = [name for name in _DICOM_FORMATS if name in formats]
-        written: dict[str, Any] = {}
-        if others:
-            written["dicom"] = {name: _save_dicom(segmentation, inputs, new / FORMATS[name], name) for name in others}
+        maps = {value: (segmentation.grid, one.fused) for value, one in segmentation.probabilities.items()}
+        result = LabelledQuery(inputs.query, segmentation.labels, structures, run, maps)
+        written: dict[str, Any] = {"dicom": _save_dicom(result, new, formats)}
         if keep:
             save_volume(segmentation.atlas_labels, new / "atlas.nii.gz", structures=structures)
             if segmentation.model_labels is not None:
@@ -186,6 +206,38 @@ def write_result(
         run.write(new / RUN)
         status.write(new / STATUS)
     return run
+
+
+def read_labels(folder: Path, query: Volume, structures: Sequence[Structure]) -> Volume:
+    """Read the labels of a result in whichever format it has, on the voxels of its query as stored; else InputError."""
+    values, path = [one.value for one in structures], label_map_of(folder)
+    kind = smallest_label_type(max(values))
+    masks, seg, rtstruct = (folder / FORMATS[name] for name in ("masks", "seg", "rtstruct"))
+    if path.is_file():
+        data = load_labels(path, allow_empty=True).turned_to(query.grid).data
+    elif masks.is_dir():
+        data = np.zeros(query.grid.shape, kind)
+        for value, name in zip(values, file_names(structures), strict=True):
+            mask = load_labels(masks / f"{name}.nii.gz", allow_empty=True)
+            data[mask.turned_to(query.grid).data > 0] = value
+    elif seg.is_file() or (rtstruct.is_file() and dicom.contours_in(rtstruct)):
+        data = dicom.open_labels(seg if seg.is_file() else rtstruct, query, warn=False).turned_to(query.grid).data
+    else:
+        data = np.zeros(query.grid.shape, kind)
+    return Volume(np.array(data, kind), query.grid, query.source)
+
+
+def rewrite_result(result: LabelledQuery, folder: Path, status: StatusRecord, formats: Sequence[str]) -> None:
+    """Replace the labels of a result, ``run.json`` and ``status.json``, all at once; pages of a report are removed."""
+    labels = {*FORMATS.values(), SLICER_COLORS, ITK_SNAP_LABELS}
+    with replaced_folder(folder, RESULT_NAMES) as new:
+        for kept in folder.iterdir():
+            if kept.name not in labels | {RUN, STATUS, "report.html", "overview.png"}:
+                copy: Callable[..., Any] = shutil.copytree if kept.is_dir() else shutil.copy2
+                copy(kept, new / kept.name)
+        _save_labels(result.labels, result.structures, new, formats)
+        result.run.model_copy(update={"dicom": _save_dicom(result, new, formats)}).write(new / RUN)
+        status.write(new / STATUS)
 
 
 def _save_labels(labels: Volume, structures: Sequence[Structure], folder: Path, formats: Sequence[str]) -> None:
@@ -224,7 +276,7 @@ def run_record(segmentation: Segmentation, inputs: RunInputs) -> RunRecord:
         ),
         gate=None if segmentation.gate is None else segmentation.gate.describe(),
         verdict=segmentation.verdict,
-        structures=tuple(map(_structure_record, segmentation.structures)),
+        structures=tuple(map(structure_record, segmentation.structures)),
         settings=settings,
         versions={"atlassegfm": __version__, **library_versions()},
     )
@@ -253,7 +305,8 @@ def _model_record(segmentation: Segmentation) -> ModelRecord:
     )
 
 
-def _structure_record(one: StructureResult) -> StructureRecord:
+def structure_record(one: StructureResult) -> StructureRecord:
+    """Describe a structure for ``run.json``."""
     quality = None
     if one.quality is not None:
         quality = QualityRecord(
@@ -285,38 +338,42 @@ def _rounded_fields(numbers: Any, digits: int = 4) -> dict[str, float | None] | 
     return None if numbers is None else {name: _rounded(value, digits) for name, value in asdict(numbers).items()}
 
 
-def _save_dicom(segmentation: Segmentation, inputs: RunInputs, path: Path, form: str) -> dict[str, Any]:
-    """Write an RTSTRUCT or DICOM-SEG, read it back, and report the comparison."""
-    series, structures = dicom.series_of(inputs.query), inputs.context.atlas.structures
+def _save_dicom(result: LabelledQuery, folder: Path, formats: Sequence[str]) -> dict[str, Any] | None:
+    """Write RTSTRUCT and DICOM-SEG where they are wanted, read them back, and report the comparison."""
+    wanted = [name for name in _DICOM_FORMATS if name in formats]
+    return {name: _save_object(result, folder / FORMATS[name], name) for name in wanted} or None
+
+
+def _save_object(result: LabelledQuery, path: Path, form: str) -> dict[str, Any]:
+    series = dicom.series_of(result.query)
     if series is None:
         raise ValueError("the query is no DICOM series")
-    provenance = _dicom_provenance(segmentation)
+    written = (path, result.labels, result.structures, series, _dicom_provenance(result.run))
     if form == "rtstruct":
-        maps = {value: (segmentation.grid, one.fused) for value, one in segmentation.probabilities.items()}
-        dicom.write_rtstruct(path, segmentation.labels, structures, series, provenance, maps)
-    elif segmentation.labels.data.any():
-        dicom.write_segmentation(path, segmentation.labels, structures, series, provenance)
+        dicom.write_rtstruct(*written, result.maps, result.contours)
+    elif result.labels.data.any():
+        dicom.write_segmentation(*written)
     else:
         logger.warning("no DICOM-SEG is written: nothing was found, and it cannot be empty")
         return {"file": None, "reason": "nothing was found, and a DICOM-SEG cannot be empty"}
-    found = dicom.check_round_trip(path, segmentation.labels, structures, series)
+    found = dicom.check_round_trip(path, result.labels, result.structures, series)
     return {"file": path.name, "round_trip": [one.to_dict() for one in found]}
 
 
-def _dicom_provenance(segmentation: Segmentation) -> dicom.Provenance:
+def _dicom_provenance(run: RunRecord) -> dicom.Provenance:
     """Describe a result in DICOM objects: verdict on each structure, date and model."""
-    present = sum(one.status == "present" for one in segmentation.structures)
+    present = sum(one.status == "present" for one in run.structures)
     descriptions = {}
-    for one in segmentation.structures:
+    for one in run.structures:
         text = f"{one.status}: {one.reason}" if one.reason else one.status
         if one.quality is not None and one.status == "present":
             text = ": ".join(filter(None, (one.quality.verdict, one.quality.reason)))
-        descriptions[one.structure.value] = text
+        descriptions[one.value] = text
     epoch = os.environ.get(_EPOCH_VARIABLE, "")
     when = datetime.fromtimestamp(int(epoch), UTC) if epoch.isdecimal() else datetime.now().astimezone()
     return dicom.Provenance(
-        segmentation.settings.model,
-        f"{segmentation.verdict or 'not judged'}: {present} of {len(segmentation.structures)} structures found",
+        run.model.name,
+        f"{run.verdict or 'not judged'}: {present} of {len(run.structures)} structures found",
         descriptions,
         when,
     )

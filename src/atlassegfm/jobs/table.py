@@ -13,7 +13,7 @@ from ..records import RUN, CaseRecord, RunRecord
 #: Columns of ``cohort.csv``.
 COLUMNS = (
     *("case", "query", "state", "in_run", "structure", "label", "status", "volume_ml", "cut_fraction", "verdict"),
-    *("estimated_dice", "low", "high", "remark", "seconds"),
+    *("estimated_dice", "low", "high", "mended_from", "remark", "seconds"),
 )
 
 
@@ -56,6 +56,7 @@ def write_table(cases: Iterable[CaseRecord], out: Path, path: Path) -> None:
                         "volume_ml": one.volume_ml,
                         "cut_fraction": one.outside_fraction,
                         **(judged or {}),
+                        "mended_from": "" if one.mended is None else one.mended.donor,
                         "remark": (quality.reason if quality is not None else "") or one.reason,
                         "seconds": case.seconds,
                     }

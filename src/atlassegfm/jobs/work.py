@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +22,8 @@ from ..models import MODELS, Segmenter
 from ..models.table import load_chosen
 from ..models.weights import find_weights
 from ..quality.verdict import LEAST_CONFIDENCE, describe_confidence
-from ..records import FileRecord, Provenance, State, StatusRecord
-from ..result import Segmentation
+from ..records import FileRecord, Provenance, RunRecord, State, StatusRecord, StructureRecord
+from ..result import Segmentation, StructureResult
 from ..segment import segment
 from ..settings import NO_MODEL, Settings
 from ..transforms.io import read_transforms
@@ -147,7 +147,7 @@ class SegmentWork:
         settings = replace(self.settings, model_path=str(Path(path).expanduser().absolute())) if path else self.settings
         return replace(self, out=self.out.absolute(), source=self.source.absolute(), settings=settings)
 
-    def open(self, context: Context | None = None) -> Task:
+    def open(self, context: Context | None = None) -> Worker:
         """Load the context, unless it is given, and the model."""
         if __version__ != self.provenance.version:
             raise ModelError(
@@ -160,7 +160,7 @@ class SegmentWork:
                 context = replace(context, settings=self.settings, gate=self.gate)
             model = load_chosen(self.settings, self.device)
             context.check_model(model)
-        return _Worker(self, context, model)
+        return Worker(self, context, model)
 
     def with_gate(self, context: Context, on_stage: Callable[[str], None]) -> SegmentWork:
         """Train the gate of a context that has none, so that it is trained once for all workers."""
@@ -194,8 +194,8 @@ def opened(work: SegmentWork) -> Task:
 
 
 @dataclass
-class _Worker:
-    """Context and model, loaded once for all cases of a process."""
+class Worker:
+    """Context and model, loaded once for all cases of a process; a :data:`Task`."""
 
     work: SegmentWork
     context: Context
@@ -207,13 +207,7 @@ class _Worker:
         reset_peak_memory()
         try:
             with limited_threads(work.threads):
-                on_stage("reading")
-                files = {
-                    "query": _record(case.query),
-                    "transform": None if case.transform is None else _record(case.transform),
-                }
-                query = open_image(case.query, work.output.series if case.query.is_dir() else None)
-                status = self._segment(case, query, files, attempt, on_stage)
+                return self.do(case, attempt, on_stage)
         except AtlasSegError as error:
             disk_full = isinstance(error, DiskFullError)
             reason, is_input = str(error), isinstance(error, InputError) and not disk_full
@@ -221,22 +215,22 @@ class _Worker:
             # A defect of this program: one scan that meets it must not cost the results of all others.
             logger.exception("%s: unexpected error", case.query)
             reason = f"unexpected error ({error!r})"
-        else:
-            seconds, peak, warnings = status.total_seconds, status.peak_memory_mb, status.warnings
-            return Row(case, "done", attempts=attempt, seconds=seconds, peak_memory_mb=peak, warnings=warnings)
         ended = work.give_up(case, reason, attempt, is_input=is_input, seconds=time.perf_counter() - start)
         return replace(ended, disk_full=disk_full)
 
-    def _segment(
-        self,
-        case: Case,
-        query: Volume,
-        files: Mapping[str, FileRecord | None],
-        attempt: int,
-        on_stage: Callable[[str], None],
-    ) -> StatusRecord:
+    def read(self, case: Case) -> Volume:
+        """Read the query of a case."""
+        return open_image(case.query, self.work.output.series if case.query.is_dir() else None)
+
+    def do(self, case: Case, attempt: int, on_stage: Callable[[str], None]) -> Row:
         """Segment a query and write its result folder."""
         work = self.work
+        on_stage("reading")
+        files = {
+            "query": _record(case.query),
+            "transform": None if case.transform is None else _record(case.transform),
+        }
+        query = self.read(case)
         transforms = () if case.transform is None else read_transforms(case.transform)
         check_formats(work.output.formats, query)
         result = segment(
@@ -263,7 +257,8 @@ class _Worker:
             provenance=work.provenance.model_copy(update=files),
         )
         write_result(result, inputs, work.out / case.name, status, keep=work.output.keep, formats=work.output.formats)
-        return status
+        seconds, peak, warnings = status.total_seconds, status.peak_memory_mb, status.warnings
+        return Row(case, "done", attempts=attempt, seconds=seconds, peak_memory_mb=peak, warnings=warnings)
 
 
 def provenance_of(
@@ -283,16 +278,18 @@ def provenance_of(
     )
 
 
-def warnings_on(result: Segmentation) -> list[str]:
+def warnings_on(result: Segmentation | RunRecord) -> list[str]:
     """List the warnings on a result as a whole, the wrong part of the body above all."""
     found = []
     confidence = result.registration.confidence
-    if result.is_judged and confidence < LEAST_CONFIDENCE:  # NaN, where it was not measured, is not
+    # NaN and None, where it was not measured, are not.
+    if result.is_judged and confidence is not None and confidence < LEAST_CONFIDENCE:
         found.append(f"{describe_confidence(confidence)}; is it the same part of the body?")
     if not any(one.status == "present" for one in result.structures):
         found.append("no structure of the atlas was found")
     # What is out of view is never failed, and says nothing on what is in it.
-    judged = [one.quality for one in result.structures if one.quality is not None and one.status != "outside"]
+    structures: Sequence[StructureResult | StructureRecord] = result.structures
+    judged = [one.quality for one in structures if one.quality is not None and one.status != "outside"]
     if not found and judged and all(one.verdict == "failed" for one in judged):
         found.append(
             f"every structure in view is judged failed ({len(judged)} of {len(judged)}); "

@@ -238,7 +238,7 @@ def _table(
                     "factor": round(row.volume_ml / median, 3) if median else None,
                     "atlasModel": one.atlas_model,
                     "resultAtlas": one.result_atlas,
-                    "remarks": reason or row.reason,
+                    "remarks": "; ".join(filter(None, (reason or row.reason, row.mended.remark if row.mended else ""))),
                     "outlier": case.name in spread.outlier_factors,
                 }
             )
