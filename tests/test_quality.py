@@ -173,7 +173,7 @@ NOTHING = Evidence(**dict.fromkeys((field.name for field in fields(Evidence)), 0
 
 def test_estimate_is_linear_within_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     terms = {"agreement": Term(0.9, 0.05, 0.04), "displacement": Term(0.2, 0.1, -0.06)}
-    monkeypatch.setattr(verdict, "regressions", lambda: {"model": Regression(0.8, 0.1, 0.05, 0.78, 0.62, terms)})
+    monkeypatch.setattr(verdict, "regressions", lambda: {"model": Regression(0.8, ((0.0, 0.0), (1.0, 1.0)), 0.1, 0.05, 0.78, 0.62, terms)})
     evidence = replace(NOTHING, agreement=0.95, displacement=0.1)
     found = judge(evidence, "builtin", 0.6)
     assert (found.verdict, found.estimated_dice) == ("good", pytest.approx(0.8 + 0.04 + 0.06))

@@ -1,4 +1,4 @@
-"""Dice coefficient estimated from evidence by a linear regression."""
+"""Dice coefficient estimated from evidence: a linear score, and a monotone curve from scores to coefficients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_DEVIATIONS = 3.0
 
 @dataclass(frozen=True)
 class Term:
-    """One piece of evidence: mean and standard deviation in the calibration, and Dice per standard deviation."""
+    """One piece of evidence: mean and standard deviation in the calibration, and score per standard deviation."""
 
     mean: float
     deviation: float
@@ -30,26 +30,32 @@ class Term:
 
 @dataclass(frozen=True)
 class Regression:
-    """A linear estimate of the Dice coefficient."""
+    """Estimate of the Dice coefficient."""
 
-    level: float  # mean Dice in the calibration
+    level: float  # mean score in the calibration
+    curve: tuple[tuple[float, float], ...]  # scores and Dice coefficients, both rising, linear between
     below: float  # width of the 80 % interval below the estimate, from pairs left out of the fit
     above: float  # the same above it
-    good_from: float  # estimate from which on a structure is good: 5 % of those with a Dice below 0.7 are
+    good_from: float  # estimate from which on a structure is good: at most 5 % of those with a Dice below 0.7 are
     failed_below: float  # estimate below which it failed: at least half of these have a Dice below 0.7
     terms: Mapping[str, Term]  # by field of :class:`.Evidence`
 
     def contributions(self, evidence: Evidence) -> dict[str, float]:
-        """Compute what each piece of evidence adds to the level."""
+        """Compute what each piece of evidence adds to the score."""
         return {
             name: term.weight
             * float(np.clip((getattr(evidence, name) - term.mean) / term.deviation, -MAX_DEVIATIONS, MAX_DEVIATIONS))
             for name, term in self.terms.items()
         }
 
+    def score(self, evidence: Evidence) -> float:
+        """Compute the linear score: higher is better."""
+        return self.level + sum(self.contributions(evidence).values())
+
     def estimate(self, evidence: Evidence) -> float:
         """Estimate the Dice coefficient, in [0, 1]."""
-        return float(np.clip(self.level + sum(self.contributions(evidence).values()), 0, 1))
+        scores, dices = np.array(self.curve).T
+        return float(np.interp(self.score(evidence), scores, dices))
 
 
 @cache
