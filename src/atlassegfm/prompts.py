@@ -27,13 +27,7 @@ INSIDE = 0.5
 class UsedPrompt:
     """Prompt of one structure, in the array order the query is stored in.
 
-    Parameters
-    ----------
-    kind : {"click", "box", "mask", "region"}
-        Click: both corners are the clicked voxel. Box, mask, region: the first and the last voxel inside.
-    first_voxel, last_voxel : tuple of int, (3,)
-    first_mm, last_mm : tuple of float, (3,)
-        Centres of these voxels, RAS+ mm.
+    First and last voxel are those inside a box, mask or region, and both the voxel of a click; in mm their centres.
     """
 
     kind: PromptKind
@@ -45,35 +39,19 @@ class UsedPrompt:
 
 @dataclass(frozen=True)
 class ClickPrompt:
-    """A voxel inside the structure.
-
-    Parameters
-    ----------
-    ijk : tuple of int, (3,)
-        Voxel of the query.
-    slices : tuple of int, (2,), optional
-        First axial slice of the structure and one past its last one, as the atlas has it; None if that is not known.
-    """
+    """A voxel inside the structure."""
 
     ijk: tuple[int, int, int]
-    slices: tuple[int, int] | None = None
+    slices: tuple[int, int] | None = None  # first axial one of the atlas's structure and one past its last, if known
 
 
 @dataclass(frozen=True)
 class BoxPrompt:
-    """A rectangle around the structure on one axial slice.
-
-    Parameters
-    ----------
-    start, stop : tuple of int, (3,)
-        Voxels ``start`` <= (i, j, k) < ``stop`` of the query; one voxel thick along k.
-    slices : tuple of int, (2,), optional
-        First axial slice of the structure and one past its last one, as the atlas has it; None if that is not known.
-    """
+    """A rectangle around the structure on one axial slice: voxels ``start`` <= (i, j, k) < ``stop``, one thick in k."""
 
     start: tuple[int, int, int]
     stop: tuple[int, int, int]
-    slices: tuple[int, int] | None = None
+    slices: tuple[int, int] | None = None  # as of a click
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,12 +104,8 @@ def largest_component(mask: Mask) -> Mask:
 def inside_scan(probability: LocalMap, shape: tuple[int, int, int]) -> tuple[NDArray[np.int64], Mask]:
     """Find the voxels of a scan of this shape that a soft mask, which may reach out of it, prompts.
 
-    Returns
-    -------
-    array, (3,) int64
-        First voxel of the box of the scan that the mask's own box overlaps.
-    array, (I, J, K) bool
-        On that box: True from :data:`INSIDE` on; of no voxels where they do not overlap.
+    Gives the first voxel (3,) of the box of the scan that the mask's own box overlaps, and on that box, (I, J, K) bool,
+    whether the mask reaches :data:`INSIDE`; the box has no voxels where they do not overlap.
     """
     first = np.maximum(probability.start, 0).astype(np.int64)
     last = np.maximum(np.minimum(probability.stop, shape), first)

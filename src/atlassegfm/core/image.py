@@ -207,12 +207,8 @@ def checked_labels(volume: Volume, name: PathLike, *, allow_empty: bool = False)
     """Convert a label map to the smallest unsigned integer type: whole numbers, 0 for background.
 
     Values within 0.01 of a whole number are rounded, NaN and infinite voxels are background, both with a warning.
-
-    Raises
-    ------
-    InputError
-        If there are fractions, negative values or no label where one is needed, or its size in mm is not that of a
-        body.
+    InputError if there are fractions, negative values or no label where one is needed, or its size in mm is not that of
+    a body.
     """
     _check_extent(volume.grid, name)
     data = volume.data
