@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import InputError
-from ..core.files import atomic_path
+from ..core.files import write_text
 from ..core.labels import listed
 from ..evaluate.statistics import LEVEL, Interval, Spread, macro_mean, paired_bootstrap, spread
 from ..evaluate.summary import SMALL_ML, Summary, plain_row, summarise, write_scores
@@ -127,8 +127,8 @@ def write_reports(plan: Plan, records: Sequence[PairRecord], out: Path, *, plots
     write_scores(out / "times.csv", _cost_rows(records))
     made = json.loads((out / PLAN).read_text(encoding="utf-8"))
     summary = {"benchmark": plan.title, **made, **_summary(plan, records, columns, comparisons)}
-    _write(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _write(out / "report.md", "\n".join(_Page(plan, records, columns, comparisons, plots).lines()) + "\n")
+    write_text(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(out / "report.md", "\n".join(_Page(plan, records, columns, comparisons, plots).lines()) + "\n")
     if plots:
         from .plots import dice_and_time_figure, dice_figure, save_figure
 
@@ -369,8 +369,3 @@ def _signed(value: float) -> str:
     if math.isnan(value):
         return "–"
     return f"{round(value, 3) + 0.0:+.3f}".replace("-", "−")  # no −0.000
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import InputError
+from ..core.files import entries_of
 from ..core.image import IMAGE_SUFFIXES, image_stem, image_suffix
 from ..core.labels import listed
 
@@ -64,13 +65,8 @@ def find_pairs(result: Path, reference: Path, *, partial: bool = False) -> list[
 
 def _label_files(folder: Path, *, nested: bool) -> dict[str, Path]:
     """Label maps of a folder by name without suffix; ``nested``: also CASE/segmentation.nii.gz."""
-    try:
-        # macOS leaves hidden "._case.nii.gz" on foreign disks.
-        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"{folder}: the folder cannot be read ({error.strerror}); check the permissions") from None
     found: dict[str, Path] = {}
-    for path in entries:
+    for path in entries_of(folder):
         if path.is_dir():
             stem, file = path.name, path / RESULT_FILE
             wanted = nested and file.is_file()

@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..core.files import atomic_path
+from ..core.files import write_text
 from ..core.version import __version__
 from ..records import ModelRecord
 from .folder import finite
@@ -44,8 +44,7 @@ def sources_digest() -> str:
 
 def write_page(path: Path, template: str, **values: Any) -> None:
     """Write a page from a template; values are escaped."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(_environment().get_template(template).render(values) + "\n", encoding="utf-8")
+    write_text(path, _environment().get_template(template).render(values) + "\n")
 
 
 def score(value: float | None) -> str:
