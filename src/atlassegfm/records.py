@@ -201,9 +201,7 @@ class RunRecord(Record):
     model: ModelRecord
     registration: RegistrationRecord
     gate: str | None
-    verdict: Verdict | None
-    """Worst of the structures; null where none is judged."""
-
+    verdict: Verdict | None = Field(description="Worst of the structures; null where none is judged.")
     structures: tuple[StructureRecord, ...]
     settings: dict[str, Any]
     versions: dict[str, str]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from ..core.errors import InputError
 from ..core.files import write_text
 from ..core.labels import listed
+from ..core.text import counted
 from ..evaluate.statistics import LEVEL, Interval, Spread, macro_mean, paired_bootstrap, spread
 from ..evaluate.summary import SMALL_ML, Summary, plain_row, summarise, write_scores
 from .plan import PLAN, Plan
@@ -244,11 +245,11 @@ class _Page:
         yield from (f"# {plan.dataset.name}: {plan.title}", "")
         if plan.command:
             yield from (f"```sh\n{plan.command}\n```", "")
+        queries = counted(len({pair.query for pair in plan.pairs}), "query", "queries")
         yield (
-            f"{count(plan.pairs, 'pair', 'pairs')}, {count(self.atlases, 'atlas', 'atlases')}, "
-            f"{count({pair.query for pair in plan.pairs}, 'query', 'queries')}. NSD at {plan.tolerances.origin}; "
-            "HD95 on surface elements, the larger of both directions. Means over the cases of each structure, then "
-            "over structures."
+            f"{counted(len(plan.pairs), 'pair')}, {counted(len(self.atlases), 'atlas', 'atlases')}, {queries}. "
+            f"NSD at {plan.tolerances.origin}; HD95 on surface elements, the larger of both directions. Means over the "
+            "cases of each structure, then over structures."
         )
         taken = listed([f"{name} ({value})" for value, name in plan.names.items()], _LONGEST_TABLE)
         yield from ("", f"Structures: {taken}.")
@@ -353,11 +354,6 @@ def _markdown(lines: Sequence[Sequence[str]], words: int = 1) -> Iterable[str]:
     yield head
     yield "|" + "|".join("---" if n < words else "---:" for n in range(len(lines[0]))) + "|"
     yield from (*rest, "")
-
-
-def count(things: Collection[Any], one: str, several: str) -> str:
-    """Give number and noun of things."""
-    return f"{len(things)} {one if len(things) == 1 else several}"
 
 
 def decimal(value: float, digits: int) -> str:

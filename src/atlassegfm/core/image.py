@@ -207,8 +207,7 @@ def checked_labels(volume: Volume, name: PathLike, *, allow_empty: bool = False)
     """Convert a label map to the smallest unsigned integer type: whole numbers, 0 for background.
 
     Values within 0.01 of a whole number are rounded, NaN and infinite voxels are background, both with a warning.
-    InputError if there are fractions, negative values or no label where one is needed, or its size in mm is not that of
-    a body.
+    InputError if there are fractions, negative values or no label where one is needed, or its size is not a body's.
     """
     _check_extent(volume.grid, name)
     data = volume.data
@@ -298,8 +297,7 @@ def save_volume(volume: Volume, path: PathLike, *, structures: Sequence[Structur
     """Write a volume in the format of the file name, one of :data:`WRITTEN_SUFFIXES`, under a temporary name first.
 
     Where its source is a NIfTI file of the same grid, the geometry fields of that header are written unchanged. Names
-    and colours of ``structures``, for label maps, are put into the header. InputError if the ending is not known or the
-    folder cannot be written to.
+    and colours of ``structures`` are put into the header. InputError if the ending is not known or writing fails.
     """
     path = Path(path)
     suffix = image_suffix(path)

@@ -134,10 +134,7 @@ def read_names_file(path: PathLike) -> dict[int, LabelEntry]:
 def dataset_json_of(labels_path: Path) -> Path | None:
     """Find the ``dataset.json`` beside a label file or, as in the nnU-Net raw layout, one folder above."""
     folder = labels_path.resolve().parent
-    for candidate in (folder / "dataset.json", folder.parent / "dataset.json"):
-        if candidate.is_file():
-            return candidate
-    return None
+    return next(filter(Path.is_file, (folder / "dataset.json", folder.parent / "dataset.json")), None)
 
 
 def from_nifti_xml(xml: str) -> dict[int, LabelEntry]:

@@ -1,10 +1,7 @@
 """DICOM: read series as scans, RTSTRUCT and DICOM-SEG as label maps, and write results as both.
 
-LPS of DICOM becomes RAS+ mm here and nowhere else. Needs the extra ``dicom``; without it, importing works and reading
-raises MissingExtraError.
+LPS of DICOM becomes RAS+ mm here and nowhere else. Without the extra ``dicom``, reading raises MissingExtraError.
 """
-
-from __future__ import annotations
 
 from .files import is_dicom, require_dicom_extra
 from .identity import Provenance

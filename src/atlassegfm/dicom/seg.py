@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import InputError, MissingExtraError, OutputError
+from ..core.errors import InputError, OutputError
+from ..core.extras import require
 from ..core.geometry import Grid
 from ..core.image import Volume, label_positions
 from ..core.labels import Structure, rgb
@@ -203,11 +204,7 @@ def write_segmentation(
     DICOM-SEG needs a frame; OutputError if the headers of the series lack what a DICOM-SEG must copy; MissingExtraError
     if highdicom is not installed.
     """
-    try:
-        import highdicom
-    except ImportError:
-        raise MissingExtraError("writing DICOM-SEG", "dicom") from None
-
+    highdicom = require("writing DICOM-SEG", "dicom", "highdicom")
     data = labels.turned_to(series.grid).data
     numbers = label_positions(data, [one.value for one in structures])
     if not numbers.any():

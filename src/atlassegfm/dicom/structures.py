@@ -218,8 +218,7 @@ def with_structures(
 ) -> tuple[Volume, tuple[Structure, ...]]:
     """Choose structures of a label map; the others become background, and equal names get a number.
 
-    Tables of names are in order of precedence; ``name`` is that of the label map, for messages. InputError if a wanted
-    structure is not there.
+    Tables of names are in order of precedence; ``name`` is the label map's. InputError if a wanted one is missing.
     """
     structures, data = structures_of(label_values(labels.data), tables), labels.data
     if selection != EVERYTHING:

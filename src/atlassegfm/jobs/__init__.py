@@ -12,8 +12,6 @@ Each case ends in a folder of its own with ``status.json``, put in place as a wh
 was killed continues from these files.
 """
 
-from __future__ import annotations
-
 from .plan import Case, parse_shard, plan_cases
 from .run import Outcome, RunOptions, run
 from .scans import Scans, find_scans, scans_of

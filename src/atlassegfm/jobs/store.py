@@ -142,8 +142,7 @@ def why_to_compute(
     """Decide whether a case has to be computed, and read the status of the result that is in its folder, if any.
 
     The reason is "new", "failed before", "other settings" and so on; empty if its result is there. ``provenance`` is
-    what the result would be made from now, without the files of the case; without a ``second_pass`` a result that it
-    changed does not serve.
+    what the result would be made from now, without the case's files; without ``second_pass`` no result of it serves.
     """
     try:
         status = StatusRecord.read(folder / STATUS)
@@ -296,9 +295,7 @@ def _model_record(segmentation: Segmentation) -> ModelRecord:
     row = describe_model(name)
     return ModelRecord(
         name=name,
-        summary=row.summary,
-        code_licence=row.code_licence,
-        weights_licence=row.weights_licence,
+        **{key: getattr(row, key) for key in ("summary", "code_licence", "weights_licence")},
         licence_accepted=segmentation.licence_accepted,
         prompt=segmentation.prompt,
         provenance=dict(segmentation.provenance),

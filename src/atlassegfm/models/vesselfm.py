@@ -27,7 +27,8 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage, special
 
-from ..core.errors import InputError, MissingExtraError, ModelError
+from ..core.errors import InputError, ModelError
+from ..core.extras import require
 from ..core.geometry import Grid
 from ..core.image import Volume
 from ..core.mask import LocalMap
@@ -214,11 +215,7 @@ def load_network(path: Path) -> torch.nn.Module:
 
 
 def _dyn_unet() -> Any:
-    try:
-        from monai.networks.nets.dynunet import DynUNet
-    except ImportError:
-        raise MissingExtraError("the model 'vesselfm'", "vesselfm") from None
-    return DynUNet
+    return require("the model 'vesselfm'", "vesselfm", "monai.networks.nets.dynunet").DynUNet
 
 
 def _scaled(image: Volume, percentiles: tuple[float, float]) -> Field:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import MissingExtraError
+from ..core.extras import require
 from ..core.files import atomic_path
 from ..core.fonts import FONT, MISSING, fonts_for
 from ..core.image import Volume, label_positions
@@ -49,10 +49,7 @@ class Note(NamedTuple):
 
 def require_report_extra() -> None:
     """Raise MissingExtraError if matplotlib, which draws pictures, is not installed."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("drawing the picture", "report") from None
+    require("drawing the picture", "report", "matplotlib.figure")
 
 
 def draw_overview(

@@ -149,8 +149,7 @@ def read_transform(path: PathLike) -> Transform:
 
     ``path`` is a folder as :func:`write_transform` makes it (``transform.json`` may be missing), a transform file of
     ITK with linear parts and displacement fields (.tfm, .txt, .mat, .h5), or a displacement field as an image (.nii.gz,
-    .mha, .nrrd) with three numbers a voxel. Beyond the nodes of a field the displacement of its border holds on, where
-    ITK has none.
+    .mha, .nrrd) with three numbers a voxel. Beyond a field's nodes the displacement of its border holds on, unlike ITK.
 
     Raises InputError if the path is not such a transform, or the transform is 2-D, has a part of another kind (a
     B-spline), NaN or infinite numbers, or an affine that cannot be undone.

@@ -223,8 +223,7 @@ def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings, name: str = "the 
 def to_frame(pixels: NDArray[np.uint8], size: int) -> Tensor:
     """Convert a slice (rows, columns) to network input, (3, size, size) float32.
 
-    As in the published code, the aspect ratio is not kept. Pillow resamples 8 bits, unlike torch's bicubic
-    interpolation.
+    As in the published code, the aspect ratio is not kept; Pillow, unlike torch, resamples 8 bits.
     """
     from PIL import Image
 
