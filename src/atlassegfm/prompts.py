@@ -147,9 +147,8 @@ def used_prompt(prompt: Prompt, grid: Grid, stored: Grid) -> UsedPrompt:
         kind, low, high = "mask", inside.min(axis=0), inside.max(axis=0)
     ends = np.rint(stored.world_to_voxel(grid.voxel_to_world(np.stack([low, high])))).astype(int)
     first, last = ends.min(axis=0), ends.max(axis=0)
-    return UsedPrompt(
-        kind, _ints(first), _ints(last), _mm(stored.voxel_to_world(first)), _mm(stored.voxel_to_world(last))
-    )
+    first_mm, last_mm = (_mm(stored.voxel_to_world(end)) for end in (first, last))
+    return UsedPrompt(kind, _ints(first), _ints(last), first_mm, last_mm)
 
 
 def _ints(voxel: NDArray[np.int64]) -> tuple[int, int, int]:

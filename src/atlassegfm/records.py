@@ -186,9 +186,8 @@ class StructureRecord(Record):
     @property
     def cut(self) -> str:
         """How the field of view cuts it, as "49 % outside"; empty if it does not."""
-        return (
-            f"{self.outside_fraction:.0%} outside".replace("%", " %") if self.outside_fraction >= CUT_FRACTION else ""
-        )
+        outside = f"{self.outside_fraction:.0%} outside".replace("%", " %")
+        return outside if self.outside_fraction >= CUT_FRACTION else ""
 
 
 class RunRecord(Record):

@@ -253,8 +253,7 @@ class _Page:
         )
         taken = listed([f"{name} ({value})" for value, name in plan.names.items()], _LONGEST_TABLE)
         yield from ("", f"Structures: {taken}.")
-        left = [name for value, name in plan.dataset.structures.items() if value not in plan.values]
-        if left:
+        if left := [name for value, name in plan.dataset.structures.items() if value not in plan.values]:
             yield f"Left out on request: {listed(left, _LONGEST_TABLE)}."
         if unnamed := _unnamed(self.records):
             found = ", ".join(map(str, unnamed))
@@ -338,8 +337,7 @@ class _Page:
         memories = {"peak MB": "peak_memory_mb"} | ({"GPU MB": "gpu_memory_mb"} if device == "cuda" else {})
         lines = [["variant", "seconds", "slowest", *stages, *memories]]
         for variant in self.plan.variants:
-            done = [one for one in records if one.variant == variant.name and not one.failure]
-            if done:
+            if done := [one for one in records if one.variant == variant.name and not one.failure]:
                 totals = [one.total_seconds for one in done]
                 means = [float(np.mean([one.seconds.get(stage, 0.0) for one in done])) for stage in stages]
                 peaks = [max(getattr(one, name) or 0 for one in done) for name in memories.values()]

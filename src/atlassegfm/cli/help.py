@@ -59,8 +59,7 @@ class Group(TyperGroup):
 def usage_error(error: Any) -> str:
     """Say in one line what is wrong with a call, and where the help is."""
     text = sentence(error.format_message()).removesuffix(".")
-    possibilities = getattr(error, "possibilities", None)
-    if possibilities is not None:
+    if (possibilities := getattr(error, "possibilities", None)) is not None:
         text = sentence(error.message) + did_you_mean(error.option_name, possibilities)
     context = getattr(error, "ctx", None)
     return text if context is None else f"{text}; see {context.command_path} -h"

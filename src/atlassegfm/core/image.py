@@ -132,10 +132,8 @@ def load_volume(image: ImageLike) -> Volume:
         what = "a folder" if path.is_dir() else "not a known image file"
         raise InputError(f"{path}: {what}; expected a file ending in {', '.join(IMAGE_SUFFIXES)}")
     check_readable(path)
-    if suffix in ITK_SUFFIXES:
-        volume = load_itk(path)
-    else:
-        volume = load_mgh(path) if suffix in MGH_SUFFIXES else load_nifti(path)
+    load = load_itk if suffix in ITK_SUFFIXES else load_mgh if suffix in MGH_SUFFIXES else load_nifti
+    volume = load(path)
     for note in volume.source.notes if volume.source else ():
         logger.warning("%s: %s", path, note)
     return volume

@@ -126,9 +126,7 @@ def read_names_file(path: PathLike) -> dict[int, LabelEntry]:
         raise InputError(f"{path}: no such file; expected a names file (JSON or text)") from None
     except (OSError, UnicodeDecodeError):
         raise InputError(f"{path}: not readable as text; expected a names file (JSON or text)") from None
-    if path.suffix == ".json":
-        return _from_json(text, path)
-    return _from_lines(text, path)
+    return _from_json(text, path) if path.suffix == ".json" else _from_lines(text, path)
 
 
 def dataset_json_of(labels_path: Path) -> Path | None:

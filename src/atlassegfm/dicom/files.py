@@ -193,7 +193,6 @@ def group_numbers(groups: Sequence[Dataset], sequence: str, keyword: str, count:
     """
     for group in reversed(groups):
         for dataset in (*items_of(group, sequence)[:1], group):
-            numbers = numbers_of(dataset, keyword, count)
-            if numbers is not None:
+            if (numbers := numbers_of(dataset, keyword, count)) is not None:
                 return numbers
     return None

@@ -70,7 +70,7 @@ def open_labels(
 
     ``on`` is the scan it was drawn on, which an RTSTRUCT needs; patient and frame of reference are compared with a
     series. The selection is for RTSTRUCT and DICOM-SEG, an image file is read whole, and may be without any label with
-    ``allow_empty``. With ``tell``, warnings about a DICOM file are logged.
+    ``allow_empty``. With ``warn``, warnings about a DICOM file are logged.
     """
     if not isinstance(image, str | os.PathLike):
         return load_labels(image, allow_empty=allow_empty)

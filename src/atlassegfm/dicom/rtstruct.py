@@ -168,12 +168,10 @@ def _planes_to_slices(
         if not on_slice or abs(planes[n] - planes[on_slice[0]]) <= _SAME_PLANE:
             on_slice.append(n)
     off = off[[on_slice[0] for on_slice in chosen.values()]]
-    between = int((off > _SAME_PLANE).sum())
-    if between:
+    if between := int((off > _SAME_PLANE).sum()):
         found = f"contours of {between} planes lie between slices, up to {off.max() * distance_mm:.2g} mm off"
         notes.append(f"{name}: {found}; they count for the nearest slice")
-    dropped = len(planes) - sum(map(len, chosen.values()))
-    if dropped:
+    if dropped := len(planes) - sum(map(len, chosen.values())):
         notes.append(f"{name}: {dropped} contours are left out, as others lie nearer to the same slice")
     return chosen, notes
 

@@ -156,7 +156,7 @@ def find_structures(
     extra = sorted(present[0] - present[1] - tables[1].keys())
     lacking = sorted(present[1] - present[0] - tables[0].keys())
     differences = [
-        f"{one} has {_labelled(values, names)}, which {other} lacks"
+        f"{one} has {listed([f'{value} ({names[value]})' for value in values])}, which {other} lacks"
         for values, one, other in ((extra, results, references), (lacking, references, results))
         if values
     ]
@@ -191,7 +191,3 @@ def _check_values(result: LabelTable, reference: LabelTable, place: str, other: 
                 f"{place}: {entry.name!r} has the value {value}, but {min(others)} in {other}; "
                 "renumber one of them, or give the right names with --names"
             )
-
-
-def _labelled(values: Sequence[int], names: Mapping[int, str]) -> str:
-    return listed([f"{value} ({names[value]})" for value in values])

@@ -54,8 +54,7 @@ def find_pairs(result: Path, reference: Path, *, partial: bool = False) -> list[
         if case in results:
             raise InputError(f"{path}: belongs to the reference {case} as does {results[case]}; remove one")
         results[case] = path
-    missing = sorted(references.keys() - results.keys())
-    if missing:
+    if missing := sorted(references.keys() - results.keys()):
         message = f"{result}: no result for {len(missing)} of {len(references)} references: {listed(missing, 5)}"
         if not partial:
             raise InputError(f"{message}; add them, or score the others alone with --partial")

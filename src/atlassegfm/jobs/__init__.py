@@ -1,13 +1,5 @@
 """One job path for one query and for many.
 
-- :mod:`.scans`: scans below folders;
-- :mod:`.plan`: which queries, and where their results go;
-- :mod:`.work`: read, segment and write one case;
-- :mod:`.store`: result folders, and whether a result is still what would be computed now;
-- :mod:`.pool`: in this process or several; :mod:`.cluster`: on several machines, by Dask;
-- :mod:`.second_pass`: structures that are not good, tried again with another case as the atlas;
-- :mod:`.run`: all of it together.
-
 Each case ends in a folder of its own with ``status.json``, put in place as a whole. There is no other state: a run that
 was killed continues from these files.
 """

@@ -383,8 +383,7 @@ def _save_probabilities(segmentation: Segmentation, path: Path) -> None:
     stored = segmentation.labels.grid
     data = np.zeros((*stored.shape, len(segmentation.structures)), np.uint8)
     for position, result in enumerate(segmentation.structures):
-        maps = segmentation.probabilities.get(result.structure.value)
-        if maps is not None:
+        if (maps := segmentation.probabilities.get(result.structure.value)) is not None:
             full = np.rint(maps.fused.to_full(segmentation.grid.shape) * 255).astype(np.uint8)
             data[..., position] = Volume(full, segmentation.grid).turned_to(stored).data
     image = nib.Nifti1Image(data, stored.affine)

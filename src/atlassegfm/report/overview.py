@@ -185,9 +185,7 @@ def _draw_line_key(canvas: _Canvas, colors: Sequence[Any]) -> None:
         right -= 70
 
 
-def _draw_slice(
-    canvas: _Canvas, place: _Rectangle, panel: Panel, px_per_mm: float, picture: NDArray[np.float32]
-) -> Axes:
+def _draw_slice(canvas: _Canvas, place: _Rectangle, panel: Panel, px_per_mm: float, grey: NDArray[np.float32]) -> Axes:
     """Draw a slice in the middle of its place; axes are mm from its upper left corner."""
     axes = canvas.axes(place)
     width, height = place[2] / px_per_mm, place[3] / px_per_mm
@@ -196,7 +194,7 @@ def _draw_slice(
     for spine in axes.spines.values():
         spine.set_color(_FRAME)
     extent = (0, panel.width_mm, panel.height_mm, 0)
-    axes.imshow(picture, "gray", vmin=0, vmax=_WHITE, extent=extent, interpolation="bicubic", aspect="auto", zorder=0)
+    axes.imshow(grey, "gray", vmin=0, vmax=_WHITE, extent=extent, interpolation="bicubic", aspect="auto", zorder=0)
     return axes
 
 

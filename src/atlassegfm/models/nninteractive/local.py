@@ -152,8 +152,7 @@ def open_folder(weights: Callable[[], Path], device: str, options: NnInteractive
     place = usable_device(device)
     with _quiet():
         session_class = require("the model 'nninteractive'", "nninteractive", *_MODULES).nnInteractiveInferenceSession
-    missing = [name for name in _PRIVATE if not hasattr(session_class, name)]
-    if missing:
+    if missing := [name for name in _PRIVATE if not hasattr(session_class, name)]:
         raise _other_version(f"it has no {', '.join(missing)}")
     fold = find_fold(weights())
     with _quiet(), _settings_of_torch():
