@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,10 @@ from numpy.typing import NDArray
 from .core.errors import InputError
 from .core.files import PathLike
 from .core.geometry import Grid
-from .core.image import Volume, checked_image, label_values, load_labels, smallest_label_type
+from .core.image import ImageLike, Volume, checked_image, label_values, load_labels, smallest_label_type
 from .core.labels import LabelEntry, LabelTable, Structure, dataset_json_of, listed, read_names_file
 from .core.text import counted
 from .dicom import EVERYTHING, Selection, is_dicom_input, open_image, open_labels, with_structures
-
-if TYPE_CHECKING:
-    from .core.image import ImageLike
 
 logger = logging.getLogger(__name__)
 

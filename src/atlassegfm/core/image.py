@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     import nibabel as nib
     import SimpleITK as sitk
 
-    #: What functions of this package take as an image: a file, or an image of this or another library, or voxels with
-    #: their affine (RAS+ mm).
-    ImageLike = PathLike | Volume | nib.spatialimages.SpatialImage | sitk.Image | tuple[ArrayLike, ArrayLike]
+#: What functions of this package take as an image: a file, an image of this or another library, or voxels with affine.
+ImageLike: TypeAlias = "PathLike | Volume | nib.spatialimages.SpatialImage | sitk.Image | tuple[ArrayLike, ArrayLike]"
 
 __all__ = [
     "IMAGE_SUFFIXES",

@@ -6,18 +6,14 @@ import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..core.errors import InputError
-from ..core.image import Volume, checked_image, image_suffix, load_image, load_labels
+from ..core.image import ImageLike, Volume, checked_image, image_suffix, load_image, load_labels
 from .files import is_dicom, read_header, text_of
 from .rtstruct import is_rtstruct, read_rtstruct
 from .seg import is_segmentation, read_segmentation
 from .series import MODALITIES, Series, is_series_folder, load_series, series_of
 from .structures import EVERYTHING, Selection
-
-if TYPE_CHECKING:
-    from ..core.image import ImageLike
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,13 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import special
+from torch import Tensor
 
 from ...core.errors import InputError
 from ...core.geometry import Grid
@@ -31,9 +32,6 @@ from ...settings import MedSam2Settings, ModelSettings
 from ..base import OnPrompt, in_turn, intensities, scan_name, usable_device
 from ..weights import describe_file, installed_version
 from .network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network, require_packages
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
