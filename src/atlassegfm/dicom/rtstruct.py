@@ -20,19 +20,10 @@ from ..core.geometry import LPS_FLIP, Grid
 from ..core.image import Volume, label_boxes
 from ..core.labels import Structure, rgb
 from ..core.mask import LocalMap
+from . import identity
 from .contours import fill, trace
 from .files import element_errors, items_of, no_warnings, numbers_of, read_dataset, text_of, value_of
-from .identity import (
-    LONGEST_NAME,
-    SOFTWARE,
-    Provenance,
-    check_belongs,
-    copy_identity,
-    dataset_of,
-    fingerprint,
-    new_uid,
-    series_number,
-)
+from .identity import LONGEST_NAME, SOFTWARE, Provenance, check_belongs, dataset_of
 from .series import Series
 from .stack import Frame
 from .structures import EVERYTHING, Box, Color, Selection, StructureMask, merge
@@ -250,17 +241,17 @@ def write_rtstruct(
 
     data = labels.turned_to(series.grid).data
     boxes = label_boxes([one.value for one in structures], data)
-    key = fingerprint(series, structures, provenance, data)
+    key = identity.fingerprint(series, structures, provenance, data)
     maker = f"{SOFTWARE} {provenance.version}, model {provenance.model}"
     dataset = dataset_of(
         SOPClassUID=STORAGE,
-        SOPInstanceUID=new_uid("RTSTRUCT", key),
-        SeriesInstanceUID=new_uid("RTSTRUCT series", key),
+        SOPInstanceUID=identity.new_uid("RTSTRUCT", key),
+        SeriesInstanceUID=identity.new_uid("RTSTRUCT series", key),
         Modality="RTSTRUCT",
         Manufacturer=SOFTWARE,
         ManufacturerModelName=SOFTWARE,
         SoftwareVersions=provenance.version,
-        SeriesNumber=series_number(series, 1),
+        SeriesNumber=identity.series_number(series, 1),
         OperatorsName="",
         SeriesDescription=f"{SOFTWARE} structures (not approved)",
         InstanceCreationDate=provenance.date,
@@ -275,7 +266,7 @@ def write_rtstruct(
         ROIContourSequence=[],
         RTROIObservationsSequence=[],
     )
-    copy_identity(series, dataset)
+    identity.copy_identity(series, dataset)
     dataset.ReferencedFrameOfReferenceSequence = [_frame_reference(series, dataset)]
     names = _unique_names(structures)
     for position, structure in enumerate(structures, start=1):
