@@ -31,26 +31,9 @@ if TYPE_CHECKING:
 #: What functions of this package take as an image: a file, an image of this or another library, or voxels with affine.
 ImageLike: TypeAlias = "PathLike | Volume | nib.spatialimages.SpatialImage | sitk.Image | tuple[ArrayLike, ArrayLike]"
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "NIFTI_SUFFIXES",
-    "PAIR_SUFFIXES",
-    "WHOLE_WITHIN",
-    "Source",
-    "Volume",
-    "as_volume",
-    "checked_image",
-    "checked_labels",
-    "image_stem",
-    "image_suffix",
-    "label_values",
-    "load_image",
-    "load_labels",
-    "load_volume",
-    "save_masks",
-    "save_volume",
-    "smallest_label_type",
-]
+__all__ = ["IMAGE_SUFFIXES", "NIFTI_SUFFIXES", "PAIR_SUFFIXES", "WHOLE_WITHIN", "Source", "Volume"]
+__all__ += ["as_volume", "checked_image", "checked_labels", "image_stem", "image_suffix", "label_values", "load_image"]
+__all__ += ["load_labels", "load_volume", "save_masks", "save_volume", "smallest_label_type"]
 
 logger = logging.getLogger(__name__)
 

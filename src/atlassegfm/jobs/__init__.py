@@ -9,20 +9,5 @@ from .run import Outcome, RunOptions, run
 from .scans import Scans, find_scans, scans_of
 from .work import AtlasFiles, ContextFolder, Output, Row, SegmentWork, provenance_of
 
-__all__ = [
-    "AtlasFiles",
-    "Case",
-    "ContextFolder",
-    "Outcome",
-    "Output",
-    "Row",
-    "RunOptions",
-    "Scans",
-    "SegmentWork",
-    "find_scans",
-    "parse_shard",
-    "plan_cases",
-    "provenance_of",
-    "run",
-    "scans_of",
-]
+__all__ = ["AtlasFiles", "Case", "ContextFolder", "Outcome", "Output", "Row", "RunOptions", "Scans", "SegmentWork"]
+__all__ += ["find_scans", "parse_shard", "plan_cases", "provenance_of", "run", "scans_of"]

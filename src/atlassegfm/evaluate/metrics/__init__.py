@@ -4,14 +4,5 @@ from ...core.overlap import dice, dice_per_structure
 from .scores import Status, StructureScores, compare, score_labels, score_masks
 from .shape import Shape, label_shapes
 
-__all__ = [
-    "Shape",
-    "Status",
-    "StructureScores",
-    "compare",
-    "dice",
-    "dice_per_structure",
-    "label_shapes",
-    "score_labels",
-    "score_masks",
-]
+__all__ = ["Shape", "Status", "StructureScores"]
+__all__ += ["compare", "dice", "dice_per_structure", "label_shapes", "score_labels", "score_masks"]
