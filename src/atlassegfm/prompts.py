@@ -5,8 +5,6 @@ of its middle slice, and the mask itself. The fourth, "region", is the mask for 
 those of the query in RAS-canonical array order, so the third axis runs from feet to head and a slice is axial.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Content of run.json, status.json and cohort.json."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 

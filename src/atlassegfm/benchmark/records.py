@@ -1,7 +1,5 @@
 """Content of a benchmark's plan.json and pairs/VARIANT/ATLAS/QUERY.json."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

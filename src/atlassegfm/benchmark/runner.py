@@ -4,8 +4,6 @@ A finished pair is a file ``pairs/VARIANT/ATLAS/QUERY.json``. A folder whose ``p
 be added, and a pair whose files have changed is computed again.
 """
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Callable, Iterator

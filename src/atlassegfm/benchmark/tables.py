@@ -4,8 +4,6 @@
 costs, which differ from run to run, are in ``times.csv`` and ``report.md``.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Seconds and parameters of each stage on scans of a given size: the paper's Table 5."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

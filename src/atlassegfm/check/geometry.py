@@ -1,7 +1,5 @@
 """Findings on headers and grids, and on pairs of files."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Findings on intensities."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any

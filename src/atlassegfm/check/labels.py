@@ -1,7 +1,5 @@
 """Findings on label maps."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ and the best are then compared with all, so that work grows with the number of s
 scan shows the wanted structures whole is not known before contouring.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence

@@ -1,7 +1,5 @@
 """Help texts and usage errors: arguments as they are typed, whole sentences, and what a misspelt word may mean."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

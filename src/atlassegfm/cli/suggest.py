@@ -1,7 +1,5 @@
 """``atlassegfm suggest``."""
 
-from __future__ import annotations
-
 import functools
 from pathlib import Path
 

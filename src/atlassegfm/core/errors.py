@@ -3,8 +3,6 @@
 Every message is one sentence: file, what was found, what was expected, what to do. Programming errors stay Python's.
 """
 
-from __future__ import annotations
-
 import shlex
 import sys
 

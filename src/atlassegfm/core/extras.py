@@ -1,7 +1,5 @@
 """Extras of this package: what they bring, and whether it is installed."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import re

@@ -1,7 +1,5 @@
 """NRRD and MetaImage files, by SimpleITK; its LPS frame is turned to RAS+ here and nowhere else."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Structures of a label map: values, names, colours, and the formats that carry them."""
 
-from __future__ import annotations
-
 import colorsys
 import difflib
 import json

@@ -1,7 +1,5 @@
 """Stage names and wall times of a job, and the time that it will still take."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping

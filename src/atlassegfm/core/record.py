@@ -1,7 +1,5 @@
 """JSON files of the program: one base class that reads, checks and writes them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Self
 

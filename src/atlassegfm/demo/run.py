@@ -1,7 +1,5 @@
 """The whole job on the embedded pair of scans: nothing to download, and a score at the end."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Open what a user names: an image file, the folder of a DICOM series, an RTSTRUCT or a DICOM-SEG."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterable

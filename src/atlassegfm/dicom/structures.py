@@ -3,8 +3,6 @@
 RTSTRUCT and SEG hold one mask a structure, a label map one value a voxel.
 """
 
-from __future__ import annotations
-
 import difflib
 import logging
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Scores of results against references."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence

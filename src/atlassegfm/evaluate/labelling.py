@@ -1,7 +1,5 @@
 """Label maps of results and references, read so that one structure has one label value and one name on both sides."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

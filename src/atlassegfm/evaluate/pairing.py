@@ -1,7 +1,5 @@
 """Pairs of files to compare: which result belongs to which reference."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from pathlib import Path

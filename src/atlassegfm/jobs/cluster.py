@@ -4,8 +4,6 @@ Both come with the extra "cluster" and are imported late. A worker runs one case
 loaded once for each worker process.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Results in one folder, as nnU-Net writes its predictions."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Sequence
 from pathlib import Path

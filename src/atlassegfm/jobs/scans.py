@@ -1,7 +1,5 @@
 """Scans below folders: one folder a patient, nnU-Net and BIDS datasets, DICOM trees. What is not taken is named."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

@@ -18,8 +18,6 @@ on request also
 - ``report.html`` and ``overview.png``: written by :mod:`atlassegfm.report`, removed when the result is made again.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

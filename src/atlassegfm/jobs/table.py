@@ -1,7 +1,5 @@
 """Table of a cohort: a row for each structure of each case, for spreadsheets and scripts."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterable
 from pathlib import Path

@@ -10,8 +10,6 @@ It has no weights and nothing in it is random. Per structure, on a crop around t
 3. *Border.* A Markov random field with contrast-sensitive couplings (Boykov, Jolly 2001), solved by mean field.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

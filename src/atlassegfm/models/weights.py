@@ -4,8 +4,6 @@ Nothing is downloaded unless :func:`fetch` is called. Weights are looked for in 
 ``$ATLASSEGFM_MODELS/MODEL``, then in ``~/.local/share/atlassegfm/models/MODEL``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Page of one case: structures in three planes, an interactive view, and its provenance."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Read a folder of results: one folder a case, and the summaries of the cohort."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """HTML pages from templates: each holds all it needs and loads nothing."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import hashlib

@@ -1,7 +1,5 @@
 """Inverse of a displacement field."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 

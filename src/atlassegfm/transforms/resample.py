@@ -1,7 +1,5 @@
 """Images and labels sampled through a transform."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np

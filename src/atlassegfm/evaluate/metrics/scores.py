@@ -4,8 +4,6 @@ Where neither has the structure every score is NaN. Where only one has it, dista
 largest there can be: a missed structure makes a mean worse.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

@@ -9,8 +9,6 @@ Slices look as those of a usual CT file do to that code: rows run to the back of
 network returns that mask, by design.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field

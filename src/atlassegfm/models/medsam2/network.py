@@ -5,8 +5,6 @@ renamed from the original code to transformers (:func:`rename`); two deviations 
 are corrected (:func:`_corrected`). Importing this module loads torch, but not transformers.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib
 import inspect

@@ -4,8 +4,6 @@ The server gets the scan: this is logged each time, and refused for other machin
 answers with masks, not probabilities.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 import logging
