@@ -1,6 +1,7 @@
 """Errors a caller can act on.
 
-Every message is one sentence: file, what was found, what was expected, what to do. Programming errors stay Python's.
+Every message is one sentence: the file first, what was found, what was expected, what to do. Programming errors stay
+ordinary Python exceptions.
 """
 
 import shlex

@@ -31,7 +31,8 @@ PAIR_SUFFIXES = (".hdr", ".img")
 _repairs = logging.getLogger(f"{__name__}.repairs")
 _repairs.setLevel(logging.CRITICAL + 1)
 
-#: Codes of header extensions with label names: "ignore", as TotalSegmentator writes, and Connectome Workbench's.
+#: Codes of header extensions that hold label names: "ignore", which every reader decodes and TotalSegmentator
+#: writes, and that of Connectome Workbench.
 _NAME_CODES = (0, 30)
 #: NIfTI intent code "label": the values are names, not amounts.
 _INTENT_LABEL = 1002

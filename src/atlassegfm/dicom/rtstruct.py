@@ -67,7 +67,8 @@ def read_rtstruct(path: Path, on: Series | Grid, selection: Selection = EVERYTHI
 
     ``on`` is the scan they were drawn on; patient and frame of reference are compared with a series only. Names and
     colours are in the source of the volume. InputError if the file is no RTSTRUCT or damaged, of another patient or
-    frame, a wanted structure is missing or without closed contours, these are not in the scan's slices, or overlap.
+    frame, a wanted structure is not there or has no closed contours, contours lie outside the scan or not in its
+    slices, or structures overlap.
     """
     dataset = read_dataset(path)
     if not is_rtstruct(dataset):

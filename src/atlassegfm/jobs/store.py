@@ -120,7 +120,8 @@ def why_to_compute(
     """Decide whether a case has to be computed, and read the status of the result that is in its folder, if any.
 
     The reason is "new", "failed before", "other settings" and so on; empty if its result is there. ``provenance`` is
-    what the result would be made from now, without the case's files; without ``second_pass`` no result of it serves.
+    what the result would be made from now, without the files of the case; without a ``second_pass`` a result that it
+    changed does not serve.
     """
     try:
         status = records.StatusRecord.read(folder / STATUS)

@@ -48,7 +48,8 @@ class NnInteractiveSegmenter(ABC):
     def encode(self, image: Volume) -> Field:
         """Return (K, J, I) float32 intensities of one scan (RAS-canonical array order), a view.
 
-        Raises InputError if it has NaN or infinite voxels, or one value only where it is not 0.
+        Raises InputError if it has NaN or infinite voxels, or one value only where it is not 0: the session would
+        predict nothing.
         """
         data = intensities(image)
         # The session takes mean and standard deviation over the box of the voxels that are not 0.
