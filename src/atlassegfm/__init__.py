@@ -22,30 +22,9 @@ if TYPE_CHECKING:
     from .segment import segment
     from .settings import RegistrationSettings, Settings
 
-__all__ = [
-    "Atlas",
-    "AtlasSegError",
-    "Context",
-    "Grid",
-    "InputError",
-    "MissingExtraError",
-    "ModelError",
-    "Registration",
-    "RegistrationError",
-    "RegistrationSettings",
-    "Segmentation",
-    "Settings",
-    "Structure",
-    "Volume",
-    "__version__",
-    "customize",
-    "evaluate",
-    "load_image",
-    "load_labels",
-    "register",
-    "save_volume",
-    "segment",
-]
+__all__ = ["Atlas", "Context", "Grid", "Registration", "RegistrationSettings", "Segmentation", "Settings", "Structure"]
+__all__ += ["AtlasSegError", "InputError", "MissingExtraError", "ModelError", "RegistrationError", "Volume"]
+__all__ += ["__version__", "customize", "evaluate", "load_image", "load_labels", "register", "save_volume", "segment"]
 
 #: Where the names live that are imported on first use: PyTorch alone takes seconds.
 _HOME = {

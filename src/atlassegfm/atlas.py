@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,10 @@ from numpy.typing import NDArray
 from .core.errors import InputError
 from .core.files import PathLike
 from .core.geometry import Grid
-from .core.image import Volume, checked_image, label_values, load_labels, smallest_label_type
+from .core.image import ImageLike, Volume, checked_image, label_values, load_labels, smallest_label_type
 from .core.labels import LabelEntry, LabelTable, Structure, dataset_json_of, listed, read_names_file
 from .core.text import counted
 from .dicom import EVERYTHING, Selection, is_dicom_input, open_image, open_labels, with_structures
-
-if TYPE_CHECKING:
-    from .core.image import ImageLike
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +32,8 @@ _ORIGIN_DIGITS = 3
 class Atlas:
     """One annotated scan.
 
-    Parameters
-    ----------
-    image : Volume
-        float32 intensities in RAS-canonical array order.
-    labels : Volume
-        Unsigned integers on the grid of ``image``; 0 is background.
-    structures : tuple of Structure
-        Name and colour of each label value, ascending.
+    ``image`` has float32 intensities in RAS-canonical array order, ``labels`` unsigned integers on its grid, 0 for
+    background; ``structures`` are name and colour of each label value, ascending.
     """
 
     image: Volume
@@ -63,26 +54,14 @@ class Atlas:
         series: str | None = None,
         selection: Selection = EVERYTHING,
     ) -> Atlas:
-        """Read an annotated scan.
+        """Read an annotated scan: the scan and its label map have the same voxels, in any array order each.
 
-        Parameters
-        ----------
-        image, labels : path or image
-            The scan and its label map: the same voxels, in any array order each. The scan may be the folder of a DICOM
-            series, the labels an RTSTRUCT or DICOM-SEG; both may be images in memory, see
-            :func:`~atlassegfm.core.image.as_volume`.
-        names : path, optional
-            Names and colours, as :func:`~atlassegfm.core.labels.read_names_file` reads them. They precede those in
-            the header of ``labels``, which precede those of the ``dataset.json`` beside it or one folder above.
-        series : str, optional
-            Which DICOM series of the folder, as :func:`~atlassegfm.dicom.load_series` takes it.
-        selection : Selection, optional
-            Which structures, and what they are called.
-
-        Raises
-        ------
-        InputError
-            If a file cannot be used, or the labels lie on other voxels than the atlas.
+        The scan may be the folder of a DICOM series, of which ``series`` chooses one as in
+        :func:`~atlassegfm.dicom.load_series`, the labels an RTSTRUCT or DICOM-SEG; both may be images in memory, see
+        :func:`~atlassegfm.core.image.as_volume`. ``names`` is a file of names and colours, as
+        :func:`~atlassegfm.core.labels.read_names_file` reads it: they precede those in the header of ``labels``, which
+        precede those of the ``dataset.json`` beside it or one folder above. ``selection`` is which structures, and what
+        they are called. Raises InputError if a file cannot be used, or the labels lie on other voxels than the atlas.
         """
         image_name, labels_name = (
             str(one) if isinstance(one, str | os.PathLike) else word
@@ -110,19 +89,10 @@ class Atlas:
 
     @classmethod
     def from_volumes(cls, atlas: Volume, labels: Volume, structures: Sequence[Structure] = ()) -> Atlas:
-        """Make an annotated scan of volumes in memory.
+        """Make an annotated scan of intensities and whole numbers on the same voxels, in any array order.
 
-        Parameters
-        ----------
-        atlas, labels : Volume
-            Intensities, and whole numbers on the same voxels in any array order, 0 for background.
-        structures : sequence of Structure, optional
-            Names and colours; other label values get default ones.
-
-        Raises
-        ------
-        InputError
-            If the voxels cannot be used, or the labels lie on other voxels than the atlas.
+        ``structures`` are names and colours; other label values get default ones. Raises InputError if the voxels
+        cannot be used, or the labels lie on other voxels than the atlas.
         """
         given = {one.value: LabelEntry(one.name, one.color) for one in structures}
         return cls._built(atlas, load_labels(labels), [given], "the atlas", "the labels")
@@ -186,12 +156,7 @@ def canonical_scan(volume: Volume, name: str) -> Volume:
 
     The result does not depend on a file's array order, to the last bit: memory has the canonical order too, as sums
     over strided views may round otherwise, and the origin is rounded to less than a hundredth of a voxel, as each array
-    order stores another corner with a rounding error of its own.
-
-    Raises
-    ------
-    InputError
-        As :func:`~atlassegfm.core.image.checked_image`.
+    order stores another corner with a rounding error of its own. InputError as of checked_image().
     """
     turned = checked_image(volume.canonical(), name)
     data = np.ascontiguousarray(turned.data)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -25,7 +25,7 @@ from .core.device import memory_errors, reproducible, resolve_device
 from .core.errors import InputError, ModelError
 from .core.files import PathLike, replaced_folder
 from .core.geometry import Grid
-from .core.image import Volume, load_volume, save_volume, smallest_label_type
+from .core.image import ImageLike, Volume, load_volume, save_volume, smallest_label_type
 from .core.labels import Structure
 from .core.progress import GATE_STEPS, StageClock, stage_printer
 from .core.version import __version__
@@ -38,9 +38,6 @@ from .models.table import load_chosen, prompt_kind
 from .models.weights import sha256_of
 from .prompts import PromptKind
 from .settings import NO_MODEL, Settings
-
-if TYPE_CHECKING:
-    from .core.image import ImageLike
 
 #: Format of the folder: raised when its files change, or what a gate is trained on.
 FORMAT = 5

@@ -5,8 +5,6 @@ of its middle slice, and the mask itself. The fourth, "region", is the mask for 
 those of the query in RAS-canonical array order, so the third axis runs from feet to head and a slice is axial.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,13 +25,7 @@ INSIDE = 0.5
 class UsedPrompt:
     """Prompt of one structure, in the array order the query is stored in.
 
-    Parameters
-    ----------
-    kind : {"click", "box", "mask", "region"}
-        Click: both corners are the clicked voxel. Box, mask, region: the first and the last voxel inside.
-    first_voxel, last_voxel : tuple of int, (3,)
-    first_mm, last_mm : tuple of float, (3,)
-        Centres of these voxels, RAS+ mm.
+    First and last voxel are those inside a box, mask or region, and both the voxel of a click; in mm their centres.
     """
 
     kind: PromptKind
@@ -45,35 +37,19 @@ class UsedPrompt:
 
 @dataclass(frozen=True)
 class ClickPrompt:
-    """A voxel inside the structure.
-
-    Parameters
-    ----------
-    ijk : tuple of int, (3,)
-        Voxel of the query.
-    slices : tuple of int, (2,), optional
-        First axial slice of the structure and one past its last one, as the atlas has it; None if that is not known.
-    """
+    """A voxel inside the structure."""
 
     ijk: tuple[int, int, int]
-    slices: tuple[int, int] | None = None
+    slices: tuple[int, int] | None = None  # first axial one of the atlas's structure and one past its last, if known
 
 
 @dataclass(frozen=True)
 class BoxPrompt:
-    """A rectangle around the structure on one axial slice.
-
-    Parameters
-    ----------
-    start, stop : tuple of int, (3,)
-        Voxels ``start`` <= (i, j, k) < ``stop`` of the query; one voxel thick along k.
-    slices : tuple of int, (2,), optional
-        First axial slice of the structure and one past its last one, as the atlas has it; None if that is not known.
-    """
+    """A rectangle around the structure on one axial slice: voxels ``start`` <= (i, j, k) < ``stop``, one thick in k."""
 
     start: tuple[int, int, int]
     stop: tuple[int, int, int]
-    slices: tuple[int, int] | None = None
+    slices: tuple[int, int] | None = None  # as of a click
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,12 +102,8 @@ def largest_component(mask: Mask) -> Mask:
 def inside_scan(probability: LocalMap, shape: tuple[int, int, int]) -> tuple[NDArray[np.int64], Mask]:
     """Find the voxels of a scan of this shape that a soft mask, which may reach out of it, prompts.
 
-    Returns
-    -------
-    array, (3,) int64
-        First voxel of the box of the scan that the mask's own box overlaps.
-    array, (I, J, K) bool
-        On that box: True from :data:`INSIDE` on; of no voxels where they do not overlap.
+    Gives the first voxel (3,) of the box of the scan that the mask's own box overlaps, and on that box, (I, J, K) bool,
+    whether the mask reaches :data:`INSIDE`; the box has no voxels where they do not overlap.
     """
     first = np.maximum(probability.start, 0).astype(np.int64)
     last = np.maximum(np.minimum(probability.stop, shape), first)
@@ -173,9 +145,8 @@ def used_prompt(prompt: Prompt, grid: Grid, stored: Grid) -> UsedPrompt:
         kind, low, high = "mask", inside.min(axis=0), inside.max(axis=0)
     ends = np.rint(stored.world_to_voxel(grid.voxel_to_world(np.stack([low, high])))).astype(int)
     first, last = ends.min(axis=0), ends.max(axis=0)
-    return UsedPrompt(
-        kind, _ints(first), _ints(last), _mm(stored.voxel_to_world(first)), _mm(stored.voxel_to_world(last))
-    )
+    first_mm, last_mm = (_mm(stored.voxel_to_world(end)) for end in (first, last))
+    return UsedPrompt(kind, _ints(first), _ints(last), first_mm, last_mm)
 
 
 def _ints(voxel: NDArray[np.int64]) -> tuple[int, int, int]:

@@ -1,7 +1,5 @@
 """Content of run.json, status.json and cohort.json."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 
@@ -186,9 +184,8 @@ class StructureRecord(Record):
     @property
     def cut(self) -> str:
         """How the field of view cuts it, as "49 % outside"; empty if it does not."""
-        return (
-            f"{self.outside_fraction:.0%} outside".replace("%", " %") if self.outside_fraction >= CUT_FRACTION else ""
-        )
+        outside = f"{self.outside_fraction:.0%} outside".replace("%", " %")
+        return outside if self.outside_fraction >= CUT_FRACTION else ""
 
 
 class RunRecord(Record):
@@ -201,9 +198,7 @@ class RunRecord(Record):
     model: ModelRecord
     registration: RegistrationRecord
     gate: str | None
-    verdict: Verdict | None
-    """Worst of the structures; null where none is judged."""
-
+    verdict: Verdict | None = Field(description="Worst of the structures; null where none is judged.")
     structures: tuple[StructureRecord, ...]
     settings: dict[str, Any]
     versions: dict[str, str]

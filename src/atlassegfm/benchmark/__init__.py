@@ -4,8 +4,6 @@ The labels of a query are read here to score results, and given to nothing that 
 "user click" in the ablation: a simulated user who sees the structure clicks into its middle.
 """
 
-from __future__ import annotations
-
 from .plan import METHODS, Plan, Variant
 from .protocols import PROTOCOLS, Pair, make_pairs
 from .records import PairRecord, Row

@@ -1,7 +1,5 @@
 """One pair of a benchmark: segmented by a variant, and scored."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time

@@ -1,7 +1,5 @@
 """Plan of a benchmark: variants, pairs, structures and tolerances."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

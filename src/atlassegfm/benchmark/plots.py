@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from ..core.files import atomic_path
 from ..core.fonts import drawable
 from ..core.labels import shortened
+from ..core.text import counted
 from ..evaluate.statistics import spread
 from ..report import require_report_extra
 from .records import PairRecord
-from .tables import METHOD_NAMES, Column, count, decimal, title_of
+from .tables import METHOD_NAMES, Column, decimal, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,7 +101,7 @@ def dice_figure(columns: Sequence[Column], dataset: str) -> Figure:
         if any(np.isnan(table).all(axis=1).any() for table in tables):
             notes.append("no mark: nothing to score")
         axes.set_xlabel("Dice coefficient" + (f" ({', '.join(notes)})" if notes else ""))
-        return _finished(axes, handles, f"{dataset}: Dice of each structure, {count(pairs, 'pair', 'pairs')}")
+        return _finished(axes, handles, f"{dataset}: Dice of each structure, {counted(len(pairs), 'pair')}")
 
 
 def dice_and_time_figure(columns: Sequence[Column], records: Sequence[PairRecord], dataset: str) -> Figure:
@@ -147,7 +148,7 @@ def dice_and_time_figure(columns: Sequence[Column], records: Sequence[PairRecord
             axes.text(0.5, 0.5, "no pair has a score", transform=axes.transAxes, ha="center")
         note = "; Dice of failed pairs counts as 0 in the mean, their time does not count" if any_failed else ""
         axes.set_xlabel(f"time of the pair (seconds{scale}; large mark: mean, small mark: one pair{note})")
-        return _finished(axes, handles, f"{dataset}: Dice against time, {count(pairs, 'pair', 'pairs')}")
+        return _finished(axes, handles, f"{dataset}: Dice against time, {counted(len(pairs), 'pair')}")
 
 
 def _use_logarithmic_times(axes: Axes, ratio: float) -> None:

@@ -1,7 +1,5 @@
 """Which case is the atlas for which query."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Content of a benchmark's plan.json and pairs/VARIANT/ATLAS/QUERY.json."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,15 +31,11 @@ class PairRecord(Record):
     rows: tuple[Row, ...]
     """Empty where a file cannot be used: the pair is not scored then, and not kept."""
 
-    failure: str = ""
-    """Why there is no result."""
-
+    failure: str = Field(default="", description="Why there is no result.")
     seconds: dict[str, float] = Field(default_factory=dict)
     """Wall time of each stage; those of the registration begin with "registration: "."""
 
-    total_seconds: float = 0.0
-    """Of all stages, files already read."""
-
+    total_seconds: float = Field(default=0.0, description="Of all stages, files already read.")
     peak_memory_mb: int | None = None
     gpu_memory_mb: int | None = None
     confidence: float | None = Field(default=None, description="Of the registration.")

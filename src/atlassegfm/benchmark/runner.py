@@ -4,8 +4,6 @@ A finished pair is a file ``pairs/VARIANT/ATLAS/QUERY.json``. A folder whose ``p
 be added, and a pair whose files have changed is computed again.
 """
 
-from __future__ import annotations
-
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -35,31 +33,12 @@ def run(
 ) -> list[PairRecord]:
     """Run all pairs that are not done yet, or all with ``force``; the records are in the order of variants and pairs.
 
-    Parameters
-    ----------
-    plan : Plan
-    out : Path
-        Folder of the benchmark, made if it is not there.
-    force : bool
-        Whether to begin again where the folder holds a benchmark.
-    on_planned : callable, optional
-        Called with the numbers of pairs that are kept and to do.
-    on_pair : callable, optional
-        Called with number (from 1), count and name of each pair as it begins.
-    on_stage : callable, optional
-        Called with the name of each stage.
+    ``out`` is the folder of the benchmark, made if it is not there. ``on_planned`` is called with the numbers of pairs
+    that are kept and to do, ``on_pair`` with number (from 1), count and name of each pair as it begins, ``on_stage``
+    with the name of each stage. A record has no rows where a file of its pair cannot be used.
 
-    Returns
-    -------
-    list of PairRecord
-        Variant by variant, in the order of the pairs; without rows for a pair whose files cannot be used.
-
-    Raises
-    ------
-    InputError
-        If the folder holds something else, or no pair can be scored. Finished pairs are kept.
-    AtlasSegError
-        If a model cannot be loaded, before anything is written.
+    InputError if the folder holds something else, or no pair can be scored: finished pairs are kept. AtlasSegError if a
+    model cannot be loaded, before anything is written.
     """
     store = {
         (variant.name, pair): out / PAIRS / slug(variant.name) / pair.atlas / f"{pair.query}.json"

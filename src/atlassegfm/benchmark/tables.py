@@ -4,11 +4,9 @@
 costs, which differ from run to run, are in ``times.csv`` and ``report.md``.
 """
 
-from __future__ import annotations
-
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations
@@ -19,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import InputError
-from ..core.files import atomic_path
+from ..core.files import write_text
 from ..core.labels import listed
+from ..core.text import counted
 from ..evaluate.statistics import LEVEL, Interval, Spread, macro_mean, paired_bootstrap, spread
 from ..evaluate.summary import SMALL_ML, Summary, plain_row, summarise, write_scores
 from .plan import PLAN, Plan
@@ -127,8 +126,8 @@ def write_reports(plan: Plan, records: Sequence[PairRecord], out: Path, *, plots
     write_scores(out / "times.csv", _cost_rows(records))
     made = json.loads((out / PLAN).read_text(encoding="utf-8"))
     summary = {"benchmark": plan.title, **made, **_summary(plan, records, columns, comparisons)}
-    _write(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    _write(out / "report.md", "\n".join(_Page(plan, records, columns, comparisons, plots).lines()) + "\n")
+    write_text(out / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(out / "report.md", "\n".join(_Page(plan, records, columns, comparisons, plots).lines()) + "\n")
     if plots:
         from .plots import dice_and_time_figure, dice_figure, save_figure
 
@@ -244,16 +243,15 @@ class _Page:
         yield from (f"# {plan.dataset.name}: {plan.title}", "")
         if plan.command:
             yield from (f"```sh\n{plan.command}\n```", "")
+        queries = counted(len({pair.query for pair in plan.pairs}), "query", "queries")
         yield (
-            f"{count(plan.pairs, 'pair', 'pairs')}, {count(self.atlases, 'atlas', 'atlases')}, "
-            f"{count({pair.query for pair in plan.pairs}, 'query', 'queries')}. NSD at {plan.tolerances.origin}; "
-            "HD95 on surface elements, the larger of both directions. Means over the cases of each structure, then "
-            "over structures."
+            f"{counted(len(plan.pairs), 'pair')}, {counted(len(self.atlases), 'atlas', 'atlases')}, {queries}. "
+            f"NSD at {plan.tolerances.origin}; HD95 on surface elements, the larger of both directions. Means over the "
+            "cases of each structure, then over structures."
         )
         taken = listed([f"{name} ({value})" for value, name in plan.names.items()], _LONGEST_TABLE)
         yield from ("", f"Structures: {taken}.")
-        left = [name for value, name in plan.dataset.structures.items() if value not in plan.values]
-        if left:
+        if left := [name for value, name in plan.dataset.structures.items() if value not in plan.values]:
             yield f"Left out on request: {listed(left, _LONGEST_TABLE)}."
         if unnamed := _unnamed(self.records):
             found = ", ".join(map(str, unnamed))
@@ -337,8 +335,7 @@ class _Page:
         memories = {"peak MB": "peak_memory_mb"} | ({"GPU MB": "gpu_memory_mb"} if device == "cuda" else {})
         lines = [["variant", "seconds", "slowest", *stages, *memories]]
         for variant in self.plan.variants:
-            done = [one for one in records if one.variant == variant.name and not one.failure]
-            if done:
+            if done := [one for one in records if one.variant == variant.name and not one.failure]:
                 totals = [one.total_seconds for one in done]
                 means = [float(np.mean([one.seconds.get(stage, 0.0) for one in done])) for stage in stages]
                 peaks = [max(getattr(one, name) or 0 for one in done) for name in memories.values()]
@@ -355,11 +352,6 @@ def _markdown(lines: Sequence[Sequence[str]], words: int = 1) -> Iterable[str]:
     yield from (*rest, "")
 
 
-def count(things: Collection[Any], one: str, several: str) -> str:
-    """Give number and noun of things."""
-    return f"{len(things)} {one if len(things) == 1 else several}"
-
-
 def decimal(value: float, digits: int) -> str:
     """Format a number for a table; a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:.{digits}f}"
@@ -369,8 +361,3 @@ def _signed(value: float) -> str:
     if math.isnan(value):
         return "–"
     return f"{round(value, 3) + 0.0:+.3f}".replace("-", "−")  # no −0.000
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -1,7 +1,5 @@
 """Seconds and parameters of each stage on scans of a given size: the paper's Table 5."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +45,7 @@ def scans_for(folder: Path | None, shape: tuple[int, int, int], labels: Sequence
     """Load an atlas and a query, and resample each over its own field of view to ``shape`` voxels (RAS-canonical).
 
     The folder is a dataset in nnU-Net raw layout, whose first two cases are taken; None for the embedded pair.
-    Structures are those of ``labels``; all if it is empty. InputError if the dataset cannot be used or has fewer than
-    two cases.
+    Structures are those of ``labels``, or all. InputError if the dataset cannot be used or has fewer than two cases.
     """
     if folder is None:
         full = Atlas.from_files(demo.PAIR / demo.ATLAS, demo.PAIR / demo.LABELS)

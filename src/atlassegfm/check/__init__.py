@@ -1,7 +1,5 @@
 """Geometry, labels and intensities of files, before they are used; which scan to contour."""
 
-from __future__ import annotations
-
 from .files import check_files
 from .findings import Check, Finding
 

@@ -1,7 +1,5 @@
 """Findings on a scan against an atlas."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """Check files one by one, against an atlas, and in pairs."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections import Counter

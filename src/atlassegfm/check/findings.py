@@ -1,7 +1,5 @@
 """Findings and reports of a check: data only."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Findings on headers and grids, and on pairs of files."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +13,7 @@ from .findings import FileReport, Finding, PairReport, note, sort_findings, warn
 
 #: Least ratio of slice distance and in-plane spacing to warn of: T2 abdomens of CHAOS have 6, thin-slice CT below 4.
 _ANISOTROPIC = 4.0
-#: Degrees from which axes are called sheared, off a right angle (0.5 mm over 300 mm; rounded headers reach 0.01), and
-#: oblique.
+#: Degrees from which axes are called sheared (0.5 mm over 300 mm; rounded headers reach 0.01), and oblique.
 _SHEARED_DEG, _OBLIQUE_DEG = 0.1, 0.1
 #: Least and greatest field of view of people, in mm: inner ear, and whole body (2 m).
 _FIELD_OF_VIEW_MM = (15.0, 2500.0)

@@ -1,7 +1,5 @@
 """Findings on intensities."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -20,8 +18,7 @@ SAMPLED_VOXELS = 2_000_000
 _AIR_HU = -900.0
 #: Below the scale of Hounsfield units (-1024) lies only what scanners fill the corners with.
 _PADDING_HU = -1100.0
-#: CT stored 1000 or 1024 above the scale, without negative values: where soft tissue is, and how much of what is denser
-#: than lung is soft tissue.
+#: CT stored 1000 or 1024 above the scale: where soft tissue is, and its fraction of what is denser than lung.
 _OFFSET_LUNG, _OFFSET_TISSUE, _MOSTLY_TISSUE = 500.0, (850.0, 1250.0), 0.75
 #: Cubes of this many voxels to a side are like air or noise if their mean is within this many of its standard errors,
 #: and a scan is empty if less than this fraction of them is anything else: heads have 0.26 or more.

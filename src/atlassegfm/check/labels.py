@@ -1,7 +1,5 @@
 """Findings on label maps."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,8 +64,7 @@ def label_reports(volume: Volume, path: Path) -> tuple[tuple[LabelReport, ...], 
     values = label_values(data)
     boxes = label_boxes(values, data)
     tables = [volume.source.label_table] if volume.source else []
-    dataset = dataset_json_of(path)
-    if dataset is not None:
+    if (dataset := dataset_json_of(path)) is not None:
         try:
             tables.append(read_names_file(dataset))
         except InputError as refusal:

@@ -6,8 +6,6 @@ and the best are then compared with all, so that work grows with the number of s
 scan shows the wanted structures whole is not known before contouring.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +20,7 @@ from torch.nn import AvgPool3d
 
 from ..atlas import canonical_scan
 from ..core.errors import AtlasSegError, InputError
+from ..core.files import entries_of
 from ..core.image import IMAGE_SUFFIXES, image_stem, image_suffix, load_image
 from ..registration.affine import fit
 from ..registration.pyramid import Scan, frame_grid, level_spacings_mm, on_grid, prepare
@@ -95,7 +94,7 @@ def scans_in(folder: Path) -> list[Path]:
     """List the image files of a folder, by name; :class:`.InputError` if it is no folder or has fewer than three."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a folder of scans")
-    found = sorted(path for path in folder.iterdir() if image_suffix(path) and not path.name.startswith("."))
+    found = [path for path in entries_of(folder) if image_suffix(path)]
     if len(found) < 3:
         raise InputError(
             f"{folder}: {len(found)} image files; expected three or more, ending in {', '.join(IMAGE_SUFFIXES)}"

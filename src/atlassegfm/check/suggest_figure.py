@@ -1,7 +1,5 @@
 """Figure of a ranking of scans: scores, similarities, the best and the worst."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -5,8 +5,6 @@ Progress and errors go to standard error, results to standard output. Exit codes
 What computes is imported inside the commands: help and usage errors come at once.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import signal

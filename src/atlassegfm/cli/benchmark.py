@@ -266,8 +266,7 @@ def _run(title: str, columns: Callable[[Variant, list[str]], list[Variant]], opt
         pairs, of = counted(len(plan.pairs), "pair"), counted(len(cases), "case")
         session.note(f"{dataset.name}: {pairs} of {of}: {', '.join(cases)}")
         session.note(f"structures: {', '.join(f'{name} ({value})' for value, name in plan.names.items())}")
-        left = [name for value, name in dataset.structures.items() if value not in plan.values]
-        if left:
+        if left := [name for value, name in dataset.structures.items() if value not in plan.values]:
             session.say(f"left out on request: {', '.join(left)}")
         for note in notes:
             session.note(note)

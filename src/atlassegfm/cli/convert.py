@@ -1,7 +1,5 @@
 """``atlassegfm convert``."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import typer

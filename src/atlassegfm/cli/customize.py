@@ -1,7 +1,5 @@
 """``atlassegfm customize``."""
 
-from __future__ import annotations
-
 import shlex
 import time
 from pathlib import Path

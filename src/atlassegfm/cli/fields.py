@@ -1,7 +1,5 @@
 """How options are declared: the fields of a frozen dataclass, of which a command is made."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 import typing

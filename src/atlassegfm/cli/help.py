@@ -1,7 +1,5 @@
 """Help texts and usage errors: arguments as they are typed, whole sentences, and what a misspelt word may mean."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
@@ -59,8 +57,7 @@ class Group(TyperGroup):
 def usage_error(error: Any) -> str:
     """Say in one line what is wrong with a call, and where the help is."""
     text = sentence(error.format_message()).removesuffix(".")
-    possibilities = getattr(error, "possibilities", None)
-    if possibilities is not None:
+    if (possibilities := getattr(error, "possibilities", None)) is not None:
         text = sentence(error.message) + did_you_mean(error.option_name, possibilities)
     context = getattr(error, "ctx", None)
     return text if context is None else f"{text}; see {context.command_path} -h"

@@ -50,8 +50,7 @@ class SettingsOptions:
             chosen = with_file(chosen, self.config)
         chosen = with_overrides(chosen, self.overrides or ())
         for key in ("model", "model_path", "prompt", "seed"):
-            value = getattr(self, key, None)
-            if value is not None:
+            if (value := getattr(self, key, None)) is not None:
                 text = str(value) if isinstance(value, Path) else value
                 chosen = with_table(chosen, {key: text}, origin=f"--{key.replace('_', '-')}")
         return chosen

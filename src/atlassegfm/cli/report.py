@@ -95,8 +95,7 @@ def report(options: ReportCommandOptions) -> None:
     if options.as_json:
         counts = {name: getattr(written, name) for name in ("cases", "failures", "without_image", "kept")}
         unused = [str(path) for path in (*matched.unused, *matched.changed)]
-        problems = list(written.problems)
-        print_json({"report": str(written.path), **counts, "unused_images": unused, "problems": problems})
+        print_json({"report": str(written.path), **counts, "unused_images": unused, "problems": [*written.problems]})
         return
     failed = f", {written.failures} without a result" if written.failures else ""
     typer.echo(f"report    {written.path}  ({counted(written.cases, 'case')}{failed})")

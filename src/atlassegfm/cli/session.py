@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
-from ..core.errors import AtlasSegError, InputError
+from ..core.errors import AtlasSegError
+from ..core.files import disk_errors
 from ..core.progress import Steps
 from ..core.text import duration
 
@@ -177,18 +178,12 @@ def open_session(quiet: bool, *, warnings: bool = True, log: Path | None = None)
         stack.callback(package.removeHandler, handler)
         try:
             if log is not None:
-                session.log = stack.enter_context(_opened(log))
+                with disk_errors(log):
+                    session.log = stack.enter_context(log.open("a", encoding="utf-8"))
             yield session
         except AtlasSegError as error:
             session.error(str(error))
             raise typer.Exit(EXIT_USAGE) from None
-
-
-def _opened(log: Path) -> TextIO:
-    try:
-        return log.open("a", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{log}: cannot be written ({error.strerror}); choose another") from None
 
 
 def sentence(text: str) -> str:

@@ -1,9 +1,6 @@
 """``atlassegfm suggest``."""
 
-from __future__ import annotations
-
 import functools
-import json
 from pathlib import Path
 
 import typer
@@ -40,7 +37,7 @@ def suggest(options: SuggestOptions) -> None:
         from ..check.suggest import suggest as rank
         from ..check.suggest_figure import draw_suggestion
         from ..core.device import resolve_device
-        from ..core.files import atomic_path, output_folder
+        from ..core.files import output_folder, write_json
 
         settings = options.settings()
         files, device = scans_in(options.folder), resolve_device(options.device)
@@ -52,9 +49,7 @@ def suggest(options: SuggestOptions) -> None:
             session.error(reason)
         if out is not None:
             with output_folder(out):
-                with atomic_path(out / "suggest.json") as temporary:
-                    text = json.dumps(found.summary(), indent=2, ensure_ascii=False, allow_nan=False)
-                    temporary.write_text(text + "\n", encoding="utf-8")
+                write_json(out / "suggest.json", found.summary())
                 if picture:
                     draw_suggestion(found, out / "suggest.png")
     if options.as_json:

@@ -4,8 +4,6 @@ Settings are frozen dataclasses, checked by pydantic, that may hold others: ``Se
 ``registration.affine``. A key is written in two places, its field and the line that reads it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import textwrap

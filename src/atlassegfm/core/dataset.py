@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import PathLike
+from .files import PathLike, entries_of
 from .image import IMAGE_SUFFIXES, image_stem, image_suffix
 from .labels import hint, listed, pick_values, shortened
 
@@ -212,7 +212,7 @@ def _files(folder: Path, ending: str) -> set[str]:
     """Names of the files with that ending, without it; there is at least one."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; expected a dataset in {_LAYOUT}")
-    names = _visible(folder)
+    names = _names_in(folder)
     stems = {name.removesuffix(ending) for name in names if name.endswith(ending)}
     if not stems:
         others = [name for name in names if image_suffix(Path(name)) is not None]
@@ -221,14 +221,13 @@ def _files(folder: Path, ending: str) -> set[str]:
     return stems
 
 
-def _visible(folder: Path) -> list[str]:
-    """Names of the files in a folder, sorted, without hidden ones ("._x" is what macOS leaves beside x)."""
-    return sorted(path.name for path in folder.iterdir() if not path.name.startswith(".") and path.is_file())
+def _names_in(folder: Path) -> list[str]:
+    return [path.name for path in entries_of(folder) if path.is_file()]
 
 
 def _with_other_endings(folder: Path, cases: Sequence[str], stems: Sequence[str], ending: str) -> str:
     """Cases for a message, each with the file ``stem`` that it has under another ending than ``ending``."""
-    others = [name for name in _visible(folder) if image_suffix(Path(name)) and not name.endswith(ending)]
+    others = [name for name in _names_in(folder) if image_suffix(Path(name)) and not name.endswith(ending)]
     found = {image_stem(Path(name)): name for name in others}
     pairs = zip(cases, stems, strict=True)
     return listed([f"{case} (only {found[stem]})" if stem in found else case for case, stem in pairs])

@@ -1,7 +1,5 @@
 """Compute device, reproducibility and memory errors of PyTorch."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Every message is one sentence: the file first, what was found, what was expected
 ordinary Python exceptions.
 """
 
-from __future__ import annotations
-
 import shlex
 import sys
 

@@ -1,9 +1,11 @@
 """Extras of this package: what they bring, and whether it is installed."""
 
-from __future__ import annotations
-
+import importlib
 import importlib.metadata
 import re
+from typing import Any
+
+from .errors import MissingExtraError
 
 _PACKAGE = "atlassegfm"
 
@@ -16,6 +18,14 @@ def requirements(extra: str) -> list[str]:
         return []
     marker = re.compile(rf"extra\s*==\s*['\"]{re.escape(extra)}['\"]")
     return [one.partition(";")[0].strip() for one in wanted if marker.search(one)]
+
+
+def require(feature: str, extra: str, *modules: str) -> Any:
+    """Import what a feature needs of an extra, and give the last of the modules; else MissingExtraError."""
+    try:
+        return [importlib.import_module(name) for name in modules][-1]
+    except ImportError:
+        raise MissingExtraError(feature, extra) from None
 
 
 def is_installed(extra: str) -> bool | None:

@@ -1,7 +1,5 @@
 """Fonts of pictures: letters that matplotlib's own font lacks come from a font of the machine, or are replaced."""
 
-from __future__ import annotations
-
 from functools import cache
 
 #: Comes with matplotlib: the same letters on every machine.

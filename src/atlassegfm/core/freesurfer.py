@@ -1,7 +1,5 @@
 """MGH and MGZ files of FreeSurfer, by nibabel. They hold no label names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

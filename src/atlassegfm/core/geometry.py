@@ -15,8 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from .errors import InputError
 
-#: Axes are called singular when those of unit length span less than this volume: 1 is orthogonal, a gantry tilt of 30
-#: degrees spans 0.87.
+#: Axes are called singular when those of unit length span less than this volume: orthogonal ones 1, a tilt of 30° 0.87.
 _SMALLEST_UNIT_AXES_VOLUME = 1e-3
 #: One voxel axis is shorter than another by no more than this factor: 0.5 um pixels in a slice of 100 mm have 5e-6.
 _SMALLEST_AXIS_RATIO = 1e-6

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -28,30 +28,12 @@ if TYPE_CHECKING:
     import nibabel as nib
     import SimpleITK as sitk
 
-    #: What functions of this package take as an image: a file, or an image of this or another library, or voxels with
-    #: their affine (RAS+ mm).
-    ImageLike = PathLike | Volume | nib.spatialimages.SpatialImage | sitk.Image | tuple[ArrayLike, ArrayLike]
+#: What functions of this package take as an image: a file, an image of this or another library, or voxels with affine.
+ImageLike: TypeAlias = "PathLike | Volume | nib.spatialimages.SpatialImage | sitk.Image | tuple[ArrayLike, ArrayLike]"
 
-__all__ = [
-    "IMAGE_SUFFIXES",
-    "NIFTI_SUFFIXES",
-    "PAIR_SUFFIXES",
-    "WHOLE_WITHIN",
-    "Source",
-    "Volume",
-    "as_volume",
-    "checked_image",
-    "checked_labels",
-    "image_stem",
-    "image_suffix",
-    "label_values",
-    "load_image",
-    "load_labels",
-    "load_volume",
-    "save_masks",
-    "save_volume",
-    "smallest_label_type",
-]
+__all__ = ["IMAGE_SUFFIXES", "NIFTI_SUFFIXES", "PAIR_SUFFIXES", "WHOLE_WITHIN", "Source", "Volume"]
+__all__ += ["as_volume", "checked_image", "checked_labels", "image_stem", "image_suffix", "label_values", "load_image"]
+__all__ += ["load_labels", "load_volume", "save_masks", "save_volume", "smallest_label_type"]
 
 logger = logging.getLogger(__name__)
 
@@ -132,10 +114,8 @@ def load_volume(image: ImageLike) -> Volume:
         what = "a folder" if path.is_dir() else "not a known image file"
         raise InputError(f"{path}: {what}; expected a file ending in {', '.join(IMAGE_SUFFIXES)}")
     check_readable(path)
-    if suffix in ITK_SUFFIXES:
-        volume = load_itk(path)
-    else:
-        volume = load_mgh(path) if suffix in MGH_SUFFIXES else load_nifti(path)
+    load = load_itk if suffix in ITK_SUFFIXES else load_mgh if suffix in MGH_SUFFIXES else load_nifti
+    volume = load(path)
     for note in volume.source.notes if volume.source else ():
         logger.warning("%s: %s", path, note)
     return volume
@@ -207,12 +187,7 @@ def checked_labels(volume: Volume, name: PathLike, *, allow_empty: bool = False)
     """Convert a label map to the smallest unsigned integer type: whole numbers, 0 for background.
 
     Values within 0.01 of a whole number are rounded, NaN and infinite voxels are background, both with a warning.
-
-    Raises
-    ------
-    InputError
-        If there are fractions, negative values or no label where one is needed, or its size in mm is not that of a
-        body.
+    InputError if there are fractions, negative values or no label where one is needed, or its size is not a body's.
     """
     _check_extent(volume.grid, name)
     data = volume.data
@@ -302,8 +277,7 @@ def save_volume(volume: Volume, path: PathLike, *, structures: Sequence[Structur
     """Write a volume in the format of the file name, one of :data:`WRITTEN_SUFFIXES`, under a temporary name first.
 
     Where its source is a NIfTI file of the same grid, the geometry fields of that header are written unchanged. Names
-    and colours of ``structures``, for label maps, are put into the header. InputError if the ending is not known or the
-    folder cannot be written to.
+    and colours of ``structures`` are put into the header. InputError if the ending is not known or writing fails.
     """
     path = Path(path)
     suffix = image_suffix(path)

@@ -1,7 +1,5 @@
 """NRRD and MetaImage files, by SimpleITK; its LPS frame is turned to RAS+ here and nowhere else."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,15 +32,14 @@ def load_itk(path: Path) -> Volume:
                 raise InputError(f"{path}: {layers} numbers a voxel; expected one")
             image = reader.Execute()
         except RuntimeError as error:
-            if "spacing" in str(error).lower():
-                raise InputError(
-                    f"{path}: the spacing in the header is not three numbers above 0; correct the header"
-                ) from None
-            if "determinant" in str(error).lower() or "singular" in str(error).lower():
-                raise InputError(
-                    f"{path}: the affine is singular; correct the direction vectors in the header"
-                ) from None
-            raise
+            text = str(error).lower()
+            if "spacing" in text:
+                found = "the spacing in the header is not three numbers above 0; correct the header"
+            elif "determinant" in text or "singular" in text:
+                found = "the affine is singular; correct the direction vectors in the header"
+            else:
+                raise
+            raise InputError(f"{path}: {found}") from None
         grid = itk_grid(image, path)
         metadata = {key: image.GetMetaData(key) for key in image.GetMetaDataKeys()}
         stored = sitk.GetArrayFromImage(image)

@@ -1,7 +1,5 @@
 """Structures of a label map: values, names, colours, and the formats that carry them."""
 
-from __future__ import annotations
-
 import colorsys
 import difflib
 import json
@@ -126,18 +124,13 @@ def read_names_file(path: PathLike) -> dict[int, LabelEntry]:
         raise InputError(f"{path}: no such file; expected a names file (JSON or text)") from None
     except (OSError, UnicodeDecodeError):
         raise InputError(f"{path}: not readable as text; expected a names file (JSON or text)") from None
-    if path.suffix == ".json":
-        return _from_json(text, path)
-    return _from_lines(text, path)
+    return _from_json(text, path) if path.suffix == ".json" else _from_lines(text, path)
 
 
 def dataset_json_of(labels_path: Path) -> Path | None:
     """Find the ``dataset.json`` beside a label file or, as in the nnU-Net raw layout, one folder above."""
     folder = labels_path.resolve().parent
-    for candidate in (folder / "dataset.json", folder.parent / "dataset.json"):
-        if candidate.is_file():
-            return candidate
-    return None
+    return next(filter(Path.is_file, (folder / "dataset.json", folder.parent / "dataset.json")), None)
 
 
 def from_nifti_xml(xml: str) -> dict[int, LabelEntry]:

@@ -16,8 +16,7 @@ from scipy import ndimage
 class LocalMap:
     """A scalar field on a box of a larger grid, zero everywhere else: a structure's probability costs little memory.
 
-    ``start`` is the first voxel (i, j, k) of the box in the large grid; ``values``, (I, J, K) float32, are on the box,
-    probabilities in [0, 1].
+    ``start`` is the first voxel (i, j, k) of the box in the large grid; ``values``, (I, J, K), are in [0, 1] on it.
     """
 
     start: tuple[int, int, int]

@@ -1,7 +1,5 @@
 """Dice coefficient of masks and label maps."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

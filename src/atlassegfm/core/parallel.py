@@ -1,7 +1,5 @@
 """Threads, environment variables and memory of a process."""
 
-from __future__ import annotations
-
 import os
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Stage names and wall times of a job, and the time that it will still take."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -47,12 +45,8 @@ class StageClock:
 class Steps:
     """Which step of how many a job has reached, and the seconds it will still take.
 
-    Parameters
-    ----------
-    usual : mapping of str to float
-        Usual seconds of each step, "stage" or "stage: part", in order; stages are counted.
-    seconds : float, optional
-        Wall time of an earlier job of the kind, for the time left until enough steps of this one are done.
+    ``usual`` are the seconds of each step, "stage" or "stage: part", in order; stages are counted. ``seconds`` is the
+    wall time of an earlier job of the kind, for the time left until enough steps of this one are done.
     """
 
     def __init__(self, usual: Mapping[str, float], seconds: float | None = None) -> None:

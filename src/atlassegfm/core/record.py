@@ -1,14 +1,12 @@
 """JSON files of the program: one base class that reads, checks and writes them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import InputError
-from .files import PathLike, atomic_path
+from .files import PathLike, write_text
 
 
 class Record(BaseModel):
@@ -19,14 +17,13 @@ class Record(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, ser_json_inf_nan="strings")
 
-    def to_json(self, *, indent: int = 2) -> str:
+    def to_json(self) -> str:
         """Serialise to the text of the file."""
-        return self.model_dump_json(indent=indent) + "\n"
+        return self.model_dump_json(indent=2) + "\n"
 
     def write(self, path: PathLike) -> None:
         """Write the file, whole or not at all."""
-        with atomic_path(Path(path)) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8")
+        write_text(Path(path), self.to_json())
 
     @classmethod
     def read(cls, path: PathLike) -> Self:

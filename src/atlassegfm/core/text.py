@@ -1,7 +1,5 @@
 """Words for messages: counts, durations, and what a misspelt word may mean."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -4,8 +4,6 @@ The atlas has axes LAS and voxels of 1.8 x 1.8 x 4 mm; the query has axes LPS, t
 1.6 x 1.6 x 5 mm. The patients differ in size, pose, shape of each organ and contrast. Intensities are int16.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 #: Folder of the embedded files.

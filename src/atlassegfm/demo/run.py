@@ -1,7 +1,5 @@
 """The whole job on the embedded pair of scans: nothing to download, and a score at the end."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -59,8 +57,7 @@ def run_demo(
 
     ``folder`` gets ``data`` (the scans), ``result`` and, with a ``picture``, ``demo.png``; an earlier demo is replaced.
     ``on_stage`` is called with the name of each stage as it begins. Raises MissingExtraError, before anything is
-    computed, if the picture cannot be drawn (extra "report"), InputError if the folder cannot be written or holds
-    something else.
+    computed, if the picture cannot be drawn, InputError if the folder cannot be written or holds something else.
     """
     if picture:
         require_report_extra()

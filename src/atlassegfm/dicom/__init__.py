@@ -1,10 +1,7 @@
 """DICOM: read series as scans, RTSTRUCT and DICOM-SEG as label maps, and write results as both.
 
-LPS of DICOM becomes RAS+ mm here and nowhere else. Needs the extra ``dicom``; without it, importing works and reading
-raises MissingExtraError.
+LPS of DICOM becomes RAS+ mm here and nowhere else. Without the extra ``dicom``, reading raises MissingExtraError.
 """
-
-from __future__ import annotations
 
 from .files import is_dicom, require_dicom_extra
 from .identity import Provenance
@@ -16,32 +13,8 @@ from .series import MODALITIES as SCAN_MODALITIES
 from .series import DicomSource, Series, find_series, is_series_folder, load_series, series_of
 from .structures import EVERYTHING, OVERLAPS, Overlap, Selection, read_synonyms, structures_in, with_structures
 
-__all__ = [
-    "EVERYTHING",
-    "OVERLAPS",
-    "SCAN_MODALITIES",
-    "DicomSource",
-    "Overlap",
-    "Provenance",
-    "Selection",
-    "Series",
-    "check_round_trip",
-    "contours_in",
-    "find_series",
-    "is_dicom",
-    "is_dicom_input",
-    "is_series_folder",
-    "load_series",
-    "modalities_in",
-    "open_image",
-    "open_labels",
-    "read_rtstruct",
-    "read_segmentation",
-    "read_synonyms",
-    "require_dicom_extra",
-    "series_of",
-    "structures_in",
-    "with_structures",
-    "write_rtstruct",
-    "write_segmentation",
-]
+__all__ = ["EVERYTHING", "OVERLAPS", "SCAN_MODALITIES", "DicomSource", "Overlap", "Provenance", "Selection", "Series"]
+__all__ += ["find_series", "is_dicom", "is_dicom_input", "is_series_folder", "load_series", "modalities_in"]
+__all__ += ["contours_in", "open_image", "open_labels", "read_rtstruct", "read_segmentation", "read_synonyms"]
+__all__ += ["check_round_trip", "require_dicom_extra", "series_of", "structures_in", "with_structures"]
+__all__ += ["write_rtstruct", "write_segmentation"]

@@ -4,8 +4,6 @@ Contours are (N, 2) voxel indices (i, j), whole numbers at voxel centres. A voxe
 odd number of contours: a contour within another is a hole, and so is one joined to it by a channel of no width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

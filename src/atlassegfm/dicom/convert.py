@@ -1,7 +1,5 @@
 """Labels from one file format to another: image files, RTSTRUCT, DICOM-SEG, a mask for each structure."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field

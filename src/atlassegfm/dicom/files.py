@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import AtlasSegError, InputError, MissingExtraError
+from ..core.errors import AtlasSegError, InputError
+from ..core.extras import require
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -30,10 +31,7 @@ _DAMAGED = "the file is truncated or damaged; copy or export it again"
 
 def require_dicom_extra() -> None:
     """Raise MissingExtraError if pydicom is not installed."""
-    try:
-        import pydicom  # noqa: F401  (asked for only)
-    except ImportError:
-        raise MissingExtraError("reading and writing DICOM", "dicom") from None
+    require("reading and writing DICOM", "dicom", "pydicom")
 
 
 @contextmanager
@@ -195,7 +193,6 @@ def group_numbers(groups: Sequence[Dataset], sequence: str, keyword: str, count:
     """
     for group in reversed(groups):
         for dataset in (*items_of(group, sequence)[:1], group):
-            numbers = numbers_of(dataset, keyword, count)
-            if numbers is not None:
+            if (numbers := numbers_of(dataset, keyword, count)) is not None:
                 return numbers
     return None

@@ -1,23 +1,17 @@
 """Open what a user names: an image file, the folder of a DICOM series, an RTSTRUCT or a DICOM-SEG."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ..core.errors import InputError
-from ..core.image import Volume, checked_image, image_suffix, load_image, load_labels
+from ..core.image import ImageLike, Volume, checked_image, image_suffix, load_image, load_labels
 from .files import is_dicom, read_header, text_of
 from .rtstruct import is_rtstruct, read_rtstruct
 from .seg import is_segmentation, read_segmentation
 from .series import MODALITIES, Series, is_series_folder, load_series, series_of
 from .structures import EVERYTHING, Selection
-
-if TYPE_CHECKING:
-    from ..core.image import ImageLike
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +64,7 @@ def open_labels(
 
     ``on`` is the scan it was drawn on, which an RTSTRUCT needs; patient and frame of reference are compared with a
     series. The selection is for RTSTRUCT and DICOM-SEG, an image file is read whole, and may be without any label with
-    ``allow_empty``. With ``tell``, warnings about a DICOM file are logged.
+    ``allow_empty``. With ``warn``, warnings about a DICOM file are logged.
     """
     if not isinstance(image, str | os.PathLike):
         return load_labels(image, allow_empty=allow_empty)

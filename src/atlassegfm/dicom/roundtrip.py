@@ -1,7 +1,5 @@
 """Round trip of a written RTSTRUCT or DICOM-SEG: read it back and compare it with the label map."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -20,19 +20,10 @@ from ..core.geometry import LPS_FLIP, Grid
 from ..core.image import Volume, label_boxes
 from ..core.labels import Structure, rgb
 from ..core.mask import LocalMap
+from . import identity
 from .contours import fill, trace
 from .files import element_errors, items_of, no_warnings, numbers_of, read_dataset, text_of, value_of
-from .identity import (
-    LONGEST_NAME,
-    SOFTWARE,
-    Provenance,
-    check_belongs,
-    copy_identity,
-    dataset_of,
-    fingerprint,
-    new_uid,
-    series_number,
-)
+from .identity import LONGEST_NAME, SOFTWARE, Provenance, check_belongs, dataset_of
 from .series import Series
 from .stack import Frame
 from .structures import EVERYTHING, Box, Color, Selection, StructureMask, merge
@@ -169,12 +160,10 @@ def _planes_to_slices(
         if not on_slice or abs(planes[n] - planes[on_slice[0]]) <= _SAME_PLANE:
             on_slice.append(n)
     off = off[[on_slice[0] for on_slice in chosen.values()]]
-    between = int((off > _SAME_PLANE).sum())
-    if between:
+    if between := int((off > _SAME_PLANE).sum()):
         found = f"contours of {between} planes lie between slices, up to {off.max() * distance_mm:.2g} mm off"
         notes.append(f"{name}: {found}; they count for the nearest slice")
-    dropped = len(planes) - sum(map(len, chosen.values()))
-    if dropped:
+    if dropped := len(planes) - sum(map(len, chosen.values())):
         notes.append(f"{name}: {dropped} contours are left out, as others lie nearer to the same slice")
     return chosen, notes
 
@@ -253,17 +242,17 @@ def write_rtstruct(
 
     data = labels.turned_to(series.grid).data
     boxes = label_boxes([one.value for one in structures], data)
-    key = fingerprint(series, structures, provenance, data)
+    key = identity.fingerprint(series, structures, provenance, data)
     maker = f"{SOFTWARE} {provenance.version}, model {provenance.model}"
     dataset = dataset_of(
         SOPClassUID=STORAGE,
-        SOPInstanceUID=new_uid("RTSTRUCT", key),
-        SeriesInstanceUID=new_uid("RTSTRUCT series", key),
+        SOPInstanceUID=identity.new_uid("RTSTRUCT", key),
+        SeriesInstanceUID=identity.new_uid("RTSTRUCT series", key),
         Modality="RTSTRUCT",
         Manufacturer=SOFTWARE,
         ManufacturerModelName=SOFTWARE,
         SoftwareVersions=provenance.version,
-        SeriesNumber=series_number(series, 1),
+        SeriesNumber=identity.series_number(series, 1),
         OperatorsName="",
         SeriesDescription=f"{SOFTWARE} structures (not approved)",
         InstanceCreationDate=provenance.date,
@@ -278,7 +267,7 @@ def write_rtstruct(
         ROIContourSequence=[],
         RTROIObservationsSequence=[],
     )
-    copy_identity(series, dataset)
+    identity.copy_identity(series, dataset)
     dataset.ReferencedFrameOfReferenceSequence = [_frame_reference(series, dataset)]
     names = _unique_names(structures)
     for position, structure in enumerate(structures, start=1):

@@ -15,32 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import InputError, MissingExtraError, OutputError
+from ..core.errors import InputError, OutputError
+from ..core.extras import require
 from ..core.geometry import Grid
 from ..core.image import Volume, label_positions
 from ..core.labels import Structure, rgb
-from .files import (
-    decode_pixels,
-    element_errors,
-    group_numbers,
-    items_of,
-    no_warnings,
-    numbers_of,
-    read_dataset,
-    read_header,
-    text_of,
-    value_of,
-)
-from .identity import (
-    LONGEST_NAME,
-    SOFTWARE,
-    Provenance,
-    check_belongs,
-    copy_identity,
-    fingerprint,
-    new_uid,
-    series_number,
-)
+from . import files, identity
+from .files import group_numbers, items_of, numbers_of, text_of, value_of
+from .identity import LONGEST_NAME, SOFTWARE, Provenance
 from .series import Series
 from .stack import OFF_VOXEL, SAME_POSITION_MM, grid_of_slices, plane_of
 from .structures import EVERYTHING, Color, Selection, StructureMask, merge
@@ -67,19 +49,19 @@ def read_segmentation(path: Path, on: Series | Grid | None = None, selection: Se
     InputError if the file is no DICOM-SEG or damaged, of another patient or frame, on other voxels than the scan, a
     wanted segment is not there or empty, or segments overlap.
     """
-    dataset = read_dataset(path)
+    dataset = files.read_dataset(path)
     if not is_segmentation(dataset):
         raise InputError(f"{path}: the modality is {text_of(dataset, 'Modality') or 'missing'}; expected a DICOM-SEG")
     notes: list[str] = []
     if isinstance(on, Series):
-        notes = check_belongs(
+        notes = identity.check_belongs(
             path,
             on,
             patient_id=text_of(dataset, "PatientID"),
             frame_uids={text_of(dataset, "FrameOfReferenceUID")},
             series_uids={text_of(one, "SeriesInstanceUID") for one in items_of(dataset, "ReferencedSeriesSequence")},
         )
-    with element_errors(path):
+    with files.element_errors(path):
         own, masks = _read_segments(dataset, path)
     order, left_out = selection.select([(one.number, one.name, bool(one.mask.any())) for one in masks], path, "voxels")
     notes += left_out
@@ -96,7 +78,7 @@ def _read_segments(dataset: Dataset, path: Path) -> tuple[Grid, list[StructureMa
     per_frame = items_of(dataset, "PerFrameFunctionalGroupsSequence")
     if not described or not per_frame:
         raise InputError(f"{path}: the DICOM-SEG does not say what its frames are; export it again")
-    pixels = decode_pixels(dataset, path)
+    pixels = files.decode_pixels(dataset, path)
     if len(pixels) != len(per_frame):
         raise InputError(f"{path}: {len(pixels)} frames for {len(per_frame)} descriptions; export it again")
     shared = items_of(dataset, "SharedFunctionalGroupsSequence")[:1]
@@ -203,34 +185,30 @@ def write_segmentation(
     DICOM-SEG needs a frame; OutputError if the headers of the series lack what a DICOM-SEG must copy; MissingExtraError
     if highdicom is not installed.
     """
-    try:
-        import highdicom
-    except ImportError:
-        raise MissingExtraError("writing DICOM-SEG", "dicom") from None
-
+    highdicom = require("writing DICOM-SEG", "dicom", "highdicom")
     data = labels.turned_to(series.grid).data
     numbers = label_positions(data, [one.value for one in structures])
     if not numbers.any():
         raise InputError(f"{path}: no structure has a voxel, and a DICOM-SEG cannot be empty; choose other formats")
-    key = fingerprint(series, structures, provenance, data)
-    headers = [read_header(file) for file in dict.fromkeys(frame.path for frame in series.frames)]
+    key = identity.fingerprint(series, structures, provenance, data)
+    headers = [files.read_header(file) for file in dict.fromkeys(frame.path for frame in series.frames)]
     options: dict[str, Any] = {}
     if len(headers) < len(series.frames):
         # A multi-frame file may hold other frames: give the positions of these.
         places = [frame.position_mm.tolist() for frame in series.frames]
         options["plane_positions"] = [highdicom.PlanePositionSequence("PATIENT", place) for place in places]
     for header in headers:
-        copy_identity(series, header)
+        identity.copy_identity(series, header)
     try:
-        with no_warnings():
+        with files.no_warnings():
             dataset = highdicom.seg.Segmentation(
                 source_images=headers,
                 pixel_array=np.ascontiguousarray(numbers.transpose(2, 1, 0)),
                 segmentation_type="BINARY",
                 segment_descriptions=_describe(structures, provenance, key),
-                series_instance_uid=new_uid("SEG series", key),
-                series_number=series_number(series, 2),
-                sop_instance_uid=new_uid("SEG", key),
+                series_instance_uid=identity.new_uid("SEG series", key),
+                series_number=identity.series_number(series, 2),
+                sop_instance_uid=identity.new_uid("SEG", key),
                 instance_number=1,
                 manufacturer=SOFTWARE,
                 manufacturer_model_name=SOFTWARE,
@@ -244,12 +222,12 @@ def write_segmentation(
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         found = f"the headers of the series are not enough for a SEG ({error})"
         raise OutputError(f"{path.name}: {found}; write an RTSTRUCT instead") from None
-    copy_identity(series, dataset)
+    identity.copy_identity(series, dataset)
     for keyword in (f"{of}{what}" for of in ("Content", "InstanceCreation", "Series") for what in ("Date", "Time")):
         if keyword in dataset:
             setattr(dataset, keyword, provenance.date if keyword.endswith("Date") else provenance.time)
     dataset.walk(lambda inner, element: _make_reproducible(inner, element, provenance, key))
-    with no_warnings():
+    with files.no_warnings():
         dataset.save_as(path)
 
 
@@ -274,7 +252,7 @@ def _describe(structures: Sequence[Structure], provenance: Provenance, key: byte
             segmented_property_type=body,
             algorithm_type="AUTOMATIC",
             algorithm_identification=algorithm,
-            tracking_uid=new_uid("segment", str(number), key),
+            tracking_uid=identity.new_uid("segment", str(number), key),
             tracking_id=f"{_TRACKING}{structure.value}",
             display_color=highdicom.color.CIELabColor.from_rgb(*structure.color),
         )
@@ -286,7 +264,7 @@ def _describe(structures: Sequence[Structure], provenance: Provenance, key: byte
 def _make_reproducible(dataset: Dataset, element: DataElement, provenance: Provenance, key: bytes) -> None:
     """Replace what highdicom draws at random or takes from the clock."""
     if element.keyword == "DimensionOrganizationUID":
-        element.value = new_uid("dimensions", key)
+        element.value = identity.new_uid("dimensions", key)
     elif element.keyword == "ContributionDateTime":
         if provenance.when is None:
             del dataset[element.tag]

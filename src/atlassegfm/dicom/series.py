@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..core.errors import InputError
+from ..core.files import entries_of
 from ..core.geometry import Grid
 from ..core.image import Source, Volume
 from ..core.labels import listed, plain_name
@@ -154,14 +155,7 @@ class _Candidate:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    try:
-        return sorted(
-            path
-            for path in folder.iterdir()
-            if path.is_file() and not path.name.startswith(".") and path.name.upper() != "DICOMDIR"
-        )
-    except OSError as error:
-        raise InputError(f"{folder}: the folder cannot be read ({error.strerror}); check the permissions") from None
+    return [path for path in entries_of(folder) if path.is_file() and path.name.upper() != "DICOMDIR"]
 
 
 def _scan_folder(folder: Path) -> list[_Candidate]:

@@ -101,8 +101,7 @@ def frames_of(files: Sequence[tuple[Path, Dataset]], folder: Path) -> tuple[list
         if "ModalityLUTSequence" in header:
             raise InputError(f"{path}: has a table of values (Modality LUT); export it with a rescale slope instead")
         frames += found
-    copies = len(files) - len(seen)
-    if copies:
+    if copies := len(files) - len(seen):
         notes.append(f"{copies} {'file is a copy' if copies == 1 else 'files are copies'} of others and left out")
     slices = [frame for frame in frames if not frame.is_localiser]
     if slices and len(slices) < len(frames):
@@ -190,8 +189,7 @@ def pick_volume(frames: list[Frame], folder: Path, volume: int | None, series: s
             raise InputError(f"{folder}: --series asks for volume {volume}, but the series has one volume only")
         return frames, []
     several = counts.most_common(1)[0][0]
-    odd = [place for place in positions if len(place) != several]
-    if odd:
+    if odd := [place for place in positions if len(place) != several]:
         where = listed([f"{place[0].position_mm @ place[0].normal:.1f}" for place in odd], 5)
         raise InputError(
             f"{folder}: slices are double or missing: {len(odd)} of {len(positions)} positions (at {where} mm) hold "

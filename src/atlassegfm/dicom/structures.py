@@ -3,8 +3,6 @@
 RTSTRUCT and SEG hold one mask a structure, a label map one value a voxel.
 """
 
-from __future__ import annotations
-
 import difflib
 import logging
 from collections.abc import Mapping, Sequence
@@ -177,8 +175,7 @@ def merge(
         )
     if pairs:
         warnings.append(f"overlapping voxels go to the {selection.overlap} structure: {listed(pairs, 6)}")
-    lost = [one.name for one in masks if not (data[one.box] == one.number).any()]
-    if lost:
+    if lost := [one.name for one in masks if not (data[one.box] == one.number).any()]:
         raise InputError(f"{path}: nothing is left of {listed(lost)}, as others lie over it; choose with --structures")
     table = {one.number: LabelEntry(one.name, one.color or palette_color(n)) for n, one in enumerate(masks)}
     return Volume(data, grid, DicomSource(path, None, table, (*notes, *warnings), series))
@@ -202,9 +199,8 @@ def _renumber(masks: Sequence[StructureMask]) -> tuple[list[StructureMask], list
             number = next(n for n in range(1, _LARGEST_LABEL + 1) if n not in taken)
             changed.append(f"{one.name} ({one.number} to {number})")
         numbers[number] = replace(one, number=number)
-    return list(numbers.values()), [
-        f"numbers that cannot be label values were changed: {listed(changed, 6)}"
-    ] if changed else []
+    notes = [f"numbers that cannot be label values were changed: {listed(changed, 6)}"] if changed else []
+    return list(numbers.values()), notes
 
 
 def structures_in(volume: Volume) -> tuple[Structure, ...]:
@@ -218,8 +214,7 @@ def with_structures(
 ) -> tuple[Volume, tuple[Structure, ...]]:
     """Choose structures of a label map; the others become background, and equal names get a number.
 
-    Tables of names are in order of precedence; ``name`` is that of the label map, for messages. InputError if a wanted
-    structure is not there.
+    Tables of names are in order of precedence; ``name`` is the label map's. InputError if a wanted one is missing.
     """
     structures, data = structures_of(label_values(labels.data), tables), labels.data
     if selection != EVERYTHING:

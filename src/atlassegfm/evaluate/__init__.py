@@ -1,7 +1,5 @@
 """Scores of results against references."""
 
-from __future__ import annotations
-
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -89,22 +87,12 @@ def evaluate(
 ) -> Evaluation:
     """Score label maps, RTSTRUCT or DICOM-SEG files against references.
 
-    A case whose files cannot be used, or are on different grids, is left out: it is in ``failures`` of the result.
+    ``result`` and ``reference`` are two files, or two folders of files with the same names (see
+    :func:`~atlassegfm.evaluate.pairing.find_pairs`); ``tolerances`` are those of the NSD, or a number of mm for all
+    structures. A case whose files cannot be used, or are on different grids, is left out: it is in ``failures`` of the
+    result. ``on_case`` is called with number (from 1), number of cases, and name of each case as it begins.
 
-    Parameters
-    ----------
-    result, reference : path
-        Two files, or two folders of files with the same names; see :func:`~atlassegfm.evaluate.pairing.find_pairs`.
-    tolerances : Tolerances or float
-        Of the NSD; a number of mm for all structures.
-    options : EvaluationOptions, optional
-    on_case : callable, optional
-        Called with number (from 1), number of cases, and name of each case as it begins.
-
-    Raises
-    ------
-    InputError
-        If no case can be scored, a file has no counterpart, both sides have other structures, or there is none at all.
+    InputError if no case can be scored, a file has no counterpart, both sides have other structures, or there is none.
     """
     options = options or EvaluationOptions()
     if not isinstance(tolerances, Tolerances):

@@ -1,7 +1,5 @@
 """Label maps of results and references, read so that one structure has one label value and one name on both sides."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,19 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import dicom
 from ..core.errors import InputError
 from ..core.image import Volume, label_values, load_labels, load_volume, smallest_label_type
 from ..core.labels import LabelTable, dataset_json_of, listed, pick_values, plain_name, read_names_file, structures_of
-from ..dicom import (
-    EVERYTHING,
-    DicomSource,
-    Selection,
-    Series,
-    find_series,
-    is_dicom_input,
-    is_series_folder,
-    open_labels,
-)
 from .pairing import RESULT_FILE, FilePair
 from .scores import check_grids
 
@@ -35,7 +24,7 @@ class DicomInputs:
 
     scan: Path | None = None  # image file or series folder they lie on; default: the other side, if an image file
     series: str | None = None  # which series of the folder
-    selection: Selection = EVERYTHING  # which structures, and their names
+    selection: dicom.Selection = dicom.EVERYTHING  # which structures, and their names
 
 
 class PairReader:
@@ -52,9 +41,9 @@ class PairReader:
     def read(self, pair: FilePair) -> tuple[Volume, Volume]:
         """Read result and reference; :class:`.InputError` if a file or an option for DICOM files cannot be used."""
         paths = (pair.result, pair.reference)
-        foreign = [is_dicom_input(path) for path in paths]
+        foreign = [dicom.is_dicom_input(path) for path in paths]
         scan = self._scan if any(foreign) else None
-        if not any(foreign) and (self._dicom.scan is not None or self._dicom.selection != EVERYTHING):
+        if not any(foreign) and (self._dicom.scan is not None or self._dicom.selection != dicom.EVERYTHING):
             raise InputError(
                 f"{pair.result}, {pair.reference}: neither is an RTSTRUCT or DICOM-SEG, which --scan, --structures, "
                 "--synonyms and --overlap are for; leave them out (--labels says what to score)"
@@ -90,14 +79,14 @@ class PairReader:
         return {**self._dataset_names[dataset], **own}
 
     @cached_property
-    def _scan(self) -> Series | Volume | None:
+    def _scan(self) -> dicom.Series | Volume | None:
         path = self._dicom.scan
         if path is None:
             return None
-        return find_series(path, self._dicom.series)[0] if is_series_folder(path) else load_volume(path)
+        return dicom.find_series(path, self._dicom.series)[0] if dicom.is_series_folder(path) else load_volume(path)
 
-    def _read_dicom(self, path: Path, scan: Series | Volume | None) -> Volume:
-        volume = open_labels(path, scan, self._dicom.selection, warn=path not in self._reported)
+    def _read_dicom(self, path: Path, scan: dicom.Series | Volume | None) -> Volume:
+        volume = dicom.open_labels(path, scan, self._dicom.selection, warn=path not in self._reported)
         self._reported.add(path)
         return volume
 
@@ -117,7 +106,7 @@ class PairReader:
             lookup[value] = wanted
             entries[wanted] = entry
         data = lookup.astype(smallest_label_type(int(lookup.max())))[volume.data]
-        return Volume(data, volume.grid, DicomSource(source.path, None, entries, source.notes))
+        return Volume(data, volume.grid, dicom.DicomSource(source.path, None, entries, source.notes))
 
 
 def find_structures(
@@ -156,7 +145,7 @@ def find_structures(
     extra = sorted(present[0] - present[1] - tables[1].keys())
     lacking = sorted(present[1] - present[0] - tables[0].keys())
     differences = [
-        f"{one} has {_labelled(values, names)}, which {other} lacks"
+        f"{one} has {listed([f'{value} ({names[value]})' for value in values])}, which {other} lacks"
         for values, one, other in ((extra, results, references), (lacking, references, results))
         if values
     ]
@@ -191,7 +180,3 @@ def _check_values(result: LabelTable, reference: LabelTable, place: str, other: 
                 f"{place}: {entry.name!r} has the value {value}, but {min(others)} in {other}; "
                 "renumber one of them, or give the right names with --names"
             )
-
-
-def _labelled(values: Sequence[int], names: Mapping[int, str]) -> str:
-    return listed([f"{value} ({names[value]})" for value in values])

@@ -1,12 +1,11 @@
 """Pairs of files to compare: which result belongs to which reference."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import InputError
+from ..core.files import entries_of
 from ..core.image import IMAGE_SUFFIXES, image_stem, image_suffix
 from ..core.labels import listed
 
@@ -53,8 +52,7 @@ def find_pairs(result: Path, reference: Path, *, partial: bool = False) -> list[
         if case in results:
             raise InputError(f"{path}: belongs to the reference {case} as does {results[case]}; remove one")
         results[case] = path
-    missing = sorted(references.keys() - results.keys())
-    if missing:
+    if missing := sorted(references.keys() - results.keys()):
         message = f"{result}: no result for {len(missing)} of {len(references)} references: {listed(missing, 5)}"
         if not partial:
             raise InputError(f"{message}; add them, or score the others alone with --partial")
@@ -64,13 +62,8 @@ def find_pairs(result: Path, reference: Path, *, partial: bool = False) -> list[
 
 def _label_files(folder: Path, *, nested: bool) -> dict[str, Path]:
     """Label maps of a folder by name without suffix; ``nested``: also CASE/segmentation.nii.gz."""
-    try:
-        # macOS leaves hidden "._case.nii.gz" on foreign disks.
-        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"{folder}: the folder cannot be read ({error.strerror}); check the permissions") from None
     found: dict[str, Path] = {}
-    for path in entries:
+    for path in entries_of(folder):
         if path.is_dir():
             stem, file = path.name, path / RESULT_FILE
             wanted = nested and file.is_file()

@@ -1,7 +1,5 @@
 """Scores of one case: label maps on one grid, in mm on the reference's own voxels."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Collection, Mapping

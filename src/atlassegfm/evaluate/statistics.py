@@ -4,8 +4,6 @@ Scores are averaged over the cases of each structure, then over structures: a st
 much as one that all have.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ has counts as Dice 0, NSD 0 and a distance of the image's diagonal (status "miss
 in both usual ways: structures that both lack left out (as nnU-Net does), or counted as perfect.
 """
 
-from __future__ import annotations
-
 import csv
 import math
 from collections import Counter

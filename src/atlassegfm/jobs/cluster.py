@@ -4,8 +4,6 @@ Both come with the extra "cluster" and are imported late. A worker runs one case
 loaded once for each worker process.
 """
 
-from __future__ import annotations
-
 import logging
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -15,7 +13,8 @@ from threading import Lock
 from typing import Any
 
 from ..core.config import toml_value
-from ..core.errors import InputError, MissingExtraError
+from ..core.errors import InputError
+from ..core.extras import require
 from ..core.parallel import changed_environment
 from .plan import Case
 from .pool import ATTEMPTS
@@ -52,13 +51,7 @@ def require_cluster(kind: str) -> None:
     """
     if kind not in ("local", "slurm") and "://" not in kind:
         raise InputError(f"--cluster {kind}: expected local, slurm, or the address of a scheduler as tcp://HOST:PORT")
-    try:
-        import distributed  # noqa: F401
-
-        if kind == "slurm":
-            import dask_jobqueue  # noqa: F401
-    except ImportError:
-        raise MissingExtraError(f"--cluster {kind}", EXTRA) from None
+    require(f"--cluster {kind}", EXTRA, "distributed", *(["dask_jobqueue"] if kind == "slurm" else []))
 
 
 def parse_options(assignments: Sequence[str]) -> dict[str, Any]:
@@ -126,8 +119,7 @@ def run_on_cluster(
     """Run the cases on a Dask cluster; yields as they end.
 
     ``kind`` is "local", "slurm" or the address of a scheduler that runs, for which ``workers`` (processes or jobs to
-    begin) is not used; the others as for :func:`slurm_cluster`. AtlasSegError if the cluster cannot be reached, or no
-    worker can begin.
+    begin) is not used; the others as for :func:`slurm_cluster`. AtlasSegError if there is no cluster, or no worker.
     """
     require_cluster(kind)
     work = work.absolute()

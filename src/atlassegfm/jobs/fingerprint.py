@@ -1,7 +1,5 @@
 """Digests of inputs: whether a result was made from the same content."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,14 +1,11 @@
 """Results in one folder, as nnU-Net writes its predictions."""
 
-from __future__ import annotations
-
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..core.errors import InputError
-from ..core.files import atomic_path, output_folder
+from ..core.files import atomic_path, output_folder, write_json
 from ..records import SEGMENTATION
 from .table import read_run
 from .work import SegmentWork
@@ -26,6 +23,4 @@ def write_flat(names: Sequence[str], work: SegmentWork, folder: Path) -> None:
             with atomic_path(folder / f"{name}.nii.gz") as temporary:
                 shutil.copyfile(work.out / name / SEGMENTATION, temporary)
         if names:
-            with atomic_path(folder / "dataset.json") as temporary:
-                content = {"labels": labels, "file_ending": ".nii.gz"}
-                temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_json(folder / "dataset.json", {"labels": labels, "file_ending": ".nii.gz"})

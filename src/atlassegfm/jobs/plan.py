@@ -75,8 +75,7 @@ def plan_cases(
     or a folder of results made with ``--keep`` that has one for each. Results of other scans are replaced with
     ``replace_others`` only.
 
-    InputError if no free name is left, a result would overwrite an input or a folder with other files in it, or a query
-    has no transform.
+    InputError if no free name is left, a result would overwrite an input or other files, or a query has no transform.
     """
     cases = _named_cases(queries, out, replace_others)
     if transform is not None:

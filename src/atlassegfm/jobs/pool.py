@@ -1,7 +1,5 @@
 """Cases on this machine: in this process, or in several worker processes."""
 
-from __future__ import annotations
-
 import logging
 import logging.handlers
 import multiprocessing

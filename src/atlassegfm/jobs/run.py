@@ -1,7 +1,5 @@
 """A run: what is missing or changed is computed, one query or ten thousand, and summarised."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing

@@ -1,7 +1,5 @@
 """Scans below folders: one folder a patient, nnU-Net and BIDS datasets, DICOM trees. What is not taken is named."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re
@@ -67,9 +65,7 @@ class Scans:
 
     def remarks(self) -> list[str]:
         """Describe what is left out, a line for each reason."""
-        return [
-            f"left out, {reason}: {listed([str(path) for path in paths], 4)}" for reason, paths in self.left_out.items()
-        ]
+        return [f"left out, {reason}: {listed([*map(str, paths)], 4)}" for reason, paths in self.left_out.items()]
 
 
 def find_scans(paths: Iterable[PathLike], *, inputs: Iterable[PathLike] = (), labels: bool = False) -> Scans:
@@ -167,11 +163,9 @@ def _walk(folder: Path, scans: Scans, labels: bool, above: Sequence[str], bids: 
         scans.leave(folder, f"cannot be read ({error.strerror})")
         return
     names = {entry.name for entry in entries}
-    if above:
-        reason = _foreign(folder, names, labels, bids)
-        if reason:
-            scans.leave(folder, reason)
-            return
+    if above and (reason := _foreign(folder, names, labels, bids)):
+        scans.leave(folder, reason)
+        return
     if "dataset_description.json" in names or any(name.startswith("sub-") for name in names):
         bids = True
     folders = [entry for entry in entries if entry.is_dir()]
@@ -181,8 +175,7 @@ def _walk(folder: Path, scans: Scans, labels: bool, above: Sequence[str], bids: 
     for image in images:
         if image.suffix.lower() == ".hdr" and {image.stem + ".img", image.stem + ".IMG"} & names:
             continue  # the other file of a pair
-        reason = "" if labels else _no_scan(image, stems)
-        if reason:
+        if not labels and (reason := _no_scan(image, stems)):
             scans.leave(image, reason)
         else:
             scans.take(image)

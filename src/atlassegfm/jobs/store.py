@@ -18,8 +18,6 @@ on request also
 - ``report.html`` and ``overview.png``: written by :mod:`atlassegfm.report`, removed when the result is made again.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil
@@ -31,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import dicom
+from .. import dicom, records
 from ..context import Context
 from ..core.config import to_dict
 from ..core.errors import InputError
@@ -43,27 +41,7 @@ from ..core.mask import LocalMap
 from ..core.text import did_you_mean
 from ..core.version import __version__, library_versions
 from ..models import describe_model
-from ..records import (
-    FORMATS,
-    ITK_SNAP_LABELS,
-    RESULT_NAMES,
-    RUN,
-    SLICER_COLORS,
-    STATUS,
-    ContextRecord,
-    InputRecord,
-    Inputs,
-    ModelRecord,
-    PlaceRecord,
-    PromptRecord,
-    Provenance,
-    QualityRecord,
-    RegistrationRecord,
-    RunRecord,
-    StatusRecord,
-    StructureRecord,
-    label_map_of,
-)
+from ..records import FORMATS, ITK_SNAP_LABELS, RESULT_NAMES, RUN, SLICER_COLORS, STATUS, label_map_of
 from ..result import Segmentation, StructureResult
 from ..settings import NO_MODEL
 from ..transforms.io import write_members, write_transform
@@ -86,19 +64,19 @@ class RunInputs:
     query: Volume  # as read from its file
     transform: Path | None = None  # given instead of registering
 
-    def record(self) -> Inputs:
+    def record(self) -> records.Inputs:
         """File names and remarks on geometry."""
         atlas, saved = self.context.atlas, self.context.saved
         context = None
         if saved is not None:
             version, files, name = self.context.version, dict(self.context.files), saved.folder.resolve().name
-            context = ContextRecord(folder=name, sha256=saved.sha256, atlassegfm=version, files=files)
-        return Inputs(
+            context = records.ContextRecord(folder=name, sha256=saved.sha256, atlassegfm=version, files=files)
+        return records.Inputs(
             atlas=_input(atlas.image),
             labels=_input(atlas.labels),
             query=_input(self.query),
             context=context,
-            transform=None if self.transform is None else InputRecord(file=self.transform.name),
+            transform=None if self.transform is None else records.InputRecord(file=self.transform.name),
         )
 
 
@@ -109,7 +87,7 @@ class LabelledQuery:
     query: Volume
     labels: Volume  # on its voxels as stored
     structures: tuple[Structure, ...]
-    run: RunRecord
+    run: records.RunRecord
     maps: Mapping[int, tuple[Grid, LocalMap]]  # probabilities by label value, for contours
     contours: Mapping[int, Any] = field(default_factory=dict)  # by label value, where they are drawn already
 
@@ -137,8 +115,8 @@ def check_formats(formats: Sequence[str], query: Volume | None = None) -> None:
 
 
 def why_to_compute(
-    case: Case, folder: Path, provenance: Provenance, *, second_pass: bool = True
-) -> tuple[str, StatusRecord | None]:
+    case: Case, folder: Path, provenance: records.Provenance, *, second_pass: bool = True
+) -> tuple[str, records.StatusRecord | None]:
     """Decide whether a case has to be computed, and read the status of the result that is in its folder, if any.
 
     The reason is "new", "failed before", "other settings" and so on; empty if its result is there. ``provenance`` is
@@ -146,7 +124,7 @@ def why_to_compute(
     changed does not serve.
     """
     try:
-        status = StatusRecord.read(folder / STATUS)
+        status = records.StatusRecord.read(folder / STATUS)
     except InputError:
         return ("new" if not (folder / STATUS).exists() else "other results_format"), None
     if status.state == "failed":
@@ -159,7 +137,7 @@ def why_to_compute(
     return changed_since(status.provenance, provenance, {"query": case.query, "transform": case.transform}), status
 
 
-def changed_since(before: Provenance, now: Provenance, files: dict[str, Path | None]) -> str:
+def changed_since(before: records.Provenance, now: records.Provenance, files: dict[str, Path | None]) -> str:
     """Name what differs from what a result was made from, as "other settings"; empty if nothing does."""
     for key in type(now).model_fields:
         if key in files:
@@ -175,11 +153,11 @@ def write_result(
     segmentation: Segmentation,
     inputs: RunInputs,
     folder: Path,
-    status: StatusRecord,
+    status: records.StatusRecord,
     *,
     keep: bool = False,
     formats: Sequence[str] = ("nifti",),
-) -> RunRecord:
+) -> records.RunRecord:
     """Write the result folder of one query, in place of an earlier one; ``keep`` adds intermediate results.
 
     InputError if the folder cannot be written or holds something else, or as :func:`check_formats`; OutputError if an
@@ -227,7 +205,7 @@ def read_labels(folder: Path, query: Volume, structures: Sequence[Structure]) ->
     return Volume(np.array(data, kind), query.grid, query.source)
 
 
-def rewrite_result(result: LabelledQuery, folder: Path, status: StatusRecord, formats: Sequence[str]) -> None:
+def rewrite_result(result: LabelledQuery, folder: Path, status: records.StatusRecord, formats: Sequence[str]) -> None:
     """Replace the labels of a result, ``run.json`` and ``status.json``, all at once; pages of a report are removed."""
     labels = {*FORMATS.values(), SLICER_COLORS, ITK_SNAP_LABELS}
     with replaced_folder(folder, RESULT_NAMES) as new:
@@ -251,22 +229,22 @@ def _save_labels(labels: Volume, structures: Sequence[Structure], folder: Path, 
     (folder / ITK_SNAP_LABELS).write_text(itk_snap_labels(structures), encoding="utf-8")
 
 
-def write_failure(folder: Path, status: StatusRecord) -> None:
+def write_failure(folder: Path, status: records.StatusRecord) -> None:
     """Leave nothing but ``status.json`` in a result folder: an earlier result would pass for a new one."""
     with replaced_folder(folder, RESULT_NAMES) as new:
         status.write(new / STATUS)
 
 
-def run_record(segmentation: Segmentation, inputs: RunInputs) -> RunRecord:
+def run_record(segmentation: Segmentation, inputs: RunInputs) -> records.RunRecord:
     """Describe a result for ``run.json``: nothing that differs between two runs on the same inputs."""
     found, settings = segmentation.registration, to_dict(segmentation.settings)
     settings["model_path"] = Path(settings["model_path"]).name
-    return RunRecord(
+    return records.RunRecord(
         inputs=inputs.record(),
         device="cuda" if segmentation.device == "cuda" else "cpu",
         seed=segmentation.settings.seed,
         model=_model_record(segmentation),
-        registration=RegistrationRecord(
+        registration=records.RegistrationRecord(
             source="given" if segmentation.transform_given else "fitted",
             confidence=_rounded(found.confidence),
             members=len(found.members),
@@ -282,48 +260,46 @@ def run_record(segmentation: Segmentation, inputs: RunInputs) -> RunRecord:
     )
 
 
-def _input(volume: Volume) -> InputRecord | None:
+def _input(volume: Volume) -> records.InputRecord | None:
     if volume.source is None:
         return None
     path = volume.source.path
-    return InputRecord(file=path.name or path.resolve().name, notes=tuple(volume.source.notes))
+    return records.InputRecord(file=path.name or path.resolve().name, notes=tuple(volume.source.notes))
 
 
-def _model_record(segmentation: Segmentation) -> ModelRecord:
+def _model_record(segmentation: Segmentation) -> records.ModelRecord:
     name = segmentation.settings.model
     if name == NO_MODEL:
-        return ModelRecord(name=name)
+        return records.ModelRecord(name=name)
     row = describe_model(name)
-    return ModelRecord(
+    return records.ModelRecord(
         name=name,
-        summary=row.summary,
-        code_licence=row.code_licence,
-        weights_licence=row.weights_licence,
+        **{key: getattr(row, key) for key in ("summary", "code_licence", "weights_licence")},
         licence_accepted=segmentation.licence_accepted,
         prompt=segmentation.prompt,
         provenance=dict(segmentation.provenance),
     )
 
 
-def structure_record(one: StructureResult) -> StructureRecord:
+def structure_record(one: StructureResult) -> records.StructureRecord:
     """Describe a structure for ``run.json``."""
     quality = None
     if one.quality is not None:
-        quality = QualityRecord(
+        quality = records.QualityRecord(
             verdict=one.quality.verdict,
             reason=one.quality.reason,
             **{name: _rounded(getattr(one.quality, name)) for name in ("estimated_dice", "low", "high")},
             evidence=_rounded_fields(one.quality.evidence),
         )
-    return StructureRecord(
+    return records.StructureRecord(
         value=one.structure.value,
         name=one.structure.name,
         status=one.status,
         reason=one.reason,
         volume_ml=round(one.volume_ml, 4),
         outside_fraction=round(one.outside_fraction, 4),
-        place=None if one.place is None else PlaceRecord.model_validate(_rounded_fields(one.place)),
-        prompt=None if one.prompt is None else PromptRecord(**asdict(one.prompt)),
+        place=None if one.place is None else records.PlaceRecord.model_validate(_rounded_fields(one.place)),
+        prompt=None if one.prompt is None else records.PromptRecord(**asdict(one.prompt)),
         quality=quality,
     )
 
@@ -360,7 +336,7 @@ def _save_object(result: LabelledQuery, path: Path, form: str) -> dict[str, Any]
     return {"file": path.name, "round_trip": [one.to_dict() for one in found]}
 
 
-def _dicom_provenance(run: RunRecord) -> dicom.Provenance:
+def _dicom_provenance(run: records.RunRecord) -> dicom.Provenance:
     """Describe a result in DICOM objects: verdict on each structure, date and model."""
     present = sum(one.status == "present" for one in run.structures)
     descriptions = {}
@@ -386,8 +362,7 @@ def _save_probabilities(segmentation: Segmentation, path: Path) -> None:
     stored = segmentation.labels.grid
     data = np.zeros((*stored.shape, len(segmentation.structures)), np.uint8)
     for position, result in enumerate(segmentation.structures):
-        maps = segmentation.probabilities.get(result.structure.value)
-        if maps is not None:
+        if (maps := segmentation.probabilities.get(result.structure.value)) is not None:
             full = np.rint(maps.fused.to_full(segmentation.grid.shape) * 255).astype(np.uint8)
             data[..., position] = Volume(full, segmentation.grid).turned_to(stored).data
     image = nib.Nifti1Image(data, stored.affine)

@@ -1,7 +1,5 @@
 """Table of a cohort: a row for each structure of each case, for spreadsheets and scripts."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterable
 from pathlib import Path
@@ -41,12 +39,7 @@ def write_table(cases: Iterable[CaseRecord], out: Path, path: Path) -> None:
                 table.writerow({**common, "remark": case.reason})
             for one in run.structures if run is not None else ():
                 quality = one.quality
-                judged = quality is not None and {
-                    "verdict": quality.verdict,
-                    "estimated_dice": quality.estimated_dice,
-                    "low": quality.low,
-                    "high": quality.high,
-                }
+                judged = () if quality is None else ("verdict", "estimated_dice", "low", "high")
                 table.writerow(
                     {
                         **common,
@@ -55,7 +48,7 @@ def write_table(cases: Iterable[CaseRecord], out: Path, path: Path) -> None:
                         "status": one.status,
                         "volume_ml": one.volume_ml,
                         "cut_fraction": one.outside_fraction,
-                        **(judged or {}),
+                        **{name: getattr(quality, name) for name in judged},
                         "mended_from": "" if one.mended is None else one.mended.donor,
                         "remark": (quality.reason if quality is not None else "") or one.reason,
                         "seconds": case.seconds,

@@ -226,10 +226,7 @@ class Worker:
         """Segment a query and write its result folder."""
         work = self.work
         on_stage("reading")
-        files = {
-            "query": _record(case.query),
-            "transform": None if case.transform is None else _record(case.transform),
-        }
+        files = {"query": _record(case.query), "transform": None if case.transform is None else _record(case.transform)}
         query = self.read(case)
         transforms = () if case.transform is None else read_transforms(case.transform)
         check_formats(work.output.formats, query)

@@ -7,14 +7,5 @@ from a prompt each. Importing this package does not load torch.
 from .base import ModelDescription, OnPrompt, Segmenter
 from .table import MODELS, accept_licence, describe_model, fetch_weights, licence_accepted, load_model
 
-__all__ = [
-    "MODELS",
-    "ModelDescription",
-    "OnPrompt",
-    "Segmenter",
-    "accept_licence",
-    "describe_model",
-    "fetch_weights",
-    "licence_accepted",
-    "load_model",
-]
+__all__ = ["MODELS", "ModelDescription", "OnPrompt", "Segmenter"]
+__all__ += ["accept_licence", "describe_model", "fetch_weights", "licence_accepted", "load_model"]

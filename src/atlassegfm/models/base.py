@@ -103,11 +103,9 @@ class Segmenter(Protocol):
     @property
     def provenance(self) -> Mapping[str, Any]:
         """Files, versions and server of the model, as plain values for ``run.json``; may be empty."""
-        ...
 
     def encode(self, image: Volume) -> Any:
         """Encode one scan (float32, RAS-canonical array order), once for all its structures."""
-        ...
 
     def predict(
         self, encoded: Any, prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None = None
@@ -118,7 +116,6 @@ class Segmenter(Protocol):
         the structure. Returns for the same numbers the probability in [0, 1] that a voxel belongs to the structure, on
         the scan's grid, float32; empty where nothing was found.
         """
-        ...
 
 
 def in_turn(prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None) -> Iterator[tuple[int, Prompt]]:

@@ -10,8 +10,6 @@ It has no weights and nothing in it is random. Per structure, on a crop around t
 3. *Border.* A Markov random field with contrast-sensitive couplings (Boykov, Jolly 2001), solved by mean field.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -267,8 +265,7 @@ def _neighbourhood_evidence(value: Field, near: Mask, inside: Field, spacing_mm:
     """(N,) evidence by densities in the neighbourhood of each voxel, on a grid of place and intensity."""
     cell_mm = np.maximum(_NEIGHBOURHOOD_MM, spacing_mm)
     last = np.array(near.shape) - 1
-    # Cells are counted from the middle of the crop, so that a flipped scan gives the flipped result, with one more on
-    # each side for the blur.
+    # Cells count from the middle of the crop: a flipped scan gives the flipped result. One more a side for the blur.
     reach = np.floor(last / 2 * spacing_mm / cell_mm + 0.5).astype(np.int64) + 1
     shape = (*(int(n) for n in 2 * reach + 1), _NEIGHBOURHOOD_BINS)
     place = np.empty((4, len(value)))

@@ -110,8 +110,7 @@ def check_fit(weights: Mapping[str, Tensor], network: Mapping[str, Tensor], path
             if name in weights and weights[name].shape != tensor.shape
         ],
     }
-    faults = [f"{len(names)} {what} ({few(names)})" for what, names in found.items() if names]
-    if faults:
+    if faults := [f"{len(names)} {what} ({few(names)})" for what, names in found.items() if names]:
         raise ModelError(f"{path}: holds weights of another network: {'; '.join(faults)}; expected {wanted}")
 
 

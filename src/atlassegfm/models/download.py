@@ -1,7 +1,5 @@
 """Download of one file, with errors that say what to do."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The table of models: a row each, with the weights its authors publish."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from pathlib import Path

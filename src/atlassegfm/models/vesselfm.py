@@ -27,7 +27,8 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage, special
 
-from ..core.errors import InputError, MissingExtraError, ModelError
+from ..core.errors import InputError, ModelError
+from ..core.extras import require
 from ..core.geometry import Grid
 from ..core.image import Volume
 from ..core.mask import LocalMap
@@ -115,9 +116,7 @@ class VesselSegmenter:
         turn_to(prompts)
         return maps
 
-    def _logits(
-        self, encoded: VesselEncoding, territory: _Territory, turn_to: Callable[[Iterable[int]], None]
-    ) -> Field:
+    def _logits(self, encoded: VesselEncoding, territory: _Territory, turn: Callable[[Iterable[int]], None]) -> Field:
         """Logits on the territory's box, computed wherever a voxel of the territory needs them, and 0 elsewhere."""
         shape, size, first = encoded.data.shape, self.settings.window, territory.start
         last = np.add(first, territory.owner.shape)
@@ -130,10 +129,9 @@ class VesselSegmenter:
             low, high = np.maximum(corner, 0), np.minimum(np.add(corner, size), shape)
             # Voxels between two places in the working grid need both.
             touched = [(along > a - 1) & (along < b) for along, a, b in zip(places, low, high, strict=True)]
-            numbers = territory.numbers_in(np.ix_(*touched))
-            if not numbers:
+            if not (numbers := territory.numbers_in(np.ix_(*touched))):
                 continue
-            turn_to(numbers)
+            turn(numbers)
             begin, end = np.maximum(low, start), np.minimum(high, stop)
             to = tuple(map(slice, begin - start, end - start))
             total[to] += self._window(encoded, corner)[tuple(map(slice, begin - low, end - low))]
@@ -202,8 +200,7 @@ def build_network(filters: Sequence[int] = PUBLISHED_FILTERS, device: str = "cpu
 def load_network(path: Path) -> torch.nn.Module:
     """Build the network of a checkpoint, a bare state dict that sets its width; ModelError if it is of another one."""
     state = named_weights(load_state(path, wanted=_WANTED), path, wanted=_WANTED)
-    missing = [key for key in _FILTER_KEYS if key not in state or state[key].ndim != 5]
-    if missing:
+    if missing := [key for key in _FILTER_KEYS if key not in state or state[key].ndim != 5]:
         raise ModelError(
             f"{path}: holds weights of another network, without the kernels {few(missing)}; expected {_WANTED}"
         )
@@ -214,11 +211,7 @@ def load_network(path: Path) -> torch.nn.Module:
 
 
 def _dyn_unet() -> Any:
-    try:
-        from monai.networks.nets.dynunet import DynUNet
-    except ImportError:
-        raise MissingExtraError("the model 'vesselfm'", "vesselfm") from None
-    return DynUNet
+    return require("the model 'vesselfm'", "vesselfm", "monai.networks.nets.dynunet").DynUNet
 
 
 def _scaled(image: Volume, percentiles: tuple[float, float]) -> Field:

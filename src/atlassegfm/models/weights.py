@@ -4,8 +4,6 @@ Nothing is downloaded unless :func:`fetch` is called. Weights are looked for in 
 ``$ATLASSEGFM_MODELS/MODEL``, then in ``~/.local/share/atlassegfm/models/MODEL``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import InputError
-from ..core.files import atomic_path
+from ..core.files import atomic_path, write_json
 from ..core.version import __version__
 from .base import PublishedWeights, WeightsFile
 from .download import Download
@@ -199,7 +197,7 @@ def accept_licence(name: str, published: PublishedWeights | None) -> str | None:
     date, path = datetime.now(UTC).date().isoformat(), weights_folder() / name / ACCEPTANCE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(path, {"model": name, **_terms(published), "date": date, "atlassegfm": __version__})
+        write_json(path, {"model": name, **_terms(published), "date": date, "atlassegfm": __version__})
     except (OSError, InputError) as error:
         cause = getattr(error if isinstance(error, OSError) else error.__context__, "strerror", None) or error
         advice = f"set {FOLDER_VARIABLE} to a folder that you can write to"
@@ -323,11 +321,6 @@ def _read_record(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is damaged; delete it, then fetch the weights again") from None
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _fetch_one(
     name: str, published: PublishedWeights, folder: Path, stored: StoredFile, on_stage: Callable[[str], None]
 ) -> None:
@@ -345,4 +338,4 @@ def _fetch_one(
     values = (download.url, published.revision, size, sha256, datetime.now(UTC).date().isoformat())
     record = _read_record(folder) | {file.path: dict(zip(_RECORDED, values, strict=True))}
     origin = {"model": name, "repository": published.repository, **_terms(published), "atlassegfm": __version__}
-    _write_json(folder / RECORD, {**origin, "files": record})
+    write_json(folder / RECORD, {**origin, "files": record})

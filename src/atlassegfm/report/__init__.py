@@ -1,7 +1,5 @@
 """Pages of a cohort and of each case, which open without a server or a network, and overview pictures."""
 
-from __future__ import annotations
-
 from .case import CaseOptions
 from .cohort import ReportOptions, Written, write_report
 from .overview import Note, draw_overview, require_report_extra

@@ -1,7 +1,5 @@
 """Page of one case: structures in three planes, an interactive view, and its provenance."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Mapping
@@ -21,19 +19,11 @@ from ..core.record import Record
 from ..dicom import is_dicom_input, open_image
 from ..quality.verdict import Verdict
 from ..records import RUN, SLICER_COLORS, STATUS, StructureRecord, label_map_of
+from . import slices
 from .folder import ATLAS, CASE_PAGE, CASE_PICTURE, MODEL, Case, finite
 from .overview import Note, draw_overview
 from .page import duration, flatten, sources_digest, write_page
-from .slices import (
-    Window,
-    acquisition_view,
-    cut,
-    is_hounsfield,
-    slice_figure,
-    structure_panels,
-    structure_window,
-    thumbnail,
-)
+from .slices import Window, acquisition_view, cut, is_hounsfield, structure_window
 from .viewer import Reduction, labels_payload, reduction, scan_payload
 
 #: The facts of a page end within this many characters from its beginning.
@@ -271,10 +261,10 @@ def _thumbnail(maps: _Maps) -> dict[str, Any]:
     if not inside.any():
         inside = np.ones_like(inside)
     grid = maps.result.grid
-    panels = structure_panels(inside, low, grid.shape, grid.spacing_mm)
+    panels = slices.structure_panels(inside, low, grid.shape, grid.spacing_mm)
     panel = next(one for one in panels if one.view is acquisition_view(grid.spacing_mm))
     colors = {one.value: one.color for one in maps.structures}
-    return thumbnail(maps.image, maps.result.data, colors, panel, maps.window(inside, whole))
+    return slices.thumbnail(maps.image, maps.result.data, colors, panel, maps.window(inside, whole))
 
 
 def _section(maps: _Maps, structure: Structure) -> dict[str, Any]:
@@ -283,7 +273,7 @@ def _section(maps: _Maps, structure: Structure) -> dict[str, Any]:
     box = maps.boxes[value]
     masks = {kind: volume.data[box] == value for kind, volume in maps.labels.items()}
     leading = next(mask for mask in masks.values() if mask.any())
-    panels = structure_panels(leading, [side.start for side in box], grid.shape, grid.spacing_mm)
+    panels = slices.structure_panels(leading, [side.start for side in box], grid.shape, grid.spacing_mm)
     window = maps.window(maps.result.data[panels[0].box] == value, panels[0].box)
     # The result is drawn on top.
     drawn = [kind for kind in ("atlas", "model", "result") if kind in masks and masks[kind].any()]
@@ -291,7 +281,7 @@ def _section(maps: _Maps, structure: Structure) -> dict[str, Any]:
     ijk = np.zeros(3)
     for panel in panels:
         shapes: dict[str, NDArray[np.bool_]] = {kind: cut(maps.labels[kind].data, panel) == value for kind in drawn}
-        figures.append(slice_figure(maps.image, panel, window, shapes, grid.affine))
+        figures.append(slices.slice_figure(maps.image, panel, window, shapes, grid.affine))
         ijk[panel.view.normal] = panel.index
     return {
         "name": structure.name,

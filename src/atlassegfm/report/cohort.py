@@ -1,7 +1,5 @@
 """Report of a cohort: the page of each case, and one page with all cases, what to review first, and distributions."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from collections import Counter

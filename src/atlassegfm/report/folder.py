@@ -1,7 +1,5 @@
 """Read a folder of results: one folder a case, and the summaries of the cohort."""
 
-from __future__ import annotations
-
 import math
 import os
 import re
@@ -9,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.errors import InputError
+from ..core.files import entries_of
 from ..records import RUN, STATUS, CohortRecord, RunRecord, StatusRecord
 
 #: Summary of a cohort, or one for each of its shards.
@@ -89,10 +88,7 @@ def read_folder(path: str | os.PathLike[str]) -> ResultFolder:
         raise InputError(f"{path}: found {there}, expected a folder of results as `atlassegfm segment -o` writes it")
     if (path / RUN).is_file():
         raise InputError(f"{path}: is the result of a single case; give the folder above: {path.resolve().parent}")
-    try:
-        folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    except OSError as error:
-        raise InputError(f"{path}: the folder cannot be read ({error.strerror}); check the permissions") from None
+    folders = [entry for entry in entries_of(path) if entry.is_dir()]
     # What the folder of a case says counts more than a summary.
     found: dict[str, Case | Failure] = {}
     in_run: set[str] = set()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.errors import MissingExtraError
+from ..core.extras import require
 from ..core.files import atomic_path
 from ..core.fonts import FONT, MISSING, fonts_for
 from ..core.image import Volume, label_positions
@@ -49,10 +49,7 @@ class Note(NamedTuple):
 
 def require_report_extra() -> None:
     """Raise MissingExtraError if matplotlib, which draws pictures, is not installed."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("drawing the picture", "report") from None
+    require("drawing the picture", "report", "matplotlib.figure")
 
 
 def draw_overview(
@@ -188,9 +185,7 @@ def _draw_line_key(canvas: _Canvas, colors: Sequence[Any]) -> None:
         right -= 70
 
 
-def _draw_slice(
-    canvas: _Canvas, place: _Rectangle, panel: Panel, px_per_mm: float, picture: NDArray[np.float32]
-) -> Axes:
+def _draw_slice(canvas: _Canvas, place: _Rectangle, panel: Panel, px_per_mm: float, grey: NDArray[np.float32]) -> Axes:
     """Draw a slice in the middle of its place; axes are mm from its upper left corner."""
     axes = canvas.axes(place)
     width, height = place[2] / px_per_mm, place[3] / px_per_mm
@@ -199,7 +194,7 @@ def _draw_slice(
     for spine in axes.spines.values():
         spine.set_color(_FRAME)
     extent = (0, panel.width_mm, panel.height_mm, 0)
-    axes.imshow(picture, "gray", vmin=0, vmax=_WHITE, extent=extent, interpolation="bicubic", aspect="auto", zorder=0)
+    axes.imshow(grey, "gray", vmin=0, vmax=_WHITE, extent=extent, interpolation="bicubic", aspect="auto", zorder=0)
     return axes
 
 

@@ -1,7 +1,5 @@
 """HTML pages from templates: each holds all it needs and loads nothing."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 import hashlib
@@ -14,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from ..core.files import atomic_path
+from ..core.files import write_text
 from ..core.version import __version__
 from ..records import ModelRecord
 from .folder import finite
@@ -44,8 +42,7 @@ def sources_digest() -> str:
 
 def write_page(path: Path, template: str, **values: Any) -> None:
     """Write a page from a template; values are escaped."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(_environment().get_template(template).render(values) + "\n", encoding="utf-8")
+    write_text(path, _environment().get_template(template).render(values) + "\n")
 
 
 def score(value: float | None) -> str:

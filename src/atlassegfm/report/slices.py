@@ -4,8 +4,6 @@ Slices follow the voxel axes as acquired: nothing is interpolated between thick 
 the anatomical direction, two where it lies between two axes, as in DICOM.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Volumes for the interactive view, reduced to fit into a page: voxels and affine only."""
 
-from __future__ import annotations
-
 import base64
 import gzip
 from collections.abc import Sequence

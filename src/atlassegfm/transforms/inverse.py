@@ -1,7 +1,5 @@
 """Inverse of a displacement field."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import dataclass
 
@@ -87,8 +85,7 @@ def invert(transform: Transform, *, tolerance_mm: float = 0.01) -> Transform:
     if not isinstance(transform, DisplacementField):
         raise TypeError(f"no way to undo a {type(transform).__name__}")
     inverse = invert_field(transform, transform.grid, tolerance_mm=tolerance_mm)
-    missed = 1 - float(inverse.converged.mean())
-    if missed:
+    if missed := 1 - float(inverse.converged.mean()):
         text = "the displacement field folds, or nearly does, at %.2g%% of its nodes: its inverse errs by up to %.2g mm"
         logger.warning(text, 100 * missed, float(inverse.residual_mm.max()))
     return inverse.field

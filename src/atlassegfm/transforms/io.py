@@ -53,8 +53,7 @@ _LPS_SIGNS = np.array([-1, -1, 1], np.float32)
 _INTENT_DISPLACEMENT = 1006
 #: Axes count as orthogonal if the cosines between them are below this.
 _ORTHOGONAL = 1e-4
-#: A field belongs to its note if their nodes differ by less than this fraction of the spacing; 32-bit headers
-#: differ by 0.001 mm at 8 m.
+#: A field belongs to its note if their nodes differ by less than this fraction of the spacing: headers have 32 bits.
 _SAME_NODES = 0.01
 #: A field ends in 0 if the displacements at its border are below this. Fitted ones miss it by rounding alone.
 _NOTHING_MM = 1e-4
@@ -149,8 +148,7 @@ def read_transform(path: PathLike) -> Transform:
 
     ``path`` is a folder as :func:`write_transform` makes it (``transform.json`` may be missing), a transform file of
     ITK with linear parts and displacement fields (.tfm, .txt, .mat, .h5), or a displacement field as an image (.nii.gz,
-    .mha, .nrrd) with three numbers a voxel. Beyond the nodes of a field the displacement of its border holds on, where
-    ITK has none.
+    .mha, .nrrd) with three numbers a voxel. Beyond a field's nodes the displacement of its border holds on, unlike ITK.
 
     Raises InputError if the path is not such a transform, or the transform is 2-D, has a part of another kind (a
     B-spline), NaN or infinite numbers, or an affine that cannot be undone.
@@ -402,8 +400,7 @@ def _nifti_vectors(path: Path, size: Sequence[int]) -> NDArray[np.float32]:
 
 def _field_of(image: Any, displacement: NDArray[np.float32], path: Path) -> DisplacementField:
     """A displacement field from the geometry of an image of ITK (or its reader) and (3, I, J, K) vectors, RAS+ mm."""
-    bad = int((~np.isfinite(displacement)).any(axis=0).sum())
-    if bad:
+    if bad := int((~np.isfinite(displacement)).any(axis=0).sum()):
         found = f"{bad} of {displacement[0].size} displacements are NaN or infinite"
         raise InputError(f"{path}: {found}; expected numbers only: replace them (by 0, for instance)")
     return DisplacementField(itk_grid(image, path), np.ascontiguousarray(displacement))

@@ -1,7 +1,5 @@
 """Volume changes and folding of a deformation."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

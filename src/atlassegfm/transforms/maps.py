@@ -31,7 +31,6 @@ class Transform(Protocol):
 
     def map(self, points_mm: NDArray[np.float64]) -> NDArray[np.float64]:
         """(N, 3) RAS+ mm in the fixed world to (N, 3) RAS+ mm in the moving world."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,5 @@
 """Images and labels sampled through a transform."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -14,8 +12,7 @@ from ..core.mask import LocalMap, bounding_box
 from ..core.parallel import parallel_map
 from .maps import Transform, slabs
 
-#: Edge in mm of the blocks skipped where no label is near: about the node spacing of the finest field, so that the
-#: field bends little inside.
+#: Edge in mm of the blocks skipped where no label is near: about the node spacing of the finest field.
 _BLOCK_MM = 8.0
 
 
@@ -137,8 +134,7 @@ def _near_labels(
     cell = np.maximum(np.rint(_BLOCK_MM / 2 / grid.spacing_mm), 1).astype(int)
     cell_mm = cell * grid.spacing_mm
     reach_mm = np.sqrt(reach_mm) + 2 * float(np.linalg.norm(cell_mm))
-    # Distances below are taken along the axes of the grid as if they were at right angles: on sheared ones they may
-    # come out too large by as much as this.
+    # Distances below take the axes for right-angled: on sheared ones they may come out too large by as much as this.
     reach_mm /= np.linalg.svd(grid.affine[:3, :3] / grid.spacing_mm, compute_uv=False).min()
     occupied = padded[1:-1, 1:-1, 1:-1] > 0
     for axis in range(3):

@@ -8,8 +8,6 @@ Thinning deletes some tubes of an even width (4 x 4 x N, 2 x 2 x 2). What is lef
 on a lattice of half cells: n cells in a row have n centres and n - 1 midpoints, an odd number, which thinning keeps.
 """
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass
 

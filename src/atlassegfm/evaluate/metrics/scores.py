@@ -4,8 +4,6 @@ Where neither has the structure every score is NaN. Where only one has it, dista
 largest there can be: a missed structure makes a mean worse.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,8 +81,7 @@ def score_labels(
     """
     if result.shape != reference.shape:
         raise ValueError(f"arrays of shape {result.shape} and {reference.shape} are not on one grid")
-    missing = [value for value in values if value not in tolerances_mm]
-    if missing:
+    if missing := [value for value in values if value not in tolerances_mm]:
         raise ValueError(f"no tolerance for the values {missing}")
     results, references = (label_shapes(labels, values, spacing_mm) for labels in (result, reference))
     scores = {}

@@ -9,8 +9,6 @@ Distances go from point to nearest point, by a k-d tree near a surface; far from
 equally far, by a distance transform.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from functools import cache, cached_property

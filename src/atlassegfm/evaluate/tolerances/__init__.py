@@ -15,8 +15,6 @@ They come as one number for all structures, from a preset (tables of published b
 Values come before names, names before patterns; of several patterns the first one counts.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -9,18 +9,17 @@ Slices look as those of a usual CT file do to that code: rows run to the back of
 network returns that mask, by design.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import special
+from torch import Tensor
 
 from ...core.errors import InputError
 from ...core.geometry import Grid
@@ -31,9 +30,6 @@ from ...settings import MedSam2Settings, ModelSettings
 from ..base import OnPrompt, in_turn, intensities, scan_name, usable_device
 from ..weights import describe_file, installed_version
 from .network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network, require_packages
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -223,8 +219,7 @@ def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings, name: str = "the 
 def to_frame(pixels: NDArray[np.uint8], size: int) -> Tensor:
     """Convert a slice (rows, columns) to network input, (3, size, size) float32.
 
-    As in the published code, the aspect ratio is not kept. Pillow resamples 8 bits, unlike torch's bicubic
-    interpolation.
+    As in the published code, the aspect ratio is not kept; Pillow, unlike torch, resamples 8 bits.
     """
     from PIL import Image
 

@@ -5,8 +5,6 @@ renamed from the original code to transformers (:func:`rename`); two deviations 
 are corrected (:func:`_corrected`). Importing this module loads torch, but not transformers.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib
 import inspect
@@ -155,26 +153,19 @@ class FeatureCache:
 
 
 @dataclass(frozen=True, eq=False)
-class _CropCache:
-    """A session's cache: that of the scan, with slices counted from the first one of the crop."""
+class _Crop:
+    """A session's frames, which become network input when seen, and its cache, both counted from slice ``first``."""
 
     cache: FeatureCache
+    make: Callable[[int], Tensor]
     first: int
+    count: int
 
     def get_vision_features(self, frame_idx: int) -> dict[str, Any] | None:
         return self.cache.get(self.first + frame_idx)
 
     def cache_vision_features(self, frame_idx: int, features: Mapping[str, Any]) -> None:
         self.cache.put(self.first + frame_idx, features)
-
-
-@dataclass(frozen=True, eq=False)
-class _Frames:
-    """A session's frames: slices that become network input when they are seen."""
-
-    make: Callable[[int], Tensor]
-    first: int
-    count: int
 
     def __getitem__(self, index: int) -> Tensor:
         return self.make(self.first + index)
@@ -239,8 +230,7 @@ class Network:
         (first, last), device = span, self.device
         places = {"inference_device": device, "inference_state_device": device, "video_storage_device": "cpu"}
         session = self.session(video_height=shape[0], video_width=shape[1], dtype=torch.float32, **places)
-        session.processed_frames = _Frames(frame, first, last - first)
-        session.cache = _CropCache(cache, first)
+        session.processed_frames = session.cache = _Crop(cache, frame, first, last - first)
         self._give(session, prompt, shape, first)
         for index in range(prompt.index, first - 1, -1) if reverse else range(prompt.index, last):
             half = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
@@ -283,8 +273,7 @@ def load_network(path: Path, device: torch.device) -> Network:
     """Build the network on ``device`` with a published file: ``{"model": weights}``, in any precision.
 
     Raises InputError if a ``config.json`` beside it (:data:`CONFIG_FILE`) cannot be read, MissingExtraError if
-    transformers or Pillow are not installed, ModelError if the file is no checkpoint of this network or the version of
-    transformers is not supported.
+    transformers or Pillow are not installed, ModelError if the file or transformers do not fit.
     """
     weights = named_weights(load_state(path, wanted=_WANTED), path, wanted=_WANTED, key="model")
     require_packages()

@@ -6,8 +6,6 @@ intensities itself. A box is the rectangle of the prompt on its axial slice: the
 slice.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...core.errors import InputError, MissingExtraError, ModelError
+from ...core.errors import InputError, ModelError
+from ...core.extras import require
 from ...core.mask import LocalMap
 from ...prompts import INSIDE
 from ...settings import NnInteractiveSettings
@@ -36,6 +37,7 @@ _WANTED = f"the weights of the model 'nninteractive' ({_CHECKPOINT})"
 #: Either lists the interactions a network was trained for; the second is of version 1.
 _INFORMATION = ("inference_info.json", "inference_session_class.json")
 _PACKAGE = "nninteractive"
+_MODULES = ("nnunetv2.utilities.plans_handling.plans_handler", "nnInteractive.inference.inference_session")
 #: Versions of nnInteractive whose private methods are used, and those methods.
 _VERSIONS = ">=2.6,<2.7"
 _PASTE = "_paste_prediction_to_target_buffer"
@@ -149,18 +151,13 @@ def open_folder(weights: Callable[[], Path], device: str, options: NnInteractive
     """Load a network into a session on "cpu" or "cuda"; errors as of :func:`~atlassegfm.models.load_model`."""
     place = usable_device(device)
     with _quiet():
-        try:
-            import nnunetv2.utilities.plans_handling.plans_handler  # noqa: F401
-            from nnInteractive.inference.inference_session import nnInteractiveInferenceSession
-        except ImportError:
-            raise MissingExtraError("the model 'nninteractive'", "nninteractive") from None
-    missing = [name for name in _PRIVATE if not hasattr(nnInteractiveInferenceSession, name)]
-    if missing:
+        session_class = require("the model 'nninteractive'", "nninteractive", *_MODULES).nnInteractiveInferenceSession
+    if missing := [name for name in _PRIVATE if not hasattr(session_class, name)]:
         raise _other_version(f"it has no {', '.join(missing)}")
     fold = find_fold(weights())
     with _quiet(), _settings_of_torch():
         # Without undo: every prompt starts from scratch here, a failed one too.
-        session = nnInteractiveInferenceSession(
+        session = session_class(
             device=place, torch_n_threads=torch.get_num_threads(), do_autozoom=options.autozoom, enable_undo=False
         )
         return LocalSegmenter(session, _load_network(session, fold))

@@ -4,8 +4,6 @@ The server gets the scan: this is logged each time, and refused for other machin
 answers with masks, not probabilities.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 import logging
@@ -16,7 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from ...core.errors import InputError, MissingExtraError, ModelError
+from ...core.errors import InputError, ModelError
+from ...core.extras import require
 from ...core.mask import LocalMap
 from ...settings import NnInteractiveSettings
 from . import Field, NnInteractiveSegmenter, Put
@@ -141,10 +140,7 @@ def connect(options: NnInteractiveSettings) -> RemoteSegmenter:
     ModelError if the server does not answer, or not as expected.
     """
     url = _checked_address(options)
-    try:
-        import nnInteractive.inference.remote  # noqa: F401
-    except ImportError:
-        raise MissingExtraError("a server of the model 'nninteractive'", "nninteractive-client") from None
+    require("a server of the model 'nninteractive'", "nninteractive-client", "nnInteractive.inference.remote")
     return RemoteSegmenter(url, options)
 
 
