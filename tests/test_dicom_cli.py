@@ -65,7 +65,7 @@ def here(clinic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_series_and_rtstruct_to_three_formats(here: Path, run: Run, calibrated: None) -> None:
+def test_series_and_rtstruct_to_three_formats(here: Path, run: Run, under_review: None) -> None:
     arguments = ["segment", "--atlas", "atlas", "--labels", "rs.dcm", "query", "-o", "out", *FAST]
     outcome = run(*arguments, "--format", "nifti,rtstruct,seg", "--json")
     assert outcome.code == 0, outcome.err

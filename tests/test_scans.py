@@ -283,7 +283,7 @@ def test_every_format(folder: Path, run: Run) -> None:
     assert dataset["file_ending"] == ".nii.gz"
 
 
-def test_table_of_a_cohort_and_earlier_results(folder: Path, run: Run, calibrated: None) -> None:
+def test_table_of_a_cohort_and_earlier_results(folder: Path, run: Run, under_review: None) -> None:
     scan(folder / "first/a.nii.gz")
     scan(folder / "second/b.nii.gz", 1)
     touched(folder, "second/damaged.nii.gz")
