@@ -102,12 +102,14 @@ def compare(out: Path) -> None:
             before, after = (dice(labels == one.value, truth == one.value) for labels in found)
             scores["hard" if "hard" in folder.name else "other"].append((before, after))
             estimate = one.quality and one.quality.estimated_dice
-            old = (one.mended.verdict, one.mended.estimated_dice) if one.mended else (None, estimate)
-            is_good = one.mended is None and one.quality is not None and one.quality.verdict == "good"
+            old = (one.recovered.verdict, one.recovered.estimated_dice) if one.recovered else (None, estimate)
+            is_good = one.recovered is None and one.quality is not None and one.quality.verdict == "good"
             changed_good += is_good and not np.array_equal(*(labels == one.value for labels in found))
             if tried is not None and not is_good:
                 text = (
-                    f"{old[0]} {old[1]} -> {estimate} from {tried.donor}" if one.mended else f"{old[1]} {tried.reason}"
+                    f"{old[0]} {old[1]} -> {estimate} from {tried.donor}"
+                    if one.recovered
+                    else f"{old[1]} {tried.reason}"
                 )
                 print(f"{folder.name:20} {one.name:12} {before:.3f} -> {after:.3f}  {text}")
     for kind, pairs in scores.items():

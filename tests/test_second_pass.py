@@ -28,9 +28,9 @@ from atlassegfm.jobs.second_pass import (
     SecondPass,
     Try,
     choose,
-    mended_run,
     merge,
     plan_second_pass,
+    recovered_run,
 )
 from atlassegfm.jobs.store import LabelledQuery, RunInputs, read_labels, rewrite_result, write_result
 from atlassegfm.quality.verdict import StructureQuality, Verdict
@@ -134,19 +134,19 @@ def test_structures_that_are_not_good_are_mended_and_nothing_else(folder: Path, 
         assert not np.array_equal(now == KIDNEY, labels[case] == KIDNEY)
         record = RunRecord.read(out / case / "run.json")
         (kidney,) = (one for one in record.structures if one.value == KIDNEY)
-        assert kidney.mended is not None
-        assert kidney.mended.donor in {"case0", "case1", "case3", "case4", "case6", "case7"}
-        assert kidney.mended.estimated_dice == FIRST[case]
+        assert kidney.recovered is not None
+        assert kidney.recovered.donor in {"case0", "case1", "case3", "case4", "case6", "case7"}
+        assert kidney.recovered.estimated_dice == FIRST[case]
         assert kidney.volume_ml == pytest.approx((now == KIDNEY).sum() * 0.064)
         assert record.verdict == "good"
         tried = status_of(folder, case).second_pass
         assert tried is not None
-        assert (tried.donor, tried.mended) == (kidney.mended.donor, ("kidney",))
-        assert f"mended with {tried.donor}: kidney" in outcome.out
-        assert rows_of(out)[case]["mended"] == {"kidney": tried.donor}
+        assert (tried.donor, tried.recovered) == (kidney.recovered.donor, ("kidney",))
+        assert f"recovered with {tried.donor}: kidney" in outcome.out
+        assert rows_of(out)[case]["recovered"] == {"kidney": tried.donor}
     with (out / "cohort.csv").open(newline="") as file:
-        mended = {row["case"]: row["mended_from"] for row in csv.DictReader(file) if row["mended_from"]}
-    assert mended.keys() == FIRST.keys()
+        recovered = {row["case"]: row["recovered_from"] for row in csv.DictReader(file) if row["recovered_from"]}
+    assert recovered.keys() == FIRST.keys()
 
 
 def test_table_goes_to_a_folder_that_exists(folder: Path, run: Run) -> None:
@@ -161,7 +161,7 @@ def test_second_pass_is_made_once(folder: Path, run: Run, monkeypatch: pytest.Mo
     # Tried, and no better.
     tried = status_of(folder, "case5").second_pass
     assert tried is not None
-    assert (tried.mended, "0.51" in tried.reason) == ((), True)
+    assert (tried.recovered, "0.51" in tried.reason) == ((), True)
     before = times_of(folder / "out")
 
     def never(*_: object, **__: object) -> None:
@@ -310,12 +310,12 @@ def test_mended_results_do_not_change_the_plan(tmp_path: Path) -> None:
     quality = kidney.quality.model_copy(update={"verdict": "good", "estimated_dice": 0.95})
     better = {KIDNEY: kidney.model_copy(update={"quality": quality})}
     labels = ATLAS.labels(straight_grid())
-    mended = mended_run(run, better, labels, {KIDNEY}, "d1")
-    mended.write(path)
-    assert mended.verdict == "good"
+    recovered = recovered_run(run, better, labels, {KIDNEY}, "d1")
+    recovered.write(path)
+    assert recovered.verdict == "good"
     assert planned(cases, work) == expected
     assert plan_second_pass(cases, work)[1] == volumes
-    first = {one.value: First.of(one) for one in mended.structures}
+    first = {one.value: First.of(one) for one in recovered.structures}
     assert (first[KIDNEY].verdict, first[KIDNEY].estimate, first[KIDNEY].volume_ml) == ("failed", 0.2, 46)
 
 
@@ -420,7 +420,7 @@ def test_good_structures_keep_their_voxels(pair: tuple[RunRecord, Segmentation])
     labels, changes = merge(run, found, {KIDNEY: run.structures[1]}, Volume(first, GRID))
     assert labels.data[:, 0, 0].tolist() == [LIVER] * 4 + [KIDNEY] * 7 + [0] * 13
     assert changes == {KIDNEY, NODE}
-    after = mended_run(run, {KIDNEY: run.structures[1]}, labels, changes, "good")
+    after = recovered_run(run, {KIDNEY: run.structures[1]}, labels, changes, "good")
     status = {one.value: (one.status, one.quality and one.quality.verdict) for one in after.structures}
     assert status == {LIVER: ("present", "good"), KIDNEY: ("present", "failed"), NODE: ("absent", "failed")}
     assert after.structures[0] == run.structures[0]

@@ -151,7 +151,7 @@ class PlaceRecord(Record):
     second_distance_mm: float | None = Field(description="Between the two places.")
 
 
-class MendedRecord(Record):
+class RecoveryRecord(Record):
     """A structure taken from the second pass, and what the first pass had found."""
 
     donor: str = Field(description="Case of the same cohort whose result served as the atlas.")
@@ -179,7 +179,7 @@ class StructureRecord(Record):
     place: PlaceRecord | None = None
     prompt: PromptRecord | None
     quality: QualityRecord | None
-    mended: MendedRecord | None = Field(default=None, description="Null where the first pass found it.")
+    recovered: RecoveryRecord | None = Field(default=None, description="Null where the first pass found it.")
 
     @property
     def cut(self) -> str:
@@ -215,7 +215,7 @@ class SecondPassRecord(Record):
     """What the second pass did for a case: it is tried once."""
 
     donor: str = Field(description="Case of the same cohort whose result served as the atlas.")
-    mended: tuple[str, ...] = Field(default=(), description="Names of the structures that were taken over.")
+    recovered: tuple[str, ...] = Field(default=(), description="Names of the structures that were taken over.")
     reason: str = Field(default="", description="Why none was.")
     seconds: float = 0.0
 
@@ -253,7 +253,9 @@ class CaseRecord(Record):
     verdict: Verdict | None = None
     """Worst of its structures; null without a result, or where none is judged."""
 
-    mended: dict[str, str] = Field(default_factory=dict, description="Case each structure was mended with, by name.")
+    recovered: dict[str, str] = Field(
+        default_factory=dict, description="Case each structure was recovered with, by name."
+    )
     in_run: bool = True
     """Whether this command had the case; if not, its result is of an earlier one."""
 

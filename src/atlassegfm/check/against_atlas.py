@@ -11,8 +11,8 @@ from ..quality.coverage import CUT_FRACTION, OUTSIDE_FRACTION
 from .findings import AtlasReport, Finding, list_items, note, warning
 from .intensity import inversion_findings, modality_findings
 
-#: Gain above which the better fit of the mirror image is reported: of right scans it is below 0, but up to 0.015 in
-#: nearly symmetric anatomy, where some heads lean to the other side than most.
+#: Gain, a fraction of the cost of misplaced scans, above which the better fit of the mirror image is reported, and that
+#: for nearly symmetric anatomy, where the gain of a right scan may be above 0.
 MIRRORED_GAIN, SYMMETRIC_GAIN = 0.006, 0.02
 #: Correlation of the intensities of scan and atlas inside the body below which inverted contrast is reported.
 LEAST_CORRELATION = -0.3
@@ -50,9 +50,9 @@ def _fit_findings(found: mirror.AtlasFit, *, inverted: bool) -> Iterator[Finding
     least = SYMMETRIC_GAIN if found.symmetric else MIRRORED_GAIN
     if found.mirrored_gain > least:
         yield warning(
-            f"the mirror image fits the atlas better by {100 * found.mirrored_gain:.1f} % of what unlike scans differ "
-            "by (usually below 0): left and right of the scan seem to be swapped (or those of the atlas); organs would "
-            "be looked for, and labelled, on the wrong side",
+            f"the mirror image fits the atlas better by {100 * found.mirrored_gain:.1f} % of the cost of misplaced "
+            "scans (usually below 0): left and right of the scan seem to be swapped (or those of the atlas); organs "
+            "would be looked for, and labelled, on the wrong side",
             "compare with the original DICOM or a known side (liver, heart, a marker), and convert the scan again",
         )
     elif found.mirrored_gain > -least:

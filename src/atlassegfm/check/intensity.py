@@ -21,7 +21,7 @@ _PADDING_HU = -1100.0
 #: CT stored 1000 or 1024 above the scale: where soft tissue is, and its fraction of what is denser than lung.
 _OFFSET_LUNG, _OFFSET_TISSUE, _MOSTLY_TISSUE = 500.0, (850.0, 1250.0), 0.75
 #: Cubes of this many voxels to a side are like air or noise if their mean is within this many of its standard errors,
-#: and a scan is empty if less than this fraction of them is anything else: heads have 0.26 or more.
+#: and a scan is empty if less than this fraction of them is anything else.
 _CUBE, _ERRORS, _LEAST_ANATOMY = 4, 6.0, 0.05
 
 
@@ -48,7 +48,7 @@ def intensity_findings(
     anatomy = _anatomy_fraction(volume.data)
     if percentiles[0] == percentiles[2] or anatomy < _LEAST_ANATOMY:
         yield warning(
-            f"{100 * (1 - anatomy):.1f} % of the scan is alike, as air or noise is (half of it at or below "
+            f"{100 * (1 - anatomy):.1f} % of the scan is like air or noise (half of it at or below "
             f"{percentiles[1]:.4g}): there is next to nothing to register",
             "crop the scan to the anatomy, and check that the right series was exported",
         )

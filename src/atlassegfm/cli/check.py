@@ -31,7 +31,7 @@ class CheckOptions(AtlasOptions, ScreenOptions):
 
 
 def check(options: CheckOptions) -> None:
-    """Look for what is wrong with scans and label maps, and how to mend it.
+    """Look for what is wrong with scans and label maps, and what to do about it.
 
     With --context, or --atlas and --labels, each scan is also fitted to the atlas (some seconds): is it the same part
     of the body, are left and right swapped, is the contrast inverted, does it show the structures? The exit code is 2

@@ -103,7 +103,7 @@ def _look_first(runs: Mapping[str, RunRecord | None]) -> str:
 
 
 def _remark(row: Row, run: RunRecord | None) -> str:
-    """What needs a look: why a case failed, warnings, structures that are not good, absent, cut or mended."""
+    """What needs a look: why a case failed, warnings, structures that are not good, absent, cut or recovered."""
     from ..quality.coverage import cut_remark
 
     parts = [row.reason, *row.warnings] if row.reason else list(row.warnings)
@@ -115,8 +115,8 @@ def _remark(row: Row, run: RunRecord | None) -> str:
             found.setdefault(one.quality.verdict, []).append(one.name)
         if one.status == "present" and cut_remark(one.outside_fraction):
             found.setdefault("cut by the field of view", []).append(one.name)
-        if one.mended is not None:
-            found.setdefault(f"mended with {one.mended.donor}", []).append(one.name)
+        if one.recovered is not None:
+            found.setdefault(f"recovered with {one.recovered.donor}", []).append(one.name)
     parts += [f"{word}: {listed(names, _NAMED)}" for word, names in found.items()]
     return shorten("; ".join(parts), _LONGEST_REMARK, placeholder=" ...")
 

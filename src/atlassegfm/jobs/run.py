@@ -83,7 +83,7 @@ class RunOptions:
 def run(
     cases: Sequence[Case], work: SegmentWork, runner: Runner, watcher: RunWatcher, options: RunOptions = RunOptions()
 ) -> Outcome:
-    """Compute the cases whose result is missing or was made from something else, mend them, and write the summary.
+    """Compute the cases whose result is missing or outdated, run the second pass, and write the summary.
 
     ``cases`` are those of all shards, the outcome that of this one. A case that fails does not stop the others; a full
     disk does. AtlasSegError if no case can be done.
@@ -181,7 +181,9 @@ def _case_record(row: Row, out: Path) -> CaseRecord:
         query=row.case.query.name,
         seconds=round(row.seconds, 3),
         verdict=None if run is None else run.verdict,
-        mended={} if run is None else {one.name: one.mended.donor for one in run.structures if one.mended is not None},
+        recovered={}
+        if run is None
+        else {one.name: one.recovered.donor for one in run.structures if one.recovered is not None},
         **{name: getattr(row, name) for name in shared},
     )
 

@@ -1,7 +1,7 @@
 """Second pass of a run: structures that the first did not find well are tried again with another case as the atlas.
 
-A case of the same cohort in which the structures are good, and whose scan is alike, lies nearer than the atlas: a
-stepping stone. Each case is tried once. Plan and decisions use values of the first pass only, so that an interrupted
+A case of the same cohort in which the structures are good, and whose scan is similar, may be nearer than the
+atlas. Each case is tried once. Plan and decisions use values of the first pass only, so that an interrupted
 run continues to the same files; a case that is tried serves no other one.
 """
 
@@ -24,7 +24,7 @@ from ..core.image import Volume
 from ..core.labels import listed
 from ..dicom import contours_in
 from ..quality.verdict import LEAST_CONFIDENCE, Verdict, is_calibrated, overall
-from ..records import FORMATS, RUN, STATUS, MendedRecord, RunRecord, SecondPassRecord, StatusRecord, StructureRecord
+from ..records import FORMATS, RUN, STATUS, RecoveryRecord, RunRecord, SecondPassRecord, StatusRecord, StructureRecord
 from ..report.distribution import outliers
 from ..result import Segmentation
 from ..segment import segment
@@ -50,7 +50,7 @@ class Try:
 
     case: Case
     donor: Case
-    wanted: tuple[int, ...]  # label values to mend
+    wanted: tuple[int, ...]  # label values to recover
 
 
 class First(NamedTuple):
@@ -64,8 +64,8 @@ class First(NamedTuple):
 
     @classmethod
     def of(cls, one: StructureRecord) -> First:
-        """Read it from a record, mended or not."""
-        if (before := one.mended) is not None:
+        """Read it from a record, recovered or not."""
+        if (before := one.recovered) is not None:
             return cls(before.status, before.verdict, before.estimated_dice or 0.0, before.volume_ml, bool(one.cut))
         verdict, estimate = (None, None) if one.quality is None else (one.quality.verdict, one.quality.estimated_dice)
         return cls(one.status, verdict, estimate or 0.0, one.volume_ml, bool(one.cut))
@@ -82,7 +82,7 @@ class First(NamedTuple):
 
     @property
     def is_wanted(self) -> bool:
-        """Whether it is to be mended."""
+        """Whether it is to be recovered."""
         return self.status != "outside" and self.verdict in ("review", "failed")
 
 
@@ -93,7 +93,7 @@ Volumes = Mapping[int, tuple[float, ...]]
 def plan_second_pass(cases: Sequence[Case], work: SegmentWork) -> tuple[list[Try], Volumes]:
     """Choose the cases to try again, those with the lowest estimates first, and the case that helps each.
 
-    ``cases`` are those with a result. Whether one was tried or mended already does not matter here. Gives also the
+    ``cases`` are those with a result. Whether one was tried or recovered already does not matter here. Gives also the
     volumes of good structures.
     """
     if len(cases) < FEWEST_CASES or not is_calibrated(work.settings, transform_given=False):
@@ -154,7 +154,7 @@ class _Cohort:
         )
 
     def distances(self, n: int, donors: NDArray[np.intp], usable: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Tell how unlike case ``n`` the donors are, and how far their usable structures are from certain.
+        """Compute how much the donors differ from case ``n``, and how far their usable structures are from certain.
 
         Mean differences of log volumes (1 where no structure is good in both) and of log scales, and 1 less the mean
         estimate.
@@ -193,7 +193,7 @@ class SecondPass(SegmentWork):
     def open(self, context: Context | None = None) -> Worker:
         """Load context and model."""
         first = super().open(context)
-        return _Mender(self, first.context, first.model)
+        return _Recovery(self, first.context, first.model)
 
     def give_up(self, case: Case, reason: str, attempts: int, *, is_input: bool = False, seconds: float = 0.0) -> Row:
         """Record that a case could not be tried again; its result stays."""
@@ -216,7 +216,7 @@ class SecondPass(SegmentWork):
         return Row(case, "done", f"not changed ({reason})", seconds=seconds, warnings=status.warnings)
 
 
-class _Mender(Worker):
+class _Recovery(Worker):
     """Tries cases again, each with its donor as the atlas."""
 
     work: SecondPass
@@ -237,9 +237,9 @@ class _Mender(Worker):
         if not better:
             return work.record(case, reason, seconds)
         labels, changed = merge(run, result, better, labels)
-        run = mended_run(run, better, labels, changed, donor.name)
+        run = recovered_run(run, better, labels, changed, donor.name)
         names = tuple(one.name for one in run.structures if one.value in better)
-        second_pass = SecondPassRecord(donor=donor.name, mended=names, seconds=round(seconds, 3))
+        second_pass = SecondPassRecord(donor=donor.name, recovered=names, seconds=round(seconds, 3))
         status = StatusRecord.read(folder / STATUS).model_copy(
             update={"second_pass": second_pass, "warnings": tuple(warnings_on(run))}
         )
@@ -278,7 +278,7 @@ def choose(
         if found.status != "present" or found.estimate - first[new.value].estimate < LEAST_GAIN:
             against.append(f"{new.name}: the estimate is no better ({found.estimate:.2f})")
         elif not found.is_cut and outliers(np.array([*volumes.get(new.value, ()), found.volume_ml]))[-1]:
-            against.append(f"{new.name}: {found.volume_ml:.1f} ml are unlike the volumes of the cohort")
+            against.append(f"{new.name}: {found.volume_ml:.1f} ml are an outlier among the volumes of the cohort")
         else:
             better[new.value] = new
     while lost := [value for value in better if _shared(value, _kept(run, better), result, labels) > MOST_SHARED]:
@@ -309,7 +309,7 @@ def merge(
     return Volume(data, labels.grid, labels.source), changed
 
 
-def mended_run(
+def recovered_run(
     run: RunRecord, better: Mapping[int, StructureRecord], labels: Volume, changed: set[int], donor: str
 ) -> RunRecord:
     """Describe a result with structures of a second one, from its labels as :func:`merge` gives them."""
@@ -320,14 +320,14 @@ def mended_run(
         if one.value in better:
             first = First.of(one)
             estimate = None if one.quality is None else one.quality.estimated_dice
-            before = MendedRecord(
+            before = RecoveryRecord(
                 donor=donor,
                 status=one.status,
                 verdict=first.verdict,
                 estimated_dice=estimate,
                 volume_ml=first.volume_ml,
             )
-            one = better[one.value].model_copy(update={"mended": before, "volume_ml": volume_ml})
+            one = better[one.value].model_copy(update={"recovered": before, "volume_ml": volume_ml})
         elif one.value in changed:
             one = one.model_copy(update={"volume_ml": volume_ml})
             if not volume_ml:

@@ -132,7 +132,7 @@ def why_to_compute(
     files = (RUN, *(FORMATS[name] for name in provenance.formats if name not in _DICOM_FORMATS))
     if status.provenance is None or not all((folder / file).exists() for file in files):
         return "new", status
-    if status.second_pass is not None and status.second_pass.mended and not second_pass:
+    if status.second_pass is not None and status.second_pass.recovered and not second_pass:
         return "other second pass", status
     return changed_since(status.provenance, provenance, {"query": case.query, "transform": case.transform}), status
 

@@ -11,7 +11,7 @@ from ..records import RUN, CaseRecord, RunRecord
 #: Columns of ``cohort.csv``.
 COLUMNS = (
     *("case", "query", "state", "in_run", "structure", "label", "status", "volume_ml", "cut_fraction", "verdict"),
-    *("estimated_dice", "low", "high", "mended_from", "remark", "seconds"),
+    *("estimated_dice", "low", "high", "recovered_from", "remark", "seconds"),
 )
 
 
@@ -49,7 +49,7 @@ def write_table(cases: Iterable[CaseRecord], out: Path, path: Path) -> None:
                         "volume_ml": one.volume_ml,
                         "cut_fraction": one.outside_fraction,
                         **{name: getattr(quality, name) for name in judged},
-                        "mended_from": "" if one.mended is None else one.mended.donor,
+                        "recovered_from": "" if one.recovered is None else one.recovered.donor,
                         "remark": (quality.reason if quality is not None else "") or one.reason,
                         "seconds": case.seconds,
                     }

@@ -37,7 +37,7 @@ _CORRELATION_WEIGHT, _LITTLE_SHARED = 0.3, 0.05
 _LEAST_RESEMBLANCE, _LEAST_WHERE_LITTLE_IS_SHARED = 0.28, 0.5
 #: Voxels over the atlas's field of view at most: a small crop has fine levels, on which a whole body takes minutes.
 _MOST_VOXELS = 600_000
-#: Largest fraction of the cost of unlike scans up to which both mirror images fit well.
+#: Largest fraction of the cost of misplaced scans up to which both mirror images fit well.
 _SYMMETRIC = 0.5
 #: Distance of both distributions of intensities less this times their correlation; larger ones are of two modalities.
 _MODALITY_CORRELATION_WEIGHT, _MODALITY_BOUND = 0.3, -0.005
@@ -104,8 +104,8 @@ def fit_to_atlas(
         prepare(Volume(one, scan.grid), None, spacings[-1], name) for one in (data, np.ascontiguousarray(data[::-1]))
     ]
     (straight, cost), (mirrored, mirrored_cost) = (fit(side, annotated, spacings, settings, "cpu") for side in sides)
-    unlike = 2 * MISMATCH_PENALTY  # cost, of both scans
-    gain, symmetric = (cost - mirrored_cost) / unlike, max(cost, mirrored_cost) < _SYMMETRIC * unlike
+    misplaced = 2 * MISMATCH_PENALTY  # cost of both scans
+    gain, symmetric = (cost - mirrored_cost) / misplaced, max(cost, mirrored_cost) < _SYMMETRIC * misplaced
     better, side = (mirrored, sides[1]) if gain > 0 else (straight, sides[0])
     correlation, distance = _compare_intensities(side, annotated, better, spacings[-1])
     outside = dict(zip(atlas.values, outside_fractions(atlas, better, scan.grid), strict=True))

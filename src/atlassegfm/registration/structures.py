@@ -30,7 +30,7 @@ from .result import Place
 
 #: Standard deviation of the prior on a translation, as a fraction of the field of view's size (its volume's cube root).
 _PRIOR_FRACTION = 0.1
-#: Standard deviations of the prior within which translations are searched: kidneys lie up to 3.3 apart.
+#: Standard deviations of the prior within which translations are searched.
 _REACH = 3.5
 #: Tissue around a structure that is matched with it, as a fraction of the field of view's size.
 _SURROUNDINGS_FRACTION = 0.03
@@ -50,8 +50,8 @@ _ROUGH_POINTS, _FINAL_POINTS = 1000, 4000
 #: Adam's steps in both, and their sizes: in voxels for the translation, in radians or logarithms of a stretch.
 _ROUGH_ITERATIONS, _FINAL_ITERATIONS = 15, 50
 _SHIFT_STEP, _SHAPE_STEP = 0.15, 0.02
-#: MIND-SSC difference by which a translation may be worse than none: more, and brightness was misleading.
-_MISLED = 0.03
+#: MIND-SSC difference up to which a translation may be worse than none; beyond it brightness was misleading.
+_MIND_TOLERANCE = 0.03
 #: Penalties of squared rotation (radians), stretch and shear (logarithms).
 _ROTATION_PENALTY, _STRETCH_PENALTY, _SHEAR_PENALTY = 0.8, 0.4, 0.8
 #: Factor of the cost in the exponent of a structure's weight in the blending: structures that match worse count less.
@@ -64,8 +64,9 @@ _CORRECTION_FRACTIONS = (0.08, 0.056, 0.04, 0.028)
 _FADING, _CORRECTION_FADING = 0.02, 0.05
 #: Another place is at least so many sizes of the structure (cube roots of its volume) away.
 _ELSEWHERE_SIZES = 0.5
-#: A voxel leads to a structure from this part of it on, and is elsewhere below this part of its mask.
-_TWICE, _ELSEWHERE = 0.3, 0.1
+#: A voxel that is mapped to at least this fraction of a structure, and has less than the second of its mask, would show
+#: it a second time.
+_MAPPED_FRACTION, _OUTSIDE_FRACTION = 0.3, 0.1
 #: Only the largest structures are searched for: the smallest of a hundred say little about where they are.
 _MOST_STRUCTURES = 32
 #: A structure of fewer voxels on the level's grid is not searched for.
@@ -132,6 +133,7 @@ def fit(
 def _contrast_difference(
     query: Level, atlas: Level, masks: Mapping[int, LocalMap], found: Mapping[int, _StructureMap | None]
 ) -> float:
+    """Mean difference of the structures' median brightness; see :class:`Search`."""
     images = [level.image[0, 0].cpu().numpy() for level in (query, atlas)]
     differences, weights = [], []
     for value, mask in masks.items():
@@ -169,7 +171,7 @@ class _Sample:
     mind: Tensor  # (12, N)
     centre: Tensor  # (3,), of rotation and stretch
 
-    def thinned(self) -> _Sample:
+    def subsampled(self) -> _Sample:
         """Draw :data:`_ROUGH_POINTS` of the voxels, with the same centre."""
         drawn = _drawn(len(self.weight), _ROUGH_POINTS).to(self.weight.device)
         weight = self.weight[drawn]
@@ -206,7 +208,7 @@ class StructureFit:
         closeness = np.clip(1 - distance_mm / self._surroundings_mm, 0, 1).astype(np.float32)
         box = tuple(map(slice, start, stop))
         weight = torch.from_numpy(closeness).to(self._atlas_image.device) * self._atlas_inside[box]
-        voxels = int((mask.values >= 0.5).sum())
+        voxels = int((mask.values >= INSIDE).sum())
         return Patch(box, weight, voxels) if float(weight.sum()) > 0 else None
 
     def candidates(self, patch: Patch, count: int) -> Tensor:
@@ -281,7 +283,7 @@ class StructureFit:
         start[:-1, :3] = shifts
         with torch.no_grad():
             at_start = self._terms(start, sample)[0]
-        found, cost = self._fitted(start, sample.thinned(), _ROUGH_ITERATIONS)
+        found, cost = self._fitted(start, sample.subsampled(), _ROUGH_ITERATIONS)
         kept = _distinct(found[:, :3], cost)
         found, cost = self._fitted(found[kept], sample, _FINAL_ITERATIONS)
         best = int(cost.argmin())
@@ -289,7 +291,7 @@ class StructureFit:
             difference = float(self._terms(found[best : best + 1], sample)[0])
             matrix, offset = affine_maps(found[best : best + 1], sample.centre)
         unmoved = float(at_start[-1])
-        if difference > unmoved or float(at_start[kept[best]]) > unmoved + _MISLED:
+        if difference > unmoved or float(at_start[kept[best]]) > unmoved + _MIND_TOLERANCE:
             return None
         return homogeneous(matrix[0], offset[0]), self._place(found[:, :3], cost, patch.voxels ** (1 / 3))
 
@@ -376,7 +378,7 @@ def _blend(structures: list[_StructureMap], size: float) -> NDArray[np.float32]:
     displacement = _blended(structures, masks, size)
     for n, one in enumerate(structures):
         found = ndimage.map_coordinates(one.atlas_mask, nodes + displacement, order=1, mode="constant")
-        masks[n] = np.where((found >= _TWICE) & (one.mask < _ELSEWHERE), np.float32(1), one.mask)
+        masks[n] = np.where((found >= _MAPPED_FRACTION) & (one.mask < _OUTSIDE_FRACTION), np.float32(1), one.mask)
     return _blended(structures, masks, size)
 
 

@@ -236,7 +236,9 @@ def _table(
                     "factor": round(row.volume_ml / median, 3) if median else None,
                     "atlasModel": one.atlas_model,
                     "resultAtlas": one.result_atlas,
-                    "remarks": "; ".join(filter(None, (reason or row.reason, row.mended.remark if row.mended else ""))),
+                    "remarks": "; ".join(
+                        filter(None, (reason or row.reason, row.recovered.remark if row.recovered else ""))
+                    ),
                     "outlier": case.name in spread.outlier_factors,
                 }
             )
