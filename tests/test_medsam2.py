@@ -29,9 +29,10 @@ from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap
 from atlassegfm.jobs.store import RunInputs, run_record
 from atlassegfm.models import describe_model, load_model, medsam2
-from atlassegfm.models.medsam2 import VIEWS, MedSam2Encoding, MedSam2Segmenter, choose_view, to_8_bits, to_frame
+from atlassegfm.models.medsam2 import MedSam2Encoding, MedSam2Segmenter, to_frame
 from atlassegfm.models.medsam2 import network as network_module
 from atlassegfm.models.medsam2.network import FeatureCache, PointPrompt, SlicePrompt, load_network
+from atlassegfm.models.slices import VIEWS, choose_view, is_hounsfield, to_8_bits
 from atlassegfm.prompts import BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt
 from atlassegfm.segment import segment
 from atlassegfm.settings import MedSam2Settings, ModelSettings, Settings
@@ -403,24 +404,28 @@ print(model.network.image_size, import_utils.is_torchvision_available())
 # How scans are read.
 
 
+def in_8_bits(values: NDArray[np.float32], **settings: Any) -> NDArray[np.uint8]:
+    return to_8_bits(values, MedSam2Settings(**settings), "the scan", "medsam2")
+
+
 def test_window_of_a_ct_by_hand() -> None:
     values = np.array([-1000, -161, -160, -159, 40, 239, 240, 3000], np.float32).reshape(1, 2, 4)
     # 256 levels over 400 HU, decimals dropped: (-159 + 160) / 400 * 255 = 0.6; 200 / 400 * 255 = 127.5.
-    assert to_8_bits(values, MedSam2Settings()).ravel().tolist() == [0, 0, 0, 0, 127, 254, 255, 255]
-    brain = to_8_bits(values, MedSam2Settings(window_level=40, window_width=80))
+    assert in_8_bits(values).ravel().tolist() == [0, 0, 0, 0, 127, 254, 255, 255]
+    brain = in_8_bits(values, window_level=40, window_width=80)
     assert brain.ravel().tolist() == [0, 0, 0, 0, 127, 255, 255, 255]
 
 
 def test_window_that_the_scan_does_not_fill() -> None:
     values = np.array([0, 50, 100], np.float32).reshape(1, 1, 3)
     # What is left after the cut is stretched, as in the published code: 0 to 100, not -160 to 240.
-    assert to_8_bits(values, MedSam2Settings(modality="ct")).ravel().tolist() == [0, 127, 255]
+    assert in_8_bits(values, modality="ct").ravel().tolist() == [0, 127, 255]
 
 
 def test_percentiles_of_what_is_above_0() -> None:
     values = np.concatenate([np.zeros(600), np.arange(1, 402), [-5, 1e6]]).astype(np.float32).reshape(1, 1, -1)
     low, high = np.percentile(np.r_[np.arange(1, 402), 1e6], [0.5, 99.5])
-    found = to_8_bits(values, MedSam2Settings()).ravel()
+    found = in_8_bits(values).ravel()
     assert (found[:600] == 0).all()
     assert found[-1] == 255
     assert found[-2] == 0
@@ -430,9 +435,9 @@ def test_percentiles_of_what_is_above_0() -> None:
 
 def test_zeros_stay_dark_where_zero_is_not_the_darkest() -> None:
     values = np.array([0.0, 50, 60, 70, 80], np.float32).reshape(1, 1, 5)
-    assert to_8_bits(values, MedSam2Settings()).ravel()[0] == 0
+    assert in_8_bits(values).ravel()[0] == 0
     # Without any value above 0 all values count, and 0 is one like others.
-    below = to_8_bits(values - 80, MedSam2Settings()).ravel()
+    below = in_8_bits(values - 80).ravel()
     assert below[0] == 0
     assert below[-1] == 255
 
@@ -443,10 +448,10 @@ def test_zeros_stay_dark_where_zero_is_not_the_darkest() -> None:
 )
 def test_hounsfield_units_are_told_by_their_range(least: float, most: float, expected: bool) -> None:
     values = np.linspace(least, most, 24, dtype=np.float32).reshape(2, 3, 4)
-    assert medsam2.is_hounsfield(values) is expected
-    as_ct, by_itself = (to_8_bits(values, MedSam2Settings(modality=m)) for m in ("ct", "auto"))
+    assert is_hounsfield(values) is expected
+    as_ct, by_itself = (in_8_bits(values, modality=m) for m in ("ct", "auto"))
     assert (as_ct == by_itself).all() == expected
-    assert (to_8_bits(values, MedSam2Settings(modality="mr")) == by_itself).all() != expected
+    assert (in_8_bits(values, modality="mr") == by_itself).all() != expected
 
 
 @pytest.mark.parametrize(

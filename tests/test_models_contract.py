@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tiny_litemedsam
 import tiny_medsam2
 import tiny_nninteractive
 import tiny_vesselfm
@@ -22,7 +23,7 @@ from atlassegfm.core.errors import InputError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Source, Volume
 from atlassegfm.core.mask import LocalMap
-from atlassegfm.models import MODELS, Segmenter, load_model
+from atlassegfm.models import MODELS, Segmenter, litemedsam, load_model
 from atlassegfm.prompts import Prompt, PromptKind, make_prompt
 from atlassegfm.settings import Settings
 from conftest import affine_of, rotation
@@ -49,6 +50,7 @@ TINY = {
     "builtin": Tiny(),
     "nninteractive": Tiny(tiny_nninteractive.make_folder, ("models.nninteractive.autozoom=false",)),
     "medsam2": Tiny(lambda root: tiny_medsam2.make_checkpoint(root / "MedSAM2_latest.pt")),
+    "litemedsam": Tiny(lambda root: tiny_litemedsam.make_checkpoint(root / "lite_medsam.pth")),
     "vesselfm": Tiny(
         lambda root: tiny_vesselfm.make_checkpoint(root / "vesselFM_base.pt"), ("models.vesselfm.window=64",)
     ),
@@ -128,6 +130,12 @@ class Models:
             model = self.loaded(name)
             self._answers[name, kind] = model.predict(model.encode(scan()), prompts(kind))
         return self._answers[name, kind]
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network of LiteMedSAM takes pictures of any size; on those of 256 the tests would take minutes."""
+    monkeypatch.setattr(litemedsam, "IMAGE_SIZE", 64)
 
 
 @pytest.fixture(scope="module")

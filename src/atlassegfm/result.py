@@ -28,6 +28,14 @@ class StructureMaps:
 
 
 @dataclass(frozen=True)
+class MemberResult:
+    """One of several models on one structure: its weight in their mixture, and the Dice of its mask and the result."""
+
+    weight: float
+    dice: float
+
+
+@dataclass(frozen=True)
 class StructureResult:
     """Outcome for one structure of the atlas.
 
@@ -35,7 +43,7 @@ class StructureResult:
     it was found. ``reason`` says why it is not present, or why the warped atlas was kept; else it is empty.
     ``outside_fraction`` is that of the atlas's structure which the linear registration maps outside the query's field
     of view. ``place`` is where the structure search found it, None where it was not searched for or not believed.
-    ``prompt`` is None without a model, or where the warped mask is empty.
+    ``prompt`` is None without a model, or where the warped mask is empty. ``members`` are several models by name.
     """
 
     structure: Structure
@@ -45,6 +53,7 @@ class StructureResult:
     outside_fraction: float
     place: Place | None = None
     prompt: UsedPrompt | None = None
+    members: Mapping[str, MemberResult] = field(default_factory=dict)
     quality: StructureQuality | None = None
 
 
@@ -53,7 +62,8 @@ class Segmentation:
     """Result for one query.
 
     ``labels``, ``atlas_labels`` and ``model_labels`` are label values on the query's own grid, in the smallest integer
-    type: fused, of the warped atlas, of the model. ``probabilities`` are by label value, on ``grid``, the query's in
+    type: fused, of the warped atlas, of the model; ``member_labels`` of each of several models, whose mean is then the
+    model. ``probabilities`` are by label value, on ``grid``, the query's in
     RAS-canonical array order, without structures that were outside or absent before the fusion. ``registration`` maps
     query world to atlas world; ``transform_given`` if it was given, not optimised here. ``gate``, ``prompt`` and
     ``model_labels`` are None without a model. ``seconds`` is the wall time of each stage; ``provenance`` holds files,
@@ -64,6 +74,7 @@ class Segmentation:
     labels: Volume
     atlas_labels: Volume
     model_labels: Volume | None
+    member_labels: Mapping[str, Volume]
     grid: Grid
     probabilities: Mapping[int, StructureMaps]
     structures: tuple[StructureResult, ...]

@@ -19,19 +19,20 @@ from .context import Context, train_context
 from .core.device import memory_errors, reproducible, resolve_device
 from .core.image import Volume
 from .core.mask import LocalMap
+from .core.overlap import dice_per_structure
 from .core.progress import StageClock, query_steps, stage_printer
 from .dicom import open_image
 from .fusion.gate import fuse_structures, is_empty_prediction
 from .fusion.label_map import count_parts, label_map, remove_islands
-from .models import Segmenter, licence_accepted
-from .models.base import Prediction, PromptedScan
-from .models.table import load_chosen, prompt_kind
+from .fusion.mixture import Mixture, mix_structures
+from .models.base import Models, Prediction, PromptedScan
+from .models.table import licences_accepted, load_chosen, prompt_kind
 from .prompts import INSIDE, used_prompt
 from .quality.coverage import OUTSIDE_FRACTION, outside_fractions
 from .quality.evidence import Case, gather
 from .quality.verdict import StructureQuality, Verdict, is_calibrated, judge
 from .registration import Registration, register, registration_from
-from .result import Segmentation, Status, StructureMaps, StructureResult
+from .result import MemberResult, Segmentation, Status, StructureMaps, StructureResult
 from .settings import Settings
 from .transforms.maps import Transform
 from .transforms.resample import warp_labels
@@ -49,7 +50,7 @@ def segment(
     settings: Settings | None = None,
     *,
     device: str = "auto",
-    model: Segmenter | None = None,
+    model: Models | None = None,
     transforms: Sequence[Transform] = (),
     on_stage: Callable[[str], None] | None = None,
     progress: bool = False,
@@ -67,8 +68,8 @@ def segment(
         Those of the context by default. Settings that the trained gate depends on must be the context's.
     device : {"auto", "cpu", "cuda"}
         "auto" takes a CUDA GPU if there is one.
-    model : Segmenter, optional
-        The model that ``settings.model`` names, if it is loaded already.
+    model : Segmenter or Ensemble, optional
+        The model or models that ``settings.model`` names, if loaded already.
     transforms : sequence of Transform
         Taken instead of registering: query to atlas, RAS+ mm. The first is reported; labels are averaged over all.
     on_stage, progress : callable and bool, optional
@@ -107,7 +108,7 @@ def segment(
                 )
         with clock.stage("warping"):
             warped = _warp(atlas, scan, registration)
-        predicted = None
+        predicted, masks = None, dict[int, LocalMap]()
         if model is not None and prompt is not None:
             with clock.stage("model") as report:
                 predicted = PromptedScan(model, prompt, scan, atlas.names).predict(warped.masks, report)
@@ -115,7 +116,9 @@ def segment(
                 with clock.stage("gate") as report:
                     context = train_context(context, model, settings, device=device, on_part=report)
         with clock.stage("fusion"):
-            fused, labels = _fuse(context, scan, warped, predicted, settings, device)
+            if predicted is not None and context.gate is not None:
+                masks = mix_structures(predicted.members, context.gate.mixture)
+            fused, labels = _fuse(context, scan, warped, masks, settings, device)
         with clock.stage("quality"):
             judging = partial(
                 judge,
@@ -123,8 +126,12 @@ def segment(
                 confidence=registration.confidence,
                 calibrated=is_calibrated(settings, transform_given=bool(transforms)),
             )
-            structures = _judge(atlas, scan, query, warped, predicted, labels, judging)
-    model_labels = None if predicted is None else label_map(predicted.masks, scan.grid.shape)
+            structures = _judge(atlas, scan, query, warped, predicted, masks, labels, judging)
+    model_labels = None if predicted is None else label_map(masks, scan.grid.shape)
+    members = predicted.members if predicted is not None and len(predicted.members) > 1 else {}
+    member_labels = {name: label_map(found, scan.grid.shape) for name, found in members.items()}
+    if context.gate is not None and members:
+        structures = _with_members(structures, member_labels, labels, context.gate.mixture)
 
     def stored(numbers: NDArray[Any]) -> Volume:
         return atlas.label_values(numbers, scan.grid, query)
@@ -133,6 +140,7 @@ def segment(
         labels=stored(labels),
         atlas_labels=stored(warped.labels),
         model_labels=None if model_labels is None else stored(model_labels),
+        member_labels={name: stored(found) for name, found in member_labels.items()},
         grid=scan.grid,
         probabilities={atlas.values[n - 1]: maps for n, maps in fused.items()},
         structures=structures,
@@ -144,7 +152,22 @@ def segment(
         device=device,
         seconds=clock.seconds,
         provenance={} if predicted is None else predicted.provenance,
-        licence_accepted=None if predicted is None else licence_accepted(settings.model),
+        licence_accepted=None if predicted is None else licences_accepted(settings),
+    )
+
+
+def _with_members(
+    structures: Sequence[StructureResult],
+    member_labels: Mapping[str, NDArray[Any]],
+    labels: NDArray[Any],
+    mixture: Mixture,
+) -> tuple[StructureResult, ...]:
+    """Add what each of several models found; structure n is at position n - 1."""
+    numbers = range(1, len(structures) + 1)
+    agreement = {name: dice_per_structure(found, labels, numbers) for name, found in member_labels.items()}
+    return tuple(
+        replace(one, members={name: MemberResult(mixture[name][n - 1], agreement[name][n]) for name in mixture})
+        for n, one in zip(numbers, structures, strict=True)
     )
 
 
@@ -181,17 +204,22 @@ def _why_missing(mask: LocalMap, outside: float) -> tuple[Status, str] | None:
 
 
 def _fuse(
-    context: Context, scan: Volume, warped: _Warped, predicted: Prediction | None, settings: Settings, device: str
+    context: Context,
+    scan: Volume,
+    warped: _Warped,
+    predicted: Mapping[int, LocalMap],
+    settings: Settings,
+    device: str,
 ) -> tuple[dict[int, StructureMaps], NDArray[Any]]:
     """Fuse warped masks and predictions: probabilities of each structure, and the label map."""
-    if predicted is None or context.gate is None:
+    if context.gate is None:
         return {n: StructureMaps(mask, mask, None) for n, mask in warped.masks.items()}, warped.labels
-    fused = fuse_structures(scan, warped.masks, predicted.masks, context.gate, device=device)
+    fused = fuse_structures(scan, warped.masks, predicted, context.gate, device=device)
     masks = {n: fused.get(n, mask) for n, mask in warped.masks.items()}
     labels = label_map(masks, scan.grid.shape, warped.masks)
     if settings.topology:
         masks, labels = remove_islands(masks, warped.masks, labels, count_parts(context.atlas.numbered.data))
-    return {n: StructureMaps(masks[n], mask, predicted.masks.get(n)) for n, mask in warped.masks.items()}, labels
+    return {n: StructureMaps(masks[n], mask, predicted.get(n)) for n, mask in warped.masks.items()}, labels
 
 
 def _judge(
@@ -200,11 +228,11 @@ def _judge(
     query: Volume,
     warped: _Warped,
     predicted: Prediction | None,
+    masks: Mapping[int, LocalMap],
     labels: NDArray[Any],
     judging: Callable[..., StructureQuality],
 ) -> tuple[StructureResult, ...]:
     """Gather the evidence on each structure and judge it; ``judging`` takes evidence and fraction out of view."""
-    masks = {} if predicted is None else predicted.masks
     evidence = gather(
         Case(
             query=scan,

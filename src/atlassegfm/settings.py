@@ -1,6 +1,7 @@
 """All settings of a job."""
 
 from dataclasses import field
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator
@@ -294,8 +295,8 @@ class NnInteractiveSettings:
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
-class MedSam2Settings:
-    """The model ``medsam2``. It reads a scan slice by slice, at 8 bits."""
+class SliceSettings:
+    """How a model reads a scan slice by slice, at 8 bits."""
 
     modality: Literal["auto", "ct", "mr"] = "auto"
     """How intensities become 8 bits: "ct" by the window below, "mr" (and anything else) by the 0.5 and 99.5 percentiles
@@ -308,7 +309,12 @@ class MedSam2Settings:
     """Width of the window of a CT, in Hounsfield units [MedSAM: soft tissue 400, lung 1500, brain 80]."""
 
     slice_axis: Literal["auto", "axial", "coronal", "sagittal"] = "auto"
-    """Slices to read. "auto": across the largest spacing if 1.5 times the others, else axial. Boxes need axial ones."""
+    """Slices to read. "auto": across the largest spacing if 1.5 times the others, else axial."""
+
+
+@settings_dataclass(frozen=True, config=_STRICT)
+class MedSam2Settings(SliceSettings):
+    """The model ``medsam2``."""
 
     margin_mm: _NotNegative = 15.0
     """Range in mm beyond the first and last slice of the atlas's structure, at least a slice: a registration error."""
@@ -321,6 +327,17 @@ class MedSam2Settings:
 
     feature_cache_mb: Annotated[int, Field(ge=0), RUNTIME_ONLY] = 512
     """Memory in MB for the embeddings of slices, 4 MB each, which are used again for other structures."""
+
+
+@settings_dataclass(frozen=True, config=_STRICT)
+class LiteMedSamSettings(SliceSettings):
+    """The model ``litemedsam``."""
+
+    box_margin: Annotated[float, Field(ge=0, le=64)] = 3.0
+    """Distance of the box's sides from the warped mask, in pixels of the network's 256 x 256 [published code: 3]."""
+
+    feature_cache_mb: Annotated[int, Field(ge=0), RUNTIME_ONLY] = 1024
+    """Memory in MB for the embeddings of slices, 4 MB each, which are used again for other prompts."""
 
 
 @settings_dataclass(frozen=True, config=_STRICT)
@@ -363,6 +380,7 @@ class ModelSettings:
 
     nninteractive: NnInteractiveSettings = field(default_factory=NnInteractiveSettings)
     medsam2: MedSam2Settings = field(default_factory=MedSam2Settings)
+    litemedsam: LiteMedSamSettings = field(default_factory=LiteMedSamSettings)
     vesselfm: VesselFmSettings = field(default_factory=VesselFmSettings)
 
 
@@ -406,10 +424,12 @@ class Settings:
     fusion: FusionSettings = field(default_factory=FusionSettings)
 
     model: str = "builtin"
-    """Segmentation model, one of ``atlassegfm models``; "none": the result is the warped atlas."""
+    """Segmentation model of ``atlassegfm models``, or several, as builtin,litemedsam: their answers are averaged with
+    weights for each structure. "none": the result is the warped atlas."""
 
     model_path: str = ""
-    """File or folder of the model's weights; empty: looked for where ``atlassegfm models show`` says."""
+    """File or folder of the weights of the one model that has some, or several as NAME=PATH,NAME=PATH; empty: looked
+    for where ``atlassegfm models show`` says."""
 
     models: ModelSettings = field(default_factory=ModelSettings)
 
@@ -421,3 +441,21 @@ class Settings:
 
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of the random numbers: the same one gives the same result on the same machine."""
+
+    @field_validator("model")
+    @classmethod
+    def _sort_models(cls, model: str) -> str:
+        """Bring several names into one order: it must not matter."""
+        names = sorted(name.strip() for name in model.split(","))
+        if not all(names):
+            raise ValueError("expected names of models with a comma between them, as builtin,litemedsam")
+        if twice := [name for name, other in pairwise(names) if name == other]:
+            raise ValueError(f"expected each model once, but {twice[0]!r} is named twice")
+        if len(names) > 1 and NO_MODEL in names:
+            raise ValueError(f"{NO_MODEL!r} stands for no model; leave it out, or name it alone")
+        return ",".join(names)
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names of the models, sorted; none if the result is the warped atlas."""
+        return () if self.model == NO_MODEL else tuple(self.model.split(","))

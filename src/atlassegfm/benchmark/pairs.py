@@ -21,7 +21,7 @@ from ..evaluate.metrics import StructureScores
 from ..evaluate.scores import check_grids, score_volumes
 from ..fusion.gate import Gate, fuse_structures
 from ..fusion.label_map import count_parts, label_map, remove_islands
-from ..models import Segmenter
+from ..models.base import Models
 from ..models.table import load_chosen
 from ..prompts import make_prompt
 from ..result import Segmentation
@@ -70,7 +70,7 @@ class PairRunner:
         self._atlases: dict[str, Atlas] = {}
         self._contexts: dict[str, Context] = {}
         self._queries: dict[str, tuple[Volume, Volume]] = {}
-        self._models: dict[Any, Segmenter | None] = {}
+        self._models: dict[Any, Models | None] = {}
         self._unnamed: dict[str, set[int]] = {}
 
     def run(self, variant: Variant, pair: Pair) -> PairRecord:
@@ -107,7 +107,7 @@ class PairRunner:
         return PairRecord(variant=variant.name, pair=pair, rows=rows, failure=failure, unnamed=tuple(unnamed), **cost)
 
     def _segment(
-        self, variant: Variant, atlas: Atlas, query: Volume, model: Segmenter | None, cost: dict[str, Any]
+        self, variant: Variant, atlas: Atlas, query: Volume, model: Models | None, cost: dict[str, Any]
     ) -> dict[str, Volume]:
         device = self._plan.device
         if variant.name not in self._contexts:  # the gate is trained once for all queries
@@ -125,7 +125,7 @@ class PairRunner:
         cost["folding"] = round(float(registration.folding), 8)
         if result.model_labels is None:
             return {"atlas": result.atlas_labels}
-        results = {"atlas": result.atlas_labels, "model": result.model_labels}
+        results = {"atlas": result.atlas_labels, **result.member_labels, "model": result.model_labels}
         if "paper" in variant.scored and result.gate is not None:
             results["paper"] = fused_by(result.gate.as_the_paper(), atlas, result)
         return results | {"fused": result.labels}
@@ -192,8 +192,8 @@ class PairRunner:
             found = ", ".join(map(str, sorted(unknown)))
             logger.warning("%s: dataset.json does not name the label values %s; taken as background", path, found)
 
-    def load(self, variant: Variant) -> Segmenter | None:
-        """Load the model of a variant; another one is dropped first, as two may not fit into memory."""
+    def load(self, variant: Variant) -> Models | None:
+        """Load the models of a variant; another one is dropped first, as two may not fit into memory."""
         chosen = variant.settings
         key = (chosen.model, chosen.model_path, chosen.models)
         if chosen.model != NO_MODEL and key not in self._models:

@@ -13,7 +13,8 @@ from ..settings import NO_MODEL, Settings
 from .protocols import Pair
 from .records import PlanRecord
 
-#: Scored of each pair. "paper": the paper's gate on the same masks as the default one. "oracle": a perfect gate.
+#: Scored of each pair, and each of several models by its name, their mixture then being the model. "paper": the paper's
+#: gate on the same masks as the default one. "oracle": a perfect gate.
 METHODS = ("atlas", "model", "paper", "fused", "oracle")
 PLAN, PAIRS = "plan.json", "pairs"
 #: Files of a benchmark's folder; one with any other is not touched.
@@ -28,7 +29,7 @@ class Variant:
     settings: Settings
     #: "user": the model alone, with one click into the middle of the true structure.
     prompts_from: Literal["atlas", "user"] = "atlas"
-    methods: tuple[str, ...] = METHODS  # which of METHODS tables show
+    methods: tuple[str, ...] | None = None  # which of those scored tables show; None for all
 
     @property
     def scored(self) -> tuple[str, ...]:
@@ -37,7 +38,9 @@ class Variant:
             return ("model",)
         if self.settings.model == NO_MODEL:
             return ("atlas",)
-        return tuple(method for method in METHODS if method != "paper" or self.settings.fusion.gate == "default")
+        members = self.settings.model_names if len(self.settings.model_names) > 1 else ()
+        methods = (METHODS[0], *members, *METHODS[1:])
+        return tuple(method for method in methods if method != "paper" or self.settings.fusion.gate == "default")
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ def columns_of(plan: Plan, records: Sequence[PairRecord]) -> list[Column]:
     for variant in plan.variants:
         done = {record.pair: record for record in records if record.variant == variant.name}
         for method in variant.scored:
-            if method in variant.methods:
+            if variant.methods is None or method in variant.methods:
                 rows = [row for pair in pairs for row in done[pair].rows if row.method == method]
                 columns.append(Column(variant.name, method, pairs, tuple(rows)))
     return columns

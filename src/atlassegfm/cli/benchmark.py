@@ -75,7 +75,7 @@ class BenchmarkOptions(ScreenOptions, DeviceOptions, SettingsOptions):
 class ProtocolOptions(BenchmarkOptions):
     """Options of ``benchmark protocol``."""
 
-    models: str | None = option("--models A,B,...", "Models to compare [default: builtin].")
+    models: str | None = option("--models A,B,A+B,...", "Models to compare, several as one with + [default: builtin].")
     engines: str | None = option("--engines A,B,...", "Registration engines to compare.")
     variants: list[str] | None = option(
         "--variant NAME:KEY=VALUE[;KEY=VALUE...]", "Also compare with these settings; may be repeated."
@@ -103,7 +103,7 @@ def protocol(options: ProtocolOptions) -> None:
 class ModelBenchmarkOptions(BenchmarkOptions):
     """Options of comparisons of one model."""
 
-    model: str | None = option("--model NAME", "Segmentation model [default: builtin].")
+    model: str | None = option("--model NAME[,NAME]", "Segmentation model, or several [default: builtin].")
 
 
 @command(app, "ablation")
@@ -115,7 +115,7 @@ def ablation(options: ModelBenchmarkOptions) -> None:
     """
 
     def columns(base: Variant, notes: list[str]) -> list[Variant]:
-        from ..models import describe_model
+        from ..models.table import describe_models, shared_prompts
         from ..settings import NO_MODEL
 
         model = base.settings.model
@@ -126,10 +126,11 @@ def ablation(options: ModelBenchmarkOptions) -> None:
             _with(base, name, model=NO_MODEL, registration={stage: stage in name.split(", ") for stage in stages})
             for name in ("deformable", "rigid", "rigid, deformable", "rigid, affine")
         ]
-        if "click" in describe_model(model).prompts:
+        # A simulated user prompts one model.
+        if "," not in model and "click" in shared_prompts(describe_models(base.settings)):
             made.append(replace(base, name="user click", prompts_from="user"))
         else:
-            notes.append(f"left out: user click, which the model {model!r} does not take")
+            notes.append(f"left out: user click, which {model!r} does not take")
         return [*made, _with(base, "all stages", registration=dict.fromkeys(stages, True))]
 
     _run(f"ablation, {options.title}", columns, options)
@@ -139,7 +140,7 @@ def ablation(options: ModelBenchmarkOptions) -> None:
 class PromptsOptions(BenchmarkOptions):
     """Options of ``benchmark prompts``."""
 
-    models: str = option("--models A,B,...", "Models, each with all the prompts it takes.", "builtin")
+    models: str = option("--models A,B,A+B,...", "Models, each with all the prompts it takes.", "builtin")
 
 
 @command(app, "prompts")
@@ -150,7 +151,7 @@ def prompts(options: PromptsOptions) -> None:
     """
 
     def columns(base: Variant, _notes: list[str]) -> list[Variant]:
-        from ..models import describe_model
+        from ..models.table import describe_models, shared_prompts
         from ..settings import NO_MODEL
 
         models = split_list(options.models, "--models")
@@ -161,7 +162,7 @@ def prompts(options: PromptsOptions) -> None:
             _with(one, kind, prompt="auto" if kind == "region" else kind)
             for one in _with_models(replace(base, methods=("model", "fused")), models)
             for kind in ("click", "box", "mask", "region")
-            if kind in describe_model(one.settings.model).prompts
+            if kind in shared_prompts(describe_models(one.settings))
         ]
 
     _run(f"prompts, {options.title}", columns, options)
@@ -213,7 +214,7 @@ def time(options: TimeOptions) -> None:
         size, wanted = _shape(options.shape), split_list(options.labels, "--labels")
         if wanted and options.dataset is None:
             raise InputError("--labels belongs to a dataset; the embedded scans are used as they are")
-        options.accept(base.model, session)
+        options.accept(base, session)
         session.progress("making the scans")
         atlas, query = scans_for(options.dataset, size, wanted)
         device = resolve_device(options.device)
@@ -261,7 +262,7 @@ def _run(title: str, columns: Callable[[Variant, list[str]], list[Variant]], opt
         notes: list[str] = []
         plan = _plan(title, columns(Variant("", options.settings()), notes), options)
         if options.accept_licence:
-            accept_licences([one.settings.model for one in plan.variants], session)
+            accept_licences([name for one in plan.variants for name in one.settings.model_names], session)
         dataset, cases = plan.dataset, [case.name for case in plan.dataset.cases]
         pairs, of = counted(len(plan.pairs), "pair"), counted(len(cases), "case")
         session.note(f"{dataset.name}: {pairs} of {of}: {', '.join(cases)}")
@@ -330,16 +331,18 @@ def _with(variant: Variant, name: str, **table: Any) -> Variant:
 
 
 def _with_models(variant: Variant, models: Sequence[str]) -> list[Variant]:
-    """A variant for each model; the path of the weights goes with the one that has any."""
-    from ..models import describe_model
+    """A variant for each model, or several with + between them; paths of weights go with those that have any."""
+    from ..models.table import describe_models, weights_paths
     from ..settings import NO_MODEL
 
-    path = variant.settings.model_path
-    weighted = [name for name in models if name != NO_MODEL and describe_model(name).weights is not None]
-    if path and len(set(weighted)) > 1:
-        several = f"one path of weights for the models {', '.join(weighted)}"
-        raise InputError(f"{path}: {several}; put them where `atlassegfm models show NAME` says, or name one model")
-    return [_with(variant, name, model=name, model_path=path if name in weighted else "") for name in models]
+    made = [_with(variant, name, model=name.replace("+", ",")) for name in models]
+    named = {model for one in made for model in one.settings.model_names}
+    paths = weights_paths(_with(variant, "", model=",".join(named) or NO_MODEL).settings)
+    for n, one in enumerate(made):
+        rows = [row for row in describe_models(one.settings) if row.weights is not None and row.name in paths]
+        text = ",".join(f"{row.name}={paths[row.name]}" for row in rows)
+        made[n] = replace(one, settings=replace(one.settings, model_path=text))
+    return made
 
 
 def _parsed(text: str, base: Variant) -> Variant:

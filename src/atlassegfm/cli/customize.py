@@ -41,11 +41,11 @@ def customize(options: CustomizeOptions) -> None:
         selection = options.selection()
         check_replaceable(out, contexts.CONTEXT_NAMES)
         files = (options.atlas, options.labels, options.names)
-        for path in (*files, options.config, options.model_path, options.synonyms):
+        for path in (*files, options.config, *options.weights_given, options.synonyms):
             if path is not None and path.resolve().is_relative_to(out.resolve()):
                 raise InputError(f"{path}: would be overwritten, as the context goes to {out}; choose another folder")
         device = resolve_device(options.device)
-        options.accept(settings.model, session)
+        options.accept(settings, session)
         with output_folder(out.absolute().parent):
             session.steps = Steps({"reading the atlas": 1.0, **GATE_STEPS, "writing": 1.0})
             session.progress("reading the atlas")

@@ -84,7 +84,7 @@ def list_models(options: ListOptions) -> None:
 
         rows = []
         for row in (*MODELS.values(), ModelDescription(NO_MODEL, "the result is the warped atlas", (), "")):
-            found = row.weights and folder_with_weights(row.weights, folders_of(row.name))
+            found = row.weights and folder_with_weights(row.weights, folders_of(row.name, row.weights))
             weights = {"needs_weights": row.weights is not None, "weights": found and str(found)}
             licence = "" if row.name == NO_MODEL else row.weights_licence
             rows.append(_described(row) | weights | {"weights_licence": licence})
@@ -215,10 +215,10 @@ def _weights(name: str, published: PublishedWeights, folder: Path | None) -> dic
     """Compare what is published with what was found."""
     from ..models.weights import examine, folder_with_weights, folders_of, licence_accepted
 
-    folders = folders_of(name) if folder is None else (folder,)
+    folders = folders_of(name, published) if folder is None else (folder,)
     found = folder_with_weights(published, folders)
     # Where they are incomplete, what is missing from the folder that fetching would fill.
-    stored = examine(published, found or folders[0])
+    stored = examine(published, found or (*folders, Path(published.package))[0])
     return asdict(published) | {
         "page": published.page,
         "licence_accepted": licence_accepted(name, published),

@@ -67,24 +67,28 @@ class DeviceOptions:
 class ModelOptions(SettingsOptions):
     """The segmentation model."""
 
-    model: str | None = option("--model NAME", "Segmentation model, or none [default: builtin].")
-    model_path: Path | None = option(
+    model: str | None = option("--model NAME[,NAME]", "Segmentation model, several, or none [default: builtin].")
+    model_path: str | None = option(
         "--model-path PATH",
-        "File or folder of the model's weights [default: where `atlassegfm models show NAME` says].",
+        "File or folder of the model's weights, of several as NAME=PATH,NAME=PATH [default: where `atlassegfm models "
+        "show NAME` says].",
     )
     accept_licence: bool = flag(
         "--accept-licence", "Accept the licence of the model's weights, where it asks for that; recorded once."
     )
     prompt: str | None = option("--prompt auto|click|box|mask", "Prompt of the model [default: auto].")
 
-    def accept(self, model: str, session: Session) -> None:
-        """Record that the user accepts the licence of a model's weights, and name it; refuse a prompt of no model."""
-        from ..settings import NO_MODEL
+    @property
+    def weights_given(self) -> list[Path]:
+        """Paths of weights on the command line."""
+        return [Path(part.rpartition("=")[2]) for part in (self.model_path or "").split(",") if part]
 
-        if self.prompt is not None and model == NO_MODEL:
+    def accept(self, settings: Settings, session: Session) -> None:
+        """Record that the user accepts the licences of the models' weights, and name them; refuse a prompt of none."""
+        if self.prompt is not None and not settings.model_names:
             raise InputError(f"--prompt {self.prompt}: there is no model to prompt; leave it out, or choose a --model")
         if self.accept_licence:
-            accept_licences([model], session)
+            accept_licences(settings.model_names, session)
 
 
 @options

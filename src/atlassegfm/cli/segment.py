@@ -111,7 +111,7 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
 
     def other_inputs(self) -> list[Path]:
         """Files that are read besides the queries: no result may overwrite them."""
-        given = (self.atlas, self.labels, self.names, self.context, self.config, self.model_path, self.synonyms)
+        given = (self.atlas, self.labels, self.names, self.context, self.config, self.synonyms, *self.weights_given)
         return [path for path in given if path is not None]
 
 
@@ -145,7 +145,7 @@ def segment(options: SegmentOptions) -> None:
         cases = jobs.plan_cases(scans.found, options.out, inputs, options.transform, replace_others=options.force)
         elsewhere = options.cluster not in (None, "local") and options.device == "cuda"
         device = options.device if elsewhere else resolve_device(options.device)
-        options.accept(settings.model, session)
+        options.accept(settings, session)
         output = jobs.Output(options.keep or options.report, wanted, options.series)
         source: ContextSource
         if options.context is not None:

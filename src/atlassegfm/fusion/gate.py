@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,7 +67,7 @@ class Gate:
     that training started from, in [0, 1]; ``samples`` the number of training samples, 0 if untrained; ``dice_before``
     and ``dice_after`` their mean soft Dice around training, NaN without samples. After fusion the default gate applies
     ``correction``, then smooths each structure by a sigma of ``smoothing``, as fractions of their radius; the paper's
-    gate has neither.
+    gate has neither. ``mixture`` has the weights of several models by name, those of structure n at position n - 1.
     """
 
     kernels: tuple[int, ...]
@@ -79,6 +79,7 @@ class Gate:
     dice_after: float = math.nan
     correction: Correction | None = None
     smoothing: tuple[float, ...] = ()
+    mixture: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if len(self.weights) != 2 * len(self.kernels):
@@ -100,6 +101,9 @@ class Gate:
         if not self.samples:
             return f"not trained: takes {self.start:.0%} of the atlas everywhere"
         steps = [f"trained on {self.samples} simulated mask{'' if self.samples == 1 else 's'}"]
+        if self.mixture:
+            means = (f"{name} {sum(weights) / len(weights):.0%}" for name, weights in self.mixture.items())
+            steps.append(f"the model is {' and '.join(means)} on average over the structures")
         if self.correction is not None:
             steps.append("corrects near borders")
         if smoothed := sum(sigma > 0 for sigma in self.smoothing):

