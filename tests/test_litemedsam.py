@@ -161,7 +161,7 @@ def test_extra_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
     with pytest.raises(MissingExtraError) as error:
         load_model("litemedsam", "cpu")
-    assert "[litemedsam]" in str(error.value)
+    assert "the extra 'litemedsam'" in str(error.value)
 
 
 def test_packaged_file_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

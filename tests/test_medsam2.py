@@ -681,7 +681,7 @@ def test_all_prompts_of_a_scan_are_answered_and_told_of(tiny: MedSam2Segmenter) 
 
 
 def test_prompts_that_it_cannot_take(tiny: MedSam2Segmenter) -> None:
-    with pytest.raises(InputError, match="'box' lies on an axial slice, .* reads this scan in coronal ones"):
+    with pytest.raises(InputError, match="'box' lies on axial slices of this scan, .* reads coronal ones"):
         answer(tiny, scan(spacing_mm=(1, 3, 1)), BOX)
     with pytest.raises(TypeError, match="by click, mask or box, not by RegionPrompt"):
         answer(tiny, scan(), RegionPrompt(MASK.probability))

@@ -103,3 +103,26 @@ def test_prompts_lie_on_one_largest_component(full: np.ndarray, start: tuple[int
     assert slices.tolist() == list(range(slices[0], slices[-1] + 1))
     assert abs(2 * k - slices[0] - slices[-1]) <= 1
     assert click.slices == box.slices == (slices[0] + start[2], slices[-1] + 1 + start[2])
+
+
+@pytest.mark.parametrize("across", [0, 1, 2])
+def test_click_and_box_follow_the_slices(across: int) -> None:
+    """The prompt of a mask on turned axes is the turned prompt."""
+    mask = np.zeros((12, 14, 16), np.float32)
+    mask[2:7, 3:9, 4:15] = 1
+    turned = LocalMap.from_full(np.ascontiguousarray(np.moveaxis(mask, 2, across)))
+    plain = LocalMap.from_full(mask)
+    for kind in ("click", "box"):
+        expected, found = make_prompt(kind, plain), make_prompt(kind, turned, across)
+        assert isinstance(expected, ClickPrompt | BoxPrompt)
+        assert isinstance(found, ClickPrompt | BoxPrompt)
+        assert (found.slices, found.across) == (expected.slices, across)
+        corners = (
+            [(expected.ijk, found.ijk)] if isinstance(expected, ClickPrompt) and isinstance(found, ClickPrompt) else []
+        )
+        if isinstance(expected, BoxPrompt) and isinstance(found, BoxPrompt):
+            corners = [(expected.start, found.start), (expected.stop, found.stop)]
+        for one, other in corners:
+            moved = [*one[:2]]
+            moved.insert(across, one[2])
+            assert other == tuple(moved)

@@ -2,7 +2,8 @@
 
 The paper (arXiv 2512.18176) has three kinds: a click in the middle of the largest connected component, the bounding box
 of its middle slice, and the mask itself. The fourth, "region", is the mask for models that take no prompt. Voxels are
-those of the query in RAS-canonical array order, so the third axis runs from feet to head and a slice is axial.
+those of the query in RAS-canonical array order, where the third axis runs from feet to head: slices are axial, or those
+of the acquisition where they are thick (``Grid.slice_axis``).
 """
 
 from dataclasses import dataclass
@@ -40,16 +41,18 @@ class ClickPrompt:
     """A voxel inside the structure."""
 
     ijk: tuple[int, int, int]
-    slices: tuple[int, int] | None = None  # first axial one of the atlas's structure and one past its last, if known
+    slices: tuple[int, int] | None = None  # first one of the atlas's structure and one past its last, if known
+    across: int = 2  # axis that these slices lie across
 
 
 @dataclass(frozen=True)
 class BoxPrompt:
-    """A rectangle around the structure on one axial slice: voxels ``start`` <= (i, j, k) < ``stop``, one thick in k."""
+    """A rectangle around the structure on one slice: voxels ``start`` <= (i, j, k) < ``stop``, one thick ``across``."""
 
     start: tuple[int, int, int]
     stop: tuple[int, int, int]
     slices: tuple[int, int] | None = None  # as of a click
+    across: int = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,8 +72,11 @@ class RegionPrompt:
 Prompt = ClickPrompt | BoxPrompt | MaskPrompt | RegionPrompt
 
 
-def make_prompt(kind: PromptKind, probability: LocalMap) -> Prompt | None:
-    """Turn the warped mask of one structure, in [0, 1], into a prompt; None where no voxel reaches :data:`INSIDE`."""
+def make_prompt(kind: PromptKind, probability: LocalMap, across: int = 2) -> Prompt | None:
+    """Turn the warped mask of one structure, in [0, 1], into a prompt; None where no voxel reaches :data:`INSIDE`.
+
+    ``across`` is the axis that slices lie across, of 0, 1 and 2.
+    """
     inside = probability.values >= INSIDE
     if not inside.any():
         return None
@@ -81,15 +87,16 @@ def make_prompt(kind: PromptKind, probability: LocalMap) -> Prompt | None:
     # Click and box point at one object: stray parts of a warped mask would drag both off it.
     largest = largest_component(inside)
     start = np.array(probability.start)
-    slices = np.flatnonzero(largest.any(axis=(0, 1)))
-    reach = int(start[2] + slices[0]), int(start[2] + slices[-1]) + 1
+    slices = np.flatnonzero(largest.any(axis=tuple(np.delete((0, 1, 2), across))))
+    reach = int(start[across] + slices[0]), int(start[across] + slices[-1]) + 1
     if kind == "click":
-        return ClickPrompt(_ints(start + _middle(largest)), reach)
+        return ClickPrompt(_ints(start + _middle(largest)), reach, across)
     # A component has no empty slice between its first and last one, so the middle one is never empty.
     middle = int(slices[0] + slices[-1]) // 2
-    plane = np.argwhere(largest[:, :, middle])
+    plane = np.argwhere(np.take(largest, [middle], across))
     low, high = plane.min(axis=0), plane.max(axis=0) + 1
-    return BoxPrompt(_ints(start + (*low, middle)), _ints(start + (*high, middle + 1)), reach)
+    start[across] += middle
+    return BoxPrompt(_ints(start + low), _ints(start + high), reach, across)
 
 
 def largest_component(mask: Mask) -> Mask:

@@ -29,6 +29,10 @@ def box_corners(first: ArrayLike, last: ArrayLike) -> NDArray[Any]:
     return np.array(np.meshgrid(*zip(np.asarray(first), np.asarray(last), strict=True), indexing="ij")).reshape(3, 8).T
 
 
+#: Slices are thick where they lie this many times as far apart as their pixels.
+_THICK_SLICES = 1.5
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Grid:
     """A regular lattice of voxel centres in the world; InputError if shape or affine describe none."""
@@ -75,6 +79,13 @@ class Grid:
         """(3,) distance in mm between neighbouring voxel centres along i, j, k."""
         spacing: NDArray[np.float64] = np.sqrt((self.affine[:3, :3] ** 2).sum(axis=0))
         return spacing
+
+    @property
+    def slice_axis(self) -> int:
+        """Axis across which slices lie: that of the largest spacing if it is 1.5 times the others, else the last."""
+        across = int(self.spacing_mm.argmax())
+        others = np.delete(self.spacing_mm, across)
+        return across if self.spacing_mm[across] >= _THICK_SLICES * others.max() else 2
 
     @property
     def voxel_volume_mm3(self) -> float:

@@ -180,7 +180,10 @@ class PromptedScan:
 
     def predict(self, masks: Mapping[int, LocalMap], on_structure: Callable[[str], None]) -> Prediction:
         """Prompt each model with each mask that is not empty."""
-        prompts = {n: prompt for n, mask in masks.items() if (prompt := make_prompt(self.kind, mask)) is not None}
+        across = self.image.grid.slice_axis
+        prompts = {
+            n: prompt for n, mask in masks.items() if (prompt := make_prompt(self.kind, mask, across)) is not None
+        }
         predicted = {}
         for name, (member, encoded) in self._encoded.items() if prompts else ():
 

@@ -151,12 +151,12 @@ def load(device: str, _settings: ModelSettings, _weights: Callable[[], Path]) ->
 
 
 def _ellipsoid(image: Volume, prompt: BoxPrompt) -> tuple[NDArray[np.int64], Mask]:
-    """The ellipsoid that touches the box from inside, as long along k as the mean of its other two axes."""
+    """The ellipsoid that touches the box from inside, as long across its slice as the mean of its other two axes."""
     start, stop = np.array(prompt.start), np.array(prompt.stop)
     if (stop <= start).any():
         return np.zeros(3, np.int64), np.zeros((0, 0, 0), bool)
     half_mm = (stop - start) / 2 * image.grid.spacing_mm
-    half_mm[2] = max(half_mm[2], np.sqrt(half_mm[0] * half_mm[1]))
+    half_mm[prompt.across] = max(half_mm[prompt.across], np.sqrt(np.delete(half_mm, prompt.across).prod()))
     first, squared = _squared_distance(image.grid, (start + stop - 1) / 2, half_mm)
     return first, squared <= 1
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import InputError
 from ..core.geometry import Grid
+from ..prompts import BoxPrompt
 from ..settings import SliceSettings
 
 logger = logging.getLogger(__name__)
@@ -25,8 +26,6 @@ _PERCENTILES = (0.5, 99.5)
 #: A scan with values down to the first and up to the second is taken to be in Hounsfield units: air is -1000, soft
 #: tissue ends at about 80. MR magnitudes are not negative, standardised ones seldom beyond 10.
 _HOUNSFIELD_AIR, _HOUNSFIELD_DENSE = -500.0, 100.0
-#: Slices lie across the axis with the largest spacing if that is this many times the others.
-_THICK_SLICES = 1.5
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,16 @@ def choose_view(grid: Grid, slice_axis: str) -> SliceView:
     """Choose the slices in which a RAS-canonical scan is read; see :class:`SliceSettings`."""
     if slice_axis != "auto":
         return VIEWS[slice_axis]
-    across = int(grid.spacing_mm.argmax())
-    others = np.delete(grid.spacing_mm, across)
-    if grid.spacing_mm[across] >= _THICK_SLICES * others.max():
-        return next(view for view in VIEWS.values() if view.across == across)
-    return VIEWS["axial"]
+    return next(view for view in VIEWS.values() if view.across == grid.slice_axis)
+
+
+def box_across(prompt: BoxPrompt, view: SliceView, model: str) -> str:
+    """Explain that a box lies across the slices that a model reads."""
+    names = {one.across: one.name for one in VIEWS.values()}
+    return (
+        f"the prompt 'box' lies on {names[prompt.across]} slices of this scan, and the model {model!r} reads "
+        f"{view.name} ones; use the prompt mask, or set models.{model}.slice_axis to auto"
+    )
 
 
 def is_hounsfield(data: NDArray[Any]) -> bool:

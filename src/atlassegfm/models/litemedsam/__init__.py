@@ -22,13 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from ...core.errors import InputError
 from ...core.geometry import Grid
 from ...core.image import Volume
 from ...core.mask import LocalMap
-from ...prompts import BoxPrompt, MaskPrompt, Prompt, inside_scan
+from ...prompts import INSIDE, BoxPrompt, MaskPrompt, Prompt, inside_scan
 from ...settings import LiteMedSamSettings, ModelSettings
 from ..base import OnPrompt, intensities, scan_name, usable_device
-from ..slices import Slices, SliceView, choose_view, to_8_bits
+from ..slices import Slices, SliceView, box_across, choose_view, to_8_bits
 from ..weights import describe_file, installed_version
 from .network import IMAGE_SIZE, LiteMedSam, load_network
 
@@ -147,28 +148,24 @@ class LiteMedSamSegmenter:
     def _follow(self, encoded: SliceEncoding, prompt: BoxPrompt) -> Iterator[tuple[int, Field]]:
         """Probabilities of slices from that of the box up, then down, each with the box of its neighbour's answer.
 
-        Where the prompt says on which slices the structure is, all of these are answered; else it ends where the
-        answer is empty.
+        All slices that the prompt says the structure is on are answered; without them that of the box alone.
         """
         view, shape = encoded.view, np.array(encoded.grid.shape)
         start, stop = np.maximum(prompt.start, 0), np.minimum(prompt.stop, shape)
         if (stop <= start).any():
             return
-        mask = LocalMap(tuple(start.tolist()), np.ones(stop - start, np.float32))
-        boxes = _boxes(mask, encoded)
-        # A box on an axial slice is a line, or a small box, on slices across another axis: its middle is a start there.
-        middle = sorted(boxes)[len(boxes) // 2]
-        first, last = middle, middle
-        if prompt.slices is not None and view.across == 2:
-            first, last = max(prompt.slices[0], 0), min(prompt.slices[1], len(encoded.slices)) - 1
-        elif view.across != 2:
-            first, last = min(boxes), max(boxes)
+        if prompt.across != view.across:
+            raise InputError(box_across(prompt, view, "litemedsam"))
+        box = _boxes(LocalMap(tuple(start.tolist()), np.ones(stop - start, np.float32)), encoded)
+        middle = int(start[view.across])
+        known = prompt.slices or (middle, middle + 1)
+        first, last = max(known[0], 0), min(known[1], len(encoded.slices)) - 1
         for indices in (range(middle, last + 1), range(middle - 1, first - 1, -1)):
-            box = boxes[middle]
+            near = box[middle]
             for index in indices:
-                probability = self.predict_slice(encoded, index, [box])[0]
+                probability = self.predict_slice(encoded, index, [near])[0]
                 yield index, probability
-                box = _box(probability >= 0.5) or box
+                near = _box(probability >= INSIDE) or near
 
 
 class _Answer:

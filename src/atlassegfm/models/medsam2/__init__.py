@@ -26,7 +26,7 @@ from ...core.mask import LocalMap
 from ...prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, inside_scan, largest_component
 from ...settings import MedSam2Settings, ModelSettings
 from ..base import OnPrompt, in_turn, intensities, scan_name, usable_device
-from ..slices import VIEWS, Slices, SliceView, choose_view, to_8_bits
+from ..slices import Slices, SliceView, box_across, choose_view, to_8_bits
 from ..weights import describe_file, installed_version
 from .network import FeatureCache, Network, PointPrompt, SlicePrompt, load_network, require_packages
 
@@ -69,7 +69,7 @@ class MedSam2Segmenter:
     ) -> dict[int, LocalMap]:
         """Predict the structures one after the other; see :class:`~atlassegfm.models.Segmenter`.
 
-        Raises InputError if a box is given for a scan that is not read in axial slices.
+        Raises InputError if a box lies across the slices that are read.
         """
         return {number: self._predict_one(encoded, prompt) for number, prompt in in_turn(prompts, on_prompt)}
 
@@ -155,11 +155,8 @@ def _on_slice(
     start, stop = np.maximum(start, 0), np.minimum(stop, shape)
     if (stop <= start).any():
         return None
-    if isinstance(prompt, BoxPrompt) and view.across != VIEWS["axial"].across:
-        raise InputError(
-            f"the prompt 'box' lies on an axial slice, and the model 'medsam2' reads this scan in {view.name} ones; "
-            "use the prompt click or mask, or set models.medsam2.slice_axis to axial"
-        )
+    if isinstance(prompt, BoxPrompt) and view.across != prompt.across:
+        raise InputError(box_across(prompt, view, "medsam2"))
     # Rows and columns run against the axes, so that the last voxel of a box comes first.
     first = [float(shape[axis] - stop[axis]) for axis in (view.along, view.down)]
     last = [float(shape[axis] - 1 - start[axis]) for axis in (view.along, view.down)]
@@ -200,7 +197,7 @@ def _span(
         offset = prompt.probability.start[across]
         first, last = _extent(prompt.probability.values >= INSIDE, across)
         known = first + offset, last + offset + 1
-    elif across == VIEWS["axial"].across:
+    elif across == prompt.across:
         known = prompt.slices
     first, last = known or (index, index + 1)
     reach_mm = settings.reach_mm if known is None else settings.margin_mm
