@@ -281,6 +281,7 @@ def test_show_as_json(run: Run, add_model: Callable[..., Any], mirror: Mirror, m
         "revision": REVISION,
         "licence": "CC0-1.0",
         "licence_url": "https://example.org/licence",
+        "package": "",
         "non_commercial": False,
         "licence_accepted": None,
         "looked_in": [str(models / "toy")],
@@ -600,8 +601,7 @@ def test_one_path_for_two_models_is_refused(
         )
         assert (outcome.code, outcome.out) == (2, "")
         assert outcome.err == (
-            "error: x.pt: one path of weights for the models toy, other; "
-            "put them where `atlassegfm models show NAME` says, or name one model\n"
+            "error: x.pt: one path of weights for the models other, toy; name each as other=PATH,toy=PATH\n"
         )
     assert not (folder / "out").exists()
 

@@ -386,7 +386,6 @@ def test_pipeline_is_better_than_the_atlas_alone(toy_folder: Path, kind: str) ->
         "fold": "fold_0",
         "folder": toy_folder.name,
         "licence_in_folder": "CC0-1.0",
-        "read_without_running_code": True,
     }
     assert told["provenance"]["nninteractive_version"] == version("nninteractive")
     assert told["weights_licence"] == "CC-BY-NC-SA-4.0"
@@ -575,19 +574,17 @@ class _Harmless:
     """Stands for what a pickle may hold."""
 
 
-def test_checkpoint_with_more_than_tensors_is_warned_of(
-    toy_folder: Path, broken: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    assert "runs code" not in caplog.text
-    session = load(broken).session
-    save_checkpoint(broken / "fold_0", network_weights=session.network.state_dict(), logging=_Harmless())
-    with caplog.at_level(logging.WARNING):
-        model = load(broken)
-    told = f"{broken / 'fold_0' / 'checkpoint_final.pth'}: this checkpoint holds more than tensors, other objects ("
-    assert told in caplog.text
-    assert "_Harmless)" in caplog.text
-    assert "runs code from it; use it only if you trust its source" in caplog.text
-    assert model.provenance["weights"]["read_without_running_code"] is False
+def test_checkpoint_with_more_than_plain_values_is_refused(broken: Path) -> None:
+    """Plain values that a training leaves, numbers and arrays of NumPy among them, are read."""
+    weights = load(broken).session.network.state_dict()
+    left = {"logging": {"losses": [np.float64(0.5), np.arange(3.0)]}, "current_epoch": 7, "device": torch.device("cpu")}
+    save_checkpoint(broken / "fold_0", network_weights=weights, **left)
+    load(broken)
+    save_checkpoint(broken / "fold_0", network_weights=weights, logging=_Harmless())
+    with pytest.raises(ModelError) as error:
+        load(broken)
+    assert "_Harmless" in str(error.value)
+    assert str(broken / "fold_0" / "checkpoint_final.pth") in str(error.value)
 
 
 def test_plain_pickle_is_never_run(broken: Path, caplog: pytest.LogCaptureFixture) -> None:

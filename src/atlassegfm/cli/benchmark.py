@@ -130,7 +130,7 @@ def ablation(options: ModelBenchmarkOptions) -> None:
         if "," not in model and "click" in shared_prompts(describe_models(base.settings)):
             made.append(replace(base, name="user click", prompts_from="user"))
         else:
-            notes.append(f"left out: user click, which {model!r} does not take")
+            notes.append(f"left out: user click, which the model {model!r} does not take")
         return [*made, _with(base, "all stages", registration=dict.fromkeys(stages, True))]
 
     _run(f"ablation, {options.title}", columns, options)

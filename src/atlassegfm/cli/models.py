@@ -1,9 +1,11 @@
-"""``atlassegfm models``: list the models, show what each needs, fetch its weights."""
+"""``atlassegfm models``: list the models, show what each needs, fetch its weights, try them."""
 
 from __future__ import annotations
 
 import functools
 import sys
+import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +17,8 @@ from ..core.extras import is_installed
 from ..core.text import counted
 from .fields import argument, command, flag, option, options
 from .help import HELP_OPTIONS, Group
-from .options import ScreenOptions
-from .session import accept_licences, open_session, print_json, print_table
+from .options import DeviceOptions, ModelOptions, ScreenOptions
+from .session import EXIT_FAILURES, accept_licences, open_session, print_json, print_table, score_text
 
 if TYPE_CHECKING:
     from ..models import ModelDescription
@@ -40,7 +42,7 @@ class _DefaultGroup(Group):
 app = typer.Typer(
     cls=_DefaultGroup,
     help="The segmentation models: `models` lists them, `models show NAME` describes one, `models fetch NAME` "
-    "downloads its weights.",
+    "downloads its weights, `models verify NAME` tries them.",
 )
 
 
@@ -74,6 +76,13 @@ class FetchOptions:
     quiet: bool = flag("--quiet -q", "Show no progress; warnings and errors stay.")
 
 
+@options
+class VerifyOptions(ScreenOptions, ModelOptions, DeviceOptions):
+    """Options of ``models verify``."""
+
+    name: str = name_option()
+
+
 @command(app, "list")
 def list_models(options: ListOptions) -> None:
     """List the segmentation models, and whether what they need is there."""
@@ -103,6 +112,7 @@ def list_models(options: ListOptions) -> None:
     print_table(("model", "what it is"), [(content["name"], content["summary"]) for content in rows])
     typer.echo("\natlassegfm models show NAME    licences, files and figures of one")
     typer.echo("atlassegfm models fetch NAME   download its weights")
+    typer.echo("atlassegfm models verify NAME  try them on the embedded scans")
 
 
 @command(app, "show")
@@ -175,6 +185,53 @@ def fetch(options: FetchOptions) -> None:
         typer.echo(f"  {one.file.path}  {one.size} bytes, {one.verdict}\n    sha256 {one.sha256}")
     if options.folder is not None:
         typer.echo(f"use them with --model-path {fetched.folder}")
+
+
+@command(app, "verify")
+def verify(options: VerifyOptions) -> None:
+    """Load a model with its weights, run the embedded pair of scans with it, and compare the Dice with the known one.
+
+    The exit code is 1 if the Dice is not in the band that was recorded with the published weights.
+    """
+    if options.model not in (None, options.name):
+        raise InputError(f"--model {options.model}: the model to verify is named without an option")
+    with options.session() as session, tempfile.TemporaryDirectory() as folder:
+        from ..core.config import with_table
+        from ..core.device import resolve_device
+        from ..core.progress import Steps, query_steps
+        from ..demo.run import run_demo
+
+        row = _describe(options.name)
+        settings = with_table(options.settings(), {"model": row.name}, origin="NAME")
+        options.accept(settings, session)
+        session.steps = Steps(query_steps(model=True, gate=True))
+        begun = time.perf_counter()
+        device = resolve_device(options.device)
+        outcome = run_demo(Path(folder), settings, device=device, picture=False, on_stage=session.progress)
+        seconds = time.perf_counter() - begun
+    _, found, fused = outcome.means()
+    model = float("nan") if found is None else found
+    band, weights = row.demo_dice, outcome.run.model.provenance.get("weights", {})
+    is_right = None if band is None else band[0] <= model <= band[1]
+    if options.as_json:
+        dice = {"model": round(model, 4), "fused": round(fused, 4), "expected": band, "as_expected": is_right}
+        print_json(
+            {"model": row.name, "device": device, "seconds": round(seconds, 1), "weights": weights, "dice": dice}
+        )
+    else:
+        rows = [(structure.name, *map(score_text, dice)) for structure, dice in outcome.scores.items()]
+        rows.append(("mean", *map(score_text, outcome.means())))
+        print_table(("structure", "atlas only", "model", "fused"), rows, numbers_from=1)
+        typer.echo(f"\nweights   {weights.get('file', 'none')}  sha256 {weights.get('sha256', '-')}")
+        typer.echo(f"time      {seconds:.0f} s, the gate's training included, {device}")
+        expected = (
+            "nobody has recorded one yet; please report yours" if band is None else f"{band[0]:.3f} to {band[1]:.3f}"
+        )
+        typer.echo(f"expected  mean Dice of the model: {expected}")
+        if is_right is not None:
+            typer.echo(f"verified  {'yes' if is_right else 'NO: it is outside'}")
+    if is_right is False:
+        raise typer.Exit(EXIT_FAILURES)
 
 
 def _describe(name: str) -> ModelDescription:

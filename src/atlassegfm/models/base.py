@@ -86,7 +86,8 @@ class ModelDescription:
 
     ``prompts`` are the kinds it takes, the best first; licences SPDX expressions, or words. ``weights`` is None if it
     has none, ``extra`` the extra of this package that brings what it imports, empty if the core suffices.
-    ``paper_dice`` is the Dice in percent that the paper reports by prompt (Table 6, Abd-CT, fused), where it does.
+    ``paper_dice`` is the Dice in percent that the paper reports by prompt (Table 6, Abd-CT, fused), where it does;
+    ``demo_dice`` the band of the model's mean Dice on the embedded scans, with the published weights, once recorded.
     """
 
     name: str
@@ -96,6 +97,7 @@ class ModelDescription:
     weights: PublishedWeights | None = None
     extra: str = ""
     paper_dice: Mapping[PromptKind, float] = field(default_factory=dict)
+    demo_dice: tuple[float, float] | None = None
 
     @property
     def weights_licence(self) -> str:

@@ -65,7 +65,7 @@ def load_state(path: Path, *, wanted: str) -> Any:
             raise _damaged(path, wanted)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
-            with torch.serialization.safe_globals(_numpy_scalars()):
+            with torch.serialization.safe_globals(_plain_types()):
                 return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if not _is_sound(path):
@@ -129,12 +129,13 @@ def _shape(tensor: Tensor) -> str:
     return " x ".join(str(n) for n in tensor.shape) or "a single number"
 
 
-def _numpy_scalars() -> list[Any]:
-    """Classes, which run nothing, that pickle single numbers of NumPy: nnU-Net leaves some in its checkpoints."""
+def _plain_types() -> list[Any]:
+    """Classes, which run nothing, that pickle numbers and arrays of NumPy: nnU-Net leaves some in its checkpoints."""
     kinds = (np.float64, np.float32, np.int64, np.int32, np.bool_)
-    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    # The second is the name that NumPy 1 wrote.
-    return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
+    makers = [getattr(np._core.multiarray, name) for name in ("scalar", "_reconstruct")]  # type: ignore[attr-defined]
+    # By the names that NumPy 1 wrote, too.
+    older = [(maker, f"numpy.core.multiarray.{maker.__name__}") for maker in makers]
+    return [*makers, *older, np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in kinds)]
 
 
 def _is_sound(path: Path) -> bool:

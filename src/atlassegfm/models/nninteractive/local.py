@@ -6,10 +6,8 @@ import contextlib
 import io
 import json
 import logging
-import pickle
 import pydoc
 import weakref
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +23,7 @@ from ...core.mask import LocalMap
 from ...prompts import INSIDE
 from ...settings import NnInteractiveSettings
 from ..base import usable_device
-from ..checkpoint import UnsafeCheckpointError, check_fit, load_state, named_weights
+from ..checkpoint import check_fit, load_state, named_weights
 from ..weights import describe_file, installed_version
 from . import Field, NnInteractiveSegmenter, Put
 
@@ -200,7 +198,7 @@ def _load_network(session: Any, fold: Path) -> dict[str, Any]:
     """Load a network into a session, where possible without running code from the checkpoint; return its provenance."""
     root, path = fold.parent, fold / _CHECKPOINT
     plans, dataset = _json(root / "plans.json"), _json(root / "dataset.json")
-    checkpoint, safely = _read_checkpoint(path)
+    checkpoint = load_state(path, wanted=_WANTED)
     weights = named_weights(checkpoint, path, wanted=_WANTED, key="network_weights")
     arguments = checkpoint.get("init_args")
     configuration = arguments.get("configuration") if isinstance(arguments, Mapping) else None
@@ -229,8 +227,7 @@ def _load_network(session: Any, fold: Path) -> dict[str, Any]:
             f"refine with less than {2 * _REFINEMENT_MARGIN + 1} along each of three axes"
         )
     place = {"fold": fold.name, "folder": root.resolve().name}
-    state = {"licence_in_folder": str(session.license), "read_without_running_code": safely}
-    weights_record = describe_file(path) | place | state
+    weights_record = describe_file(path) | place | {"licence_in_folder": str(session.license)}
     return {"weights": weights_record, "nninteractive_version": installed_version(_PACKAGE)}
 
 
@@ -279,21 +276,6 @@ def _artifacts(
         "dataset_json": dataset,
         "label_manager": labels,
     }
-
-
-def _read_checkpoint(path: Path) -> tuple[Any, bool]:
-    """Read a checkpoint on the CPU, and whether no code from it was run."""
-    try:
-        return load_state(path, wanted=_WANTED), True
-    except UnsafeCheckpointError as error:
-        if not zipfile.is_zipfile(path):
-            raise  # nnInteractive's own are zip archives
-        danger = "and is read in a way that runs code from it; use it only if you trust its source"
-        logger.warning("%s: this checkpoint holds more than tensors, %s, %s", path, error.found, danger)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=False), False
-    except (pickle.UnpicklingError, RuntimeError, ImportError, AttributeError, EOFError) as error:
-        raise ModelError(f"{path}: cannot be loaded ({_reason(error)}); expected {_WANTED}: get it again") from None
 
 
 def _json(path: Path) -> dict[str, Any]:
