@@ -69,6 +69,17 @@ class LocalMap:
         return out
 
 
+def mean_of(maps: Sequence[LocalMap]) -> LocalMap:
+    """Average maps; a single one is returned as it is."""
+    if len(maps) == 1:
+        return maps[0]
+    start, stop = bounding_box(maps)
+    total = np.zeros(np.subtract(stop, start), np.float32)
+    for one in maps:
+        total += one.on_box(start, stop)
+    return LocalMap(start, total / np.float32(len(maps)))
+
+
 def bounding_box(maps: Iterable[LocalMap]) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """First voxel and one past the last one of the box that holds all maps; of no voxels if all are empty."""
     filled = [one for one in maps if one.values.size] or [LocalMap.empty()]

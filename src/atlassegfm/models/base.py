@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ..core.device import resolve_device
 from ..core.errors import InputError
 from ..core.image import Volume
-from ..core.mask import LocalMap
+from ..core.mask import LocalMap, mean_of
 from ..prompts import Prompt, PromptKind, make_prompt
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class ModelDescription:
     has none, ``extra`` the extra of this package that brings what it imports, empty if the core suffices.
     ``paper_dice`` is the Dice in percent that the paper reports by prompt (Table 6, Abd-CT, fused), where it does;
     ``demo_dice`` the band of the model's mean Dice on the embedded scans, with the published weights, once recorded.
+    If it ``follows``, it is prompted with what other models found where there are some.
     """
 
     name: str
@@ -98,6 +99,7 @@ class ModelDescription:
     extra: str = ""
     paper_dice: Mapping[PromptKind, float] = field(default_factory=dict)
     demo_dice: tuple[float, float] | None = None
+    follows: bool = False
 
     @property
     def weights_licence(self) -> str:
@@ -136,9 +138,13 @@ def in_turn(prompts: Mapping[int, Prompt], on_prompt: OnPrompt | None) -> Iterat
 
 @dataclass(frozen=True, eq=False)
 class Ensemble:
-    """Several loaded models by name, in the order of their names."""
+    """Several loaded models by name, in the order of their names.
+
+    Those of ``followers`` are prompted with what the others found, not with the warped mask itself.
+    """
 
     members: Mapping[str, Segmenter]
+    followers: frozenset[str] = frozenset()
 
     @property
     def provenance(self) -> Mapping[str, Any]:
@@ -180,20 +186,34 @@ class PromptedScan:
         members = self.model.members if isinstance(self.model, Ensemble) else {"": self.model}
         return {name: (member, member.encode(self.image)) for name, member in members.items()}
 
+    @property
+    def _followers(self) -> frozenset[str]:
+        """Models that follow others; none of them if there are no others."""
+        followers = self.model.followers if isinstance(self.model, Ensemble) else frozenset[str]()
+        return followers if followers < self._encoded.keys() else frozenset()
+
     def predict(self, masks: Mapping[int, LocalMap], on_structure: Callable[[str], None]) -> Prediction:
         """Prompt each model with each mask that is not empty."""
-        across = self.image.grid.slice_axis
-        prompts = {
-            n: prompt for n, mask in masks.items() if (prompt := make_prompt(self.kind, mask, across)) is not None
-        }
-        predicted = {}
-        for name, (member, encoded) in self._encoded.items() if prompts else ():
+        prompts, predicted = self._prompts(masks), dict[str, dict[int, LocalMap]]()
+        for name in sorted(self._encoded, key=lambda one: one in self._followers) if prompts else ():
+            member, encoded = self._encoded[name]
+            asked = prompts
+            if name in self._followers:
+                leaders = [found for other, found in predicted.items() if other not in self._followers]
+                better = {n: mean_of([found[n] for found in leaders]) for n in prompts}
+                asked = {n: self._prompts({n: better[n]}).get(n, prompt) for n, prompt in prompts.items()}
 
             def report(n: int, prefix: str = name and f"{name}, ") -> None:
                 on_structure(prefix + self.names[n - 1])
 
-            predicted[name] = member.predict(encoded, prompts, report)
-        return Prediction(self.kind, prompts, predicted, self.model.provenance)
+            predicted[name] = member.predict(encoded, asked, report)
+        return Prediction(self.kind, prompts, dict(sorted(predicted.items())), self.model.provenance)
+
+    def _prompts(self, masks: Mapping[int, LocalMap]) -> dict[int, Prompt]:
+        """Prompts of the masks that are not empty."""
+        across = self.image.grid.slice_axis
+        made = {n: make_prompt(self.kind, mask, across) for n, mask in masks.items()}
+        return {n: prompt for n, prompt in made.items() if prompt is not None}
 
 
 def usable_device(name: str) -> torch.device:

@@ -102,6 +102,8 @@ MODELS: dict[str, ModelDescription] = {
             prompts=("mask", "box"),
             code_licence="Apache-2.0 (this adapter; the network written anew)",
             demo_dice=(0.92, 0.95),
+            # Boxes are only as good as the mask that they are drawn around.
+            follows=True,
             weights=_LITEMEDSAM,
             extra="litemedsam",
         ),
@@ -162,7 +164,9 @@ def load_chosen(settings: Settings, device: str) -> Models | None:
     """Load the models of the settings onto "cpu" or "cuda"; None without a model. Errors as of :func:`load_model`."""
     paths = weights_paths(settings)
     loaded = {name: load_model(name, device, settings.models, paths.get(name)) for name in settings.model_names}
-    return Ensemble(loaded) if len(loaded) > 1 else next(iter(loaded.values()), None)
+    if len(loaded) <= 1:
+        return next(iter(loaded.values()), None)
+    return Ensemble(loaded, frozenset(row.name for row in describe_models(settings) if row.follows))
 
 
 def weights_paths(settings: Settings) -> dict[str, Path]:
