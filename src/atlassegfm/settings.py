@@ -334,7 +334,10 @@ class LiteMedSamSettings(SliceSettings):
     """The model ``litemedsam``."""
 
     box_margin: Annotated[float, Field(ge=0, le=64)] = 3.0
-    """Distance of the box's sides from the warped mask, in pixels of the network's 256 x 256 [published code: 3]."""
+    """Distance of the box's sides from the mask, in pixels of the network's 256 x 256 [published code: 3]."""
+
+    passes: Annotated[int, Field(ge=1, le=10)] = 2
+    """Answers on each slice: the box of the second one is drawn around the first, which moves it onto the structure."""
 
     feature_cache_mb: Annotated[int, Field(ge=0), RUNTIME_ONLY] = 1024
     """Memory in MB for the embeddings of slices, 4 MB each, which are used again for other prompts."""

@@ -83,6 +83,8 @@ def print_outcome(outcome: Outcome, out: Path, table: str, *, as_json: bool) -> 
         f"{count}: {outcome.count('done')} done (of them {outcome.kept} kept), "
         f"{outcome.count('failed')} failed{left}, in {duration(outcome.wall_seconds)} -> {out}"
     )
+    if models := sorted({run.model.name for run in runs.values() if run is not None}):
+        typer.echo(f"model     {'; '.join(models)}")
     typer.echo(f"table     {out / table}.csv")
     if first := _look_first(runs):
         typer.echo(f"look first at  {first}")
@@ -141,7 +143,8 @@ def print_result(case: Case, out: Path, *, as_json: bool) -> None:
         remark = shorten(remark, _LONGEST_REMARK, placeholder=" ...")
         dice = "" if estimate is None else f"{estimate:.2f}"
         rows.append((one["name"], f"{one['volume_ml']:.1f}", dice, quality["verdict"] or "-", remark))
-    typer.echo(f"{result['query']} -> {result['output']}  ({result['total_seconds']:.1f} s on {result['device']})")
+    how = f"{result['total_seconds']:.1f} s on {result['device']}, model {result['model']['name']}"
+    typer.echo(f"{result['query']} -> {result['output']}  ({how})")
     print_table(("structure", "volume ml", "est. Dice", "verdict", ""), rows, numbers_from=1, numbers_to=3)
     if any(one["quality"] and one["quality"]["verdict"] is None for one in result["structures"]):
         typer.echo(NOT_JUDGED)

@@ -112,7 +112,10 @@ class LiteMedSamSegmenter:
         for index in sorted(boxes):
             for number in boxes[index]:
                 turn_to(number)
-            found = self.predict_slice(encoded, index, list(boxes[index].values()))
+            around = list(boxes[index].values())
+            for _ in range(self.settings.passes):
+                found = self.predict_slice(encoded, index, around)
+                around = [_box(one >= INSIDE) or box for one, box in zip(found, around, strict=True)]
             for number, probability in zip(boxes[index], found, strict=True):
                 answers[number].put(index, probability)
         for number in prompts:
