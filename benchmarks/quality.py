@@ -7,6 +7,7 @@ query, by atlas and by set; bounds of the verdicts follow from the estimates lef
 
     python benchmarks/quality.py DATA OUT --workers 2            # continues where it stopped
     python benchmarks/quality.py DATA OUT --write                # and write the calibration into the package
+    python benchmarks/quality.py DATA OUT --model builtin,litemedsam    # these models together; kept beside the others
 """
 
 from __future__ import annotations
@@ -63,12 +64,13 @@ RIDGE, RANGE = 200.0, (0.4, 0.85)
 BINS, BEYOND = (0.0, 0.03, 0.08, 0.16, 0.3, 0.5, 0.7, 0.85, 1.0), 0.2
 #: A structure of fewer voxels in the query says nothing.
 FEWEST_VOXELS = 50
-#: Evidence left out of each regression: another model's certainty is not comparable to the built-in one's, and without
-#: a model there is neither certainty nor agreement.
-LEFT_OUT = {
-    "builtin": (),
-    "model": ("certainty",),
-    "none": ("certainty", "agreement", "offset"),
+#: Kind of the results that each regression is fitted on, and evidence left out of it: another model's certainty is not
+#: comparable to the built-in one's, and without a model there is neither certainty nor agreement.
+REGRESSIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "builtin": ("builtin", ()),
+    "builtin,litemedsam": ("builtin,litemedsam", ()),
+    "model": ("builtin", ("certainty",)),
+    "none": ("none", ("certainty", "agreement", "offset")),
 }
 
 Row = dict[str, Any]
@@ -76,7 +78,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Job:
-    """One atlas and one query of a set; ``varied`` changes the query."""
+    """One atlas and one query of a set; ``varied`` changes the query, ``model`` is one or several."""
 
     data: Path
     out: Path
@@ -84,11 +86,21 @@ class Job:
     atlas: str
     query: str
     varied: bool
+    model: str
 
     @property
     def file(self) -> Path:
         """Where its rows are kept."""
-        return self.out / f"{self.dataset}_{self.atlas}_{self.query}{'_varied' if self.varied else ''}.json"
+        return self.out / f"{self.dataset}_{self.atlas}_{self.query}{'_varied' if self.varied else ''}{self._of}.json"
+
+    @property
+    def gate(self) -> Path:
+        """Where the gate of its atlas is kept."""
+        return self.out / f"gate_{self.dataset}_{self.atlas}{self._of}.pickle"
+
+    @property
+    def _of(self) -> str:
+        return "" if self.model == "builtin" else f"_{self.model.replace(',', '+')}"
 
     def rows(self) -> list[Row]:
         """Read its rows."""
@@ -101,24 +113,26 @@ class Job:
             dataset = load_dataset(self.data / self.dataset)
             case, other = dataset.case(self.atlas), dataset.case(self.query)
             atlas = restricted(Atlas.from_files(case.image, case.labels), SETS[self.dataset], case.labels)
-            context = _with_gate(Context(atlas, Settings()), self.out / f"gate_{self.dataset}_{self.atlas}.pickle")
+            context = _with_gate(Context(atlas, Settings(model=self.model)), self.gate)
             scan, truth = load_image(other.image), load_labels(other.labels)
             if self.varied:
                 scan, truth = varied(scan.canonical(), truth.canonical(), zlib.crc32(self.file.name.encode()))
             result = segment(context, scan)
-            found = [*_rows(result, truth), *_rows_without_model(context, scan, result, truth)]
+            found = _rows(self.model, result, truth)
+            if self.model == "builtin":
+                found += _rows_without_model(context, scan, result, truth)
         self.file.with_suffix(".part").write_text(json.dumps(found))
         self.file.with_suffix(".part").replace(self.file)
         return self.file.stem
 
 
-def jobs(data: Path, out: Path) -> Iterator[Job]:
+def jobs(data: Path, out: Path, model: str) -> Iterator[Job]:
     """List all jobs: queries as they are first, and atlases in turn, so that gates are trained side by side."""
     for is_varied in (False, True):
         for name in SETS:
             cases = sorted(case.name for case in load_dataset(data / name).cases)[:CASES]
             pairs = sorted(permutations(cases, 2), key=lambda pair: (cases.index(pair[1]) - cases.index(pair[0])) % 99)
-            yield from (Job(data, out, name, atlas, query, is_varied) for atlas, query in pairs)
+            yield from (Job(data, out, name, atlas, query, is_varied, model) for atlas, query in pairs)
 
 
 def varied(scan: Volume, truth: Volume, seed: int) -> tuple[Volume, Volume]:
@@ -161,12 +175,12 @@ def _with_gate(context: Context, file: Path) -> Context:
     return replace(context, gate=pickle.loads(file.read_bytes()))  # noqa: S301  written by this script
 
 
-def _rows(result: Segmentation, truth: Volume) -> list[Row]:
+def _rows(model: str, result: Segmentation, truth: Volume) -> list[Row]:
     rows = []
     for one in result.structures:
         value, found = one.structure.value, one.quality
         if (truth.data == value).sum() >= FEWEST_VOXELS and found is not None and found.evidence is not None:
-            rows.append(_row("builtin", value, result.labels.data, truth, found.evidence))
+            rows.append(_row(model, value, result.labels.data, truth, found.evidence))
     return rows
 
 
@@ -302,21 +316,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of the datasets in nnU-Net raw layout")
     parser.add_argument("out", type=Path, help="folder for one file a pair")
+    parser.add_argument("--model", default="builtin", help="what to measure: builtin, or builtin,litemedsam")
     parser.add_argument("--workers", type=int, default=2, help="pairs measured side by side, one thread each")
     parser.add_argument("--write", action="store_true", help="write the calibration into the package")
     parser.add_argument("--only-measured", action="store_true", help="take the pairs that OUT has, measure no more")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    all_jobs = list(jobs(arguments.data, arguments.out))
-    missing = [] if arguments.only_measured else [job for job in all_jobs if not job.file.exists()]
+    fitted = dict.fromkeys(kind for kind, _ in REGRESSIONS.values() if kind != "none")
+    all_jobs = [job for model in fitted for job in jobs(arguments.data, arguments.out, model)]
+    wanted = [job for job in all_jobs if job.model == arguments.model and not arguments.only_measured]
+    missing = [job for job in wanted if not job.file.exists()]
     with ProcessPoolExecutor(arguments.workers, get_context("spawn")) as pool:
         for done in pool.map(Job.measure, missing):
             print(done, flush=True)
     rows = [row for job in all_jobs if job.file.exists() for row in job.rows()]
-    regressions: dict[str, Regression] = {}
-    for kind, without in LEFT_OUT.items():
-        mine = [row for row in rows if row["kind"] == ("none" if kind == "none" else "builtin")]
-        regressions[kind] = report(kind, mine, [n for n in Evidence.__dataclass_fields__ if n not in without])
+    regressions = dict(estimate.regressions())
+    for name, (kind, without) in REGRESSIONS.items():
+        if mine := [row for row in rows if row["kind"] == kind]:
+            regressions[name] = report(name, mine, [n for n in Evidence.__dataclass_fields__ if n not in without])
     if arguments.write:
         file = Path(estimate.__file__).with_name(CALIBRATION)
         plain = {kind: asdict(one) for kind, one in regressions.items()}

@@ -282,6 +282,11 @@ def test_command_line(tmp_path: Path, models: dict[str, Segmenter], run: Run) ->
     assert done.code == 0, done.err
     content = json.loads(next((tmp_path / "out").glob("**/run.json")).read_text())
     assert content["model"]["name"] == "builtin,litemedsam"
+    assert "model builtin,litemedsam" in done.out
+    assert run("report", str(tmp_path / "out")).code == 0
+    page = next((tmp_path / "out").glob("*/report.html")).read_text()
+    member = content["structures"][0]["members"]["litemedsam"]
+    assert f"litemedsam {100 * member['weight']:.0f} % (Dice {member['dice']:.2f})" in page
     refused = run("segment", *arguments, "--model", "builtin,builtin")
     assert refused.code == 2
     assert "'builtin' is named twice" in refused.err

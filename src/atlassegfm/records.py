@@ -190,6 +190,14 @@ class StructureRecord(Record):
     recovered: RecoveryRecord | None = Field(default=None, description="Null where the first pass found it.")
 
     @property
+    def of_members(self) -> str:
+        """Weight of each of several models, and the Dice of its mask and the result."""
+        return ", ".join(
+            f"{name} {one.weight:.0%} (Dice {'-' if one.dice is None else f'{one.dice:.2f}'})".replace("%", " %")
+            for name, one in (self.members or {}).items()
+        )
+
+    @property
     def cut(self) -> str:
         """How the field of view cuts it, as "49 % outside"; empty if it does not."""
         outside = f"{self.outside_fraction:.0%} outside".replace("%", " %")
