@@ -24,10 +24,13 @@ import atlassegfm
 from atlassegfm.benchmark import pairs
 from atlassegfm.core.errors import InputError
 from atlassegfm.core.image import Volume, save_volume
+from atlassegfm.core.labels import Structure
 from atlassegfm.core.mask import LocalMap
+from atlassegfm.demo.run import DemoOutcome
 from atlassegfm.models import MODELS, ModelDescription, accept_licence, fetch_weights, licence_accepted, load_model
 from atlassegfm.models.weights import ACCEPTANCE, RECORD, PublishedWeights, WeightsFile
 from atlassegfm.prompts import Prompt, PromptKind, RegionPrompt
+from atlassegfm.settings import Settings
 from conftest import Run
 from mirror import REVISION, Mirror, body, serving, weights
 from scenes import ATLAS, PAPER_GATE, QUERY, STRUCTURES, UNREGISTERED, straight_grid
@@ -624,3 +627,38 @@ def test_time_with_weights(run: Run, add_model: Callable[..., list[Toy]], data: 
     ]
     assert run(*arguments, "--model-path", path, "--accept-licence").code == 0
     assert [one.path for one in loaded] == [path]
+
+
+# models verify
+
+
+@pytest.mark.parametrize(("dice", "code", "said"), [(0.95, 0, "yes"), (0.5, 1, "NO")])
+def test_verify_compares_with_the_recorded_band(
+    run: Run, monkeypatch: pytest.MonkeyPatch, dice: float, code: int, said: str
+) -> None:
+    asked: list[Settings] = []
+
+    def demo(_: Path, settings: Settings, **__: Any) -> DemoOutcome:
+        asked.append(settings)
+        provenance = {"weights": {"file": "w.pth", "bytes": 3, "sha256": SHA256}}
+        record = types.SimpleNamespace(model=types.SimpleNamespace(provenance=provenance))
+        return DemoOutcome({Structure(1, "liver", (1, 2, 3)): (0.9, dice, 0.96)}, record)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("atlassegfm.demo.run.run_demo", demo)
+    outcome = run("models", "verify", "builtin")
+    assert (outcome.code, asked[0].model) == (code, "builtin")
+    assert SHA256 in outcome.out
+    assert re.search(rf"^verified +{said}", outcome.out, re.MULTILINE)
+    as_json = run("models", "verify", "builtin", "--json")
+    assert as_json.code == code
+    assert as_json.json["dice"]["as_expected"] is (code == 0)
+    unknown = run("models", "verify", "medsam2")
+    assert unknown.code == 0
+    assert "verified" not in unknown.out
+
+
+def test_verify_needs_one_model(run: Run) -> None:
+    assert run("models", "verify", "none").code == 2
+    refused = run("models", "verify", "builtin", "--model", "litemedsam")
+    assert refused.code == 2
+    assert "--model litemedsam" in refused.err

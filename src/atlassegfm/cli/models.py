@@ -193,14 +193,14 @@ def verify(options: VerifyOptions) -> None:
 
     The exit code is 1 if the Dice is not in the band that was recorded with the published weights.
     """
-    if options.model not in (None, options.name):
-        raise InputError(f"--model {options.model}: the model to verify is named without an option")
     with options.session() as session, tempfile.TemporaryDirectory() as folder:
         from ..core.config import with_table
         from ..core.device import resolve_device
         from ..core.progress import Steps, query_steps
         from ..demo.run import run_demo
 
+        if options.model not in (None, options.name):
+            raise InputError(f"--model {options.model}: the model to verify is named without an option")
         row = _describe(options.name)
         settings = with_table(options.settings(), {"model": row.name}, origin="NAME")
         options.accept(settings, session)
