@@ -24,6 +24,8 @@ from .dicom import EVERYTHING, Selection, is_dicom_input, open_image, open_label
 
 logger = logging.getLogger(__name__)
 
+#: Volumes of a structure in two atlases that differ by more than this factor are named in a warning.
+_LARGEST_RATIO = 12.0
 #: Decimals of an origin for voxels of 1 mm. Header fields have 32 bits: 1e-5 mm at 200 mm.
 _ORIGIN_DIGITS = 3
 
@@ -124,6 +126,11 @@ class Atlas:
         """Label values, ascending."""
         return tuple(structure.value for structure in self.structures)
 
+    @cached_property
+    def present(self) -> tuple[int, ...]:
+        """Label values that have a voxel, ascending: of an atlas matched to another one, not all may have."""
+        return tuple(label_values(self.labels.data))
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names in the order of ``values``."""
@@ -145,6 +152,34 @@ class Atlas:
         """
         values = np.array((0, *self.values), smallest_label_type(max(self.values)))
         return Volume(values[numbers], grid, query.source).turned_to(query.grid)
+
+    def matched(self, first: Atlas, name: str = "the atlas") -> Atlas:
+        """Give its structures the values, names and colours that an atlas of the same names has for them.
+
+        ``structures`` of the result are all of the ``first``; some may have no voxel. Raises InputError, with the
+        ``name`` of this one, if it has a structure that the first does not have, or is the same scan.
+        """
+        own, known = {one.name: one.value for one in self.structures}, {one.name: one.value for one in first.structures}
+        if unknown := [one for one in own if one not in known]:
+            raise InputError(
+                f"{name}: has the structures {listed(unknown)}, which the first atlas does not have "
+                f"({listed(tuple(known))}); give an atlas with all structures first, or choose them with --structures"
+            )
+        if self.image.grid.matches(first.image.grid) and np.array_equal(self.image.data, first.image.data):
+            raise InputError(f"{name}: is the same scan as another atlas; give each once")
+        values = np.zeros(int(self.labels.data.max()) + 1, first.labels.data.dtype)
+        for one, value in own.items():
+            values[value] = known[one]
+        labels = Volume(values[self.labels.data], self.labels.grid, self.labels.source)
+        for one, value in own.items():
+            mine, theirs = self._volume_ml(value), first._volume_ml(known[one])
+            if not theirs / _LARGEST_RATIO < mine < theirs * _LARGEST_RATIO:
+                text = "%s: %s has %.1f ml, and %.1f ml in the first atlas; is it the same structure?"
+                logger.warning(text, name, one, mine, theirs)
+        return Atlas(self.image, labels, first.structures)
+
+    def _volume_ml(self, value: int) -> float:
+        return int((self.labels.data == value).sum()) * self.labels.grid.voxel_volume_mm3 / 1000
 
     def __repr__(self) -> str:
         """Image and structures, on a few lines."""

@@ -43,8 +43,13 @@ from .settings import NO_MODEL, Settings
 FORMAT = 5
 ATLAS, LABELS, CORRECTION = "atlas.nii.gz", "labels.nii.gz", "correction.npz"
 SETTINGS, CONTENT, CHECKSUMS = "settings.toml", "context.toml", "SHA256SUMS"
+#: Atlases of a context: each is registered to every query.
+_MOST_ATLASES = 20
+#: Files of further atlases, from the second on.
+_OTHERS = tuple((f"atlas-{n}.nii.gz", f"labels-{n}.nii.gz") for n in range(2, _MOST_ATLASES + 1))
 #: A folder with any other file is never replaced. The correction is there only if the gate has one.
-CONTEXT_NAMES = frozenset({ATLAS, LABELS, SETTINGS, CONTENT, CORRECTION, CHECKSUMS})
+_NAMES = frozenset({ATLAS, LABELS, SETTINGS, CONTENT, CORRECTION, CHECKSUMS})
+CONTEXT_NAMES = _NAMES | {name for two in _OTHERS for name in two}
 _MAKE_AGAIN = "make it again with atlassegfm customize"
 
 
@@ -63,7 +68,8 @@ class Context:
     ``settings`` are those of the gate, and the defaults for queries. ``gate`` is None before training, or without a
     model; ``weights_sha256`` is that of the model's weights, empty where it has none or they are on a server;
     ``version`` that of this package when the gate was trained. ``saved`` is the folder it was read from, ``files`` are
-    the file names of the atlas by role ("atlas", "labels").
+    the file names of the atlas by role ("atlas", "labels"). ``others`` are further
+    atlases, whose structures are those of the first; some may lack voxels of some.
     """
 
     atlas: Atlas
@@ -73,6 +79,41 @@ class Context:
     version: str = __version__
     saved: SavedContext | None = None
     files: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[Atlas, ...] = ()
+
+    @property
+    def atlases(self) -> tuple[Atlas, ...]:
+        """All atlases, the first one first."""
+        return self.atlas, *self.others
+
+    def with_atlas(self, other: Atlas, name: str = "the atlas", files: Mapping[str, str] | None = None) -> Context:
+        """Add an atlas, whose structures are among those of the first one by name; the gate stays.
+
+        ``files`` are its file names by role, "atlas" and "labels". Raises InputError, with the ``name`` of the atlas,
+        if it has a structure that the first does not have, or is one of the context's already.
+        """
+        if len(self.atlases) == _MOST_ATLASES:
+            raise InputError(f"{name}: the context has {_MOST_ATLASES} atlases, which is the most")
+        matched = other.matched(self.atlas, name)
+        for one in self.others:
+            other.matched(one, name)
+        number = len(self.atlases) + 1
+        own = {f"{role} {number}": file for role, file in (files or {}).items()}
+        return replace(self, others=(*self.others, matched), files={**self.files, **own}, saved=None)
+
+    def without_atlas(self, number: int) -> Context:
+        """Remove an atlas by its number, from 2 on: the gate was trained on the first. InputError if there is none."""
+        if not 2 <= number <= len(self.atlases):
+            known = f"2 to {len(self.atlases)}" if self.others else "none: there is only the first"
+            raise InputError(f"{self._name}: no atlas {number} that can be removed; expected {known}")
+        others = tuple(one for n, one in enumerate(self.others, start=2) if n != number)
+        files = {}
+        for role, file in self.files.items():
+            kind, _, its = role.partition(" ")
+            place = int(its or 1)
+            if place != number:
+                files[kind if place == 1 else f"{kind} {place - (place > number)}"] = file
+        return replace(self, others=others, files=files, saved=None)
 
     @classmethod
     def from_files(
@@ -133,6 +174,9 @@ class Context:
             # Without their sources: headers of the original files may identify the patient.
             save_volume(Volume(image.data, image.grid), new / ATLAS)
             save_volume(Volume(labels.data, labels.grid), new / LABELS, structures=self.atlas.structures)
+            for one, (image_name, labels_name) in zip(self.others, _OTHERS, strict=False):
+                save_volume(Volume(one.image.data, one.image.grid), new / image_name)
+                save_volume(Volume(one.labels.data, one.labels.grid), new / labels_name, structures=one.structures)
             # The path of the weights is this machine's.
             _write(new / SETTINGS, to_toml(replace(self.settings, model_path="")))
             _write(new / CONTENT, self._content())
@@ -166,6 +210,7 @@ class Context:
                 version,
                 SavedContext(folder, sha256),
                 dict(content["files"]),
+                _read_others(folder, content),
             )
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{folder / CONTENT}: damaged, though its checksum is right; {_MAKE_AGAIN}") from None
@@ -193,6 +238,9 @@ class Context:
             content["gate"] = {name: value for name, value in gate.items() if name not in ("correction", "mixture")}
             if self.gate.mixture:
                 content["mixture"] = {name: list(weights) for name, weights in self.gate.mixture.items()}
+        if self.others:
+            grids = (one.image.grid for one in self.others)
+            content["others"] = [{"shape": list(grid.shape), "affine": grid.affine.tolist()} for grid in grids]
         content["structures"] = [asdict(one) for one in self.atlas.structures]
         return tomli_w.dumps(content)
 
@@ -281,21 +329,37 @@ def _checked_content(folder: Path) -> tuple[dict[str, Any], str]:
             f"{folder}: a context in the format {content.get('format')} of version {content.get('atlassegfm')}, but "
             f"this version ({__version__}) reads the format {FORMAT}; {_MAKE_AGAIN}, or use that version"
         )
-    if listed.keys() | {CORRECTION} != CONTEXT_NAMES - {CHECKSUMS}:
+    grids: Any = content.get("others", ())
+    others = {name for two in _OTHERS[: len(grids)] for name in two}
+    if listed.keys() | {CORRECTION} != _NAMES - {CHECKSUMS} | others:
         raise InputError(f"{path}: damaged; {again}")
     return content, sha256_of(path)
 
 
 def _read_atlas(folder: Path, content: Mapping[str, Any]) -> Atlas:
-    """The atlas of a folder whose checksums are right."""
-    image, labels = load_volume(folder / ATLAS), load_volume(folder / LABELS)
-    i, j, k = content["grid"]["shape"]
-    grid = Grid((i, j, k), np.array(content["grid"]["affine"]))
-    kind = smallest_label_type(int(labels.data.max()))
+    """The first atlas of a folder whose checksums are right."""
+    return _read_volumes(folder / ATLAS, folder / LABELS, content["grid"], content)
+
+
+def _read_others(folder: Path, content: Mapping[str, Any]) -> tuple[Atlas, ...]:
+    """The further atlases of a folder whose checksums are right."""
+    grids = content.get("others", ())
+    return tuple(
+        _read_volumes(folder / image, folder / labels, grid, content)
+        for grid, (image, labels) in zip(grids, _OTHERS, strict=False)
+    )
+
+
+def _read_volumes(image_path: Path, labels_path: Path, stored: Mapping[str, Any], content: Mapping[str, Any]) -> Atlas:
+    image, labels = load_volume(image_path), load_volume(labels_path)
+    i, j, k = stored["shape"]
+    grid = Grid((i, j, k), np.array(stored["affine"]))
+    structures = TypeAdapter(tuple[Structure, ...]).validate_python(content["structures"])
+    kind = smallest_label_type(max(one.value for one in structures))
     return Atlas(
         Volume(np.ascontiguousarray(image.data, dtype=np.float32), grid),
         Volume(np.ascontiguousarray(labels.data, dtype=kind), grid),
-        TypeAdapter(tuple[Structure, ...]).validate_python(content["structures"]),
+        structures,
     )
 
 

@@ -186,6 +186,7 @@ class StructureRecord(Record):
     place: PlaceRecord | None = None
     prompt: PromptRecord | None
     members: dict[str, MemberRecord] | None = Field(default=None, description="Of several models, by name.")
+    atlases: tuple[int, ...] | None = Field(default=None, description="Numbers of several atlases that agree on it.")
     quality: QualityRecord | None
     recovered: RecoveryRecord | None = Field(default=None, description="Null where the first pass found it.")
 

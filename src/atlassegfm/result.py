@@ -44,6 +44,7 @@ class StructureResult:
     ``outside_fraction`` is that of the atlas's structure which the linear registration maps outside the query's field
     of view. ``place`` is where the structure search found it, None where it was not searched for or not believed.
     ``prompt`` is None without a model, or where the warped mask is empty. ``members`` are several models by name.
+    ``votes`` are the numbers, from 1 on, of those of several atlases that agree on it.
     """
 
     structure: Structure
@@ -54,6 +55,7 @@ class StructureResult:
     place: Place | None = None
     prompt: UsedPrompt | None = None
     members: Mapping[str, MemberResult] = field(default_factory=dict)
+    votes: tuple[int, ...] = ()
     quality: StructureQuality | None = None
 
 

@@ -6,8 +6,9 @@ array order a query is stored in. No label of a query is ever read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from .atlas import Atlas, canonical_scan
 from .context import Context, train_context
 from .core.device import memory_errors, reproducible, resolve_device
+from .core.errors import InputError
 from .core.image import Volume
 from .core.mask import LocalMap
 from .core.overlap import dice_per_structure
@@ -25,6 +27,7 @@ from .dicom import open_image
 from .fusion.gate import fuse_structures, is_empty_prediction
 from .fusion.label_map import count_parts, label_map, remove_islands
 from .fusion.mixture import Mixture, mix_structures
+from .fusion.voting import vote
 from .models.base import Models, Prediction, PromptedScan
 from .models.table import licences_accepted, load_chosen, prompt_kind
 from .prompts import INSIDE, used_prompt
@@ -39,6 +42,8 @@ from .transforms.resample import warp_labels
 
 if TYPE_CHECKING:
     from .core.image import ImageLike
+
+logger = logging.getLogger(__name__)
 
 #: A structure whose warped mask is empty counts as outside, not absent, if most of it is out of view.
 _MOSTLY_OUTSIDE_FRACTION = 0.5
@@ -92,22 +97,31 @@ def segment(
     model = model or load_chosen(settings, device)
     context.check_model(model)
     usual = query_steps(model=model is not None, gate=context.gate is None)
-    atlas, clock = context.atlas, StageClock(on_stage or (stage_printer(usual) if progress else None))
+    if transforms and context.others:
+        raise InputError("a transform was given, and the context has several atlases; give a context of one")
+    context = _without_query(context, scan)
+    atlases = context.atlases
+    atlas, clock = atlases[0], StageClock(on_stage or (stage_printer(usual) if progress else None))
     with reproducible(settings.seed), memory_errors():
         with clock.stage("registration") as report:
             if transforms:
-                registration = registration_from(transforms, scan, atlas.image, settings.registration)
+                registrations = [registration_from(transforms, scan, atlas.image, settings.registration)]
             else:
-                registration = register(
-                    scan,
-                    atlas.image,
-                    settings.registration,
-                    moving_labels=atlas.numbered,
-                    device=device,
-                    on_stage=report,
-                )
+                registrations = [
+                    register(
+                        scan,
+                        one.image,
+                        settings.registration,
+                        moving_labels=one.numbered,
+                        device=device,
+                        on_stage=report,
+                    )
+                    for one in atlases
+                ]
+        registration = registrations[0]
         with clock.stage("warping"):
-            warped = _warp(atlas, scan, registration)
+            all_warped = [_warp(one, scan, its) for one, its in zip(atlases, registrations, strict=True)]
+            warped = all_warped[0] if len(atlases) == 1 else _vote(atlases, all_warped, scan.grid.shape)
         predicted, masks = None, dict[int, LocalMap]()
         if model is not None and prompt is not None:
             with clock.stage("model") as report:
@@ -156,6 +170,23 @@ def segment(
     )
 
 
+def _without_query(context: Context, scan: Volume) -> Context:
+    """Leave the query itself out of a context of several atlases, and say so."""
+    atlases = context.atlases
+    others = [one for one in atlases if not _is_same_scan(one.image, scan)]
+    if len(atlases) == 1 or len(others) == len(atlases):
+        return context
+    complete = [one for one in others if one.present == one.values]
+    if not complete:
+        raise InputError("the query is an atlas of the context, and no other one has all structures; leave it out")
+    logger.warning("the query is one of the atlases of the context, and is left out of them")
+    return replace(context, atlas=complete[0], others=tuple(one for one in others if one is not complete[0]))
+
+
+def _is_same_scan(one: Volume, other: Volume) -> bool:
+    return one.grid.matches(other.grid) and np.array_equal(one.data, other.data)
+
+
 def _with_members(
     structures: Sequence[StructureResult],
     member_labels: Mapping[str, NDArray[Any]],
@@ -181,6 +212,8 @@ class _Warped:
     #: Fraction of each structure out of view.
     outside: tuple[float, ...]
     missing: Mapping[int, tuple[Status, str]]
+    #: Positions of the atlases that agreed on a structure, of several.
+    votes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def _warp(atlas: Atlas, scan: Volume, registration: Registration) -> _Warped:
@@ -191,6 +224,25 @@ def _warp(atlas: Atlas, scan: Volume, registration: Registration) -> _Warped:
     missing = {n: why for n in numbers if (why := _why_missing(masks[n], outside[n - 1])) is not None}
     masks = {n: mask for n, mask in masks.items() if n not in missing}
     return _Warped(registration, masks, label_map(masks, scan.grid.shape), outside, missing)
+
+
+def _vote(atlases: Sequence[Atlas], warped: Sequence[_Warped], shape: tuple[int, int, int]) -> _Warped:
+    """Let several atlases, the first of which has all structures, vote on each; what most of them miss is missing."""
+    first, masks, missing, outside = warped[0], dict[int, LocalMap](), dict[int, tuple[Status, str]](), list[float]()
+    votes = {}
+    for n in range(1, len(first.outside) + 1):
+        having = [k for k, atlas in enumerate(atlases) if atlas.values[n - 1] in atlas.present]
+        found = [k for k in having if n in warped[k].masks]
+        outside.append(float(np.median([warped[k].outside[n - 1] for k in having])))
+        if 2 * len(found) < len(having) or not found:
+            missing[n] = next(warped[k].missing[n] for k in having if n in warped[k].missing)
+            continue
+        masks[n], kept = vote([warped[k].masks[n] for k in found])
+        votes[n] = tuple(found[k] for k in kept)
+        if not (masks[n].values >= INSIDE).any():
+            missing[n] = "absent", "the atlases disagree on where it is"
+            del masks[n]
+    return _Warped(first.registration, masks, label_map(masks, shape), tuple(outside), missing, votes)
 
 
 def _why_missing(mask: LocalMap, outside: float) -> tuple[Status, str] | None:
@@ -269,6 +321,7 @@ def _judge(
                 outside_fraction=warped.outside[n - 1],
                 place=warped.registration.places.get(n),
                 prompt=None if prompt is None else used_prompt(prompt, scan.grid, query.grid),
+                votes=tuple(k + 1 for k in warped.votes.get(n, ())),
                 quality=quality,
             )
         )

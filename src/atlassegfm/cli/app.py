@@ -17,6 +17,7 @@ import typer
 from ..core.parallel import NUMPY_THREADS
 from .benchmark import app as benchmark_app
 from .check import check
+from .context import app as context_app
 from .convert import convert
 from .customize import customize
 from .demo import demo
@@ -62,6 +63,7 @@ for _one in (segment, demo, check, customize, evaluate, report, convert, suggest
     command(app, _one.__name__)(_one)
 app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(models_app, name="models")
+app.add_typer(context_app, name="context")
 
 
 @command(app, "settings")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +41,12 @@ def atlas_digest(atlas: Atlas) -> str:
         found.update(np.ascontiguousarray(volume.grid.affine).data)
     found.update(repr(atlas.structures).encode())
     return found.hexdigest()[:_DIGITS]
+
+
+def context_digest(atlases: Sequence[Atlas]) -> str:
+    """Compute the digest of one or several atlases, in their order."""
+    digests = [atlas_digest(one) for one in atlases]
+    return digests[0] if len(digests) == 1 else digest(*digests)
 
 
 def file_record(path: Path) -> FileRecord:

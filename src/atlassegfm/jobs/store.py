@@ -310,6 +310,7 @@ def structure_record(one: StructureResult) -> records.StructureRecord:
             name: records.MemberRecord.model_validate(_rounded_fields(member)) for name, member in one.members.items()
         }
         or None,
+        atlases=one.votes or None,
         quality=quality,
     )
 

@@ -27,7 +27,7 @@ from ..result import Segmentation, StructureResult
 from ..segment import segment
 from ..settings import Settings
 from ..transforms.io import read_transforms
-from .fingerprint import atlas_digest, digest, file_record
+from .fingerprint import context_digest, digest, file_record
 from .plan import Case
 from .store import RunInputs, check_formats, write_failure, write_result
 
@@ -265,7 +265,7 @@ def provenance_of(
     return Provenance(
         version=__version__,
         settings=digest(to_toml(replace(settings, model_path="")), device, str(threads)),
-        context=atlas_digest(context.atlas),
+        context=context_digest(context.atlases),
         context_version=context.version,
         weights=_weights(settings),
         keep=output.keep,

@@ -18,6 +18,8 @@ _CHUNK_VOXELS = 1_000_000
 def outside_fractions(atlas: Atlas, query_to_atlas: Affine, view: Grid) -> tuple[float, ...]:
     """Compute the fraction of each structure of the atlas outside the grid ``view`` of the query, in [0, 1].
 
+    It is 1 of a structure that has no voxel.
+
     ``query_to_atlas`` is from the linear stages of the registration: out of view nothing guides a displacement field.
     """
     atlas_to_query, labels = query_to_atlas.inverse(), atlas.numbered
@@ -31,7 +33,7 @@ def outside_fractions(atlas: Atlas, query_to_atlas: Affine, view: Grid) -> tuple
         inside = view.contains(atlas_to_query.map(labels.grid.voxel_to_world(ijk)))
         count += np.bincount(found, minlength=len(count))
         seen += np.bincount(found[inside], minlength=len(count))
-    return tuple((1 - seen[1:] / count[1:]).tolist())
+    return tuple((1 - seen[1:] / np.maximum(count[1:], 1)).tolist())
 
 
 def cut_remark(outside: float) -> str:
