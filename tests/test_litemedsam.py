@@ -314,3 +314,26 @@ def test_real_weights_on_the_demo() -> None:
     }
     assert len(scores) >= 3
     assert np.mean(list(scores.values())) > 0.9, scores
+
+
+@pytest.mark.parametrize(
+    ("spacing_mm", "distance_mm", "read"), [(1.0, 4.0, 4), (1.0, 2.0, 2), (2.5, 4.0, 2), (3.0, 4.0, 1), (1.0, 0.0, 1)]
+)
+def test_thin_slices_are_skipped_and_interpolated(spacing_mm: float, distance_mm: float, read: int) -> None:
+    """A cone with a gap: between two slices that are read, the answer lies between theirs; in the gap there is none."""
+    shape, network = (24, 24, 80), Recorder()
+    values = np.zeros(shape, np.float32)
+    shown = [k for k in range(5, 75) if not 40 <= k < 43]
+    for k in shown:
+        values[2 : 6 + k // 5, 4:10, k] = 1
+    model = segmenter(network, box_margin=0, slice_distance_mm=distance_mm)
+    encoded = model.encode(scan(shape, (1, 1, spacing_mm)))
+    found = model.predict(encoded, {1: MaskPrompt(LocalMap.from_full(values))})[1].to_full(shape)
+    expected = {k for k in shown if k % read == 0} | {5, 74}
+    assert len(network.images) == len(expected)
+    assert dice(found >= 0.5, values > 0) > 0.97
+    assert not found[..., 40:43].any()
+    for k in shown:
+        low, high = max(n for n in expected if n <= k), min(n for n in expected if n >= k)
+        part = 0 if high == low else (k - low) / (high - low)
+        np.testing.assert_allclose(found[..., k], (1 - part) * found[..., low] + part * found[..., high], atol=1e-5)

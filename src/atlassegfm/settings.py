@@ -339,6 +339,10 @@ class LiteMedSamSettings(SliceSettings):
     passes: Annotated[int, Field(ge=1, le=10)] = 2
     """Answers on each slice: the box of the second one is drawn around the first, which moves it onto the structure."""
 
+    slice_distance_mm: _NotNegative = 4.0
+    """Distance of the slices that are read of a scan with thin ones, in mm, to the nearest multiple; between them
+    answers are interpolated. Of each structure at least 16 slices are read, where it has as many; 0 reads all."""
+
     feature_cache_mb: Annotated[int, Field(ge=0), RUNTIME_ONLY] = 1024
     """Memory in MB for the embeddings of slices, 4 MB each, which are used again for other prompts."""
 

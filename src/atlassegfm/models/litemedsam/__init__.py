@@ -2,7 +2,9 @@
 
 The network knows single slices. Where the structure is, and on which slices, the warped atlas says: the box around its
 mask on each slice is the prompt, and where it has no voxel there is no answer. An image is encoded once for all
-structures on it. A single box (the prompt "box") is followed from slice to slice as by the authors: each slice's box is
+structures on it; of thin slices some are skipped, and interpolated.
+
+A single box (the prompt "box") is followed from slice to slice as by the authors: each slice's box is
 that of its neighbour's answer.
 
 Input as in training (bowang-lab/MedSAM, branch LiteMedSAM at b0fab47): 8 bits, a slice averaged over areas until its
@@ -14,6 +16,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,8 @@ Field = NDArray[np.float32]
 #: First row, first column, last row, last column: pixels of a slice, both inclusive.
 Box = tuple[int, int, int, int]
 
+#: Of each structure at least this many slices are read, where it has as many.
+_FEWEST_SLICES = 16
 #: Probabilities below this count as 0, so that maps are as small as their structures.
 _LEAST_PROBABILITY = 1e-3
 
@@ -101,7 +106,9 @@ class LiteMedSamSegmenter:
         boxes: dict[int, dict[int, Box]] = {}  # by slice, then by structure
         for number, prompt in prompts.items():
             if isinstance(prompt, MaskPrompt):
-                for index, box in _boxes(prompt.probability, encoded).items():
+                around = _boxes(prompt.probability, encoded)
+                answers[number].shown = frozenset(around)
+                for index, box in self._read(around, encoded).items():
                     boxes.setdefault(index, {})[number] = box
             elif isinstance(prompt, BoxPrompt):
                 turn_to(number)
@@ -112,15 +119,22 @@ class LiteMedSamSegmenter:
         for index in sorted(boxes):
             for number in boxes[index]:
                 turn_to(number)
-            around = list(boxes[index].values())
+            asked = list(boxes[index].values())
             for _ in range(self.settings.passes):
-                found = self.predict_slice(encoded, index, around)
-                around = [_box(one >= INSIDE) or box for one, box in zip(found, around, strict=True)]
+                found = self.predict_slice(encoded, index, asked)
+                asked = [_box(one >= INSIDE) or box for one, box in zip(found, asked, strict=True)]
             for number, probability in zip(boxes[index], found, strict=True):
                 answers[number].put(index, probability)
         for number in prompts:
             turn_to(number)
         return {number: answer.local_map() for number, answer in answers.items()}
+
+    def _read(self, boxes: dict[int, Box], encoded: SliceEncoding) -> dict[int, Box]:
+        """Choose the slices of one structure that are read: first, last, and some of those between if they are thin."""
+        spacing_mm = float(encoded.grid.spacing_mm[encoded.view.across])
+        step = max(min(round(self.settings.slice_distance_mm / spacing_mm), len(boxes) // _FEWEST_SLICES), 1)
+        # Multiples of the step, so that structures share slices.
+        return {index: box for index, box in boxes.items() if index % step == 0 or index in (min(boxes), max(boxes))}
 
     def predict_slice(self, encoded: SliceEncoding, index: int, boxes: list[Box]) -> Field:
         """(B, rows, columns) probabilities on one slice for B boxes."""
@@ -172,10 +186,12 @@ class LiteMedSamSegmenter:
 
 
 class _Answer:
-    """Probabilities of one structure, collected slice by slice."""
+    """Probabilities of one structure, collected slice by slice; those of slices between are interpolated."""
 
     def __init__(self, encoded: SliceEncoding) -> None:
         self._encoded = encoded
+        #: Slices on which the structure is.
+        self.shown: frozenset[int] = frozenset()
         self._slices: dict[int, Field] = {}
 
     def put(self, index: int, probability: Field) -> None:
@@ -190,6 +206,10 @@ class _Answer:
         frames = np.zeros((last - first + 1, *self._encoded.slices.shape[1:]), np.float32)
         for index, probability in self._slices.items():
             frames[index - first] = probability
+        for below, above in pairwise(sorted(self._slices)):
+            for index in sorted(self.shown.intersection(range(below + 1, above))):
+                part = np.float32((index - below) / (above - below))
+                frames[index - first] = (1 - part) * self._slices[below] + part * self._slices[above]
         on_span = LocalMap.from_full(self._encoded.view.volume(frames))
         start = np.array(on_span.start)
         start[self._encoded.view.across] += first
