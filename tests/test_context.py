@@ -17,7 +17,7 @@ import pytest
 
 from atlassegfm import context as customization
 from atlassegfm.atlas import Atlas
-from atlassegfm.context import CONTEXT_NAMES, FORMAT, Context, SavedContext, customize
+from atlassegfm.context import FORMAT, ONE_ATLAS_NAMES, Context, SavedContext, customize
 from atlassegfm.core.config import with_overrides
 from atlassegfm.core.errors import InputError, ModelError
 from atlassegfm.core.geometry import Grid
@@ -78,7 +78,7 @@ def seal(folder: Path) -> None:
 
 
 def test_contents(ctx: Path, made: Context) -> None:
-    assert {path.name for path in ctx.iterdir()} == CONTEXT_NAMES
+    assert {path.name for path in ctx.iterdir()} == ONE_ATLAS_NAMES
     content = tomllib.loads((ctx / "context.toml").read_text())
     assert content["format"] == FORMAT
     assert content["atlassegfm"] == __version__
@@ -253,7 +253,7 @@ def sealed(name: str, old: str, new: str) -> Callable[[Path], None]:
         (write("SHA256SUMS", "0123  ../x\n"), r"ctx/SHA256SUMS: damaged, it names '\.\./x'"),
         *(
             (remove(name), f"ctx/{name}: missing from the context; copy the whole folder again, or make it again")
-            for name in sorted(CONTEXT_NAMES)
+            for name in sorted(ONE_ATLAS_NAMES)
         ),
         (
             of_format(99),
@@ -348,7 +348,7 @@ def test_other_weights(made: Context) -> None:
 def test_customize_and_segment(files: Path, run: Run) -> None:
     outcome = run("customize", *ATLAS_ARGUMENTS, "-o", "deep/ctx", *FAST)
     assert outcome.code == 0, outcome.err
-    assert {path.name for path in (files / "deep/ctx").iterdir()} == CONTEXT_NAMES
+    assert {path.name for path in (files / "deep/ctx").iterdir()} == ONE_ATLAS_NAMES
     assert [path.name for path in (files / "deep").iterdir()] == ["ctx"]
     assert "atlas.nii.gz -> deep/ctx" in outcome.out
     assert "liver, kidney, node" in outcome.out

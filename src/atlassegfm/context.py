@@ -48,8 +48,8 @@ _MOST_ATLASES = 20
 #: Files of further atlases, from the second on.
 _OTHERS = tuple((f"atlas-{n}.nii.gz", f"labels-{n}.nii.gz") for n in range(2, _MOST_ATLASES + 1))
 #: A folder with any other file is never replaced. The correction is there only if the gate has one.
-_NAMES = frozenset({ATLAS, LABELS, SETTINGS, CONTENT, CORRECTION, CHECKSUMS})
-CONTEXT_NAMES = _NAMES | {name for two in _OTHERS for name in two}
+ONE_ATLAS_NAMES = frozenset({ATLAS, LABELS, SETTINGS, CONTENT, CORRECTION, CHECKSUMS})
+CONTEXT_NAMES = ONE_ATLAS_NAMES | {name for two in _OTHERS for name in two}
 _MAKE_AGAIN = "make it again with atlassegfm customize"
 
 
@@ -331,7 +331,7 @@ def _checked_content(folder: Path) -> tuple[dict[str, Any], str]:
         )
     grids: Any = content.get("others", ())
     others = {name for two in _OTHERS[: len(grids)] for name in two}
-    if listed.keys() | {CORRECTION} != _NAMES - {CHECKSUMS} | others:
+    if listed.keys() | {CORRECTION} != ONE_ATLAS_NAMES - {CHECKSUMS} | others:
         raise InputError(f"{path}: damaged; {again}")
     return content, sha256_of(path)
 

@@ -6,9 +6,8 @@ array order a query is stored in. No label of a query is ever read.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -27,26 +26,19 @@ from .dicom import open_image
 from .fusion.gate import fuse_structures, is_empty_prediction
 from .fusion.label_map import count_parts, label_map, remove_islands
 from .fusion.mixture import Mixture, mix_structures
-from .fusion.voting import vote
 from .models.base import Models, Prediction, PromptedScan
 from .models.table import licences_accepted, load_chosen, prompt_kind
-from .prompts import INSIDE, used_prompt
-from .quality.coverage import OUTSIDE_FRACTION, outside_fractions
+from .prompts import used_prompt
 from .quality.evidence import Case, gather
 from .quality.verdict import StructureQuality, Verdict, is_calibrated, judge
-from .registration import Registration, register, registration_from
-from .result import MemberResult, Segmentation, Status, StructureMaps, StructureResult
+from .registration import register, registration_from
+from .result import MemberResult, Segmentation, StructureMaps, StructureResult
 from .settings import Settings
 from .transforms.maps import Transform
-from .transforms.resample import warp_labels
+from .warping import Warped, warp_atlases, without_query
 
 if TYPE_CHECKING:
     from .core.image import ImageLike
-
-logger = logging.getLogger(__name__)
-
-#: A structure whose warped mask is empty counts as outside, not absent, if most of it is out of view.
-_MOSTLY_OUTSIDE_FRACTION = 0.5
 
 
 def segment(
@@ -99,9 +91,8 @@ def segment(
     usual = query_steps(model=model is not None, gate=context.gate is None)
     if transforms and context.others:
         raise InputError("a transform was given, and the context has several atlases; give a context of one")
-    context = _without_query(context, scan)
-    atlases = context.atlases
-    atlas, clock = atlases[0], StageClock(on_stage or (stage_printer(usual) if progress else None))
+    context = without_query(context, scan)
+    atlas, clock = context.atlas, StageClock(on_stage or (stage_printer(usual) if progress else None))
     with reproducible(settings.seed), memory_errors():
         with clock.stage("registration") as report:
             if transforms:
@@ -116,12 +107,11 @@ def segment(
                         device=device,
                         on_stage=report,
                     )
-                    for one in atlases
+                    for one in context.atlases
                 ]
         registration = registrations[0]
         with clock.stage("warping"):
-            all_warped = [_warp(one, scan, its) for one, its in zip(atlases, registrations, strict=True)]
-            warped = all_warped[0] if len(atlases) == 1 else _vote(atlases, all_warped, scan.grid.shape)
+            warped = warp_atlases(context.atlases, scan, registrations)
         predicted, masks = None, dict[int, LocalMap]()
         if model is not None and prompt is not None:
             with clock.stage("model") as report:
@@ -170,23 +160,6 @@ def segment(
     )
 
 
-def _without_query(context: Context, scan: Volume) -> Context:
-    """Leave the query itself out of a context of several atlases, and say so."""
-    atlases = context.atlases
-    others = [one for one in atlases if not _is_same_scan(one.image, scan)]
-    if len(atlases) == 1 or len(others) == len(atlases):
-        return context
-    complete = [one for one in others if one.present == one.values]
-    if not complete:
-        raise InputError("the query is an atlas of the context, and no other one has all structures; leave it out")
-    logger.warning("the query is one of the atlases of the context, and is left out of them")
-    return replace(context, atlas=complete[0], others=tuple(one for one in others if one is not complete[0]))
-
-
-def _is_same_scan(one: Volume, other: Volume) -> bool:
-    return one.grid.matches(other.grid) and np.array_equal(one.data, other.data)
-
-
 def _with_members(
     structures: Sequence[StructureResult],
     member_labels: Mapping[str, NDArray[Any]],
@@ -202,63 +175,10 @@ def _with_members(
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Warped:
-    """The atlas on the query, by number of the structure: masks of those not missing, and their label map."""
-
-    registration: Registration
-    masks: Mapping[int, LocalMap]
-    labels: NDArray[Any]
-    #: Fraction of each structure out of view.
-    outside: tuple[float, ...]
-    missing: Mapping[int, tuple[Status, str]]
-    #: Positions of the atlases that agreed on a structure, of several.
-    votes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
-
-
-def _warp(atlas: Atlas, scan: Volume, registration: Registration) -> _Warped:
-    """Warp the atlas's labels to the query, and drop structures that it does not show."""
-    numbers = range(1, len(atlas.structures) + 1)
-    outside = outside_fractions(atlas, registration.linear, scan.grid)
-    masks = warp_labels(atlas.numbered, numbers, scan.grid, registration.members)
-    missing = {n: why for n in numbers if (why := _why_missing(masks[n], outside[n - 1])) is not None}
-    masks = {n: mask for n, mask in masks.items() if n not in missing}
-    return _Warped(registration, masks, label_map(masks, scan.grid.shape), outside, missing)
-
-
-def _vote(atlases: Sequence[Atlas], warped: Sequence[_Warped], shape: tuple[int, int, int]) -> _Warped:
-    """Let several atlases, the first of which has all structures, vote on each; what most of them miss is missing."""
-    first, masks, missing, outside = warped[0], dict[int, LocalMap](), dict[int, tuple[Status, str]](), list[float]()
-    votes = {}
-    for n in range(1, len(first.outside) + 1):
-        having = [k for k, atlas in enumerate(atlases) if atlas.values[n - 1] in atlas.present]
-        found = [k for k in having if n in warped[k].masks]
-        outside.append(float(np.median([warped[k].outside[n - 1] for k in having])))
-        if 2 * len(found) < len(having) or not found:
-            missing[n] = next(warped[k].missing[n] for k in having if n in warped[k].missing)
-            continue
-        masks[n], kept = vote([warped[k].masks[n] for k in found])
-        votes[n] = tuple(found[k] for k in kept)
-        if not (masks[n].values >= INSIDE).any():
-            missing[n] = "absent", "the atlases disagree on where it is"
-            del masks[n]
-    return _Warped(first.registration, masks, label_map(masks, shape), tuple(outside), missing, votes)
-
-
-def _why_missing(mask: LocalMap, outside: float) -> tuple[Status, str] | None:
-    """Status and reason of a structure that the query does not show, else None."""
-    is_empty = not (mask.values >= INSIDE).any()
-    if outside >= OUTSIDE_FRACTION or (is_empty and outside >= _MOSTLY_OUTSIDE_FRACTION):
-        return "outside", f"{outside:.0%} of it lies outside the field of view"
-    if is_empty:
-        return "absent", "no voxel of the query has a probability of 0.5 or more in the warped atlas"
-    return None
-
-
 def _fuse(
     context: Context,
     scan: Volume,
-    warped: _Warped,
+    warped: Warped,
     predicted: Mapping[int, LocalMap],
     settings: Settings,
     device: str,
@@ -278,7 +198,7 @@ def _judge(
     atlas: Atlas,
     scan: Volume,
     query: Volume,
-    warped: _Warped,
+    warped: Warped,
     predicted: Prediction | None,
     masks: Mapping[int, LocalMap],
     labels: NDArray[Any],

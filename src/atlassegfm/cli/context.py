@@ -22,6 +22,7 @@ app = typer.Typer(
     cls=Group,
     help="Contexts: `context show CTX` lists the atlases of one, `context add CTX` adds an annotated scan, "
     "`context remove CTX N` removes one.",
+    no_args_is_help=True,
 )
 
 
@@ -38,7 +39,7 @@ class AddOptions(ScreenOptions, StructureOptions):
 
     context: Path = argument("CTX", "A folder that `atlassegfm customize` wrote.")
     atlas: Path = required("--atlas IMG", "The annotated scan to add.")
-    labels: Path = required("--labels LAB", "Its labels: label map, RTSTRUCT or DICOM-SEG.")
+    labels: Path = required("--labels LAB", "Labels of that scan: label map, RTSTRUCT or DICOM-SEG.")
     names: Path | None = names_option()
     atlas_series: str | None = option("--atlas-series S", "Which series of the atlas's DICOM folder, as for --series.")
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import nibabel as nib
 
-from ..context import CONTEXT_NAMES
+from ..context import ONE_ATLAS_NAMES
 from ..core.errors import AtlasSegError, InputError
 from ..core.files import PathLike
 from ..core.image import NIFTI_SUFFIXES, image_stem, image_suffix
@@ -191,7 +191,7 @@ def _foreign(folder: Path, names: set[str], labels: bool, bids: bool) -> str:
     """Why a folder below the one that was named holds no queries; empty if it may."""
     if STATUS in names or RUN in names:
         return "a result of this program"
-    if len(CONTEXT_NAMES & names) >= len(CONTEXT_NAMES) - 1:
+    if len(ONE_ATLAS_NAMES & names) >= len(ONE_ATLAS_NAMES) - 1:
         return "a context of this program"
     if bids and folder.name in _BIDS_OTHERS:
         return "a BIDS folder without anatomical scans"

@@ -1,0 +1,105 @@
+"""Atlases on a query: which of a context take part, their labels warped, and the votes of several."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .atlas import Atlas
+from .context import Context
+from .core.errors import InputError
+from .core.image import Volume
+from .core.mask import LocalMap
+from .fusion.label_map import label_map
+from .fusion.voting import vote
+from .prompts import INSIDE
+from .quality.coverage import OUTSIDE_FRACTION, outside_fractions
+from .registration import Registration
+from .result import Status
+from .transforms.resample import warp_labels
+
+logger = logging.getLogger(__name__)
+
+#: A structure whose warped mask is empty counts as outside, not absent, if most of it is out of view.
+_MOSTLY_OUTSIDE_FRACTION = 0.5
+
+
+def without_query(context: Context, scan: Volume) -> Context:
+    """Leave the query itself out of a context of several atlases, and say so."""
+    atlases = context.atlases
+    others = [one for one in atlases if not _is_same_scan(one.image, scan)]
+    if len(atlases) == 1 or len(others) == len(atlases):
+        return context
+    complete = [one for one in others if one.present == one.values]
+    if not complete:
+        raise InputError("the query is an atlas of the context, and no other one has all structures; leave it out")
+    logger.warning("the query is one of the atlases of the context, and is left out of them")
+    return replace(context, atlas=complete[0], others=tuple(one for one in others if one is not complete[0]))
+
+
+def _is_same_scan(one: Volume, other: Volume) -> bool:
+    return one.grid.matches(other.grid) and np.array_equal(one.data, other.data)
+
+
+@dataclass(frozen=True, eq=False)
+class Warped:
+    """An atlas on the query, or several, by number of the structure: masks of those not missing, and the label map."""
+
+    registration: Registration
+    masks: Mapping[int, LocalMap]
+    labels: NDArray[Any]
+    #: Fraction of each structure out of view.
+    outside: tuple[float, ...]
+    missing: Mapping[int, tuple[Status, str]]
+    #: Positions of the atlases that agreed on a structure, of several.
+    votes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+
+def _warp(atlas: Atlas, scan: Volume, registration: Registration) -> Warped:
+    """Warp the atlas's labels to the query, and drop structures that it does not show."""
+    numbers = range(1, len(atlas.structures) + 1)
+    outside = outside_fractions(atlas, registration.linear, scan.grid)
+    masks = warp_labels(atlas.numbered, numbers, scan.grid, registration.members)
+    missing = {n: why for n in numbers if (why := _why_missing(masks[n], outside[n - 1])) is not None}
+    masks = {n: mask for n, mask in masks.items() if n not in missing}
+    return Warped(registration, masks, label_map(masks, scan.grid.shape), outside, missing)
+
+
+def _vote(atlases: Sequence[Atlas], warped: Sequence[Warped], shape: tuple[int, int, int]) -> Warped:
+    """Let several atlases, the first of which has all structures, vote on each; what most of them miss is missing."""
+    first, masks, missing, outside = warped[0], dict[int, LocalMap](), dict[int, tuple[Status, str]](), list[float]()
+    votes = {}
+    for n in range(1, len(first.outside) + 1):
+        having = [k for k, atlas in enumerate(atlases) if atlas.values[n - 1] in atlas.present]
+        found = [k for k in having if n in warped[k].masks]
+        outside.append(float(np.median([warped[k].outside[n - 1] for k in having])))
+        if 2 * len(found) < len(having) or not found:
+            missing[n] = next(warped[k].missing[n] for k in having if n in warped[k].missing)
+            continue
+        masks[n], kept = vote([warped[k].masks[n] for k in found])
+        votes[n] = tuple(found[k] for k in kept)
+        if not (masks[n].values >= INSIDE).any():
+            missing[n] = "absent", "the atlases disagree on where it is"
+            del masks[n]
+    return Warped(first.registration, masks, label_map(masks, shape), tuple(outside), missing, votes)
+
+
+def _why_missing(mask: LocalMap, outside: float) -> tuple[Status, str] | None:
+    """Status and reason of a structure that the query does not show, else None."""
+    is_empty = not (mask.values >= INSIDE).any()
+    if outside >= OUTSIDE_FRACTION or (is_empty and outside >= _MOSTLY_OUTSIDE_FRACTION):
+        return "outside", f"{outside:.0%} of it lies outside the field of view"
+    if is_empty:
+        return "absent", "no voxel of the query has a probability of 0.5 or more in the warped atlas"
+    return None
+
+
+def warp_atlases(atlases: Sequence[Atlas], scan: Volume, registrations: Sequence[Registration]) -> Warped:
+    """Warp the labels of one or several atlases to a query; several vote on each structure."""
+    warped = [_warp(one, scan, its) for one, its in zip(atlases, registrations, strict=True)]
+    return warped[0] if len(atlases) == 1 else _vote(atlases, warped, scan.grid.shape)
