@@ -202,7 +202,8 @@ def test_estimate_is_linear_within_limits(monkeypatch: pytest.MonkeyPatch) -> No
 def test_shipped_calibration_fits_the_evidence() -> None:
     names = {field.name for field in fields(Evidence)}
     shipped = regressions()
-    without = {"builtin": set(), "model": {"certainty"}, "none": {"certainty", "agreement", "offset"}}
+    without = {"builtin": set(), "builtin,litemedsam": set(), "model": {"certainty"}}
+    without["none"] = {"certainty", "agreement", "offset"}
     assert shipped.keys() == without.keys()
     for kind, regression in shipped.items():
         assert set(regression.terms) == names - without[kind]
@@ -216,7 +217,7 @@ def test_every_piece_of_evidence_can_be_explained() -> None:
         assert explain(field.name, NOTHING, 1.0)
 
 
-@pytest.mark.parametrize("kind", ["builtin", "model", "none"])
+@pytest.mark.parametrize("kind", ["builtin", "builtin,litemedsam", "model", "none"])
 def test_a_reason_is_on_the_wrong_side_of_its_usual_value(kind: str) -> None:
     """A regression may have a sign that nobody expects: a small difference of brightness is no objection."""
     low_is_bad = {"agreement", "certainty", "log_volume", "separation_product", "place_margin"}

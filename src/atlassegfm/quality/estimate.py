@@ -60,6 +60,6 @@ class Regression:
 
 @cache
 def regressions() -> Mapping[str, Regression]:
-    """Load the regressions by model: "builtin", any other "model", and "none"."""
+    """Load the regressions by model: those measured by name or names, any other as "model", and "none"."""
     text = resources.files(__package__).joinpath(CALIBRATION).read_text(encoding="utf-8")
     return TypeAdapter(dict[str, Regression]).validate_python(json.loads(text)["regressions"])
