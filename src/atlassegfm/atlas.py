@@ -157,7 +157,7 @@ class Atlas:
         """Give its structures the values, names and colours that an atlas of the same names has for them.
 
         ``structures`` of the result are all of the ``first``; some may have no voxel. Raises InputError, with the
-        ``name`` of this one, if it has a structure that the first does not have, or is the same scan.
+        ``name`` of this one, if it has a structure that the first does not have.
         """
         own, known = {one.name: one.value for one in self.structures}, {one.name: one.value for one in first.structures}
         if unknown := [one for one in own if one not in known]:
@@ -165,8 +165,6 @@ class Atlas:
                 f"{name}: has the structures {listed(unknown)}, which the first atlas does not have "
                 f"({listed(tuple(known))}); give an atlas with all structures first, or choose them with --structures"
             )
-        if self.image.grid.matches(first.image.grid) and np.array_equal(self.image.data, first.image.data):
-            raise InputError(f"{name}: is the same scan as another atlas; give each once")
         values = np.zeros(int(self.labels.data.max()) + 1, first.labels.data.dtype)
         for one, value in own.items():
             values[value] = known[one]
@@ -184,6 +182,11 @@ class Atlas:
     def __repr__(self) -> str:
         """Image and structures, on a few lines."""
         return f"Atlas({self.image!r}, {counted(len(self.structures), 'structure')}: {listed(self.names)})"
+
+
+def is_same_scan(one: Volume, other: Volume) -> bool:
+    """Check whether two scans in RAS-canonical array order have the same voxels at the same place."""
+    return one.grid.matches(other.grid) and np.array_equal(one.data, other.data)
 
 
 def canonical_scan(volume: Volume, name: str) -> Volume:

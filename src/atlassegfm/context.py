@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from .atlas import Atlas
+from .atlas import Atlas, is_same_scan
 from .core.config import gate_settings, load_toml, to_toml, with_file
 from .core.device import memory_errors, reproducible, resolve_device
 from .core.errors import InputError, ModelError
@@ -94,9 +94,9 @@ class Context:
         """
         if len(self.atlases) == _MOST_ATLASES:
             raise InputError(f"{name}: the context has {_MOST_ATLASES} atlases, which is the most")
+        if any(is_same_scan(other.image, one.image) for one in self.atlases):
+            raise InputError(f"{name}: is the same scan as another atlas; give each once")
         matched = other.matched(self.atlas, name)
-        for one in self.others:
-            other.matched(one, name)
         number = len(self.atlases) + 1
         own = {f"{role} {number}": file for role, file in (files or {}).items()}
         return replace(self, others=(*self.others, matched), files={**self.files, **own}, saved=None)

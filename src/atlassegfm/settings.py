@@ -459,7 +459,7 @@ class Settings:
         if twice := [name for name, other in pairwise(names) if name == other]:
             raise ValueError(f"expected each model once, but {twice[0]!r} is named twice")
         if len(names) > 1 and NO_MODEL in names:
-            raise ValueError(f"{NO_MODEL!r} stands for no model; leave it out, or name it alone")
+            raise ValueError(f"expected names of models, or {NO_MODEL!r} alone")
         return ",".join(names)
 
     @property

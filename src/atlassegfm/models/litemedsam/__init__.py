@@ -4,8 +4,8 @@ The network knows single slices. Where the structure is, and on which slices, th
 mask on each slice is the prompt, and where it has no voxel there is no answer. An image is encoded once for all
 structures on it; of thin slices some are skipped, and interpolated.
 
-A single box (the prompt "box") is followed from slice to slice as by the authors: each slice's box is
-that of its neighbour's answer.
+A single box (the prompt "box") is followed from slice to slice as by the authors: each slice's box is that of its
+neighbour's answer.
 
 Input as in training (bowang-lab/MedSAM, branch LiteMedSAM at b0fab47): 8 bits, a slice averaged over areas until its
 longer side is 256, stretched from 0 to 1, padded right and below. The network itself is in :mod:`.network`.
@@ -137,7 +137,7 @@ class LiteMedSamSegmenter:
         return {index: box for index, box in boxes.items() if index % step == 0 or index in (min(boxes), max(boxes))}
 
     def predict_slice(self, encoded: SliceEncoding, index: int, boxes: list[Box]) -> Field:
-        """(B, rows, columns) probabilities on one slice for B boxes."""
+        """Predict one slice for B boxes: probabilities in [0, 1], (B, rows, columns) float32."""
         rows, columns = encoded.input_shape
         # Outer edges of the pixels; whole numbers are their centres.
         corners = (np.array(boxes)[:, [1, 0, 3, 2]] + (0, 0, 1, 1)) * encoded.scale - 0.5
@@ -163,7 +163,7 @@ class LiteMedSamSegmenter:
         return kept[index]
 
     def _follow(self, encoded: SliceEncoding, prompt: BoxPrompt) -> Iterator[tuple[int, Field]]:
-        """Probabilities of slices from that of the box up, then down, each with the box of its neighbour's answer.
+        """Predict the box's slice, those above it, then those below, each with the box of its neighbour's answer.
 
         All slices that the prompt says the structure is on are answered; without them that of the box alone.
         """
