@@ -24,8 +24,7 @@ from atlassegfm import demo
 from atlassegfm.atlas import canonical_scan
 from atlassegfm.core.dataset import load_dataset
 from atlassegfm.core.image import Volume, load_image, load_labels
-from atlassegfm.registration import features, register, sampling
-from atlassegfm.registration.engines import instance
+from atlassegfm.registration import features, objective, register, sampling
 
 #: Voxels along each side of the cubes on which parts are timed: about the level in the labels' box.
 SIDE = 80
@@ -85,7 +84,7 @@ def _ratio(name: str, old: Callable[[], object], new: Callable[[], object]) -> N
 def _compare_correlation() -> None:
     """The derivative of the local correlation: PyTorch's own against the one written out."""
     fixed, moving, weight = (torch.rand(1, 1, SIDE, SIDE, SIDE) for _ in range(3))
-    correlation = features.LocalCorrelation(fixed, instance._CORRELATION_RADIUS)
+    correlation = features.LocalCorrelation(fixed, objective.CORRELATION_RADIUS)
     moving.requires_grad_(True)
 
     def own() -> None:

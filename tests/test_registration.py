@@ -16,7 +16,7 @@ import scenes
 from atlassegfm.core.errors import RegistrationError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
-from atlassegfm.registration import Registration, affine, features, pyramid, register, sampling, structures
+from atlassegfm.registration import Registration, affine, features, objective, pyramid, register, sampling, structures
 from atlassegfm.registration.engines import instance
 from atlassegfm.registration.pyramid import Pair, Start
 from atlassegfm.settings import InstanceSettings, RegistrationSettings
@@ -479,15 +479,15 @@ def test_a_diffeomorphic_fit_finds_the_deformation() -> None:
 
 
 def test_folding_penalty_hand_worked() -> None:
-    assert instance._folding_penalty(torch.zeros(1, 3, 4, 4, 4)) == 0
+    assert objective.folding_penalty(torch.zeros(1, 3, 4, 4, 4)) == 0
     squeezed = torch.zeros(1, 3, 4, 4, 4)
     squeezed[0, 1] = -0.9 * torch.arange(4.0)[None, :, None]
-    assert float(instance._folding_penalty(squeezed)) == pytest.approx((0.3 - 0.1) ** 2, rel=1e-4)
+    assert float(objective.folding_penalty(squeezed)) == pytest.approx((0.3 - 0.1) ** 2, rel=1e-4)
     # A quarter turn about one axis keeps the volume: u = (R - 1) x.
     i, j, k = torch.meshgrid(*[torch.arange(4.0)] * 3, indexing="ij")
-    assert float(instance._folding_penalty(torch.stack((-j - i, i - j, 0 * k))[None])) == pytest.approx(0, abs=1e-9)
+    assert float(objective.folding_penalty(torch.stack((-j - i, i - j, 0 * k))[None])) == pytest.approx(0, abs=1e-9)
     # A mirrored axis: determinant -1.
-    assert float(instance._folding_penalty(torch.stack((0 * i, 0 * j, -2 * k))[None])) == pytest.approx(
+    assert float(objective.folding_penalty(torch.stack((0 * i, 0 * j, -2 * k))[None])) == pytest.approx(
         1.3**2, rel=1e-4
     )
 

@@ -19,13 +19,19 @@ from torch import Tensor
 
 from ..settings import RegistrationSettings
 from ..transforms.maps import Affine
+from . import kernels
 from .features import mind_ssc
+from .kernels import Array
 from .pyramid import Level, Scan, axes_of, frame_grid, on_grid
+from .sampling import at_points
 
 #: Penalty of foreground on background: the median dissimilarity (sum over 12 channels) of two misplaced abdomens.
 MISMATCH_PENALTY = 2.2
 #: Penalty of foreground out of the other field of view; lower ones pull some pairs of abdomens apart altogether.
 _OUTSIDE_PENALTY = 2.0
+#: Smallest foreground fraction that differences are divided by.
+_LEAST_FOREGROUND = 0.05
+_PENALTIES = (np.float32(MISMATCH_PENALTY), np.float32(_OUTSIDE_PENALTY), np.float32(_LEAST_FOREGROUND))
 #: Voxels of labelled structures weigh 1 + this in the atlas.
 _STRUCTURE_EMPHASIS = 3.0
 #: Standard deviations of the priors on rotation (radians), log scale and log shear, and the weight of the priors.
@@ -122,22 +128,39 @@ class _WeightedScan:
         ijk = torch.stack(torch.unravel_index(index, level.grid.shape), dim=1).numpy()
         self.points_mm = torch.as_tensor(level.grid.voxel_to_world(ijk), dtype=torch.float32).to(self.features.device)
         self.point_features = self.features.flatten(1)[:, index.to(self.features.device)]
+        # A border of zeros for the compiled loop: what lies outside is zero in every channel.
+        padded = F.pad(self.channels, [1] * 6)
+        self._padded = padded[:-2].cpu().movedim(0, -1).contiguous().numpy(), *padded[-2:].cpu().numpy()
 
     def penalty_of(self, other: _WeightedScan, matrix: Tensor, offset: Tensor) -> Tensor:
         """(B,) mean penalty of another scan's points, mapped into this one."""
         mapped = other.points_mm @ matrix.transpose(1, 2) + offset[:, None]
         inverse = torch.as_tensor(self.level.grid.inverse_affine, dtype=torch.float32, device=mapped.device)
         ijk = mapped @ inverse[:3, :3].T + inverse[:3, 3]
-        last = torch.tensor(self.level.grid.shape, dtype=torch.float32, device=mapped.device) - 1
+        by_device = self._penalties if ijk.device.type == "cpu" else self._penalties_by_torch
+        return by_device(other, ijk).mean(dim=1)
+
+    def _penalties(self, other: _WeightedScan, ijk: Tensor) -> Tensor:
+        """(B, N) penalties of another scan's points at (B, N, 3) voxels, by a compiled loop."""
+        targets = np.ascontiguousarray(other.point_features.T.numpy())
+
+        def penalties(points: Array, values: Array, slopes: Array, first: int, last: int) -> None:
+            kernels.penalty_at(self._padded, points, targets, _PENALTIES, values, slopes, first, last)
+
+        return at_points(ijk + 1, penalties)
+
+    def _penalties_by_torch(self, other: _WeightedScan, ijk: Tensor) -> Tensor:
+        """The same by PyTorch, on any device."""
+        last = torch.tensor(self.level.grid.shape, dtype=torch.float32, device=ijk.device) - 1
         where = (ijk / last * 2 - 1).flip(-1)[:, None, None]
-        volumes = self.channels.expand(len(matrix), -1, -1, -1, -1)
+        volumes = self.channels.expand(len(ijk), -1, -1, -1, -1)
         sampled = F.grid_sample(volumes, where, padding_mode="zeros", align_corners=True)[:, :, 0, 0]
         features, foreground, inside = sampled[:, :-2], sampled[:, -2], sampled[:, -1]
         # Sampled features have the foreground fraction as a factor; divided out once, it weights the difference.
         difference = foreground[:, None] * other.point_features - features
-        penalty = difference.pow(2).sum(dim=1) / foreground.clamp_min(0.05)
-        penalty = penalty + MISMATCH_PENALTY * (inside - foreground).clamp_min(0) + _OUTSIDE_PENALTY * (1 - inside)
-        return penalty.mean(dim=1)
+        penalty = difference.pow(2).sum(dim=1) / foreground.clamp_min(_LEAST_FOREGROUND)
+        penalty = penalty + MISMATCH_PENALTY * (inside - foreground).clamp_min(0)
+        return penalty + _OUTSIDE_PENALTY * (1 - inside)
 
 
 def _cost(parameters: Tensor, query: _WeightedScan, atlas: _WeightedScan, centre_mm: Tensor) -> Tensor:

@@ -6,9 +6,13 @@ import itertools
 from operator import add
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..core.compiled import in_slabs
+from . import kernels
 
 #: The six neighbours whose patches are compared (Heinrich et al. 2013, figure 2).
 _NEIGHBOURS = ((0, 0, -1), (0, 0, 1), (0, -1, 0), (0, 1, 0), (-1, 0, 0), (1, 0, 0))
@@ -37,6 +41,8 @@ def mind_ssc(image: Tensor) -> Tensor:
     Heinrich et al., "Towards Realtime Multimodal Fusion for Image-Guided Interventions Using Self-similarities", MICCAI
     2013.
     """
+    if _is_compiled(image):
+        return _compiled_mind(image)
     padded = F.pad(image, [1] * 6, mode="replicate")
 
     def shifted(offset: tuple[int, int, int]) -> Tensor:
@@ -52,8 +58,38 @@ def mind_ssc(image: Tensor) -> Tensor:
     return torch.exp(-distances / noise)
 
 
+def _is_compiled(image: Tensor) -> bool:
+    """Whether the compiled loops can take it: float32 on a CPU, and no derivative is asked for."""
+    return image.device.type == "cpu" and image.dtype == torch.float32 and not image.requires_grad
+
+
+def _compiled_mind(image: Tensor) -> Tensor:
+    """:func:`mind_ssc` by compiled loops: the channels are the last axis in memory."""
+    padded = np.pad(image[0, 0].numpy(), 1, mode="edge")
+    shape = image.shape[2:]
+    values, noise = np.empty((*shape, MIND_CHANNELS), np.float32), np.empty(shape, np.float32)
+    pairs = np.array(_PAIRS)
+    in_slabs(lambda *part: kernels.patch_distances(padded, pairs, values, noise, *part), shape[0])
+    middle = float(noise.mean(dtype=np.float64))
+    noise = noise.clip(max(middle * 1e-3, 1e-12), max(middle * 1e3, 1e-12))
+
+    def finish(first: int, last: int) -> None:
+        part = values[first:last]
+        part /= -noise[first:last, ..., None]
+        np.exp(part, out=part)
+
+    in_slabs(finish, shape[0])
+    return torch.from_numpy(values).movedim(-1, 0)[None]
+
+
 def box_sum(image: Tensor, radius: int) -> Tensor:
     """Sum (N, C, I, J, K) over cubes of 2 * radius + 1 voxels, zero beyond the border; faster than average pooling."""
+    if _is_compiled(image):
+        images = image.flatten(0, 1).contiguous().numpy()
+        planes, cubes = np.empty_like(images), np.empty_like(images)
+        in_slabs(lambda *part: kernels.sum_in_planes(images, radius, planes, *part), images.shape[1])
+        in_slabs(lambda *part: kernels.sum_across(planes, radius, cubes, *part), images.shape[2])
+        return torch.from_numpy(cubes).reshape(image.shape)
     for axis in (2, 3, 4):
         window, length = F.pad(image, [radius if n == axis else 0 for n in (4, 4, 3, 3, 2, 2)]), image.shape[axis]
         # 2 * radius + 1 in binary: runs of 1, 2, 4 ... voxels are summed by doubling and added up.
@@ -92,6 +128,37 @@ class LocalCorrelation:
         value: Tensor = _CorrelationLoss.apply(moving, weight, self)  # type: ignore[no-untyped-call]
         return value
 
+    def value_and_slopes(self, moving: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute :meth:`dissimilarity` and its derivative by the moving image in four box sums."""
+        if _is_compiled(moving) and moving.dtype == self.fixed.dtype:
+            return self._compiled(moving, weight)
+        covariance, variance, mean = self._moments(moving)
+        ratio = covariance / (self.variance * variance)
+        squared = ratio * covariance
+        # For cube x: d squared = 2 ratio d covariance - squared / variance d variance, where a voxel y of the cube has
+        # d covariance = (fixed(y) - mean of fixed) / count, d variance = 2 (moving(y) - mean) / count. Sums over all
+        # cubes that hold y are box sums again.
+        pull = weight * ratio * self.inverse_count
+        push = weight * squared / variance * self.inverse_count
+        sums = box_sum(torch.cat((pull, pull * self.mean, push, push * mean), dim=1), self.radius)
+        gradient = 2 * (sums[:, 1:2] - sums[:, :1] * self.fixed + sums[:, 2:3] * moving - sums[:, 3:])
+        return (weight * (1 - squared)).sum(), gradient
+
+    def _compiled(self, moving: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`value_and_slopes` by compiled loops."""
+        one, fixed, own = (image[0, 0].contiguous().numpy() for image in (moving, self.fixed, weight))
+        of_fixed = tuple(image[0, 0].numpy() for image in (self.mean, self.variance, self.inverse_count))
+        radius, numbers, planes = self.radius, (self.radius, np.float32(_NOISE_VARIANCE)), len(one)
+        sums, pulls = np.empty((4, *one.shape), np.float32), np.empty((4, *one.shape), np.float32)
+        in_slabs(lambda *part: kernels.moment_sums(one, fixed, radius, sums[:3], *part), planes)
+        value = in_slabs(
+            lambda *part: kernels.correlation_pulls(sums[:3], of_fixed, own, numbers, pulls, *part), planes
+        )
+        in_slabs(lambda *part: kernels.sum_in_planes(pulls, radius, sums, *part), planes)
+        slopes = np.empty_like(one)
+        in_slabs(lambda *part: kernels.correlation_slopes(sums, one, fixed, radius, slopes, *part), planes)
+        return torch.tensor(sum(value)), torch.from_numpy(slopes)[None, None]
+
     def _moments(self, moving: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Covariance with the fixed image, variance and mean of the moving one, in every cube."""
         stacked = torch.cat((moving, moving * moving, moving * self.fixed), dim=1)
@@ -102,22 +169,13 @@ class LocalCorrelation:
 
 
 class _CorrelationLoss(torch.autograd.Function):
-    """:meth:`LocalCorrelation.dissimilarity` with its derivative in four box sums, cheaper than PyTorch's own."""
+    """:meth:`LocalCorrelation.dissimilarity` with its written-out derivative."""
 
     @staticmethod
     def forward(ctx: Any, moving: Tensor, weight: Tensor, correlation: LocalCorrelation) -> Tensor:
-        covariance, variance, mean = correlation._moments(moving)
-        ratio = covariance / (correlation.variance * variance)
-        squared = ratio * covariance
-        # For cube x: d squared = 2 ratio d covariance - squared / variance d variance, where a voxel y of the cube has
-        # d covariance = (fixed(y) - mean of fixed) / count, d variance = 2 (moving(y) - mean) / count. Sums over all
-        # cubes that hold y are box sums again.
-        pull = weight * ratio * correlation.inverse_count
-        push = weight * squared / variance * correlation.inverse_count
-        sums = box_sum(torch.cat((pull, pull * correlation.mean, push, push * mean), dim=1), correlation.radius)
-        gradient = 2 * (sums[:, 1:2] - sums[:, :1] * correlation.fixed + sums[:, 2:3] * moving - sums[:, 3:])
+        value, gradient = correlation.value_and_slopes(moving, weight)
         ctx.save_for_backward(gradient)
-        return (weight * (1 - squared)).sum()
+        return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:

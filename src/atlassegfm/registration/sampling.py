@@ -2,9 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
+
+from ..core.compiled import in_slabs
+
+#: A compiled loop: from points, (N, 3), to values, (N,), and derivatives by position, (N, 3), in a slab.
+PointLoop = Callable[[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], int, int], None]
+
+
+def at_points(points: Tensor, loop: PointLoop) -> Tensor:
+    """Evaluate a function of position at points on a CPU, (B, N, 3), by a compiled loop: (B, N), differentiable."""
+    values: Tensor = _AtPoints.apply(points, loop)  # type: ignore[no-untyped-call]
+    return values
+
+
+class _AtPoints(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, points: Tensor, loop: PointLoop) -> Tensor:
+        where = points.detach().reshape(-1, 3).contiguous().numpy()
+        values, slopes = np.empty(len(where), np.float32), np.empty_like(where)
+        in_slabs(lambda *part: loop(where, values, slopes, *part), len(where))
+        ctx.save_for_backward(torch.from_numpy(slopes).reshape(points.shape))
+        return torch.from_numpy(values).reshape(points.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream[..., None] * ctx.saved_tensors[0], None
 
 
 def sample_at(channels: Tensor, where: Tensor) -> Tensor:

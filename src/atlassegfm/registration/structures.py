@@ -20,13 +20,17 @@ from torch import Tensor
 
 from ..core.image import Volume
 from ..core.mask import LocalMap
+from ..core.parallel import parallel_map
 from ..prompts import INSIDE
 from ..transforms.maps import Affine, DisplacementField, field_from_voxels
 from ..transforms.resample import warp_labels
+from . import kernels
 from .affine import affine_maps, homogeneous
 from .features import mind_ssc
+from .kernels import Array
 from .pyramid import Level, Scan, frame_grid, on_grid
 from .result import Place
+from .sampling import at_points
 
 #: Standard deviation of the prior on a translation, as a fraction of the field of view's size (its volume's cube root).
 _PRIOR_FRACTION = 0.1
@@ -69,6 +73,8 @@ _ELSEWHERE_SIZES = 0.5
 _MAPPED_FRACTION, _OUTSIDE_FRACTION = 0.3, 0.1
 #: Only the largest structures are searched for: the smallest of a hundred say little about where they are.
 _MOST_STRUCTURES = 32
+#: Structures searched for at a time, at most.
+_MOST_PARALLEL = 4
 #: A structure of fewer voxels on the level's grid is not searched for.
 _FEWEST_VOXELS = 8
 
@@ -120,7 +126,9 @@ def fit(
     large = sorted(maps, key=lambda value: -float(maps[value].values.sum()))[:_MOST_STRUCTURES]
     structures = StructureFit(query, atlas, spacing_mm, size_mm, brightness=brightness)
     masks = {n: maps[n] for n in sorted(large) if (maps[n].values >= INSIDE).sum() >= _FEWEST_VOXELS}
-    found = {value: structures.fit(mask) for value, mask in masks.items()}
+    # A GPU works on one structure at a time.
+    most = _MOST_PARALLEL if device == "cpu" else 1
+    found = dict(zip(masks, parallel_map(structures.fit, masks.values(), most=most), strict=True))
     matched = {value: one for value, one in found.items() if one is not None}
     blended = _blend(list(matched.values()), size_mm / spacing_mm) if matched else None
     return Search(
@@ -194,6 +202,9 @@ class StructureFit:
         # What lies outside the query is zero in every channel, and counted by the channel of ones.
         seen, mind = torch.ones_like(query.image), mind_ssc(query.image)
         self._query = torch.cat((query.image, seen, mind), dim=1)
+        # With a border of zeros for the compiled loops.
+        padded = F.pad(self._query, [1] * 6)[0].cpu()
+        self._padded = *padded[:2].numpy(), padded[2:].movedim(0, -1).contiguous().numpy()
         self._scene = F.pad(torch.cat((query.image, query.image**2, seen, mind), dim=1), [self._reach] * 6)[0]
         self._scene_mind_norm = self._scene[3:].pow(2).sum(dim=0)
         self._atlas_image, self._atlas_mind = atlas.image[0, 0], mind_ssc(atlas.image)[0]
@@ -328,13 +339,8 @@ class StructureFit:
         weight = sample.weight
         matrix, offset = affine_maps(parameters, sample.centre)
         mapped = sample.points @ matrix.transpose(1, 2) + offset[:, None]
-        # The query ends half a voxel beyond the centres of its outermost voxels, and fades to zero in the voxel around.
-        shape = torch.tensor(self._query.shape[2:], dtype=torch.float32, device=mapped.device)
-        where = ((mapped + 0.5) / shape * 2 - 1).flip(-1)[:, None, None]
-        volumes = self._query.expand(len(parameters), -1, -1, -1, -1)
-        sampled = F.grid_sample(volumes, where, padding_mode="zeros", align_corners=False)[:, :, 0, 0]
-        image, seen = sampled[:, 0], (sampled[:, 1] * weight).sum(dim=1)
-        mind_difference = ((sampled[:, 2:] - sample.mind).pow(2).sum(dim=1) * weight).sum(dim=1)
+        image, seen, mind_difference = self._compared(mapped, sample.mind)
+        seen, mind_difference = (seen * weight).sum(dim=1), (mind_difference * weight).sum(dim=1)
         cost = mind_difference + _OUTSIDE_PENALTY * (1 - seen)
         penalties = (_ROTATION_PENALTY, _STRETCH_PENALTY, _SHEAR_PENALTY)
         for penalty, part in zip(penalties, parameters[:, 3:].split(3, dim=1), strict=True):
@@ -348,6 +354,30 @@ class StructureFit:
         squared_difference = ((image - sample.image).pow(2) * weight).sum(dim=1)
         cost = cost + _CORRELATION_WEIGHT * (1 - correlation)
         return mind_difference, cost + _INTENSITY_WEIGHT * squared_difference
+
+    def _compared(self, mapped: Tensor, mind: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Intensity, field of view, and squared MIND-SSC difference to (12, N), at (B, N, 3) voxels: (B, N) each.
+
+        The query fades to zero in the voxel around it.
+        """
+        if mapped.device.type != "cpu":
+            return self._compared_by_torch(mapped, mind)
+        image, seen, features = self._padded
+        targets = np.ascontiguousarray(mind.T.numpy())
+
+        def difference(points: Array, values: Array, slopes: Array, first: int, last: int) -> None:
+            kernels.difference_at(features, points, targets, values, slopes, first, last)
+
+        one, other = (at_points(mapped + 1, partial(kernels.sample, channel)) for channel in (image, seen))
+        return one, other, at_points(mapped + 1, difference)
+
+    def _compared_by_torch(self, mapped: Tensor, mind: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by PyTorch, on any device."""
+        shape = torch.tensor(self._query.shape[2:], dtype=torch.float32, device=mapped.device)
+        where = ((mapped + 0.5) / shape * 2 - 1).flip(-1)[:, None, None]
+        volumes = self._query.expand(len(mapped), -1, -1, -1, -1)
+        sampled = F.grid_sample(volumes, where, padding_mode="zeros", align_corners=False)[:, :, 0, 0]
+        return sampled[:, 0], sampled[:, 1], (sampled[:, 2:] - mind).pow(2).sum(dim=1)
 
 
 def _drawn(count: int, most: int) -> Tensor:

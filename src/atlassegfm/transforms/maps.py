@@ -13,7 +13,6 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from ..core.errors import InputError
 from ..core.geometry import Grid
@@ -78,10 +77,12 @@ class DisplacementField:
 
     def map(self, points_mm: NDArray[np.float64]) -> NDArray[np.float64]:
         """(N, 3) RAS+ mm to (N, 3) RAS+ mm."""
-        ijk = self.grid.world_to_voxel(points_mm)
-        moved = points_mm.copy()
-        for axis, displacement in enumerate(self.displacement_mm):
-            moved[:, axis] += ndimage.map_coordinates(displacement, ijk.T, order=1, mode="nearest")
+        from . import kernels
+
+        points_mm = np.ascontiguousarray(points_mm, dtype=np.float64)
+        moved = np.empty_like(points_mm)
+        field = np.ascontiguousarray(self.displacement_mm)
+        kernels.displace(points_mm, field, self.grid.inverse_affine, moved)
         return moved
 
     def jacobian_determinant(self) -> NDArray[np.float32]:

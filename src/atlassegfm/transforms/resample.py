@@ -1,6 +1,7 @@
 """Images and labels sampled through a transform."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,8 @@ from .maps import Transform, slabs
 
 #: Edge in mm of the blocks skipped where no label is near: about the node spacing of the finest field.
 _BLOCK_MM = 8.0
+#: Voxels in order of the structure, as indices into the flat array; their structures, from 1 on; and weights.
+_Weights = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]
 
 
 def resample(
@@ -24,11 +27,19 @@ def resample(
     ``order`` is that of the interpolating spline: 0 nearest, 1 linear, 3 cubic. Points outside the moving field of view
     get the value ``outside``. Without a transform the two worlds are the same.
     """
+    from . import kernels
+
     result = np.full(onto.shape, outside, np.float32)
+    data = np.ascontiguousarray(moving.data, dtype=np.float32) if order == 1 else moving.data
 
     def sample(part: tuple[slice, NDArray[np.float64]]) -> None:
         slab, points = part
-        ijk = moving.grid.world_to_voxel(points if fixed_to_moving is None else fixed_to_moving.map(points))
+        points = points if fixed_to_moving is None else fixed_to_moving.map(points)
+        if order == 1:
+            points = np.ascontiguousarray(points, dtype=np.float64)
+            kernels.sample_linear(data, points, moving.grid.inverse_affine, result[slab].reshape(-1))
+            return
+        ijk = moving.grid.world_to_voxel(points)
         inside = ((ijk >= -0.5) & (ijk <= np.array(moving.grid.shape) - 0.5)).all(axis=1)
         values = ndimage.map_coordinates(moving.data, ijk[inside].T, order=order, mode="nearest", output=np.float32)
         result[slab][inside.reshape(result[slab].shape)] = values
@@ -61,41 +72,34 @@ def warp_labels(
 def _warp_labels(
     labels: Volume, values: Sequence[int], onto: Grid, fixed_to_moving: Transform, floor: float
 ) -> dict[int, LocalMap]:
+    from . import kernels
+
     index_of = np.zeros(int(labels.data.max()) + 1, np.int32)
     wanted = [value for value in values if 0 < value < len(index_of)]
     index_of[wanted] = np.arange(1, len(wanted) + 1)
     shape = np.array(labels.grid.shape)
     padded = np.pad(index_of[labels.data], 1)  # a border of background saves all tests for neighbours outside
-    flat = padded.ravel()
-    strides = np.array([padded.shape[1] * padded.shape[2], padded.shape[2], 1])
     worth_mapping = _near_labels(padded, labels.grid, onto, fixed_to_moving)
 
-    def weights_in(part: tuple[slice, NDArray[np.float64]]) -> dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]]:
-        """Compute voxels and interpolation weights of the structures in one slab."""
+    def weights_in(part: tuple[slice, NDArray[np.float64]]) -> _Weights:
+        """Compute voxels and interpolation weights of the structures in one slab, in one pass over it."""
         slab, points = part
         chosen = np.flatnonzero(worth_mapping(slab))
         ijk = labels.grid.world_to_voxel(fixed_to_moving.map(points[chosen])) + 1
         kept = ((ijk > 0) & (ijk < shape + 1)).all(axis=1)
         ijk, voxels = ijk[kept], chosen[kept] + slab.start * onto.shape[1] * onto.shape[2]
-        base = np.floor(ijk).astype(np.int64)
-        fraction = (ijk - base).astype(np.float32)
-        corners = np.array(list(np.ndindex(2, 2, 2)))
-        first = base @ strides
-        found = np.stack([flat[first + corner @ strides] for corner in corners])
-        weights = np.stack(
-            [np.prod(np.where(corner, fraction, 1 - fraction), axis=1, dtype=np.float32) for corner in corners]
-        )
-        pieces = {}
-        for index in np.setdiff1d(found, 0):
-            weight = (weights * (found == index)).sum(axis=0)
-            hit = weight >= floor
-            pieces[wanted[index - 1]] = voxels[hit], weight[hit]
-        return pieces
+        most = 8 * len(ijk)
+        found = np.empty(most, np.int64), np.empty(most, np.int32), np.empty(most, np.float32)
+        count = kernels.label_weights(padded, np.ascontiguousarray(ijk), floor, found)
+        at, index, weight = found
+        order = np.argsort(index[:count], kind="stable")
+        return voxels[at[order]], index[order], weight[order]
 
     runs: dict[int, list[tuple[NDArray[np.int64], NDArray[np.float32]]]] = {value: [] for value in values}
-    for pieces in parallel_map(weights_in, slabs(onto)):
-        for value, piece in pieces.items():
-            runs[value].append(piece)
+    for voxels, index, weight in parallel_map(weights_in, slabs(onto)):
+        first = np.flatnonzero(np.diff(index, prepend=0))
+        for begin, end in pairwise((*first.tolist(), len(index))):
+            runs[wanted[index[begin] - 1]].append((voxels[begin:end], weight[begin:end]))
     return {value: _local_map_from_voxels(found, onto.shape) for value, found in runs.items()}
 
 

@@ -13,7 +13,7 @@ differ, and the mean of the labels warped by all of them is as near to the truth
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,24 +23,17 @@ from torch import Tensor
 
 from ...core.geometry import Grid
 from ...core.image import Volume
+from ...core.parallel import parallel_map
 from ...settings import InstanceSettings, RegistrationSettings
 from ...transforms.maps import Affine, Chain, DisplacementField, Transform, displacement_on, field_from_voxels
 from ...transforms.resample import resample
-from ..features import LocalCorrelation, mind_ssc
+from ..objective import STRIDE, Objective, Scans, Weights, smooth_control
 from ..pyramid import Pair, Scan, Start, axes_of, level_grid, on_grid
 from ..result import Registration
-from ..sampling import gradient_penalty, integrate_velocity, sample_at
+from ..sampling import integrate_velocity
 
-#: Voxels between control points.
-_STRIDE = 2
-#: Half width of the cube of the local correlation, in voxels: 7 across.
-_CORRELATION_RADIUS = 3
-#: Tissue compressed to less than this fraction of its volume is penalised.
-_LEAST_VOLUME = 0.3
 #: Adam's step in voxels of the level.
 _STEP_VOXELS = 0.5
-#: MIND-SSC is compared at one voxel in eight, another one of each cube of eight in every step: its patches overlap.
-_PARITIES = ((0, 0, 0), (1, 1, 1), (0, 1, 1), (1, 0, 0), (1, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 0))
 #: Control points at the border of the labels' box that stay: two passes of smoothing reach two of them.
 _FIXED_BORDER = 3
 #: Around the warped labels, voxels of the last level: room for the labels to move and for the cubes compared.
@@ -53,21 +46,11 @@ _SQUARINGS = 7
 _EMPHASIS_REACH = 0.03
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """Weights of one level, or one member's factors of them; see the settings of the same names."""
-
-    mind: float = 1.0
-    correlation: float = 1.0
-    smoothness: float = 1.0
-    emphasis: float = 1.0
-
-
 #: Members of the ensemble after the first: smoother, mostly MIND-SSC, mostly correlation.
 _FURTHER_MEMBERS = (
-    _Weights(smoothness=3.0, emphasis=0.25),
-    _Weights(mind=2.0, correlation=0.3),
-    _Weights(mind=0.4, correlation=2.0),
+    Weights(smoothness=3.0, emphasis=0.25),
+    Weights(mind=2.0, correlation=0.3),
+    Weights(mind=0.4, correlation=2.0),
 )
 
 
@@ -79,19 +62,25 @@ def fit(pair: Pair, linear: Affine, start: Start | None, settings: RegistrationS
     on that of the level in the labels' box.
     """
     options, robust = settings.instance, start is not None and start.contrast_robust
-    member = partial(_Member, pair, linear, options, device)
     begin = None if start is None else start.field
-    first = member(contrast_robust=robust)
-    field, count = first.fit_levels(begin)
-    local, local_count = first.fit_labels_box(field)
-    further: list[Transform] = []
-    for factors in _FURTHER_MEMBERS[: options.ensemble - 1]:
-        another = member(factors, contrast_robust=robust)
-        other, _ = another.fit_levels(begin)
-        near, _ = another.fit_labels_box(other)
-        further.append(Chain((other, linear) if near is None else (near, other, linear)))
-    counts = {"deformable": (count + local_count) * options.ensemble}
-    return Registration(linear, field, local, parameter_count=counts, further_members=tuple(further))
+
+    def fitted(factors: Weights) -> _Fit:
+        return _Member(pair, linear, options, device, factors, contrast_robust=robust).fit(begin)
+
+    # A GPU works on one fit at a time.
+    most = options.ensemble if device == "cpu" else 1
+    first, *others = parallel_map(fitted, (Weights(), *_FURTHER_MEMBERS)[: options.ensemble], most=most)
+    further = [Chain((one.field, linear) if one.local is None else (one.local, one.field, linear)) for one in others]
+    counts = {"deformable": first.parameter_count * options.ensemble}
+    return Registration(linear, first.field, first.local, parameter_count=counts, further_members=tuple(further))
+
+
+class _Fit(NamedTuple):
+    """Field over the field of view, that of the labels' box, and the number of parameters of both."""
+
+    field: DisplacementField
+    local: DisplacementField | None
+    parameter_count: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +91,16 @@ class _Member:
     linear: Affine
     options: InstanceSettings
     device: str
-    factors: _Weights = _Weights()
-    contrast_robust: bool = False
+    factors: Weights
+    contrast_robust: bool
 
-    def fit_levels(self, begin: DisplacementField | None) -> tuple[DisplacementField, int]:
+    def fit(self, begin: DisplacementField | None) -> _Fit:
+        """Fit over the whole field of view, then in the labels' box."""
+        field, count = self._fit_levels(begin)
+        local, local_count = self._fit_labels_box(field)
+        return _Fit(field, local, count + local_count)
+
+    def _fit_levels(self, begin: DisplacementField | None) -> tuple[DisplacementField, int]:
         """Fit over the whole field of view, coarse to fine."""
         levels = range(len(self.options.level_voxels))
         first, *finer = levels if begin is None else levels[1:] or levels
@@ -126,7 +121,7 @@ class _Member:
         added, count = level.fit(None, weights, iterations)
         return displacement_on(Chain((added, begin)), grid), count
 
-    def fit_labels_box(self, field: DisplacementField) -> tuple[DisplacementField | None, int]:
+    def _fit_labels_box(self, field: DisplacementField) -> tuple[DisplacementField | None, int]:
         """Fit the last level, in the labels' box; None if there is none."""
         transform = Chain((field, self.linear))
         box = self._labels_box(field, transform)
@@ -154,9 +149,9 @@ class _Member:
             outer = field.grid.crop(np.maximum(first - margin, 0), np.minimum(last + margin + 1, field.grid.shape))
             grid = level_grid(outer, axes, voxels, finest_mm)
         # Nothing is free to move in a box that is all border.
-        return grid if min(grid.shape) > 2 * _STRIDE * _FIXED_BORDER else None
+        return grid if min(grid.shape) > 2 * STRIDE * _FIXED_BORDER else None
 
-    def _weights(self, level: int, robust: bool = False) -> tuple[int, _Weights]:
+    def _weights(self, level: int, robust: bool = False) -> tuple[int, Weights]:
         """Iterations and weights of one level; the last value of a list holds for all levels after it."""
         prefix, factors = "contrast_robust_" if robust else "", self.factors
         names = ("mind_weight", "correlation_weight", "smoothness")
@@ -164,7 +159,7 @@ class _Member:
         iterations, mind, correlation, smoothness = (values[min(level, len(values) - 1)] for values in lists)
         emphasis = self.options.structure_emphasis * factors.emphasis
         weights = mind * factors.mind, correlation * factors.correlation, smoothness * factors.smoothness
-        return iterations, _Weights(*weights, emphasis)
+        return iterations, Weights(*weights, emphasis, self.options.folding_penalty)
 
 
 def _sizes(labels: Volume) -> dict[int, int]:
@@ -181,56 +176,39 @@ class _Level:
     ) -> None:
         self.grid, self.options, self.device = grid, options, device
         self.labelled, self.transform = moving.labelled, transform
-        query, atlas = on_grid(fixed, grid, device), on_grid(moving, grid, device, transform)
-        self.query_mind, self.atlas_mind = mind_ssc(query.image), mind_ssc(atlas.image)
-        self.correlation = LocalCorrelation(query.image, _CORRELATION_RADIUS)
-        self.atlas = torch.cat((atlas.image, atlas.inside), dim=1)
-        self.weight = query.weight
-        self.control_shape = [-(-n // _STRIDE) + 1 for n in grid.shape]
-        self.to_unit = 2 / (torch.tensor(grid.shape, dtype=torch.float32, device=device) - 1).clamp_min(1)
-        nodes = [torch.arange(n, dtype=torch.float32, device=device) for n in grid.shape]
-        self.nodes = torch.stack(torch.meshgrid(*nodes, indexing="ij"))[None]
+        self.scans = Scans(on_grid(fixed, grid, device), on_grid(moving, grid, device, transform))
 
     def fit(
-        self, start: DisplacementField | None, weights: _Weights, iterations: int, *, fixed_border: bool = False
+        self, start: DisplacementField | None, weights: Weights, iterations: int, *, fixed_border: bool = False
     ) -> tuple[DisplacementField, int]:
         """Optimise an addition to ``start``, with ``fixed_border`` 0 at the grid's border; their sum on the grid."""
-        shape, base = list(self.grid.shape), self._in_voxels(start)
-        coarse_base = F.interpolate(base, self.control_shape, mode="trilinear", align_corners=True)
-        places = self.nodes + base
-        control = torch.zeros_like(coarse_base, requires_grad=True)
-        weight = self._weight(start, weights.emphasis)
-        free = torch.ones_like(coarse_base[:, :1])
+        base = self._in_voxels(start)
+        objective = Objective(self.scans, base, self._weight(start, weights.emphasis), weights)
+        control = torch.zeros_like(objective.coarse_base, requires_grad=True)
+        free = torch.ones_like(objective.coarse_base[:, :1])
         if fixed_border:
             free = _zero_border(free, _FIXED_BORDER)
         optimizer = torch.optim.Adam([control], lr=_STEP_VOXELS)
         for step in range(iterations):
-            addition = self._addition(control * free)
-            displaced = places + F.interpolate(addition, shape, mode="trilinear", align_corners=True)
-            loss = self._dissimilarity(displaced, weight, weights, step)
-            loss = loss + weights.smoothness * gradient_penalty(addition / _STRIDE)
-            if self.options.folding_penalty:
-                loss = loss + self.options.folding_penalty * _folding_penalty((coarse_base + addition) / _STRIDE)
+            loss = objective(self._addition(control * free), step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         with torch.no_grad():
             addition = self._addition(control * free)
-            voxels = base + F.interpolate(addition, shape, mode="trilinear", align_corners=True)
+            voxels = base + F.interpolate(addition, list(self.grid.shape), mode="trilinear", align_corners=True)
         if fixed_border:
             voxels = _zero_border(voxels, 1)
         return field_from_voxels(self.grid, voxels[0].cpu().numpy()), control.numel()
 
     def _addition(self, control: Tensor) -> Tensor:
         """(1, 3, I, J, K) displacements of the control points, in voxels of the grid."""
-        # Two passes of a mean over 3 x 3 x 3 control points: about a cubic B-spline.
-        for _ in range(2):
-            control = F.avg_pool3d(F.pad(control, [1] * 6, mode="replicate"), 3, stride=1)
-        return integrate_velocity(control / _STRIDE, _SQUARINGS) * _STRIDE if self.options.diffeomorphic else control
+        control = smooth_control(control)
+        return integrate_velocity(control / STRIDE, _SQUARINGS) * STRIDE if self.options.diffeomorphic else control
 
     def _weight(self, start: DisplacementField | None, emphasis: float) -> Tensor:
         """(1, 1, I, J, K) voxel weights, 1 in sum: the query's foreground, more near the atlas's structures."""
-        weight = self.weight
+        weight = self.scans.weight
         if emphasis and self.labelled is not None:
             transform = self.transform if start is None else Chain((start, self.transform))
             near = resample(self.labelled, self.grid, transform)
@@ -238,22 +216,6 @@ class _Level:
             near = ndimage.gaussian_filter(near, _EMPHASIS_REACH * size_mm / self.grid.spacing_mm)
             weight = weight * (1 + emphasis * torch.from_numpy(near).to(self.device)[None, None])
         return weight / weight.sum().clamp_min(1e-6)
-
-    def _dissimilarity(self, displaced: Tensor, weight: Tensor, weights: _Weights, step: int) -> Tensor:
-        """Dissimilarity of query and atlas read at displaced voxels, (1, 3, I, J, K); MIND-SSC at the step's voxels."""
-        where = (displaced.movedim(1, -1) * self.to_unit - 1).flip(-1)
-        warped = sample_at(self.atlas, where)
-        # Outside the atlas nothing is compared; no gradient here: leaving it would lower the loss.
-        counted = weight * warped[:, 1:].detach()
-        loss = torch.zeros((), device=displaced.device)
-        if weights.correlation:
-            loss = loss + weights.correlation * self.correlation.dissimilarity(warped[:, :1], counted)
-        if weights.mind:
-            i, j, k = (slice(first, None, 2) for first in _PARITIES[step % len(_PARITIES)])
-            difference = (sample_at(self.atlas_mind, where[:, i, j, k]) - self.query_mind[:, :, i, j, k]).pow(2)
-            part = (difference.mean(dim=1, keepdim=True) * counted[:, :, i, j, k]).sum()
-            loss = loss + weights.mind * len(_PARITIES) * part
-        return loss
 
     def _in_voxels(self, field: DisplacementField | None) -> Tensor:
         """(1, 3, I, J, K) a displacement in voxels of the grid."""
@@ -268,16 +230,3 @@ def _zero_border(values: Tensor, width: int) -> Tensor:
     """(1, C, I, J, K) with zeros in the outermost planes, ``width`` on each side."""
     inner = slice(width, -width)
     return F.pad(values[:, :, inner, inner, inner], [width] * 6)
-
-
-def _folding_penalty(displacement: Tensor) -> Tensor:
-    """Mean squared shortfall of the Jacobian determinant below :data:`_LEAST_VOLUME`, of (1, 3, I, J, K) in voxels."""
-    i, j, k = (n - 1 for n in displacement.shape[2:])
-    # Forward differences at the nodes that have all three.
-    x, y, z = (displacement.diff(dim=axis)[0, :, :i, :j, :k] for axis in (2, 3, 4))
-    determinant = (
-        (1 + x[0]) * ((1 + y[1]) * (1 + z[2]) - y[2] * z[1])
-        - x[1] * (y[0] * (1 + z[2]) - y[2] * z[0])
-        + x[2] * (y[0] * z[1] - (1 + y[1]) * z[0])
-    )
-    return (_LEAST_VOLUME - determinant).clamp_min(0).pow(2).mean()

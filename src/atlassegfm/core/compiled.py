@@ -1,0 +1,43 @@
+"""Loops over voxels, compiled by Numba and computed in slabs by the program's own threads.
+
+Slabs are the same with any number of threads, and sums are added up slab by slab in their order, so that results are
+identical. Numba's own threads are not used: kernels release the interpreter lock, and :func:`.parallel.parallel_map`
+keeps to the limits of the program and its worker processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, TypeVar, cast
+
+import numba
+
+from .parallel import parallel_map
+
+#: Slabs of a job: enough to keep four threads busy to the end.
+_SLABS = 8
+#: Sums may be taken in the order that vector registers suggest, and products added without rounding in between.
+_FLOATING_POINT = {"reassoc", "contract", "nsz", "arcp"}
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compiled(function: F) -> F:
+    """Compile a function at its first call, for the types it is called with; kept on disk for the next process.
+
+    The compiled code lies beside the module or in the user's cache (``NUMBA_CACHE_DIR``); where neither can be written
+    to, it is compiled by each process anew.
+    """
+    options: dict[str, Any] = {"nogil": True, "fastmath": _FLOATING_POINT, "error_model": "numpy"}
+    try:
+        return cast("F", numba.njit(cache=True, **options)(function))
+    except RuntimeError:  # no place for a cache
+        return cast("F", numba.njit(**options)(function))
+
+
+def in_slabs(kernel: Callable[[int, int], Any], length: int) -> list[Any]:
+    """Call ``kernel`` with the first and one past the last index of each slab; what it returned, in order."""
+    bounds = [length * n // _SLABS for n in range(_SLABS + 1)]
+    parts = [(first, last) for first, last in pairwise(bounds) if last > first]
+    return list(parallel_map(lambda part: kernel(*part), parts))
