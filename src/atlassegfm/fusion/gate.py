@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..core.adam import Adam
 from ..core.image import Volume
 from ..core.mask import LocalMap, bounding_box
 from ..core.parallel import parallel_map
@@ -258,7 +259,7 @@ def _optimise(gate: Gate, samples: Sequence[_TrainingData], settings: FusionSett
     import torch
 
     parameters = torch.tensor((*gate.weights, gate.bias), dtype=torch.float64)
-    optimiser = torch.optim.Adam([parameters], lr=settings.learning_rate)
+    optimiser = Adam([parameters], [settings.learning_rate])
 
     def mean_dice() -> tuple[float, torch.Tensor]:
         scores = [_soft_dice(one, parameters) for one in samples]
@@ -266,8 +267,7 @@ def _optimise(gate: Gate, samples: Sequence[_TrainingData], settings: FusionSett
 
     before, slope = after, _ = mean_dice()
     for _ in range(settings.iterations):
-        parameters.grad = -slope
-        optimiser.step()
+        optimiser.step([-slope])
         after, slope = mean_dice()
     *weights, bias = parameters.tolist()
     return Gate(gate.kernels, tuple(weights), bias, gate.start, len(samples), before, after)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..core.adam import Adam
 from ..settings import RegistrationSettings
 from ..transforms.maps import Affine
 from . import kernels
@@ -125,7 +126,7 @@ class _WeightedScan:
         cumulative = torch.cumsum(self.weight.flatten().double().cpu(), dim=0)
         comb = (torch.arange(points, dtype=torch.float64) + 0.5) * (float(cumulative[-1]) / points)
         index = torch.unique(torch.searchsorted(cumulative, comb).clamp_max(len(cumulative) - 1))
-        ijk = torch.stack(torch.unravel_index(index, level.grid.shape), dim=1).numpy()
+        ijk = np.stack(np.unravel_index(index.numpy(), level.grid.shape), axis=1)
         self.points_mm = torch.as_tensor(level.grid.voxel_to_world(ijk), dtype=torch.float32).to(self.features.device)
         self.point_features = self.features.flatten(1)[:, index.to(self.features.device)]
         # A border of zeros for the compiled loop: what lies outside is zero in every channel.
@@ -184,20 +185,16 @@ def _minimise(
     if rigid:
         steps[6:] = 0
     moves = torch.zeros_like(start, requires_grad=True)
-    optimizer = torch.optim.Adam([moves], lr=1.0, betas=(0.8, 0.95))
+    optimizer = Adam([moves], [1.0], decay_rates=(0.8, 0.95))
     best, best_cost = start.clone(), torch.full((len(start),), torch.inf, device=start.device)
     for iteration in range(iterations):
-        for group in optimizer.param_groups:
-            group["lr"] = 1 - 0.9 * iteration / iterations
         parameters = start + moves * steps
         costs = cost(parameters)
         with torch.no_grad():
             better = costs < best_cost
             best_cost = torch.where(better, costs, best_cost)
             best = torch.where(better[:, None], parameters, best)
-        optimizer.zero_grad()
-        costs.sum().backward()
-        optimizer.step()
+        optimizer.step(torch.autograd.grad(costs.sum(), (moves,)), factor=1 - 0.9 * iteration / iterations)
     return best.detach(), best_cost.detach()
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+from ..core.adam import Adam
 from ..core.image import Volume
 from ..core.mask import LocalMap
 from ..core.parallel import parallel_map
@@ -323,12 +324,10 @@ class StructureFit:
     def _fitted(self, start: Tensor, sample: _Sample, iterations: int) -> tuple[Tensor, Tensor]:
         """Fit linear maps from (n, 12) parameters; the parameters found, and their costs with the prior, (n,)."""
         shift, shape = (part.clone().requires_grad_(True) for part in (start[:, :3], start[:, 3:]))
-        optimizer = torch.optim.Adam([{"params": [shift], "lr": _SHIFT_STEP}, {"params": [shape], "lr": _SHAPE_STEP}])
+        optimizer = Adam([shift, shape], [_SHIFT_STEP, _SHAPE_STEP])
         for _ in range(iterations):
             _, cost = self._terms(torch.cat((shift, shape), dim=1), sample)
-            optimizer.zero_grad()
-            cost.sum().backward()
-            optimizer.step()
+            optimizer.step(torch.autograd.grad(cost.sum(), (shift, shape)))
         found = torch.cat((shift, shape), dim=1).detach()
         with torch.no_grad():
             cost = self._terms(found, sample)[1]

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
+from ...core.adam import Adam
 from ...core.geometry import Grid
 from ...core.image import Volume
 from ...core.parallel import parallel_map
@@ -188,12 +189,10 @@ class _Level:
         free = torch.ones_like(objective.coarse_base[:, :1])
         if fixed_border:
             free = _zero_border(free, _FIXED_BORDER)
-        optimizer = torch.optim.Adam([control], lr=_STEP_VOXELS)
+        optimizer = Adam([control], [_STEP_VOXELS])
         for step in range(iterations):
             loss = objective(self._addition(control * free), step)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            optimizer.step(torch.autograd.grad(loss, (control,)))
         with torch.no_grad():
             addition = self._addition(control * free)
             voxels = base + F.interpolate(addition, list(self.grid.shape), mode="trilinear", align_corners=True)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ...core.adam import Adam
 from ...core.errors import RegistrationError
 from ...settings import RegistrationSettings, VoxelmorphSettings
 from ...transforms.maps import Affine, field_from_voxels
@@ -129,7 +130,8 @@ def _optimise(query: Level, atlas: Level, options: VoxelmorphSettings) -> tuple[
     network = Network(options.levels, options.channels, torch.Generator().manual_seed(_SEED)).to(device)
     scans = torch.cat((atlas.image, query.image), dim=1)
     dissimilarity = _dissimilarity(query, atlas, options.loss)
-    optimizer = torch.optim.Adam(network.parameters(), lr=options.learning_rate)
+    parameters = list(network.parameters())
+    optimizer = Adam(parameters, [options.learning_rate] * len(parameters))
 
     def predicted() -> tuple[Tensor, Tensor]:
         """Displacement, and what is to be smooth: the same, or the velocity it is integrated from."""
@@ -137,14 +139,11 @@ def _optimise(query: Level, atlas: Level, options: VoxelmorphSettings) -> tuple[
         return integrate(raw, options.integration_steps) if options.diffeomorphic else (raw, raw)
 
     for iteration in range(options.iterations):
-        for group in optimizer.param_groups:
-            group["lr"] = options.learning_rate * _rate(options.schedule, iteration, options.iterations)
         displacement, regularised = predicted()
         gradient = gradient_penalty(regularised) / 3  # a mean over the axes, as in the published code
         loss = dissimilarity(displacement) + options.smoothness * gradient
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        factor = _rate(options.schedule, iteration, options.iterations)
+        optimizer.step(torch.autograd.grad(loss, parameters), factor=factor)
     with torch.no_grad():
         displacement, _ = predicted()
     return displacement[0].cpu().numpy(), sum(parameter.numel() for parameter in network.parameters())
