@@ -224,7 +224,7 @@ class TestTraining:
         default, paper = (FusionSettings(gate=kind, start=0.5, iterations=10) for kind in ("default", "paper"))
         of_all = train_gate(samples, paper, device=device)
         assert train_gate(samples, default, device=device) == of_all
-        monkeypatch.setattr(module, "_MAX_VOXELS", 500)
+        monkeypatch.setattr(module, "_MOST_VOXELS", 500)
         full, some = (module._prepare(MODEL_RIGHT, (3, 5, 7), device, limit) for limit in (None, 500))
         assert full is not None
         assert some is not None

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, TypeVar, cast
 
-import numba
-
 from .parallel import parallel_map
 
 #: Slabs of a job: enough to keep four threads busy to the end.
@@ -29,6 +27,8 @@ def compiled(function: F) -> F:
     The compiled code lies beside the module or in the user's cache (``NUMBA_CACHE_DIR``); where neither can be written
     to, it is compiled by each process anew.
     """
+    import numba
+
     options: dict[str, Any] = {"nogil": True, "fastmath": _FLOATING_POINT, "error_model": "numpy"}
     try:
         return cast("F", numba.njit(cache=True, **options)(function))

@@ -36,18 +36,18 @@ def reproducible(seed: int) -> Iterator[None]:
 
     # Read by cuBLAS when it starts; without it some matrix products are not reproducible.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    was_deterministic = torch.are_deterministic_algorithms_enabled()
-    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    # Not torch.use_deterministic_algorithms: that loads PyTorch's compiler, for seconds.
+    before = torch.get_deterministic_debug_mode()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         # A few CUDA kernels exist in one form only: they are used without a warning.
         warnings.filterwarnings("ignore", message=".*deterministic")
         torch.manual_seed(seed)
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode("warn")
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(was_deterministic, warn_only=only_warned)
+            torch.set_deterministic_debug_mode(before)
 
 
 @contextmanager

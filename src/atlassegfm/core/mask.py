@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from .compiled import in_slabs
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LocalMap:
@@ -87,20 +89,42 @@ def bounding_box(maps: Iterable[LocalMap]) -> tuple[tuple[int, int, int], tuple[
     return tuple(starts.min(axis=0).tolist()), tuple(stops.max(axis=0).tolist())
 
 
-def signed_distance_mm(mask: NDArray[np.bool_], spacing_mm: NDArray[np.float64]) -> NDArray[np.float32]:
+def signed_distance_mm(
+    mask: NDArray[np.bool_], spacing_mm: NDArray[np.float64], limit_mm: float | None = None
+) -> NDArray[np.float32]:
     """Compute the distance of each voxel's centre to the border of a mask, which runs between voxels.
 
     ``spacing_mm`` is the distance between neighbouring voxels along each axis, taken to be at right angles. The border
     of the array is none of the mask's. Distances, float32 in mm, are above 0 inside; infinite where there is no border.
+    With a limit they are clipped to it, which is faster the lower it is.
     """
     if mask.all() or not mask.any():
         return np.where(mask, np.float32(np.inf), np.float32(-np.inf))
     # Between centres; the border lies half a voxel before.
     half_mm = np.float32(spacing_mm.min() / 2)
+    if limit_mm is not None:
+        # Of centres that far apart, none is nearer to the border.
+        between_mm = np.float32(limit_mm) + half_mm
+        inward, outward = (_limited_distance_mm(mask, value, spacing_mm, between_mm) for value in (False, True))
+        return np.asarray(np.where(mask, inward - half_mm, half_mm - outward), np.float32)
     inward = ndimage.distance_transform_edt(mask, spacing_mm).astype(np.float32)
     outward = ndimage.distance_transform_edt(~mask, spacing_mm).astype(np.float32)
     signed: NDArray[np.float32] = np.where(mask, inward - half_mm, half_mm - outward)
     return signed
+
+
+def _limited_distance_mm(
+    mask: NDArray[np.bool_], value: bool, spacing_mm: NDArray[np.float64], limit_mm: np.float32
+) -> NDArray[np.float32]:
+    """Distance of each voxel to the nearest one of ``value``, 0 to the limit."""
+    from . import kernels
+
+    steps, mask = tuple(spacing_mm.tolist()), np.ascontiguousarray(mask)
+    planes, squares = np.empty(mask.shape, np.float32), np.empty(mask.shape, np.float32)
+    in_planes, across = kernels.squared_distances_in_planes, kernels.squared_distances_across
+    in_slabs(lambda *part: in_planes(mask, value, steps, limit_mm, planes, *part), mask.shape[0])
+    in_slabs(lambda *part: across(planes, steps, limit_mm, squares, *part), mask.shape[1])
+    return np.sqrt(squares, out=squares)
 
 
 def ball_radius_mm(volume_mm3: float) -> float:

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 from scipy.special import logit
 
+from ..core.compiled import in_slabs
 from ..core.image import Volume
 from ..core.mask import LocalMap, ball_radius_mm, signed_distance_mm
 from ..prompts import INSIDE
@@ -25,6 +26,8 @@ Array = NDArray[Any]
 _ERROR_PER_RADIUS, _MIN_ERROR_MM, _MAX_ERROR_MM = 0.2, 1.0, 6.0
 #: Half widths of the corrected band around the border of the warped atlas and of the mask, in expected errors.
 _ATLAS_BAND, _MASK_BAND = 3.0, 2.0
+#: Distances are clipped to this many expected errors.
+_MAX_DISTANCE = 9.0
 #: Margin around both masks in which features are computed, mm.
 _MARGIN_MM = 6.0
 #: Boxes of more voxels are downsampled.
@@ -84,13 +87,13 @@ def border_features(
         return None
     radius_mm = ball_radius_mm(np.count_nonzero(inside_atlas) * spacing_mm.prod())
     error_mm = min(max(_ERROR_PER_RADIUS * radius_mm, _MIN_ERROR_MM, float(spacing_mm.min()) / 2), _MAX_ERROR_MM)
-    to_atlas = (signed_distance_mm(inside_atlas, spacing_mm) / error_mm).clip(-9, 9)
-    to_mask = (signed_distance_mm(inside, spacing_mm) / error_mm).clip(-9, 9)
+    limit_mm = _MAX_DISTANCE * error_mm
+    to_atlas, to_mask = (signed_distance_mm(one, spacing_mm, limit_mm) / error_mm for one in (inside_atlas, inside))
     band = (np.abs(to_atlas) < _ATLAS_BAND) | (np.abs(to_mask) < _MASK_BAND)
     if not band.any():
         return None
     near = to_atlas > -_ATLAS_BAND - 1
-    scan = downsample(image.data[box].astype(np.float32), strides)
+    scan = downsample(np.asarray(image.data[box], np.float32), strides)
     view = _View(scan, warped, own, others, to_atlas, to_mask, band, near, spacing_mm, error_mm)
     columns = [*_image_features(view), *_mask_features(view)]
     return BorderFeatures(start, stop, strides, band, np.stack(columns, axis=1).astype(np.float32))
@@ -182,23 +185,31 @@ def block_strides(shape: ArrayLike, spacing_mm: NDArray[np.float64]) -> tuple[in
 
 def downsample(values: Array, strides: tuple[int, int, int]) -> Array:
     """Take means over blocks of ``strides`` voxels; the last block of an axis may be smaller."""
-    for axis, stride in enumerate(strides):
-        if stride > 1:
-            first = np.arange(0, values.shape[axis], stride)
-            sizes = np.diff(first, append=values.shape[axis]).astype(np.float32)
-            along = [-1 if n == axis else 1 for n in range(3)]
-            values = np.add.reduceat(values, first, axis=axis) / sizes.reshape(along)
-    return values
+    if max(strides) == 1:
+        return values
+    from ..core import kernels
+
+    means = np.empty([-(-n // stride) for n, stride in zip(values.shape, strides, strict=True)], np.float32)
+    values = np.ascontiguousarray(values, dtype=np.float32)
+    in_slabs(lambda *part: kernels.block_means(values, strides, means, *part), len(means))
+    return means
 
 
 def upsample(values: Array, strides: tuple[int, int, int], shape: tuple[int, ...]) -> Array:
     """Interpolate block means linearly at the voxels of a box of ``shape``."""
     if max(strides) == 1:
         return values
-    step = np.array(strides, float)
-    # The centre of voxel v lies at (v + 1/2) / stride - 1/2 blocks.
-    offset = 0.5 / step - 0.5
-    return np.asarray(ndimage.affine_transform(values, 1 / step, offset, shape, order=1, mode="nearest"))
+    from ..core import kernels
+
+    tables = []
+    for stride, blocks, voxels in zip(strides, values.shape, shape, strict=True):
+        # The centre of voxel v lies at (v + 1/2) / stride - 1/2 blocks; beyond the outermost centres values hold on.
+        place = np.clip((np.arange(voxels) + 0.5) / stride - 0.5, 0, blocks - 1)
+        low = place.astype(np.int64)
+        tables.append((low, np.minimum(low + 1, blocks - 1), (place - low).astype(np.float32)))
+    result, values = np.empty(shape, np.float32), np.ascontiguousarray(values, dtype=np.float32)
+    in_slabs(lambda *part: kernels.interpolate_blocks(values, tuple(tables), result, *part), len(result))
+    return result
 
 
 def _moments(image: Array, weight: Array) -> tuple[Any, Any]:

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torch.nn.utils import skip_init
 
 from ..core.adam import Adam
 from ..settings import CorrectionSettings
@@ -38,7 +36,7 @@ def train_correction(
     tensors = [tuple(map(torch.from_numpy, parts)) for parts in arrays]
     generator, random = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     network = _Network(len(mean), structures, generator)
-    parameters = list(network.parameters())
+    parameters = network.parameters
     optimiser = Adam(parameters, [settings.learning_rate] * len(parameters), weight_decay=settings.weight_decay)
     for step in range(settings.iterations):
         drawn = random.integers(0, len(samples), settings.batch_samples)
@@ -68,39 +66,41 @@ def _one_cycle(step: int, steps: int) -> tuple[float, float]:
     return rate_after + (rate - rate_after) * turned, momentum_after + (momentum - momentum_after) * turned
 
 
-class _Network(nn.Module):
-    """Two hidden layers over the features and an embedding of the structure; it starts at no correction."""
+class _Network:
+    """Two hidden layers over the features and an embedding of the structure; it starts at no correction.
+
+    Plain tensors: a ``torch.nn.Module`` made without random numbers loads PyTorch's symbolic shapes, for seconds.
+    """
 
     def __init__(self, features: int, structures: int, generator: torch.Generator) -> None:
-        super().__init__()
-        rows = torch.randn((structures, EMBEDDING_WIDTH), generator=generator)
-        self.embedding = nn.Embedding.from_pretrained(rows, freeze=False)
-        inputs = (features + EMBEDDING_WIDTH, HIDDEN_WIDTH)
-        self.hidden = nn.ModuleList([skip_init(nn.Linear, width, HIDDEN_WIDTH) for width in inputs])
-        self.output = skip_init(nn.Linear, HIDDEN_WIDTH, 1)
+        self.embedding = torch.randn((structures, EMBEDDING_WIDTH), generator=generator)
+        widths = (features + EMBEDDING_WIDTH, HIDDEN_WIDTH)
+        self.weights, self.biases = [], []
         # PyTorch's own range of a linear layer, drawn from our generator.
-        for layer, width in zip(self.hidden, inputs, strict=True):
+        for width in widths:
             bound = width**-0.5
-            weight = (torch.rand((width, HIDDEN_WIDTH), generator=generator) * 2 - 1) * bound
-            layer.weight.data = weight.T.contiguous()
-            layer.bias.data = (torch.rand(HIDDEN_WIDTH, generator=generator) * 2 - 1) * bound
-        nn.init.zeros_(self.output.weight)
-        nn.init.zeros_(self.output.bias)
+            self.weights.append((torch.rand((width, HIDDEN_WIDTH), generator=generator) * 2 - 1) * bound)
+            self.biases.append((torch.rand(HIDDEN_WIDTH, generator=generator) * 2 - 1) * bound)
+        self.weights.append(torch.zeros(HIDDEN_WIDTH, 1))
+        self.biases.append(torch.zeros(1))
+        self.parameters = [self.embedding, *self.weights, *self.biases]
+        for one in self.parameters:
+            one.requires_grad_(True)
 
-    def forward(self, features: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    def __call__(self, features: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
         """(N,) for (N, F) features, an equal part of them of each structure of ``numbers``."""
         voxels = len(features) // len(numbers)
         # One row a sample, repeated by expand: gradients of rows picked for every voxel depend on the threads.
-        own = self.embedding(numbers - 1)[:, None].expand(-1, voxels, -1).reshape(-1, EMBEDDING_WIDTH)
-        hidden = torch.cat((features, own), dim=1)
-        for layer in self.hidden:
-            hidden = torch.relu(layer(hidden))
-        result: torch.Tensor = self.output(hidden)[:, 0]
+        own = self.embedding[numbers - 1][:, None].expand(-1, voxels, -1).reshape(-1, EMBEDDING_WIDTH)
+        values = torch.cat((features, own), dim=1)
+        *hidden, (weight, bias) = zip(self.weights, self.biases, strict=True)
+        for one, other in hidden:
+            values = torch.relu(torch.addmm(other, values, one))
+        result: torch.Tensor = torch.addmm(bias, values, weight)[:, 0]
         return result
 
     def export(self, mean: np.ndarray, deviation: np.ndarray, strength: float) -> Correction:
         """Export the trained network as arrays."""
-        layers = (*self.hidden, self.output)
-        w0, w1, w2 = (np.ascontiguousarray(layer.weight.detach().numpy().T) for layer in layers)
-        b0, b1, b2 = (layer.bias.detach().numpy() for layer in layers)
-        return Correction(mean, deviation, self.embedding.weight.detach().numpy(), (w0, w1, w2), (b0, b1, b2), strength)
+        w0, w1, w2 = (one.detach().numpy() for one in self.weights)
+        b0, b1, b2 = (one.detach().numpy() for one in self.biases)
+        return Correction(mean, deviation, self.embedding.detach().numpy(), (w0, w1, w2), (b0, b1, b2), strength)

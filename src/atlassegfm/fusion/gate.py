@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.adam import Adam
 from ..core.image import Volume
 from ..core.mask import LocalMap, bounding_box
 from ..core.parallel import parallel_map
@@ -40,8 +39,9 @@ _STARTS = (0.0, 0.25, 0.5, 0.75, 1.0)
 _MIN_WEIGHT = 0.01
 #: Voxels of training at a time: about what fits a core's cache.
 _CHUNK = 1 << 15
-#: Voxels of a sample that the default gate is trained on, drawn at random of more; the paper's takes all.
-_MAX_VOXELS = 200_000
+#: Voxels of all samples, and of one at most and at least, that the default gate is trained on, drawn at random of more;
+#: the paper's takes all.
+_ALL_VOXELS, _MOST_VOXELS, _FEWEST_VOXELS = 1_000_000, 50_000, 5_000
 #: Scores of two starts that agree to this many digits count as equal.
 _TIE_DIGITS = 6
 
@@ -131,7 +131,9 @@ def train_gate(samples: Iterable[GateSample], settings: FusionSettings | None = 
     the ``start`` in the settings.
     """
     settings = settings or FusionSettings()
-    limit = _MAX_VOXELS if settings.gate == "default" else None
+    samples, limit = list(samples), None
+    if settings.gate == "default":
+        limit = min(max(_ALL_VOXELS // max(len(samples), 1), _FEWEST_VOXELS), _MOST_VOXELS)
     prepared = [_prepare(one, settings.kernels, device, limit) for one in samples]
     usable = [one for one in prepared if one is not None]
     start = _best_start(usable) if settings.start == "best" else settings.start
@@ -257,6 +259,8 @@ def _constant_dice(sample: _TrainingData, weight: float) -> float:
 def _optimise(gate: Gate, samples: Sequence[_TrainingData], settings: FusionSettings) -> Gate:
     """The gate after the paper's training: Adam on the mean Dice loss of the samples."""
     import torch
+
+    from ..core.adam import Adam
 
     parameters = torch.tensor((*gate.weights, gate.bias), dtype=torch.float64)
     optimiser = Adam([parameters], [settings.learning_rate])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,17 @@ from .gate import Gate, GateSample, fuse, train_gate
 from .mixture import best_mixture, mix_structures
 from .simulation import simulate_mask
 from .smoothing import best_smoothing
+
+#: Simulated masks, at most, and voxels of their structures' boxes; where they allow it, at least so many draws.
+_MOST_MASKS, _MOST_VOXELS, _FEWEST_DRAWS = 128, 16_000_000, 2
+
+
+def count_draws(boxes: Sequence[tuple[slice, slice, slice]], most: int) -> int:
+    """Choose how often each structure is simulated: fewer times where there are many or large ones, at least once."""
+    voxels = sum(math.prod(side.stop - side.start for side in box) for box in boxes)
+    least = min(_FEWEST_DRAWS, most) if len(boxes) * _FEWEST_DRAWS <= _MOST_MASKS else 1
+    wanted: int = min(_MOST_MASKS // len(boxes), _MOST_VOXELS // voxels)
+    return min(max(wanted, least), most)
 
 
 def train_gate_on_atlas(
@@ -45,15 +57,18 @@ def train_gate_on_atlas(
     }
     scan = PromptedScan(model, prompt, image, atlas.names)
     sizes = options.simulation.sizes
+    draws = count_draws(boxes, len(sizes))
     drawn_masks: list[dict[int, LocalMap]] = []
     predictions: list[Mapping[str, Mapping[int, LocalMap]]] = []
 
     def simulate(which: tuple[int, int]) -> LocalMap:
         draw, n = which
         seed = (settings.seed, draw, n)
-        return simulate_mask(labels, boxes[n - 1], n, size=sizes[draw], sigma=options.simulation.sigma, seed=seed)
+        # With fewer draws than sizes each structure begins with another one, and all sizes are there.
+        size = sizes[(draw * len(sizes) // draws + (n if draws < len(sizes) else 0)) % len(sizes)]
+        return simulate_mask(labels, boxes[n - 1], n, size=size, sigma=options.simulation.sigma, seed=seed)
 
-    for draw in range(len(sizes)):
+    for draw in range(draws):
         masks = dict(zip(truths, parallel_map(simulate, ((draw, n) for n in truths)), strict=True))
         drawn_masks.append(masks)
         predictions.append(scan.predict(masks, on_part).members)

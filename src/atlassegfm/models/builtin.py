@@ -128,9 +128,11 @@ class BuiltinSegmenter:
         reach_mm = max(_REACH_ERRORS * error_mm, _REACH_VOXELS * shortest_mm)
         first, crop = crop_mask(*prompted, np.ceil(reach_mm / spacing_mm).astype(np.int64), image.grid.shape)
 
-        distance_mm = signed_distance_mm(crop, spacing_mm)
-        near = distance_mm > -reach_mm
         largest = max(_LARGEST_PRIOR, _PRIOR_SLOPE * shortest_mm / error_mm)
+        # Farther inside, the prior has its largest log-odds; farther outside, nothing is looked at.
+        limit_mm = max(reach_mm, largest * error_mm / _PRIOR_SLOPE)
+        distance_mm = signed_distance_mm(crop, spacing_mm, limit_mm)
+        near = distance_mm > -reach_mm
         prior = np.minimum(distance_mm[near] * np.float32(_PRIOR_SLOPE / error_mm), np.float32(largest))
         del distance_mm
         data = _normalised(image.data[tuple(map(slice, first, first + crop.shape))], near)
