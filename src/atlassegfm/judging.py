@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .atlas import Atlas
+from .context import Expected
 from .core.image import Volume
 from .core.mask import LocalMap
 from .core.overlap import dice_per_structure
@@ -24,6 +25,9 @@ from .result import MemberResult, StructureResult
 from .settings import Settings
 from .warping import Warped
 
+#: Atlases left out whose weight in the estimates equals that of the calibration.
+_PRIOR_CASES = 6
+
 
 @dataclass(frozen=True, eq=False)
 class Job:
@@ -35,6 +39,7 @@ class Job:
     registrations: Mapping[int, Registration]
     settings: Settings
     transform_given: bool = False
+    expected: Mapping[str, Expected] = field(default_factory=dict)
 
     @property
     def confidence(self) -> float:
@@ -66,7 +71,13 @@ def judge_structures(
             status, reason = "absent", "at every voxel another structure or background is more probable"
         if status == "present" and n in evidence:
             quality = judge(
-                evidence[n], job.settings.model, job.confidence, outside=outside, place=place, calibrated=calibrated
+                evidence[n],
+                job.settings.model,
+                job.confidence,
+                outside=outside,
+                place=place,
+                surplus=_surplus(job.expected.get(structure.name)),
+                calibrated=calibrated,
             )
         else:  # what the field of view does not show cannot be wrong, but somebody may expect it there
             quality = StructureQuality("review" if status == "outside" else "failed", reason)
@@ -89,6 +100,11 @@ def judge_structures(
             )
         )
     return tuple(results)
+
+
+def _surplus(expected: Expected | None) -> float:
+    """What to add to an estimate: what atlases left out scored above theirs, the less the fewer they are."""
+    return 0.0 if expected is None else expected.surplus * expected.cases / (expected.cases + _PRIOR_CASES)
 
 
 def _judge_of(job: Job, warped: Warped, number: int) -> int:

@@ -110,7 +110,7 @@ def segment(
                 masks = mix_structures(predicted.members, context.gate.mixture)
             fused, labels = _fuse(context, scan, warped, masks, settings, device)
         with clock.stage("quality"):
-            job = Job(query, scan, atlases, registrations, settings, transform_given=bool(transforms))
+            job = Job(query, scan, atlases, registrations, settings, bool(transforms), context.expected)
             structures = judge_structures(job, warped, predicted, masks, labels)
     model_labels = None if predicted is None else label_map(masks, scan.grid.shape)
     members = predicted.members if predicted is not None and len(predicted.members) > 1 else {}

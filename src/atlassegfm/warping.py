@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -43,14 +43,12 @@ def atlases_for(
     if len(atlases) == 1:
         return context, atlases
     others = {number: one for number, one in atlases.items() if not is_same_scan(one.image, scan)}
-    if len(others) < len(atlases):
-        complete = [one for one in others.values() if one.present == one.values]
-        if not complete:
+    for number in atlases.keys() - others.keys():
+        reduced = context.leaving_out(number)
+        if reduced is None:
             raise InputError("the query is an atlas of the context, and no other one has all structures; leave it out")
         logger.warning("the query is one of the atlases of the context, and is left out of them")
-        if 1 not in others:
-            rest = tuple(one for one in others.values() if one is not complete[0])
-            context = replace(context, atlas=complete[0], others=rest, gate=None)
+        context = reduced
     if len(others) <= settings.most_atlases:
         return context, others
     numbers = [*others]
