@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +20,9 @@ from numpy.typing import NDArray
 
 from atlassegfm.core import compiled
 from atlassegfm.core.geometry import Grid
+from atlassegfm.core.mask import signed_distance_mm
 from atlassegfm.core.parallel import limited_threads
+from atlassegfm.fusion import correction_features
 from atlassegfm.registration import affine, features, kernels, structures
 from atlassegfm.registration.objective import Objective, Scans, Weights, smooth_control
 from atlassegfm.registration.pyramid import Level
@@ -238,3 +245,51 @@ def test_without_a_place_for_a_cache_it_compiles_all_the_same(monkeypatch: pytes
 
     monkeypatch.setattr(numba, "njit", refusing)
     assert compiled.compiled(lambda n: n + 1)(2) == 3
+
+
+def test_first_run_says_that_it_compiles_and_the_second_gives_the_same(tmp_path: Path) -> None:
+    program = (
+        "import hashlib, numpy as np\n"
+        "from atlassegfm.core.geometry import Grid\n"
+        "from atlassegfm.core.image import Volume\n"
+        "from atlassegfm.registration import register\n"
+        "from atlassegfm.settings import InstanceSettings, RegistrationSettings\n"
+        "data = np.random.default_rng(0).random((14, 15, 16), np.float32)\n"
+        "one, other = (Volume(np.roll(data, n, 0), Grid(data.shape, np.eye(4))) for n in (0, 1))\n"
+        "labels = Volume((data > 0.5).astype(np.uint8), one.grid)\n"
+        "few = RegistrationSettings(linear_iterations=2, instance=InstanceSettings(iterations=(2,)))\n"
+        "stages = []\n"
+        "found = register(one, other, few, moving_labels=labels, on_stage=stages.append)\n"
+        "print('compile' in stages, hashlib.sha1(found.field.displacement_mm.tobytes()).hexdigest())\n"
+    )
+    variables = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    run = partial(subprocess.run, [sys.executable, "-c", program], env=variables, capture_output=True, text=True)
+    (first, one), (second, other) = (run(check=True).stdout.split() for _ in range(2))
+    assert (first, second) == ("True", "False")
+    assert one == other
+
+
+@pytest.mark.parametrize("limit_mm", [2.0, 7.5])
+@given(SHAPES, SEEDS)
+@settings(max_examples=25, deadline=None)
+def test_limited_distances_are_the_exact_ones_clipped(limit_mm: float, shape: tuple[int, int, int], seed: int) -> None:
+    mask = floats(seed, *shape) > 0.6
+    spacing_mm = np.array([2.5, 0.8, 1.3])
+    exact = signed_distance_mm(mask, spacing_mm).clip(-limit_mm, limit_mm)
+    np.testing.assert_allclose(
+        signed_distance_mm(mask, spacing_mm, limit_mm).clip(-limit_mm, limit_mm), exact, atol=1e-4
+    )
+
+
+@given(SHAPES, SEEDS, st.tuples(*[st.sampled_from((1, 2, 4))] * 3))
+@FEW
+def test_block_means_and_back(shape: tuple[int, int, int], seed: int, strides: tuple[int, int, int]) -> None:
+    values = floats(seed, *shape)
+    means = correction_features.downsample(values, strides)
+    for block in np.ndindex(*means.shape):
+        cube = tuple(slice(n * s, n * s + s) for n, s in zip(block, strides, strict=True))
+        assert means[block] == pytest.approx(values[cube].mean(), abs=1e-5)
+    back = correction_features.upsample(means, strides, shape)
+    for voxel in np.ndindex(*shape):
+        place = (np.array(voxel) + 0.5) / strides - 0.5
+        assert back[voxel] == pytest.approx(crude_value(means, place), abs=1e-5)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from .parallel import parallel_map
@@ -34,6 +35,25 @@ def compiled(function: F) -> F:
         return cast("F", numba.njit(cache=True, **options)(function))
     except RuntimeError:  # no place for a cache
         return cast("F", numba.njit(**options)(function))
+
+
+def inlined(function: F) -> F:
+    """Mark a helper that compiled functions call: it becomes a part of each of them.
+
+    Called as a function, the code just compiled and that kept on disk may hold two copies of it that round differently.
+    """
+    import numba
+
+    return cast("F", numba.njit(inline="always", error_model="numpy")(function))
+
+
+def is_kept(function: Callable[..., Any]) -> bool:
+    """Check whether a compiled function was kept on disk by an earlier process, or compiled by this one."""
+    stats = function.stats  # type: ignore[attr-defined]
+    if stats.cache_hits or stats.cache_misses or stats.cache_path is None:
+        return True
+    name = function.py_func.__name__  # type: ignore[attr-defined]
+    return any(Path(stats.cache_path).glob(f"kernels.{name}-*.nbi"))
 
 
 def in_slabs(kernel: Callable[[int, int], Any], length: int) -> list[Any]:

@@ -8,15 +8,16 @@ from contextlib import contextmanager
 from .text import duration
 
 #: Steps of the training of a gate and their usual seconds, for the embedded pair on one thread.
-GATE_STEPS = {"gate": 5.3, "gate: weights": 2.2, "gate: correction": 5.0, "gate: smoothing": 4.5}
+GATE_STEPS = {"gate": 3.5, "gate: weights": 0.7, "gate: correction": 2.0, "gate: smoothing": 1.5}
 #: Steps of a query and their usual seconds, as above, with the built-in model.
 QUERY_STEPS = {
     "registration": 0.1,
-    "registration: linear": 2.3,
-    "registration: structures": 2.9,
-    "registration: deformable": 14.5,
-    "registration: assess": 0.6,
-    "warping": 0.7,
+    "registration: compile": 0.0,  # once on a machine
+    "registration: linear": 1.0,
+    "registration: structures": 1.2,
+    "registration: deformable": 3.0,
+    "registration: assess": 0.2,
+    "warping": 0.3,
     "model": 0.3,
     **GATE_STEPS,
     "fusion": 0.6,

@@ -10,11 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
+from ..core.compiled import is_kept
 from ..core.errors import InputError
+from ..core.geometry import Grid
 from ..core.image import Volume
 from ..core.parallel import parallel_map
 from ..core.progress import StageClock
-from ..settings import RegistrationSettings
+from ..settings import InstanceSettings, RegistrationSettings
 from ..transforms.jacobian import deformation_statistics, nodes_in
 from ..transforms.maps import Affine, Transform, points_over, stages_of
 from .engines import ENGINES, require_engine
@@ -55,10 +59,14 @@ def register(
     Raises :class:`.RegistrationError` if one of the scans holds nothing but background or an external engine fails, and
     :class:`.MissingExtraError` if the engine is another package's that is not installed.
     """
-    from . import affine, dissimilarity, pyramid, structures
+    from . import affine, dissimilarity, kernels, pyramid, structures
 
     settings = settings or RegistrationSettings()
     engine, clock = ENGINES[settings.engine], StageClock(on_stage)
+    if device == "cpu" and not is_kept(kernels.warp):
+        if on_stage is not None:
+            on_stage("compile")
+        _compile()
     with clock.stage("prepare"):
         spacings = pyramid.level_spacings_mm(fixed.grid, (settings.coarse_voxels, settings.fine_voxels))
         query = pyramid.prepare(fixed, None, spacings[-1], "query")
@@ -147,6 +155,18 @@ def rank(
         atlas = pyramid.prepare(moving, labels, spacings[0], "atlas")
         costs.append(affine.fit(query, atlas, spacings, settings, device)[1])
     return sorted(range(len(costs)), key=costs.__getitem__)
+
+
+def _compile() -> None:
+    """Compile the inner loops by registering noise to itself: once on a machine, in about 15 seconds."""
+    from . import kernels
+
+    noise = np.random.default_rng(0).uniform(0, 1, (24, 24, 24)).astype(np.float32)
+    kernels.warp(noise, noise, np.zeros((3, 1, 1, 1), np.float32), noise, (noise, np.stack([noise] * 3), noise), 0, 0)
+    scan = Volume(noise, Grid((24, 24, 24), np.eye(4)))
+    labels = Volume((noise > 0.5).astype(np.uint8), scan.grid)
+    few = RegistrationSettings(linear_iterations=1, instance=InstanceSettings(iterations=(1,), ensemble=1))
+    register(scan, scan, few, moving_labels=labels)
 
 
 def registration_from(

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.compiled import compiled
+from ..core.compiled import compiled, inlined
 
 Array = NDArray[np.float32]
 #: Of MIND-SSC: as a constant, so that the compiler lays the channels into vector registers.
 _CHANNELS = 12
 
 
-@compiled
+@inlined
 def _cell(place: Any, length: int) -> tuple[int, int, Any, Any]:
     """First node, step to the second (0 on an axis of one voxel), fraction between them, 1 where there is a slope."""
     one, zero = np.float32(1), np.float32(0)
@@ -32,7 +32,7 @@ def _cell(place: Any, length: int) -> tuple[int, int, Any, Any]:
     return node, 1, np.float32(place - node), one
 
 
-@compiled
+@inlined
 def _cells(place: Any, shape: Any) -> tuple[int, Any, Any, Any]:
     """Flat index of the first of eight nodes, steps to the others, fractions, and where there are slopes."""
     i, si, u, along_i = _cell(place[0], shape[0])
@@ -42,7 +42,7 @@ def _cells(place: Any, shape: Any) -> tuple[int, Any, Any, Any]:
     return (i * shape[1] + j) * shape[2] + k, steps, (u, v, w), (along_i, along_j, along_k)
 
 
-@compiled
+@inlined
 def _read(image: Array, at: int, steps: Any, fractions: Any, along: Any) -> tuple[Any, Any, Any, Any]:
     """Interpolate between the eight nodes from ``at`` on of a flat image: value and its three derivatives."""
     di, dj, dk = steps
@@ -58,7 +58,7 @@ def _read(image: Array, at: int, steps: Any, fractions: Any, along: Any) -> tupl
     return near + u * (far - near), along[0] * (far - near), along[1] * by_j, along[2] * by_k
 
 
-@compiled
+@inlined
 def _compare(
     mind: Array, at: int, steps: Any, fractions: Any, targets: Array, target: int, factor: Any
 ) -> tuple[Any, ...]:
@@ -260,7 +260,7 @@ def gather_across(planes: Array, tables: Any, result: Array, first: int, last: i
                     result[component, a + 1, b, c] += u * planes[component, i, b, c]
 
 
-@compiled
+@inlined
 def _sum_plane(plane: Array, radius: int, rows: Array, result: Array) -> None:
     """Sum (J, K) over squares of 2 * radius + 1 voxels; ``rows``, (J, K), is written to."""
     nj, nk = plane.shape

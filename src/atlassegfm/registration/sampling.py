@@ -26,11 +26,13 @@ def at_points(points: Tensor, loop: PointLoop) -> Tensor:
 class _AtPoints(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, points: Tensor, loop: PointLoop) -> Tensor:
-        where = points.detach().reshape(-1, 3).contiguous().numpy()
-        values, slopes = np.empty(len(where), np.float32), np.empty_like(where)
-        in_slabs(lambda *part: loop(where, values, slopes, *part), len(where))
-        ctx.save_for_backward(torch.from_numpy(slopes).reshape(points.shape))
-        return torch.from_numpy(values).reshape(points.shape[:-1])
+        where = points.detach().contiguous()
+        # Memory of PyTorch, as its matrix products round differently where NumPy's happens to be aligned otherwise.
+        values, slopes = torch.empty(points.shape[:-1]), torch.empty_like(where)
+        arrays = where.reshape(-1, 3).numpy(), values.reshape(-1).numpy(), slopes.reshape(-1, 3).numpy()
+        in_slabs(lambda *part: loop(*arrays, *part), values.numel())
+        ctx.save_for_backward(slopes)
+        return values
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.compiled import compiled
+from ..core.compiled import compiled, inlined
 
 Doubles = NDArray[np.float64]
 
 
-@compiled
+@inlined
 def _node(place: float, length: int) -> tuple[int, int, float]:
     """First node, the second, and the fraction between them; the nearest node beyond the border."""
     if not place > 0:
@@ -26,7 +26,7 @@ def _node(place: float, length: int) -> tuple[int, int, float]:
     return node, node + 1, place - node
 
 
-@compiled
+@inlined
 def _linear(image: Any, ijk: Any) -> float:
     """Interpolate (I, J, K) at a point."""
     i, far_i, u = _node(ijk[0], image.shape[0])

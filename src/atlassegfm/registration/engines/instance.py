@@ -214,7 +214,8 @@ class _Level:
             size_mm = float(np.prod(np.array(self.grid.shape) * self.grid.spacing_mm)) ** (1 / 3)
             near = ndimage.gaussian_filter(near, _EMPHASIS_REACH * size_mm / self.grid.spacing_mm)
             weight = weight * (1 + emphasis * torch.from_numpy(near).to(self.device)[None, None])
-        return weight / weight.sum().clamp_min(1e-6)
+        # In double precision: the order of a sum depends on the threads.
+        return weight / max(float(weight.sum(dtype=torch.float64)), 1e-6)
 
     def _in_voxels(self, field: DisplacementField | None) -> Tensor:
         """(1, 3, I, J, K) a displacement in voxels of the grid."""
