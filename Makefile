@@ -15,7 +15,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo extras test test-all test-install trial fuzz check format results bench profile docs clean
+.PHONY: help demo extras test test-all test-install trial fuzz check format results bench gpu-check profile docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,8 +54,13 @@ format: $(STAMPS)/lint ## format the code and apply safe lint fixes
 results: $(STAMPS)/run ## measure all of docs/results.md (about an hour on 2 cores; goes on where it stopped)
 	$(BIN)/python benchmarks/results.py
 
-bench: $(STAMPS)/test ## time the scores against surface-distance, in one run
+bench: $(STAMPS)/test ## time scores against surface-distance, and inner loops of the registration against PyTorch
 	$(BIN)/python benchmarks/metrics_speed.py --rounds 3
+	$(BIN)/python benchmarks/registration_profile.py
+
+gpu-check: $(STAMPS)/test ## run the tests that need a CUDA GPU, and time two jobs on it; says so without one
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/gpu_check.py $(if $(wildcard ../shared/data/Dataset001_AbdMR),--dataset ../shared/data/Dataset001_AbdMR)
 
 profile: $(STAMPS)/test ## profile one registration, and time its inner loop before and after
 	$(BIN)/python benchmarks/registration_profile.py

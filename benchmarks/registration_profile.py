@@ -1,4 +1,4 @@
-"""Where the seconds of a registration go, and what two changes to its inner loop brought (make profile).
+"""Where the seconds of a registration go, and its inner loops by PyTorch and compiled (make profile, make bench).
 
 python benchmarks/registration_profile.py                                  # the embedded pair
 python benchmarks/registration_profile.py DATASET --cases ATLAS,QUERY      # a pair of an nnU-Net dataset
@@ -17,14 +17,15 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from atlassegfm import demo
 from atlassegfm.atlas import canonical_scan
 from atlassegfm.core.dataset import load_dataset
+from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume, load_image, load_labels
-from atlassegfm.registration import features, objective, register, sampling
+from atlassegfm.registration import features, objective, register
+from atlassegfm.registration.pyramid import Level
 
 #: Voxels along each side of the cubes on which parts are timed: about the level in the labels' box.
 SIDE = 80
@@ -50,10 +51,8 @@ def main() -> None:
     print("\noperator                               fraction  calls")
     for row in sorted(rows, key=lambda row: -row.self_cpu_time_total)[:14]:
         print(f"{row.key:40s} {row.self_cpu_time_total / total:6.1%} {row.count:6d}")
-    print("\nratio of medians, alternating")
-    _compare_correlation()
-    _compare_sampling()
-    _memory_bound()
+    print("\nPyTorch and compiled, medians, alternating")
+    _compare_loops()
 
 
 def _pair(folder: Path | None, cases: str | None) -> tuple[Volume, Volume, Volume]:
@@ -75,52 +74,52 @@ def _timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def _ratio(name: str, old: Callable[[], object], new: Callable[[], object]) -> None:
+def _ratio(name: str, old: Callable[[], object], new: Callable[[], object]) -> float:
+    """Print medians of both, alternating; seconds of the new one."""
+    new()  # compiled
     pairs = [(_timed(old), _timed(new)) for _ in range(ROUNDS)]
     before, after = (float(np.median([pair[side] for pair in pairs])) for side in (0, 1))
-    print(f"{name:58s} {1000 * before:7.1f} ms -> {1000 * after:7.1f} ms, {before / after:.2f} times as fast")
+    print(f"{name:58s} {1000 * before:7.1f} ms -> {1000 * after:7.1f} ms, {before / after:.1f} times as fast")
+    return after
 
 
-def _compare_correlation() -> None:
-    """The derivative of the local correlation: PyTorch's own against the one written out."""
-    fixed, moving, weight = (torch.rand(1, 1, SIDE, SIDE, SIDE) for _ in range(3))
-    correlation = features.LocalCorrelation(fixed, objective.CORRELATION_RADIUS)
-    moving.requires_grad_(True)
+def _compare_loops() -> None:
+    """Inner loops by PyTorch against the compiled ones, and how near these come to the bandwidth of a plain copy."""
+    shape = (SIDE, SIDE, SIDE)
+    level = [Level(Grid(shape, np.eye(4)), *(torch.rand(1, 1, *shape) for _ in range(3)), None) for _ in range(2)]
+    scans = objective.Scans(*level)
+    weight = torch.full((1, 1, *shape), 1 / SIDE**3)
+    base = torch.zeros(1, 3, *shape)
+    addition = (torch.rand(1, 3, *scans.control_shape) - 0.5).requires_grad_(True)
+    image = torch.rand(1, 1, *shape)
 
-    def own() -> None:
-        (weight * (1 - correlation(moving))).sum().backward()
+    def term(weights: objective.Weights) -> tuple[Callable[[], object], Callable[[], object]]:
+        function = objective.Objective(scans, base, weight, weights)
+        return lambda: function.by_torch(addition, 0).backward(), lambda: function(addition, 0).backward()
 
-    def written_out() -> None:
-        correlation.dissimilarity(moving, weight).backward()
-
-    _ratio("local correlation, derivative written out", own, written_out)
-
-
-def _compare_sampling() -> None:
-    """Reading 12 MIND-SSC channels at every voxel against reading them at one in eight."""
-    channels = torch.rand(1, features.MIND_CHANNELS, SIDE, SIDE, SIDE)
-    identity = torch.eye(3, 4)[None]
-    where = F.affine_grid(identity, [1, 1, SIDE, SIDE, SIDE], align_corners=True).requires_grad_(True)
-
-    def all_voxels() -> None:
-        sampling.sample_at(channels, where).pow(2).sum().backward()
-
-    def one_in_eight() -> None:
-        sampling.sample_at(channels, where[:, ::2, ::2, ::2]).pow(2).sum().backward()
-
-    _ratio("MIND-SSC at one voxel in eight", all_voxels, one_in_eight)
+    copied = _bandwidth()
+    print(f"plain copy {copied:.1f} GB/s")
+    voxels, everything = SIDE**3, objective.Weights(2.5, 0.5, 0.25, 4, 10)
+    # Bytes that must move at least: each array of a pass read or written once.
+    for name, functions, megabytes in (
+        ("one step of a level, all terms", term(everything), voxels * 4 * 60 / 1e6),
+        ("MIND-SSC term at one voxel in eight", term(objective.Weights(1, 0, 0)), voxels * 4 * 18 / 1e6),
+        ("local correlation term", term(objective.Weights(0, 1, 0)), voxels * 4 * 47 / 1e6),
+        (
+            "MIND-SSC of an image",
+            (lambda: features.mind_ssc(image.double()), lambda: features.mind_ssc(image)),
+            voxels * 4 * 41 / 1e6,
+        ),
+    ):
+        seconds = _ratio(name, *functions)
+        print(f"{'':58s} at least {megabytes:.0f} MB: {megabytes / 1000 / seconds:.1f} GB/s")
 
 
-def _memory_bound() -> None:
-    """How much memory a second the sampling moves, beside a plain copy."""
-    channels = torch.rand(1, features.MIND_CHANNELS, SIDE, SIDE, SIDE)
-    where = F.affine_grid(torch.eye(3, 4)[None], [1, 1, SIDE, SIDE, SIDE], align_corners=True)
+def _bandwidth() -> float:
+    """GB a second that a plain copy reads and writes."""
     large = torch.rand(8_000_000)
     target = torch.empty_like(large)
-    copied = float(np.median([_timed(lambda: target.copy_(large)) for _ in range(ROUNDS)]))
-    sampled = float(np.median([_timed(lambda: sampling.sample_at(channels, where)) for _ in range(ROUNDS)]))
-    touched = 8 * channels.numel() * 4 / sampled / 1e9
-    print(f"\nplain copy {2 * large.numel() * 4 / copied / 1e9:.1f} GB/s; sampling touches {touched:.1f} GB/s")
+    return 2 * large.numel() * 4 / float(np.median([_timed(lambda: target.copy_(large)) for _ in range(ROUNDS)])) / 1e9
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ def test_missing_gpu_is_an_error_of_the_model():
         load_model("builtin", "cuda")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_agrees_with_cpu():
     model, prompt = load_model("builtin", "cuda"), mask_prompt(ball((22, 17, 10)))

@@ -104,13 +104,14 @@ def test_objective_is_that_of_pytorch(shape: tuple[int, int, int], seed: int, st
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-5)
 
 
-def objective_on(shape: tuple[int, int, int], seed: int, weights: Weights) -> Objective:
+def objective_on(shape: tuple[int, int, int], seed: int, weights: Weights, device: str = "cpu") -> Objective:
     def level(number: int) -> Level:
-        image, seen, weight = (torch.from_numpy(floats(seed + 3 * number + n, 1, 1, *shape)) for n in range(3))
+        numbers = (3 * number + n for n in range(3))
+        image, seen, weight = (torch.from_numpy(floats(seed + n, 1, 1, *shape)).to(device) for n in numbers)
         return Level(Grid(shape, np.eye(4)), image, (seen > 0.1).float(), weight, None)
 
     scans = Scans(level(0), level(1))
-    base = torch.from_numpy(np.random.default_rng(seed + 7).normal(0, 0.8, (1, 3, *shape))).float()
+    base = torch.from_numpy(np.random.default_rng(seed + 7).normal(0, 0.8, (1, 3, *shape))).float().to(device)
     return Objective(scans, base, scans.weight / scans.weight.sum(), weights)
 
 
@@ -127,6 +128,21 @@ def test_results_are_identical_with_any_number_of_threads() -> None:
     for threads in (2, 3, 4):
         for one, other in zip(first, found(threads), strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_objective_on_a_gpu_is_that_on_the_cpu() -> None:
+    weights, shape = Weights(2.5, 0.5, 0.2, 4, 10), (23, 18, 20)
+    addition = torch.from_numpy(np.random.default_rng(1).normal(0, 0.9, (1, 3, 13, 10, 11))).float()
+    results = []
+    for device in ("cpu", "cuda"):
+        objective = objective_on(shape, 5, weights, device)
+        where = addition.to(device).requires_grad_(True)
+        value = objective(where, 3)
+        results.append((value.cpu(), torch.autograd.grad(value, where)[0].cpu()))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
 @given(st.tuples(*[st.integers(1, 6)] * 3), SEEDS)

@@ -305,6 +305,7 @@ def test_missing_gpu_is_an_error_of_the_model(checkpoint: Path) -> None:
         load_model("medsam2", "cuda", path=checkpoint)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_agrees_with_cpu(checkpoint: Path, tiny: MedSam2Segmenter) -> None:
     model = load_model("medsam2", "cuda", path=checkpoint)

@@ -671,6 +671,7 @@ def test_missing_gpu_is_an_error_of_the_model(toy_folder: Path) -> None:
         load_model("nninteractive", "cuda", path=toy_folder)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", PROMPTS)
 def test_gpu_agrees_with_cpu(toy_folder: Path, toy: Any, kind: str) -> None:
