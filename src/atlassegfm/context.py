@@ -40,7 +40,7 @@ from .prompts import PromptKind
 from .settings import NO_MODEL, Settings
 
 #: Format of the folder: raised when its files change, or what a gate is trained on.
-FORMAT = 5
+FORMAT = 6
 ATLAS, LABELS, CORRECTION = "atlas.nii.gz", "labels.nii.gz", "correction.npz"
 SETTINGS, CONTENT, CHECKSUMS = "settings.toml", "context.toml", "SHA256SUMS"
 #: Atlases of a context: each is registered to every query.

@@ -16,6 +16,8 @@ from .parallel import parallel_map
 
 #: Slabs of a job: enough to keep four threads busy to the end.
 _SLABS = 8
+#: Slabs computed at a time, at most, and the voxels or points from which that pays.
+_MOST_PARALLEL, _SMALL_SIZE = 4, 30_000
 #: Sums may be taken in the order that vector registers suggest, and products added without rounding in between.
 _FLOATING_POINT = {"reassoc", "contract", "nsz", "arcp"}
 
@@ -56,8 +58,11 @@ def is_kept(function: Callable[..., Any]) -> bool:
     return any(Path(stats.cache_path).glob(f"kernels.{name}-*.nbi"))
 
 
-def in_slabs(kernel: Callable[[int, int], Any], length: int) -> list[Any]:
-    """Call ``kernel`` with the first and one past the last index of each slab; what it returned, in order."""
+def in_slabs(kernel: Callable[[int, int], Any], length: int, size: int = _SMALL_SIZE) -> list[Any]:
+    """Call ``kernel`` with the first and one past the last index of each slab; what it returned, in order.
+
+    ``size`` is the number of voxels or points of all: few are computed in the calling thread, sooner than others start.
+    """
     bounds = [length * n // _SLABS for n in range(_SLABS + 1)]
     parts = [(first, last) for first, last in pairwise(bounds) if last > first]
-    return list(parallel_map(lambda part: kernel(*part), parts))
+    return list(parallel_map(lambda part: kernel(*part), parts, most=_MOST_PARALLEL if size >= _SMALL_SIZE else 1))

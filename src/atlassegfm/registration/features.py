@@ -69,7 +69,7 @@ def _compiled_mind(image: Tensor) -> Tensor:
     shape = image.shape[2:]
     values, noise = np.empty((*shape, MIND_CHANNELS), np.float32), np.empty(shape, np.float32)
     pairs = np.array(_PAIRS)
-    in_slabs(lambda *part: kernels.patch_distances(padded, pairs, values, noise, *part), shape[0])
+    in_slabs(lambda *part: kernels.patch_distances(padded, pairs, values, noise, *part), shape[0], noise.size)
     middle = float(noise.mean(dtype=np.float64))
     noise = noise.clip(max(middle * 1e-3, 1e-12), max(middle * 1e3, 1e-12))
 
@@ -78,7 +78,7 @@ def _compiled_mind(image: Tensor) -> Tensor:
         part /= -noise[first:last, ..., None]
         np.exp(part, out=part)
 
-    in_slabs(finish, shape[0])
+    in_slabs(finish, shape[0], noise.size)
     return torch.from_numpy(values).movedim(-1, 0)[None]
 
 
@@ -87,8 +87,8 @@ def box_sum(image: Tensor, radius: int) -> Tensor:
     if _is_compiled(image):
         images = image.flatten(0, 1).contiguous().numpy()
         planes, cubes = np.empty_like(images), np.empty_like(images)
-        in_slabs(lambda *part: kernels.sum_in_planes(images, radius, planes, *part), images.shape[1])
-        in_slabs(lambda *part: kernels.sum_across(planes, radius, cubes, *part), images.shape[2])
+        in_slabs(lambda *part: kernels.sum_in_planes(images, radius, planes, *part), images.shape[1], images.size)
+        in_slabs(lambda *part: kernels.sum_across(planes, radius, cubes, *part), images.shape[2], images.size)
         return torch.from_numpy(cubes).reshape(image.shape)
     for axis in (2, 3, 4):
         window, length = F.pad(image, [radius if n == axis else 0 for n in (4, 4, 3, 3, 2, 2)]), image.shape[axis]
@@ -150,13 +150,13 @@ class LocalCorrelation:
         of_fixed = tuple(image[0, 0].numpy() for image in (self.mean, self.variance, self.inverse_count))
         radius, numbers, planes = self.radius, (self.radius, np.float32(_NOISE_VARIANCE)), len(one)
         sums, pulls = np.empty((4, *one.shape), np.float32), np.empty((4, *one.shape), np.float32)
-        in_slabs(lambda *part: kernels.moment_sums(one, fixed, radius, sums[:3], *part), planes)
+        in_slabs(lambda *part: kernels.moment_sums(one, fixed, radius, sums[:3], *part), planes, one.size)
         value = in_slabs(
-            lambda *part: kernels.correlation_pulls(sums[:3], of_fixed, own, numbers, pulls, *part), planes
+            lambda *part: kernels.correlation_pulls(sums[:3], of_fixed, own, numbers, pulls, *part), planes, one.size
         )
-        in_slabs(lambda *part: kernels.sum_in_planes(pulls, radius, sums, *part), planes)
+        in_slabs(lambda *part: kernels.sum_in_planes(pulls, radius, sums, *part), planes, one.size)
         slopes = np.empty_like(one)
-        in_slabs(lambda *part: kernels.correlation_slopes(sums, one, fixed, radius, slopes, *part), planes)
+        in_slabs(lambda *part: kernels.correlation_slopes(sums, one, fixed, radius, slopes, *part), planes, one.size)
         return torch.tensor(sum(value)), torch.from_numpy(slopes)[None, None]
 
     def _moments(self, moving: Tensor) -> tuple[Tensor, Tensor, Tensor]:

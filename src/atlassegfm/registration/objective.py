@@ -63,6 +63,7 @@ class Objective:
     def __init__(self, scans: Scans, base: Tensor, weight: Tensor, weights: Weights) -> None:
         self.scans, self.base, self.weight, self.weights = scans, base, weight, weights
         self.shape = list(scans.grid.shape)
+        self._size = scans.weight.numel()
         self.coarse_base = F.interpolate(base, scans.control_shape, mode="trilinear", align_corners=True)
         nodes = [torch.arange(n, dtype=torch.float32, device=base.device) for n in self.shape]
         self._places = torch.stack(torch.meshgrid(*nodes, indexing="ij"))[None] + base
@@ -104,7 +105,9 @@ class Objective:
         """(3, I, J, K) displaced voxels for displacements of the control points, (3, A, B, C)."""
         displaced = np.empty((3, *self.shape), np.float32)
         places = self._places[0].numpy()
-        in_slabs(lambda *part: kernels.upsample(addition, places, self._tables, displaced, *part), self.shape[0])
+        in_slabs(
+            lambda *part: kernels.upsample(addition, places, self._tables, displaced, *part), self.shape[0], self._size
+        )
         return displaced
 
     def value_and_slopes(self, addition: NDArray[np.float32], step: int) -> tuple[float, NDArray[np.float32]]:
@@ -114,14 +117,14 @@ class Objective:
         warped, counted, slopes = np.empty(shape, np.float32), np.empty(shape, np.float32), np.empty_like(displaced)
         images = scans.atlas[0, 0].numpy(), scans.inside[0, 0].numpy()
         weight, result = self.weight[0, 0].numpy(), (warped, slopes, counted)
-        in_slabs(lambda *part: kernels.warp(*images, displaced, weight, result, *part), shape[0])
+        in_slabs(lambda *part: kernels.warp(*images, displaced, weight, result, *part), shape[0], self._size)
         value = 0.0
         if weights.correlation:
             moving, own = torch.from_numpy(warped)[None, None], torch.from_numpy(counted)[None, None]
             similarity, by_moving = scans.correlation.value_and_slopes(moving, own)
             value += weights.correlation * float(similarity)
             pull = weights.correlation * by_moving[0, 0].numpy()
-            in_slabs(lambda a, b: np.multiply(slopes[:, a:b], pull[a:b], out=slopes[:, a:b]), shape[0])
+            in_slabs(lambda a, b: np.multiply(slopes[:, a:b], pull[a:b], out=slopes[:, a:b]), shape[0], self._size)
         else:
             slopes[:] = 0
         if weights.mind:
@@ -131,12 +134,15 @@ class Objective:
             mind = in_slabs(
                 lambda *part: kernels.add_difference(atlas_mind, displaced, query_mind, counted, parity, slopes, *part),
                 shape[0],
+                self._size,
             )
             value += sum(mind)
         planes = np.empty((3, shape[0], *addition.shape[2:]), np.float32)
-        in_slabs(lambda *part: kernels.gather_planes(slopes, self._tables, planes, *part), shape[0])
+        in_slabs(lambda *part: kernels.gather_planes(slopes, self._tables, planes, *part), shape[0], self._size)
         gathered = np.empty_like(addition)
-        in_slabs(lambda *part: kernels.gather_across(planes, self._tables, gathered, *part), addition.shape[2])
+        in_slabs(
+            lambda *part: kernels.gather_across(planes, self._tables, gathered, *part), addition.shape[2], self._size
+        )
         base, penalties = self.coarse_base[0].numpy(), (weights.smoothness, weights.folding, _LEAST_VOLUME)
         value += kernels.control_penalties(addition, base, 1 / STRIDE, penalties, gathered)
         return value, gathered

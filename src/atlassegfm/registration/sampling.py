@@ -30,7 +30,7 @@ class _AtPoints(torch.autograd.Function):
         # Memory of PyTorch, as its matrix products round differently where NumPy's happens to be aligned otherwise.
         values, slopes = torch.empty(points.shape[:-1]), torch.empty_like(where)
         arrays = where.reshape(-1, 3).numpy(), values.reshape(-1).numpy(), slopes.reshape(-1, 3).numpy()
-        in_slabs(lambda *part: loop(*arrays, *part), values.numel())
+        in_slabs(lambda *part: loop(*arrays, *part), values.numel(), values.numel())
         ctx.save_for_backward(slopes)
         return values
 
