@@ -287,21 +287,23 @@ def _atlases(found: Mapping[str, Found]) -> Iterator[str]:
     yield "## Several atlases"
     yield ""
     yield (
-        "Mean Dice, fused, of so many atlases drawn at random for each query, the same ones and more in the next column."
+        "Mean Dice, fused, of so many atlases drawn at random for each query: the same ones and more in the next "
+        "column. Sets of one atlas are few; beside them stands the mean of all pairs."
     )
     yield ""
     for one in measured.values():
         yield f"    {one.command()}"
     yield ""
-    numbers = [
-        column["variant"] for column in next(iter(measured.values())).summary["columns"] if column["method"] == "fused"
-    ]
-    yield f"| set | {' | '.join(numbers)} | {' | '.join(f'{number}, s' for number in numbers)} |"
-    yield "|---|" + "---:|" * (2 * len(numbers))
-    for one in measured.values():
-        scores = [one.dice(number, "fused") for number in numbers]
-        seconds = [one.seconds(number)[0] for number in numbers]
-        cells = [*("–" if score is None else f"{score:.4f}" for score in scores), *(f"{n:.0f}" for n in seconds)]
+    columns = next(iter(measured.values())).summary["columns"]
+    numbers = [column["variant"] for column in columns if column["method"] == "fused"]
+    heads = ["one atlas, all pairs", *numbers, *(f"{number}, s" for number in numbers)]
+    yield f"| set | {' | '.join(heads)} |"
+    yield "|---|" + "---:|" * len(heads)
+    for name, one in measured.items():
+        alone = found[name].dice("default", "fused") if name in found else None
+        scores = [alone, *(one.dice(number, "fused") for number in numbers)]
+        cells = ["–" if score is None else f"{score:.4f}" for score in scores]
+        cells += [f"{one.seconds(number)[0]:.0f}" for number in numbers]
         yield f"| {one.job.title} | {' | '.join(cells)} |"
     yield ""
 
