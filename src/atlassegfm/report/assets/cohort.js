@@ -9,7 +9,7 @@
   const one = (selector) => document.querySelector(selector);
   const all = (selector) => [...document.querySelectorAll(selector)];
   const PAGE = 100; // rows in the page at a time: a table of thousands stays quick
-  const VERDICTS = ["failed", "review", "good"];
+  const VERDICTS = ["failed", "review", "good", "accepted"];
 
   const element = (name, content, kind) => {
     const made = document.createElement(name);
