@@ -21,7 +21,7 @@ const desk = {
   id: null, name: "", version: 0, undo: 0, redo: 0, structures: [], structure: 1,
   scan: null, labels: null, maps: {}, show: { atlas: false, model: false }, colors: [[0, 0, 0]],
   shape: [1, 1, 1], spacing: [1, 1, 1], cross: [0, 0, 0], centre: [0, 0, 0], zoom: 1, active: 0,
-  tool: "move", negative: false, size: 8, deep: false, overwrite: false,
+  tool: "move", size: 8, deep: false, overwrite: false,
   window: { low: 0, high: 1 }, windows: [], opacity: 22, hidden: false, solo: false, layout: "all", busy: 0,
   color: (n) => `rgb(${desk.colors[n].join(",")})`,
   isShown: (n) => !desk.solo || n === desk.structure,
@@ -198,7 +198,6 @@ async function open(id, again = false) {
     }
     one("#window").replaceChildren(...detail.windows.map((found, n) => element("option", found.name, "", { value: n })), element("option", "by hand", "", { value: "hand", hidden: true }));
     for (const kind of ["atlas", "model"]) {
-      one(`#show-${kind}-box`).hidden = !detail.sources.includes(kind);
       if (desk.show[kind]) await showMap(kind);
     }
     one("#case-name").textContent = desk.name;
@@ -279,13 +278,20 @@ function detailOf(found, n) {
   const look = element("div", "", "verbs look");
   add(desk.solo ? "Show all" : "Only this", "U", () => act("solo"), "", look);
   if (desk.disagreements[n]) add("Go to disagreement", "Where atlas and model differ most (J)", () => act("jump"), "", look);
+  for (const kind of desk.sources) {
+    const label = element("label", "", "switch", { title: `Outline of the ${kind}'s answer (K)` });
+    const tick = element("input", "", "", { type: "checkbox", checked: desk.show[kind] });
+    tick.addEventListener("change", () => outline(kind, tick.checked));
+    label.append(tick, element("i", "", `key-${kind}`), kind);
+    look.append(label);
+  }
   box.append(buttons, look);
   const others = desk.structures.map((other, m) => [other, m + 1]).filter(([other, m]) => m !== n && !other.accepted);
   if (!found.accepted && others.length) {
     const row = element("div", "", "verbs"), list = element("select", "", "", { id: "other" });
     list.setAttribute("aria-label", "the other structure");
     list.append(...others.map(([other, m]) => element("option", other.name, "", { value: m })));
-    row.append("is", list);
+    row.append("it is", list);
     for (const [verb, text, title] of [["relabel", "Relabel", "All of it becomes the other one (L)"], ["swap", "Swap", "Exchange the two (X with Shift)"]]) {
       const button = element("button", text, "", { type: "button", title });
       button.addEventListener("click", () => edit(verb, { other: Number(list.value) }));
@@ -294,6 +300,12 @@ function detailOf(found, n) {
     box.append(row);
   }
   return [box];
+}
+
+function outline(kind, wanted) {
+  desk.show[kind] = wanted;
+  if (wanted && !desk.maps[kind]) showMap(kind).catch(report);
+  draw();
 }
 
 function choose(n, go = false) {
@@ -438,11 +450,13 @@ function endStroke() {
   edit(verb, drawn);
 }
 
-function clickAt(voxel, negative) {
+// A click outside a structure says that the place belongs to it, one inside that it does not.
+function clickAt(voxel) {
   const ijk = voxel.map((n, axis) => Math.max(0, Math.min(desk.shape[axis] - 1, Math.round(n))));
   look(ijk);
   say("the model answers …");
-  edit("click", { ijk, positive: !negative });
+  const inside = desk.labels[ijk[0] + desk.shape[0] * (ijk[1] + desk.shape[1] * ijk[2])] === desk.structure;
+  edit("click", { ijk, positive: !inside });
 }
 
 for (const view of views) {
@@ -456,8 +470,8 @@ for (const view of views) {
     desk.active = view.number;
     const { offsetX: x, offsetY: y } = event, open = desk.structures[desk.structure - 1] && !desk.structures[desk.structure - 1].accepted;
     if (event.button === 1) drag = { kind: "pan", x, y, centre: [...desk.centre] };
-    else if (desk.tool === "click" && (event.button === 0 || event.button === 2)) clickAt(view.voxelAt(desk, x, y), desk.negative !== (event.button === 2 || event.shiftKey));
     else if (event.button === 2) drag = { kind: "window", x, y, ...desk.window };
+    else if (desk.tool === "click") clickAt(view.voxelAt(desk, x, y));
     else if (desk.tool === "paint" || desk.tool === "erase") {
       if (!open) return say(`${desk.structures[desk.structure - 1]?.name ?? "nothing"} is accepted; open it again to change it (R)`, "bad");
       look(view.voxelAt(desk, x, y));
@@ -560,7 +574,7 @@ const actions = {
     draw();
   },
   use: () => {
-    if (desk.tool === "click") return clickAt(desk.cross, desk.negative);
+    if (desk.tool === "click") return clickAt(desk.cross);
     if (desk.tool === "move") return undefined;
     stroke = { tool: desk.tool, last: null };
     const [x, y] = view().pointOf(desk, desk.cross);
@@ -586,12 +600,15 @@ const KEYS = [
     ["A", "accept", "a", () => accept([desk.structure])], ["R", "open again", "r", () => reopen([desk.structure])],
     ["U", "show only this one", "u", () => act("solo")], ["H", "hide all", "h", () => set("hidden", !desk.hidden)],
     ["J", "to the largest disagreement", "j", () => act("jump")],
-    ["K", "outlines of atlas and model", "k", () => { for (const kind of ["atlas", "model"]) one(`#show-${kind}`).click(); }],
+    ["K", "outlines of atlas and model", "k", () => {
+      const wanted = !desk.sources.every((kind) => desk.show[kind]);
+      for (const kind of desk.sources) outline(kind, wanted);
+      showStructures();
+    }],
   ]],
   ["Correct", [
-    ["V", "look", "v", () => set("tool", "move")], ["C", "click", "c", () => set("tool", "click")],
+    ["V", "look", "v", () => set("tool", "move")], ["C", "click into an error", "c", () => set("tool", "click")],
     ["B", "brush", "b", () => set("tool", "paint")], ["E", "eraser", "e", () => set("tool", "erase")],
-    ["X", "belongs / does not belong", "x", () => set("negative", !desk.negative)],
     ["[  ]", "size of the brush", "[", () => set("size", Math.max(1, desk.size - 1))], ["", "", "]", () => set("size", Math.min(40, desk.size + 1))],
     ["D", "brush in 3-D", "d", () => set("deep", !desk.deep)], ["O", "take from others", "o", () => set("overwrite", !desk.overwrite)],
     ["Enter", "use the tool at the crosshair", "Enter", () => act("use")],
@@ -640,8 +657,6 @@ function showTools() {
   for (const button of all("[data-tool]")) button.setAttribute("aria-pressed", String(button.dataset.tool === desk.tool));
   const brushes = desk.tool === "paint" || desk.tool === "erase";
   for (const part of all("[data-for]")) part.hidden = part.dataset.for === "brush" ? !brushes : part.dataset.for !== desk.tool;
-  one("#negative").checked = desk.negative;
-  one("#sign").setAttribute("d", desk.negative ? "M7 10h6" : "M10 7v6M7 10h6");
   one("#size").value = desk.size;
   one("#size-text").textContent = `${desk.size} mm`;
   one("#deep").checked = desk.deep;
@@ -649,15 +664,8 @@ function showTools() {
 }
 
 for (const button of all("[data-tool]")) button.addEventListener("click", () => set("tool", button.dataset.tool));
-for (const name of ["negative", "deep", "overwrite"]) one(`#${name}`).addEventListener("change", (event) => set(name, event.target.checked));
+for (const name of ["deep", "overwrite"]) one(`#${name}`).addEventListener("change", (event) => set(name, event.target.checked));
 for (const name of ["size", "opacity"]) one(`#${name}`).addEventListener("input", (event) => set(name, Number(event.target.value)));
-for (const kind of ["atlas", "model"]) {
-  one(`#show-${kind}`).addEventListener("change", (event) => {
-    desk.show[kind] = event.target.checked;
-    if (desk.show[kind] && !desk.maps[kind]) showMap(kind).catch(report);
-    else draw();
-  });
-}
 one("#window").addEventListener("change", (event) => { desk.window = { ...(desk.windows[event.target.value] ?? desk.window) }; draw(); });
 one("#undo").addEventListener("click", () => step("undo"));
 one("#redo").addEventListener("click", () => step("redo"));

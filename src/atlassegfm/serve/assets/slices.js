@@ -195,13 +195,15 @@ export class SliceView {
       paper.arc(x, y, radius, 0, 7);
       paper.stroke();
     } else if (desk.tool === "click") {
-      paper.strokeStyle = desk.negative ? "#ff9b91" : "#6fdca0";
+      const [i, j, k] = this.voxelAt(desk, x, y).map(Math.round);
+      const removes = desk.labels[i + desk.shape[0] * (j + desk.shape[1] * k)] === desk.structure;
+      paper.strokeStyle = removes ? "#ff9b91" : "#6fdca0";
       paper.lineWidth = 2;
       paper.beginPath();
       paper.arc(x, y, 8, 0, 7);
       paper.moveTo(x - 4, y);
       paper.lineTo(x + 4, y);
-      if (!desk.negative) {
+      if (!removes) {
         paper.moveTo(x, y - 4);
         paper.lineTo(x, y + 4);
       }
