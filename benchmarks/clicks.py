@@ -86,7 +86,9 @@ def play(folder: Path, scan: Path, reference: Path, options: argparse.Namespace)
 
 def mean_dice(session: Session, truth: NDArray[Any]) -> float:
     """Mean Dice of the structures that are in either."""
-    return float(np.nanmean([*dice_per_structure(session.numbers, truth, range(1, len(session.structures) + 1)).values()]))
+    return float(
+        np.nanmean([*dice_per_structure(session.numbers, truth, range(1, len(session.structures) + 1)).values()])
+    )
 
 
 def largest_error(session: Session, truth: NDArray[Any], number: int) -> tuple[int, int, Click] | None:

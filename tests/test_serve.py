@@ -22,6 +22,7 @@ from atlassegfm.context import Context
 from atlassegfm.core.config import with_overrides
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import load_labels, save_volume
+from atlassegfm.dicom import contours_in, open_image, open_labels
 from atlassegfm.jobs.table import read_run
 from atlassegfm.records import AUTOMATIC, EDITS
 from atlassegfm.serve import edits, guard
@@ -30,6 +31,7 @@ from atlassegfm.serve.cases import Cases, has_draft, import_folder
 from atlassegfm.serve.cohort import Cohort, Job
 from atlassegfm.settings import Settings
 from conftest import ORIENTATIONS, SHEARED, Run
+from dicom_series import write_series
 from result_folders import run_record, write_result
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, Patient, straight_grid
 
@@ -593,3 +595,34 @@ def test_an_accepted_case_becomes_an_atlas_and_the_rest_is_redone(loop: tuple[Pa
     done = run("segment", "--context", context, scans, "-o", out, "--keep", "-q", "--force", "--no-second-pass")
     assert done.code == 0, done.err
     assert (out / "a/segmentation.nii.gz").read_bytes() == accepted
+
+
+def test_dicom_results_get_their_objects_anew(tmp_path: Path, run: Run) -> None:
+    """RTSTRUCT and DICOM-SEG of a series say what was accepted."""
+    pytest.importorskip("highdicom", reason="the extra 'dicom' is not installed")
+    grid = Grid((24, 20, 9), np.array([[-4.0, 0, 0, 46], [0, -4.0, 0, 38], [0, 0, 8.0, -32], [0, 0, 0, 1]]))
+    (tmp_path / "scans").mkdir()
+    write_series(tmp_path / "scans/series", np.rint(QUERY.scan(grid).data).astype(np.int16), grid.affine)
+    save_volume(ATLAS.scan(grid), tmp_path / "atlas.nii.gz")
+    save_volume(ATLAS.labels(grid), tmp_path / "labels.nii.gz", structures=STRUCTURES)
+    unregistered = [word for one in UNREGISTERED for word in ("--set", one)]
+    done = run(
+        *("segment", "--atlas", tmp_path / "atlas.nii.gz", "--labels", tmp_path / "labels.nii.gz"),
+        *(tmp_path / "scans/series", "-o", tmp_path / "out", "--format", "nifti,rtstruct,seg", "--model", "none", "-q"),
+        *unregistered,
+    )
+    assert done.code == 0, done.err
+    page = Page(Desk(Cases.find([tmp_path / "scans"], tmp_path / "out")))
+    page.open()
+    page.edit("absent", NODE)
+    page.edit("swap", LIVER, other=KIDNEY)
+    answer = page.send("accept")
+    assert answer.status_code == 200, answer.text
+    case = tmp_path / "out/series"
+    accepted = load_labels(case / "segmentation.nii.gz").canonical()
+    found = open_labels(case / "seg.dcm", open_image(tmp_path / "scans/series"), warn=False).canonical()
+    assert np.array_equal(found.data == 1, accepted.data == 1)
+    assert not (found.data == 12).any()
+    contours = contours_in(case / "rtstruct.dcm")
+    assert {value for value, drawn in contours.items() if drawn} == {1, 7}
+    assert read_run(case).dicom["seg"]["round_trip"]

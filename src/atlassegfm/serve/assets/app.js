@@ -291,8 +291,8 @@ function detailOf(found, n) {
     const row = element("div", "", "verbs"), list = element("select", "", "", { id: "other" });
     list.setAttribute("aria-label", "the other structure");
     list.append(...others.map(([other, m]) => element("option", other.name, "", { value: m })));
-    row.append("it is", list);
-    for (const [verb, text, title] of [["relabel", "Relabel", "All of it becomes the other one (L)"], ["swap", "Swap", "Exchange the two (X with Shift)"]]) {
+    row.append(list);
+    for (const [verb, text, title] of [["relabel", "It is this", "All of it becomes the structure on the left (L)"], ["swap", "Swap", "Exchange the two (Shift X)"]]) {
       const button = element("button", text, "", { type: "button", title });
       button.addEventListener("click", () => edit(verb, { other: Number(list.value) }));
       row.append(button);
@@ -390,7 +390,7 @@ function edit(verb, more = {}) {
   });
 }
 
-const locked = (name) => (desk.structures.find((found) => found.name === name)?.accepted ? ", which is accepted" : " (O takes them)");
+const locked = (name) => (desk.structures.find((found) => found.name === name)?.accepted ? ", which is accepted" : " (O overwrites)");
 const step = (what) => enqueue(async () => {
   const answer = await post(what, {});
   say(answer.changed ? "" : `nothing to ${what}`);
@@ -551,6 +551,11 @@ const set = (name, value) => {
   showTools();
   draw();
 };
+const HINTS = {
+  move: "Click or drag: the crosshair. Double click: one plane.", click: "Click into an error: outside the structure to add, inside to take away; the model answers.",
+  paint: "Draw on the slice; some slices are enough, I interpolates between them.", erase: "Erase the chosen structure on the slice.",
+};
+const take = (tool) => { set("tool", tool); say(HINTS[tool]); };
 const act = (verb) => actions[verb]();
 const view = () => views[desk.active] ?? views[0];
 const move = (axis, by) => {
@@ -607,10 +612,10 @@ const KEYS = [
     }],
   ]],
   ["Correct", [
-    ["V", "look", "v", () => set("tool", "move")], ["C", "click into an error", "c", () => set("tool", "click")],
-    ["B", "brush", "b", () => set("tool", "paint")], ["E", "eraser", "e", () => set("tool", "erase")],
+    ["V", "look", "v", () => take("move")], ["C", "click into an error", "c", () => take("click")],
+    ["B", "brush", "b", () => take("paint")], ["E", "eraser", "e", () => take("erase")],
     ["[  ]", "size of the brush", "[", () => set("size", Math.max(1, desk.size - 1))], ["", "", "]", () => set("size", Math.min(40, desk.size + 1))],
-    ["D", "brush in 3-D", "d", () => set("deep", !desk.deep)], ["O", "take from others", "o", () => set("overwrite", !desk.overwrite)],
+    ["D", "brush in 3-D", "d", () => set("deep", !desk.deep)], ["O", "overwrite others that are not accepted", "o", () => set("overwrite", !desk.overwrite)],
     ["Enter", "use the tool at the crosshair", "Enter", () => act("use")],
     ["Z", "undo", "z", () => step("undo")], ["Y", "redo", "y", () => step("redo")],
     ["I", "interpolate between drawn slices", "i", () => act("interpolate")], ["F", "fill holes", "f", () => act("fill")],
@@ -663,7 +668,7 @@ function showTools() {
   one("#overwrite").checked = desk.overwrite;
 }
 
-for (const button of all("[data-tool]")) button.addEventListener("click", () => set("tool", button.dataset.tool));
+for (const button of all("[data-tool]")) button.addEventListener("click", () => take(button.dataset.tool));
 for (const name of ["deep", "overwrite"]) one(`#${name}`).addEventListener("change", (event) => set(name, event.target.checked));
 for (const name of ["size", "opacity"]) one(`#${name}`).addEventListener("input", (event) => set(name, Number(event.target.value)));
 one("#window").addEventListener("change", (event) => { desk.window = { ...(desk.windows[event.target.value] ?? desk.window) }; draw(); });
