@@ -194,6 +194,12 @@ def _serve_case(app: FastAPI, desk: Desk) -> None:
             headers = {"x-version": str(session.version)}
             return Response(pack(found), media_type="application/octet-stream", headers=headers)
 
+    @app.get("/api/cases/{number}/disagreement/{structure}")
+    def disagreement(number: Number, structure: Number) -> dict[str, Any]:
+        """Where atlas and model disagree most on a structure; null if they agree."""
+        with _opened(desk, number) as session:
+            return {"ijk": session.disagreement(_numbers(session, [structure])[0])}
+
     @app.get("/api/cases/{number}/solid")
     def solid(number: Number) -> dict[str, Any]:
         """Scan and draft for the 3-D view."""

@@ -63,7 +63,7 @@ def answer(model: Segmenter, scan: Volume, mask: Mask, click: Click, earlier: tu
     bent = (signed_mm + bend_mm > 0) | ball if click.positive else (signed_mm - bend_mm > 0) & ~ball
     found = bent
     if bent.any():
-        crop = Volume(scan.data[box], scan.grid.crop(first, last))
+        crop = Volume(np.ascontiguousarray(scan.data[box]), scan.grid.crop(first, last))
         prompt = MaskPrompt(LocalMap.from_full(bent.astype(np.float32)))
         found = model.predict(model.encode(crop), {1: prompt})[1].to_full(crop.grid.shape) >= INSIDE
     new = np.where(distance_mm <= _REACH * sigma_mm, found, inside)

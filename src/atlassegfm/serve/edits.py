@@ -30,10 +30,9 @@ class Change:
     @classmethod
     def between(cls, start: Sequence[int], before: Numbers, after: Numbers) -> Change | None:
         """Compare two arrays on a box from voxel ``start`` on, and keep the part that differs; None if none does."""
-        boxes = ndimage.find_objects((before != after).view(np.uint8))
-        if not boxes:
+        box = _box_of(before != after)
+        if box is None:
             return None
-        box = boxes[0]
         i, j, k = (int(first + side.start) for first, side in zip(start, box, strict=True))
         shape = tuple(side.stop - side.start for side in box)
         return cls((i, j, k), shape, pack(before[box]), pack(after[box]))
@@ -47,6 +46,14 @@ class Change:
         """Put the numbers after the edit into an array of the whole scan."""
         box = tuple(slice(first, first + n) for first, n in zip(self.start, self.shape, strict=True))
         numbers[box] = unpack(self.after, self.shape, numbers.dtype)
+
+
+def _box_of(mask: Mask) -> tuple[slice, ...] | None:
+    """Bounding box of a mask; None if it is empty."""
+    # find_objects is fast with the axis that lies closest in memory last.
+    turn = -1 if mask.flags.f_contiguous else 1
+    boxes = ndimage.find_objects((mask.T if turn == -1 else mask).view(np.uint8))
+    return boxes[0][::turn] if boxes else None
 
 
 def pack(numbers: Numbers) -> bytes:
@@ -148,10 +155,10 @@ def interpolate(mask: Mask, axis: int, spacing_mm: NDArray[np.float64], drawn: S
 
 def farthest_disagreement(one: Mask, other: Mask, spacing_mm: NDArray[np.float64]) -> tuple[int, int, int] | None:
     """Find the voxel deepest inside the difference of two masks; None if they are equal."""
-    boxes = ndimage.find_objects((one != other).view(np.uint8))
-    if not boxes:
+    box = _box_of(one != other)
+    if box is None:
         return None
-    part = np.pad(one[boxes[0]] != other[boxes[0]], 1)
+    part = np.pad(one[box] != other[box], 1)
     deepest = np.unravel_index(int(ndimage.distance_transform_edt(part, spacing_mm).argmax()), part.shape)
-    i, j, k = (int(n - 1 + side.start) for n, side in zip(deepest, boxes[0], strict=True))
+    i, j, k = (int(n - 1 + side.start) for n, side in zip(deepest, box, strict=True))
     return i, j, k

@@ -12,7 +12,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -20,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..atlas import canonical_scan
 from ..core.errors import InputError
 from ..core.files import append_line
 from ..core.geometry import Grid
@@ -81,14 +79,16 @@ class Session:
         status = StatusRecord.read(folder / STATUS) if (folder / STATUS).is_file() else StatusRecord(state="done")
         series = None if status.provenance is None else status.provenance.series
         query = open_image(scan, series if scan.is_dir() else None)
-        self.scan = canonical_scan(query, "the scan")
+        turned = query.canonical()
+        # Arrays have the first axis fastest, as files have it and the page gets it: large ones are not transposed.
+        self.scan = Volume(np.asfortranarray(turned.data), turned.grid)
         # Of the scan as stored only the geometry is needed from here on.
         self.stored = Volume(np.broadcast_to(np.float32(0), query.grid.shape), query.grid, query.source)
         self.structures = _structures(folder, self.run)
         self.values = tuple(one.value for one in self.structures)
         self.numbers = self._numbers_of(read_labels(folder, self.stored, self.structures))
         self._maps: dict[str, Numbers | None] = {}
-        saved = self.numbers.copy()
+        saved = self.numbers.copy(order="F")
         kept = self.source("automatic")
         self.automatic = saved if kept is None else kept
         self.history: list[Entry] = []
@@ -117,15 +117,17 @@ class Session:
         """Volumes of the structures in the draft, in order."""
         return [float(n) * self.grid.voxel_volume_mm3 / 1000 for n in self._counts[1:]]
 
-    @cached_property
-    def disagreements(self) -> dict[int, tuple[int, int, int]]:
-        """Voxel where atlas and model disagree most on a structure, by its number, where both are there."""
+    @property
+    def sources(self) -> list[str]:
+        """Answers that were kept beside the result."""
+        return [name for name in ("atlas", "model") if (self.folder / SOURCES[name]).is_file()]
+
+    def disagreement(self, number: int) -> tuple[int, int, int] | None:
+        """Find the voxel where atlas and model disagree most on a structure; None if they agree, or were not kept."""
         one, other = self.source("atlas"), self.source("model")
         if one is None or other is None:
-            return {}
-        numbers = range(1, len(self.structures) + 1)
-        found = ((n, edits.farthest_disagreement(one == n, other == n, self.grid.spacing_mm)) for n in numbers)
-        return {n: ijk for n, ijk in found if ijk is not None}
+            return None
+        return edits.farthest_disagreement(one == number, other == number, self.grid.spacing_mm)
 
     def source(self, name: str) -> Numbers | None:
         """Labels of the atlas or the model, or as they were computed, as numbers; None if they were not kept."""
@@ -137,7 +139,10 @@ class Session:
         return self._maps[name]
 
     def _count(self, numbers: Numbers) -> NDArray[np.int64]:
-        return np.bincount(numbers.ravel(order="K"), minlength=len(self.values) + 1)
+        counts = np.zeros(len(self.values) + 1, np.int64)
+        for slab in np.moveaxis(numbers, 2, 0):  # bounds the memory of 64-bit numbers
+            counts += np.bincount(slab.ravel(order="K"), minlength=len(counts))
+        return counts
 
     def _apply(self, change: Change) -> None:
         kind = self.numbers.dtype
@@ -146,8 +151,7 @@ class Session:
         self._counts -= self._count(edits.unpack(change.before, change.shape, kind))
 
     def _numbers_of(self, labels: Volume) -> Numbers:
-        turned = np.ascontiguousarray(labels.turned_to(self.grid).data)
-        return label_positions(turned, self.values)
+        return np.asfortranarray(label_positions(np.asfortranarray(labels.turned_to(self.grid).data), self.values))
 
     # Edits
 
@@ -385,7 +389,7 @@ def _read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def _digest(numbers: NDArray[Any]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(numbers).data).hexdigest()[:32]
+    return hashlib.sha256(np.ascontiguousarray(numbers.T).data).hexdigest()[:32]
 
 
 def _structures(folder: Path, run: RunRecord) -> tuple[Structure, ...]:

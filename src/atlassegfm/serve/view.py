@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..core.image import Volume, label_boxes
+from ..core.image import Volume
 from ..records import StructureRecord
 from ..report.slices import VIEWS, edge_letters, is_hounsfield, tilt_remark
 from ..report.viewer import labels_payload, reduction, scan_payload
@@ -40,9 +40,7 @@ def describe(session: Session) -> dict[str, Any]:
         "bytes": int(session.numbers.dtype.itemsize),
         "views": views,
         "windows": windows,
-        "sources": [name for name in ("atlas", "model") if session.source(name) is not None],
-        "disagreements": session.disagreements,
-        "centres": _centres(session),
+        "sources": session.sources,
         "model": session.run.model.name,
         **state(session),
     }
@@ -80,18 +78,6 @@ def _structure(row: StructureRecord, color: tuple[int, int, int], volume_ml: flo
     }
 
 
-def _centres(session: Session) -> dict[int, list[int]]:
-    """A voxel of each structure, in its largest axial slice."""
-    found = {}
-    for n, box in label_boxes(range(1, len(session.structures) + 1), session.numbers).items():
-        mask = session.numbers[box] == n
-        k = int(mask.sum(axis=(0, 1)).argmax())
-        voxels = np.argwhere(mask[:, :, k])
-        middle = voxels[int(((voxels - voxels.mean(axis=0)) ** 2).sum(axis=1).argmin())]
-        found[n] = [int(middle[0] + box[0].start), int(middle[1] + box[1].start), int(k + box[2].start)]
-    return found
-
-
 def _windows(scan: Volume) -> list[dict[str, Any]]:
     """Windows by name: ``low`` is shown black, ``high`` white."""
     if is_hounsfield(scan):
@@ -119,7 +105,8 @@ def _scale(data: NDArray[np.float32]) -> tuple[float, float]:
 def scan_bytes(session: Session) -> bytes:
     """Intensities as 16-bit numbers, little-endian, the first axis fastest; see ``slope`` and ``intercept``."""
     slope, intercept = _scale(session.scan.data)
-    stored = np.rint((session.scan.data - np.float32(intercept)) / np.float32(slope))
+    data = session.scan.data
+    stored = np.rint(data if (slope, intercept) == (1, 0) else (data - np.float32(intercept)) / np.float32(slope))
     return bytes(stored.astype("<i2").tobytes(order="F"))
 
 

@@ -194,7 +194,7 @@ async function open(id, again = false) {
       desk.structure = worst();
       Object.assign(desk, { zoom: 1, solo: false, hidden: false, window: { ...detail.windows[0] } });
       home();
-      look(detail.centres[desk.structure] ?? detail.shape.map((n) => Math.floor(n / 2)));
+      look(centre(desk.structure) ?? detail.shape.map((n) => n / 2));
     }
     one("#window").replaceChildren(...detail.windows.map((found, n) => element("option", found.name, "", { value: n })), element("option", "by hand", "", { value: "hand", hidden: true }));
     for (const kind of ["atlas", "model"]) {
@@ -277,7 +277,7 @@ function detailOf(found, n) {
   }
   const look = element("div", "", "verbs look");
   add(desk.solo ? "Show all" : "Only this", "U", () => act("solo"), "", look);
-  if (desk.disagreements[n]) add("Go to disagreement", "Where atlas and model differ most (J)", () => act("jump"), "", look);
+  if (desk.sources.length === 2) add("Go to disagreement", "Where atlas and model differ most (J)", () => act("jump"), "", look);
   for (const kind of desk.sources) {
     const label = element("label", "", "switch", { title: `Outline of the ${kind}'s answer (K)` });
     const tick = element("input", "", "", { type: "checkbox", checked: desk.show[kind] });
@@ -573,10 +573,12 @@ const actions = {
   fill: () => edit("fill", desk.deep ? { axis: null } : { axis: view().normal, ijk: desk.cross }),
   solo: () => { desk.solo = !desk.solo; showStructures(); draw(); drawSolid(); },
   jump: () => {
-    const there = desk.disagreements[desk.structure];
-    if (!there) return say("atlas and model agree here, or were not kept");
-    look(there);
-    draw();
+    const id = desk.id;
+    call(`cases/${id}/disagreement/${desk.structure}`).then(({ ijk }) => {
+      if (!ijk) return say("atlas and model agree here, or were not kept");
+      if (id === desk.id) look(ijk);
+      return draw();
+    }).catch(report);
   },
   use: () => {
     if (desk.tool === "click") return clickAt(desk.cross);
