@@ -558,6 +558,7 @@ def _finished(page: Page) -> Any:
     return page.post("state", client="x").json()["run"]
 
 
+@pytest.mark.slow  # the quick tests do the same in a browser: tests/test_serve_page.py
 @pytest.mark.timeout(180)
 def test_an_accepted_case_becomes_an_atlas_and_the_rest_is_redone(loop: tuple[Path, Path, Path], run: Run) -> None:
     context, scans, out = loop
