@@ -142,6 +142,9 @@ def why_to_compute(
     if status.state == "failed":
         return "failed before", status
     if is_accepted(folder):
+        made = status.provenance
+        if made is not None and not is_unchanged(case.query, made.query):
+            logger.warning("%s: the scan has changed since a person accepted the result, which is kept", case.query)
         return "", status
     files = (RUN, *(FORMATS[name] for name in provenance.formats if name not in _DICOM_FORMATS))
     if status.provenance is None or not all((folder / file).exists() for file in files):

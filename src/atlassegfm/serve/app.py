@@ -381,7 +381,7 @@ def _run_state(cohort: Cohort, cases: Cases) -> dict[str, Any]:
         "reason": shown_reason(cohort.reason),
         "counts": cohort.outcome.counts,
         "stages": cohort.stages,
-        "compared": cohort.compared() if cohort.state in ("done", "stopped") else [],
+        "compared": cohort.compared,
         "drafts": cases.to_run()[1],
     }
 

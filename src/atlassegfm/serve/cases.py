@@ -50,6 +50,7 @@ class Cases:
         self._opened: OrderedDict[int, Session] = OrderedDict()
         self._lock, self._opening = RLock(), [RLock() for _ in self.entries]
         self._seen: dict[int, dict[str, tuple[str, float]]] = {}
+        self._summaries: dict[int, tuple[tuple[int, ...], dict[str, Any]]] = {}
 
     @classmethod
     def find(cls, scans: Sequence[Path], out: Path, inputs: Sequence[Path] = ()) -> Cases:
@@ -116,9 +117,23 @@ class Cases:
 
     def summary(self, number: int) -> dict[str, Any]:
         """Describe a case for the list: state, verdict, what most needs eyes, and how urgent that is."""
+        stamps = tuple(stamp_of(self.folder(number), name) for name in (RUN, STATUS, EDITS))
+        known = self._summaries.get(number)
+        if known is None or known[0] != stamps:
+            known = self._summaries[number] = stamps, self._summarised(number)
+        return dict(known[1])
+
+    def _summarised(self, number: int) -> dict[str, Any]:
         entry, folder = self.get(number), self.folder(number)
         run = read_run(folder)
-        found: dict[str, Any] = {"id": number, "name": entry.case.name, "verdict": None, "worst": "", "open": 0}
+        found: dict[str, Any] = {
+            "id": number,
+            "name": entry.case.name,
+            "verdict": None,
+            "worst": "",
+            "open": 0,
+            "draft": False,
+        }
         if run is None:
             reason = _failure(folder)
             state = "failed" if reason else "waiting"
@@ -142,7 +157,7 @@ class Cases:
 
     def to_run(self) -> tuple[list[Case], list[str]]:
         """List the cases that a run may compute; and the names of those left alone, with edits nobody accepted."""
-        drafts = [one.case.name for one in self.entries if has_draft(self.out / one.case.name)]
+        drafts = [row["name"] for row in map(self.summary, range(len(self.entries))) if row["draft"]]
         cases = [one.case for one in self.entries if one.has_scan and one.case.name not in drafts]
         return cases, drafts
 

@@ -75,6 +75,7 @@ class Cohort:
     stages: dict[str, str] = field(default_factory=dict)  # by name of the case that is being computed
     outcome: Outcome = field(default_factory=Outcome)
     before: Verdicts = field(default_factory=dict)
+    compared: list[dict[str, Any]] = field(default_factory=list)  # what changed, once it ended
     started: float = 0.0
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -85,7 +86,7 @@ class Cohort:
             raise InputError("a run is under way; wait for it, or stop it")
         self._stop.clear()
         self.state, self.reason, self.stages, self.started = "running", "", {}, time.monotonic()
-        self.outcome, self.before = Outcome(), {}
+        self.outcome, self.before, self.compared = Outcome(), {}, []
         self._thread = threading.Thread(target=self._run, args=(list(cases),), daemon=True)
         self._thread.start()
 
@@ -100,7 +101,7 @@ class Cohort:
         row = self.outcome.rows.get(name)
         return self.state == "running" and (row is None or row.state == "left")
 
-    def compared(self) -> list[dict[str, Any]]:
+    def _compared(self) -> list[dict[str, Any]]:
         """List the structures whose verdict or estimate the run changed."""
         after = verdicts_in(self.job.out, self.before)
         return [
@@ -124,6 +125,7 @@ class Cohort:
             options = RunOptions(workers=workers, prepare=lambda one: one.with_gate(context, lambda _: None))
             with output_folder(work.out):
                 run(cases, work, runner, self, options)
+            self.compared = self._compared()
             self.state = "stopped" if self._stop.is_set() else "done"
         except AtlasSegError as error:
             self.state, self.reason = "failed", str(error)

@@ -371,10 +371,12 @@ class Session:
             self.cursor = len(self.history)
 
 
-def stamp_of(folder: Path) -> int:
-    """Tell when the result in a folder was written, in ns; 0 if there is none."""
-    path = folder / RUN
-    return path.stat().st_mtime_ns if path.is_file() else 0
+def stamp_of(folder: Path, name: str = RUN) -> int:
+    """Tell when a file of a result folder was written, in ns; 0 if there is none."""
+    try:
+        return (folder / name).stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:

@@ -76,7 +76,13 @@ function where() {
 
 const MARKS = { accepted: "accepted", failed: "failed", waiting: "waiting", "no scan": "no scan" };
 
+let listed = "";
 function showList() {
+  // Only where something changed: the focus would be lost.
+  const now = JSON.stringify([desk.cases, desk.id, one("#filter").value, desk.run?.stages]);
+  if (now === listed) return;
+  listed = now;
+  const focused = document.activeElement?.dataset?.case;
   const wanted = one("#filter").value.toLowerCase();
   const rows = desk.cases.filter((row) => `${row.name} ${row.worst}`.toLowerCase().includes(wanted));
   one("#cases").replaceChildren(...rows.map((row) => {
@@ -97,6 +103,7 @@ function showList() {
     item.append(button);
     return item;
   }));
+  if (focused) one(`[data-case="${focused}"]`)?.focus();
   const accepted = desk.cases.filter((row) => row.state === "accepted").length;
   one("#tally").textContent = `${accepted} of ${desk.cases.length} accepted`;
   const others = desk.cases.find((row) => row.id === desk.id)?.taken ?? [];
