@@ -393,7 +393,7 @@ def _context_summary(folder: Path, _stamp: int) -> dict[str, Any]:
         "name": folder.resolve().name,
         "model": context.settings.model,
         "atlases": len(context.atlases),
-        "structures": list(context.atlas.names),
+        "files": [name for role, name in context.files.items() if role.startswith("atlas")],
     }
 
 

@@ -41,6 +41,7 @@ def describe(session: Session) -> dict[str, Any]:
         "views": views,
         "windows": windows,
         "sources": session.sources,
+        "file": session.run.inputs.query.file if session.run.inputs.query is not None else "",
         "model": session.run.model.name,
         **state(session),
     }

@@ -259,7 +259,10 @@ function showStructures() {
   const allAccepted = desk.structures.length > 0 && desk.structures.every((found) => found.accepted);
   one("#accept-case").disabled = allAccepted || !desk.structures.length;
   one("#accept-case").textContent = allAccepted ? "Case accepted" : "Accept case";
+  const isAtlas = Boolean(desk.context?.files.includes(desk.file));
   one("#atlas").hidden = !desk.context || !allAccepted;
+  one("#atlas").disabled = isAtlas;
+  one("#atlas").textContent = isAtlas ? "An atlas of the context" : "Make it an atlas";
 }
 
 function detailOf(found, n) {
@@ -417,6 +420,7 @@ const makeAtlas = () => enqueue(async () => {
   desk.context = await call(`cases/${desk.id}/atlas`, {});
   say(`the case is atlas ${desk.context.atlases} of the context; “Redo what is open” uses it`);
   showRun();
+  showStructures();
   one("#start").focus();
 });
 const runAgain = () => enqueue(async () => {
@@ -605,7 +609,7 @@ const actions = {
 const KEYS = [
   ["Cases", [
     ["N", "next case", "n", () => follow(1)], ["P", "previous case", "p", () => follow(-1)],
-    ["Shift A", "accept the case", "A", () => accept()], ["Shift T", "make it an atlas", "T", () => one("#atlas").hidden || makeAtlas()],
+    ["Shift A", "accept the case", "A", () => accept()], ["Shift T", "make it an atlas", "T", () => one("#atlas").hidden || one("#atlas").disabled || makeAtlas()],
     ["Shift G", "segment, or redo what is open", "G", () => one("#start").hidden || runAgain()],
     ["/", "filter the list", "/", () => one("#filter").focus()],
   ]],
