@@ -111,7 +111,8 @@ class Cases:
         with self._lock:
             known = self._seen.get(number, {})
             recent = time.monotonic() - _GONE_SECONDS
-            return [by or "somebody" for one, (by, seen) in known.items() if one != client and seen > recent]
+            found = {by or "somebody" for one, (by, seen) in known.items() if one != client and seen > recent}
+            return sorted(found)
 
     # What the list shows
 

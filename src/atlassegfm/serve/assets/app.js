@@ -17,7 +17,7 @@ function element(name, text = "", kind = "", more = {}) {
 
 // What is shown; the server has the truth.
 const desk = {
-  client: crypto.randomUUID(), cases: [], run: null, context: null,
+  client: sessionStorage.getItem("client") ?? crypto.randomUUID(), cases: [], run: null, context: null,
   id: null, name: "", version: 0, undo: 0, redo: 0, structures: [], structure: 1,
   scan: null, labels: null, maps: {}, show: { atlas: false, model: false }, colors: [[0, 0, 0]],
   shape: [1, 1, 1], spacing: [1, 1, 1], cross: [0, 0, 0], centre: [0, 0, 0], zoom: 1, active: 0,
@@ -27,6 +27,7 @@ const desk = {
   isShown: (n) => !desk.solo || n === desk.structure,
 };
 window.desk = desk;
+sessionStorage.setItem("client", desk.client);  // the same after the page is loaded again
 
 const views = all(".view").slice(0, 3).map((box, n) => new SliceView(box.firstElementChild, n));
 let cursor = null, drawing = false;
@@ -169,6 +170,11 @@ async function poll() {
   pollTimer = setTimeout(poll, desk.run?.state === "running" ? BUSY_POLL_MS : POLL_MS);
 }
 
+addEventListener("pagehide", () => {
+  const gone = new Blob([JSON.stringify({ client: desk.client, case: null })], { type: "application/json" });
+  navigator.sendBeacon(new URL("api/state", new URL(".", location.href)), gone);
+});
+
 const who = () => one("#who").value.trim();
 
 // One case
@@ -183,7 +189,7 @@ async function open(id, again = false) {
   one("#empty").textContent = "loading …";
   one("#case-name").textContent = row?.name ?? "";
   if (row && !["open", "accepted"].includes(row.state)) {
-    const reasons = { waiting: "This case has no result yet.", failed: row.worst, "no scan": "The scan of this case was not given." };
+    const reasons = { waiting: `This case has no result yet${desk.run ? ": the button at the lower left segments it" : ""}.`, failed: row.worst, "no scan": "The scan of this case was not given." };
     Object.assign(desk, { scan: null, labels: null, structures: [], name: row.name });
     one("#empty").textContent = reasons[row.state];
     document.body.dataset.state = "empty";
@@ -257,6 +263,7 @@ function showStructures() {
   one("#undo").disabled = !desk.undo;
   one("#redo").disabled = !desk.redo;
   const allAccepted = desk.structures.length > 0 && desk.structures.every((found) => found.accepted);
+  one("#accept-case").hidden = !desk.structures.length;
   one("#accept-case").disabled = allAccepted || !desk.structures.length;
   one("#accept-case").textContent = allAccepted ? "Case accepted" : "Accept case";
   const isAtlas = Boolean(desk.context?.files.includes(desk.file));
@@ -288,12 +295,14 @@ function detailOf(found, n) {
   const look = element("div", "", "verbs look");
   add(desk.solo ? "Show all" : "Only this", "U", () => act("solo"), "", look);
   if (desk.sources.length === 2) add("Go to disagreement", "Where atlas and model differ most (J)", () => act("jump"), "", look);
+  const outlines = element("span", "", "outlines");
+  if (desk.sources.length) look.append(outlines);
   for (const kind of desk.sources) {
     const label = element("label", "", "switch", { title: `Outline of the ${kind}'s answer (K)` });
     const tick = element("input", "", "", { type: "checkbox", checked: desk.show[kind] });
     tick.addEventListener("change", () => outline(kind, tick.checked));
     label.append(tick, element("i", "", `key-${kind}`), kind);
-    look.append(label);
+    outlines.append(label);
   }
   box.append(buttons, look);
   const others = desk.structures.map((other, m) => [other, m + 1]).filter(([other, m]) => m !== n && !other.accepted);
