@@ -32,7 +32,7 @@ from atlassegfm.serve.cohort import Cohort, Job
 from atlassegfm.settings import Settings
 from conftest import ORIENTATIONS, SHEARED, Run
 from dicom_series import write_series
-from result_folders import run_record, write_result
+from result_folders import DONE, run_record, write_result
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, Patient, straight_grid
 
 TOKEN = "secret-token"
@@ -350,10 +350,15 @@ def test_worst_cases_come_first_and_accepted_ones_last(tmp_path: Path) -> None:
     for name, found in verdicts.items():
         save_volume(QUERY.scan(straight_grid()), tmp_path / f"scans/{name}.nii.gz")
         write_result(tmp_path / "out" / name, 0, found)
-    save_volume(QUERY.scan(straight_grid()), tmp_path / "scans/e.nii.gz")
+    for name in ("e", "f"):
+        save_volume(QUERY.scan(straight_grid()), tmp_path / f"scans/{name}.nii.gz")
     write_result(tmp_path / "out/gone", 0)
+    warned = DONE.model_copy(update={"warnings": ("the scan hardly resembles the atlas",)})
+    write_result(tmp_path / "out/f", 0, status=warned)
     page = Page(Desk(Cases.find([tmp_path / "scans"], tmp_path / "out"), title="out"))
     rows = page.post("state", client="x").json()["cases"]
+    assert rows[0]["name"] == "f"
+    assert rows.pop(0)["worst"] == "the scan hardly resembles the atlas"
     assert [row["name"] for row in rows] == ["c", "b", "d", "a", "gone", "e"]
     assert rows[0]["worst"].startswith("kidney: because failed")
     assert [row["state"] for row in rows[3:]] == ["open", "no scan", "waiting"]
@@ -554,7 +559,7 @@ def loop(tmp_path: Path) -> tuple[Path, Path, Path]:
 
 
 def _finished(page: Page) -> Any:
-    page.desk.cohort.stop(None) if page.desk.cohort is None else page.desk.cohort._thread.join(120)
+    page.desk.cohort._thread.join(120)
     return page.post("state", client="x").json()["run"]
 
 
@@ -576,6 +581,8 @@ def test_an_accepted_case_becomes_an_atlas_and_the_rest_is_redone(loop: tuple[Pa
         page.edit("absent", number)
         page.stroke("paint", number, (0, 0, 0), truth == value, overwrite=True)
     page.send("accept")
+    assert '"verdict": "accepted"' in (out / "cohort.json").read_text()
+    assert (out / "cohort.csv").read_text().count(",accepted,") == 3
     accepted = (out / "a/segmentation.nii.gz").read_bytes()
     assert page.post("cases/0/atlas").json()["atlases"] == 2
     again = page.post("cases/0/atlas")
