@@ -201,11 +201,11 @@ def _serve_case(app: FastAPI, desk: Desk) -> None:
         with _opened(desk, number) as session:
             return {"ijk": session.disagreement(_numbers(session, [structure])[0])}
 
-    @app.get("/api/cases/{number}/solid")
-    def solid(number: Number) -> dict[str, Any]:
-        """Scan and draft for the 3-D view."""
+    @app.get("/api/cases/{number}/solid/{kind}")
+    def solid(number: Number, kind: Literal["scan", "labels"]) -> dict[str, str]:
+        """Scan or draft for the 3-D view."""
         with _opened(desk, number) as session:
-            return view.payload_3d(session)
+            return {"nifti": view.scan_3d(session) if kind == "scan" else view.labels_3d(session)}
 
 
 def _serve_edits(app: FastAPI, desk: Desk) -> None:

@@ -32,14 +32,17 @@ sessionStorage.setItem("client", desk.client);  // the same after the page is lo
 const views = all(".view").slice(0, 3).map((box, n) => new SliceView(box.firstElementChild, n));
 let cursor = null, drawing = false;
 
-function draw() {
+const outdated = new Set();
+function draw(only = null) {
+  for (const view of only ? [only] : views) outdated.add(view);
   if (drawing) return;
   drawing = true;
   requestAnimationFrame(() => {
     drawing = false;
-    for (const view of views) {
+    for (const view of outdated) {
       if (view.canvas.offsetParent) view.draw(desk, cursor?.view === view ? cursor : null);
     }
+    outdated.clear();
     where();
   });
 }
@@ -131,7 +134,7 @@ function showRun() {
   one("#compare").hidden = running || !run.compared.length;
   const ended = { failed: `The run ended: ${run.reason}`, stopped: "The run was stopped; what was done is kept." }[run.state];
   const nothing = run.state === "done" && done === kept ? "Nothing to do: every result is up to date." : "";
-  const drafts = run.drafts.length ? `Left alone, with edits not accepted: ${run.drafts.join(", ")}.` : "";
+  const drafts = run.drafts.length ? `Not redone, as their edits are not accepted: ${run.drafts.join(", ")}.` : "";
   one("#run-note").textContent = [ended, nothing, drafts].filter(Boolean).join(" ");
 }
 
@@ -519,7 +522,7 @@ for (const view of views) {
       desk.window = { low: level - wide / 2, high: level + wide / 2 };
       one("#window").value = "hand";
     }
-    draw();
+    draw(stroke || drag ? null : view);
   });
   const end = () => {
     drag = null;
@@ -527,7 +530,7 @@ for (const view of views) {
   };
   canvas.addEventListener("pointerup", end);
   canvas.addEventListener("pointercancel", end);
-  canvas.addEventListener("pointerleave", () => { cursor = null; draw(); });
+  canvas.addEventListener("pointerleave", () => { cursor = null; draw(view); });
   canvas.addEventListener("dblclick", () => desk.tool === "move" && arrange(desk.layout === "all" ? String(view.number) : "all"));
   canvas.addEventListener("focus", () => { desk.active = view.number; draw(); });
   canvas.addEventListener("wheel", (event) => {
