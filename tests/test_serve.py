@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import shutil
 import socket
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -20,6 +22,7 @@ from starlette.testclient import TestClient
 
 from atlassegfm.context import Context
 from atlassegfm.core.config import with_overrides
+from atlassegfm.core.files import append_line, remove_unfinished, replaced_files
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import load_labels, save_volume
 from atlassegfm.dicom import contours_in, open_image, open_labels
@@ -634,3 +637,39 @@ def test_dicom_results_get_their_objects_anew(tmp_path: Path, run: Run) -> None:
     contours = contours_in(case / "rtstruct.dcm")
     assert {value for value, drawn in contours.items() if drawn} == {1, 7}
     assert read_run(case).dicom["seg"]["round_trip"]
+
+
+# Files that are whole at any moment
+
+
+def test_what_a_killed_process_was_replacing_is_put_back(tmp_path: Path) -> None:
+    """A folder is moved away before its successor takes its place; a kill between the two loses nothing."""
+    write_result(tmp_path / "case", 0)
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as gone:
+        gone.wait()
+    holder = tmp_path / f".writing-{re.sub(r'[^A-Za-z0-9.]+', '.', socket.gethostname())}-{gone.pid}-x"
+    (holder / "replaced").mkdir(parents=True)
+    (tmp_path / "case").rename(holder / "replaced/case")
+    assert remove_unfinished(tmp_path) == 1
+    assert read_run(tmp_path / "case") is not None
+    assert not holder.exists()
+
+
+def test_files_are_replaced_one_by_one_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "case"
+    folder.mkdir()
+    (folder / "a.txt").write_text("old")
+    with pytest.raises(ZeroDivisionError), replaced_files(folder, "b.txt") as new:
+        (new / "a.txt").write_text("new")
+        raise ZeroDivisionError
+    assert (folder / "a.txt").read_text() == "old"
+    with replaced_files(folder, "a.txt") as new:
+        (new / "masks").mkdir()
+        for name in ("a.txt", "masks/b.txt"):
+            (new / name).write_text("new")
+    assert [(folder / name).read_text() for name in ("a.txt", "masks/b.txt")] == ["new", "new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["case"]
+    (folder / "log").write_text('{"cut')
+    append_line(folder / "log", "{}")
+    append_line(folder / "log", "[]")
+    assert (folder / "log").read_text() == '{"cut\n{}\n[]\n'

@@ -99,7 +99,7 @@ function showList() {
     if (mark) head.append(element("span", mark, `badge ${mark.replace(" ", "-")}`));
     button.append(head);
     const stage = desk.run?.stages[row.name];
-    const notes = [stage && `${stage} …`, row.taken.length && `${row.taken.join(", ")} is here`, row.draft && "edits not accepted"];
+    const notes = [stage && `${stage} …`, row.taken.length && `also here: ${row.taken.join(", ")}`, row.draft && "edits not accepted"];
     for (const note of notes.filter(Boolean)) button.append(element("span", note, "note"));
     if (row.worst && !stage) button.append(element("span", row.worst, "why"));
     if (row.state === "accepted" && row.by) button.append(element("span", `by ${row.by}`, "why"));
@@ -112,7 +112,7 @@ function showList() {
   one("#tally").textContent = `${accepted} of ${desk.cases.length} accepted`;
   const others = desk.cases.find((row) => row.id === desk.id)?.taken ?? [];
   one("#taken").hidden = !others.length;
-  one("#taken").textContent = `${others.join(", ")} has this case open too: whoever saves later is told.`;
+  one("#taken").textContent = `Also at this case: ${others.join(", ")}. Whoever saves later is told.`;
 }
 
 function showRun() {
