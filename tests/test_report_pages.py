@@ -102,7 +102,7 @@ def test_table_has_every_case_and_structure(cohort: tuple[Path, Path]) -> None:
     cases, structures = data["cases"], data["structures"]
     assert cases["name"] == ["a_case", "b_case", "c case & <i>", "d_case"]
     assert cases["verdict"] == ["good", "failed", "review", None]
-    assert [cases[verdict][1] for verdict in VERDICTS] == [1, 1, 1]
+    assert [cases[verdict][1] for verdict in VERDICTS] == [0, 1, 1, 1]
     assert cases["state"] == ["done", "done", "done", "failed"]
     assert cases["reason"][3] == "d_case.nii.gz: the file is damaged; copy it again"
     assert cases["seconds"] == [4.0, 4.0, 4.0, None]

@@ -27,12 +27,14 @@ FORMATS = {
 }
 #: Formats that hold the label map of all structures, the first choice first.
 _LABEL_MAPS = ("nifti", "nrrd", "seg.nrrd", "mgz")
+#: What people did to the labels, a line each, and the label map as it was before anything was accepted.
+EDITS, AUTOMATIC = "edits.jsonl", "automatic.nii.gz"
 #: Names and colours, for 3D Slicer and ITK-SNAP.
 SLICER_COLORS, ITK_SNAP_LABELS = "colors.ctbl", "labels.txt"
 #: Files of a result folder: a folder with any other is never replaced.
 RESULT_NAMES = frozenset(
     {
-        *(*FORMATS.values(), SLICER_COLORS, ITK_SNAP_LABELS, RUN, STATUS),
+        *(*FORMATS.values(), SLICER_COLORS, ITK_SNAP_LABELS, RUN, STATUS, EDITS, AUTOMATIC),
         *("atlas.nii.gz", "model.nii.gz", "members", "probability.nii.gz", "transform"),
         *("report.html", "overview.png"),
     }
@@ -169,6 +171,22 @@ class RecoveryRecord(Record):
         return f"from the second pass, with case {self.donor} as the atlas (before: {self.verdict}{found})"
 
 
+class ReviewRecord(Record):
+    """A structure that a person accepted, and what was estimated before."""
+
+    by: str = Field(description="Who accepted it, as typed; empty by default.")
+    at: str = Field(description="When (ISO 8601, UTC).")
+    dice: float | None = Field(description="Of the accepted mask and the automatic one; null where both are empty.")
+    status: Status
+    reason: str
+    quality: QualityRecord | None
+
+    @property
+    def remark(self) -> str:
+        """Who and when, in a clause."""
+        return f"accepted{f' by {self.by}' if self.by else ''} on {self.at[:10]}"
+
+
 class MemberRecord(Record):
     """One of several models on one structure."""
 
@@ -191,6 +209,7 @@ class StructureRecord(Record):
     atlases: tuple[int, ...] | None = Field(default=None, description="Numbers of several atlases that agree on it.")
     quality: QualityRecord | None
     recovered: RecoveryRecord | None = Field(default=None, description="Null where the first pass found it.")
+    review: ReviewRecord | None = Field(default=None, description="Null where nobody accepted it.")
 
     @property
     def of_members(self) -> str:

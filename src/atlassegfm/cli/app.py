@@ -28,6 +28,7 @@ from .models import app as models_app
 from .options import SettingsOptions
 from .report import report
 from .segment import segment
+from .serve import serve
 from .session import EXIT_INTERRUPTED, open_session
 from .suggest import suggest
 
@@ -59,7 +60,7 @@ def _options(
     pass
 
 
-for _one in (segment, demo, check, customize, evaluate, report, convert, suggest):
+for _one in (segment, demo, check, customize, evaluate, report, serve, convert, suggest):
     command(app, _one.__name__)(_one)
 app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(models_app, name="models")

@@ -113,7 +113,7 @@ def _remark(row: Row, run: RunRecord | None) -> str:
     for one in () if run is None else run.structures:
         if one.status != "present":
             found.setdefault(one.status, []).append(one.name)
-        elif one.quality is not None and one.quality.verdict not in ("good", None):
+        elif one.quality is not None and one.quality.verdict in ("review", "failed"):
             found.setdefault(one.quality.verdict, []).append(one.name)
         if one.status == "present" and cut_remark(one.outside_fraction):
             found.setdefault("cut by the field of view", []).append(one.name)

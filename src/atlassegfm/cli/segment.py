@@ -68,7 +68,7 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
         "little.",
         min=1,
     )
-    force: bool = flag("--force", "Segment all queries again, also those whose result is there already.")
+    force: bool = flag("--force", "Segment all queries again; structures that a person accepted stay as they are.")
     second_pass: bool = option(
         "--second-pass/--no-second-pass",
         "Try structures that are not good again, with another scan of the cohort as the atlas; from five scans on.",

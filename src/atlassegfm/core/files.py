@@ -21,6 +21,8 @@ PathLike = str | os.PathLike[str]
 
 #: Temporary folders beside results begin so; a killed process may leave one.
 _TEMPORARY_PREFIX = ".writing-"
+#: Folder in a temporary one for what is being replaced, under its own name.
+_REPLACED = "replaced"
 #: Seconds after which a temporary folder of an unknown writer is left over: writing a result takes seconds.
 _LEFT_OVER_SECONDS = 24 * 3600
 #: Endings of files: a folder for results is not called so by intention.
@@ -65,6 +67,48 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary = Path(folder) / path.name
         yield temporary
         os.replace(temporary, path)
+
+
+@contextmanager
+def replaced_files(folder: Path, last: str) -> Iterator[Path]:
+    """Give a temporary folder beside ``folder``; move each file in it to the same place there if the block succeeds.
+
+    Each is on the disk before it is moved, and the one called ``last`` goes last: at any moment, also when the machine
+    stops, every file is whole, and an earlier one is there until its successor is.
+    """
+    own = f"{_TEMPORARY_PREFIX}{_host()}-{os.getpid()}-"
+    with disk_errors(folder), tempfile.TemporaryDirectory(None, own, folder.parent) as holder:
+        yield Path(holder)
+        files = sorted((one for one in Path(holder).rglob("*") if one.is_file()), key=lambda one: one.name == last)
+        for file in files:
+            _to_disk(file)
+        for file in files:
+            target = folder / file.relative_to(holder)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(file, target)
+        _to_disk(folder)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, and wait until it is on the disk; a line that was cut off before it is ended first."""
+    with disk_errors(path), path.open("ab+") as file:
+        if size := file.tell():
+            file.seek(size - 1)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if path.is_dir() and sys.platform == "win32":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -132,8 +176,9 @@ def replaced_folder(path: Path, known: frozenset[str]) -> Iterator[Path]:
     check_replaceable(path, known)
     own = f"{_TEMPORARY_PREFIX}{_host()}-{os.getpid()}-"
     with disk_errors(path), tempfile.TemporaryDirectory(None, own, path.parent, ignore_cleanup_errors=True) as holder:
-        new, old = Path(holder, "new"), Path(holder, "old")
+        new, old = Path(holder, "new"), Path(holder, _REPLACED, path.name)
         new.mkdir()
+        old.parent.mkdir()
         yield new
         # A folder that is not empty cannot be replaced in one step: for a moment there is none.
         try:
@@ -148,7 +193,8 @@ def replaced_folder(path: Path, known: frozenset[str]) -> Iterator[Path]:
 def remove_unfinished(folder: Path) -> int:
     """Delete temporary folders that killed processes left in ``folder``, and count them.
 
-    Those of a running process of this machine are kept, and those of other machines for a day.
+    Those of a running process of this machine are kept, and those of other machines for a day. What was being replaced
+    when the process was killed is put back.
     """
     removed = 0
     try:
@@ -162,6 +208,9 @@ def remove_unfinished(folder: Path) -> int:
         except OSError:
             continue
         if old or (host == _host() and process.isdigit() and not _runs(int(process))):
+            for replaced in (holder / _REPLACED).glob("*"):
+                if not (folder / replaced.name).exists():
+                    os.replace(replaced, folder / replaced.name)
             shutil.rmtree(holder, ignore_errors=True)
             removed += 1
     return removed

@@ -8,7 +8,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import replace
 from types import FrameType
@@ -52,11 +52,17 @@ def run_here(
 
 
 def run_in_processes(
-    work: SegmentWork, cases: Sequence[Case], watcher: Watcher, workers: int, gpus: Sequence[str] = ()
+    work: SegmentWork,
+    cases: Sequence[Case],
+    watcher: Watcher,
+    workers: int,
+    gpus: Sequence[str] = (),
+    stopped: Callable[[], bool] = lambda: False,
 ) -> Generator[Row, None, None]:
     """Run the cases in at most ``workers`` processes, which end with the generator; yields as they end.
 
-    ``gpus`` are names as ``CUDA_VISIBLE_DEVICES`` takes them, one for each worker; empty on the CPU. A worker that is
+    ``gpus`` are names as ``CUDA_VISIBLE_DEVICES`` takes them, one for each worker; empty on the CPU. Once it is
+    ``stopped`` the workers end, and what they were at is left. A worker that is
     killed, for want of memory above all, costs its case, which is begun again once, and no other. AtlasSegError if the
     workers cannot load context or model.
     """
@@ -73,14 +79,19 @@ def run_in_processes(
             initargs=(reports, names if gpus else None),
         )
         try:
-            yield from _collect(pool, work, cases, watcher, reports)
+            yield from _collect(pool, work, cases, watcher, reports, stopped)
         finally:
             pool.stop()  # type: ignore[no-untyped-call]
             pool.join(_GRACE_SECONDS)
 
 
 def _collect(
-    pool: ProcessPool, work: SegmentWork, cases: Sequence[Case], watcher: Watcher, reports: Any
+    pool: ProcessPool,
+    work: SegmentWork,
+    cases: Sequence[Case],
+    watcher: Watcher,
+    reports: Any,
+    stopped: Callable[[], bool],
 ) -> Generator[Row, None, None]:
     """Hand out the cases, pass on what workers report, and yield what ends."""
 
@@ -91,7 +102,7 @@ def _collect(
     by_name = {case.name: case for case in cases}
     for case in cases:
         begin(case, 1)
-    while running:
+    while running and not stopped():
         ended, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
         _pass_on(reports, by_name, watcher)
         for future in ended:

@@ -73,7 +73,7 @@ class First(NamedTuple):
     @property
     def is_good(self) -> bool:
         """Whether it can serve another case, and stays as it is."""
-        return self.status == "present" and self.verdict == "good"
+        return self.status == "present" and self.verdict in ("accepted", "good")
 
     @property
     def is_whole(self) -> bool:

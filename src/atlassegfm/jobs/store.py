@@ -15,6 +15,7 @@ on request also
 - ``probability.nii.gz``: fused probabilities, one volume for each structure in the order of ``run.json``, as bytes with
   a scale of 1/255;
 - ``transform/``: query to atlas, as ITK, ANTs, 3D Slicer and ``segment --transform`` read it;
+- ``edits.jsonl`` and ``automatic.nii.gz``: what people did to the labels, and what these were before;
 - ``report.html`` and ``overview.png``: written by :mod:`atlassegfm.report`, removed when the result is made again.
 """
 
@@ -33,7 +34,7 @@ from .. import dicom, records
 from ..context import Context
 from ..core.config import to_dict
 from ..core.errors import InputError
-from ..core.files import replaced_folder
+from ..core.files import replaced_files, replaced_folder
 from ..core.geometry import Grid
 from ..core.image import Volume, load_labels, save_masks, save_volume, smallest_label_type
 from ..core.labels import Structure, file_names, itk_snap_labels, slicer_color_table
@@ -41,11 +42,23 @@ from ..core.mask import LocalMap
 from ..core.text import did_you_mean
 from ..core.version import __version__, library_versions
 from ..models.table import describe_models, with_weights_paths
-from ..records import FORMATS, ITK_SNAP_LABELS, RESULT_NAMES, RUN, SLICER_COLORS, STATUS, label_map_of
+from ..quality.verdict import overall
+from ..records import (
+    AUTOMATIC,
+    EDITS,
+    FORMATS,
+    ITK_SNAP_LABELS,
+    RESULT_NAMES,
+    RUN,
+    SLICER_COLORS,
+    STATUS,
+    label_map_of,
+)
 from ..result import Segmentation, StructureResult
 from ..transforms.io import write_members, write_transform
 from .fingerprint import is_unchanged
 from .plan import Case
+from .table import read_run
 
 logger = logging.getLogger(__name__)
 
@@ -118,9 +131,9 @@ def why_to_compute(
 ) -> tuple[str, records.StatusRecord | None]:
     """Decide whether a case has to be computed, and read the status of the result that is in its folder, if any.
 
-    The reason is "new", "failed before", "other settings" and so on; empty if its result is there. ``provenance`` is
-    what the result would be made from now, without the files of the case; without a ``second_pass`` a result that it
-    changed does not serve.
+    The reason is "new", "failed before", "other settings" and so on; empty if its result is there, or a person accepted
+    all of it. ``provenance`` is what the result would be made from now, without the files of the case; without a
+    ``second_pass`` a result that it changed does not serve.
     """
     try:
         status = records.StatusRecord.read(folder / STATUS)
@@ -128,6 +141,11 @@ def why_to_compute(
         return ("new" if not (folder / STATUS).exists() else "other results_format"), None
     if status.state == "failed":
         return "failed before", status
+    if is_accepted(folder):
+        made = status.provenance
+        if made is not None and not is_unchanged(case.query, made.query):
+            logger.warning("%s: the scan has changed since a person accepted the result, which is kept", case.query)
+        return "", status
     files = (RUN, *(FORMATS[name] for name in provenance.formats if name not in _DICOM_FORMATS))
     if status.provenance is None or not all((folder / file).exists() for file in files):
         return "new", status
@@ -159,16 +177,27 @@ def write_result(
 ) -> records.RunRecord:
     """Write the result folder of one query, in place of an earlier one; ``keep`` adds intermediate results.
 
+    Structures that a person accepted in the earlier one stay as they are, as does the log of edits.
     InputError if the folder cannot be written or holds something else, or as :func:`check_formats`; OutputError if an
     RTSTRUCT or DICOM-SEG does not read back as it was written.
     """
     check_formats(formats, inputs.query)
     structures = inputs.context.atlas.structures
-    run = run_record(segmentation, inputs)
+    run, labels, kept = _with_accepted(
+        folder, run_record(segmentation, inputs), segmentation.labels, inputs.query, structures
+    )
     with replaced_folder(folder, RESULT_NAMES) as new:
-        _save_labels(segmentation.labels, structures, new, formats)
-        maps = {value: (segmentation.grid, one.fused) for value, one in segmentation.probabilities.items()}
-        result = LabelledQuery(inputs.query, segmentation.labels, structures, run, maps)
+        if (folder / EDITS).is_file():
+            shutil.copy2(folder / EDITS, new / EDITS)
+        if kept:
+            save_volume(segmentation.labels, new / AUTOMATIC, structures=structures)
+        _save_labels(labels, structures, new, formats)
+        maps = {
+            value: (segmentation.grid, one.fused)
+            for value, one in segmentation.probabilities.items()
+            if value not in kept
+        }
+        result = LabelledQuery(inputs.query, labels, structures, run, maps)
         written: dict[str, Any] = {"dicom": _save_dicom(result, new, formats)}
         if keep:
             save_volume(segmentation.atlas_labels, new / "atlas.nii.gz", structures=structures)
@@ -188,13 +217,58 @@ def write_result(
     return run
 
 
+def accepted_values(folder: Path) -> tuple[int, ...]:
+    """List the label values of a result that a person accepted."""
+    run = read_run(folder)
+    return () if run is None else tuple(one.value for one in run.structures if one.review is not None)
+
+
+def is_accepted(folder: Path) -> bool:
+    """Check whether a person accepted all structures of a result: it is never computed again."""
+    run = read_run(folder)
+    return run is not None and all(one.review is not None for one in run.structures)
+
+
+def _with_accepted(
+    folder: Path, run: records.RunRecord, labels: Volume, query: Volume, structures: Sequence[Structure]
+) -> tuple[records.RunRecord, Volume, set[int]]:
+    """Put the structures that a person accepted in an earlier result of a folder into a new one; and which they are."""
+    earlier, names = read_run(folder), {one.value: one.name for one in structures}
+    known = {one.value: one for one in (() if earlier is None else earlier.structures) if one.review is not None}
+    known = {value: one for value, one in known.items() if names.get(value) == one.name}
+    if not known:
+        return run, labels, set()
+    old = read_labels(folder, query, structures).data
+    data = np.where(np.isin(labels.data, [*known]), 0, labels.data).astype(labels.data.dtype)
+    accepted = np.isin(old, [*known])
+    data[accepted] = old[accepted]
+    merged = Volume(data, labels.grid, labels.source)
+    rows = tuple(known.get(one.value, one) for one in with_volumes(run, merged).structures)
+    verdict = overall([one.quality.verdict for one in rows if one.quality is not None])
+    return run.model_copy(update={"structures": rows, "verdict": verdict}), merged, set(known)
+
+
+def with_volumes(run: records.RunRecord, labels: Volume) -> records.RunRecord:
+    """Measure the volumes of a result anew."""
+    voxels = np.bincount(labels.data.ravel(), minlength=1 + max(one.value for one in run.structures))
+    millilitres = labels.grid.voxel_volume_mm3 / 1000
+    rows = (
+        one.model_copy(update={"volume_ml": round(float(voxels[one.value]) * millilitres, 4)}) for one in run.structures
+    )
+    return run.model_copy(update={"structures": tuple(rows)})
+
+
 def read_labels(folder: Path, query: Volume, structures: Sequence[Structure]) -> Volume:
     """Read the labels of a result in whichever format it has, on the voxels of its query as stored; else InputError."""
     values, path = [one.value for one in structures], label_map_of(folder)
     kind = smallest_label_type(max(values))
     masks, seg, rtstruct = (folder / FORMATS[name] for name in ("masks", "seg", "rtstruct"))
     if path.is_file():
-        data = load_labels(path, allow_empty=True).turned_to(query.grid).data
+        found = load_labels(path, allow_empty=True)
+        if found.grid.axes_relative_to(query.grid) is None:
+            advice = "move the folder away, or give the scan it was made from"
+            raise InputError(f"{path}: not on the voxels of the scan, which has changed since; {advice}")
+        data = found.turned_to(query.grid).data
     elif masks.is_dir():
         data = np.zeros(query.grid.shape, kind)
         for value, name in zip(values, file_names(structures), strict=True):
@@ -231,8 +305,31 @@ def _save_labels(labels: Volume, structures: Sequence[Structure], folder: Path, 
     (folder / ITK_SNAP_LABELS).write_text(itk_snap_labels(structures), encoding="utf-8")
 
 
+def update_labels(result: LabelledQuery, automatic: Volume, folder: Path) -> None:
+    """Write the labels of a result and ``run.json``, file by file in its formats; all else in the folder stays.
+
+    At any moment each file is whole, and ``run.json`` comes last. ``automatic`` are the labels as they were computed,
+    kept once. Pages of a report are removed. Errors as of :func:`write_result`.
+    """
+    formats = [name for name, file in FORMATS.items() if (folder / file).exists()] or ["nifti"]
+    with replaced_files(folder, RUN) as new:
+        if not (folder / AUTOMATIC).is_file():
+            save_volume(automatic, new / AUTOMATIC, structures=result.structures)
+        _save_labels(result.labels, result.structures, new, formats)
+        result.run.model_copy(update={"dicom": _save_dicom(result, new, formats)}).write(new / RUN)
+        outdated = [FORMATS[name] for name in _DICOM_FORMATS if not (new / FORMATS[name]).exists()]
+    for name in (*outdated, "report.html", "overview.png"):
+        (folder / name).unlink(missing_ok=True)
+
+
 def write_failure(folder: Path, status: records.StatusRecord) -> None:
-    """Leave nothing but ``status.json`` in a result folder: an earlier result would pass for a new one."""
+    """Leave nothing but ``status.json`` in a result folder: an earlier result would pass for a new one.
+
+    A result in which a person accepted something stays as it is.
+    """
+    if accepted_values(folder):
+        logger.warning("%s: the result stays, as a person accepted structures of it", folder.name)
+        return
     with replaced_folder(folder, RESULT_NAMES) as new:
         status.write(new / STATUS)
 

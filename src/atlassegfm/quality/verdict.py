@@ -16,9 +16,10 @@ from .evidence import Evidence
 if TYPE_CHECKING:
     from ..registration import Place
 
-Verdict = Literal["good", "review", "failed"]
+#: "accepted" is what a person says; the others are estimated.
+Verdict = Literal["accepted", "good", "review", "failed"]
 #: From best to worst.
-VERDICTS: tuple[Verdict, ...] = ("good", "review", "failed")
+VERDICTS: tuple[Verdict, ...] = ("accepted", "good", "review", "failed")
 #: Confidence of a registration below which the scans probably show different parts of the body.
 LEAST_CONFIDENCE = 0.45
 #: Reason of structures without a verdict.

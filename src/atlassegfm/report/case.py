@@ -152,9 +152,9 @@ def write_case(
 def _note(row: StructureRecord) -> Note | None:
     """What the legend of the picture says of a structure; None if it is present, whole and good."""
     verdict: Verdict = (row.quality and row.quality.verdict) or "good"  # or not judged
-    remarks = {f"in view; {row.cut}": row.cut, "absent": row.status == "absent", verdict: verdict != "good"}
+    remarks = {f"in view; {row.cut}": row.cut, "absent": row.status == "absent", verdict: verdict in _POOR}
     text = ", ".join(remark for remark, applies in remarks.items() if applies)
-    return Note(text, "review" if verdict == "good" else verdict) if text else None
+    return Note(text, verdict if verdict in _POOR else "review") if text else None
 
 
 def _subtitle(case: Case, maps: _Maps) -> str:

@@ -129,6 +129,7 @@ def _write(path: Path, title: str, entries: Sequence[_Entry], found: ResultFolde
     if len(pictures) > _MOST_PICTURES:
         ranks = {verdict: -rank for rank, verdict in enumerate((None, *VERDICTS))}
         pictures = sorted(pictures, key=lambda entry: ranks[entry.case.run.verdict])[:_MOST_PICTURES]
+    judged = Counter(_quality(row)[0] for entry in entries for row in entry.case.run.structures)
     write_page(
         path,
         "cohort.html.j2",
@@ -136,7 +137,7 @@ def _write(path: Path, title: str, entries: Sequence[_Entry], found: ResultFolde
         version=entries[0].case.run.versions.get("atlassegfm", "") if entries else "",
         failed=sum(one.state != LEFT for one in found.failures),
         left=sum(one.state == LEFT for one in found.failures),
-        judged=Counter(_quality(row)[0] for entry in entries for row in entry.case.run.structures),
+        judged=judged,
         problems=list(map(shown_reason, problems)),
         reviews=reviews[:_MOST_FIRST],
         more_reviews=reviews[_MOST_FIRST:_MOST_LISTED],
@@ -145,7 +146,7 @@ def _write(path: Path, title: str, entries: Sequence[_Entry], found: ResultFolde
         case_count=len(entries),
         earlier=found.earlier,
         names=names,
-        verdicts=VERDICTS,
+        verdicts=[one for one in VERDICTS if one != "accepted" or judged[one]],
         distributions=_distributions(entries, names, colors, volumes),
         links={entry.case.name: entry.link for entry in entries},
         outlier_z=OUTLIER_Z,

@@ -31,7 +31,7 @@ _LEGEND_ROWS, _LEGEND_LINE_PX, _LEGEND_COLUMNS = 5, 29, ((9, 4), (24, 3), (99, 2
 #: Width of a letter of a note, px.
 _LETTER_PX = 8.5
 _PAGE, _PANEL, _FRAME, _TEXT, _FAINT = "#0d1015", "#000000", "#262c36", "#eef1f5", "#8b95a5"
-_NOTE_COLORS: dict[Verdict, str] = {"good": _TEXT, "review": "#f2c14e", "failed": "#ff8f85"}
+_NOTE_COLORS: dict[Verdict, str] = {"accepted": _TEXT, "good": _TEXT, "review": "#f2c14e", "failed": "#ff8f85"}
 #: Dashes of the reference's outline, points of line and gap.
 _DASHES = (0, (4, 3))
 #: Upper limit of the grey scale: above 1, so that fills still tint the brightest voxels.

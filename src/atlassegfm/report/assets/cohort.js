@@ -9,7 +9,7 @@
   const one = (selector) => document.querySelector(selector);
   const all = (selector) => [...document.querySelectorAll(selector)];
   const PAGE = 100; // rows in the page at a time: a table of thousands stays quick
-  const VERDICTS = ["failed", "review", "good"];
+  const VERDICTS = ["failed", "review", "good", "accepted"];
 
   const element = (name, content, kind) => {
     const made = document.createElement(name);
@@ -43,6 +43,7 @@
     cases: [
       ["case", "", (row) => row.name, (row) => link(row, row.link)],
       ["verdict", "", (row) => rank(row.verdict), (row) => badge(row.verdict)],
+      ...(cases.some((row) => row.accepted) ? [["accepted", "n", (row) => row.accepted, (row) => cell(row.accepted, "n")]] : []),
       ["good", "n", (row) => row.good, (row) => cell(row.good, "n")],
       ["review", "n", (row) => row.review, (row) => cell(row.review, "n")],
       ["failed", "n", (row) => row.failed, (row) => cell(row.failed, "n")],
