@@ -56,6 +56,8 @@ class Job:
 
 ALL_PAIRS = ("--protocol", "all-pairs")
 FOUR_ORGANS = ("--labels", "liver,right_kidney,left_kidney,spleen")
+#: Every third case, as sets are drawn for each.
+EIGHT = ",".join(f"hippocampus_{number}" for number in ("001", "049", "098", "150", "190", "234", "287", "326"))
 BOTH = "builtin+litemedsam"
 BOTH_MODELS = ("--models", BOTH)
 #: The longest first, so that all cores have work to the end. Where all 30 pairs of six cases take too long for what
@@ -78,7 +80,7 @@ JOBS = (
             ("abdct", "Dataset002_AbdCT", FOUR_ORGANS),
             ("abdmr", "Dataset001_AbdMR", ()),
             ("cardiac", "Dataset005_Cardiac", ()),
-            ("hippocampus", "Dataset004_Hippocampus", ()),
+            ("hippocampus", "Dataset004_Hippocampus", ("--cases", EIGHT)),
         )
     ),
     Job("abdct-engines", "Dataset002_AbdCT", before=("engines",), after=(*ALL_PAIRS, *FOUR_ORGANS, "--every", "5")),
