@@ -378,8 +378,11 @@ def test_customize_as_json(files: Path, run: Run) -> None:
     assert outcome.code == 0, outcome.err
     reported = outcome.json
     assert reported.keys() == {
-        *("context", "sha256", "model", "prompt", "gate", "structures", "device", "total_seconds"),
+        *("context", "sha256", "model", "prompt", "gate", "structures", "atlases", "expected", "device"),
+        "total_seconds",
     }
+    assert reported["atlases"] == 1
+    assert reported["expected"] == []
     assert reported["context"] == "ctx"
     assert reported["prompt"] == "box"
     assert reported["structures"][1] == {"value": 7, "name": "kidney"}

@@ -689,14 +689,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def kept(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Results of both queries; from now on nothing can be registered."""
-    monkeypatch.setattr(method, "register", lambda fixed, *_, **__: made_up(fixed))
+    monkeypatch.setattr(method, "register_all", lambda fixed, *_, **__: [made_up(fixed)])
     outcome = run("segment", *ATLAS_ARGUMENTS, "query.nii.gz", "other.nii.gz", "-o", "kept", "--keep")
     assert outcome.code == 0, outcome.err
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("there was a transform")
 
-    monkeypatch.setattr(method, "register", refuse)
+    monkeypatch.setattr(method, "register_all", refuse)
     return folder / "kept"
 
 
@@ -747,7 +747,7 @@ def test_a_fitted_transform_gives_the_same_mask(folder: Path, run: Run, monkeypa
     assert {path.name for path in transform.iterdir()} == FILES | {"fit_2"}
     assert {path.name for path in (transform / "fit_2").iterdir()} == FILES
     assert np.abs(nib.load(transform / "local.nii.gz").dataobj).max() > 0.1
-    monkeypatch.delattr(method, "register")
+    monkeypatch.delattr(method, "register_all")
     outcome = run("segment", *ATLAS_ARGUMENTS, "query.nii.gz", "-o", "again", "--transform", transform, "--keep")
     assert outcome.code == 0, outcome.err
     np.testing.assert_array_equal(mask(Path("again/query")), mask(Path("kept/query")))

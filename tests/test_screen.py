@@ -114,7 +114,7 @@ def test_completion_is_there(tmp_path: Path) -> None:
     assert "atlassegfm" in call("--install-completion", "bash")
     assert any("atlassegfm" in path.name for path in tmp_path.rglob("*") if path.is_file())
     asked = {"_ATLASSEGFM_COMPLETE": "complete_bash", "COMP_WORDS": "atlassegfm se", "COMP_CWORD": "1"}
-    assert call(**asked).split() == ["segment", "settings"]
+    assert call(**asked).split() == ["segment", "serve", "settings"]
     asked |= {"COMP_WORDS": "atlassegfm segment --rep", "COMP_CWORD": "2"}
     assert call(**asked).split() == ["--report"]
 

@@ -322,7 +322,7 @@ def test_memory_errors_are_sentences(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(method, "register", fail)
+    monkeypatch.setattr(method, "register_all", fail)
     with pytest.raises(ModelError, match=message):
         segment(context, QUERY.scan(GRID), settings())
 

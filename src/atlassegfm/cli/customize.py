@@ -35,7 +35,7 @@ class CustomizeOptions(ScreenOptions, DeviceOptions, ModelOptions, StructureOpti
     names: Path | None = names_option()
     atlas_series: str | None = option("--atlas-series S", "Which series of the atlas's DICOM folder.")
     measure: bool = option(
-        "--measure/--no-measure", "Of several atlases, segment each from the others: what Dice to expect.", True
+        "--measure/--no-measure", "Segment each of several atlases from the others: what Dice to expect.", True
     )
 
     def annotated(self) -> list[tuple[Path, Path]]:
