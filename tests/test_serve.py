@@ -508,6 +508,8 @@ def test_no_name_is_in_an_address_or_an_error(page: Page, folder: tuple[Path, Pa
         (["CTX", "--labels", "."], "goes with --review-only"),
         (["--review-only", "--port", "99999"], "--port"),
         (["--review-only", "--scans", "EMPTY"], "no scan here"),
+        (["--review-only", "--allow-origin", "localhost:3000"], "expected the origin of a page"),
+        (["--review-only", "--allow-origin", "http://localhost:3000/viewer"], "expected the origin of a page"),
     ],
 )
 def test_bad_calls(tmp_path: Path, run: Run, arguments: list[str], said: str) -> None:
