@@ -1,6 +1,6 @@
 """Play a user who clicks into errors, and report the Dice by the number of clicks, and how long a click takes.
 
-    python benchmarks/clicks.py DATASET OUT [--atlas CASE] [--clicks N]
+    python benchmarks/clicks.py DATASET OUT [--atlas CASE] [--clicks N] [--all] [--each]
 
 DATASET is an nnU-Net raw folder. One case is the atlas (the first by default); the others are segmented into OUT, as
 `atlassegfm segment --keep` does it, unless they are there. The user clicks at the middle of the largest error of all
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--atlas", help="case of the atlas")
     parser.add_argument("--clicks", type=int, default=6, help="clicks a case at most")
     parser.add_argument("--all", action="store_true", help="click into structures that are judged good too")
+    parser.add_argument("--each", action="store_true", help="each time one click into every such structure")
     options = parser.parse_args()
     images = {path.name.removesuffix("_0000.nii.gz"): path for path in sorted((options.dataset / "imagesTr").iterdir())}
     atlas = options.atlas or next(iter(images))
@@ -76,10 +77,10 @@ def play(folder: Path, scan: Path, reference: Path, options: argparse.Namespace)
             errors = [error for n in open_ones if (error := largest_error(session, truth, n)) is not None]
             if not errors:
                 break
-            _, number, click = max(errors, key=lambda one: one[0])
-            start = time.perf_counter()
-            session.click(model, number, "", click, overwrite=True)
-            seconds.append(time.perf_counter() - start)
+            for _, number, click in errors if options.each else [max(errors, key=lambda one: one[0])]:
+                start = time.perf_counter()
+                session.click(model, number, "", click, overwrite=True)
+                seconds.append(time.perf_counter() - start)
             curve.append(mean_dice(session, truth))
     return curve + curve[-1:] * (options.clicks + 1 - len(curve)), seconds
 

@@ -51,7 +51,7 @@ class Job:
     def title(self) -> str:
         """Of the set, and which share of its pairs is taken."""
         every = dict(zip(self.after, self.after[1:], strict=False)).get("--every")
-        return TITLES[self.name.removesuffix("-models")] + ("" if every is None else f", one pair of {every}")
+        return TITLES[self.name.partition("-")[0]] + ("" if every is None else f", one pair of {every}")
 
 
 ALL_PAIRS = ("--protocol", "all-pairs")
@@ -72,6 +72,15 @@ JOBS = (
     Job("abdct-models", "Dataset002_AbdCT", after=(*ALL_PAIRS, *FOUR_ORGANS, *BOTH_MODELS)),
     Job("cardiac-models", "Dataset005_Cardiac", after=(*ALL_PAIRS, *BOTH_MODELS)),
     Job("hippocampus-models", "Dataset004_Hippocampus", after=(*ALL_PAIRS, *BOTH_MODELS, "--every", "10")),
+    *(
+        Job(f"{name}-atlases", dataset, before=("atlases",), after=(*labels, "--counts", "1,3,5"))
+        for name, dataset, labels in (
+            ("abdct", "Dataset002_AbdCT", FOUR_ORGANS),
+            ("abdmr", "Dataset001_AbdMR", ()),
+            ("cardiac", "Dataset005_Cardiac", ()),
+            ("hippocampus", "Dataset004_Hippocampus", ()),
+        )
+    ),
     Job("abdct-engines", "Dataset002_AbdCT", before=("engines",), after=(*ALL_PAIRS, *FOUR_ORGANS, "--every", "5")),
 )
 #: Alone on the machine and with all its threads, as a user's scan would be.
@@ -234,6 +243,7 @@ def page(found: Mapping[str, Found]) -> Iterator[str]:
     if "abdct-engines" in found:
         yield from _engines(found["abdct-engines"])
     yield from _models(found)
+    yield from _atlases(found)
     if (RESULTS / "time.json").exists():
         yield from _time(json.loads((RESULTS / "time.json").read_text()))
     yield "## Tried and left out"
@@ -267,6 +277,34 @@ def _models(found: Mapping[str, Found]) -> Iterator[str]:
         scores.append(found[name].dice("default", "fused") if name in found else None)
         cells = ("–" if score is None else f"{score:.4f}" for score in scores)
         yield f"| {one.job.title} | {' | '.join(cells)} | {one.seconds(BOTH)[0]:.0f} |"
+    yield ""
+
+
+def _atlases(found: Mapping[str, Found]) -> Iterator[str]:
+    measured = {name: found[f"{name}-atlases"] for name in TITLES if f"{name}-atlases" in found}
+    if not measured:
+        return
+    yield "## Several atlases"
+    yield ""
+    yield (
+        "Mean Dice, fused, of so many atlases drawn at random for each query: the same ones and more in the next "
+        "column. Sets of one atlas are few; beside them stands the mean of all pairs."
+    )
+    yield ""
+    for one in measured.values():
+        yield f"    {one.command()}"
+    yield ""
+    columns = next(iter(measured.values())).summary["columns"]
+    numbers = [column["variant"] for column in columns if column["method"] == "fused"]
+    heads = ["one atlas, all pairs", *numbers, *(f"{number}, s" for number in numbers)]
+    yield f"| set | {' | '.join(heads)} |"
+    yield "|---|" + "---:|" * len(heads)
+    for name, one in measured.items():
+        alone = found[name].dice("default", "fused") if name in found else None
+        scores = [alone, *(one.dice(number, "fused") for number in numbers)]
+        cells = ["–" if score is None else f"{score:.4f}" for score in scores]
+        cells += [f"{one.seconds(number)[0]:.0f}" for number in numbers]
+        yield f"| {one.job.title} | {' | '.join(cells)} |"
     yield ""
 
 

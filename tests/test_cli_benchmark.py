@@ -145,6 +145,26 @@ def test_a_variant_alone_stands_beside_the_default(folder: Path, run: Run) -> No
     assert columns_of(folder / "two") == [("none instance", "atlas")]
 
 
+def test_numbers_of_atlases_are_compared(folder: Path, run: Run) -> None:
+    """case_4 lacks a structure: the other one of its sets stands first, and it has a say in the rest."""
+    command = ["atlases", "data", "-o", "out", "--counts", "2,1", "--draws", "2", "--selected", "1", *FAST]
+    outcome = run(*command, "--set", "model=none", "--no-plots")
+    assert outcome.code == 0, outcome.err
+    assert [name for name, _ in columns_of(folder / "out")] == ["1 atlas", "2 atlases", "1 of 2"]
+    with (folder / "out/results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["query"] for row in rows} == {f"case_{n}" for n in (1, 2, 3, 4)}
+    sets = {tuple(row["atlas"].split("+")) for row in rows}
+    assert all(len(set(one)) == 2 for one in sets)
+    assert any("case_4" in one for one in sets)
+    assert all(row["query"] not in row["atlas"].split("+") for row in rows)
+    scored = {(row["variant"], row["status"]) for row in rows if "case_4" in row["atlas"]}
+    assert ("2 atlases", "not_in_atlas") not in scored
+    assert ("1 atlas", "not_in_atlas") in scored
+    kept = run(*command, "--set", "model=none", "--no-plots")
+    assert "to do" in kept.err
+
+
 def test_ablation_has_a_column_for_each_row_of_the_paper(folder: Path, run: Run) -> None:
     short = ("linear_iterations=1", "instance.iterations=[1]", "candidates=1")
     fast = [part for one in short for part in ("--set", f"registration.{one}")]
@@ -430,6 +450,9 @@ def test_bad_option(
         (["time", "data", "--labels", "vein"], "data/dataset.json: no structure 'vein'; expected a value, name or "),
         (["time", "absent"], "absent: no such folder; expected the folder of a dataset in nnU-Net raw layout"),
         (["ablation", "data", "-o", "out", "--model", "none"], "an ablation needs a model; leave out --model none"),
+        (["atlases", "data", "-o", "out", "--counts", "1,x"], "--counts 1,x: expected whole numbers"),
+        (["atlases", "data", "-o", "out", "--counts", "1,4"], "4 atlases and a query need 5 cases, found 4"),
+        (["atlases", "data", "-o", "out", "--counts", "2", "--selected", "2"], "--selected 2: expected fewer than"),
         (["prompts", "data", "-o", "out", "--models", "sam"], "unknown model 'sam'"),
         (["engines", "data", "-o", "out", "--engines", "x"], "x: registration.engine is 'x'; expected "),
         (["data"], "Missing option '--out' / '-o'"),

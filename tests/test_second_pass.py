@@ -76,7 +76,7 @@ def estimated(result: Segmentation, estimate: float, confidence: float = 0.8) ->
         structures.append(replace(one, quality=quality))
     parts = {one.name: getattr(result.registration, one.name) for one in fields(Registration)}
     registration = Told(**parts, told=confidence)
-    return replace(result, structures=tuple(structures), registration=registration)
+    return replace(result, structures=tuple(structures), registrations={1: registration})
 
 
 def stand_in(estimates: Mapping[str, float], moved: int = 0, calls: list[str] | None = None) -> Callable[..., Any]:

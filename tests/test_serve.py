@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import shutil
 import socket
+import subprocess
 import sys
 import zlib
 from pathlib import Path
@@ -20,6 +22,7 @@ from starlette.testclient import TestClient
 
 from atlassegfm.context import Context
 from atlassegfm.core.config import with_overrides
+from atlassegfm.core.files import append_line, remove_unfinished, replaced_files
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import load_labels, save_volume
 from atlassegfm.dicom import contours_in, open_image, open_labels
@@ -32,7 +35,7 @@ from atlassegfm.serve.cohort import Cohort, Job
 from atlassegfm.settings import Settings
 from conftest import ORIENTATIONS, SHEARED, Run
 from dicom_series import write_series
-from result_folders import run_record, write_result
+from result_folders import DONE, run_record, write_result
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, Patient, straight_grid
 
 TOKEN = "secret-token"
@@ -350,10 +353,15 @@ def test_worst_cases_come_first_and_accepted_ones_last(tmp_path: Path) -> None:
     for name, found in verdicts.items():
         save_volume(QUERY.scan(straight_grid()), tmp_path / f"scans/{name}.nii.gz")
         write_result(tmp_path / "out" / name, 0, found)
-    save_volume(QUERY.scan(straight_grid()), tmp_path / "scans/e.nii.gz")
+    for name in ("e", "f"):
+        save_volume(QUERY.scan(straight_grid()), tmp_path / f"scans/{name}.nii.gz")
     write_result(tmp_path / "out/gone", 0)
+    warned = DONE.model_copy(update={"warnings": ("the scan hardly resembles the atlas",)})
+    write_result(tmp_path / "out/f", 0, status=warned)
     page = Page(Desk(Cases.find([tmp_path / "scans"], tmp_path / "out"), title="out"))
     rows = page.post("state", client="x").json()["cases"]
+    assert rows[0]["name"] == "f"
+    assert rows.pop(0)["worst"] == "the scan hardly resembles the atlas"
     assert [row["name"] for row in rows] == ["c", "b", "d", "a", "gone", "e"]
     assert rows[0]["worst"].startswith("kidney: because failed")
     assert [row["state"] for row in rows[3:]] == ["open", "no scan", "waiting"]
@@ -556,7 +564,7 @@ def loop(tmp_path: Path) -> tuple[Path, Path, Path]:
 
 
 def _finished(page: Page) -> Any:
-    page.desk.cohort.stop(None) if page.desk.cohort is None else page.desk.cohort._thread.join(120)
+    page.desk.cohort._thread.join(120)
     return page.post("state", client="x").json()["run"]
 
 
@@ -578,6 +586,8 @@ def test_an_accepted_case_becomes_an_atlas_and_the_rest_is_redone(loop: tuple[Pa
         page.edit("absent", number)
         page.stroke("paint", number, (0, 0, 0), truth == value, overwrite=True)
     page.send("accept")
+    assert '"verdict": "accepted"' in (out / "cohort.json").read_text()
+    assert (out / "cohort.csv").read_text().count(",accepted,") == 3
     accepted = (out / "a/segmentation.nii.gz").read_bytes()
     assert page.post("cases/0/atlas").json()["atlases"] == 2
     again = page.post("cases/0/atlas")
@@ -629,3 +639,39 @@ def test_dicom_results_get_their_objects_anew(tmp_path: Path, run: Run) -> None:
     contours = contours_in(case / "rtstruct.dcm")
     assert {value for value, drawn in contours.items() if drawn} == {1, 7}
     assert read_run(case).dicom["seg"]["round_trip"]
+
+
+# Files that are whole at any moment
+
+
+def test_what_a_killed_process_was_replacing_is_put_back(tmp_path: Path) -> None:
+    """A folder is moved away before its successor takes its place; a kill between the two loses nothing."""
+    write_result(tmp_path / "case", 0)
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as gone:
+        gone.wait()
+    holder = tmp_path / f".writing-{re.sub(r'[^A-Za-z0-9.]+', '.', socket.gethostname())}-{gone.pid}-x"
+    (holder / "replaced").mkdir(parents=True)
+    (tmp_path / "case").rename(holder / "replaced/case")
+    assert remove_unfinished(tmp_path) == 1
+    assert read_run(tmp_path / "case") is not None
+    assert not holder.exists()
+
+
+def test_files_are_replaced_one_by_one_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "case"
+    folder.mkdir()
+    (folder / "a.txt").write_text("old")
+    with pytest.raises(ZeroDivisionError), replaced_files(folder, "b.txt") as new:
+        (new / "a.txt").write_text("new")
+        raise ZeroDivisionError
+    assert (folder / "a.txt").read_text() == "old"
+    with replaced_files(folder, "a.txt") as new:
+        (new / "masks").mkdir()
+        for name in ("a.txt", "masks/b.txt"):
+            (new / name).write_text("new")
+    assert [(folder / name).read_text() for name in ("a.txt", "masks/b.txt")] == ["new", "new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["case"]
+    (folder / "log").write_text('{"cut')
+    append_line(folder / "log", "{}")
+    append_line(folder / "log", "[]")
+    assert (folder / "log").read_text() == '{"cut\n{}\n[]\n'

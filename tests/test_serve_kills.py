@@ -24,7 +24,7 @@ from atlassegfm.jobs.table import read_run
 from result_folders import write_result
 from scenes import QUERY, straight_grid
 
-httpx = pytest.importorskip("httpx")
+httpx = pytest.importorskip("httpx2")
 
 #: Kills, at a random moment each.
 KILLS = int(os.environ.get("ATLASSEGFM_KILLS", "6"))

@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from atlassegfm import demo
 from atlassegfm.atlas import Atlas
-from atlassegfm.context import Context, customize
+from atlassegfm.context import Context, Expected, customize
 from atlassegfm.core.config import with_overrides
 from atlassegfm.core.errors import InputError
 from atlassegfm.core.image import Volume, save_volume
 from atlassegfm.core.labels import Structure
 from atlassegfm.core.mask import LocalMap
 from atlassegfm.core.overlap import dice
+from atlassegfm.core.parallel import limited_threads
 from atlassegfm.fusion.voting import vote
 from atlassegfm.jobs.fingerprint import atlas_digest, context_digest
+from atlassegfm.leave_one_out import measure
+from atlassegfm.registration import rank, register, register_all
 from atlassegfm.segment import segment
 from atlassegfm.settings import Settings
 from atlassegfm.transforms.maps import Affine
+from atlassegfm.warping import atlases_for
 from conftest import Run
 from scenes import PAPER_GATE, STRUCTURES, UNREGISTERED, Patient, save_demo_pair, straight_grid
 
 GRID = straight_grid()
 SHAPE = (16, 14, 12)
 FAST = with_overrides(Settings(), [*UNREGISTERED, *PAPER_GATE])
+#: The linear stages alone, roughly.
+ROUGH = ("registration.deformable=false", "registration.linear_iterations=12", "registration.candidates=2")
+LINEAR = with_overrides(Settings(), [*ROUGH, *PAPER_GATE])
 #: Three patients near the query, and one whose organs lie elsewhere.
 NEAR = (Patient(), Patient((1.5, -1.0, 1.0), 1.03), Patient((-1.5, 1.0, -1.0), 0.98))
 FAR = Patient((0.0, 0.0, 26.0))
+#: Another shape, with all organs in view.
+UNLIKE = Patient((6.0, 0.0, 10.0), 0.8)
 QUERY = Patient((0.8, 0.6, -0.5), 1.01)
 
 
@@ -109,7 +120,7 @@ def test_one_atlas_is_as_before() -> None:
     result = segment(context_of(NEAR[0]), QUERY.scan(GRID))
     assert all(one.votes == () for one in result.structures)
     context = context_of(NEAR[0])
-    assert context_digest(context.atlases) == atlas_digest(context.atlas)
+    assert context_digest(context) == atlas_digest(context.atlas)
 
 
 def test_atlas_with_some_of_the_structures() -> None:
@@ -143,6 +154,89 @@ def test_query_among_the_atlases_is_left_out(caplog: pytest.LogCaptureFixture) -
     only = Context(atlas_of(QUERY), FAST).with_atlas(atlas_of(NEAR[0], without=(STRUCTURES[2].value,)))
     with pytest.raises(InputError, match="no other one has all structures"):
         segment(only, QUERY.scan(GRID))
+
+
+def test_gate_trained_on_the_query_is_not_used() -> None:
+    """Its labels would take part, if the first atlas is the query itself."""
+    context = context_of(QUERY, *NEAR[:2])
+    result, expected = segment(context, QUERY.scan(GRID)), segment(context_of(*NEAR[:2]), QUERY.scan(GRID))
+    np.testing.assert_array_equal(result.labels.data, expected.labels.data)
+    assert result.gate == expected.gate
+
+
+# Selection.
+
+
+def test_the_most_alike_are_registered() -> None:
+    """Those that hardly resemble the query are left out, wherever they stand, unless they alone have a structure."""
+    few = replace(LINEAR, most_atlases=2)
+    context = Context(atlas_of(UNLIKE), few).with_atlas(atlas_of(NEAR[0])).with_atlas(atlas_of(NEAR[1]))
+    assert set(atlases_for(context, QUERY.scan(GRID), few)[1]) == {2, 3}
+    value = STRUCTURES[2].value
+    partial = Context(atlas_of(UNLIKE), few)
+    for patient in NEAR[:2]:
+        partial = partial.with_atlas(atlas_of(patient, without=(value,)))
+    assert set(atlases_for(partial, QUERY.scan(GRID), few)[1]) == {1, 2, 3}
+
+
+def test_order_does_not_matter_to_the_ranking() -> None:
+    atlases = [atlas_of(patient) for patient in (UNLIKE, *NEAR)]
+    labelled = [(one.image, one.numbered) for one in atlases]
+    order = rank(QUERY.scan(GRID), labelled, LINEAR.registration)
+    assert order[-1] == 0
+    backwards = rank(QUERY.scan(GRID), labelled[::-1], LINEAR.registration)
+    assert [len(labelled) - 1 - place for place in backwards] == order
+
+
+def test_registrations_side_by_side_are_those_of_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    atlases = [atlas_of(patient) for patient in NEAR]
+    labelled = [(one.image, one.numbered) for one in atlases]
+    scan, reported = QUERY.scan(GRID), list[str]()
+    before = torch.get_num_threads()
+    found = register_all(scan, labelled, LINEAR.registration, on_stage=reported.append)
+    assert torch.get_num_threads() == before
+    assert sorted(reported) == [f"atlas {n} of 3" for n in (1, 2, 3)]
+    with limited_threads(1):
+        for one, (image, labels) in zip(found, labelled, strict=True):
+            alone = register(scan, image, LINEAR.registration, moving_labels=labels)
+            np.testing.assert_array_equal(one.linear.matrix, alone.linear.matrix)
+
+
+# What to expect.
+
+
+def test_each_atlas_is_segmented_from_the_others() -> None:
+    context = context_of(*NEAR, QUERY)
+    numbers = list[tuple[int, int]]()
+    measured = measure(context, on_atlas=lambda number, count: numbers.append((number, count)))
+    assert numbers == [(n, 4) for n in (1, 2, 3, 4)]
+    first, last = STRUCTURES[0], atlas_of(QUERY)
+    alone = segment(context_of(*NEAR), last.image)
+    score = dice(alone.labels.data == first.value, last.labels.data == first.value)
+    expected = measured.expected[first.name]
+    assert expected.cases == 4
+    assert expected.lowest <= min(score, expected.dice)
+    assert expected.dice <= 1
+    assert measure(context_of(NEAR[0])).expected == {}
+    assert measured.with_atlas(atlas_of(FAR)).expected == {}
+
+
+def test_what_was_measured_moves_the_estimates(calibrated: None) -> None:
+    """Half of what the atlases left out scored above their estimates, where there are six of them."""
+    context, name = context_of(*NEAR), STRUCTURES[0].name
+    before = segment(context, QUERY.scan(GRID)).structures[0].quality
+    expected = {name: Expected(dice=0.5, lowest=0.4, surplus=-0.2, cases=6)}
+    after = segment(replace(context, expected=expected), QUERY.scan(GRID)).structures[0].quality
+    assert before is not None
+    assert after is not None
+    assert after.estimated_dice == pytest.approx((before.estimated_dice or 0) - 0.1)
+
+
+def test_structure_is_judged_by_the_nearest_atlas_that_agreed() -> None:
+    result = segment(context_of(UNLIKE, *NEAR), QUERY.scan(GRID))
+    assert result.nearest_atlas != 1
+    assert result.registration is result.registrations[result.nearest_atlas]
 
 
 def test_transform_goes_with_one_atlas() -> None:
@@ -186,10 +280,11 @@ def test_atlases_that_do_not_fit_are_refused(caplog: pytest.LogCaptureFixture) -
 
 
 def test_folder_keeps_all_atlases(tmp_path: Path) -> None:
-    context = context_of(*NEAR)
+    context = replace(context_of(*NEAR), expected={STRUCTURES[0].name: Expected(0.8, 0.7, -0.05, 3)})
     saved = context.save(tmp_path / "ctx")
     loaded = Context.load(tmp_path / "ctx")
-    assert context_digest(loaded.atlases) == context_digest(context.atlases)
+    assert context_digest(loaded) == context_digest(context)
+    assert loaded.expected == context.expected
     assert loaded.save(tmp_path / "again").sha256 == saved.sha256
     result, expected = (segment(one, QUERY.scan(GRID)) for one in (loaded, context))
     np.testing.assert_array_equal(result.labels.data, expected.labels.data)
@@ -227,3 +322,61 @@ def test_command_line(tmp_path: Path, run: Run) -> None:
     refused = run("context", "remove", context, "1")
     assert refused.code == 2
     assert "expected 2 to 2" in refused.err
+
+
+@pytest.mark.parametrize("layout", ["options", "folders", "dataset"])
+def test_customize_takes_several_atlases(tmp_path: Path, run: Run, layout: str) -> None:
+    """The one with all structures comes first, and what to expect is printed."""
+    images, labels = ("imagesTr", "labelsTr") if layout == "dataset" else ("images", "labels")
+    channel = "_0000" if layout == "dataset" else ""
+    for folder in (images, labels):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+    given = []
+    for name, atlas in (("a", atlas_of(NEAR[0], without=(STRUCTURES[2].value,))), ("b", atlas_of(NEAR[1]))):
+        paths = [tmp_path / "set" / images / f"{name}{channel}.nii.gz", tmp_path / "set" / labels / f"{name}.nii.gz"]
+        save_volume(atlas.image, paths[0])
+        save_volume(atlas.labels, paths[1], structures=atlas.structures)
+        given += ["--atlas", str(paths[0]), "--labels", str(paths[1])]
+    if layout == "dataset":
+        names = {one.name: one.value for one in STRUCTURES}
+        table = {"labels": {"background": 0, **names}, "file_ending": ".nii.gz", "numTraining": 2}
+        (tmp_path / "set" / "dataset.json").write_text(json.dumps(table | {"channel_names": {"0": "MR"}}))
+    chosen = given if layout == "options" else ["--atlases", str(tmp_path / "set")]
+    options = [part for one in (*UNREGISTERED, *PAPER_GATE) for part in ("--set", one)]
+    made = run("customize", *chosen, "-o", str(tmp_path / "ctx"), *options, "--json")
+    assert made.code == 0, made.err
+    # Without the second atlas none has all structures.
+    assert {one["structure"]: one["cases"] for one in made.json["expected"]} == {
+        one.name: 1 for one in STRUCTURES if one is not STRUCTURES[2]
+    }
+    shown = run("context", "show", str(tmp_path / "ctx"), "--json").json
+    assert [one["files"][0] for one in shown["atlases"]] == [f"b{channel}.nii.gz", f"a{channel}.nii.gz"]
+    assert shown["expected"] == made.json["expected"]
+    again = run("context", "measure", str(tmp_path / "ctx"), "--json")
+    assert again.json["expected"] == made.json["expected"]
+
+
+def test_customize_refuses_atlases_that_do_not_add_up(tmp_path: Path, run: Run) -> None:
+    out = ("-o", str(tmp_path / "ctx"))
+    for options, word in (
+        (("--atlas", "a.nii", "--atlas", "b.nii", "--labels", "c.nii"), "2 --atlas and 1 --labels"),
+        (("--atlas", "a.nii", "--atlases", "folder"), "does not go with"),
+        (("--atlases", str(tmp_path / "none")), "no such folder"),
+        (("--atlases", str(tmp_path)), "images and labels"),
+    ):
+        refused = run("customize", *options, *out)
+        assert refused.code == 2
+        assert word in refused.err
+    for name in ("images/a.nii.gz", "labels/b.nii.gz"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    refused = run("customize", "--atlases", str(tmp_path), *out)
+    assert refused.code == 2
+    assert "in only one of" in refused.err
+    assert not (tmp_path / "ctx").exists()
+    pair = save_demo_pair(tmp_path / "pair", GRID)
+    first = ("--atlas", str(pair / demo.ATLAS), "--labels", str(pair / demo.LABELS))
+    assert run("customize", *first, *out, "--set", "model=none").code == 0
+    refused = run("context", "measure", str(tmp_path / "ctx"))
+    assert refused.code == 2
+    assert "one atlas" in refused.err

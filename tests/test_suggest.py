@@ -123,6 +123,21 @@ def test_twelve_scans_are_all_compared(many: Callable[[int], list[Path]]) -> Non
     assert {one.compared for one in found.candidates} == {11}
 
 
+@pytest.mark.parametrize("count", [12, 40])
+def test_the_next_one_is_where_no_atlas_is_near(many: Callable[[int], list[Path]], count: int) -> None:
+    """A scan in the lower third is contoured: the next one is the middle of what it does not reach."""
+    files = many(count)
+    contoured = f"scan_{count // 4:03d}"
+    found = suggest(files, QUICK, contoured=[contoured])
+    assert contoured not in {one.name for one in found.candidates}
+    assert found.summary()["contoured"] == [contoured]
+    assert count * 0.55 <= int(found.candidates[0].name[-3:]) <= count * 0.8
+    with pytest.raises(InputError, match="not one of the scans"):
+        suggest(files, QUICK, contoured=["scan_9999"])
+    with pytest.raises(InputError, match="contoured already"):
+        suggest(files[:3], QUICK, contoured=[path.name[:8] for path in files[:3]])
+
+
 def test_command(folder: Path, tmp_path: Path, run: Run) -> None:
     pytest.importorskip("matplotlib")
     quick = ["--set", "registration.coarse_voxels=3000", "--set", "registration.linear_iterations=4"]

@@ -61,6 +61,16 @@ class SavedContext:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What a structure scores on atlases that were segmented from the others of their context."""
+
+    dice: float  # mean over the atlases that have it
+    lowest: float
+    surplus: float  # mean of the Dice less its estimate; 0 where nothing was estimated
+    cases: int  # atlases that have it
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Context:
     """An atlas with its settings and, once trained, the gate.
@@ -69,7 +79,8 @@ class Context:
     model; ``weights_sha256`` is that of the model's weights, empty where it has none or they are on a server;
     ``version`` that of this package when the gate was trained. ``saved`` is the folder it was read from, ``files`` are
     the file names of the atlas by role ("atlas", "labels"). ``others`` are further
-    atlases, whose structures are those of the first; some may lack voxels of some.
+    atlases, whose structures are those of the first; some may lack voxels of some. ``expected`` is by name of the
+    structure what it scores on them, empty where that was not measured (:mod:`.leave_one_out`).
     """
 
     atlas: Atlas
@@ -80,6 +91,7 @@ class Context:
     saved: SavedContext | None = None
     files: Mapping[str, str] = field(default_factory=dict)
     others: tuple[Atlas, ...] = ()
+    expected: Mapping[str, Expected] = field(default_factory=dict)
 
     @property
     def atlases(self) -> tuple[Atlas, ...]:
@@ -99,7 +111,8 @@ class Context:
         matched = other.matched(self.atlas, name)
         number = len(self.atlases) + 1
         own = {f"{role} {number}": file for role, file in (files or {}).items()}
-        return replace(self, others=(*self.others, matched), files={**self.files, **own}, saved=None)
+        others, files = (*self.others, matched), {**self.files, **own}
+        return replace(self, others=others, files=files, saved=None, expected={})
 
     def without_atlas(self, number: int) -> Context:
         """Remove an atlas by its number, from 2 on: the gate was trained on the first. InputError if there is none."""
@@ -113,7 +126,20 @@ class Context:
             place = int(its or 1)
             if place != number:
                 files[kind if place == 1 else f"{kind} {place - (place > number)}"] = file
-        return replace(self, others=others, files=files, saved=None)
+        return replace(self, others=others, files=files, saved=None, expected={})
+
+    def leaving_out(self, number: int) -> Context | None:
+        """Leave an atlas out for one query: None if no other one has all structures.
+
+        Without the first, the next one that has all structures takes its place, and there is no gate: it was trained
+        on the first.
+        """
+        if number != 1:
+            return replace(self, others=tuple(one for n, one in enumerate(self.others, start=2) if n != number))
+        first = next((one for one in self.others if one.present == one.values), None)
+        if first is None:
+            return None
+        return replace(self, atlas=first, others=tuple(one for one in self.others if one is not first), gate=None)
 
     @classmethod
     def from_files(
@@ -211,6 +237,7 @@ class Context:
                 SavedContext(folder, sha256),
                 dict(content["files"]),
                 _read_others(folder, content),
+                TypeAdapter(dict[str, Expected]).validate_python(content.get("expected", {})),
             )
         except (KeyError, TypeError, ValueError):
             raise InputError(f"{folder / CONTENT}: damaged, though its checksum is right; {_MAKE_AGAIN}") from None
@@ -241,6 +268,8 @@ class Context:
         if self.others:
             grids = (one.image.grid for one in self.others)
             content["others"] = [{"shape": list(grid.shape), "affine": grid.affine.tolist()} for grid in grids]
+        if self.expected:
+            content["expected"] = {name: asdict(one) for name, one in self.expected.items()}
         content["structures"] = [asdict(one) for one in self.atlas.structures]
         return tomli_w.dumps(content)
 

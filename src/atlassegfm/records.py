@@ -111,8 +111,10 @@ class ModelRecord(Record):
 
 
 class RegistrationRecord(Record):
-    """The registration of atlas and query."""
+    """The registration of atlas and query; of several atlases that of the nearest one."""
 
+    atlas: int | None = Field(default=None, description="Number of the nearest one of several atlases.")
+    atlases: tuple[int, ...] | None = Field(default=None, description="Those of several that were registered in full.")
     source: Literal["fitted", "given"]
     confidence: float | None = Field(description="In [0, 1]; null for a given transform that was not compared.")
     members: int = Field(description="Fits of the deformable stage, averaged.")

@@ -44,7 +44,7 @@ class StructureResult:
     ``outside_fraction`` is that of the atlas's structure which the linear registration maps outside the query's field
     of view. ``place`` is where the structure search found it, None where it was not searched for or not believed.
     ``prompt`` is None without a model, or where the warped mask is empty. ``members`` are several models by name.
-    ``votes`` are the numbers, from 1 on, of those of several atlases that agree on it.
+    ``votes`` are the numbers, from 1 on, of those of several atlases that agree on it, the others having been dropped.
     """
 
     structure: Structure
@@ -66,8 +66,9 @@ class Segmentation:
     ``labels``, ``atlas_labels`` and ``model_labels`` are label values on the query's own grid, in the smallest integer
     type: fused, of the warped atlas, of the model; ``member_labels`` of each of several models, whose mean is then the
     model. ``probabilities`` are by label value, on ``grid``, the query's in
-    RAS-canonical array order, without structures that were outside or absent before the fusion. ``registration`` maps
-    query world to atlas world; ``transform_given`` if it was given, not optimised here. ``gate``, ``prompt`` and
+    RAS-canonical array order, without structures that were outside or absent before the fusion. ``registrations`` map
+    query world to atlas world, by number of the atlas in the context, from 1 on; ``transform_given`` if it was given,
+    not optimised here. ``gate``, ``prompt`` and
     ``model_labels`` are None without a model. ``seconds`` is the wall time of each stage; ``provenance`` holds files,
     versions or server of the model, as plain values; ``licence_accepted`` is the date (ISO 8601) on which the licence
     of the model's weights was accepted, None where that is not needed.
@@ -80,7 +81,7 @@ class Segmentation:
     grid: Grid
     probabilities: Mapping[int, StructureMaps]
     structures: tuple[StructureResult, ...]
-    registration: Registration
+    registrations: Mapping[int, Registration]
     transform_given: bool
     gate: Gate | None
     settings: Settings
@@ -89,6 +90,16 @@ class Segmentation:
     seconds: Mapping[str, float]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     licence_accepted: str | None = None
+
+    @property
+    def nearest_atlas(self) -> int:
+        """Number of the atlas whose registration has the highest confidence."""
+        return max(self.registrations, key=lambda number: self.registrations[number].confidence)
+
+    @property
+    def registration(self) -> Registration:
+        """That of the nearest atlas."""
+        return self.registrations[self.nearest_atlas]
 
     @property
     def is_judged(self) -> bool:

@@ -443,6 +443,9 @@ class Settings:
     prompt: Literal["auto", "click", "box", "mask"] = "auto"
     """What the model is prompted with; "auto" is the best of the prompts it takes."""
 
+    most_atlases: Annotated[int, Field(ge=1)] = 5
+    """Atlases of a context that are registered in full to a query: those most alike after a coarse linear fit."""
+
     topology: bool = True
     """Whether islands that the atlas's structures do not have are removed from the fused result."""
 

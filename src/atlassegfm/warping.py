@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ from .fusion.label_map import label_map
 from .fusion.voting import vote
 from .prompts import INSIDE
 from .quality.coverage import OUTSIDE_FRACTION, outside_fractions
-from .registration import Registration
+from .registration import Registration, rank
 from .result import Status
+from .settings import Settings
 from .transforms.resample import warp_labels
 
 logger = logging.getLogger(__name__)
@@ -29,30 +30,47 @@ logger = logging.getLogger(__name__)
 _MOSTLY_OUTSIDE_FRACTION = 0.5
 
 
-def without_query(context: Context, scan: Volume) -> Context:
-    """Leave the query itself out of a context of several atlases, and say so."""
-    atlases = context.atlases
-    others = [one for one in atlases if not is_same_scan(one.image, scan)]
-    if len(atlases) == 1 or len(others) == len(atlases):
-        return context
-    complete = [one for one in others if one.present == one.values]
-    if not complete:
-        raise InputError("the query is an atlas of the context, and no other one has all structures; leave it out")
-    logger.warning("the query is one of the atlases of the context, and is left out of them")
-    return replace(context, atlas=complete[0], others=tuple(one for one in others if one is not complete[0]))
+def atlases_for(
+    context: Context, scan: Volume, settings: Settings, device: str = "cpu"
+) -> tuple[Context, dict[int, Atlas]]:
+    """Choose the atlases of a context that take part in a query, by number in the context from 1 on.
+
+    Of more than ``settings.most_atlases`` these are the most alike, and for each structure that none of them has the
+    next one that has it. The query itself is left out, with a warning; the context is returned without its gate if
+    that was trained on the query. Raises InputError if no other atlas has all structures.
+    """
+    atlases = dict(enumerate(context.atlases, start=1))
+    if len(atlases) == 1:
+        return context, atlases
+    others = {number: one for number, one in atlases.items() if not is_same_scan(one.image, scan)}
+    for number in atlases.keys() - others.keys():
+        reduced = context.leaving_out(number)
+        if reduced is None:
+            raise InputError("the query is an atlas of the context, and no other one has all structures; leave it out")
+        logger.warning("the query is one of the atlases of the context, and is left out of them")
+        context = reduced
+    if len(others) <= settings.most_atlases:
+        return context, others
+    numbers = [*others]
+    labelled = [(one.image, one.numbered) for one in others.values()]
+    order = [numbers[place] for place in rank(scan, labelled, settings.registration, device=device)]
+    chosen, spare = order[: settings.most_atlases], order[settings.most_atlases :]
+    for value in context.atlas.values:
+        if not any(value in others[number].present for number in chosen):
+            chosen += [number for number in spare if value in others[number].present][:1]
+    return context, {number: others[number] for number in sorted(chosen)}
 
 
 @dataclass(frozen=True, eq=False)
 class Warped:
     """An atlas on the query, or several, by number of the structure: masks of those not missing, and the label map."""
 
-    registration: Registration
     masks: Mapping[int, LocalMap]
     labels: NDArray[Any]
     #: Fraction of each structure out of view.
     outside: tuple[float, ...]
     missing: Mapping[int, tuple[Status, str]]
-    #: Positions of the atlases that agreed on a structure, of several.
+    #: Numbers of the atlases that agreed on a structure, of several.
     votes: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
@@ -63,15 +81,15 @@ def _warp(atlas: Atlas, scan: Volume, registration: Registration) -> Warped:
     masks = warp_labels(atlas.numbered, numbers, scan.grid, registration.members)
     missing = {n: why for n in numbers if (why := _why_missing(masks[n], outside[n - 1])) is not None}
     masks = {n: mask for n, mask in masks.items() if n not in missing}
-    return Warped(registration, masks, label_map(masks, scan.grid.shape), outside, missing)
+    return Warped(masks, label_map(masks, scan.grid.shape), outside, missing)
 
 
-def _vote(atlases: Sequence[Atlas], warped: Sequence[Warped], shape: tuple[int, int, int]) -> Warped:
-    """Let several atlases, the first of which has all structures, vote on each; what most of them miss is missing."""
-    first, masks, missing, outside = warped[0], dict[int, LocalMap](), dict[int, tuple[Status, str]](), list[float]()
+def _vote(atlases: Mapping[int, Atlas], warped: Mapping[int, Warped], shape: tuple[int, int, int]) -> Warped:
+    """Let several atlases, which have all structures together, vote on each; what most of them miss is missing."""
+    masks, missing, outside = dict[int, LocalMap](), dict[int, tuple[Status, str]](), list[float]()
     votes = {}
-    for n in range(1, len(first.outside) + 1):
-        having = [k for k, atlas in enumerate(atlases) if atlas.values[n - 1] in atlas.present]
+    for n, value in enumerate(next(iter(atlases.values())).values, start=1):
+        having = [k for k, atlas in atlases.items() if value in atlas.present]
         found = [k for k in having if n in warped[k].masks]
         outside.append(float(np.median([warped[k].outside[n - 1] for k in having])))
         if 2 * len(found) < len(having) or not found:
@@ -82,7 +100,7 @@ def _vote(atlases: Sequence[Atlas], warped: Sequence[Warped], shape: tuple[int, 
         if not (masks[n].values >= INSIDE).any():
             missing[n] = "absent", "the atlases disagree on where it is"
             del masks[n]
-    return Warped(first.registration, masks, label_map(masks, shape), tuple(outside), missing, votes)
+    return Warped(masks, label_map(masks, shape), tuple(outside), missing, votes)
 
 
 def _why_missing(mask: LocalMap, outside: float) -> tuple[Status, str] | None:
@@ -95,7 +113,7 @@ def _why_missing(mask: LocalMap, outside: float) -> tuple[Status, str] | None:
     return None
 
 
-def warp_atlases(atlases: Sequence[Atlas], scan: Volume, registrations: Sequence[Registration]) -> Warped:
-    """Warp the labels of one or several atlases to a query; several vote on each structure."""
-    warped = [_warp(one, scan, its) for one, its in zip(atlases, registrations, strict=True)]
-    return warped[0] if len(atlases) == 1 else _vote(atlases, warped, scan.grid.shape)
+def warp_atlases(atlases: Mapping[int, Atlas], scan: Volume, registrations: Mapping[int, Registration]) -> Warped:
+    """Warp the labels of one or several atlases, by number, to a query; several vote on each structure."""
+    warped = {number: _warp(one, scan, registrations[number]) for number, one in atlases.items()}
+    return next(iter(warped.values())) if len(warped) == 1 else _vote(atlases, warped, scan.grid.shape)

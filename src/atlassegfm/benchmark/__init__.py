@@ -5,9 +5,21 @@ The labels of a query are read here to score results, and given to nothing that 
 """
 
 from .plan import METHODS, Plan, Variant
-from .protocols import PROTOCOLS, Pair, make_pairs
+from .protocols import PROTOCOLS, Pair, draw_sets, make_pairs
 from .records import PairRecord, Row
 from .runner import run
 from .tables import write_reports
 
-__all__ = ["METHODS", "PROTOCOLS", "Pair", "PairRecord", "Plan", "Row", "Variant", "make_pairs", "run", "write_reports"]
+__all__ = [
+    "METHODS",
+    "PROTOCOLS",
+    "Pair",
+    "PairRecord",
+    "Plan",
+    "Row",
+    "Variant",
+    "draw_sets",
+    "make_pairs",
+    "run",
+    "write_reports",
+]

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..atlas import Atlas, canonical_scan
 from ..context import Context, customize
+from ..core.config import gate_settings
 from ..core.errors import InputError, ModelError, RegistrationError
 from ..core.image import Volume, label_values, load_image, load_labels
 from ..core.mask import LocalMap
@@ -68,7 +69,8 @@ class PairRunner:
         self._plan = plan
         self._on_stage = on_stage or (lambda _: None)
         self._atlases: dict[str, Atlas] = {}
-        self._contexts: dict[str, Context] = {}
+        self._contexts: dict[tuple[str, str], Context] = {}  # by the atlas and the settings of the gate
+        self._taken = ""
         self._queries: dict[str, tuple[Volume, Volume]] = {}
         self._models: dict[Any, Models | None] = {}
         self._unnamed: dict[str, set[int]] = {}
@@ -81,41 +83,58 @@ class PairRunner:
         try:
             return self._run(variant, pair)
         except InputError as error:
-            logger.warning("%s -> %s: %s; the pair is not scored", pair.atlas, pair.query, error)
+            logger.warning("%s -> %s: %s; the pair is not scored", pair.atlases, pair.query, error)
             return PairRecord(variant=variant.name, pair=pair, rows=(), failure=str(error))
 
     def _run(self, variant: Variant, pair: Pair) -> PairRecord:
+        if pair.atlases != self._taken:
+            self._atlases.clear()
+            self._taken = pair.atlases
         query, reference = self._query(pair.query)
         model = self.load(variant)
-        atlas = None if variant.prompts_from == "user" else self._atlas(pair.atlas)
+        atlases = () if variant.prompts_from == "user" else self._atlases_of(variant, pair)
         failure, cost = "", dict[str, Any]()
         try:
-            if atlas is None:
+            if not atlases:
                 results = self._click(model, query, reference, cost)
             else:
-                results = self._segment(variant, atlas, query, model, cost)
+                results = self._segment(variant, atlases, query, model, cost)
                 if "model" in results:
                     results["oracle"] = oracle(results["atlas"], results["model"], reference)
         except (RegistrationError, ModelError) as error:
-            logger.warning("%s -> %s (%s): %s", pair.atlas, pair.query, variant.name, error)
+            logger.warning("%s -> %s (%s): %s", pair.atlases, pair.query, variant.name, error)
             failure = str(error)
             results = dict.fromkeys(variant.scored, Volume(np.zeros_like(reference.data), reference.grid))
         self._on_stage("scoring")
-        atlas_values = set(self._plan.values if atlas is None else atlas.values)
+        atlas_values = set(self._atlas(atlases[0]).values if atlases else self._plan.values)
         rows = self._score(pair, results, reference, atlas_values, failed=bool(failure))
         unnamed = sorted(self._unnamed.get(pair.atlas, set()) | self._unnamed.get(pair.query, set()))
         return PairRecord(variant=variant.name, pair=pair, rows=rows, failure=failure, unnamed=tuple(unnamed), **cost)
 
+    def _atlases_of(self, variant: Variant, pair: Pair) -> tuple[str, ...]:
+        """Names of the atlases that a variant takes of a pair, one with the most structures first."""
+        names = (pair.atlas, *pair.others)[: variant.atlases]
+        first = max(names, key=lambda name: len(self._atlas(name).structures))
+        return first, *(name for name in names if name != first)
+
+    def _context(self, variant: Variant, names: Sequence[str], model: Models | None) -> Context:
+        """A context of these atlases; the gate of the first one serves all queries and variants."""
+        settings, (first, *others) = variant.settings, names
+        key = first, repr((settings.model, settings.prompt, settings.seed, gate_settings(settings)))
+        if key not in self._contexts:
+            context = Context(self._atlas(first), settings)
+            context = customize(context, device=self._plan.device, model=model, on_stage=self._on_stage)
+            self._contexts = {made: one for made, one in self._contexts.items() if made[0] == first} | {key: context}
+        context = replace(self._contexts[key], settings=settings)
+        for name in others:
+            context = context.with_atlas(self._atlas(name), name)
+        return context
+
     def _segment(
-        self, variant: Variant, atlas: Atlas, query: Volume, model: Models | None, cost: dict[str, Any]
+        self, variant: Variant, names: Sequence[str], query: Volume, model: Models | None, cost: dict[str, Any]
     ) -> dict[str, Volume]:
-        device = self._plan.device
-        if variant.name not in self._contexts:  # the gate is trained once for all queries
-            context = Context(atlas, variant.settings)
-            context = customize(context, device=device, model=model, on_stage=self._on_stage)
-            self._contexts[variant.name] = context
+        device, context = self._plan.device, self._context(variant, names, model)
         with _measured_memory(device, cost):
-            context = self._contexts[variant.name]
             result = segment(context, query, device=device, on_stage=self._on_stage, model=model)
         registration = result.registration
         inside = {f"registration: {name}": seconds for name, seconds in registration.seconds.items()}
@@ -127,7 +146,7 @@ class PairRunner:
             return {"atlas": result.atlas_labels}
         results = {"atlas": result.atlas_labels, **result.member_labels, "model": result.model_labels}
         if "paper" in variant.scored and result.gate is not None:
-            results["paper"] = fused_by(result.gate.as_the_paper(), atlas, result)
+            results["paper"] = fused_by(result.gate.as_the_paper(), context.atlas, result)
         return results | {"fused": result.labels}
 
     def _click(self, model: Any, query: Volume, reference: Volume, cost: dict[str, Any]) -> dict[str, Volume]:
@@ -164,8 +183,6 @@ class PairRunner:
 
     def _atlas(self, name: str) -> Atlas:
         if name not in self._atlases:
-            self._atlases.clear()
-            self._contexts.clear()
             case = self._plan.dataset.case(name)
             atlas = Atlas.from_files(case.image, case.labels)
             self._warn_unnamed(set(atlas.values), name, case.labels)

@@ -30,6 +30,7 @@ class Variant:
     #: "user": the model alone, with one click into the middle of the true structure.
     prompts_from: Literal["atlas", "user"] = "atlas"
     methods: tuple[str, ...] | None = None  # which of those scored tables show; None for all
+    atlases: int | None = None  # of each pair's so many, the first ones; None for all
 
     @property
     def scored(self) -> tuple[str, ...]:
@@ -65,8 +66,8 @@ class Plan:
         return {value: self.dataset.structures[value] for value in self.values}
 
     def files(self, pair: Pair) -> tuple[Path, ...]:
-        """Images and labels of atlas and query."""
-        cases = [self.dataset.case(name) for name in (pair.atlas, pair.query)]
+        """Images and labels of atlases and query."""
+        cases = [self.dataset.case(name) for name in (pair.atlas, *pair.others, pair.query)]
         return tuple(path for case in cases for path in (case.image, case.labels))
 
     def record(self) -> PlanRecord:
@@ -79,7 +80,12 @@ class Plan:
             tolerances_mm={name: self.tolerances.of(value, name) for value, name in self.names.items()},
             centreline=self.centreline,
             variants={
-                one.name: {"prompts_from": one.prompts_from, "settings": to_dict(one.settings)} for one in self.variants
+                one.name: {
+                    "prompts_from": one.prompts_from,
+                    "atlases": one.atlases,
+                    "settings": to_dict(one.settings),
+                }
+                for one in self.variants
             },
             device=self.device,
             threads=torch.get_num_threads(),

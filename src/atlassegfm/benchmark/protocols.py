@@ -17,10 +17,16 @@ PROTOCOLS = ("one-shot-5fold", "one-to-all", "all-pairs")
 
 @dataclass(frozen=True)
 class Pair:
-    """An atlas and a query, by the names of their cases."""
+    """An atlas and a query, by the names of their cases; ``others`` are further atlases."""
 
     atlas: str
     query: str
+    others: tuple[str, ...] = ()
+
+    @property
+    def atlases(self) -> str:
+        """Name of the atlas, or of all with + between."""
+        return "+".join((self.atlas, *self.others))
 
 
 def make_pairs(
@@ -52,6 +58,22 @@ def make_pairs(
     chosen = cases if protocol == "all-pairs" else dict.fromkeys(atlases or cases[:1])
     pairs = [Pair(atlas, query) for atlas in chosen for query in cases if query != atlas]
     return _balanced(cases, pairs, every) if protocol == "all-pairs" else tuple(pairs[::every])
+
+
+def draw_sets(cases: Sequence[str], size: int, draws: int, *, seed: int = 0) -> tuple[Pair, ...]:
+    """Draw sets of atlases for each query from all other cases, in random order; those of one first atlas are together.
+
+    ``size`` is that of a set, ``draws`` the number of sets of a query. InputError if there are too few cases.
+    """
+    if size >= len(cases):
+        raise InputError(f"{size} atlases and a query need {size + 1} cases, found {len(cases)}; ask for fewer atlases")
+    random, pairs = np.random.default_rng(seed), set[Pair]()
+    for query in cases:
+        others = [case for case in cases if case != query]
+        for _ in range(draws):
+            first, *more = (others[int(n)] for n in random.permutation(len(others))[:size])
+            pairs.add(Pair(first, query, tuple(more)))
+    return tuple(sorted(pairs, key=lambda pair: (pair.atlas, pair.query, pair.others)))
 
 
 def _balanced(cases: Sequence[str], pairs: Sequence[Pair], every: int) -> tuple[Pair, ...]:

@@ -41,7 +41,7 @@ def run(
     model cannot be loaded, before anything is written.
     """
     store = {
-        (variant.name, pair): out / PAIRS / slug(variant.name) / pair.atlas / f"{pair.query}.json"
+        (variant.name, pair): out / PAIRS / slug(variant.name) / pair.atlases / f"{pair.query}.json"
         for variant in plan.variants
         for pair in plan.pairs
     }
@@ -57,7 +57,7 @@ def run(
         on_planned(len(done), len(todo))
     for number, (variant, pair) in enumerate(todo, start=1):
         if on_pair is not None:
-            name = f"{pair.atlas} -> {pair.query}" + (f" ({variant.name})" if len(plan.variants) > 1 else "")
+            name = f"{pair.atlases} -> {pair.query}" + (f" ({variant.name})" if len(plan.variants) > 1 else "")
             on_pair(number, len(todo), name)
         try:
             files = tuple(map(file_record, plan.files(pair)))
@@ -128,6 +128,6 @@ def _stored(path: Path, plan: Plan, pair: Pair) -> PairRecord | None:
         raise InputError(f"{error}; delete it to compute the pair again") from None
     files = plan.files(pair)
     if len(files) != len(record.files) or not all(map(is_unchanged, files, record.files)):
-        logger.warning("%s -> %s: files have changed; computed again", pair.atlas, pair.query)
+        logger.warning("%s -> %s: files have changed; computed again", pair.atlases, pair.query)
         return None
     return record

@@ -153,7 +153,7 @@ def main_table(columns: Sequence[Column]) -> list[list[str]]:
 
 
 def _keys(record: PairRecord) -> dict[str, str]:
-    return {"variant": record.variant, "atlas": record.pair.atlas, "query": record.pair.query}
+    return {"variant": record.variant, "atlas": record.pair.atlases, "query": record.pair.query}
 
 
 def _score_rows(records: Sequence[PairRecord]) -> list[dict[str, Any]]:
@@ -178,7 +178,7 @@ def _summary(
     plan: Plan, records: Sequence[PairRecord], columns: Sequence[Column], comparisons: Sequence[Comparison]
 ) -> dict[str, Any]:
     return {
-        "pairs": [[pair.atlas, pair.query] for pair in plan.pairs],
+        "pairs": [[pair.atlases, pair.query] for pair in plan.pairs],
         "seed": plan.seed,
         "tolerances": plan.tolerances.origin,
         "unnamed_label_values": _unnamed(records),
@@ -269,7 +269,7 @@ class _Page:
         for record in self.records:
             if record.failure:
                 what = "Failed" if record.rows else "Not scored"
-                yield f"{what}: {record.pair.atlas} -> {record.pair.query} ({record.variant}): {record.failure}"
+                yield f"{what}: {record.pair.atlases} -> {record.pair.query} ({record.variant}): {record.failure}"
         yield ""
 
     def _differences(self) -> Iterator[str]:

@@ -4,6 +4,8 @@ Every scan is registered to others by the coarse level of the linear stages, and
 correlation: a good atlas is similar to all others. In large folders each scan is compared with a few drawn at random,
 and the best are then compared with all, so that work grows with the number of scans, not with its square. Whether a
 scan shows the wanted structures whole is not known before contouring.
+
+Where some scans are contoured already, the next one is that with which every scan has the most similar atlas.
 """
 
 import math
@@ -22,6 +24,7 @@ from ..atlas import canonical_scan
 from ..core.errors import AtlasSegError, InputError
 from ..core.files import entries_of
 from ..core.image import IMAGE_SUFFIXES, image_stem, image_suffix, load_image
+from ..core.labels import hint, listed
 from ..registration.affine import fit
 from ..registration.pyramid import Scan, frame_grid, level_spacings_mm, on_grid, prepare
 from ..settings import RegistrationSettings
@@ -47,7 +50,9 @@ class Candidate:
 
     name: str  # of its file, without the suffix
     path: Path
-    score: float  # mean similarity to those it was compared with, in [0, 1]; if not all, corrected for their ease
+    #: Mean similarity to those it was compared with, in [0, 1]; if not all, corrected for their ease. To a scan that is
+    #: more similar to one that is contoured, the similarity of these two.
+    score: float
     lowest: float  # the smallest of these similarities
     furthest: str  # the scan it has that similarity to
     compared: int  # number of others
@@ -57,7 +62,8 @@ class Candidate:
 class Suggestion:
     """The ranking of a folder."""
 
-    candidates: tuple[Candidate, ...]  # the best first
+    candidates: tuple[Candidate, ...]  # the best first, without those contoured
+    contoured: tuple[str, ...]
     names: tuple[str, ...]  # of all scans, in the order of ``similarity``
     similarity: NDArray[np.float64]  # (N, N), in [0, 1], symmetric; NaN if not registered, and on the diagonal
     positions: NDArray[np.float64]  # (N, 2) map on which similar scans are near each other; no unit
@@ -79,6 +85,7 @@ class Suggestion:
         ]
         return {
             "best": self.candidates[0].name,
+            "contoured": list(self.contoured),
             "differs": self.differs,
             "candidates": [{key: value for key, value in row.items() if key != "path"} for row in candidates],
             "names": list(self.names),
@@ -106,6 +113,7 @@ def suggest(
     files: Sequence[Path],
     settings: RegistrationSettings | None = None,
     *,
+    contoured: Sequence[str] = (),
     landmarks: int = LANDMARKS,
     finalists: int = FINALISTS,
     seed: int = 0,
@@ -115,8 +123,10 @@ def suggest(
     """Rank scans of one kind, without labels, by how well each would reach all others as an atlas.
 
     Each of more than :data:`ALL_PAIRS` scans is compared with ``landmarks`` others, drawn by ``seed``; the best
-    ``finalists`` are then compared with all. ``settings`` are those of the linear stages; ``on_pair`` is called with
-    number and count of each pair as it begins. An :class:`.InputError` if fewer than three files can be used.
+    ``finalists`` are then compared with all. ``contoured`` are names of scans that are atlases already: ranked are the
+    others, as a further atlas. ``settings`` are those of the linear stages; ``on_pair`` is called with number and
+    count of each pair as it begins. An :class:`.InputError` if fewer than three files can be used, or a contoured scan
+    is not among them.
     """
     settings = settings or RegistrationSettings()
     start = time.perf_counter()
@@ -133,6 +143,14 @@ def suggest(
     if count < 3:
         reason = f" ({failures[0][1]})" if failures else ""
         raise InputError(f"{count} of {len(files)} scans can be used, expected three or more{reason}")
+    if unknown := [name for name in contoured if name not in names]:
+        raise InputError(
+            f"{unknown[0]}: not one of the scans; {hint(unknown[0], names)}expected one of {listed(names)}"
+        )
+    known = [names.index(name) for name in contoured]
+    rest = [n for n in range(count) if n not in known]
+    if not rest:
+        raise InputError("all scans are contoured already; leave one of them out")
     similarity = np.full((count, count), np.nan)
     done = 0
 
@@ -149,28 +167,41 @@ def suggest(
     drawn = np.arange(count)
     if count > ALL_PAIRS:
         drawn = np.sort(np.random.default_rng(seed).permutation(count)[: max(3, min(landmarks, count))])
-    first, partial = _pairs(count, drawn), len(drawn) < count
+    first, partial = _pairs(count, [*drawn, *known]), len(drawn) < count
     # The finalists' pairs are not known yet, but how many they are at most is.
     compare(first, len(first) + (finalists * (count - 1 - len(drawn)) if partial else 0))
-    scores = _scores(similarity, drawn)
-    final = np.argsort(-scores, kind="stable")[: max(1, min(finalists, count)) if partial else 0].tolist()
+    scores = _scores(_reached(similarity, known), drawn)
+    order = [n for n in np.argsort(-scores, kind="stable").tolist() if n in rest]
+    final = order[: max(1, min(finalists, count)) if partial else 0]
     if final:
         missing = [pair for pair in _pairs(count, final) if math.isnan(similarity[pair])]
         compare(missing, len(first) + len(missing))
-        scores[final] = np.nanmean(similarity[final], axis=1)
+    reached = _reached(similarity, known)
+    if final:
+        scores[final] = np.nanmean(reached[final], axis=1)
     candidates = []
     # Those compared with all come first: the scores of the others are estimates.
-    for n in sorted(range(count), key=lambda n: (n not in final, -scores[n], names[n])):
-        far, compared = int(np.nanargmin(similarity[n])), int(np.isfinite(similarity[n]).sum())
-        lowest = float(similarity[n, far])
+    for n in sorted(rest, key=lambda n: (n not in final, -scores[n], names[n])):
+        far, compared = int(np.nanargmin(reached[n])), int(np.isfinite(similarity[n]).sum())
+        lowest = float(reached[n, far])
         candidates.append(Candidate(names[n], paths[n], float(scores[n]), lowest, names[far], compared))
     positions, seconds = _positions(similarity, drawn), time.perf_counter() - start
-    return Suggestion(tuple(candidates), tuple(names), similarity, positions, tuple(failures), done, seconds)
+    return Suggestion(
+        tuple(candidates), tuple(contoured), tuple(names), similarity, positions, tuple(failures), done, seconds
+    )
 
 
 def _pairs(count: int, chosen: Iterable[int]) -> list[tuple[int, int]]:
     """Each of the chosen with every other, each pair once."""
     return sorted({(min(int(a), b), max(int(a), b)) for a in chosen for b in range(count) if a != b})
+
+
+def _reached(similarity: NDArray[np.float64], known: Sequence[int]) -> NDArray[np.float64]:
+    """(N, N) similarities of each scan, or of a known one where that is higher; NaN stays NaN."""
+    if not known:
+        return similarity
+    best = np.where(np.isnan(similarity[known]), 1.0, similarity[known]).max(axis=0)
+    return np.where(np.isnan(similarity), np.nan, np.maximum(similarity, best))
 
 
 def _scores(similarity: NDArray[np.float64], drawn: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -47,7 +47,13 @@ def draw_suggestion(suggestion: Suggestion, path: Path) -> None:
     with rc_context(_STYLE), atomic_path(path) as temporary:
         figure = Figure(figsize=(16, 10.4), dpi=100, facecolor="white")
         FigureCanvasAgg(figure)
-        figure.text(0.03, 0.955, f"Contour {_short(best.name, 40)} first", size=22, weight="bold")
+        figure.text(
+            0.03,
+            0.955,
+            f"Contour {_short(best.name, 40)} {'next' if suggestion.contoured else 'first'}",
+            size=22,
+            weight="bold",
+        )
         figure.text(0.03, 0.925, text, color=_SOFT, size=12)
         _draw_ranking(figure.add_axes((0.12, 0.42, 0.2, 0.45)), suggestion)
         _draw_matrix(figure.add_axes((0.41, 0.42, 0.25, 0.45)), suggestion)

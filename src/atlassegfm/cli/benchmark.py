@@ -21,7 +21,7 @@ from .report import require_pictures
 from .session import EXIT_FAILURES, accept_licences, print_json, print_table
 
 if TYPE_CHECKING:
-    from ..benchmark import Plan, Variant
+    from ..benchmark import Pair, Plan, Variant
     from ..settings import Settings
 
 
@@ -49,14 +49,8 @@ class BenchmarkOptions(ScreenOptions, DeviceOptions, SettingsOptions):
 
     dataset: Path = argument("DATASET", "Folder in nnU-Net raw layout, with labels.")
     out: Path = required("--out -o OUT", "Folder of the benchmark; an interrupted one is continued.")
-    protocol: str = option(
-        "--protocol one-shot-5fold|one-to-all|all-pairs", "Which atlas for which query.", "one-shot-5fold"
-    )
-    atlas: str | None = option("--atlas A,B,...", "Atlases of one-to-all [default: the first case].")
     cases: str | None = option("--cases A,B,...", "Cases that take part.")
     labels: str | None = labels_option()
-    every: int = option("--every N", "Run a sample of the pairs, one of N.", 1)
-    folds: int = option("--folds N", "Folds of one-shot-5fold, where 5 are too many.", 5)
     tolerance: str = tolerance_option()
     cldice: str | None = cldice_option()
     channel: int = option("--channel N", "Channel of the scans.", 0)
@@ -65,14 +59,37 @@ class BenchmarkOptions(ScreenOptions, DeviceOptions, SettingsOptions):
     plots: bool = option("--plots/--no-plots", "Draw plots (extra 'report').", True)
     force: bool = flag("--force", "Begin again where OUT holds results.")
 
+    def pairs(self, cases: Sequence[str], seed: int) -> tuple[Pair, ...]:
+        """Make the pairs that are run, from the names of all cases."""
+        raise NotImplementedError
+
+
+@options
+class PairOptions(BenchmarkOptions):
+    """Options of comparisons on pairs of one atlas and a query."""
+
+    protocol: str = option(
+        "--protocol one-shot-5fold|one-to-all|all-pairs", "Which atlas for which query.", "one-shot-5fold"
+    )
+    atlas: str | None = option("--atlas A,B,...", "Atlases of one-to-all [default: the first case].")
+    every: int = option("--every N", "Run a sample of the pairs, one of N.", 1)
+    folds: int = option("--folds N", "Folds of one-shot-5fold, where 5 are too many.", 5)
+
     @property
     def title(self) -> str:
         """Which pairs are run."""
         return f"{self.protocol}, one of {self.every}" if self.every > 1 else self.protocol
 
+    def pairs(self, cases: Sequence[str], seed: int) -> tuple[Pair, ...]:
+        """Make the pairs of the protocol."""
+        from ..benchmark import make_pairs
+
+        atlases = split_list(self.atlas, "--atlas")
+        return make_pairs(cases, self.protocol, seed=seed, folds=self.folds, atlases=atlases, every=self.every)
+
 
 @options
-class ProtocolOptions(BenchmarkOptions):
+class ProtocolOptions(PairOptions):
     """Options of ``benchmark protocol``."""
 
     models: str | None = option("--models A,B,A+B,...", "Models to compare, several as one with + [default: builtin].")
@@ -100,7 +117,7 @@ def protocol(options: ProtocolOptions) -> None:
 
 
 @options
-class ModelBenchmarkOptions(BenchmarkOptions):
+class ModelBenchmarkOptions(PairOptions):
     """Options of comparisons of one model."""
 
     model: str | None = option("--model NAME[,NAME]", "Segmentation model, or several [default: builtin].")
@@ -137,7 +154,7 @@ def ablation(options: ModelBenchmarkOptions) -> None:
 
 
 @options
-class PromptsOptions(BenchmarkOptions):
+class PromptsOptions(PairOptions):
     """Options of ``benchmark prompts``."""
 
     models: str = option("--models A,B,A+B,...", "Models, each with all the prompts it takes.", "builtin")
@@ -189,6 +206,50 @@ def engines(options: EnginesOptions) -> None:
         return [_with(base, engine, registration={"engine": engine}) for engine in names]
 
     _run(f"engines, {options.title}", columns, options)
+
+
+@options
+class AtlasesOptions(BenchmarkOptions):
+    """Options of ``benchmark atlases``."""
+
+    counts: str = option("--counts N,N,...", "Numbers of atlases, drawn at random for each query.", "1,2,3,5")
+    selected: int | None = option("--selected N", "Also the N of the largest number that are most alike.", min=1)
+    draws: int = option("--draws N", "Sets of atlases for each query.", 1, min=1)
+    model: str | None = option("--model NAME[,NAME]", "Segmentation model, or several [default: builtin].")
+
+    @property
+    def numbers(self) -> list[int]:
+        """The counts, ascending."""
+        texts = split_list(self.counts, "--counts")
+        if not all(text.isdecimal() and int(text) for text in texts):
+            raise InputError(f"--counts {self.counts}: expected whole numbers of at least 1 with commas between")
+        return sorted({int(text) for text in texts})
+
+    def pairs(self, cases: Sequence[str], seed: int) -> tuple[Pair, ...]:
+        """Draw the sets of atlases."""
+        from ..benchmark import draw_sets
+
+        return draw_sets(cases, self.numbers[-1], self.draws, seed=seed)
+
+
+@command(app, "atlases")
+def atlases(options: AtlasesOptions) -> None:
+    """Dice and seconds against the number of atlases: drawn at random, and those most alike of more.
+
+    Sets of one query and draw contain each other.
+    """
+
+    def columns(base: Variant, _notes: list[str]) -> list[Variant]:
+        numbers, most = options.numbers, options.numbers[-1]
+        base = _with(base, "", most_atlases=most)
+        made = [replace(base, name=counted(number, "atlas", "atlases"), atlases=number) for number in numbers]
+        if options.selected is None:
+            return made
+        if options.selected >= most:
+            raise InputError(f"--selected {options.selected}: expected fewer than the largest of --counts ({most})")
+        return [*made, _with(base, f"{options.selected} of {most}", most_atlases=options.selected)]
+
+    _run(f"sets of atlases, {counted(options.draws, 'draw')} a query", columns, options)
 
 
 @options
@@ -294,7 +355,7 @@ def _run(title: str, columns: Callable[[Variant, list[str]], list[Variant]], opt
 
 def _plan(title: str, variants: Sequence[Variant], options: BenchmarkOptions) -> Plan:
     """Plan the run, checked as far as possible without opening a scan."""
-    from ..benchmark import Plan, make_pairs
+    from ..benchmark import Plan
     from ..core.dataset import load_dataset, pick_structures
     from ..core.device import resolve_device
     from ..models.table import prompt_kind
@@ -316,8 +377,7 @@ def _plan(title: str, variants: Sequence[Variant], options: BenchmarkOptions) ->
     thin = pick_structures(dataset, centreline) if centreline else ()
     if not set(thin) <= set(values):
         raise InputError(f"--cldice {options.cldice}: is not among the structures of --labels {options.labels}; add it")
-    atlases, cases = split_list(options.atlas, "--atlas"), [case.name for case in dataset.cases]
-    pairs = make_pairs(cases, options.protocol, seed=seed, folds=options.folds, atlases=atlases, every=options.every)
+    pairs = options.pairs([case.name for case in dataset.cases], seed)
     device, again = resolve_device(options.device), shlex.join(["atlassegfm", *sys.argv[1:]])
     return Plan(title, dataset, pairs, tuple(variants), values, tolerances, thin, seed, device, again)
 

@@ -10,9 +10,10 @@ import typer
 from ..core.errors import InputError
 from ..core.labels import listed
 from ..core.text import counted
+from .customize import expected_rows, measured, print_expected
 from .fields import argument, command, names_option, option, options, required
 from .help import Group
-from .options import ScreenOptions, StructureOptions
+from .options import DeviceOptions, ScreenOptions, StructureOptions
 from .session import print_json, print_table
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     cls=Group,
     help="Contexts: `context show CTX` lists the atlases of one, `context add CTX` adds an annotated scan, "
-    "`context remove CTX N` removes one.",
+    "`context remove CTX N` removes one, `context measure CTX` says what to expect of several.",
     no_args_is_help=True,
 )
 
@@ -50,6 +51,13 @@ class RemoveOptions(ScreenOptions):
 
     context: Path = argument("CTX", "A folder that `atlassegfm customize` wrote.")
     number: int = argument("N", "Number of the atlas, as `context show` lists it, from 2 on.")
+
+
+@options
+class MeasureOptions(ScreenOptions, DeviceOptions):
+    """Options of ``context measure``."""
+
+    context: Path = argument("CTX", "A folder that `atlassegfm customize` wrote.")
 
 
 @command(app, "show")
@@ -99,6 +107,27 @@ def remove(options: RemoveOptions) -> None:
     _print(context, as_json=options.as_json)
 
 
+@command(app, "measure")
+def measure(options: MeasureOptions) -> None:
+    """Segment each atlas from the others, and keep the Dice a structure: what to expect on other scans.
+
+    Estimates of later results take it into account. Adding or removing an atlas forgets it.
+    """
+    with options.session() as session:
+        from ..context import Context
+        from ..core.device import resolve_device
+        from ..models.table import load_chosen
+
+        session.progress("reading the context")
+        context, device = Context.load(options.context), resolve_device(options.device)
+        if not context.others:
+            raise InputError(f"{options.context}: has one atlas; add another one with atlassegfm context add")
+        context = measured(context, device, load_chosen(context.settings, device), session)
+        session.progress("writing")
+        context.save(options.context)
+    _print(context, as_json=options.as_json)
+
+
 def _print(context: Context, *, as_json: bool) -> None:
     """Print a row for each atlas."""
     rows: list[dict[str, Any]] = []
@@ -117,7 +146,8 @@ def _print(context: Context, *, as_json: bool) -> None:
         )
     if as_json:
         gate = None if context.gate is None else context.gate.describe()
-        print_json({"model": context.settings.model, "gate": gate, "atlases": rows})
+        expected = expected_rows(context)
+        print_json({"model": context.settings.model, "gate": gate, "atlases": rows, "expected": expected})
         return
     table = [
         (
@@ -134,3 +164,4 @@ def _print(context: Context, *, as_json: bool) -> None:
     typer.echo(f"\nmodel  {context.settings.model}")
     if context.gate is not None:
         typer.echo(f"gate   {context.gate.describe()}")
+    print_expected(context)

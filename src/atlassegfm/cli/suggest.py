@@ -7,7 +7,7 @@ import typer
 
 from ..core.text import counted, duration
 from .fields import argument, option, options
-from .options import DeviceOptions, ScreenOptions, SettingsOptions
+from .options import DeviceOptions, ScreenOptions, SettingsOptions, split_list
 from .report import require_pictures
 from .session import print_json, print_table
 
@@ -18,13 +18,14 @@ class SuggestOptions(ScreenOptions, DeviceOptions, SettingsOptions):
 
     folder: Path = argument("FOLDER", "Scans of one kind, without labels.")
     out: Path | None = option("--out -o OUT", "Folder that gets suggest.png (why) and suggest.json.")
+    contoured: str | None = option("--contoured A,B,...", "Scans that are atlases already: which one next.")
     landmarks: int = option("--landmarks N", "Of more than 12 scans, compare each with N others.", 8, min=3)
     finalists: int = option("--finalists N", "Of more than 12 scans, then compare the best N with all.", 3, min=1)
     picture: bool = option("--picture/--no-picture", "Draw OUT/suggest.png (extra 'report').", True)
 
 
 def suggest(options: SuggestOptions) -> None:
-    """Say which scan to contour: the one that would reach all others best as the atlas.
+    """Say which scan to contour: the one that would reach all others best as the atlas, or as a further one.
 
     Scans are registered coarsely to each other, and compared. No labels are needed.
     """
@@ -43,8 +44,16 @@ def suggest(options: SuggestOptions) -> None:
         files, device = scans_in(options.folder), resolve_device(options.device)
 
         begin = functools.partial(session.begin_pair, name="pair", stage="registration")
-        choice = {"landmarks": options.landmarks, "finalists": options.finalists, "seed": settings.seed}
-        found = rank(files, settings.registration, device=device, on_pair=begin, **choice)
+        found = rank(
+            files,
+            settings.registration,
+            contoured=split_list(options.contoured, "--contoured"),
+            landmarks=options.landmarks,
+            finalists=options.finalists,
+            seed=settings.seed,
+            device=device,
+            on_pair=begin,
+        )
         for _, reason in found.failures:
             session.error(reason)
         if out is not None:
@@ -56,7 +65,8 @@ def suggest(options: SuggestOptions) -> None:
         print_json(found.summary())
         return
     work = f"{counted(found.pairs, 'pair')} in {duration(found.seconds)}"
-    typer.echo(f"contour {found.candidates[0].name} first  ({work})")
+    when = "next" if found.contoured else "first"
+    typer.echo(f"contour {found.candidates[0].name} {when}  ({work})")
     if not found.differs:
         typer.echo("the scans differ little: others would do as well")
     rows = [

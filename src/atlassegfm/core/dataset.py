@@ -98,6 +98,29 @@ def load_dataset(folder: PathLike, *, channel: int = 0) -> Dataset:
     return Dataset(folder, name, tuple(cases), structures, channels, ignored)
 
 
+def annotated_scans(folder: PathLike) -> tuple[Case, ...]:
+    """Find the annotated scans of a folder: a dataset in nnU-Net raw layout, or ``images`` and ``labels`` inside it.
+
+    In the latter two, files of one name without suffix belong together. InputError if there is neither, or a file has
+    no counterpart.
+    """
+    folder = Path(folder)
+    images, labels = folder / "images", folder / "labels"
+    if not (images.is_dir() and labels.is_dir()):
+        if folder.is_dir() and not (folder / "dataset.json").exists():
+            raise InputError(f"{folder}: expected a dataset in {_LAYOUT}, or the folders images and labels inside it")
+        return load_dataset(folder).cases
+    found = [
+        {image_stem(path): path for path in entries_of(one) if image_suffix(path) is not None or path.is_dir()}
+        for one in (images, labels)
+    ]
+    if alone := sorted(found[0].keys() ^ found[1].keys()):
+        raise InputError(f"{folder}: {listed(alone)} in only one of images and labels; expected files of equal names")
+    if not found[0]:
+        raise InputError(f"{images}: no scan; expected files ending in {', '.join(IMAGE_SUFFIXES)}")
+    return tuple(Case(name, found[0][name], found[1][name]) for name in sorted(found[0]))
+
+
 def pick_structures(dataset: Dataset, wanted: Sequence[str]) -> tuple[int, ...]:
     """Find the label values, ascending, of the structures a user asks for; InputError if one of them fits none.
 

@@ -74,10 +74,15 @@ class Steps:
         return f"{self._stages.index(stage) + 1} of {len(self._stages)}" if stage in self._stages else ""
 
 
-def query_steps(*, model: bool, gate: bool) -> dict[str, float]:
-    """Usual seconds of the steps of a query, with a model and a gate to train or without."""
+def query_steps(*, model: bool, gate: bool, atlases: int = 1) -> dict[str, float]:
+    """Usual seconds of the steps of a query, with a model and a gate to train or without, and with several atlases."""
     left_out = {*(() if model else ("model",)), *(() if model and gate else ("gate",))}
-    return {name: seconds for name, seconds in QUERY_STEPS.items() if name.partition(": ")[0] not in left_out}
+    steps = {name: seconds for name, seconds in QUERY_STEPS.items() if name.partition(": ")[0] not in left_out}
+    if atlases == 1:
+        return steps
+    one = sum(seconds for name, seconds in steps.items() if name.startswith("registration"))
+    several = {f"registration: atlas {number} of {atlases}": one for number in range(1, atlases + 1)}
+    return {"registration": 0.1, **several} | {n: s for n, s in steps.items() if not n.startswith("registration")}
 
 
 def stage_printer(usual: Mapping[str, float]) -> Callable[[str], None]:

@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from ..atlas import Atlas
+from ..context import Context
 from ..core.errors import InputError
 from ..core.nifti import PAIR_SUFFIXES, pair_of
 from ..records import STATUS, FileRecord
@@ -43,9 +44,11 @@ def atlas_digest(atlas: Atlas) -> str:
     return found.hexdigest()[:_DIGITS]
 
 
-def context_digest(atlases: Sequence[Atlas]) -> str:
-    """Compute the digest of one or several atlases, in their order."""
-    digests = [atlas_digest(one) for one in atlases]
+def context_digest(context: Context) -> str:
+    """Compute the digest of the atlases of a context, in their order, and of what they are expected to score."""
+    digests = [atlas_digest(one) for one in context.atlases]
+    if context.expected:
+        digests.append(repr(sorted(context.expected.items())))
     return digests[0] if len(digests) == 1 else digest(*digests)
 
 

@@ -336,7 +336,7 @@ def write_failure(folder: Path, status: records.StatusRecord) -> None:
 
 def run_record(segmentation: Segmentation, inputs: RunInputs) -> records.RunRecord:
     """Describe a result for ``run.json``: nothing that differs between two runs on the same inputs."""
-    found = segmentation.registration
+    found, several = segmentation.registration, len(segmentation.registrations) > 1
     # Folders of this machine are nobody's business.
     settings = to_dict(with_weights_paths(segmentation.settings, lambda path: path.name))
     return records.RunRecord(
@@ -345,6 +345,8 @@ def run_record(segmentation: Segmentation, inputs: RunInputs) -> records.RunReco
         seed=segmentation.settings.seed,
         model=_model_record(segmentation),
         registration=records.RegistrationRecord(
+            atlas=segmentation.nearest_atlas if several else None,
+            atlases=tuple(segmentation.registrations) if several else None,
             source="given" if segmentation.transform_given else "fitted",
             confidence=_rounded(found.confidence),
             members=len(found.members),

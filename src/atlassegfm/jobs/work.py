@@ -265,7 +265,7 @@ def provenance_of(
     return Provenance(
         version=__version__,
         settings=digest(to_toml(replace(settings, model_path="")), device, str(threads)),
-        context=context_digest(context.atlases),
+        context=context_digest(context),
         context_version=context.version,
         weights=_weights(settings),
         keep=output.keep,

@@ -83,18 +83,20 @@ def judge(
     *,
     outside: float = 0.0,
     place: Place | None = None,
+    surplus: float = 0.0,
     calibrated: bool = True,
 ) -> StructureQuality:
     """Estimate the Dice of one structure and give a verdict; neither unless ``calibrated`` (:func:`is_calibrated`).
 
     ``model`` is its name, or "none"; ``confidence`` that of the registration, in [0, 1]; ``outside`` the fraction of
-    the atlas's structure outside the field of view; ``place`` where the structure search found it.
+    the atlas's structure outside the field of view; ``place`` where the structure search found it; ``surplus`` is added
+    to the estimate.
     """
     remarks = cut_remark(outside), _place_remark(place)
     if not calibrated:
         return StructureQuality(None, _joined(NOT_JUDGED, *remarks), evidence=evidence)
     regression = regressions().get(model, regressions()["model"])
-    estimate = regression.estimate(evidence)
+    estimate = min(max(regression.estimate(evidence) + surplus, 0.0), 1.0)
     low, high = max(estimate - regression.below, 0.0), min(estimate + regression.above, 1.0)
     good_from = regression.good_from
     verdict: Verdict = "good" if estimate >= good_from else "failed" if estimate < regression.failed_below else "review"

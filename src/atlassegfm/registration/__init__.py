@@ -12,6 +12,7 @@ from functools import partial
 
 from ..core.errors import InputError
 from ..core.image import Volume
+from ..core.parallel import parallel_map
 from ..core.progress import StageClock
 from ..settings import RegistrationSettings
 from ..transforms.jacobian import deformation_statistics, nodes_in
@@ -19,7 +20,20 @@ from ..transforms.maps import Affine, Transform, points_over, stages_of
 from .engines import ENGINES, require_engine
 from .result import Place, Registration
 
-__all__ = ["ENGINES", "Place", "Registration", "register", "registration_from", "require_engine"]
+__all__ = [
+    "ENGINES",
+    "Labelled",
+    "Place",
+    "Registration",
+    "rank",
+    "register",
+    "register_all",
+    "registration_from",
+    "require_engine",
+]
+
+#: The scan of an atlas and its labels, on one grid.
+Labelled = tuple[Volume, Volume]
 
 
 def register(
@@ -78,6 +92,61 @@ def register(
         folding, jacobian = deformation_statistics(found.field, found.local, query.body)
     found = replace(found, seconds=clock.seconds, places=places)
     return replace(found, dissimilarity=measured, folding=folding, jacobian=jacobian)
+
+
+def register_all(
+    fixed: Volume,
+    atlases: Sequence[Labelled],
+    settings: RegistrationSettings | None = None,
+    *,
+    device: str = "cpu",
+    on_stage: Callable[[str], None] | None = None,
+) -> list[Registration]:
+    """Register several atlases to one query; as :func:`register`, on a CPU side by side with one thread each.
+
+    ``on_stage`` is called with the stages of a single atlas, or with the number of each of several as it begins.
+    """
+    report = on_stage or (lambda _: None)
+
+    def one(numbered: tuple[int, Labelled]) -> Registration:
+        number, (moving, labels) = numbered
+        if len(atlases) > 1:
+            report(f"atlas {number} of {len(atlases)}")
+        stages = on_stage if len(atlases) == 1 else None
+        return register(fixed, moving, settings, moving_labels=labels, device=device, on_stage=stages)
+
+    numbered = enumerate(atlases, start=1)
+    if len(atlases) == 1 or device != "cpu":
+        return [one(each) for each in numbered]
+    import torch
+
+    # A registration keeps one core busier than it keeps two; threads started from here on take this number over.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return list(parallel_map(one, numbered))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def rank(
+    fixed: Volume, atlases: Sequence[Labelled], settings: RegistrationSettings | None = None, *, device: str = "cpu"
+) -> list[int]:
+    """Order atlases by how well they fit the query after the linear stages on the coarse level alone, best first.
+
+    What counts is the likeness near the atlas's structures and whether the query shows them. The result are positions
+    in ``atlases``; it does not depend on their order, but for equal ones. RegistrationError as of :func:`register`.
+    """
+    from . import affine, pyramid
+
+    settings = settings or RegistrationSettings()
+    spacings = pyramid.level_spacings_mm(fixed.grid, (settings.coarse_voxels, settings.fine_voxels))[:1]
+    query = pyramid.prepare(fixed, None, spacings[0], "query")
+    costs = []
+    for moving, labels in atlases:
+        atlas = pyramid.prepare(moving, labels, spacings[0], "atlas")
+        costs.append(affine.fit(query, atlas, spacings, settings, device)[1])
+    return sorted(range(len(costs)), key=costs.__getitem__)
 
 
 def registration_from(

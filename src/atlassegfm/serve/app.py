@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import resources
@@ -207,11 +208,11 @@ def _serve_case(app: FastAPI, desk: Desk) -> None:
         with _opened(desk, number) as session:
             return {"ijk": session.disagreement(_numbers(session, [structure])[0])}
 
-    @app.get("/api/cases/{number}/solid")
-    def solid(number: Number) -> dict[str, Any]:
-        """Scan and draft for the 3-D view."""
+    @app.get("/api/cases/{number}/solid/{kind}")
+    def solid(number: Number, kind: Literal["scan", "labels"]) -> dict[str, str]:
+        """Scan or draft for the 3-D view."""
         with _opened(desk, number) as session:
-            return view.payload_3d(session)
+            return {"nifti": view.scan_3d(session) if kind == "scan" else view.labels_3d(session)}
 
 
 def _serve_edits(app: FastAPI, desk: Desk) -> None:
@@ -278,37 +279,22 @@ def _serve_cohort(app: FastAPI, desk: Desk) -> None:
         return _run_state(cohort, desk.cases)
 
 
-class _opened:  # noqa: N801  (used as a function)
-    """An opened case, which no other request changes meanwhile."""
-
-    def __init__(self, desk: Desk, number: int) -> None:
-        self._session = desk.cases.open(number)
-
-    def __enter__(self) -> Session:
-        self._session.lock.acquire()
-        return self._session
-
-    def __exit__(self, *_: object) -> None:
-        self._session.lock.release()
+@contextmanager
+def _opened(desk: Desk, number: int) -> Iterator[Session]:
+    """Open a case, which no other request changes meanwhile."""
+    session = desk.cases.open(number)
+    with session.lock:
+        yield session
 
 
-class _editable(_opened):  # noqa: N801
-    """An opened case at the version that the request knows, and that no run is about to replace."""
-
-    def __init__(self, desk: Desk, number: int, body: Versioned) -> None:
-        if desk.cohort is not None and desk.cohort.is_computing(desk.cases.get(number).case.name):
-            raise HTTPException(423, "the case is being segmented; wait until that is done, or stop the run")
-        super().__init__(desk, number)
-        self._version = body.version
-
-    def __enter__(self) -> Session:
-        session = super().__enter__()
-        try:
-            session.check(self._version)
-        except ConflictError:
-            session.lock.release()
-            raise
-        return session
+@contextmanager
+def _editable(desk: Desk, number: int, body: Versioned) -> Iterator[Session]:
+    """Open a case at the version that the request knows, and that no run is about to replace."""
+    if desk.cohort is not None and desk.cohort.is_computing(desk.cases.get(number).case.name):
+        raise HTTPException(423, "the case is being segmented; wait until that is done, or stop the run")
+    with _opened(desk, number) as session:
+        session.check(body.version)
+        yield session
 
 
 def _do(session: Session, body: Edit, desk: Desk) -> Done:
@@ -400,7 +386,7 @@ def _context_summary(folder: Path, _stamp: int) -> dict[str, Any]:
         "name": folder.resolve().name,
         "model": context.settings.model,
         "atlases": len(context.atlases),
-        "structures": list(context.atlas.names),
+        "files": [name for role, name in context.files.items() if role.startswith("atlas")],
     }
 
 

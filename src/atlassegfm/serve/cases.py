@@ -19,6 +19,7 @@ from ..jobs import Case, find_scans, plan_cases, scans_of
 from ..jobs.review import import_labels
 from ..jobs.table import read_run
 from ..records import EDITS, RUN, STATUS, StatusRecord, StructureRecord
+from ..report.folder import shown_reason
 from .session import Session, stamp_of
 
 #: Cases held in memory: a large one takes about a gigabyte, and another is read again in seconds.
@@ -111,7 +112,8 @@ class Cases:
         with self._lock:
             known = self._seen.get(number, {})
             recent = time.monotonic() - _GONE_SECONDS
-            return [by or "somebody" for one, (by, seen) in known.items() if one != client and seen > recent]
+            found = {by or "somebody" for one, (by, seen) in known.items() if one != client and seen > recent}
+            return sorted(found)
 
     # What the list shows
 
@@ -135,19 +137,22 @@ class Cases:
             "draft": False,
         }
         if run is None:
-            reason = _failure(folder)
+            reason = shown_reason(_status(folder).reason)
             state = "failed" if reason else "waiting"
             return {**found, "state": state, "worst": reason, "urgency": 0.5 if reason else 5.0, "count": 0}
         rows = [one for one in run.structures if one.review is None]
         state = "accepted" if not rows else "open" if entry.has_scan else "no scan"
         urgencies = [(_urgency(one), one) for one in rows]
         urgency, worst = min(urgencies, key=lambda one: one[0], default=(9.0, None))
+        text = "" if worst is None or urgency >= _URGENCY["good"] else f"{worst.name}: {_why(worst)}"
+        if rows and (warnings := _status(folder).warnings):  # the wrong part of the body above all
+            urgency, text = -1.0, shown_reason(warnings[0])
         names = {one.review.by for one in run.structures if one.review is not None}
         return {
             **found,
             "state": state,
             "verdict": run.verdict,
-            "worst": "" if worst is None or urgency >= 3 else f"{worst.name}: {_why(worst)}",
+            "worst": text,
             "urgency": urgency,
             "open": len(rows),
             "count": len(run.structures),
@@ -171,11 +176,11 @@ def _why(one: StructureRecord) -> str:
     return (one.quality.reason if one.quality is not None else "") or one.reason or one.status
 
 
-def _failure(folder: Path) -> str:
+def _status(folder: Path) -> StatusRecord:
     try:
-        return StatusRecord.read(folder / STATUS).reason
+        return StatusRecord.read(folder / STATUS)
     except InputError:
-        return ""
+        return StatusRecord(state="done")
 
 
 def has_draft(folder: Path) -> bool:

@@ -41,6 +41,7 @@ def describe(session: Session) -> dict[str, Any]:
         "views": views,
         "windows": windows,
         "sources": session.sources,
+        "file": session.run.inputs.query.file if session.run.inputs.query is not None else "",
         "model": session.run.model.name,
         **state(session),
     }
@@ -110,9 +111,12 @@ def scan_bytes(session: Session) -> bytes:
     return bytes(stored.astype("<i2").tobytes(order="F"))
 
 
-def payload_3d(session: Session) -> dict[str, Any]:
-    """Scan and draft, reduced, as NIfTI files in base64 for NiiVue."""
-    size = reduction(session.grid, _VIEW_VOXELS)
-    numbers = Volume(session.numbers, session.grid)
-    values = list(range(1, len(session.structures) + 1))
-    return {"scan": scan_payload(session.scan, size), "labels": labels_payload(numbers, values, size)}
+def scan_3d(session: Session) -> str:
+    """Encode the scan, reduced, as a NIfTI file in base64 for NiiVue."""
+    return scan_payload(session.scan, reduction(session.grid, _VIEW_VOXELS))
+
+
+def labels_3d(session: Session) -> str:
+    """Encode the draft, reduced as the scan is."""
+    values = range(1, len(session.structures) + 1)
+    return labels_payload(Volume(session.numbers, session.grid), values, reduction(session.grid, _VIEW_VOXELS))

@@ -17,7 +17,7 @@ function element(name, text = "", kind = "", more = {}) {
 
 // What is shown; the server has the truth.
 const desk = {
-  client: crypto.randomUUID(), cases: [], run: null, context: null,
+  client: sessionStorage.getItem("client") ?? crypto.randomUUID(), cases: [], run: null, context: null,
   id: null, name: "", version: 0, undo: 0, redo: 0, structures: [], structure: 1,
   scan: null, labels: null, maps: {}, show: { atlas: false, model: false }, colors: [[0, 0, 0]],
   shape: [1, 1, 1], spacing: [1, 1, 1], cross: [0, 0, 0], centre: [0, 0, 0], zoom: 1, active: 0,
@@ -27,18 +27,22 @@ const desk = {
   isShown: (n) => !desk.solo || n === desk.structure,
 };
 window.desk = desk;
+sessionStorage.setItem("client", desk.client);  // the same after the page is loaded again
 
 const views = all(".view").slice(0, 3).map((box, n) => new SliceView(box.firstElementChild, n));
 let cursor = null, drawing = false;
 
-function draw() {
+const outdated = new Set();
+function draw(only = null) {
+  for (const view of only ? [only] : views) outdated.add(view);
   if (drawing) return;
   drawing = true;
   requestAnimationFrame(() => {
     drawing = false;
-    for (const view of views) {
+    for (const view of outdated) {
       if (view.canvas.offsetParent) view.draw(desk, cursor?.view === view ? cursor : null);
     }
+    outdated.clear();
     where();
   });
 }
@@ -95,7 +99,7 @@ function showList() {
     if (mark) head.append(element("span", mark, `badge ${mark.replace(" ", "-")}`));
     button.append(head);
     const stage = desk.run?.stages[row.name];
-    const notes = [stage && `${stage} …`, row.taken.length && `${row.taken.join(", ")} is here`, row.draft && "edits not accepted"];
+    const notes = [stage && `${stage} …`, row.taken.length && `also here: ${row.taken.join(", ")}`, row.draft && "edits not accepted"];
     for (const note of notes.filter(Boolean)) button.append(element("span", note, "note"));
     if (row.worst && !stage) button.append(element("span", row.worst, "why"));
     if (row.state === "accepted" && row.by) button.append(element("span", `by ${row.by}`, "why"));
@@ -108,7 +112,7 @@ function showList() {
   one("#tally").textContent = `${accepted} of ${desk.cases.length} accepted`;
   const others = desk.cases.find((row) => row.id === desk.id)?.taken ?? [];
   one("#taken").hidden = !others.length;
-  one("#taken").textContent = `${others.join(", ")} has this case open too: whoever saves later is told.`;
+  one("#taken").textContent = `Also at this case: ${others.join(", ")}. Whoever saves later is told.`;
 }
 
 function showRun() {
@@ -130,7 +134,7 @@ function showRun() {
   one("#compare").hidden = running || !run.compared.length;
   const ended = { failed: `The run ended: ${run.reason}`, stopped: "The run was stopped; what was done is kept." }[run.state];
   const nothing = run.state === "done" && done === kept ? "Nothing to do: every result is up to date." : "";
-  const drafts = run.drafts.length ? `Left alone, with edits not accepted: ${run.drafts.join(", ")}.` : "";
+  const drafts = run.drafts.length ? `Not redone, as their edits are not accepted: ${run.drafts.join(", ")}.` : "";
   one("#run-note").textContent = [ended, nothing, drafts].filter(Boolean).join(" ");
 }
 
@@ -169,6 +173,11 @@ async function poll() {
   pollTimer = setTimeout(poll, desk.run?.state === "running" ? BUSY_POLL_MS : POLL_MS);
 }
 
+addEventListener("pagehide", () => {
+  const gone = new Blob([JSON.stringify({ client: desk.client, case: null })], { type: "application/json" });
+  navigator.sendBeacon(new URL("api/state", new URL(".", location.href)), gone);
+});
+
 const who = () => one("#who").value.trim();
 
 // One case
@@ -183,7 +192,7 @@ async function open(id, again = false) {
   one("#empty").textContent = "loading …";
   one("#case-name").textContent = row?.name ?? "";
   if (row && !["open", "accepted"].includes(row.state)) {
-    const reasons = { waiting: "This case has no result yet.", failed: row.worst, "no scan": "The scan of this case was not given." };
+    const reasons = { waiting: `This case has no result yet${desk.run ? ": the button at the lower left segments it" : ""}.`, failed: row.worst, "no scan": "The scan of this case was not given." };
     Object.assign(desk, { scan: null, labels: null, structures: [], name: row.name });
     one("#empty").textContent = reasons[row.state];
     document.body.dataset.state = "empty";
@@ -257,9 +266,13 @@ function showStructures() {
   one("#undo").disabled = !desk.undo;
   one("#redo").disabled = !desk.redo;
   const allAccepted = desk.structures.length > 0 && desk.structures.every((found) => found.accepted);
+  one("#accept-case").hidden = !desk.structures.length;
   one("#accept-case").disabled = allAccepted || !desk.structures.length;
   one("#accept-case").textContent = allAccepted ? "Case accepted" : "Accept case";
+  const isAtlas = Boolean(desk.context?.files.includes(desk.file));
   one("#atlas").hidden = !desk.context || !allAccepted;
+  one("#atlas").disabled = isAtlas;
+  one("#atlas").textContent = isAtlas ? "An atlas of the context" : "Make it an atlas";
 }
 
 function detailOf(found, n) {
@@ -285,12 +298,14 @@ function detailOf(found, n) {
   const look = element("div", "", "verbs look");
   add(desk.solo ? "Show all" : "Only this", "U", () => act("solo"), "", look);
   if (desk.sources.length === 2) add("Go to disagreement", "Where atlas and model differ most (J)", () => act("jump"), "", look);
+  const outlines = element("span", "", "outlines");
+  if (desk.sources.length) look.append(outlines);
   for (const kind of desk.sources) {
     const label = element("label", "", "switch", { title: `Outline of the ${kind}'s answer (K)` });
     const tick = element("input", "", "", { type: "checkbox", checked: desk.show[kind] });
     tick.addEventListener("change", () => outline(kind, tick.checked));
     label.append(tick, element("i", "", `key-${kind}`), kind);
-    look.append(label);
+    outlines.append(label);
   }
   box.append(buttons, look);
   const others = desk.structures.map((other, m) => [other, m + 1]).filter(([other, m]) => m !== n && !other.accepted);
@@ -417,6 +432,7 @@ const makeAtlas = () => enqueue(async () => {
   desk.context = await call(`cases/${desk.id}/atlas`, {});
   say(`the case is atlas ${desk.context.atlases} of the context; “Redo what is open” uses it`);
   showRun();
+  showStructures();
   one("#start").focus();
 });
 const runAgain = () => enqueue(async () => {
@@ -506,7 +522,7 @@ for (const view of views) {
       desk.window = { low: level - wide / 2, high: level + wide / 2 };
       one("#window").value = "hand";
     }
-    draw();
+    draw(stroke || drag ? null : view);
   });
   const end = () => {
     drag = null;
@@ -514,7 +530,7 @@ for (const view of views) {
   };
   canvas.addEventListener("pointerup", end);
   canvas.addEventListener("pointercancel", end);
-  canvas.addEventListener("pointerleave", () => { cursor = null; draw(); });
+  canvas.addEventListener("pointerleave", () => { cursor = null; draw(view); });
   canvas.addEventListener("dblclick", () => desk.tool === "move" && arrange(desk.layout === "all" ? String(view.number) : "all"));
   canvas.addEventListener("focus", () => { desk.active = view.number; draw(); });
   canvas.addEventListener("wheel", (event) => {
@@ -605,7 +621,7 @@ const actions = {
 const KEYS = [
   ["Cases", [
     ["N", "next case", "n", () => follow(1)], ["P", "previous case", "p", () => follow(-1)],
-    ["Shift A", "accept the case", "A", () => accept()], ["Shift T", "make it an atlas", "T", () => one("#atlas").hidden || makeAtlas()],
+    ["Shift A", "accept the case", "A", () => accept()], ["Shift T", "make it an atlas", "T", () => one("#atlas").hidden || one("#atlas").disabled || makeAtlas()],
     ["Shift G", "segment, or redo what is open", "G", () => one("#start").hidden || runAgain()],
     ["/", "filter the list", "/", () => one("#filter").focus()],
   ]],

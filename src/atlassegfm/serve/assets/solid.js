@@ -3,7 +3,7 @@
 import { call } from "./wire.js";
 
 export const hasWebGL = Boolean(document.createElement("canvas").getContext("webgl2"));
-let viewer = null, library = null, shown = "";
+let viewer = null, library = null, shown = "", scanOf = null;
 
 function load() {
   library ??= new Promise((resolve, reject) => {
@@ -34,7 +34,9 @@ export async function show(desk, canvas) {
   const wanted = [desk.id, desk.version, desk.solo && desk.structure].join(" ");
   if (wanted === shown) return;
   shown = wanted;
-  const id = desk.id, [niivue, data] = await Promise.all([load(), call(`cases/${id}/solid`)]);
+  // The scan is loaded once; after an edit only the labels are.
+  const id = desk.id, kinds = scanOf === id ? ["labels"] : ["scan", "labels"];
+  const [niivue, ...files] = await Promise.all([load(), ...kinds.map((kind) => call(`cases/${id}/solid/${kind}`))]);
   if (id !== desk.id) return;
   if (!viewer) {
     viewer = new niivue.Niivue({
@@ -46,14 +48,13 @@ export async function show(desk, canvas) {
     await viewer.setVolumeRenderIllumination(0.4);
     viewer.setScale(1.3);
   }
-  const volumes = [];
-  for (const [kind, opacity] of [["scan", 0.06], ["labels", 1]]) {
-    const volume = await niivue.NVImage.loadFromBase64({ base64: data[kind], name: `${kind}.nii.gz`, colormap: "gray", opacity });
-    if (kind === "labels") volume.setColormapLabel(table(desk.structures, desk.isShown));
-    volumes.push(volume);
-  }
-  for (const old of [...viewer.volumes]) viewer.removeVolume(old);
+  const volumes = await Promise.all(kinds.map((kind, n) => niivue.NVImage.loadFromBase64({
+    base64: files[n].nifti, name: `${kind}.nii.gz`, colormap: "gray", opacity: kind === "scan" ? 0.06 : 1,
+  })));
+  volumes.at(-1).setColormapLabel(table(desk.structures, desk.isShown));
+  for (const old of viewer.volumes.slice(kinds.length === 1 ? 1 : 0)) viewer.removeVolume(old);
   for (const one of volumes) viewer.addVolume(one);
+  scanOf = id;
   viewer.setOpacity(0, 0.06);
   viewer.drawScene();
 }
