@@ -22,6 +22,7 @@ from starlette.testclient import TestClient
 
 from atlassegfm.context import Context
 from atlassegfm.core.config import with_overrides
+from atlassegfm.core.errors import InputError
 from atlassegfm.core.files import append_line, remove_unfinished, replaced_files
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import load_labels, save_volume
@@ -271,6 +272,8 @@ def test_acceptance_is_on_the_disk_with_who_and_when(page: Page, folder: tuple[P
     page.open()
     page.edit("absent", NODE)
     assert has_draft(case)
+    page.send("accept", structures=[LIVER])
+    assert has_draft(case)  # the node's edit is saved, and still not accepted
     answer = page.send("accept").json()
     assert all(one["accepted"] and one["verdict"] == "accepted" for one in answer["structures"])
     run = read_run(case)
@@ -285,7 +288,7 @@ def test_acceptance_is_on_the_disk_with_who_and_when(page: Page, folder: tuple[P
     assert np.array_equal(load_labels(case / AUTOMATIC).data, original)
     assert not has_draft(case)
     lines = [json.loads(line) for line in (case / EDITS).read_text().splitlines()]
-    assert [line["verb"] for line in lines] == ["absent", "accept"]
+    assert [line["verb"] for line in lines] == ["absent", "accept", "accept"]
     # Reopened, everything is as it was estimated, and the automatic answer can be had back.
     page.send("reopen")
     run = read_run(case)
@@ -661,9 +664,8 @@ def test_files_are_replaced_one_by_one_or_not_at_all(tmp_path: Path) -> None:
     folder = tmp_path / "case"
     folder.mkdir()
     (folder / "a.txt").write_text("old")
-    with pytest.raises(ZeroDivisionError), replaced_files(folder, "b.txt") as new:
-        (new / "a.txt").write_text("new")
-        raise ZeroDivisionError
+    with pytest.raises(InputError), replaced_files(folder, "b.txt") as new:
+        new.joinpath("missing", "a.txt").write_text("new")
     assert (folder / "a.txt").read_text() == "old"
     with replaced_files(folder, "a.txt") as new:
         (new / "masks").mkdir()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
@@ -20,7 +19,7 @@ from ..jobs.review import import_labels
 from ..jobs.table import read_run
 from ..records import EDITS, RUN, STATUS, StatusRecord, StructureRecord
 from ..report.folder import shown_reason
-from .session import Session, stamp_of
+from .session import Session, read_log, stamp_of
 
 #: Cases held in memory: a large one takes about a gigabyte, and another is read again in seconds.
 _MOST_OPEN = 3
@@ -184,21 +183,19 @@ def _status(folder: Path) -> StatusRecord:
 
 
 def has_draft(folder: Path) -> bool:
-    """Check whether a result has edits that are in the log and not in its files."""
-    log, run = folder / EDITS, folder / RUN
-    if not log.is_file() or not run.is_file() or log.stat().st_mtime_ns < run.stat().st_mtime_ns:
-        return False
-    drawn = 0
-    for line in log.read_bytes().splitlines():
-        try:
-            content: Mapping[str, Any] = json.loads(line)
-        except ValueError:
-            continue
-        if "data" in content:
-            drawn += -1 if content["verb"] == "undo" else 1
-        elif "labels" in content:
-            drawn = 0
-    return drawn != 0
+    """Check whether a result has edits of structures that are not accepted: a run would lose them."""
+    if not stamp_of(folder, EDITS) or stamp_of(folder, EDITS) < stamp_of(folder, STATUS):
+        return False  # computed again since
+    run, edited = read_run(folder), Counter[str]()
+    for line in read_log(folder / EDITS):
+        if line["verb"] == "begin":
+            edited.clear()
+        elif "data" in line:
+            for name in line["structures"]:
+                edited[name] += -1 if line["verb"] == "undo" else 1
+                if line["verb"] == "reset":
+                    del edited[name]
+    return run is not None and any(edited[one.name] > 0 for one in run.structures if one.review is None)
 
 
 def import_folder(labels: Path, scans: Sequence[Path], out: Path) -> list[str]:

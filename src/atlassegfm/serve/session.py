@@ -359,7 +359,7 @@ class Session:
     def _replay(self, digest: str) -> None:
         """Do again what the log has since the labels on the disk were saved."""
         path = self.folder / EDITS
-        lines = _read_log(path)
+        lines = read_log(path)
         self.version = int(lines[-1]["version"]) if lines else 0
         known = [n for n, line in enumerate(lines) if line.get("labels") == digest]
         if not known:
@@ -405,12 +405,12 @@ def stamp_of(folder: Path, name: str = RUN) -> int:
 
 def remark_of(folder: Path) -> dict[str, str]:
     """Read what was said of a case last; empty if nothing was."""
-    found = [line["remark"] for line in _read_log(folder / EDITS) if "remark" in line]
+    found = [line["remark"] for line in read_log(folder / EDITS) if "remark" in line]
     return dict(found[-1]) if found else {}
 
 
-def _read_log(path: Path) -> list[dict[str, Any]]:
-    """Lines of the log; one that was cut off when the server was killed is left out."""
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a log; one that was cut off when the server was killed is left out."""
     found = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
