@@ -484,7 +484,9 @@ def test_a_case_without_result_is_computed(tmp_path: Path) -> None:
     Context.from_files(tmp_path / "atlas.nii.gz", tmp_path / "labels.nii.gz", settings=settings).save(context)
     save_volume(QUERY.scan(grid), scans / "a.nii.gz")
     client = Requests(Desk(Cases.find([scans], out), context, Cohort(Job(context, out, lambda base: base))))
-    assert client.http.get("info/").json()["models"]["atlassegfm"]["config"] == {"run_again": False}
+    info = client.http.get("info/").json()
+    assert info["models"]["atlassegfm"]["config"] == {"run_again": False}
+    assert info["labels"] == list(NAMES)
     image = client.http.post("activelearning/worst_first", json={}).json()["id"]
     result, params = client.infer("atlassegfm", image)
     assert params["label_names"] == NAMES

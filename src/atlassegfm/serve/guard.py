@@ -26,6 +26,7 @@ _ALLOWED = {
     "access-control-allow-methods": "GET, HEAD, POST, PUT, DELETE, OPTIONS",
     "access-control-allow-headers": "authorization, content-type, x-lease-token, x-meta",
     "access-control-expose-headers": "content-disposition, x-meta",
+    "access-control-allow-private-network": "true",
     "access-control-max-age": "600",
 }
 #: Nothing is loaded from elsewhere, and no other page may show this one.

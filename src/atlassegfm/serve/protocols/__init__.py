@@ -30,7 +30,7 @@ def has_nninteractive() -> bool:
 
 def mount(app: FastAPI, desk: Desk) -> None:
     """Answer the protocols too: MONAI Label always, nnInteractive's where its client is installed."""
-    catalogue = Catalogue(desk.cases)
+    catalogue = Catalogue(desk.cases, desk.context)
     app.include_router(monailabel.router_of(desk, catalogue))
     if has_nninteractive():
         from . import nninteractive

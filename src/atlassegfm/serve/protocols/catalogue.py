@@ -6,7 +6,8 @@ import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from threading import RLock
 from typing import Any, NamedTuple
 
@@ -14,13 +15,14 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from ...context import Context
 from ...core.errors import AtlasSegError
 from ...core.image import load_volume
 from ...dicom import series_of
 from ...jobs.table import read_run
-from ...records import RUN, SEGMENTATION, label_map_of
+from ...records import EDITS, RUN, SEGMENTATION, RunRecord, label_map_of
 from ..cases import Cases
-from ..session import Session, stamp_of
+from ..session import Session, remark_of
 
 #: Intensities of one scan, read by two programs, may differ by this fraction of their range.
 _SAME = 1e-4
@@ -57,7 +59,7 @@ def _digest(data: NDArray[np.float32]) -> _Digest:
 
 @dataclass(frozen=True)
 class _Cached:
-    stamp: int
+    stamp: tuple[int, int]
     value: Any
 
 
@@ -67,8 +69,8 @@ class Catalogue:
     A case is found by its identifier, by its name, and by the series of its DICOM files.
     """
 
-    def __init__(self, cases: Cases) -> None:
-        self._cases, self._lock = cases, RLock()
+    def __init__(self, cases: Cases, context: Path | None = None) -> None:
+        self._cases, self._context, self._lock = cases, context, RLock()
         self._ids = [_identifier(one.case.name) for one in cases.entries]
         self._by_id = {name: n for n, name in enumerate(self._ids)}
         self._by_id |= {one.case.name: n for n, one in enumerate(cases.entries)}
@@ -91,25 +93,35 @@ class Catalogue:
         raise KeyError(image)
 
     def names(self) -> tuple[str, ...]:
-        """Names of the structures of all results, in order of appearance; the value of one is its place from 1 on."""
-        found: dict[str, None] = {}
+        """Names of the structures of the context and of all results, in order of appearance."""
+        found = dict.fromkeys(() if self._context is None else self._context_names)
         for number in range(len(self._cases.entries)):
             found |= dict.fromkeys(self.names_of(number))
         return tuple(found)
 
+    def values(self) -> dict[str, int]:
+        """Give the value of each structure in label maps that are sent: its place among all, from 1 on."""
+        return {name: n for n, name in enumerate(self.names(), start=1)}
+
     def names_of(self, number: int) -> tuple[str, ...]:
         """Names of the structures of a case; none before it has a result."""
+        run = self.run_of(number)
+        return () if run is None else tuple(one.name for one in run.structures)
 
-        def read() -> tuple[str, ...]:
-            run = read_run(self._cases.folder(number))
-            return () if run is None else tuple(one.name for one in run.structures)
+    def run_of(self, number: int) -> RunRecord | None:
+        """Read what came out for a case; None before it has a result."""
+        folder = self._cases.folder(number)
+        found: RunRecord | None = self._once("run", number, folder / RUN, partial(read_run, folder))
+        return found
 
-        return tuple(self._once("names", number, stamp_of(self._cases.folder(number)), read))
+    def remark_of(self, number: int) -> dict[str, str]:
+        """Read what was said of a case last; empty if nothing was."""
+        folder = self._cases.folder(number)
+        return dict(self._once("remark", number, folder / EDITS, partial(remark_of, folder)))
 
-    def values_of(self, number: int) -> dict[str, int]:
-        """Give the value of each structure of a case, in the case's order."""
-        every = {name: n for n, name in enumerate(self.names(), start=1)}
-        return {name: every[name] for name in self.names_of(number)}
+    @cached_property
+    def _context_names(self) -> Sequence[str]:
+        return () if self._context is None else Context.load(self._context).atlas.names
 
     def recognise(self, data: NDArray[Any]) -> Recognised | None:
         """Find the case with a result whose scan has these voxels, in whatever order of axes; None if none has."""
@@ -126,7 +138,7 @@ class Catalogue:
                 session = self._cases.open(number)
             except AtlasSegError:  # its own problem, which the list shows
                 continue
-            own: _Digest = self._once("digest", number, 0, partial(_digest, session.scan.data))
+            own: _Digest = self._once("digest", number, entry.case.query, partial(_digest, session.scan.data))
             turn = _turn_between(session.scan.data, data) if _is_near(own, digest) else None
             if turn is not None:
                 return Recognised(number, session, turn)
@@ -143,16 +155,22 @@ class Catalogue:
             )
             return tuple(sorted(shape))
 
-        return tuple(self._once("shape", number, stamp_of(path.parent, path.name), read))
+        return tuple(self._once("shape", number, path, read))
 
     def _series(self, number: int) -> str:
         def read() -> str:
             series = series_of(self._cases.open(number).stored)
             return "" if series is None else series.uid
 
-        return str(self._once("series", number, stamp_of(self._cases.folder(number)), read))
+        return str(self._once("series", number, self._cases.folder(number) / RUN, read))
 
-    def _once(self, what: str, number: int, stamp: int, read: Callable[[], Any]) -> Any:
+    def _once(self, what: str, number: int, path: Path, read: Callable[[], Any]) -> Any:
+        """Read something once for each state of a file."""
+        try:
+            found = path.stat()
+            stamp = (found.st_mtime_ns, found.st_size)
+        except OSError:
+            stamp = (0, 0)
         with self._lock:
             known = self._kept.get((what, number))
             if known is None or known.stamp != stamp:

@@ -30,12 +30,11 @@ from ...core.image import image_suffix, label_positions, label_values
 from ...core.version import __version__
 from ...dicom import open_image
 from ...jobs.review import refresh_summary
-from ...jobs.table import read_run
 from ..app import Desk
 from ..cases import has_draft
 from ..clicks import Click, Mask, answer
 from ..edits import Numbers, pack, unpack
-from ..session import LockedError, Session, remark_of
+from ..session import LockedError, Session
 from . import files
 from .catalogue import Catalogue
 from .multipart import File, Form, read_form, write_form
@@ -249,10 +248,10 @@ def _serve_labels(router: APIRouter, room: _Room) -> None:
         """Count the cases, or list them with their labels."""
         if output != "all":
             return _counts(room)
-        cases, objects = room.desk.cases, {}
+        cases, objects, values = room.desk.cases, {}, room.catalogue.values()
         for number, image in enumerate(room.catalogue.ids):
             ext = Path(_file_name(room, number)).suffix
-            labels = {tag: {"ext": ".nrrd", "info": _label_info(room, number)} for tag in _tags(room, number)}
+            labels = {tag: {"ext": ".nrrd", "info": _label_info(room, number, values)} for tag in _tags(room, number)}
             objects[image] = {"image": {"ext": ext, "info": _image_info(room, number)}, "labels": labels}
         return {"name": cases.out.resolve().name, "description": "", "objects": objects}
 
@@ -264,7 +263,8 @@ def _serve_labels(router: APIRouter, room: _Room) -> None:
             raise HTTPException(404, f"the case has no label {tag!r}")
         with room.opened(number) as session:
             numbers = session.automatic if tag == _ORIGINAL else session.numbers
-            content = files.nrrd(session.as_stored(numbers, list(room.catalogue.values_of(number).values())))
+            values = room.catalogue.values()
+            content = files.nrrd(session.as_stored(numbers, [values[one.name] for one in session.structures]))
         return _attached(content, f"{room.catalogue.ids[number]}.nrrd")
 
     @router.get("/datastore/label/info")
@@ -273,7 +273,7 @@ def _serve_labels(router: APIRouter, room: _Room) -> None:
         number = room.catalogue.find(label)
         if tag not in _tags(room, number):
             raise HTTPException(404, f"the case has no label {tag!r}")
-        return _label_info(room, number)
+        return _label_info(room, number, room.catalogue.values())
 
     @router.put("/datastore/label")
     def submit(image: str, form: Sent, tag: str = "") -> dict[str, Any]:
@@ -305,7 +305,7 @@ def _serve_labels(router: APIRouter, room: _Room) -> None:
             elif remark.get("status") == "flagged" and session.locked:
                 session.reopen(list(every), by)
             refresh_summary(room.desk.cases.out)
-        return _label_info(room, number)
+        return _label_info(room, number, room.catalogue.values())
 
 
 def _tags(room: _Room, number: int) -> list[str]:
@@ -315,16 +315,14 @@ def _tags(room: _Room, number: int) -> list[str]:
     return [_ORIGINAL, _FINAL] if row["state"] == "accepted" else [_ORIGINAL]
 
 
-def _label_info(room: _Room, number: int) -> dict[str, Any]:
-    folder = room.desk.cases.folder(number)
-    run = read_run(folder)
+def _label_info(room: _Room, number: int, values: Mapping[str, int]) -> dict[str, Any]:
+    run, remark = room.catalogue.run_of(number), room.catalogue.remark_of(number)
     rows = () if run is None else run.structures
     info: dict[str, Any] = {
         "name": room.catalogue.ids[number],
-        "params": {"label_names": room.catalogue.values_of(number)},
+        "params": {"label_names": {one.name: values[one.name] for one in rows}},
         "verdicts": {one.name: one.quality.verdict for one in rows if one.quality is not None},
     }
-    remark = remark_of(folder)
     if rows and all(one.review is not None for one in rows):
         remark["status"] = "approved"
     elif remark.get("status") == "approved":
@@ -357,7 +355,8 @@ def _submit(room: _Room, number: int, sent: File, params: Mapping[str, Any]) -> 
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
         raise HTTPException(422, "'label_info' is no list of names")
     labels = files.read_labels(sent)
-    names = files.names_by_value(labels, listed, room.catalogue.values_of(number))
+    own = {name: value for name, value in room.catalogue.values().items() if name in room.catalogue.names_of(number)}
+    names = files.names_by_value(labels, listed, own)
     with room.opened(number) as session:
         if labels.grid.axes_relative_to(session.stored.grid) is None:
             raise InputError("the label map is not on the voxels of the scan; export it with the scan as reference")
@@ -404,22 +403,21 @@ def _serve_inference(router: APIRouter, room: _Room) -> None:
         if model not in (WHOLE, CLICKS):
             raise HTTPException(404, f"no such model; there are {WHOLE} and {CLICKS}")
         params = _params(form)
-        if params.get("result_extension", ".nrrd") not in (".nrrd", "nrrd"):
+        if (params.get("result_extension") or ".nrrd") not in (".nrrd", "nrrd"):
             raise HTTPException(422, "results are sent as .nrrd alone")
         number = _asked(room, image, session_id, form)
         if model == WHOLE:
             if params.get("run_again") is True or room.desk.cases.summary(number)["count"] == 0:
                 _segment(room, number)
-            chosen = list(room.catalogue.values_of(number))
+            with room.opened(number) as session:
+                numbers = session.numbers.copy(order="K")
+            chosen = [one.name for one in session.structures]
         else:
-            chosen = [str(params.get("label", ""))]
-        values = room.catalogue.values_of(number)
-        with room.opened(number) as session:
-            numbers = session.numbers
-        if model == CLICKS:
-            numbers = _clicked(room, number, params)
+            session, numbers = _clicked(room, number, params)
+            chosen = [str(params["label"])]
+        values = room.catalogue.values()
         shown = [values[one.name] for one in session.structures]
-        info = {**_label_info(room, number), "label_names": {name: values[name] for name in chosen}}
+        info = {**_label_info(room, number, values), "label_names": {name: values[name] for name in chosen}}
         if output == "json":
             return JSONResponse(info)
         compress = params.get("result_compress", True) is not False
@@ -458,7 +456,7 @@ def _segment(room: _Room, number: int) -> None:
         raise InputError(cohort.reason or room.desk.cases.summary(number)["worst"] or "the run was stopped")
 
 
-def _clicked(room: _Room, number: int, params: Mapping[str, Any]) -> Numbers:
+def _clicked(room: _Room, number: int, params: Mapping[str, Any]) -> tuple[Session, Numbers]:
     """Numbers of one structure alone after all clicks that a request has; those answered before are not again."""
     with room.opened(number) as session:
         places = {one.name: n for n, one in enumerate(session.structures, start=1)}
@@ -483,7 +481,7 @@ def _clicked(room: _Room, number: int, params: Mapping[str, Any]) -> Numbers:
             mask[box] = patch.mask & ~taken[box]
             done = (*done, click)
     room.keep(room.answered, key, _Answered(version, done, pack(mask.view(np.uint8))), _MOST_ANSWERS)
-    return np.where(mask, structure, 0).astype(session.numbers.dtype)
+    return session, np.where(mask, structure, 0).astype(session.numbers.dtype)
 
 
 def _clicks(session: Session, params: Mapping[str, Any]) -> list[Click]:
