@@ -6,6 +6,7 @@ import gc
 import hashlib
 import io
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -386,6 +387,23 @@ def test_labels_that_are_refused_change_nothing(client: Requests, folder: tuple[
         assert "/tmp" not in answer.text
     assert client.submit("nosuch", Volume(data, grid)).status_code == 404
     assert {path.name: path.read_bytes() for path in case.iterdir()} == before
+
+
+def test_damaged_forms_are_read_or_refused() -> None:
+    head = b"--x\r\nContent-Disposition: form-data; name="
+    whole = head + b'"params"\r\n\r\n{"a": 1}\r\n' + head + b'"label"; filename="/a/b.nii.gz"\r\n\r\n\x00\r\n--x--\r\n'
+    form = read_form(whole, "multipart/form-data; boundary=x")
+    assert form.params == {"a": 1}
+    assert (form.files["label"][0].name, form.files["label"][0].content) == ("/a/b.nii.gz", b"\x00")
+    choice, refused = random.Random(0), 0
+    for _ in range(2000):
+        damaged = bytearray(whole[: choice.randrange(len(whole) // 2, len(whole) * 3)])
+        damaged[choice.randrange(len(damaged))] = choice.randrange(256)
+        try:
+            assert isinstance(read_form(bytes(damaged), "multipart/form-data; boundary=x").params, dict)
+        except ValueError:
+            refused += 1
+    assert 0 < refused < 2000
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import random
 import struct
 import threading
 import time
@@ -106,6 +107,13 @@ def test_a_known_scan_gives_what_the_atlas_found(session: Any) -> None:
     voxels = np.argwhere(liver[inside[0]])
     (a, b), (c, d) = voxels.min(axis=0), voxels.max(axis=0) + 1
     session.add_bbox_interaction([[inside[0], inside[0] + 1], [a - 1, c + 1], [b, d + 1]], True)
+    assert np.array_equal(session.target_buffer > 0, liver)
+    session.reset_interactions()
+    # A box as a mouse draws it: between voxels, and out of the scan.
+    whole = [[-2.4, liver.shape[0] + 3], [a - 0.8, c + 1.2], [b, d + 0.6]]
+    session.add_bbox_interaction(whole, False)
+    assert not session.target_buffer.any()
+    session.add_bbox_interaction([[inside[0] + 0.1, inside[0] + 0.9], [a - 0.8, c + 1.2], [b, d + 0.6]], True)
     assert np.array_equal(session.target_buffer > 0, liver)
     session.reset_interactions()
     drawn = np.zeros(liver.shape, np.uint8)
@@ -335,7 +343,8 @@ def test_bad_requests_are_refused(served: tuple[str, Path, Desk]) -> None:
         http.post(point, json={"coordinates": [1, 1]}),
         http.post(point, content=b"{"),
         http.post(box, json={"bbox_coords": [[0, 1], [3, 3], [0, 1]]}),
-        http.post(box, json={"bbox_coords": [[0, 1], [0, 8], [0, 1]]}),
+        http.post(box, json={"bbox_coords": [[0, 1], [0, 8], [9, 12]]}),
+        http.post(box, content=b'{"bbox_coords": [[0, 1], [0, 8], [0, Infinity]]}'),
         binary("/add_scribble_interaction", mask[1:]),
         binary("/add_scribble_interaction", mask, {"interaction_bbox": [[0, 1], [0, 1], [0, 1]]}),
         binary("/add_lasso_interaction", b"x"),
@@ -345,6 +354,12 @@ def test_bad_requests_are_refused(served: tuple[str, Path, Desk]) -> None:
     for answer in refused:
         assert answer.status_code in (400, 422), answer.text
         assert answer.json()["detail"]
+    # Damaged at random, an array is refused or taken, and nothing else happens.
+    choice = random.Random(0)
+    for _ in range(300):
+        damaged = bytearray(whole)
+        damaged[choice.randrange(len(damaged))] = choice.randrange(256)
+        assert binary("/add_lasso_interaction", bytes(damaged)).status_code in (400, 413)
     assert http.post("/undo").headers["x-meta"].startswith('{"ran_prediction": false')
     assert http.post("/undo", headers={"X-Lease-Token": ""}).status_code == 410
     assert load_labels(served[1] / "out/case/segmentation.nii.gz").data.any()

@@ -59,6 +59,8 @@ CAPABILITIES: dict[str, Any] = {
 
 Place = Annotated[int, Field(ge=0, le=1_000_000)]
 Side = tuple[Place, Place]
+#: A place as a client computes it, which is rounded.
+Coordinate = Annotated[float, Field(ge=-1_000_000, le=1_000_000, allow_inf_nan=False)]
 
 
 class _Prompt(BaseModel):
@@ -69,13 +71,13 @@ class _Prompt(BaseModel):
 class Point(_Prompt):
     """A voxel."""
 
-    coordinates: tuple[Place, Place, Place]
+    coordinates: tuple[Coordinate, Coordinate, Coordinate]
 
 
 class Bounds(_Prompt):
-    """A box: first and one past the last voxel along each axis."""
+    """A box: first and one past the last voxel along each axis; it may reach out of the scan."""
 
-    bbox_coords: tuple[Side, Side, Side]
+    bbox_coords: tuple[tuple[Coordinate, Coordinate], tuple[Coordinate, Coordinate], tuple[Coordinate, Coordinate]]
 
 
 class Drawn(_Prompt):
@@ -280,8 +282,9 @@ def _serve_prompts(router: APIRouter, places: Leases[Desktop]) -> None:
     def point(body: Point, x_lease_token: Token = "") -> Response:
         """Answer a point."""
         with _drawing(places, x_lease_token) as desktop:
-            shape, ijk = desktop.canvas.mask.shape, body.coordinates
-            if any(n >= size for n, size in zip(ijk, shape, strict=True)):
+            shape, (i, j, k) = desktop.canvas.mask.shape, map(round, body.coordinates)
+            ijk = i, j, k
+            if not all(0 <= n < size for n, size in zip(ijk, shape, strict=True)):
                 raise ValueError(f"{list(ijk)} is no voxel of a scan of {shape}")
             return _prompted(desktop, body, lambda canvas: canvas.point(ijk, body.include_interaction))
 
@@ -289,7 +292,10 @@ def _serve_prompts(router: APIRouter, places: Leases[Desktop]) -> None:
     def box(body: Bounds, x_lease_token: Token = "") -> Response:
         """Answer a box."""
         with _drawing(places, x_lease_token) as desktop:
-            start, stop = _corners(body.bbox_coords, desktop.canvas.mask.shape)
+            shape = desktop.canvas.mask.shape
+            rounded = (map(round, side) for side in body.bbox_coords)
+            x, y, z = ((max(low, 0), min(high, n)) for (low, high), n in zip(rounded, shape, strict=True))
+            start, stop = _corners((x, y, z), shape)
             return _prompted(desktop, body, lambda canvas: canvas.box(start, stop, body.include_interaction))
 
     @router.post("/add_scribble_interaction")
@@ -409,6 +415,6 @@ def _unpacked(body: bytes, axes: int) -> NDArray[Any]:
         if math.prod(shape) > _MOST_VOXELS:
             raise HTTPException(413, f"the array has more than {_MOST_VOXELS} voxels")
         found: NDArray[Any] = unpack_array(body)
-    except (struct.error, ValueError, TypeError, RuntimeError) as error:
+    except (struct.error, ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise HTTPException(400, f"the packed array is damaged ({type(error).__name__})") from None
     return found
