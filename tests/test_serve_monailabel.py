@@ -37,7 +37,7 @@ from atlassegfm.serve.cohort import Cohort, Job
 from atlassegfm.serve.protocols.multipart import read_form
 from atlassegfm.settings import Settings
 from conftest import ORIENTATIONS, SHEARED
-from dicom_series import SERIES, write_series
+from dicom_series import SERIES, STUDY, write_series
 from result_folders import write_result
 from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, Patient, straight_grid
 from servers import TOKEN, guarded, serving
@@ -143,7 +143,7 @@ def test_the_loop_of_the_client(tmp_path: Path, name: str) -> None:
         client = found.MONAILabelClient(url, str(mine), "Ada")
         info = client.info()
         assert info["labels"] == list(NAMES)
-        assert [one["type"] for one in info["models"].values()] == ["segmentation", "deepgrow"]
+        assert [one["type"] for one in info["models"].values()] == ["segmentation", "deepgrow", "vista3d"]
         assert info["datastore"] == {"total": 1, "completed": 0, "label_tags": {"original": 1, "final": 0}}
         assert not info.get("config")
         assert not client.auth_enabled()
@@ -265,6 +265,19 @@ def test_what_ohif_reads(client: Requests, folder: tuple[Path, Path]) -> None:
     stored = load_labels(folder[0] / "a_good/segmentation.nii.gz").data
     shown = np.frombuffer(raw, np.uint8).reshape(stored.shape, order="F")
     assert np.array_equal(shown, np.array([0, 1, *[0] * 5, 2, *[0] * 4, 3])[stored])
+    # Clicks as it sends them are the same as clicks of 3D Slicer.
+    ijk = np.argwhere(ndimage.binary_dilation(stored == 7, iterations=2) & (stored == 0))[0].tolist()
+    inside = np.argwhere(stored == 7).mean(axis=0).round().astype(int).tolist()
+    points, _ = client.infer(
+        "correct_in_ohif", "a_good", points=[ijk, inside], point_labels=[1, 0], label_prompt=[NAMES["kidney"]]
+    )
+    clicks, _ = client.infer("correct", "a_good", label="kidney", foreground=[ijk], background=[inside])
+    assert np.array_equal(points.data, clicks.data)
+    assert (points.data[tuple(ijk)], points.data[tuple(inside)]) == (2, 0)
+    every, _ = client.infer("correct_in_ohif", "a_good", label_prompt=[1, 2, 3])
+    assert np.array_equal(every.data, shown)
+    for bad in ({"points": [ijk], "point_labels": []}, {"points": [ijk], "point_labels": [1], "label_prompt": [9]}):
+        assert client.multipart("POST", "infer/correct_in_ohif?image=a_good", bad).status_code == 422
     said = client.multipart("POST", "infer/atlassegfm?image=a_good&output=json", {}).json()
     assert said["label_names"] == NAMES
     assert said["verdicts"]["liver"] == "good"
@@ -454,7 +467,8 @@ def test_a_series_goes_by_its_identifier(tmp_path: Path) -> None:
     result, _ = client.infer("atlassegfm", SERIES)
     assert np.array_equal(result.data == 1, QUERY.labels(grid).data == 1)
     sample = client.http.post("activelearning/in_order", json={}).json()
-    assert sample["name"] == "series.nrrd"
+    assert (sample["name"], sample["SeriesInstanceUID"]) == ("series.nrrd", SERIES)
+    assert sample["StudyInstanceUID"] == STUDY
     scan = volume_of(client.http.get(f"datastore/image?image={sample['id']}").content)
     assert scan.grid.matches(grid, 1e-3)
     assert np.array_equal(scan.data, open_image(scans / "series").data)

@@ -87,8 +87,7 @@ class Catalogue:
             return self._by_id[image]
         if image and set(image) <= set("0123456789."):
             for number, entry in enumerate(self._cases.entries):
-                has_result = (self._cases.folder(number) / RUN).is_file()
-                if entry.has_scan and entry.case.query.is_dir() and has_result and self._series(number) == image:
+                if entry.has_scan and self.series_of(number).get("SeriesInstanceUID") == image:
                     return number
         raise KeyError(image)
 
@@ -157,12 +156,19 @@ class Catalogue:
 
         return tuple(self._once("shape", number, path, read))
 
-    def _series(self, number: int) -> str:
-        def read() -> str:
-            series = series_of(self._cases.open(number).stored)
-            return "" if series is None else series.uid
+    def series_of(self, number: int) -> dict[str, str]:
+        """Identify the DICOM series of a case as a viewer does; empty if it has none, or no result yet."""
+        folder, query = self._cases.folder(number), self._cases.get(number).case.query
+        if not query.is_dir() or not (folder / RUN).is_file():
+            return {}
 
-        return str(self._once("series", number, self._cases.folder(number) / RUN, read))
+        def read() -> dict[str, str]:
+            series = series_of(self._cases.open(number).stored)
+            if series is None:
+                return {}
+            return {"SeriesInstanceUID": series.uid, "StudyInstanceUID": series.study_uid}
+
+        return dict(self._once("series", number, folder / RUN, read))
 
     def _once(self, what: str, number: int, path: Path, read: Callable[[], Any]) -> Any:
         """Read something once for each state of a file."""

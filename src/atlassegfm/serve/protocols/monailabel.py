@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -39,8 +39,8 @@ from . import files
 from .catalogue import Catalogue
 from .multipart import File, Form, read_form, write_form
 
-#: Names of the two models: all structures of a result, and clicks on one.
-WHOLE, CLICKS = "atlassegfm", "correct"
+#: Names of the models: all structures of a result, clicks on one, and the same as OHIF asks for it.
+WHOLE, CLICKS, POINTS = "atlassegfm", "correct", "correct_in_ohif"
 STRATEGIES = {
     "worst_first": "what most needs eyes comes first",
     "in_order": "by name",
@@ -126,6 +126,8 @@ def _serve_info(router: APIRouter, room: _Room) -> None:
         models = {
             WHOLE: ("segmentation", config, "the result of the case; computed where there is none"),
             CLICKS: ("deepgrow", {}, "clicks that grow and shrink one structure of the result"),
+            # OHIF does not say which structure clicks for the type above are on.
+            POINTS: ("vista3d", {}, "the same for OHIF"),
         }
         return {
             "name": "AtlasSegFM",
@@ -175,7 +177,7 @@ def _serve_samples(router: APIRouter, room: _Room) -> None:
         query = entry.case.query
         if _is_sent_as_it_is(query):
             found["checksum"] = f"SHA256:{_sha256(query, query.stat().st_mtime_ns)}"
-        return found
+        return found | room.catalogue.series_of(number)
 
     @router.api_route("/datastore/image", methods=["GET", "HEAD"])
     def image(image: str) -> Response:
@@ -400,13 +402,15 @@ def _serve_inference(router: APIRouter, room: _Room) -> None:
         output: Literal["", "all", "image", "json"] = "",
     ) -> Response:
         """Answer with the result of a case, or with one structure after clicks."""
-        if model not in (WHOLE, CLICKS):
-            raise HTTPException(404, f"no such model; there are {WHOLE} and {CLICKS}")
+        if model not in (WHOLE, CLICKS, POINTS):
+            raise HTTPException(404, f"no such model; there are {WHOLE}, {CLICKS} and {POINTS}")
         params = _params(form)
+        if model == POINTS:
+            params = _as_clicks(params, room.catalogue.names())
         if (params.get("result_extension") or ".nrrd") not in (".nrrd", "nrrd"):
             raise HTTPException(422, "results are sent as .nrrd alone")
         number = _asked(room, image, session_id, form)
-        if model == WHOLE:
+        if model == WHOLE or (model == POINTS and "label" not in params):
             if params.get("run_again") is True or room.desk.cases.summary(number)["count"] == 0:
                 _segment(room, number)
             with room.opened(number) as session:
@@ -482,6 +486,23 @@ def _clicked(room: _Room, number: int, params: Mapping[str, Any]) -> tuple[Sessi
             done = (*done, click)
     room.keep(room.answered, key, _Answered(version, done, pack(mask.view(np.uint8))), _MOST_ANSWERS)
     return session, np.where(mask, structure, 0).astype(session.numbers.dtype)
+
+
+def _as_clicks(params: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Say points as OHIF sends them as clicks; without points all structures are wanted."""
+    points, kinds, values = (params.get(name) or [] for name in ("points", "point_labels", "label_prompt"))
+    if not all(isinstance(one, list) for one in (points, kinds, values)) or len(points) != len(kinds):
+        raise HTTPException(422, "expected 'points', a number for each in 'point_labels', and 'label_prompt'")
+    others = {key: value for key, value in params.items() if key != "label"}
+    if not points:
+        return others
+    if len(values) != 1 or not isinstance(values[0], int) or not 1 <= values[0] <= len(names):
+        raise HTTPException(422, f"expected one structure in 'label_prompt', from 1 to {len(names)}")
+    clicks = {
+        name: [point for point, kind in zip(points, kinds, strict=True) if (kind == 1) == (name == "foreground")]
+        for name in ("foreground", "background")
+    }
+    return {**others, "label": names[values[0] - 1], **clicks}
 
 
 def _clicks(session: Session, params: Mapping[str, Any]) -> list[Click]:
