@@ -347,6 +347,16 @@ def test_structures_that_a_label_does_not_name_stay(client: Requests, folder: tu
     assert np.array_equal(load_labels(folder[0] / "b_bad/segmentation.nii.gz").data, before.data)
 
 
+def test_a_label_that_was_submitted_can_be_undone_in_the_page(client: Requests, folder: tuple[Path, Path]) -> None:
+    before = load_labels(folder[0] / "b_bad/segmentation.nii.gz")
+    assert client.submit("b_bad", Volume(np.zeros_like(before.data), before.grid)).status_code == 200
+    assert not load_labels(folder[0] / "b_bad/segmentation.nii.gz", allow_empty=True).data.any()
+    for what in ("reopen", "undo", "accept"):
+        version = client.http.get("api/cases/1").json()["version"]
+        assert client.http.post(f"api/cases/1/{what}", json={"version": version}).status_code == 200
+    assert np.array_equal(load_labels(folder[0] / "b_bad/segmentation.nii.gz").data, before.data)
+
+
 def test_a_segmentation_of_slicer_says_its_own_names(client: Requests, folder: tuple[Path, Path]) -> None:
     grid = load_labels(folder[0] / "b_bad/segmentation.nii.gz").grid
     drawn = np.zeros(grid.shape, np.uint8)
