@@ -17,7 +17,7 @@ from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume, load_labels, save_volume
 from conftest import SHEARED
 from result_folders import write_result
-from scenes import ATLAS, QUERY, STRUCTURES, straight_grid
+from scenes import ATLAS, QUERY, STRUCTURES, centred_grid, straight_grid
 
 ROOT = Path(__file__).resolve().parents[1]
 MANIFEST = resources.files("atlassegfm.napari") / "napari.yaml"
@@ -27,10 +27,7 @@ MANIFEST = resources.files("atlassegfm.napari") / "napari.yaml"
 def result(tmp_path: Path) -> Path:
     """A result on a sheared grid."""
     write_result(tmp_path / "out/case", 0, ("review", "failed", "good"))
-    affine = SHEARED.copy()
-    affine[:3, 3] -= Grid((40, 36, 30), SHEARED).centre_mm
-    grid = Grid((40, 36, 30), affine)
-    save_volume(QUERY.labels(grid), tmp_path / "out/case/segmentation.nii.gz", structures=STRUCTURES)
+    save_volume(QUERY.labels(centred_grid(SHEARED)), tmp_path / "out/case/segmentation.nii.gz", structures=STRUCTURES)
     return tmp_path / "out/case"
 
 

@@ -39,7 +39,7 @@ from atlassegfm.settings import Settings
 from conftest import ORIENTATIONS, SHEARED
 from dicom_series import SERIES, STUDY, write_series
 from result_folders import write_result
-from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, Patient, straight_grid
+from scenes import ATLAS, QUERY, STRUCTURES, UNREGISTERED, Patient, centred_grid, straight_grid
 from servers import TOKEN, guarded, serving
 
 NAMES = {"liver": 1, "kidney": 2, "node": 3}
@@ -53,12 +53,6 @@ def result_on(out: Path, scans: Path, name: str, grid: Grid, verdicts: Any = ("r
     save_volume(QUERY.labels(grid), out / name / "segmentation.nii.gz", structures=STRUCTURES)
 
 
-def centred(affine: np.ndarray, shape: tuple[int, int, int] = (40, 36, 30)) -> Grid:
-    moved = affine.copy()
-    moved[:3, 3] -= Grid(shape, affine).centre_mm
-    return Grid(shape, moved)
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> tuple[Path, Path]:
     """Results and scans of a good case and a bad one."""
@@ -66,7 +60,7 @@ def folder(tmp_path: Path) -> tuple[Path, Path]:
     out.mkdir()
     scans.mkdir()
     result_on(out, scans, "a_good", straight_grid(), ("good", "good", "good"))
-    result_on(out, scans, "b_bad", centred(ORIENTATIONS["LPS"]))
+    result_on(out, scans, "b_bad", centred_grid(ORIENTATIONS["LPS"]))
     return out, scans
 
 
@@ -136,7 +130,7 @@ def test_the_loop_of_the_client(tmp_path: Path, name: str) -> None:
     out, scans, mine = tmp_path / "out", tmp_path / "scans", tmp_path / "mine"
     for one in (out, scans, mine):
         one.mkdir()
-    grid = centred(SHEARED if name == "sheared" else ORIENTATIONS[name])
+    grid = centred_grid(SHEARED if name == "sheared" else ORIENTATIONS[name])
     result_on(out, scans, "case", grid)
     stored = load_labels(out / "case/segmentation.nii.gz")
     with serving(Desk(Cases.find([scans], out))) as url:

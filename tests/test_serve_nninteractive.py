@@ -32,9 +32,8 @@ from atlassegfm.serve.protocols.catalogue import Catalogue
 from atlassegfm.serve.protocols.leases import FullError, GoneError, Leases
 from conftest import ORIENTATIONS
 from result_folders import write_result
-from scenes import QUERY, STRUCTURES, Patient, straight_grid
+from scenes import QUERY, STRUCTURES, Patient, centred_grid, straight_grid
 from servers import TOKEN, serving
-from test_serve_monailabel import centred
 
 LIVER, KIDNEY = 1, 7
 #: A client that is refused leaves its connection open.
@@ -47,7 +46,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
     """A server of one case in LPS order with a result, and its folder."""
     folder = tmp_path_factory.mktemp("served")
     (folder / "scans").mkdir()
-    grid = centred(ORIENTATIONS["LPS"])
+    grid = centred_grid(ORIENTATIONS["LPS"])
     save_volume(QUERY.scan(grid), folder / "scans/case.nii.gz")
     write_result(folder / "out/case", 0, keep=False)
     save_volume(QUERY.labels(grid), folder / "out/case/segmentation.nii.gz", structures=STRUCTURES)
@@ -60,7 +59,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
 def session(served: tuple[str, Path, Desk]) -> Iterator[Any]:
     """A client with the case's scan, with the axes as 3D Slicer has them: z, y, x of the file."""
     with remote.nnInteractiveRemoteInferenceSession(served[0]) as found:
-        show(found, np.ascontiguousarray(QUERY.scan(centred(ORIENTATIONS["LPS"])).data.T))
+        show(found, np.ascontiguousarray(QUERY.scan(centred_grid(ORIENTATIONS["LPS"])).data.T))
         yield found
 
 
@@ -70,7 +69,7 @@ def show(session: Any, scan: np.ndarray) -> None:
 
 
 def truth(value: int) -> np.ndarray:
-    return np.ascontiguousarray((QUERY.labels(centred(ORIENTATIONS["LPS"])).data == value).T)
+    return np.ascontiguousarray((QUERY.labels(centred_grid(ORIENTATIONS["LPS"])).data == value).T)
 
 
 def middle(mask: np.ndarray) -> list[int]:
