@@ -32,6 +32,13 @@ def straight_grid(
     return Grid(shape, affine)
 
 
+def centred_grid(affine: NDArray[np.float64], shape: tuple[int, int, int] = (40, 36, 30)) -> Grid:
+    """Axes of an affine, with the origin of the world in the middle."""
+    moved = affine.copy()
+    moved[:3, 3] -= Grid(shape, affine).centre_mm
+    return Grid(shape, moved)
+
+
 @dataclass(frozen=True)
 class Patient:
     """The scene, moved: ``shift_mm`` to the right, front and head, and ``scale`` times as large."""

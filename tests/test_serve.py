@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -261,6 +263,32 @@ def test_drawn_slices_replace_what_lies_between() -> None:
     assert patch is not None
     assert (patch.mask == patch.mask[:, :, :1]).all()
     assert edits.interpolate(mask[:, :, :2], 2, np.ones(3)) is None
+
+
+def test_a_case_in_use_is_never_opened_twice(tmp_path: Path) -> None:
+    """Else two requests would each work on labels of their own, and one would be lost."""
+    (tmp_path / "scans").mkdir()
+    for name in "abcde":
+        result_on(tmp_path / "out" / name, tmp_path / "scans" / f"{name}.nii.gz", straight_grid((24, 20, 18)))
+        for kept in ("segmentation", "atlas", "model"):
+            save_volume(QUERY.labels(straight_grid((24, 20, 18))), tmp_path / "out" / name / f"{kept}.nii.gz")
+    cases = Cases.find([tmp_path / "scans"], tmp_path / "out")
+    session = cases.open(0)
+    for number in range(1, 5):
+        cases.open(number)
+    assert cases.open(0) is session
+    # While it is being saved, its files are newer than what it knows.
+    found: list[Any] = []
+    with session.lock:
+        os.utime(tmp_path / "out/a/run.json", ns=(1, 1))
+        other = threading.Thread(target=lambda: found.append(cases.open(0)))
+        other.start()
+        other.join(0.2)
+        session.stamp = 1
+    other.join()
+    assert found == [session]
+    os.utime(tmp_path / "out/a/run.json", ns=(2, 2))
+    assert cases.open(0) is not session
 
 
 # Acceptance, and what survives
@@ -519,6 +547,8 @@ def test_no_name_is_in_an_address_or_an_error(page: Page, folder: tuple[Path, Pa
         (["CTX", "--labels", "."], "goes with --review-only"),
         (["--review-only", "--port", "99999"], "--port"),
         (["--review-only", "--scans", "EMPTY"], "no scan here"),
+        (["--review-only", "--allow-origin", "localhost:3000"], "expected the origin of a page"),
+        (["--review-only", "--allow-origin", "http://localhost:3000/viewer"], "expected the origin of a page"),
     ],
 )
 def test_bad_calls(tmp_path: Path, run: Run, arguments: list[str], said: str) -> None:

@@ -40,6 +40,10 @@ class ServeOptions(ScreenOptions, DeviceOptions, ModelOptions):
         "127.0.0.1",
     )
     port: int = option("--port N", "Port to listen on; 0 takes any that is free.", 8765, min=0, max=65535)
+    allow_origin: list[str] | None = option(
+        "--allow-origin URL",
+        "A page of another server that may send requests, such as OHIF's http://localhost:3000; may be repeated.",
+    )
     open_page: bool = option("--open/--no-open", "Open the page in the browser.", True)
 
     def check(self) -> None:
@@ -61,7 +65,8 @@ def serve(options: ServeOptions) -> None:
 
     The page lists the cases by what most needs eyes. Clicks are answered by the model; brush, eraser and interpolation
     do the rest. Accepted cases are never computed again, and each can become an atlas of the context with one button.
-    The address has a random token; nothing leaves this machine.
+    3D Slicer, OHIF and napari can take cases from the same address, correct and accept them. It has a random token;
+    nothing leaves this machine.
     """
     with options.session() as session:
         options.check()
@@ -69,19 +74,22 @@ def serve(options: ServeOptions) -> None:
 
         require("the page to review results", "server", "fastapi", "uvicorn")
         from ..core.files import output_folder
-        from ..serve.start import Place, serve
+        from ..serve.start import Place, checked_origin, serve
 
-        place = Place(options.host, options.port)
+        origins = frozenset(map(checked_origin, options.allow_origin or ()))
+        place = Place(options.host, options.port, origins)
         if not place.is_local:
             session.say(
                 f"--host {options.host}: other machines can reach the page; whoever has its address sees the scans and "
                 "can change results, and nothing is encrypted: use it in a network you trust"
             )
 
-        def announce(url: str) -> None:
-            typer.echo(json.dumps({"url": url}) if options.as_json else f"page      {url}\nCtrl-C ends the server")
+        def announce(addresses: dict[str, str | None]) -> None:
+            page = f"page      {addresses['url']}"
+            said = f"{page}\n3D Slicer, OHIF and napari take this address too; Ctrl-C ends the server"
+            typer.echo(json.dumps(addresses) if options.as_json else said)
             if options.open_page:
-                typer.launch(url)
+                typer.launch(str(addresses["url"]))
 
         # An interrupt is how a server ends.
         with output_folder(options.out), contextlib.suppress(KeyboardInterrupt):

@@ -4,5 +4,6 @@
 - :mod:`.session`: one opened case, its draft, history and log;
 - :mod:`.edits`, :mod:`.clicks`: what can be done to a structure, as functions on masks;
 - :mod:`.cohort`: the run in the background;
+- :mod:`.protocols`: the same cases for 3D Slicer, OHIF and napari;
 - :mod:`.app`, :mod:`.guard`, :mod:`.start`: requests, who may send them, and the server.
 """

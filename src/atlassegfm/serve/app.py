@@ -119,7 +119,14 @@ def _asset(room: str, name: str) -> bytes:
 
 def make_app(desk: Desk) -> FastAPI:
     """Make the application that answers the page; a guard belongs around it."""
-    app = FastAPI(title="AtlasSegFM", version=__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="AtlasSegFM",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+    )
     _answer_errors(app)
     _serve_page(app)
     _serve_list(app, desk)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ..core.errors import InputError
 from ..core.image import image_stem, label_values, load_labels
@@ -48,6 +49,8 @@ class Cases:
     def __init__(self, entries: Sequence[Entry], out: Path) -> None:
         self.out, self.entries = out, tuple(entries)
         self._opened: OrderedDict[int, Session] = OrderedDict()
+        # A request may work on one longer than it is held: there is never a second one of the same case.
+        self._used: WeakValueDictionary[int, Session] = WeakValueDictionary()
         self._lock, self._opening = RLock(), [RLock() for _ in self.entries]
         self._seen: dict[int, dict[str, tuple[str, float]]] = {}
         self._summaries: dict[int, tuple[tuple[int, ...], dict[str, Any]]] = {}
@@ -82,18 +85,17 @@ class Cases:
             raise InputError("the scan of this case was not given; start again with it below --scans")
         with self._opening[number]:
             folder = self.folder(number)
-            stamp = stamp_of(folder)
+            session = self._used.get(number)
+            if session is not None:
+                with session.lock:  # what it is saving just now is its own
+                    session = session if session.stamp == stamp_of(folder) else None
+            if session is None:
+                session = self._used[number] = Session(folder, entry.case.query)
             with self._lock:
-                session = self._opened.get(number)
-                if session is not None:
-                    self._opened.move_to_end(number)
-            if session is None or session.stamp != stamp:
-                session = Session(folder, entry.case.query)
-                with self._lock:
-                    self._opened[number] = session
-                    self._opened.move_to_end(number)
-                    while len(self._opened) > _MOST_OPEN:
-                        self._opened.popitem(last=False)
+                self._opened[number] = session
+                self._opened.move_to_end(number)
+                while len(self._opened) > _MOST_OPEN:
+                    self._opened.popitem(last=False)
             return session
 
     # Who is at which case

@@ -232,6 +232,16 @@ class Session:
             self._commit(Entry("swap" if swap else "relabel", (number, other), change), by)
         return Done(change)
 
+    def replace(self, numbers: Numbers, by: str) -> Done:
+        """Take all structures from other labels; LockedError if that changes one that is accepted."""
+        changed = [int(n) for n in np.union1d(*(one[numbers != self.numbers] for one in (numbers, self.numbers))) if n]
+        for number in changed:
+            self._check_open(number)
+        change = Change.between((0, 0, 0), self.numbers, numbers)
+        if change is not None:
+            self._commit(Entry("replace", tuple(changed), change), by)
+        return Done(change)
+
     def undo(self, by: str) -> Done:
         """Take the last edit back; LockedError if it was of a structure that is accepted since."""
         if not self.cursor:
@@ -294,17 +304,28 @@ class Session:
         values = [self.values[n - 1] for n in numbers]
         self._save("reopen", numbers, by, lambda _labels, _automatic: reopen(self.run, values))
 
+    def remark(self, content: Mapping[str, str], by: str) -> None:
+        """Note what somebody says of the case; :func:`remark_of` gives the last one."""
+        self._log("remark", by, (), remark=content)
+
     def _save(self, verb: str, numbers: Sequence[int], by: str, change: Callable[[Volume, Volume], RunRecord]) -> None:
-        labels, automatic = self._stored(self.numbers), self._stored(self.automatic)
+        labels, automatic = (self.as_stored(one, self.values) for one in (self.numbers, self.automatic))
         run = change(labels, automatic)
         self._log(verb, by, tuple(numbers), saved=_digest(self.numbers))
         update_labels(LabelledQuery(self.stored, labels, self.structures, run, {}), automatic, self.folder)
         self.run, self.stamp = RunRecord.read(self.folder / RUN), stamp_of(self.folder)
 
-    def _stored(self, numbers: Numbers) -> Volume:
-        """Label values on the query's voxels as stored."""
-        values = np.array((0, *self.values), smallest_label_type(max(self.values)))
-        return Volume(values[numbers], self.grid, self.stored.source).turned_to(self.stored.grid)
+    def as_stored(self, numbers: Numbers, values: Sequence[int]) -> Volume:
+        """Turn structure numbers into label values, in order of the structures, on the query's voxels as stored."""
+        table = np.array((0, *values), smallest_label_type(max(values)))
+        return Volume(table[numbers], self.grid, self.stored.source).turned_to(self.stored.grid)
+
+    def voxel_of(self, stored: Sequence[float]) -> tuple[int, int, int]:
+        """Find the voxel of the canonical order for one of the query as stored; ValueError if the scan has it not."""
+        ijk = np.rint(self.grid.world_to_voxel(self.stored.grid.voxel_to_world(stored))).astype(int).tolist()
+        if not all(0 <= n < size for n, size in zip(ijk, self.grid.shape, strict=True)):
+            raise ValueError(f"{list(stored)} is no voxel of a scan of {self.stored.grid.shape}")
+        return ijk[0], ijk[1], ijk[2]
 
     # Log
 
@@ -316,6 +337,7 @@ class Session:
         change: Change | None = None,
         entry: Entry | None = None,
         saved: str = "",
+        remark: Mapping[str, str] | None = None,
     ) -> None:
         """Write a line, with which the version begins."""
         line: dict[str, Any] = {"version": self.version + 1, "at": now(), "by": by, "verb": verb}
@@ -329,6 +351,8 @@ class Session:
             line["click"] = [*entry.click.ijk, entry.click.positive]
         if entry is not None and entry.plane is not None:
             line["plane"] = list(entry.plane)
+        if remark is not None:
+            line["remark"] = dict(remark)
         append_line(self.folder / EDITS, json.dumps(line))
         self.version += 1
 
@@ -377,6 +401,12 @@ def stamp_of(folder: Path, name: str = RUN) -> int:
         return (folder / name).stat().st_mtime_ns
     except OSError:
         return 0
+
+
+def remark_of(folder: Path) -> dict[str, str]:
+    """Read what was said of a case last; empty if nothing was."""
+    found = [line["remark"] for line in read_log(folder / EDITS) if "remark" in line]
+    return dict(found[-1]) if found else {}
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -8,12 +8,14 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from urllib.parse import urlsplit
 
 import uvicorn
 
 from ..core.errors import InputError
 from .app import Desk, make_app
 from .guard import Guard
+from .protocols import SCANS, has_nninteractive, mount
 
 #: Bytes of chance in a token.
 _TOKEN_BYTES = 24
@@ -26,10 +28,11 @@ _LOCAL = frozenset({"127.0.0.1", "::1", "localhost"})
 
 @dataclass(frozen=True)
 class Place:
-    """Where the server listens; port 0 takes any that is free."""
+    """Where the server listens; port 0 takes any that is free. Pages of ``origins`` may send requests too."""
 
     host: str = "127.0.0.1"
     port: int = 0
+    origins: frozenset[str] = frozenset()
 
     @property
     def is_local(self) -> bool:
@@ -58,13 +61,31 @@ class Place:
         return found
 
 
-def serve(desk: Desk, place: Place, announce: Callable[[str], None]) -> None:
-    """Answer requests until the process is interrupted; ``announce`` gets the address once it can be opened."""
+def checked_origin(text: str) -> str:
+    """Check the origin of a page, such as http://localhost:3000; InputError if it is none."""
+    try:
+        parts = urlsplit(text.rstrip("/"))
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or text.rstrip("/") != f"{parts.scheme}://{parts.netloc}" or "@" in parts.netloc:
+        raise InputError(f"--allow-origin {text}: expected the origin of a page, as http://localhost:3000")
+    return text.rstrip("/").lower()
+
+
+def serve(desk: Desk, place: Place, announce: Callable[[dict[str, str | None]], None]) -> None:
+    """Answer requests until the process is interrupted.
+
+    ``announce`` gets the addresses once they can be opened: ``url`` of the page, and those that other programs take,
+    by protocol; None for a protocol whose package is not installed.
+    """
     token = secrets.token_urlsafe(_TOKEN_BYTES)
     with place.listen() as listening:
         host, port = listening.getsockname()[:2]
         shown = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(host, host)
-        guard = Guard(make_app(desk), token, place.names, place.is_local)
+        app = make_app(desk)
+        mount(app, desk)
+        guard = Guard(app, token, place.names, place.is_local, place.origins, SCANS)
         # No log of requests: addresses hold the token.
         config = uvicorn.Config(
             guard,
@@ -74,7 +95,8 @@ def serve(desk: Desk, place: Place, announce: Callable[[str], None]) -> None:
             timeout_keep_alive=_IDLE_SECONDS,
             limit_concurrency=_MOST_CONNECTIONS,
         )
-        announce(f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/{token}/")
+        url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/{token}/"
+        announce({"url": url, "monailabel": url, "nninteractive": url.rstrip("/") if has_nninteractive() else None})
         try:
             uvicorn.Server(config).run(sockets=[listening])
         finally:
