@@ -116,6 +116,15 @@ def test_several_atlases_beat_the_mean_of_each_and_outvote_one_that_is_wrong() -
     assert all(len(one.votes) >= 2 and 4 not in one.votes for one in result.structures)
 
 
+def test_of_two_atlases_the_wrong_one_is_dropped_by_the_evidence() -> None:
+    """Neither outvotes the other; the organs of one lie on other tissue."""
+    result = segment(context_of(NEAR[0], FAR), QUERY.scan(GRID))
+    votes = {one.structure.name: one.votes for one in result.structures}
+    assert votes["liver"] == (1,)
+    both = segment(context_of(*NEAR[:2]), QUERY.scan(GRID))
+    assert all(one.votes == (1, 2) for one in both.structures)
+
+
 def test_one_atlas_is_as_before() -> None:
     result = segment(context_of(NEAR[0]), QUERY.scan(GRID))
     assert all(one.votes == () for one in result.structures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -19,15 +20,19 @@ from .fusion.label_map import label_map
 from .fusion.voting import vote
 from .prompts import INSIDE
 from .quality.coverage import OUTSIDE_FRACTION, outside_fractions
+from .quality.estimate import regressions
+from .quality.evidence import Case, gather
 from .registration import Registration, rank
 from .result import Status
-from .settings import Settings
+from .settings import NO_MODEL, Settings
 from .transforms.resample import warp_labels
 
 logger = logging.getLogger(__name__)
 
 #: A structure whose warped mask is empty counts as outside, not absent, if most of it is out of view.
 _MOSTLY_OUTSIDE_FRACTION = 0.5
+#: Of two atlases, one whose structure has an estimated Dice this much below that of the other one is dropped.
+_LEAST_DIFFERENCE = 0.15
 
 
 def atlases_for(
@@ -84,10 +89,20 @@ def _warp(atlas: Atlas, scan: Volume, registration: Registration) -> Warped:
     return Warped(masks, label_map(masks, scan.grid.shape), outside, missing)
 
 
-def _vote(atlases: Mapping[int, Atlas], warped: Mapping[int, Warped], shape: tuple[int, int, int]) -> Warped:
+def _vote(
+    atlases: Mapping[int, Atlas],
+    warped: Mapping[int, Warped],
+    scan: Volume,
+    registrations: Mapping[int, Registration],
+) -> Warped:
     """Let several atlases, which have all structures together, vote on each; what most of them miss is missing."""
     masks, missing, outside = dict[int, LocalMap](), dict[int, tuple[Status, str]](), list[float]()
     votes = {}
+
+    @cache
+    def estimates(k: int) -> dict[int, float]:
+        return _estimates(atlases[k], warped[k], scan, registrations[k])
+
     for n, value in enumerate(next(iter(atlases.values())).values, start=1):
         having = [k for k, atlas in atlases.items() if value in atlas.present]
         found = [k for k in having if n in warped[k].masks]
@@ -95,12 +110,29 @@ def _vote(atlases: Mapping[int, Atlas], warped: Mapping[int, Warped], shape: tup
         if 2 * len(found) < len(having) or not found:
             missing[n] = next(warped[k].missing[n] for k in having if n in warped[k].missing)
             continue
+        if len(found) == 2:  # neither outvotes the other
+            best = max(estimates(k).get(n, 0.0) for k in found)
+            found = [k for k in found if estimates(k).get(n, 0.0) >= best - _LEAST_DIFFERENCE]
         masks[n], kept = vote([warped[k].masks[n] for k in found])
         votes[n] = tuple(found[k] for k in kept)
         if not (masks[n].values >= INSIDE).any():
             missing[n] = "absent", "the atlases disagree on where it is"
             del masks[n]
-    return Warped(masks, label_map(masks, shape), tuple(outside), missing, votes)
+    return Warped(masks, label_map(masks, scan.grid.shape), tuple(outside), missing, votes)
+
+
+def _estimates(atlas: Atlas, warped: Warped, scan: Volume, registration: Registration) -> dict[int, float]:
+    """Estimated Dice of the warped mask of each structure by number."""
+    case = Case(
+        query=scan,
+        atlas=atlas.image,
+        atlas_labels=atlas.numbered,
+        registration=registration,
+        warped={n: mask for n, mask in warped.masks.items() if atlas.values[n - 1] in atlas.present},
+        answers={},
+        labels=warped.labels,
+    )
+    return {n: regressions()[NO_MODEL].estimate(one) for n, one in gather(case).items()}
 
 
 def _why_missing(mask: LocalMap, outside: float) -> tuple[Status, str] | None:
@@ -116,4 +148,4 @@ def _why_missing(mask: LocalMap, outside: float) -> tuple[Status, str] | None:
 def warp_atlases(atlases: Mapping[int, Atlas], scan: Volume, registrations: Mapping[int, Registration]) -> Warped:
     """Warp the labels of one or several atlases, by number, to a query; several vote on each structure."""
     warped = {number: _warp(one, scan, registrations[number]) for number, one in atlases.items()}
-    return next(iter(warped.values())) if len(warped) == 1 else _vote(atlases, warped, scan.grid.shape)
+    return next(iter(warped.values())) if len(warped) == 1 else _vote(atlases, warped, scan, registrations)
