@@ -217,7 +217,7 @@ class Found:
 def page(found: Mapping[str, Found]) -> Iterator[str]:
     """docs/results.md, line by line."""
     formats = sorted({str(one.summary["format"]) for one in found.values()})
-    version = next(iter(found.values())).summary["versions"]["atlassegfm"]
+    version = next(iter(found.values())).summary["version"]
     yield "# Results"
     yield ""
     yield (

@@ -16,7 +16,7 @@ from atlassegfm.benchmark.plan import METHODS
 from atlassegfm.benchmark.plots import dice_and_time_figure, dice_figure, save_figure
 from atlassegfm.benchmark.protocols import Pair
 from atlassegfm.benchmark.records import PairRecord, Row
-from atlassegfm.benchmark.tables import METHOD_NAMES, Column
+from atlassegfm.benchmark.tables import Column, main_table, name_of
 from atlassegfm.core.errors import InputError, MissingExtraError
 from atlassegfm.evaluate.metrics import StructureScores
 
@@ -108,10 +108,17 @@ def test_dice_has_a_row_for_each_structure_and_a_mark_for_each_mean() -> None:
         np.testing.assert_array_equal(np.asarray(dot.get_xdata()), column.table("dice").ravel())
         np.testing.assert_allclose(np.asarray(mean.get_xdata()), column.table("dice").mean(axis=1))
     assert len({(line.get_color(), line.get_marker()) for line in means}) == len(columns)
-    assert legend(figure) == [
-        f"{METHOD_NAMES[column.method]}  {column.summary.means['dice']:.3f}" for column in columns
-    ]
+    assert legend(figure) == [f"{name_of(column.method)}  {column.summary.means['dice']:.3f}" for column in columns]
     assert figure.legends[0].get_title().get_text() == "Data $1$: Dice of each structure, 5 pairs"
+
+
+def test_several_models_have_a_line_and_a_look_each() -> None:
+    columns, records = benchmark(methods=("atlas", "builtin", "litemedsam", "model", "fused"))
+    assert [line[0] for line in main_table(columns)[1:]] == ["atlas only", "builtin", "litemedsam", "model", "fused"]
+    legend = dice_figure(columns, "data").axes[0].get_legend_handles_labels()[0]
+    looks = {(handle.get_color(), handle.get_marker()) for handle in legend}
+    assert len(looks) == len(columns)
+    dice_and_time_figure(columns, records, "data")
 
 
 def test_several_variants_are_named_and_differ() -> None:

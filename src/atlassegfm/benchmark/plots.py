@@ -18,7 +18,7 @@ from ..core.text import counted
 from ..evaluate.statistics import spread
 from ..report import require_report_extra
 from .records import PairRecord
-from .tables import METHOD_NAMES, Column, decimal, title_of
+from .tables import Column, decimal, name_of, title_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -129,7 +129,7 @@ def dice_and_time_figure(columns: Sequence[Column], records: Sequence[PairRecord
             axes.plot(seconds[scored], dice[scored], marker, color=color, alpha=0.5, markersize=7, markeredgewidth=0)
             # As in the tables: Dice over structures of all pairs, time over the pairs that did not fail.
             mean = (float(seconds.mean()) if len(seconds) else math.nan, column.summary.means["dice"])
-            words = [METHOD_NAMES[column.method] if len(finals) == 1 else _short(title_of(column))]
+            words = [name_of(column.method) if len(finals) == 1 else _short(title_of(column))]
             if not math.isnan(sum(mean)):
                 words.append(f"{mean[1]:.2f} in {_seconds(mean[0])}")
                 times += [*seconds[scored], mean[0]]
@@ -182,7 +182,7 @@ def _draw_lane(
 
 def _looks(columns: Sequence[Column]) -> list[tuple[str, str]]:
     """Colour and marker of each column."""
-    if len({column.variant for column in columns}) == 1:
+    if len({column.variant for column in columns}) == 1 and all(one.method in _METHOD_LOOKS for one in columns):
         return [_METHOD_LOOKS[column.method] for column in columns]
     return list(islice(zip(cycle(_COLORS), cycle(_MARKERS), strict=False), len(columns)))
 

@@ -32,7 +32,7 @@ LEAST_PAIRS, LEAST_ATLASES = 10, 2
 _COMPARED = {"dice": "Dice", "nsd": "NSD"}
 #: Structures in a table at most; all of them are in results.csv.
 _LONGEST_TABLE = 40
-METHOD_NAMES = {"atlas": "atlas only", "model": "model", "paper": "paper gate", "fused": "fused", "oracle": "oracle"}
+_METHOD_NAMES = {"atlas": "atlas only", "paper": "paper gate"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +138,12 @@ def write_reports(plan: Plan, records: Sequence[PairRecord], out: Path, *, plots
 
 def title_of(column: Column, *, several: bool = True) -> str:
     """Name a column by its method, with ``several`` also by its variant."""
-    return f"{column.variant}: {METHOD_NAMES[column.method]}" if several else METHOD_NAMES[column.method]
+    return f"{column.variant}: {name_of(column.method)}" if several else name_of(column.method)
+
+
+def name_of(method: str) -> str:
+    """Name a method, or one of several models, in words."""
+    return _METHOD_NAMES.get(method, method)
 
 
 def main_table(columns: Sequence[Column]) -> list[list[str]]:
@@ -147,7 +152,7 @@ def main_table(columns: Sequence[Column]) -> list[list[str]]:
     for column in columns:
         means, sd, worst = column.summary.means, column.over_atlases().sd, spread(column.pair_means()).low
         numbers = [(means["dice"], 4), (sd, 3), (worst, 3), (means["nsd"], 3), (means["hd95_mm"], 1)]
-        lines.append([column.variant, METHOD_NAMES[column.method], *(decimal(*number) for number in numbers)])
+        lines.append([column.variant, name_of(column.method), *(decimal(*number) for number in numbers)])
     several = len({column.variant for column in columns}) > 1
     return lines if several else [line[1:] for line in lines]
 
