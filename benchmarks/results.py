@@ -203,6 +203,15 @@ class Found:
         column = self.column(variant, method)
         return None if column is None else column["mean"]["dice"]
 
+    def dice_on(self, pairs: Sequence[Sequence[str]]) -> float:
+        """Mean Dice of the fused result over some of the pairs, of the mean over pairs of each structure."""
+        wanted, scores = {tuple(pair) for pair in pairs}, dict[str, list[float]]()
+        with (RESULTS / self.job.name / "results.csv").open(encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if row["method"] == "fused" and row["dice"] and (row["atlas"], row["query"]) in wanted:
+                    scores.setdefault(row["structure"], []).append(float(row["dice"]))
+        return mean(map(mean, scores.values()))
+
     def command(self) -> str:
         """That gives it again."""
         return f"OMP_NUM_THREADS=1 atlassegfm {shlex.join(self.job.command('../shared/data'))}"
@@ -271,12 +280,13 @@ def _models(found: Mapping[str, Found]) -> Iterator[str]:
     for one in measured.values():
         yield f"    {one.command()}"
     yield ""
-    yield "| set | atlas only | builtin | litemedsam | both | both, fused | oracle | builtin alone, fused | seconds |"
+    heads = ("set", "atlas only", *BOTH.split("+"), "both", "both, fused", "oracle", "builtin alone, fused", "seconds")
+    yield f"| {' | '.join(heads)} |"
     yield "|---|---:|---:|---:|---:|---:|---:|---:|---:|"
     for name, one in measured.items():
         methods = ("atlas", "builtin", "litemedsam", "model", "fused", "oracle")
         scores = [one.dice(BOTH, method) for method in methods]
-        scores.append(found[name].dice("default", "fused") if name in found else None)
+        scores.append(found[name].dice_on(one.summary["pairs"]) if name in found else None)
         cells = ("–" if score is None else f"{score:.4f}" for score in scores)
         yield f"| {one.job.title} | {' | '.join(cells)} | {one.seconds(BOTH)[0]:.0f} |"
     yield ""
