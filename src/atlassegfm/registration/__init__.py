@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -38,6 +39,11 @@ __all__ = [
 
 #: The scan of an atlas and its labels, on one grid.
 Labelled = tuple[Volume, Volume]
+#: Steps of the fit by which atlases are ranked; more of them, or an affine fit, rank no better.
+_RANKING_ITERATIONS = 5
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def register(
@@ -123,16 +129,21 @@ def register_all(
         stages = on_stage if len(atlases) == 1 else None
         return register(fixed, moving, settings, moving_labels=labels, device=device, on_stage=stages)
 
-    numbered = enumerate(atlases, start=1)
-    if len(atlases) == 1 or device != "cpu":
-        return [one(each) for each in numbered]
+    numbered = list(enumerate(atlases, start=1))
+    return [one(numbered[0])] if len(atlases) == 1 else _side_by_side(one, numbered, device)
+
+
+def _side_by_side(work: Callable[[T], R], parts: Sequence[T], device: str) -> list[R]:
+    """Apply a function that computes with PyTorch to several parts, on a CPU with one thread each."""
+    if device != "cpu":
+        return [work(part) for part in parts]
     import torch
 
     # A registration keeps one core busier than it keeps two; threads started from here on take this number over.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return list(parallel_map(one, numbered))
+        return list(parallel_map(work, parts))
     finally:
         torch.set_num_threads(threads)
 
@@ -140,7 +151,7 @@ def register_all(
 def rank(
     fixed: Volume, atlases: Sequence[Labelled], settings: RegistrationSettings | None = None, *, device: str = "cpu"
 ) -> list[int]:
-    """Order atlases by how well they fit the query after the linear stages on the coarse level alone, best first.
+    """Order atlases by how well they fit the query after a rough rigid fit on the coarse level, best first.
 
     What counts is the likeness near the atlas's structures and whether the query shows them. The result are positions
     in ``atlases``; it does not depend on their order, but for equal ones. RegistrationError as of :func:`register`.
@@ -150,10 +161,12 @@ def rank(
     settings = settings or RegistrationSettings()
     spacings = pyramid.level_spacings_mm(fixed.grid, (settings.coarse_voxels, settings.fine_voxels))[:1]
     query = pyramid.prepare(fixed, None, spacings[0], "query")
-    costs = []
-    for moving, labels in atlases:
-        atlas = pyramid.prepare(moving, labels, spacings[0], "atlas")
-        costs.append(affine.fit(query, atlas, spacings, settings, device)[1])
+    rough = replace(settings, candidates=1, linear_iterations=_RANKING_ITERATIONS, affine=not settings.rigid)
+
+    def cost(atlas: Labelled) -> float:
+        return affine.fit(query, pyramid.prepare(*atlas, spacings[0], "atlas"), spacings, rough, device)[1]
+
+    costs = _side_by_side(cost, atlases, device)
     return sorted(range(len(costs)), key=costs.__getitem__)
 
 
