@@ -255,7 +255,7 @@ def test_what_ohif_reads(client: Requests, folder: tuple[Path, Path]) -> None:
     answer = client.multipart("POST", "infer/atlassegfm?image=a_good&output=image", {"result_compress": False})
     head, _, raw = answer.content.partition(b"\n\n")
     assert b"encoding: raw" in head
-    assert b"type: uint8" in head
+    assert b"type: unsigned char" in head
     stored = load_labels(folder[0] / "a_good/segmentation.nii.gz").data
     shown = np.frombuffer(raw, np.uint8).reshape(stored.shape, order="F")
     assert np.array_equal(shown, np.array([0, 1, *[0] * 5, 2, *[0] * 4, 3])[stored])

@@ -242,6 +242,17 @@ def test_what_was_measured_moves_the_estimates(calibrated: None) -> None:
     assert after.estimated_dice == pytest.approx((before.estimated_dice or 0) - 0.1)
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_labels_of_the_query_do_not_move_its_own_estimate(calibrated: None, place: int) -> None:
+    """What atlases score comes from their labels; a query that is one of them gets no estimate that knows them."""
+    patients = [NEAR[0], NEAR[1]]
+    patients.insert(place, QUERY)
+    context, name = context_of(*patients), STRUCTURES[0].name
+    plain = segment(context, QUERY.scan(GRID)).structures[0].quality
+    expected = {name: Expected(dice=0.5, lowest=0.4, surplus=-0.2, cases=3)}
+    assert segment(replace(context, expected=expected), QUERY.scan(GRID)).structures[0].quality == plain
+
+
 def test_structure_is_judged_by_the_nearest_atlas_that_agreed() -> None:
     result = segment(context_of(UNLIKE, *NEAR), QUERY.scan(GRID))
     assert result.nearest_atlas != 1

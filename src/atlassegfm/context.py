@@ -132,14 +132,16 @@ class Context:
         """Leave an atlas out for one query: None if no other one has all structures.
 
         Without the first, the next one that has all structures takes its place, and there is no gate: it was trained
-        on the first.
+        on the first. Nothing is ``expected``: that comes from the labels of all atlases.
         """
         if number != 1:
-            return replace(self, others=tuple(one for n, one in enumerate(self.others, start=2) if n != number))
+            others = tuple(one for n, one in enumerate(self.others, start=2) if n != number)
+            return replace(self, others=others, expected={})
         first = next((one for one in self.others if one.present == one.values), None)
         if first is None:
             return None
-        return replace(self, atlas=first, others=tuple(one for one in self.others if one is not first), gate=None)
+        others = tuple(one for one in self.others if one is not first)
+        return replace(self, atlas=first, others=others, gate=None, expected={})
 
     @classmethod
     def from_files(

@@ -41,7 +41,7 @@ def measure(
     found: dict[str, list[tuple[float, float]]] = {}
     for number, (atlas, reduced) in enumerate(left_out, start=1):
         on_atlas(number, len(left_out))
-        result = segment(replace(reduced, expected={}), atlas.image, device=device, model=model, on_stage=on_stage)
+        result = segment(reduced, atlas.image, device=device, model=model, on_stage=on_stage)
         scores = dice_per_structure(result.labels.data, atlas.labels.data, atlas.present)
         for one in result.structures:
             if one.structure.value in scores:

@@ -444,7 +444,8 @@ class Settings:
     """What the model is prompted with; "auto" is the best of the prompts it takes."""
 
     most_atlases: Annotated[int, Field(ge=1)] = 5
-    """Atlases of a context that are registered in full to a query: those most alike after a coarse linear fit."""
+    """Atlases of a context that are registered in full to a query: those that fit it best after a rough
+    rigid fit."""
 
     topology: bool = True
     """Whether islands that the atlas's structures do not have are removed from the fused result."""

@@ -1,6 +1,7 @@
-"""The optimiser Adam, as PyTorch computes it, without loading ``torch.optim``.
+"""The optimiser Adam by PyTorch's own functional form.
 
-Loading that brings in PyTorch's compiler, which takes seconds: longer than the registration of a small scan.
+The class ``torch.optim.Adam`` loads PyTorch's compiler with its first step, which takes longer than the registration of
+a small scan; the function it calls does not.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
-#: Added to the root of the mean squared gradient.
+#: Added to the root of the mean squared gradient: the default of PyTorch.
 _EPSILON = 1e-8
 
 
@@ -29,9 +31,10 @@ class Adam:
         weight_decay: float = 0.0,
     ) -> None:
         self.parameters, self.rates = list(parameters), list(rates)
-        self._decay_rates, self._weight_decay, self._steps = decay_rates, weight_decay, 0
+        self._decay_rates, self._weight_decay = decay_rates, weight_decay
         self._means = [torch.zeros_like(one) for one in self.parameters]
         self._squares = [torch.zeros_like(one) for one in self.parameters]
+        self._steps = [torch.tensor(0.0) for _ in self.parameters]
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], *, factor: float = 1.0, momentum: float | None = None) -> None:
@@ -40,15 +43,22 @@ class Adam:
         ``momentum`` is used in this step in place of the first of the ``decay_rates``.
         """
         first, second = self._decay_rates
-        first = first if momentum is None else momentum
-        self._steps += 1
-        first_total, second_total = 1 - first**self._steps, 1 - second**self._steps
-        for one, rate, gradient, mean, square in zip(
-            self.parameters, self.rates, gradients, self._means, self._squares, strict=True
-        ):
-            rate *= factor
-            if self._weight_decay:
-                one.mul_(1 - rate * self._weight_decay)
-            mean.lerp_(gradient, 1 - first)
-            square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-            one.addcdiv_(mean, (square.sqrt() / second_total**0.5).add_(_EPSILON), value=-rate / first_total)
+        states = (self.parameters, gradients, self._means, self._squares, self._steps)
+        for rate, *state in zip(self.rates, *states, strict=True):
+            parameter, gradient, mean, square, count = ([one] for one in state)
+            adamw(
+                parameter,
+                gradient,
+                mean,
+                square,
+                [],
+                count,
+                foreach=False,
+                amsgrad=False,
+                beta1=first if momentum is None else momentum,
+                beta2=second,
+                lr=rate * factor,
+                weight_decay=self._weight_decay,
+                eps=_EPSILON,
+                maximize=False,
+            )

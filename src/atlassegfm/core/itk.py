@@ -74,7 +74,7 @@ def _flattened(
     return data, table
 
 
-def save_itk(volume: Volume, path: Path, structures: Sequence[Structure] | None) -> None:
+def save_itk(volume: Volume, path: Path, structures: Sequence[Structure] | None, *, compress: bool = True) -> None:
     """Write an NRRD or MetaImage file; with structures, NRRD has the header of a 3D Slicer segmentation."""
     import SimpleITK as sitk
 
@@ -83,7 +83,7 @@ def save_itk(volume: Volume, path: Path, structures: Sequence[Structure] | None)
     for key, text in to_slicer_metadata(structures or (), volume.grid.shape).items():
         image.SetMetaData(key, text)
     try:
-        sitk.WriteImage(image, str(path), useCompression=True)
+        sitk.WriteImage(image, str(path), useCompression=compress)
     except RuntimeError:
         # ITK does not say why: a second write shows whether the disk is full.
         with path.open("wb") as file:

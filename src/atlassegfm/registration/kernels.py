@@ -305,6 +305,17 @@ def sum_across(images: Array, radius: int, result: Array, first: int, last: int)
                         result[n, i, j, k] += images[n, other, j, k]
 
 
+@inlined
+def _sum_planes(images: Array, low: int, high: int, j: int, row: Array) -> None:
+    """Sum row j of the planes ``low`` to ``high`` of (C, I, J, K), for as many images as ``row``, (C, K), has."""
+    for n in range(row.shape[0]):
+        for k in range(row.shape[1]):
+            row[n, k] = images[n, low, j, k]
+        for other in range(low + 1, high):
+            for k in range(row.shape[1]):
+                row[n, k] += images[n, other, j, k]
+
+
 @compiled
 def moment_sums(moving: Array, fixed: Array, radius: int, sums: Array, first: int, last: int) -> None:
     """Sums within planes of the moving image, its square, and its product with the fixed one: (3, I, J, K)."""
@@ -339,12 +350,7 @@ def correlation_pulls(
     for i in range(first, last):
         low, high = max(0, i - radius), min(ni, i + radius + 1)
         for j in range(nj):
-            for n in range(3):
-                for k in range(nk):
-                    row[n, k] = sums[n, low, j, k]
-                for other in range(low + 1, high):
-                    for k in range(nk):
-                        row[n, k] += sums[n, other, j, k]
+            _sum_planes(sums, low, high, j, row)
             for k in range(nk):
                 inverse, own = inverse_count[i, j, k], row[0, k] * inverse_count[i, j, k]
                 spread = max(row[1, k] * inverse - own * own, np.float32(0)) + noise
@@ -368,12 +374,7 @@ def correlation_slopes(
     for i in range(first, last):
         low, high = max(0, i - radius), min(ni, i + radius + 1)
         for j in range(nj):
-            for n in range(4):
-                for k in range(nk):
-                    row[n, k] = sums[n, low, j, k]
-                for other in range(low + 1, high):
-                    for k in range(nk):
-                        row[n, k] += sums[n, other, j, k]
+            _sum_planes(sums, low, high, j, row)
             for k in range(nk):
                 by_fixed, by_moving = row[1, k] - row[0, k] * fixed[i, j, k], row[2, k] * moving[i, j, k] - row[3, k]
                 slopes[i, j, k] = np.float32(2) * (by_fixed + by_moving)
@@ -404,19 +405,7 @@ def patch_distances(image: Array, pairs: Any, result: Array, noise: Array, first
                     for k in range(nk):
                         difference = image[done + ai, j + aj, k + ak] - image[done + bi, j + bj, k + bk]
                         squares[j, k] = difference * difference
-                    for k in range(nk):
-                        rows[j, k] = squares[j, k]
-                    for k in range(nk - 1):
-                        rows[j, k] += squares[j, k + 1]
-                    for k in range(1, nk):
-                        rows[j, k] += squares[j, k - 1]
-                for j in range(nj):
-                    low, high = max(0, j - 1), min(nj, j + 2)
-                    for k in range(nk):
-                        sums[done % 3, n, j, k] = rows[low, k]
-                    for other in range(low + 1, high):
-                        for k in range(nk):
-                            sums[done % 3, n, j, k] += rows[other, k]
+                _sum_plane(squares, 1, rows, sums[done % 3, n])
             done += 1
         low, high = max(0, i - 1), min(ni, i + 2)
         for j in range(nj):

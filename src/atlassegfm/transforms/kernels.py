@@ -27,39 +27,40 @@ def _node(place: float, length: int) -> tuple[int, int, float]:
 
 
 @inlined
-def _linear(image: Any, ijk: Any) -> float:
-    """Interpolate (I, J, K) at a point."""
-    i, far_i, u = _node(ijk[0], image.shape[0])
-    j, far_j, v = _node(ijk[1], image.shape[1])
-    k, far_k, w = _node(ijk[2], image.shape[2])
+def _voxel(to_voxel: Doubles, points_mm: Doubles, n: int) -> tuple[Any, Any, Any]:
+    """Place of point n of (N, 3) in voxels, by an inverse affine (4, 4)."""
+    x, y, z = points_mm[n, 0], points_mm[n, 1], points_mm[n, 2]
+    return (
+        to_voxel[0, 0] * x + to_voxel[0, 1] * y + to_voxel[0, 2] * z + to_voxel[0, 3],
+        to_voxel[1, 0] * x + to_voxel[1, 1] * y + to_voxel[1, 2] * z + to_voxel[1, 3],
+        to_voxel[2, 0] * x + to_voxel[2, 1] * y + to_voxel[2, 2] * z + to_voxel[2, 3],
+    )
+
+
+@inlined
+def _cell(ijk: Any, shape: Any) -> tuple[Any, Any, Any]:
+    """Nodes around a place and the fractions between them, axis by axis."""
+    return _node(ijk[0], shape[0]), _node(ijk[1], shape[1]), _node(ijk[2], shape[2])
+
+
+@inlined
+def _linear(image: Any, cell: Any) -> Any:
+    """Interpolate (I, J, K) in a cell."""
+    (i, far_i, u), (j, far_j, v), (k, far_k, w) = cell
     near = (1 - v) * ((1 - w) * image[i, j, k] + w * image[i, j, far_k])
     near += v * ((1 - w) * image[i, far_j, k] + w * image[i, far_j, far_k])
     far = (1 - v) * ((1 - w) * image[far_i, j, k] + w * image[far_i, j, far_k])
     far += v * ((1 - w) * image[far_i, far_j, k] + w * image[far_i, far_j, far_k])
-    return float((1 - u) * near + u * far)
+    return (1 - u) * near + u * far
 
 
 @compiled
 def displace(points_mm: Doubles, field: Any, to_voxel: Doubles, moved_mm: Doubles) -> None:
     """Add a displacement, (3, I, J, K) on a grid with the inverse affine ``to_voxel``, to (N, 3) points."""
     for n in range(len(points_mm)):
-        x, y, z = points_mm[n, 0], points_mm[n, 1], points_mm[n, 2]
-        i, far_i, u = _node(
-            to_voxel[0, 0] * x + to_voxel[0, 1] * y + to_voxel[0, 2] * z + to_voxel[0, 3], field.shape[1]
-        )
-        j, far_j, v = _node(
-            to_voxel[1, 0] * x + to_voxel[1, 1] * y + to_voxel[1, 2] * z + to_voxel[1, 3], field.shape[2]
-        )
-        k, far_k, w = _node(
-            to_voxel[2, 0] * x + to_voxel[2, 1] * y + to_voxel[2, 2] * z + to_voxel[2, 3], field.shape[3]
-        )
+        cell = _cell(_voxel(to_voxel, points_mm, n), field.shape[1:])
         for axis in range(3):
-            one = field[axis]
-            near = (1 - v) * ((1 - w) * one[i, j, k] + w * one[i, j, far_k])
-            near += v * ((1 - w) * one[i, far_j, k] + w * one[i, far_j, far_k])
-            far = (1 - v) * ((1 - w) * one[far_i, j, k] + w * one[far_i, j, far_k])
-            far += v * ((1 - w) * one[far_i, far_j, k] + w * one[far_i, far_j, far_k])
-            moved_mm[n, axis] = points_mm[n, axis] + (1 - u) * near + u * far
+            moved_mm[n, axis] = points_mm[n, axis] + _linear(field[axis], cell)
 
 
 @compiled
@@ -67,12 +68,9 @@ def sample_linear(image: Any, points_mm: Doubles, to_voxel: Doubles, values: NDA
     """Interpolate an image at points, (N, 3), up to half a voxel beyond its outermost centres; others stay."""
     shape = image.shape
     for n in range(len(points_mm)):
-        x, y, z = points_mm[n, 0], points_mm[n, 1], points_mm[n, 2]
-        i = to_voxel[0, 0] * x + to_voxel[0, 1] * y + to_voxel[0, 2] * z + to_voxel[0, 3]
-        j = to_voxel[1, 0] * x + to_voxel[1, 1] * y + to_voxel[1, 2] * z + to_voxel[1, 3]
-        k = to_voxel[2, 0] * x + to_voxel[2, 1] * y + to_voxel[2, 2] * z + to_voxel[2, 3]
+        i, j, k = _voxel(to_voxel, points_mm, n)
         if -0.5 <= i <= shape[0] - 0.5 and -0.5 <= j <= shape[1] - 0.5 and -0.5 <= k <= shape[2] - 0.5:
-            values[n] = _linear(image, (i, j, k))
+            values[n] = _linear(image, _cell((i, j, k), shape))
 
 
 @compiled

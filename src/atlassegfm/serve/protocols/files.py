@@ -3,46 +3,23 @@
 from __future__ import annotations
 
 import tempfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ...core.errors import InputError
 from ...core.image import WRITTEN_SUFFIXES, Volume, image_suffix, label_values, load_labels
+from ...core.itk import save_itk
 from ...dicom import open_image
 from .multipart import File
 
-_TYPES = {"uint8": "uint8", "uint16": "uint16", "uint32": "uint32", "float32": "float"}
-
 
 def nrrd(volume: Volume, *, compress: bool = True) -> bytes:
-    """Write an NRRD file as every reader takes it, OHIF's too: little-endian, raw or gzip, the first axis fastest."""
-    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ volume.grid.affine
-    data = volume.data.astype(volume.data.dtype.newbyteorder("<"), copy=False)
-    lines = (
-        "NRRD0004",
-        f"type: {_TYPES[volume.data.dtype.name]}",
-        "dimension: 3",
-        "space: left-posterior-superior",
-        f"sizes: {' '.join(map(str, volume.grid.shape))}",
-        f"space directions: {' '.join(_vector(column) for column in lps[:3, :3].T)}",
-        "kinds: domain domain domain",
-        "endian: little",
-        f"encoding: {'gzip' if compress else 'raw'}",
-        f"space origin: {_vector(lps[:3, 3])}",
-    )
-    raw = data.tobytes(order="F")
-    packer = zlib.compressobj(1, zlib.DEFLATED, 16 + zlib.MAX_WBITS)
-    content = packer.compress(raw) + packer.flush() if compress else raw
-    return "\n".join(lines).encode() + b"\n\n" + content
-
-
-def _vector(values: NDArray[np.float64]) -> str:
-    return f"({','.join(repr(float(n)) for n in values)})"
+    """Write an NRRD file, raw or compressed."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "volume.nrrd"
+        save_itk(volume, path, None, compress=compress)
+        return path.read_bytes()
 
 
 def read_labels(file: File) -> Volume:
