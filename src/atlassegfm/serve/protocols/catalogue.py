@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from ...context import Context
 from ...core.errors import AtlasSegError
 from ...core.image import load_volume
-from ...dicom import series_of
+from ...dicom import Series, find_series
 from ...jobs.table import read_run
-from ...records import EDITS, RUN, SEGMENTATION, RunRecord, label_map_of
+from ...records import EDITS, RUN, SEGMENTATION, STATUS, RunRecord, StatusRecord, label_map_of
 from ..cases import Cases
 from ..session import Session, remark_of
 
@@ -86,8 +86,9 @@ class Catalogue:
         if image in self._by_id:
             return self._by_id[image]
         if image and set(image) <= set("0123456789."):
-            for number, entry in enumerate(self._cases.entries):
-                if entry.has_scan and self.series_of(number).get("SeriesInstanceUID") == image:
+            for number in range(len(self._cases.entries)):
+                series = self.series_of(number)
+                if series is not None and series.uid == image:
                     return number
         raise KeyError(image)
 
@@ -156,19 +157,28 @@ class Catalogue:
 
         return tuple(self._once("shape", number, path, read))
 
-    def series_of(self, number: int) -> dict[str, str]:
-        """Identify the DICOM series of a case as a viewer does; empty if it has none, or no result yet."""
-        folder, query = self._cases.folder(number), self._cases.get(number).case.query
-        if not query.is_dir() or not (folder / RUN).is_file():
-            return {}
+    def series_of(self, number: int) -> Series | None:
+        """Find the DICOM series of a case, without its pixels; None if it has none that can be read."""
+        folder, entry = self._cases.folder(number), self._cases.get(number)
+        query = entry.case.query
+        if not entry.has_scan or not query.is_dir():
+            return None
 
-        def read() -> dict[str, str]:
-            series = series_of(self._cases.open(number).stored)
-            if series is None:
-                return {}
-            return {"SeriesInstanceUID": series.uid, "StudyInstanceUID": series.study_uid}
+        def read() -> Series | None:
+            status = StatusRecord.read(folder / STATUS) if (folder / STATUS).is_file() else None
+            provenance = None if status is None else status.provenance
+            try:
+                return find_series(query, None if provenance is None else provenance.series)[0]
+            except AtlasSegError:  # its own problem, which the list shows
+                return None
 
-        return dict(self._once("series", number, folder / RUN, read))
+        found: Series | None = self._once("series", number, folder / STATUS, read)
+        return found
+
+    def series(self) -> list[Series]:
+        """Find the DICOM series of all cases that have one."""
+        found = map(self.series_of, range(len(self._cases.entries)))
+        return [one for one in found if one is not None]
 
     def _once(self, what: str, number: int, path: Path, read: Callable[[], Any]) -> Any:
         """Read something once for each state of a file."""

@@ -177,7 +177,10 @@ def _serve_samples(router: APIRouter, room: _Room) -> None:
         query = entry.case.query
         if _is_sent_as_it_is(query):
             found["checksum"] = f"SHA256:{_sha256(query, query.stat().st_mtime_ns)}"
-        return found | room.catalogue.series_of(number)
+        series = room.catalogue.series_of(number)
+        if series is not None:  # where OHIF goes
+            found |= {"SeriesInstanceUID": series.uid, "StudyInstanceUID": series.study_uid}
+        return found
 
     @router.api_route("/datastore/image", methods=["GET", "HEAD"])
     def image(image: str) -> Response:
