@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -104,6 +105,24 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Outcome(ended.value.code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture
+def browser() -> Iterator[Callable[..., Any]]:
+    """Start the browser that is installed, with software WebGL or without any."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    program = next((path for name in names if (path := shutil.which(name))), None)
+    if program is None:
+        pytest.skip(f"no browser: looked for {', '.join(names)}")
+    software = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+    with api.sync_playwright() as playwright:
+
+        def start(*, webgl: bool) -> Any:
+            arguments = ["--no-sandbox", *(software if webgl else ["--disable-gpu", "--disable-3d-apis"])]
+            return playwright.chromium.launch(executable_path=program, args=arguments)
+
+        yield start
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,24 +28,6 @@ from conftest import Run
 from scenes import ATLAS, STRUCTURES, UNREGISTERED, Patient, straight_grid
 
 GRID = straight_grid((32, 28, 24), (3.0, 3.0, 3.0))
-
-
-@pytest.fixture
-def browser() -> Iterator[Callable[..., Any]]:
-    """Start the browser that is installed, with software WebGL or without any."""
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-    program = next((path for name in names if (path := shutil.which(name))), None)
-    if program is None:
-        pytest.skip(f"no browser: looked for {', '.join(names)}")
-    software = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-    with api.sync_playwright() as playwright:
-
-        def start(*, webgl: bool) -> Any:
-            arguments = ["--no-sandbox", *(software if webgl else ["--disable-gpu", "--disable-3d-apis"])]
-            return playwright.chromium.launch(executable_path=program, args=arguments)
-
-        yield start
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def _fits(row: Dataset, wanted: Mapping[str, str]) -> bool:
             element = row.get(Tag(key))
         except ValueError:
             raise HTTPException(400, f"no element of DICOM is called {key[:64]}") from None
-        found = "" if element is None else str(element.value).lower()
+        found = str(getattr(element, "value", "")).lower()
         first, dash, last = text.lower().partition("-")
         in_range = key.endswith("Date") and bool(dash) and first <= found <= (last or found)
         if not in_range and not fnmatchcase(found, text.lower()):
