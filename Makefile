@@ -6,6 +6,8 @@ BIN := .venv/bin
 STAMPS := .venv/.stamps
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check \
 	--constraint constraints.txt --build-constraint constraints.txt
+# napari and Qt stay out of .venv; the packages that are there are seen from here.
+NAPARI := .venv-napari
 # Tests run in two processes; one thread each keeps them from fighting over the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 MKL_NUM_THREADS=1 ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS=1
 
@@ -15,7 +17,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo extras test test-all test-install trial fuzz check format results bench gpu-check profile docs clean
+.PHONY: help demo extras test test-all test-install test-napari trial fuzz check format results bench gpu-check profile docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +39,13 @@ trial: $(STAMPS)/test ## walk a newcomer's first day through the command line, a
 
 test-install: $(STAMPS)/test ## install the wheel into an empty environment, then an extra as its error message says
 	$(BIN)/python -m pytest tests/test_install.py
+
+test-napari: $(STAMPS)/test ## open results in napari itself, which gets an environment of its own
+	$(BIN)/python -m venv $(NAPARI)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> $$($(NAPARI)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages-of-the-tests.pth
+	$(NAPARI)/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt 'napari[pyqt6]>=0.6'
+	$(ONE_THREAD) $(if $(shell command -v xvfb-run),xvfb-run -a) $(NAPARI)/bin/python -m pytest -W ignore tests/test_napari.py
 
 fuzz: $(STAMPS)/test ## put 300 damaged files through check, segment and evaluate, in minutes
 	$(ONE_THREAD) $(BIN)/python tests/fuzz.py
@@ -70,7 +79,7 @@ docs: $(STAMPS)/docs ## build the documentation into site/
 	$(BIN)/zensical build --clean --strict
 
 clean: ## delete what the other jobs made, .venv included
-	rm -rf .venv .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .cache build demo dist site
+	rm -rf .venv .venv-napari .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache .cache build demo dist site
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMPS)/venv:

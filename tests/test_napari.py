@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import os
 import tomllib
 from collections.abc import Callable
 from importlib import resources
@@ -81,8 +83,8 @@ def test_a_result_has_names_colours_and_place(result: Path) -> None:
         assert np.allclose(arguments["colormap"][one.value], [*(n / 255 for n in one.color), 1])
     # A voxel (k, j, i) lies where the file says, with the axes of the world turned likewise.
     k, j, i = 5, 6, 7
-    z, y, x, _ = arguments["affine"] @ (k, j, i, 1)
-    assert np.allclose((x, y, z), stored.grid.voxel_to_world((i, j, k)), atol=1e-4)
+    superior, posterior, left, _ = arguments["affine"] @ (k, j, i, 1)
+    assert np.allclose((-left, -posterior, superior), stored.grid.voxel_to_world((i, j, k)), atol=1e-4)
     assert reader()(str(result / "run.json"))(str(result / "run.json"))[0][1]["name"] == "case"
 
 
@@ -108,25 +110,47 @@ def test_other_folders_and_files_are_left_to_others(tmp_path: Path) -> None:
     assert reader()([str(tmp_path / "empty")]) is None
 
 
-@pytest.mark.filterwarnings("ignore")  # of napari's own dependencies
-def test_napari_opens_both(result: Path, context: Path) -> None:
-    """In napari itself, without a window, through the manifest."""
-    pytest.importorskip("napari", reason="napari is not installed")
-    npe2 = pytest.importorskip("npe2")
-    from napari.components import ViewerModel
+def has_opengl(napari: Any) -> bool:
+    napari.qt.get_qapp()
+    found: bool = importlib.import_module("qtpy.QtGui").QOpenGLContext().create()
+    return found
 
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of napari's own dependencies
+@pytest.mark.parametrize("qt", [False, True], ids=["layers", "window"])
+def test_napari_opens_both(result: Path, context: Path, qt: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In napari itself, which finds the manifest, and in its window where there is OpenGL (``make test-napari``)."""
+    napari = pytest.importorskip("napari", reason="napari is not installed: make test-napari")
+    npe2 = pytest.importorskip("npe2")
+    if "DISPLAY" not in os.environ:
+        monkeypatch.setenv("QT_QPA_PLATFORM", "offscreen")
     manager = npe2.PluginManager.instance()
-    if "atlassegfm" not in manager:
-        manager.register(npe2.PluginManifest.from_file(str(MANIFEST)))
-    viewer = ViewerModel()
+    manager.discover()
+    assert "atlassegfm" in manager, "the package is not installed, or its entry point is not found"
+    if qt and not has_opengl(napari):
+        pytest.skip("Qt has no OpenGL without a screen: install Xvfb (make test-napari uses it)")
+    viewer = napari.Viewer() if qt else napari.components.ViewerModel()
     viewer.open(str(result), plugin="atlassegfm")
     viewer.open(str(context), plugin="atlassegfm")
     assert [one.name for one in viewer.layers] == ["case", "case: atlas", "case: model", "atlas", "atlas: labels"]
     labels = viewer.layers["case"]
     stored = load_labels(result / "segmentation.nii.gz")
     assert np.array_equal(labels.data, stored.data.T)
-    k, j, i = 5, 6, 7
-    assert np.allclose(labels.data_to_world((k, j, i))[::-1], stored.grid.voxel_to_world((i, j, k)), atol=1e-4)
-    assert np.allclose(labels.get_color(7)[:3], np.array(STRUCTURES[1].color) / 255, atol=0.01)
-    assert labels.features.set_index("index").loc[7, "name"] == "kidney"
+    # The world is S, P, L: all of the affine is asserted, by its corners.
+    for i, j, k in itertools.product((0, 7), (0, 6), (0, 5)):
+        x, y, z = stored.grid.voxel_to_world((i, j, k))
+        assert np.allclose(labels.data_to_world((k, j, i)), (z, -y, -x), atol=1e-4)
+    for one in STRUCTURES:
+        assert np.allclose(labels.get_color(one.value)[:3], np.array(one.color) / 255, atol=0.01)
+        assert labels.features.set_index("index").loc[one.value, "name"] == one.name
     assert viewer.layers["atlas"].data.dtype == np.float32
+    if qt:
+        for layer in viewer.layers:
+            layer.visible = layer is labels
+        labels.opacity = 1.0
+        viewer.dims.set_point((0, 1, 2), labels.data_to_world(np.argwhere(labels.data == 1).mean(axis=0)))
+        viewer.reset_view()
+        pixels = viewer.screenshot(flash=False)[..., :3].astype(int)
+        assert (np.abs(pixels - STRUCTURES[0].color).max(axis=-1) <= 3).sum() > 100
+        viewer.close()

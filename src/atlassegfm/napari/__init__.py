@@ -1,7 +1,8 @@
 """Open results and contexts in napari: label maps with names, colours and place.
 
 napari finds ``napari.yaml`` by an entry point; nothing here imports it. Arrays have the axes k, j, i of the files, and
-the world is S, A, R in mm, as napari shows the last two axes.
+the world is S, P, L in mm: napari shows the last two axes downwards and to the right, so slices lie as radiologists
+see them.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 
 from ..context import CONTENT, Context
 from ..core.files import PathLike
+from ..core.geometry import LPS_FLIP
 from ..core.image import Volume, label_values, load_labels
 from ..core.labels import LabelTable, Structure, read_names_file, structures_of
 from ..records import RUN, SLICER_COLORS, RunRecord, label_map_of
@@ -96,4 +98,5 @@ def _turned(volume: Volume) -> Any:
 
 def _place(volume: Volume) -> dict[str, Any]:
     turn = np.eye(4)[[2, 1, 0, 3]]
-    return {"affine": turn @ volume.grid.affine @ turn, "units": ("mm",) * 3, "axis_labels": ("S", "A", "R")}
+    affine = turn @ LPS_FLIP @ volume.grid.affine @ turn
+    return {"affine": affine, "units": ("mm",) * 3, "axis_labels": ("S", "P", "L")}
