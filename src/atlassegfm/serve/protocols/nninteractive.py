@@ -1,4 +1,4 @@
-"""The protocol of nnInteractive's server, for 3D Slicer and napari: our model answers, and knows the atlas.
+"""The protocol of nnInteractive's server, for 3D Slicer and napari: our models answer, and the atlas is known.
 
 A client takes a place, sends a scan as an array, and prompts one structure at a time; each answer is the box that
 changed. The protocol has no names: a scan of the cases is recognised by its voxels. Nothing that happens here changes a
@@ -25,11 +25,11 @@ from pydantic import BaseModel, Field
 from ...core.errors import InputError
 from ...core.geometry import Grid
 from ...core.image import Volume
-from ...core.version import __version__
 from ..app import Desk
 from .canvas import Box, Canvas
 from .catalogue import Catalogue
 from .leases import FullError, GoneError, Lease, Leases
+from .models import Models
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,6 @@ CAPABILITIES: dict[str, Any] = {
     "patch_size": [192, 192, 192],
     "do_autozoom": True,
     "inference_session_version": _VERSION,
-    "license": f"Apache-2.0 (AtlasSegFM {__version__}, built-in model)",
     "supports_undo": True,
 }
 
@@ -122,14 +121,14 @@ XMeta = Annotated[str, Header(alias="x-meta")]
 
 def router_of(desk: Desk, catalogue: Catalogue, leases: Leases[Desktop] | None = None) -> APIRouter:
     """Make the routes of the protocol."""
-    router, places = APIRouter(), Leases[Desktop]() if leases is None else leases
-    _serve_places(router, places)
-    _serve_scans(router, places, desk, catalogue)
+    router, places, models = APIRouter(), Leases[Desktop]() if leases is None else leases, Models(desk)
+    _serve_places(router, places, models)
+    _serve_scans(router, places, models, catalogue)
     _serve_prompts(router, places)
     return router
 
 
-def _serve_places(router: APIRouter, places: Leases[Desktop]) -> None:
+def _serve_places(router: APIRouter, places: Leases[Desktop], models: Models) -> None:
     # Not one of these waits for a thread: they are answered while predictions run.
     @router.get("/healthz")
     async def healthz() -> dict[str, bool]:
@@ -155,7 +154,7 @@ def _serve_places(router: APIRouter, places: Leases[Desktop]) -> None:
     async def capabilities(x_lease_token: Token = "") -> dict[str, Any]:
         """Say which prompts are answered."""
         _place(places, x_lease_token)
-        return CAPABILITIES
+        return CAPABILITIES | {"license": models.licence()}
 
     @router.post("/heartbeat")
     async def heartbeat(x_lease_token: Token = "") -> dict[str, float]:
@@ -208,7 +207,7 @@ def _drawing(places: Leases[Desktop], token: str) -> Iterator[Desktop]:
             raise HTTPException(400, str(error)) from None
 
 
-def _serve_scans(router: APIRouter, places: Leases[Desktop], desk: Desk, catalogue: Catalogue) -> None:
+def _serve_scans(router: APIRouter, places: Leases[Desktop], models: Models, catalogue: Catalogue) -> None:
     @router.post("/set_image")
     def set_image(body: Packed, x_lease_token: Token = "", x_meta: XMeta = "{}") -> dict[str, Any]:
         """Take a scan, which is recognised if it is one of a case."""
@@ -218,7 +217,7 @@ def _serve_scans(router: APIRouter, places: Leases[Desktop], desk: Desk, catalog
             if array.shape[0] != 1:
                 raise HTTPException(400, f"the scan has {array.shape[0]} channels; expected one")
             lease.content = None  # frees its memory before the next is made
-            lease.content = Desktop(_canvas(array[0], meta.image_properties, desk, catalogue))
+            lease.content = Desktop(_canvas(array[0], meta.image_properties, models, catalogue))
             return {"original_image_shape": list(array.shape)}
 
     @router.post("/set_target_buffer")
@@ -252,7 +251,7 @@ def _begin(desktop: Desktop) -> None:
     desktop.canvas.reset()
 
 
-def _canvas(data: NDArray[Any], properties: dict[str, Any], desk: Desk, catalogue: Catalogue) -> Canvas:
+def _canvas(data: NDArray[Any], properties: dict[str, Any], models: Models, catalogue: Catalogue) -> Canvas:
     scan = np.ascontiguousarray(data, np.float32)
     valid = np.isfinite(scan)
     if not valid.all():
@@ -274,7 +273,7 @@ def _canvas(data: NDArray[Any], properties: dict[str, Any], desk: Desk, catalogu
         grid = Grid((scan.shape[0], scan.shape[1], scan.shape[2]), np.diag([*sizes, 1.0]))
     except (TypeError, ValueError, InputError):
         raise HTTPException(400, "the spacing is not three sizes in mm") from None
-    return Canvas(Volume(scan, grid), desk.model, known)
+    return Canvas(Volume(scan, grid), models.desk.model, known, models.by_prompt())
 
 
 def _serve_prompts(router: APIRouter, places: Leases[Desktop]) -> None:
