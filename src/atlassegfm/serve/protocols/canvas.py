@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 
 from ...core.errors import InputError
 from ...core.image import Volume
-from ...core.mask import LocalMap
+from ...core.mask import LocalMap, mean_of
 from ...models.base import Segmenter
 from ...prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, PromptKind, largest_component
 from ..clicks import Click, Mask, answer
 from ..edits import Change
+from .models import Chosen
 
 #: First and one past the last voxel along each axis.
 Box = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -40,13 +41,13 @@ class _Step:
 class Canvas:
     """A scan, its mask, and what is known of it: label arrays on the same axes, the best first.
 
-    Corrections are answered by ``model``, and so are first prompts of a kind that ``others`` have no model for.
+    Corrections are answered by ``model``, and so are first prompts of a kind that no chosen model takes.
     """
 
     scan: Volume
     model: Segmenter
     known: Sequence[NDArray[Any]] = ()
-    others: Mapping[PromptKind, Segmenter] = field(default_factory=dict)
+    chosen: Chosen = field(default_factory=Chosen)
     mask: Mask = field(init=False)
     clicks: tuple[Click, ...] = ()
     _steps: list[_Step] = field(default_factory=list)
@@ -156,13 +157,17 @@ class Canvas:
         return None if change is None else _box(change)
 
     def _predict(self, prompt: Prompt) -> Mask:
-        model = self.others.get(_KINDS[type(prompt)], self.model)
         try:
-            found = model.predict(model.encode(self.scan), {1: prompt})[1]
-        except InputError:  # a box across the slices that the model reads, or a scan that is none for it
-            found = self.model.predict(self.model.encode(self.scan), {1: prompt})[1]
+            found = self._ask(self.chosen.by_prompt.get(_KINDS[type(prompt)], self.model), prompt)
+        except InputError:  # a box across the slices that the model reads
+            found = self._ask(self.model, prompt)
+        if not found.is_empty:
+            found = mean_of([found, *(self._ask(one, MaskPrompt(found)) for one in self.chosen.followers)])
         inside: Mask = found.to_full(self.scan.grid.shape) >= INSIDE
         return inside
+
+    def _ask(self, model: Segmenter, prompt: Prompt) -> LocalMap:
+        return model.predict(model.encode(self.scan), {1: prompt})[1]
 
     def _known_at(self, voxels: NDArray[np.int64]) -> Mask | None:
         """The structure that most of these voxels are in; None if they are in none."""

@@ -1,10 +1,12 @@
-"""Models behind prompts: those of the session where they take the kind of prompt, else the built-in one."""
+"""Models behind prompts of nnInteractive's clients: those of the session, and the built-in one for what they lack."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
+from types import MappingProxyType
+from typing import NamedTuple
 
 from ...context import Context
 from ...core.version import __version__
@@ -15,23 +17,27 @@ from ...settings import Settings
 from ..app import Desk
 
 
+class Chosen(NamedTuple):
+    """Models that answer first prompts: by the kind that each takes, and those that are shown what these found."""
+
+    by_prompt: Mapping[PromptKind, Segmenter] = MappingProxyType({})
+    followers: Sequence[Segmenter] = ()
+
+
 @dataclass
 class Models:
-    """Models of a session: of the context, or of ``--model``; the built-in one alone where results are reviewed."""
+    """Models of a session, of the context or of ``--model``; the built-in one alone where results are reviewed."""
 
     desk: Desk
-    _loaded: dict[PromptKind, Segmenter] | None = None
+    _chosen: Chosen | None = None
     _lock: Lock = field(default_factory=Lock)
 
-    def by_prompt(self) -> Mapping[PromptKind, Segmenter]:
-        """Load the models once, and give the first that takes each kind of prompt, others than the built-in one.
-
-        Errors as of :func:`.load_model`.
-        """
+    def chosen(self) -> Chosen:
+        """Load the models of the session, others than the built-in one, once; errors as of :func:`.load_model`."""
         with self._lock:
-            if self._loaded is None:
-                self._loaded = self._load()
-            return self._loaded
+            if self._chosen is None:
+                self._chosen = self._load()
+            return self._chosen
 
     def licence(self) -> str:
         """Name the models and the licences of their weights, for users to read."""
@@ -44,14 +50,18 @@ class Models:
         cohort = self.desk.cohort
         return None if cohort is None else cohort.job.change(Context.load(cohort.job.context).settings)
 
-    def _load(self) -> dict[PromptKind, Segmenter]:
-        settings, found = self._settings(), dict[PromptKind, Segmenter]()
+    def _load(self) -> Chosen:
+        settings = self._settings()
         if settings is None or self.desk.cohort is None:
-            return found
-        paths = weights_paths(settings)
+            return Chosen()
+        by_prompt, followers = dict[PromptKind, Segmenter](), list[Segmenter]()
+        paths, device = weights_paths(settings), self.desk.cohort.job.device
         for row in describe_models(settings):
-            if row.weights is not None:
-                model = load_model(row.name, self.desk.cohort.job.device, settings.models, paths.get(row.name))
-                for kind in row.prompts:
-                    found.setdefault(kind, model)
-        return found
+            if row.weights is None:
+                continue
+            model = load_model(row.name, device, settings.models, paths.get(row.name))
+            if row.follows:
+                followers.append(model)
+            for kind in () if row.follows else row.prompts:
+                by_prompt.setdefault(kind, model)
+        return Chosen(by_prompt, followers)

@@ -273,7 +273,7 @@ def _canvas(data: NDArray[Any], properties: dict[str, Any], models: Models, cata
         grid = Grid((scan.shape[0], scan.shape[1], scan.shape[2]), np.diag([*sizes, 1.0]))
     except (TypeError, ValueError, InputError):
         raise HTTPException(400, "the spacing is not three sizes in mm") from None
-    return Canvas(Volume(scan, grid), models.desk.model, known, models.by_prompt())
+    return Canvas(Volume(scan, grid), models.desk.model, known, models.chosen())
 
 
 def _serve_prompts(router: APIRouter, places: Leases[Desktop]) -> None:

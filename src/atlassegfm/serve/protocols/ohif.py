@@ -7,7 +7,6 @@ It was built for the address /ohif/ and for a DICOMweb server: here it lies belo
 from __future__ import annotations
 
 import re
-from functools import cache
 from importlib.util import find_spec
 from mimetypes import guess_type
 from pathlib import Path
@@ -89,7 +88,6 @@ def _page(folder: Path, up: str) -> str:
     return page.replace("'/ohif/'", 'location.pathname.split("/ohif/")[0] + "/ohif/"')
 
 
-@cache
 def _script(path: Path) -> bytes:
     """A script, which finds the others below the token."""
     here = b'= self.location.pathname.split("/ohif/")[0] + "/ohif/"'
