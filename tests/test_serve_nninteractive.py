@@ -319,7 +319,7 @@ def test_the_model_of_the_session_answers_first_prompts(tmp_path: Path) -> None:
     desks = Desk(Cases([], tmp_path), job.context, Cohort(job)), Desk(Cases([], tmp_path))
     found = []
     for desk in desks:
-        with serving(desk) as url, remote.nnInteractiveRemoteInferenceSession(url) as session:
+        with serving(desk) as url, remote.nnInteractiveRemoteInferenceSession(url, read_timeout=600) as session:
             assert ("litemedsam (Apache-2.0)" in session.license) == (desk is desks[0])
             show(session, scan)
             masks = []
