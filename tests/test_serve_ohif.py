@@ -36,10 +36,9 @@ VOXELS = "services.segmentationService.getLabelmapVolume('1').voxelManager.getCo
 
 
 def compressed(dataset: pydicom.Dataset, k: int) -> None:
-    """A slice as clinics store it: compressed, with an element of its maker and one that is not valid."""
+    """A slice as clinics store it: with an element of the scanner's maker, and every other one compressed."""
     block = dataset.private_block(0x0029, "MAKER", create=True)
     block.add_new(0x10, "LO", "secret")
-    dataset.add_new("PatientWeight", "DS", pydicom.valuerep.DSfloat("70"))
     if k % 2:
         dataset.compress(RLELossless)
 
@@ -69,7 +68,7 @@ def test_a_viewer_lists_and_loads_a_series(desk: Desk) -> None:
         assert (value(study, "0020000D"), value(study, "00080061"), value(study, "00201208")) == (STUDY, "CT", 19)
         assert value(study, "00100010") == {"Alphabetic": "Müller^Erika"}
         for search, count in (
-            (f"StudyInstanceUID={STUDY}", 1),
+            (f"{paging}&StudyInstanceUID={STUDY}", 1),
             (f"00100020={PATIENT}", 1),
             ("PatientName=*erika*", 1),
             ("PatientName=*mustermann*", 0),
@@ -78,10 +77,7 @@ def test_a_viewer_lists_and_loads_a_series(desk: Desk) -> None:
             ("ModalitiesInStudy=MR", 0),
             ("limit=1&offset=1", 0),
         ):
-            assert (
-                len(http.get(f"studies?{search}&{paging}" if "limit" not in search else f"studies?{search}").json())
-                == count
-            ), search
+            assert len(http.get(f"studies?{search}").json()) == count, search
         (series,) = http.get(f"studies/{STUDY}/series?includefield=00200011").json()
         assert (value(series, "0020000E"), value(series, "00201209")) == (SERIES, 19)
 
