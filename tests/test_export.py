@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from atlassegfm.atlas import Atlas
 from atlassegfm.core.bids import BidsName, parse_wanted
 from atlassegfm.core.dataset import load_dataset
 from atlassegfm.core.errors import InputError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume, load_image, load_labels, save_volume
+from atlassegfm.export import find_results, write_nnunet
 from atlassegfm.export.training import grown, training_labels, uncertainty_mm
 from atlassegfm.jobs import find_scans
 from atlassegfm.jobs.review import accept
@@ -33,8 +35,9 @@ from scenes import ATLAS, STRUCTURES, Patient, straight_grid
 GRID = straight_grid()
 NUMBERS = {1: 1, 7: 2, 12: 3}
 DATASET = "raw/Dataset101_Made"
+MADE = ("--nnunet", DATASET, "--channel", "CT")
 EXPORT = ("export", "out", "--images", "scans")
-TRAIN = (*EXPORT, "--atlas", "atlas.nii.gz", "--labels", "labels.nii.gz", "--nnunet", DATASET)
+TRAIN = (*EXPORT, "--atlas", "atlas.nii.gz", "--labels", "labels.nii.gz", *MADE)
 
 
 @pytest.fixture
@@ -96,7 +99,7 @@ def test_a_training_set(folder: Path, run: Run, result: Callable[..., Path]) -> 
     assert (dataset.structures, dataset.ignored) == ({1: "liver", 2: "kidney", 3: "node"}, 4)
     content = json.loads((folder / DATASET / "dataset.json").read_text())
     assert content["labels"] == {"background": 0, "liver": 1, "kidney": 2, "node": 3, "ignore": 4}
-    assert (content["channel_names"], content["numTraining"]) == ({"0": "MR"}, 3)
+    assert (content["channel_names"], content["numTraining"]) == ({"0": "CT"}, 3)
     table = np.array([NUMBERS.get(value, 0) for value in range(13)])
     originals = {"atlas": folder / "labels.nii.gz", "b": folder / "out/b_0000/segmentation.nii.gz"}
     for name, path in originals.items():
@@ -140,7 +143,20 @@ def test_without_doubt_there_is_no_ignore_label(folder: Path, run: Run, result: 
     assert "without the atlas" in outcome.err
 
 
-def test_dicom_series_and_hounsfield_units(folder: Path, run: Run, result: Callable[..., Path]) -> None:
+def test_atlases_count_with_all_structures_only(folder: Path, result: Callable[..., Path]) -> None:
+    result("a")
+    first = Atlas.from_volumes(ATLAS.scan(GRID), ATLAS.labels(GRID), STRUCTURES)
+    labels = ATLAS.labels(GRID)
+    labels.data[labels.data == 7] = 0
+    second = Atlas.from_volumes(Patient(scale=1.1).scan(GRID), labels, STRUCTURES).matched(first)
+    done = write_nnunet(
+        find_results(folder / "out", [folder / "scans"]), folder / DATASET, [first, second], channel="T1"
+    )
+    assert (done.atlases, done.cases) == (["atlas"], ["a"])
+    assert "kidney" in done.left_out["atlas-2"]
+
+
+def test_a_dicom_series(folder: Path, run: Run, result: Callable[..., Path]) -> None:
     random = np.random.default_rng(0)
     data = random.integers(-1000, 900, (12, 10, 8)).astype(np.int16)
     write_series(folder / "scans/ct", data, AFFINES["axial"], modality="CT")
@@ -149,9 +165,8 @@ def test_dicom_series_and_hounsfield_units(folder: Path, run: Run, result: Calla
     labels = np.zeros(scan.grid.shape, np.uint8)
     labels[2:5, 3:6, 2:6] = 7
     save_volume(Volume(labels, scan.grid), case / "segmentation.nii.gz")
-    outcome = run(*EXPORT, "--nnunet", DATASET, "--json")
+    outcome = run(*EXPORT, *MADE)
     assert outcome.code == 0, outcome.err
-    assert outcome.json["channel"] == "CT"
     made = load_dataset(folder / DATASET).case("ct")
     assert np.array_equal(load_image(made.image).turned_to(scan.grid).data, scan.data)
     assert np.array_equal(load_labels(made.labels).turned_to(scan.grid).data, labels // 7 * 2)
@@ -216,7 +231,7 @@ def test_corrected_labels_count_and_their_author_is_not_named(
     corrected = Volume(np.roll(automatic.data, 2, axis=0), automatic.grid)
     save_volume(corrected, case / "segmentation.nii.gz")
     accept(RunRecord.read(case / "run.json"), [1, 12], corrected, automatic, "Dr. Grey").write(case / "run.json")
-    assert run(*EXPORT, "--nnunet", DATASET).code == 0
+    assert run(*EXPORT, *MADE).code == 0
     made = load_labels(folder / DATASET / "labelsTr/a.nii.gz").data
     assert np.array_equal(made == 1, corrected.data == 1)
     rows = manifest(folder / DATASET)
@@ -228,20 +243,21 @@ def test_corrected_labels_count_and_their_author_is_not_named(
 
 
 REFUSED = {
-    ("export", "scans", "--images", "scans", "--nnunet", DATASET): "scans: no run.json",
-    ("export", "out/a", "--images", "scans", "--nnunet", DATASET): "single case",
+    ("export", "scans", "--images", "scans", *MADE): "scans: no run.json",
+    ("export", "out/a", "--images", "scans", *MADE): "single case",
+    (*EXPORT, *MADE[:2]): "--channel",
     (*EXPORT,): "--nnunet DATASET and --bids FOLDER",
-    (*EXPORT, "--nnunet", DATASET, "--bids", "b"): "--nnunet DATASET and --bids FOLDER",
+    (*EXPORT, *MADE, "--bids", "b"): "--nnunet DATASET and --bids FOLDER",
     (*EXPORT, "--bids", "b", "--channel", "CT"): "--channel",
-    (*EXPORT, "--nnunet", "raw/Liver"): "DatasetNNN_NAME",
-    (*EXPORT, "--nnunet", "there/Dataset007_Old"): "exists already",
-    (*EXPORT, "--nnunet", "there/Dataset007_New"): "Dataset007_Old has the number 007",
+    (*EXPORT, "--nnunet", "raw/Liver", *MADE[2:]): "DatasetNNN_NAME",
+    (*EXPORT, "--nnunet", "there/Dataset007_Old", *MADE[2:]): "exists already",
+    (*EXPORT, "--nnunet", "there/Dataset007_New", *MADE[2:]): "Dataset007_Old has the number 007",
     (*EXPORT, "--bids", "there"): "exists already",
     (*EXPORT, "--bids", "b"): "no BIDS name",
-    ("export", "out", "--images", "empty", "--nnunet", DATASET): "no scan here",
-    ("export", "out", "--images", "atlas.nii.gz", "--nnunet", DATASET): "none of 1 case",
-    (*EXPORT, "--atlas", "atlas.nii.gz", "--nnunet", DATASET): "--labels",
-    (*TRAIN[:-2], "--structures", "liver", "--nnunet", DATASET): "the results kidney, liver, node",
+    ("export", "out", "--images", "empty", *MADE): "no scan here",
+    ("export", "out", "--images", "atlas.nii.gz", *MADE): "none of 1 case",
+    (*EXPORT, "--atlas", "atlas.nii.gz", *MADE): "--labels",
+    (*TRAIN, "--structures", "liver"): "the results kidney, liver, node",
 }
 
 
@@ -260,13 +276,13 @@ def test_refusals(folder: Path, run: Run, result: Callable[..., Path]) -> None:
 def test_cases_of_one_name_and_structures_of_two(folder: Path, run: Run, result: Callable[..., Path]) -> None:
     result("a")
     result("A_0000")
-    outcome = run(*EXPORT, "--nnunet", DATASET)
+    outcome = run(*EXPORT, *MADE)
     assert outcome.code == 2
     assert "would have the name" in outcome.err
     shutil.rmtree(folder / "out/A_0000")
     other = result("b") / "run.json"
     other.write_text(other.read_text().replace('"liver"', '"spleen"'))
-    outcome = run(*EXPORT, "--nnunet", DATASET)
+    outcome = run(*EXPORT, *MADE)
     assert outcome.code == 2
     assert "label 1 is 'liver' in out/a, and 'spleen' in out/b" in outcome.err
     assert not (folder / "raw").exists()
@@ -284,7 +300,7 @@ def test_a_full_disk_leaves_nothing(
         path.write_bytes(b"")
 
     monkeypatch.setattr("atlassegfm.export.nnunet.save_volume", full)
-    outcome = run(*EXPORT, "--nnunet", DATASET)
+    outcome = run(*EXPORT, *MADE)
     assert outcome.code == 2
     assert "no space" in outcome.err
     assert not (folder / "raw").exists()

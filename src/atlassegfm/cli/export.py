@@ -36,14 +36,15 @@ class ExportOptions(ScreenOptions, AtlasOptions):
     )
     channel: str | None = option(
         "--channel NAME",
-        "What the scans are to nnU-Net, which normalises CT in its own way [default: CT where a scan is in Hounsfield "
-        "units, else MR].",
+        "With --nnunet: what the scans are, such as CT, MR or T2; nnU-Net normalises CT in its own way.",
     )
 
     def check(self) -> None:
         """Refuse options that do not go together, before anything is read."""
         if (self.nnunet is None) == (self.bids is None):
             raise InputError("expected one of --nnunet DATASET and --bids FOLDER")
+        if self.nnunet is not None and not self.channel:
+            raise InputError("--channel: is missing; say what the scans are, as nnU-Net normalises CT in its own way")
         if self.gives_atlas:
             self.check_atlas()
         if self.bids is not None and (self.gives_atlas or self.channel is not None):
@@ -71,7 +72,7 @@ def export(options: ExportOptions) -> None:
         found = find_results(options.folder, options.images)
         done: TrainingSet | Derivatives
         if options.nnunet is not None:
-            done = _training_set(options, options.nnunet, found, session)
+            done = _training_set(options, found, session)
         elif options.bids is not None:
             done = write_bids(found, options.bids, on_case=_on_case(session))
         for name, reason in sorted(done.left_out.items()):
@@ -87,10 +88,12 @@ def _on_case(session: Session) -> Callable[[int, int, str], None]:
     return functools.partial(session.begin, stage="export")
 
 
-def _training_set(options: ExportOptions, folder: Path, found: Found, session: Session) -> TrainingSet:
+def _training_set(options: ExportOptions, found: Found, session: Session) -> TrainingSet:
     from ..export import write_nnunet
 
     atlases = options.load_atlases() if options.gives_atlas else ()
     if not atlases:
         session.say("without the atlas, whose labels a person drew; give --context, or --atlas and --labels")
-    return write_nnunet(found, folder, atlases, channel=options.channel, on_case=_on_case(session))
+    assert options.nnunet is not None
+    assert options.channel is not None
+    return write_nnunet(found, options.nnunet, atlases, channel=options.channel, on_case=_on_case(session))

@@ -32,7 +32,6 @@ from ..core.geometry import Grid
 from ..core.image import Volume, save_volume, smallest_label_type
 from ..core.labels import Structure, listed
 from ..core.text import counted
-from ..report.slices import is_hounsfield
 from .results import Found, Result, none_left, structures_of_all, told
 from .training import UsedStructure, training_labels
 
@@ -53,7 +52,7 @@ class TrainingSet:
     folder: Path
     labels: dict[str, int]  # "background" is 0; "ignore" the last, where something is ignored
     left_out: dict[str, str]  # why, by name of the result
-    channel: str = ""
+    channel: str
     atlases: list[str] = field(default_factory=list)  # names of training cases
     cases: list[str] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)  # of export.csv
@@ -103,21 +102,21 @@ def write_nnunet(
     folder: Path,
     atlases: Sequence[Atlas] = (),
     *,
-    channel: str | None = None,
+    channel: str,
     on_case: Callable[[int, int, str], None] = lambda *_: None,
 ) -> TrainingSet:
     """Write results, and the atlases they were made with, as a training set; whole or not at all.
 
-    ``channel`` is what nnU-Net normalises by: "CT" or another name; by default "CT" where a scan is in Hounsfield
-    units, else "MR". ``on_case`` is called with number, count and name before each case. InputError if the folder
-    exists or cannot be written, names clash, an atlas has other structures, or no result is left.
+    ``channel`` is what the scans are: nnU-Net normalises "CT" in its own way, and all others alike. ``on_case`` is
+    called with number, count and name before each case. InputError if the folder exists or cannot be written, names
+    clash, an atlas has other structures, or no result is left.
     """
     check_dataset(folder)
     structures = structures_of_all(found.results)
     names = _case_names(found.results, len(atlases))
-    done = TrainingSet(folder, _labels(structures), dict(found.left_out))
+    done = TrainingSet(folder, _labels(structures), dict(found.left_out), channel)
     numbers = {one.value: done.labels[one.name] for one in structures}
-    hounsfield, ignored = False, 0
+    ignored = 0
     with output_folder(folder.parent), replaced_folder(folder, frozenset()) as new:
         for part in ("imagesTr", "labelsTr"):
             (new / part).mkdir()
@@ -128,10 +127,15 @@ def write_nnunet(
             named = [replace(one, value=numbers[one.value]) for one in structures]
             save_volume(Volume(labels, image.grid), new / "labelsTr" / f"{name}.nii.gz", structures=named)
 
+        whole = []
         for number, atlas in enumerate(atlases, start=1):
             name = _atlas_name(number)
+            if missing := [one.name for one in atlas.structures if one.value not in atlas.present]:
+                # A further atlas may lack structures because nobody drew them.
+                done.left_out[name] = f"no voxel of {listed(missing)}, which may not have been drawn"
+                continue
+            whole.append(atlas)
             write(name, atlas.image, _atlas_labels(atlas, done.labels))
-            hounsfield |= is_hounsfield(atlas.image)
             done.atlases.append(name)
             done.rows += [{"case": name, "from": "atlas", **asdict(one)} for one in _atlas_uses(atlas)]
         for number, result in enumerate(found.results, start=1):
@@ -139,7 +143,7 @@ def write_nnunet(
             try:
                 scan, labels = result.read()
                 _check_axes(scan.grid)
-                if any(is_same_scan(one.image, scan.canonical()) for one in atlases):
+                if any(is_same_scan(one.image, scan.canonical()) for one in whole):
                     raise InputError("it is the scan of an atlas, whose own labels are taken")
                 case = training_labels(result.run, labels, result.read_opinions(scan), numbers)
             except InputError as error:
@@ -147,7 +151,7 @@ def write_nnunet(
                 continue
             name = names[result.name]
             write(name, scan, case.data)
-            hounsfield, ignored = hounsfield or is_hounsfield(scan), ignored + case.ignored
+            ignored += case.ignored
             done.cases.append(name)
             done.rows += [
                 {"case": name, "from": "result", **asdict(one), "ignored": case.ignored} for one in case.structures
@@ -155,10 +159,9 @@ def write_nnunet(
         if not done.cases:
             raise none_left(folder, done.left_out)
         done.rows += [{"case": name, "use": "left out", "reason": why} for name, why in sorted(done.left_out.items())]
-        done.channel = channel or ("CT" if hounsfield else "MR")
         if not ignored:
             del done.labels["ignore"]
-        content = {"channel_names": {"0": done.channel}, "labels": done.labels}
+        content = {"channel_names": {"0": channel}, "labels": done.labels}
         content |= {"numTraining": len(done.atlases) + len(done.cases), "file_ending": ".nii.gz"}
         write_json(new / "dataset.json", {"name": folder.name, **content})
         with (new / MANIFEST).open("w", newline="", encoding="utf-8") as file:
@@ -203,8 +206,7 @@ def _atlas_labels(atlas: Atlas, labels: Mapping[str, int]) -> NDArray[Any]:
 def _atlas_uses(atlas: Atlas) -> Iterator[UsedStructure]:
     for one in atlas.structures:
         voxels = int((atlas.labels.data == one.value).sum())
-        reason = "drawn by a person" if voxels else "the atlas has no voxel of it"
-        yield UsedStructure(one.name, "label" if voxels else "background", reason, voxels=voxels)
+        yield UsedStructure(one.name, "label", "drawn by a person", voxels=voxels)
 
 
 def _check_axes(grid: Grid) -> None:
