@@ -72,7 +72,7 @@ def training_labels(
         elif use == "ignore":
             place = _places(one, labels, opinions)
             if place.any():
-                margin_mm = uncertainty_mm(place.sum() * labels.grid.voxel_volume_mm3, _lowest_dice(one))
+                margin_mm = uncertainty_mm(place.sum() * labels.grid.voxel_volume_mm3, lowest_dice(one))
                 doubtful |= grown(place, margin_mm, labels.grid.spacing_mm)
             elif one.status == "outside":
                 use = "background"
@@ -101,6 +101,11 @@ def uncertainty_mm(volume_mm3: float, dice: float) -> float:
     radius_mm = (3 * volume_mm3 / (4 * math.pi)) ** (1 / 3)
     angle = (2 * math.pi - math.acos(min(dice, 1.0) - 1)) / 3
     return max(4.0 * float(radius_mm) * math.cos(angle), 0.0)
+
+
+def lowest_dice(one: StructureRecord) -> float:
+    """Get the lower end of the interval of a structure's estimated Dice; 0 where nothing was estimated."""
+    return 0.0 if one.quality is None or one.quality.low is None else one.quality.low
 
 
 def grown(mask: NDArray[np.bool_], margin_mm: float, spacing_mm: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -133,10 +138,6 @@ def _use_of(one: StructureRecord) -> tuple[Use, str]:
 
 def _is_believed(one: StructureRecord) -> bool:
     return one.quality is not None and one.quality.verdict in ("good", "accepted")
-
-
-def _lowest_dice(one: StructureRecord) -> float:
-    return 0.0 if one.quality is None or one.quality.low is None else one.quality.low
 
 
 def _places(one: StructureRecord, labels: Volume, opinions: Sequence[Volume]) -> NDArray[np.bool_]:
