@@ -46,7 +46,7 @@ VARIANTS: dict[str, Variant] = {
 
 
 def left_background(results: Sequence[Result], references: Path, variant: Variant) -> tuple[list[float], list[float]]:
-    """Fractions of the true voxels of each doubtful structure that stay background, and of each scan that are ignored."""
+    """Fractions of the true voxels of each doubtful structure that stay background, and of each scan, ignored."""
     numbers = {one.value: n for n, one in enumerate(structures_of_all(results), start=1)}
     margin, dice, keep = variant
     background, ignored = [], []
