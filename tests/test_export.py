@@ -91,6 +91,8 @@ def test_a_training_set(folder: Path, run: Run, result: Callable[..., Path]) -> 
     save_volume(Volume(load_labels(result("tilted") / "segmentation.nii.gz").data, tilted.grid), folder / "t.nii.gz")
     shutil.copy(folder / "t.nii.gz", folder / "out/tilted/segmentation.nii.gz")
     result("useless", "failed", "review", "failed")
+    old = RunRecord.read(result("older") / "run.json")
+    old.model_copy(update={"structures": old.structures[:2]}).write(folder / "out/older/run.json")
 
     outcome = run(*TRAIN)
     assert outcome.code == 0, outcome.err
@@ -127,7 +129,13 @@ def test_a_training_set(folder: Path, run: Run, result: Callable[..., Path]) -> 
     assert int(rows["c", "node"]["ignored"]) == (made == 4).sum()
 
     # What is not there is named, on the screen and in the table.
-    reasons = {"lost": "not among the images", "same": "atlas", "tilted": "right angles", "useless": "no structure"}
+    reasons = {
+        "lost": "not among the images",
+        "same": "atlas",
+        "tilted": "right angles",
+        "useless": "no structure",
+        "older": "without node",
+    }
     for name, reason in reasons.items():
         assert reason in rows[name, ""]["reason"], name
         assert f"left out, {name}: {rows[name, '']['reason']}" in outcome.err

@@ -69,15 +69,18 @@ def write_bids(
         raise InputError(f"{folder}: exists already and is not replaced; choose another folder, or move it away")
     structures = structures_of_all(found.results)
     done = Derivatives(folder, left_out=dict(found.left_out))
-    targets, roots = dict[str, Result](), set[Path]()
+    roots = {result.name: root for result in found.results if (root := root_of(result.scan)) is not None}
+    datasets = sorted(set(roots.values()))
+    # URIs of the scans are given where the folder lies in their dataset: another path could name patients.
+    linked = len(datasets) == 1 and folder.resolve().is_relative_to(datasets[0].resolve())
+    targets = dict[str, Result]()
     with output_folder(folder.parent), replaced_folder(folder, frozenset()) as new:
         for number, result in enumerate(found.results, start=1):
             on_case(number, len(found.results), result.name)
-            root = root_of(result.scan)
-            if root is None:
+            if result.name not in roots:
                 done.left_out[result.name] = "its scan has no BIDS name, or does not lie in the folder of its subject"
                 continue
-            source = PurePosixPath(result.scan.absolute().relative_to(root).as_posix())
+            source = PurePosixPath(result.scan.absolute().relative_to(roots[result.name]).as_posix())
             target = source.with_name(BidsName.of(result.scan).derived("atlassegfm", "dseg"))
             if (other := targets.setdefault(str(target), result)) is not result:
                 both = f"the scans of {other.name} and {result.name} would both give {target.name}.nii.gz"
@@ -89,13 +92,13 @@ def write_bids(
                 continue
             (new / target).parent.mkdir(parents=True, exist_ok=True)
             save_volume(labels, new / f"{target}.nii.gz", structures=structures)
-            inside = folder.resolve().is_relative_to(root.resolve())
-            write_json(new / f"{target}.json", _sidecar(result, source if inside else None))
+            sources = {"Sources": [f"bids:raw:{source}"]} if linked else {}
+            write_json(new / f"{target}.json", {**sources, **_sidecar(result)})
             done.files.append(f"{target}.nii.gz")
-            roots.add(root)
         if not done.files:
             raise none_left(folder, done.left_out)
-        write_json(new / DESCRIPTION, _description(folder, roots))
+        links = {"raw": Path(os.path.relpath(datasets[0].resolve(), folder.resolve())).as_posix()} if linked else {}
+        write_json(new / DESCRIPTION, _description(datasets, links))
         write_json(new / COMMON, {**_METADATA, "Manual": False})
         (new / LOOKUP).write_text(_lookup(structures), encoding="utf-8")
         (new / "README.md").write_text(_readme(len(done.files)), encoding="utf-8")
@@ -111,36 +114,29 @@ def root_of(scan: Path) -> Path | None:
     return next((folder.parent for folder in scan.absolute().parents if folder.name == subject), None)
 
 
-def _sidecar(result: Result, source: PurePosixPath | None) -> dict[str, Any]:
-    """Metadata of one label map: what it was made from, and what is thought of each structure."""
+def _sidecar(result: Result) -> dict[str, Any]:
+    """Metadata of one label map: how it was made, and what is thought of each structure."""
     rows = []
     for one in result.run.structures:
         quality = one.quality
         judged = {} if quality is None else {"Verdict": quality.verdict, "EstimatedDice": quality.estimated_dice}
         rows.append({"Index": one.value, "Name": one.name, "Status": one.status, "VolumeMl": one.volume_ml, **judged})
-    return {
-        **({} if source is None else {"Sources": [f"bids:raw:{source}"]}),
-        "GeneratedByVersion": result.run.versions.get("atlassegfm", ""),
-        "Model": result.run.model.name,
-        "Verdict": result.run.verdict,
-        "Structures": rows,
-    }
+    made = {"GeneratedByVersion": result.run.versions.get("atlassegfm", ""), "Model": result.run.model.name}
+    return {**made, "Verdict": result.run.verdict, "Structures": rows}
 
 
-def _description(folder: Path, roots: set[Path]) -> dict[str, Any]:
-    """Content of ``dataset_description.json``; the raw dataset is linked where the folder lies in it."""
-    raw = [_read_json(root / DESCRIPTION) for root in sorted(roots)]
+def _description(datasets: Sequence[Path], links: dict[str, str]) -> dict[str, Any]:
+    """Content of ``dataset_description.json``, with names and DOIs of the raw datasets."""
+    raw = [_read_json(root / DESCRIPTION) for root in datasets]
     names = [str(one["Name"]) for one in raw if one.get("Name")]
     sources = [{"DOI": one["DatasetDOI"]} for one in raw if one.get("DatasetDOI")]
-    links = [os.path.relpath(root.resolve(), folder.resolve()) for root in roots]
-    linked = len(roots) == 1 and folder.resolve().is_relative_to(next(iter(roots)).resolve())
     return {
         "Name": f"Segmentations of {', '.join(names)}" if names else "Segmentations",
         "BIDSVersion": _BIDS_VERSION,
         "DatasetType": "derivative",
         "GeneratedBy": [{"Name": "AtlasSegFM", "Version": __version__, "Description": "One annotated scan as atlas"}],
         **({"SourceDatasets": sources} if sources else {}),
-        **({"DatasetLinks": {"raw": Path(links[0]).as_posix()}} if linked else {}),
+        **({"DatasetLinks": links} if links else {}),
         "HowToAcknowledge": f"Please cite {_PAPER}",
     }
 

@@ -33,7 +33,7 @@ from ..core.image import Volume, save_volume, smallest_label_type
 from ..core.labels import Structure, listed
 from ..core.text import counted
 from .results import Found, Result, none_left, structures_of_all, told
-from .training import UsedStructure, training_labels
+from .training import TrainingLabels, UsedStructure, training_labels
 
 _DATASET_NAME = re.compile(r"Dataset(\d{3})_[0-9A-Za-z_-]+")
 _CHANNEL = "_0000"
@@ -115,19 +115,8 @@ def write_nnunet(
     structures = structures_of_all(found.results)
     names = _case_names(found.results, len(atlases))
     done = TrainingSet(folder, _labels(structures), dict(found.left_out), channel)
-    numbers = {one.value: done.labels[one.name] for one in structures}
-    ignored = 0
     with output_folder(folder.parent), replaced_folder(folder, frozenset()) as new:
-        for part in ("imagesTr", "labelsTr"):
-            (new / part).mkdir()
-
-        def write(name: str, image: Volume, labels: NDArray[Any]) -> None:
-            # Geometry as it counts here, not the source's header: ITK, which nnU-Net reads with, has other rules.
-            save_volume(Volume(_stored(image.data), image.grid), new / "imagesTr" / f"{name}{_CHANNEL}.nii.gz")
-            named = [replace(one, value=numbers[one.value]) for one in structures]
-            save_volume(Volume(labels, image.grid), new / "labelsTr" / f"{name}.nii.gz", structures=named)
-
-        whole = []
+        files, whole = _Files(new, structures, done.labels), []
         for number, atlas in enumerate(atlases, start=1):
             name = _atlas_name(number)
             if missing := [one.name for one in atlas.structures if one.value not in atlas.present]:
@@ -135,40 +124,72 @@ def write_nnunet(
                 done.left_out[name] = f"no voxel of {listed(missing)}, which may not have been drawn"
                 continue
             whole.append(atlas)
-            write(name, atlas.image, _atlas_labels(atlas, done.labels))
+            files.write(name, atlas.image, _atlas_labels(atlas, done.labels))
             done.atlases.append(name)
             done.rows += [{"case": name, "from": "atlas", **asdict(one)} for one in _atlas_uses(atlas)]
         for number, result in enumerate(found.results, start=1):
             on_case(number, len(found.results), result.name)
             try:
-                scan, labels = result.read()
-                _check_axes(scan.grid)
-                if any(is_same_scan(one.image, scan.canonical()) for one in whole):
-                    raise InputError("it is the scan of an atlas, whose own labels are taken")
-                case = training_labels(result.run, labels, result.read_opinions(scan), numbers)
+                scan, case = _training_case(result, structures, done.labels, whole)
             except InputError as error:
                 done.left_out[result.name] = told(error)
                 continue
             name = names[result.name]
-            write(name, scan, case.data)
-            ignored += case.ignored
+            files.write(name, scan, case.data)
             done.cases.append(name)
-            done.rows += [
-                {"case": name, "from": "result", **asdict(one), "ignored": case.ignored} for one in case.structures
-            ]
+            shared = {"case": name, "from": "result", "ignored": case.ignored}
+            done.rows += [{**shared, **asdict(one)} for one in case.structures]
         if not done.cases:
             raise none_left(folder, done.left_out)
-        done.rows += [{"case": name, "use": "left out", "reason": why} for name, why in sorted(done.left_out.items())]
-        if not ignored:
+        if not any(row.get("ignored") for row in done.rows):
             del done.labels["ignore"]
-        content = {"channel_names": {"0": channel}, "labels": done.labels}
-        content |= {"numTraining": len(done.atlases) + len(done.cases), "file_ending": ".nii.gz"}
-        write_json(new / "dataset.json", {"name": folder.name, **content})
-        with (new / MANIFEST).open("w", newline="", encoding="utf-8") as file:
+        files.describe(done)
+    return done
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Files of a dataset in a new folder."""
+
+    folder: Path
+    structures: Sequence[Structure]
+    labels: Mapping[str, int]  # of the training set, by name
+
+    def write(self, name: str, image: Volume, labels: NDArray[Any]) -> None:
+        """Write scan and label map of a case."""
+        images, label_maps = self.folder / "imagesTr", self.folder / "labelsTr"
+        for part in (images, label_maps):
+            part.mkdir(exist_ok=True)
+        # Geometry as it counts here, not the source's header: ITK, which nnU-Net reads with, has other rules.
+        save_volume(Volume(_stored(image.data), image.grid), images / f"{name}{_CHANNEL}.nii.gz")
+        named = [replace(one, value=self.labels[one.name]) for one in self.structures]
+        save_volume(Volume(labels, image.grid), label_maps / f"{name}.nii.gz", structures=named)
+
+    def describe(self, done: TrainingSet) -> None:
+        """Write ``dataset.json`` and what was taken of each case."""
+        count = len(done.atlases) + len(done.cases)
+        content = {"name": done.folder.name, "channel_names": {"0": done.channel}, "labels": done.labels}
+        write_json(self.folder / "dataset.json", {**content, "numTraining": count, "file_ending": ".nii.gz"})
+        left_out = [{"case": name, "use": "left out", "reason": why} for name, why in sorted(done.left_out.items())]
+        with (self.folder / MANIFEST).open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, _COLUMNS, restval="")
             table.writeheader()
-            table.writerows(done.rows)
-    return done
+            table.writerows([*done.rows, *left_out])
+
+
+def _training_case(
+    result: Result, structures: Sequence[Structure], labels: Mapping[str, int], atlases: Sequence[Atlas]
+) -> tuple[Volume, TrainingLabels]:
+    """Read scan and label map of a training case; InputError if the result cannot be one."""
+    if lacking := {one.name for one in structures} - {one.name for one in result.structures}:
+        what = listed(sorted(lacking))
+        raise InputError(f"it was segmented without {what}, which would be background; segment it again")
+    scan, label_map = result.read()
+    _check_axes(scan.grid)
+    if any(is_same_scan(one.image, scan.canonical()) for one in atlases):
+        raise InputError("it is the scan of an atlas, whose own labels are taken")
+    numbers = {one.value: labels[one.name] for one in structures}
+    return scan, training_labels(result.run, label_map, result.read_opinions(scan), numbers)
 
 
 def _labels(structures: Sequence[Structure]) -> dict[str, int]:
