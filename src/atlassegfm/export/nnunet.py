@@ -41,7 +41,7 @@ MANIFEST = "export.csv"
 #: Names that nnU-Net reserves.
 _RESERVED = ("background", "ignore")
 #: Cosine between voxel axes from which on nnU-Net's reader, ITK, refuses a file.
-_MOST_SKEW = 1e-3
+_MOST_SKEW = 5e-4
 _COLUMNS = ("case", "from", "structure", "use", "reason", "verdict", "estimated_dice", "voxels", "margin_mm", "ignored")
 
 
