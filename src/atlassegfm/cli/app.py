@@ -22,6 +22,7 @@ from .convert import convert
 from .customize import customize
 from .demo import demo
 from .evaluate import evaluate
+from .export import export
 from .fields import command
 from .help import HELP_OPTIONS, Group, usage_error
 from .models import app as models_app
@@ -60,7 +61,7 @@ def _options(
     pass
 
 
-for _one in (segment, demo, check, customize, evaluate, report, serve, convert, suggest):
+for _one in (segment, demo, check, customize, evaluate, report, serve, export, convert, suggest):
     command(app, _one.__name__)(_one)
 app.add_typer(benchmark_app, name="benchmark")
 app.add_typer(models_app, name="models")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .fields import argument, flag, options
+from .fields import argument, flag, options, series_option
 from .options import AtlasOptions, ScreenOptions
 from .session import EXIT_FAILURES, EXIT_USAGE, print_json
 
@@ -27,6 +27,7 @@ class CheckOptions(AtlasOptions, ScreenOptions):
     """Options of ``check``."""
 
     files: list[Path] = argument("FILES...", "Scans, label maps, DICOM series folders, RTSTRUCT, DICOM-SEG.")
+    series: str | None = series_option()
     strict: bool = flag("--strict", "Exit code 1 where there is a warning, for scripts.")
 
 
@@ -41,9 +42,7 @@ def check(options: CheckOptions) -> None:
         from ..check import check_files
         from ..jobs.scans import find_scans
 
-        atlas = None
-        if any(one is not None for one in (options.context, options.atlas, options.labels, options.names)):
-            atlas = options.load_atlas()
+        atlas = options.load_atlases()[0] if options.gives_atlas else None
         scans = find_scans(options.files, labels=True)
         for remark in scans.remarks():
             session.say(remark)

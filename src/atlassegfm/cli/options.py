@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..core.errors import InputError
 from ..core.text import did_you_mean
-from .fields import flag, names_option, option, options, series_option
+from .fields import flag, names_option, option, options
 from .session import Session, accept_licences, open_session
 
 if TYPE_CHECKING:
@@ -134,8 +134,7 @@ class AtlasOptions(StructureOptions):
     context: Path | None = option(
         "--context CTX", "A folder that `atlassegfm customize` wrote, instead of atlas and labels."
     )
-    series: str | None = series_option()
-    atlas_series: str | None = option("--atlas-series S", "Which series of the atlas's DICOM folder, as for --series.")
+    atlas_series: str | None = option("--atlas-series S", "Which series of the atlas's DICOM folder.")
 
     def check_atlas(self) -> None:
         """Check that either an atlas with its labels or a context is given; raise InputError if not."""
@@ -150,19 +149,23 @@ class AtlasOptions(StructureOptions):
                 given = f"--{name.replace('_', '-')} and --context"
                 raise InputError(f"{given} do not go together: the context has its own atlas and structures")
 
-    def load_atlas(self) -> Atlas:
-        """Read the annotated scan."""
+    @property
+    def gives_atlas(self) -> bool:
+        """Whether any of the options that say which atlas is there, for commands that can do without."""
+        return any(one is not None for one in (self.context, self.atlas, self.labels, self.names))
+
+    def load_atlases(self) -> tuple[Atlas, ...]:
+        """Read the annotated scan, of a context all of them, the first one first."""
         self.check_atlas()
         from ..atlas import Atlas
         from ..context import Context
 
         if self.context is not None:
-            return Context.load(self.context).atlas
+            return Context.load(self.context).atlases
         assert self.atlas is not None
         assert self.labels is not None
-        return Atlas.from_files(
-            self.atlas, self.labels, self.names, series=self.atlas_series, selection=self.selection()
-        )
+        series, selection = self.atlas_series, self.selection()
+        return (Atlas.from_files(self.atlas, self.labels, self.names, series=series, selection=selection),)
 
 
 def split_list(text: str | None, option: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import typer
 
 from ..core.errors import InputError
 from ..core.labels import listed
-from .fields import argument, flag, option, options, required
+from .fields import argument, flag, option, options, required, series_option
 from .options import AtlasOptions, DeviceOptions, ModelOptions, ScreenOptions, split_list
 from .outcome import print_outcome, print_plan, print_result
 from .progress import RunProgress
@@ -41,6 +41,11 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
         "QUERY...", "Scans to segment: image files, DICOM series folders, or folders of them."
     )
     out: Path = required("--out -o OUT", "Folder that gets one folder per query.")
+    series: str | None = series_option()
+    entities: str | None = option(
+        "--entities A,B,...",
+        "Of BIDS datasets take these scans only, by entities and suffix as in file names: sub-01,ses-1,T1w.",
+    )
     keep: bool = flag("--keep", "Also write atlas, model and probability maps, and the transform.")
     report: bool = flag("--report", "Also write OUT/report.html and a page for each case; keeps what --keep keeps.")
     transform: Path | None = option(
@@ -135,7 +140,8 @@ def segment(options: SegmentOptions) -> None:
         from ..jobs.run import plan_of
 
         inputs = options.other_inputs()
-        scans = jobs.find_scans(options.queries, inputs=inputs)
+        entities = split_list(options.entities, "--entities")
+        scans = jobs.find_scans(options.queries, inputs=inputs, entities=entities)
         if not options.dry_run:
             for remark in scans.remarks():
                 session.say(remark)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import nibabel as nib
 
 from ..context import ONE_ATLAS_NAMES
+from ..core.bids import BidsName, Wanted, parse_wanted
 from ..core.errors import AtlasSegError, InputError
 from ..core.files import PathLike
 from ..core.image import NIFTI_SUFFIXES, image_stem, image_suffix
@@ -44,6 +45,8 @@ class Scans:
     left_out: dict[str, list[Path]] = field(default_factory=dict)  # by reason
     #: Real paths that are no scans where they are met in a folder: other inputs of the command.
     inputs: frozenset[str] = frozenset()
+    #: Entities and suffix of the BIDS names to take in folders; empty for every scan.
+    wanted: Wanted = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
 
     def take(self, path: Path, *, named: bool = False) -> None:
@@ -55,6 +58,8 @@ class Scans:
             self.leave(path, _TAKEN)
         elif place in self.inputs and not named:
             self.leave(path, "another input of this command")
+        elif self.wanted and not named and not BidsName.of(path).fits(self.wanted):
+            self.leave(path, "other BIDS entities")
         else:
             self._taken.add(place)
             self.found.append(path)
@@ -68,13 +73,20 @@ class Scans:
         return [f"left out, {reason}: {listed([*map(str, paths)], 4)}" for reason, paths in self.left_out.items()]
 
 
-def find_scans(paths: Iterable[PathLike], *, inputs: Iterable[PathLike] = (), labels: bool = False) -> Scans:
+def find_scans(
+    paths: Iterable[PathLike],
+    *,
+    inputs: Iterable[PathLike] = (),
+    labels: bool = False,
+    entities: Sequence[str] = (),
+) -> Scans:
     """Find the scans that paths stand for: files, taken as they are, and folders with scans anywhere below.
 
     A folder may be that of a DICOM series. ``inputs`` are other files of the command, as the atlas: left out where they
-    are met in a folder, as are label maps without ``labels``. InputError if a folder holds no scan, or cannot be read.
+    are met in a folder, as are label maps without ``labels``. With ``entities`` ("sub-01", "T1w") only scans of such
+    BIDS names are taken in folders. InputError if a folder holds no scan, or cannot be read.
     """
-    scans = Scans(inputs=frozenset(os.path.realpath(os.fspath(path)) for path in inputs))
+    scans = Scans(inputs=frozenset(os.path.realpath(os.fspath(path)) for path in inputs), wanted=parse_wanted(entities))
     for path in map(Path, paths):
         before = len(scans.found)
         if path.is_dir():

@@ -37,7 +37,14 @@ from ..core.errors import InputError
 from ..core.files import replaced_files, replaced_folder
 from ..core.geometry import Grid
 from ..core.image import Volume, load_labels, save_masks, save_volume, smallest_label_type
-from ..core.labels import Structure, file_names, itk_snap_labels, slicer_color_table
+from ..core.labels import (
+    Structure,
+    file_names,
+    itk_snap_labels,
+    read_names_file,
+    slicer_color_table,
+    structures_of,
+)
 from ..core.mask import LocalMap
 from ..core.text import did_you_mean
 from ..core.version import __version__, library_versions
@@ -256,6 +263,17 @@ def with_volumes(run: records.RunRecord, labels: Volume) -> records.RunRecord:
         one.model_copy(update={"volume_ml": round(float(voxels[one.value]) * millilitres, 4)}) for one in run.structures
     )
     return run.model_copy(update={"structures": tuple(rows)})
+
+
+def structures_in(folder: Path, run: records.RunRecord) -> tuple[Structure, ...]:
+    """List the structures of a result, with the colours of its files."""
+    path, tables = label_map_of(folder), []
+    if (folder / SLICER_COLORS).is_file():
+        tables.append(read_names_file(folder / SLICER_COLORS))
+    elif path.is_file() and (source := load_labels(path, allow_empty=True).source) is not None:
+        tables.append(dict(source.label_table))
+    found = {one.value: one for one in structures_of([row.value for row in run.structures], tables)}
+    return tuple(Structure(row.value, row.name, found[row.value].color) for row in run.structures)
 
 
 def read_labels(folder: Path, query: Volume, structures: Sequence[Structure]) -> Volume:

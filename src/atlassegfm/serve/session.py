@@ -23,12 +23,11 @@ from ..core.errors import InputError
 from ..core.files import append_line
 from ..core.geometry import Grid
 from ..core.image import Volume, label_positions, load_labels, smallest_label_type
-from ..core.labels import Structure, read_names_file, structures_of
 from ..dicom import open_image
 from ..jobs.review import accept, now, reopen
-from ..jobs.store import LabelledQuery, read_labels, update_labels
+from ..jobs.store import LabelledQuery, read_labels, structures_in, update_labels
 from ..models.base import Segmenter
-from ..records import AUTOMATIC, EDITS, RUN, SLICER_COLORS, STATUS, RunRecord, StatusRecord, label_map_of
+from ..records import AUTOMATIC, EDITS, RUN, STATUS, RunRecord, StatusRecord
 from . import edits
 from .clicks import Click, Mask, Patch, answer
 from .edits import Change, Numbers, Rules
@@ -84,7 +83,7 @@ class Session:
         self.scan = Volume(np.asfortranarray(turned.data), turned.grid)
         # Of the scan as stored only the geometry is needed from here on.
         self.stored = Volume(np.broadcast_to(np.float32(0), query.grid.shape), query.grid, query.source)
-        self.structures = _structures(folder, self.run)
+        self.structures = structures_in(folder, self.run)
         self.values = tuple(one.value for one in self.structures)
         self.numbers = self._numbers_of(read_labels(folder, self.stored, self.structures))
         self._maps: dict[str, Numbers | None] = {}
@@ -422,14 +421,3 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def _digest(numbers: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(numbers.T).data).hexdigest()[:32]
-
-
-def _structures(folder: Path, run: RunRecord) -> tuple[Structure, ...]:
-    """Structures of a result, with the colours of its files."""
-    path, tables = label_map_of(folder), []
-    if (folder / SLICER_COLORS).is_file():
-        tables.append(read_names_file(folder / SLICER_COLORS))
-    elif path.is_file() and (source := load_labels(path, allow_empty=True).source) is not None:
-        tables.append(dict(source.label_table))
-    found = {one.value: one for one in structures_of([row.value for row in run.structures], tables)}
-    return tuple(Structure(row.value, row.name, found[row.value].color) for row in run.structures)
