@@ -29,8 +29,9 @@ from atlassegfm.core.files import append_line, remove_unfinished, replaced_files
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import load_labels, save_volume
 from atlassegfm.dicom import contours_in, open_image, open_labels
+from atlassegfm.jobs.store import write_failure
 from atlassegfm.jobs.table import read_run
-from atlassegfm.records import AUTOMATIC, EDITS
+from atlassegfm.records import AUTOMATIC, EDITS, StatusRecord
 from atlassegfm.serve import edits, guard
 from atlassegfm.serve.app import Desk, make_app
 from atlassegfm.serve.cases import Cases, has_draft, import_folder
@@ -60,7 +61,7 @@ class Page:
         self.desk = desk
         app: Any = guard.Guard(make_app(desk), TOKEN, frozenset({"localhost"}))
         self.client = TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
-        self.version = 0
+        self.version, self.by = 0, "Ada"
 
     def post(self, path: str, **body: Any) -> Any:
         return self.client.post(f"/{TOKEN}/api/{path}", json=body)
@@ -79,7 +80,7 @@ class Page:
         return np.frombuffer(raw, np.uint8).reshape(shape, order="F")
 
     def send(self, what: str, number: int = 0, **body: Any) -> Any:
-        answer = self.post(f"cases/{number}/{what}", version=self.version, by="Ada", **body)
+        answer = self.post(f"cases/{number}/{what}", version=self.version, by=self.by, **body)
         if answer.status_code == 200:
             self.version = answer.json()["version"]
         return answer
@@ -324,6 +325,41 @@ def test_acceptance_is_on_the_disk_with_who_and_when(page: Page, folder: tuple[P
     page.edit("reset", NODE, overwrite=True)
     page.send("accept")
     assert np.array_equal(load_labels(case / "segmentation.nii.gz").data, original)
+
+
+def test_versions_of_each_annotator_are_kept_apart(page: Page, folder: tuple[Path, Path]) -> None:
+    """Whoever accepts later replaces the result, and not what others accepted; any name is safe for a file."""
+    out, scans = folder
+    page.open()
+    names = ["Ada", "ada", "../../Ada", "CON", "Zo\u00eb \u674e", "x" * 80]
+    drawn = {}
+    for n, name in enumerate(names):
+        page.by = name
+        page.send("reopen")
+        page.stroke("paint", NODE, (n, 0, 0), np.ones((1, 2, 3), bool), overwrite=True)
+        assert page.send("accept").json()["annotators"] == sorted(names[: n + 1])
+        drawn[name] = page.labels()
+    assert np.array_equal(load_labels(out / "case/segmentation.nii.gz").data > 0, drawn[names[-1]] > 0)
+    files = sorted(path.name for path in (out / "case/versions").iterdir())
+    assert len({one.lower() for one in files}) == len(names)
+    assert all(re.fullmatch(r"[a-z0-9-]{8,60}\.nii\.gz", one) for one in files), files
+    assert sorted(path.name for path in out.iterdir()) == ["case"]
+    # Another server knows them from the disk; nameless acceptance makes none.
+    again = Page(Desk(Cases.find([scans], out)))
+    assert again.open()["annotators"] == sorted(names)
+    again.by = ""
+    again.send("reopen")
+    for name in names:
+        sent = again.post("cases/0/version", name=name).content
+        assert np.array_equal(np.frombuffer(zlib.decompress(sent), np.uint8), drawn[name].ravel(order="F"))
+    assert again.post("cases/0/version", name="Eve").status_code == 422
+    assert again.edit("version", NODE, annotator="Ada", overwrite=True).status_code == 200
+    assert np.array_equal(again.labels() == NODE, drawn["Ada"] == NODE)
+    assert again.send("accept").json()["annotators"] == sorted(names)
+    # A result that takes the place of this one keeps them.
+    again.send("reopen")
+    write_failure(out / "case", StatusRecord(state="failed", reason="made"))
+    assert sorted(path.name for path in (out / "case/versions").iterdir()) == files
 
 
 def test_a_draft_survives_the_server(page: Page, folder: tuple[Path, Path]) -> None:
