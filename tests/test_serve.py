@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from atlassegfm.dicom import contours_in, open_image, open_labels
 from atlassegfm.jobs.store import write_failure
 from atlassegfm.jobs.table import read_run
 from atlassegfm.records import AUTOMATIC, EDITS, StatusRecord
-from atlassegfm.serve import edits, guard
+from atlassegfm.serve import edits, guard, start
 from atlassegfm.serve.app import Desk, make_app
 from atlassegfm.serve.cases import Cases, has_draft, import_folder
 from atlassegfm.serve.cohort import Cohort, Job
@@ -562,6 +563,51 @@ def test_large_and_slow_bodies_are_refused(page: Page, monkeypatch: pytest.Monke
     scope = {"type": "http", "method": "POST", "path": f"/{TOKEN}/api/state", "headers": [(b"host", b"localhost")]}
     asyncio.run(guard.Guard(make_app(page.desk), TOKEN, frozenset({"localhost"}))(scope, drip, keep))
     assert sent[0]["status"] == 408
+
+
+def test_slow_clients_hold_no_connection(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads and bodies that never end are cut off, also drop by drop; others are answered meanwhile."""
+    monkeypatch.setattr(start, "MOST_HEAD_SECONDS", 0.4)
+    monkeypatch.setattr(guard, "MOST_SECONDS", 0.4)
+    server = start.server_of(guard.Guard(make_app(page.desk), TOKEN, frozenset({"localhost"})))
+    whole = f"GET /{TOKEN}/page.css HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    post = f"POST /{TOKEN}/api/state HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90\r\n\r\n".encode()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+
+        def connect(sent: bytes) -> socket.socket:
+            client = socket.create_connection(listening.getsockname(), timeout=5)
+            client.sendall(sent)
+            return client
+
+        slow = [connect(sent) for sent in (b"", b"GET / HT", whole + whole[:9], post, post + b'{"cl')]
+        ended = time.monotonic() + 5
+        answers, left = [b""] * len(slow), set(range(len(slow)))
+        while left and time.monotonic() < ended:
+            time.sleep(0.1)
+            for n in sorted(left):
+                try:
+                    slow[n].sendall(b"x")  # a drop at a time
+                    slow[n].settimeout(0.01)
+                    received = slow[n].recv(100_000)
+                    answers[n] += received
+                    left -= set() if received else {n}
+                except TimeoutError:
+                    continue
+                except OSError:
+                    left.remove(n)
+        assert not left
+        assert answers[:2] == [b"", b""]
+        assert answers[2].startswith(b"HTTP/1.1 200")
+        assert all(b"408" in one or one == b"" for one in answers[3:])
+        with connect(whole) as client:
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+        for one in slow:
+            one.close()
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_no_name_is_in_an_address_or_an_error(page: Page, folder: tuple[Path, Path]) -> None:
