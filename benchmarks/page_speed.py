@@ -63,10 +63,10 @@ def make_case(folder: Path, shape: tuple[int, int, int]) -> None:
         labels[(i - x) ** 2 + (j - y) ** 2 + (k - z) ** 2 < RADIUS**2] = n + 1
     noise = np.random.default_rng(0).normal(0, 15, shape).astype(np.float32)
     data = np.where(i**2 + j**2 < 0.8, 20 + 12.0 * labels + noise, -1000).astype(np.int16)
-    for part, volume in (("scans", Volume(data, grid)), ("labels", Volume(labels, grid))):
+    for part in ("scans", "labels"):
         (folder / part).mkdir(parents=True)
-        structures = structures_of(range(1, ORGANS + 1), ()) if part == "labels" else ()
-        save_volume(volume, folder / part / "case.nii.gz", structures=structures)
+    save_volume(Volume(data, grid), folder / "scans/case.nii.gz")
+    save_volume(Volume(labels, grid), folder / "labels/case.nii.gz", structures=structures_of(range(1, ORGANS + 1), ()))
 
 
 def middle_of(number: int) -> tuple[float, float, float]:

@@ -58,7 +58,7 @@ _SENT_AS_THEY_ARE = (".nii.gz", ".nii", ".nrrd", ".mha")
 async def _form(request: Request) -> Form:
     """Read a form; 422 if the body is none."""
     try:
-        return await read_form(request)
+        return read_form(await request.body(), request.headers.get("content-type", ""))
     except ValueError as error:
         raise HTTPException(422, str(error)) from None
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import secrets
 from dataclasses import dataclass, field
+from email.message import Message
+from email.parser import HeaderParser
 from typing import Any
-
-from fastapi import Request
-from starlette.formparsers import MultiPartException, MultiPartParser
 
 #: Parts of a body at most: a DICOM series has one for each slice.
 _MOST_PARTS = 5000
@@ -41,22 +40,30 @@ class Form:
         return found
 
 
-async def read_form(request: Request) -> Form:
-    """Read the body of a request; ValueError if it is none of this type, malformed, or of too many parts."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+def read_form(body: bytes, content_type: str) -> Form:
+    """Take a body apart; ValueError if it is none of this type, or cut off."""
+    kind = Message()
+    kind["content-type"] = content_type
+    boundary = kind.get_boundary()
+    if kind.get_content_type() != "multipart/form-data" or not boundary:
         raise ValueError("expected a body of type multipart/form-data")
-    parser = MultiPartParser(request.headers, request.stream(), max_files=_MOST_PARTS, max_fields=_MOST_PARTS)
-    try:
-        sent = await parser.parse()
-    except MultiPartException as error:
-        raise ValueError(f"the body cannot be read: {error.message}") from None
+    pieces = (b"\r\n" + body).split(b"\r\n--" + boundary.encode("utf-8", "surrogateescape"))
+    if len(pieces) < 2 or not pieces[-1].startswith(b"--"):
+        raise ValueError("the body ends early")
+    if len(pieces) > _MOST_PARTS:
+        raise ValueError(f"the body has more than {_MOST_PARTS} parts")
     form = Form()
-    for name, value in sent.multi_items():
-        if isinstance(value, str):
-            form.fields[name] = value
+    for piece in pieces[1:-1]:
+        head, blank, content = piece.removeprefix(b"\r\n").partition(b"\r\n\r\n")
+        header = HeaderParser().parsestr(head.decode("utf-8", "replace"))
+        name = header.get_param("name", header="content-disposition")
+        if not blank or not isinstance(name, str):
+            raise ValueError("a part of the body has no name")
+        filename = header.get_filename()
+        if filename is None:
+            form.fields[name] = content.decode("utf-8", "replace")
         else:
-            form.files.setdefault(name, []).append(File(value.filename or "", await value.read()))
-    await sent.close()
+            form.files.setdefault(name, []).append(File(filename, content))
     return form
 
 
