@@ -32,10 +32,12 @@ from atlassegfm.core.image import load_labels, save_volume
 from atlassegfm.dicom import contours_in, open_image, open_labels
 from atlassegfm.jobs.store import write_failure
 from atlassegfm.jobs.table import read_run
+from atlassegfm.models import load_model
 from atlassegfm.records import AUTOMATIC, EDITS, StatusRecord
 from atlassegfm.serve import edits, guard, start
 from atlassegfm.serve.app import Desk, make_app
 from atlassegfm.serve.cases import Cases, has_draft, import_folder
+from atlassegfm.serve.clicks import Click, answer
 from atlassegfm.serve.cohort import Cohort, Job
 from atlassegfm.settings import Settings
 from conftest import ORIENTATIONS, SHEARED, Run
@@ -234,6 +236,30 @@ def test_a_click_grows_and_another_shrinks(page: Page) -> None:
     shrunk = page.labels() == LIVER
     assert not shrunk[tuple(inside)]
     assert shrunk[tuple(middle)]  # an earlier click holds
+
+
+def test_a_mask_that_lies_elsewhere_is_moved_to_the_click() -> None:
+    """A click far outside moves a mask over other tissue; one that lies well stays, and so does one clicked before."""
+    grid, model = straight_grid(), load_model("builtin", "cpu")
+    scan = QUERY.scan(grid)
+    kidney = QUERY.labels(grid).data == 7
+    elsewhere = np.roll(kidney, 18, axis=1)
+    assert not (elsewhere & kidney).any()
+    voxels = np.argwhere(kidney)
+    i, j, k = voxels[((voxels - voxels.mean(axis=0)) ** 2).sum(axis=1).argmin()].tolist()
+
+    def after(mask: np.ndarray, click: Click, *earlier: Click) -> np.ndarray:
+        patch, new = answer(model, scan, mask, click, earlier), mask.copy()
+        new[tuple(slice(a, a + n) for a, n in zip(patch.start, patch.mask.shape, strict=True))] = patch.mask
+        return new
+
+    click = Click((i, j, k), True)
+    moved = after(elsewhere, click)
+    assert 2 * (moved & kidney).sum() > 0.85 * (moved.sum() + kidney.sum())
+    held = after(elsewhere, click, Click(tuple(np.argwhere(elsewhere)[40].tolist()), True))
+    assert (held | ~elsewhere).all()
+    away = after(kidney, Click((i, (j + 12) % grid.shape[1], k), True))
+    assert (away | ~kidney).all()
 
 
 def test_drawn_slices_are_interpolated_and_holes_filled(page: Page) -> None:

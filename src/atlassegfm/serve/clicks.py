@@ -18,11 +18,13 @@ from ..prompts import INSIDE, MaskPrompt
 
 Mask = NDArray[np.bool_]
 
-#: Distance from the click to the mask's border beyond which it is not bent further, mm.
+#: Distance from the click to the mask's border beyond which it is not bent further, and may lie elsewhere, mm.
 _FARTHEST_MM = 20.0
 #: How far the border moves at the click, the ball that is surely of the structure, and the sigma of the bend, each in
 #: distances from the click to the border; the smallest sigma, mm.
 _SHIFT, _BALL, _SIGMA, _LEAST_SIGMA_MM = 1.5, 1.5, 2.0, 12.0
+#: Distances from the click to the border by which the model may go beyond the bend; the smallest of these, mm.
+_BEYOND, _LEAST_NEAR_MM = 0.5, 3.0
 #: Sigmas around the click in which the mask may change; mm around that, and at least, which the model sees.
 _REACH, _MARGIN_MM, _LEAST_CROP_MM = 2.0, 12.0, 50.0
 #: Voxels that the model sees at most: a second on one core.
@@ -32,8 +34,8 @@ _MOST_VOXELS = 1_200_000
 _TRY_MM, _SHELL_MM, _SEED_MM = 5.0, 8.0, 6.0
 #: Smallest standard deviation of these, as a fraction of the scan's range; deviations at which similarity is 0.61.
 _LEAST_DEVIATION, _DEVIATIONS = 0.06, 1.5
-#: What a click in the middle of the mask counts beside similarity, and by how much a move has to be more similar.
-_MIDDLE, _BETTER = 0.1, 0.2
+#: What a click in the middle of the mask counts beside similarity, and by how much a move has to be better.
+_MIDDLE, _BETTER = 0.1, 0.1
 
 
 class Click(NamedTuple):
@@ -58,7 +60,8 @@ def answer(model: Segmenter, scan: Volume, mask: Mask, click: Click, earlier: tu
     spacing_mm, ijk = scan.grid.spacing_mm, np.array(click.ijk)
     near_mm = _distance_to_border_mm(mask, click, spacing_mm)
     known = any(one.positive for one in earlier)
-    if click.positive and not known and (elsewhere := _moved(scan, mask, click, near_mm)) is not None:
+    far = click.positive and not known and near_mm >= _FARTHEST_MM
+    if far and (elsewhere := _moved(scan, mask, click)) is not None:
         return _refined(model, scan, mask, elsewhere, (*earlier, click))
     sigma_mm = max(_SIGMA * near_mm, _LEAST_SIGMA_MM)
     radius_mm = max(_REACH * sigma_mm + _MARGIN_MM, _LEAST_CROP_MM)
@@ -72,8 +75,12 @@ def answer(model: Segmenter, scan: Volume, mask: Mask, click: Click, earlier: tu
     ball = distance_mm <= _BALL * near_mm
     bent = (signed_mm + bend_mm > 0) | ball if click.positive else (signed_mm - bend_mm > 0) & ~ball
     found = _predicted(model, scan, bent, first) if bent.any() else bent
-    new = np.where(distance_mm <= _REACH * sigma_mm, found, inside)
-    new = new | inside if click.positive else new & inside
+    widest_mm = bend_mm + _BEYOND * max(near_mm, _LEAST_NEAR_MM)
+    reached = distance_mm <= _REACH * sigma_mm
+    if click.positive:
+        new = inside | (reached & found & (signed_mm + widest_mm > 0))
+    else:
+        new = inside & (~reached | found | (signed_mm - widest_mm > 0))
     _hold(new, first, (*earlier, click))
     parts, _ = ndimage.label(new != inside, np.ones((3, 3, 3)))
     part = parts[tuple(centre)]
@@ -99,8 +106,8 @@ def _hold(mask: Mask, first: NDArray[np.int64], clicks: tuple[Click, ...]) -> No
             mask[tuple(place)] = one.positive
 
 
-def _moved(scan: Volume, mask: Mask, click: Click, near_mm: float) -> Mask | None:
-    """Move a mask that lies elsewhere over the click; None if it lies well, or is not far away.
+def _moved(scan: Volume, mask: Mask, click: Click) -> Mask | None:
+    """Move a mask that lies elsewhere over the click; None if it lies as well as it is.
 
     Of all moves that put the click inside, the best has most similar voxels inside and fewest around, and the click
     deep inside.
@@ -115,8 +122,6 @@ def _moved(scan: Volume, mask: Mask, click: Click, near_mm: float) -> Mask | Non
     margin = np.ceil(_SHELL_MM / (step * spacing_mm)).astype(np.int64)
     own = np.pad(whole.values > 0, [(n, n) for n in margin])
     depth_mm = signed_distance_mm(own, step * spacing_mm)
-    if near_mm < min(float(depth_mm.max()), _FARTHEST_MM):
-        return None
     first, last = _crop(mask.shape, ijk, _SEED_MM, spacing_mm)
     seed = scan.data[tuple(map(slice, first, last))]
     seed = seed[_distances_mm(seed.shape, ijk - first, spacing_mm) <= max(_SEED_MM, float(spacing_mm.min()))]
@@ -126,13 +131,13 @@ def _moved(scan: Volume, mask: Mask, click: Click, near_mm: float) -> Mask | Non
     similar = np.exp(-(((data - np.median(seed)) / (_DEVIATIONS * deviation)) ** 2) / 2)
     shell = (depth_mm <= 0) & (depth_mm > -_SHELL_MM)
     weights = own / own.sum() - shell / shell.sum()
-    # Index n - 1 + first voxel of the weights, n being their shape.
-    evidence = signal.fftconvolve(similar, weights[::-1, ::-1, ::-1])
+    # Index n - 1 + first voxel of the weights, n being their shape; outside the scan all counts as similar.
+    evidence = signal.fftconvolve(similar - 1, weights[::-1, ::-1, ::-1])
     end = np.array(own.shape) - 1
     places, origin = np.argwhere(own), np.array(whole.start) - margin
     found = evidence[tuple((ijk // step - places + end).T)]
     best = int((found + _MIDDLE * depth_mm[own] / depth_mm.max()).argmax())
-    if found[best] < evidence[tuple(np.maximum(origin + end, 0))] + _BETTER:
+    if found[best] < max(evidence[tuple(origin + end)], 0) + _BETTER:
         return None
     voxels = np.argwhere(mask) + (ijk // step - places[best] - origin) * step
     out = np.zeros_like(mask)

@@ -501,7 +501,7 @@ function endStroke() {
 function clickAt(voxel) {
   const ijk = voxel.map((n, axis) => Math.max(0, Math.min(desk.shape[axis] - 1, Math.round(n))));
   look(ijk);
-  say("the model answers …");
+  say("the built-in model answers …");
   const inside = desk.labels[ijk[0] + desk.shape[0] * (ijk[1] + desk.shape[1] * ijk[2])] === desk.structure;
   edit("click", { ijk, positive: !inside });
 }
@@ -599,7 +599,7 @@ const set = (name, value) => {
   draw();
 };
 const HINTS = {
-  move: "Click or drag: the crosshair. Double click: one plane.", click: "Click into an error: outside the structure to add, inside to take away; the model answers.",
+  move: "Click or drag: the crosshair. Double click: one plane.", click: "Click into an error: outside the structure to add, inside to take away; the built-in model answers.",
   paint: "Draw on the slice; some slices are enough, I interpolates between them.", erase: "Erase the chosen structure on the slice.",
 };
 const take = (tool) => { set("tool", tool); say(HINTS[tool]); };
