@@ -332,7 +332,7 @@ function outlineSwitch(kind, text, title) {
 function versionsOf(found, add) {
   const row = element("div", "", "verbs"), list = element("select", "", "", { id: "annotator" });
   list.setAttribute("aria-label", "whose version");
-  list.append(...desk.annotators.map((name) => element("option", `${name}'s version`, "", { value: name, selected: name === desk.annotator })));
+  list.append(...desk.annotators.map((name) => element("option", name, "", { value: name, selected: name === desk.annotator })));
   list.addEventListener("change", () => {
     desk.annotator = list.value;
     delete desk.maps.version;
@@ -340,7 +340,7 @@ function versionsOf(found, add) {
   });
   row.append(list);
   if (!found.accepted) add("Take", "This structure as they accepted it last", () => edit("version", { annotator: desk.annotator }), "", row);
-  row.append(outlineSwitch("version", "outline", "Outline of what they accepted last"));
+  row.append(outlineSwitch("version", "version", "Outline of what they accepted last"));
   return row;
 }
 
