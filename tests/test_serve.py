@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,14 @@ from atlassegfm.core.files import append_line, remove_unfinished, replaced_files
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import load_labels, save_volume
 from atlassegfm.dicom import contours_in, open_image, open_labels
+from atlassegfm.jobs.store import write_failure
 from atlassegfm.jobs.table import read_run
-from atlassegfm.records import AUTOMATIC, EDITS
-from atlassegfm.serve import edits, guard
+from atlassegfm.models import load_model
+from atlassegfm.records import AUTOMATIC, EDITS, StatusRecord
+from atlassegfm.serve import edits, guard, start
 from atlassegfm.serve.app import Desk, make_app
 from atlassegfm.serve.cases import Cases, has_draft, import_folder
+from atlassegfm.serve.clicks import Click, answer
 from atlassegfm.serve.cohort import Cohort, Job
 from atlassegfm.settings import Settings
 from conftest import ORIENTATIONS, SHEARED, Run
@@ -60,7 +64,7 @@ class Page:
         self.desk = desk
         app: Any = guard.Guard(make_app(desk), TOKEN, frozenset({"localhost"}))
         self.client = TestClient(app, base_url="http://localhost", raise_server_exceptions=False)
-        self.version = 0
+        self.version, self.by = 0, "Ada"
 
     def post(self, path: str, **body: Any) -> Any:
         return self.client.post(f"/{TOKEN}/api/{path}", json=body)
@@ -79,7 +83,7 @@ class Page:
         return np.frombuffer(raw, np.uint8).reshape(shape, order="F")
 
     def send(self, what: str, number: int = 0, **body: Any) -> Any:
-        answer = self.post(f"cases/{number}/{what}", version=self.version, by="Ada", **body)
+        answer = self.post(f"cases/{number}/{what}", version=self.version, by=self.by, **body)
         if answer.status_code == 200:
             self.version = answer.json()["version"]
         return answer
@@ -234,6 +238,30 @@ def test_a_click_grows_and_another_shrinks(page: Page) -> None:
     assert shrunk[tuple(middle)]  # an earlier click holds
 
 
+def test_a_mask_that_lies_elsewhere_is_moved_to_the_click() -> None:
+    """A click far outside moves a mask over other tissue; one that lies well stays, and so does one clicked before."""
+    grid, model = straight_grid(), load_model("builtin", "cpu")
+    scan = QUERY.scan(grid)
+    kidney = QUERY.labels(grid).data == 7
+    elsewhere = np.roll(kidney, 18, axis=1)
+    assert not (elsewhere & kidney).any()
+    voxels = np.argwhere(kidney)
+    i, j, k = voxels[((voxels - voxels.mean(axis=0)) ** 2).sum(axis=1).argmin()].tolist()
+
+    def after(mask: np.ndarray, click: Click, *earlier: Click) -> np.ndarray:
+        patch, new = answer(model, scan, mask, click, earlier), mask.copy()
+        new[tuple(slice(a, a + n) for a, n in zip(patch.start, patch.mask.shape, strict=True))] = patch.mask
+        return new
+
+    click = Click((i, j, k), True)
+    moved = after(elsewhere, click)
+    assert 2 * (moved & kidney).sum() > 0.85 * (moved.sum() + kidney.sum())
+    held = after(elsewhere, click, Click(tuple(np.argwhere(elsewhere)[40].tolist()), True))
+    assert (held | ~elsewhere).all()
+    away = after(kidney, Click((i, (j + 12) % grid.shape[1], k), True))
+    assert (away | ~kidney).all()
+
+
 def test_drawn_slices_are_interpolated_and_holes_filled(page: Page) -> None:
     page.open()
     page.edit("absent", NODE)
@@ -324,6 +352,41 @@ def test_acceptance_is_on_the_disk_with_who_and_when(page: Page, folder: tuple[P
     page.edit("reset", NODE, overwrite=True)
     page.send("accept")
     assert np.array_equal(load_labels(case / "segmentation.nii.gz").data, original)
+
+
+def test_versions_of_each_annotator_are_kept_apart(page: Page, folder: tuple[Path, Path]) -> None:
+    """Whoever accepts later replaces the result, and not what others accepted; any name is safe for a file."""
+    out, scans = folder
+    page.open()
+    names = ["Ada", "ada", "../../Ada", "CON", "Zo\u00eb \u674e", "x" * 80]
+    drawn = {}
+    for n, name in enumerate(names):
+        page.by = name
+        page.send("reopen")
+        page.stroke("paint", NODE, (n, 0, 0), np.ones((1, 2, 3), bool), overwrite=True)
+        assert page.send("accept").json()["annotators"] == sorted(names[: n + 1])
+        drawn[name] = page.labels()
+    assert np.array_equal(load_labels(out / "case/segmentation.nii.gz").data > 0, drawn[names[-1]] > 0)
+    files = sorted(path.name for path in (out / "case/versions").iterdir())
+    assert len({one.lower() for one in files}) == len(names)
+    assert all(re.fullmatch(r"[a-z0-9-]{8,60}\.nii\.gz", one) for one in files), files
+    assert sorted(path.name for path in out.iterdir()) == ["case"]
+    # Another server knows them from the disk; nameless acceptance makes none.
+    again = Page(Desk(Cases.find([scans], out)))
+    assert again.open()["annotators"] == sorted(names)
+    again.by = ""
+    again.send("reopen")
+    for name in names:
+        sent = again.post("cases/0/version", name=name).content
+        assert np.array_equal(np.frombuffer(zlib.decompress(sent), np.uint8), drawn[name].ravel(order="F"))
+    assert again.post("cases/0/version", name="Eve").status_code == 422
+    assert again.edit("version", NODE, annotator="Ada", overwrite=True).status_code == 200
+    assert np.array_equal(again.labels() == NODE, drawn["Ada"] == NODE)
+    assert again.send("accept").json()["annotators"] == sorted(names)
+    # A result that takes the place of this one keeps them.
+    again.send("reopen")
+    write_failure(out / "case", StatusRecord(state="failed", reason="made"))
+    assert sorted(path.name for path in (out / "case/versions").iterdir()) == files
 
 
 def test_a_draft_survives_the_server(page: Page, folder: tuple[Path, Path]) -> None:
@@ -526,6 +589,51 @@ def test_large_and_slow_bodies_are_refused(page: Page, monkeypatch: pytest.Monke
     scope = {"type": "http", "method": "POST", "path": f"/{TOKEN}/api/state", "headers": [(b"host", b"localhost")]}
     asyncio.run(guard.Guard(make_app(page.desk), TOKEN, frozenset({"localhost"}))(scope, drip, keep))
     assert sent[0]["status"] == 408
+
+
+def test_slow_clients_hold_no_connection(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads and bodies that never end are cut off, also drop by drop; others are answered meanwhile."""
+    monkeypatch.setattr(start, "MOST_HEAD_SECONDS", 0.4)
+    monkeypatch.setattr(guard, "MOST_SECONDS", 0.4)
+    server = start.server_of(guard.Guard(make_app(page.desk), TOKEN, frozenset({"localhost"})))
+    whole = f"GET /{TOKEN}/page.css HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+    post = f"POST /{TOKEN}/api/state HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90\r\n\r\n".encode()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+
+        def connect(sent: bytes) -> socket.socket:
+            client = socket.create_connection(listening.getsockname(), timeout=5)
+            client.sendall(sent)
+            return client
+
+        slow = [connect(sent) for sent in (b"", b"GET / HT", whole + whole[:9], post, post + b'{"cl')]
+        ended = time.monotonic() + 5
+        answers, left = [b""] * len(slow), set(range(len(slow)))
+        while left and time.monotonic() < ended:
+            time.sleep(0.1)
+            for n in sorted(left):
+                try:
+                    slow[n].sendall(b"x")  # a drop at a time
+                    slow[n].settimeout(0.01)
+                    received = slow[n].recv(100_000)
+                    answers[n] += received
+                    left -= set() if received else {n}
+                except TimeoutError:
+                    continue
+                except OSError:
+                    left.remove(n)
+        assert not left
+        assert answers[:2] == [b"", b""]
+        assert answers[2].startswith(b"HTTP/1.1 200")
+        assert all(b"408" in one or one == b"" for one in answers[3:])
+        with connect(whole) as client:
+            assert client.recv(100).startswith(b"HTTP/1.1 200")
+        for one in slow:
+            one.close()
+        server.should_exit = True
+        thread.join(10)
+        assert not thread.is_alive()
 
 
 def test_no_name_is_in_an_address_or_an_error(page: Page, folder: tuple[Path, Path]) -> None:

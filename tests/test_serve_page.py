@@ -180,6 +180,7 @@ def test_the_loop(
     assert page.inner_text("#accept-case") == "Case accepted"
     assert np.array_equal(load_labels(out / "second/segmentation.nii.gz").data > 0, painted > 0)
     assert read_run(out / "second").structures[0].review.by == "Ada"
+    assert page.locator("#annotator option").all_text_contents() == ["Ada"]
     page.reload()
     page.keyboard.press("1")
     page.wait_for_selector("body[data-page=ready][data-state=ready]")

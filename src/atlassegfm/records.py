@@ -29,12 +29,14 @@ FORMATS = {
 _LABEL_MAPS = ("nifti", "nrrd", "seg.nrrd", "mgz")
 #: What people did to the labels, a line each, and the label map as it was before anything was accepted.
 EDITS, AUTOMATIC = "edits.jsonl", "automatic.nii.gz"
+#: Folder of the label maps as each person accepted them last.
+VERSIONS = "versions"
 #: Names and colours, for 3D Slicer and ITK-SNAP.
 SLICER_COLORS, ITK_SNAP_LABELS = "colors.ctbl", "labels.txt"
 #: Files of a result folder: a folder with any other is never replaced.
 RESULT_NAMES = frozenset(
     {
-        *(*FORMATS.values(), SLICER_COLORS, ITK_SNAP_LABELS, RUN, STATUS, EDITS, AUTOMATIC),
+        *(*FORMATS.values(), SLICER_COLORS, ITK_SNAP_LABELS, RUN, STATUS, EDITS, AUTOMATIC, VERSIONS),
         *("atlas.nii.gz", "model.nii.gz", "members", "probability.nii.gz", "transform"),
         *("report.html", "overview.png"),
     }

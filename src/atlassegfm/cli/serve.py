@@ -63,8 +63,9 @@ class ServeOptions(ScreenOptions, DeviceOptions, ModelOptions):
 def serve(options: ServeOptions) -> None:
     """Look at results in the browser, correct them, and let what you accept improve the rest.
 
-    The page lists the cases by what most needs eyes. Clicks are answered by the model; brush, eraser and interpolation
-    do the rest. Accepted cases are never computed again, and each can become an atlas of the context with one button.
+    The page lists the cases by what most needs eyes. Clicks are answered by the built-in model; brush, eraser and
+    interpolation do the rest. Accepted cases are never computed again, and each can become an atlas of the context with
+    one button.
     3D Slicer, OHIF and napari can take cases from the same address, correct and accept them. It has a random token;
     nothing leaves this machine.
     """

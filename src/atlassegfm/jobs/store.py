@@ -16,6 +16,7 @@ on request also
   a scale of 1/255;
 - ``transform/``: query to atlas, as ITK, ANTs, 3D Slicer and ``segment --transform`` read it;
 - ``edits.jsonl`` and ``automatic.nii.gz``: what people did to the labels, and what these were before;
+- ``versions/``: label maps as each person accepted them last;
 - ``report.html`` and ``overview.png``: written by :mod:`atlassegfm.report`, removed when the result is made again.
 """
 
@@ -59,6 +60,7 @@ from ..records import (
     RUN,
     SLICER_COLORS,
     STATUS,
+    VERSIONS,
     label_map_of,
 )
 from ..result import Segmentation, StructureResult
@@ -184,7 +186,8 @@ def write_result(
 ) -> records.RunRecord:
     """Write the result folder of one query, in place of an earlier one; ``keep`` adds intermediate results.
 
-    Structures that a person accepted in the earlier one stay as they are, as does the log of edits.
+    Structures that a person accepted in the earlier one stay as they are, as do the log of edits and the
+    versions of each.
     InputError if the folder cannot be written or holds something else, or as :func:`check_formats`; OutputError if an
     RTSTRUCT or DICOM-SEG does not read back as it was written.
     """
@@ -194,8 +197,7 @@ def write_result(
         folder, run_record(segmentation, inputs), segmentation.labels, inputs.query, structures
     )
     with replaced_folder(folder, RESULT_NAMES) as new:
-        if (folder / EDITS).is_file():
-            shutil.copy2(folder / EDITS, new / EDITS)
+        _keep_work_of_people(folder, new)
         if kept:
             save_volume(segmentation.labels, new / AUTOMATIC, structures=structures)
         _save_labels(labels, structures, new, formats)
@@ -222,6 +224,14 @@ def write_result(
         run.write(new / RUN)
         status.write(new / STATUS)
     return run
+
+
+def _keep_work_of_people(folder: Path, new: Path) -> None:
+    """Copy the log of edits and the versions of each person into the folder that takes a result's place."""
+    if (folder / EDITS).is_file():
+        shutil.copy2(folder / EDITS, new / EDITS)
+    if (folder / VERSIONS).is_dir():
+        shutil.copytree(folder / VERSIONS, new / VERSIONS)
 
 
 def accepted_values(folder: Path) -> tuple[int, ...]:
@@ -323,16 +333,20 @@ def _save_labels(labels: Volume, structures: Sequence[Structure], folder: Path, 
     (folder / ITK_SNAP_LABELS).write_text(itk_snap_labels(structures), encoding="utf-8")
 
 
-def update_labels(result: LabelledQuery, automatic: Volume, folder: Path) -> None:
+def update_labels(result: LabelledQuery, automatic: Volume, folder: Path, version: str = "") -> None:
     """Write the labels of a result and ``run.json``, file by file in its formats; all else in the folder stays.
 
     At any moment each file is whole, and ``run.json`` comes last. ``automatic`` are the labels as they were computed,
-    kept once. Pages of a report are removed. Errors as of :func:`write_result`.
+    kept once. ``version`` names a file that gets the labels too. Pages of a report are removed. Errors as of
+    :func:`write_result`.
     """
     formats = [name for name, file in FORMATS.items() if (folder / file).exists()] or ["nifti"]
     with replaced_files(folder, RUN) as new:
         if not (folder / AUTOMATIC).is_file():
             save_volume(automatic, new / AUTOMATIC, structures=result.structures)
+        if version:
+            (new / VERSIONS).mkdir()
+            save_volume(result.labels, new / VERSIONS / version, structures=result.structures)
         _save_labels(result.labels, result.structures, new, formats)
         result.run.model_copy(update={"dicom": _save_dicom(result, new, formats)}).write(new / RUN)
         outdated = [FORMATS[name] for name in _DICOM_FORMATS if not (new / FORMATS[name]).exists()]
@@ -341,7 +355,7 @@ def update_labels(result: LabelledQuery, automatic: Volume, folder: Path) -> Non
 
 
 def write_failure(folder: Path, status: records.StatusRecord) -> None:
-    """Leave nothing but ``status.json`` in a result folder: an earlier result would pass for a new one.
+    """Leave nothing but ``status.json`` in a result folder, and what people did: a result would pass for a new one.
 
     A result in which a person accepted something stays as it is.
     """
@@ -349,6 +363,7 @@ def write_failure(folder: Path, status: records.StatusRecord) -> None:
         logger.warning("%s: the result stays, as a person accepted structures of it", folder.name)
         return
     with replaced_folder(folder, RESULT_NAMES) as new:
+        _keep_work_of_people(folder, new)
         status.write(new / STATUS)
 
 

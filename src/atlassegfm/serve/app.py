@@ -77,7 +77,18 @@ class Edit(Versioned):
     """One edit of one structure; which of the optional fields it needs depends on the verb."""
 
     verb: Literal[
-        "paint", "erase", "click", "fill", "interpolate", "atlas", "model", "reset", "absent", "relabel", "swap"
+        "paint",
+        "erase",
+        "click",
+        "fill",
+        "interpolate",
+        "atlas",
+        "model",
+        "version",
+        "reset",
+        "absent",
+        "relabel",
+        "swap",
     ]
     structure: Number
     overwrite: bool = False
@@ -88,12 +99,19 @@ class Edit(Versioned):
     positive: bool = True
     axis: Literal[0, 1, 2] | None = None
     other: Number | None = None
+    annotator: Who = ""
 
 
 class Acceptance(Versioned):
     """Structures to accept or to open again; all of them by default."""
 
     structures: list[Number] | None = Field(default=None, max_length=10_000)
+
+
+class Annotator(_Body):
+    """Whose version is wanted: the name travels in a body, as addresses are kept by browsers."""
+
+    name: Who
 
 
 @dataclass
@@ -201,6 +219,12 @@ def _serve_case(app: FastAPI, desk: Desk) -> None:
                 raise HTTPException(404, "these labels were not kept")
             headers = {"x-version": str(session.version)}
             return Response(pack(found), media_type="application/octet-stream", headers=headers)
+
+    @app.post("/api/cases/{number}/version")
+    def version(number: Number, body: Annotator) -> Response:
+        """Structure numbers as a person accepted them last, compressed."""
+        with _opened(desk, number) as session:
+            return Response(pack(session.version_by(body.name)), media_type="application/octet-stream")
 
     @app.get("/api/cases/{number}/disagreement/{structure}")
     def disagreement(number: Number, structure: Number) -> dict[str, Any]:
@@ -315,6 +339,8 @@ def _do(session: Session, body: Edit, desk: Desk) -> Done:
             return session.interpolate(number, by, body.axis or 0, overwrite=overwrite)
         case "atlas" | "model":
             return session.take(number, by, body.verb, overwrite=overwrite)
+        case "version":
+            return session.take_version(number, by, body.annotator, overwrite=overwrite)
         case "reset":
             return session.take(number, by, "automatic", overwrite=overwrite)
         case "absent":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from ..dicom import open_image
 from ..jobs.review import accept, now, reopen
 from ..jobs.store import LabelledQuery, read_labels, structures_in, update_labels
 from ..models.base import Segmenter
-from ..records import AUTOMATIC, EDITS, RUN, STATUS, RunRecord, StatusRecord
+from ..records import AUTOMATIC, EDITS, RUN, STATUS, VERSIONS, RunRecord, StatusRecord
 from . import edits
 from .clicks import Click, Mask, Patch, answer
 from .edits import Change, Numbers, Rules
@@ -87,6 +88,7 @@ class Session:
         self.values = tuple(one.value for one in self.structures)
         self.numbers = self._numbers_of(read_labels(folder, self.stored, self.structures))
         self._maps: dict[str, Numbers | None] = {}
+        self._annotators: set[str] = set()
         saved = self.numbers.copy(order="F")
         kept = self.source("automatic")
         self.automatic = saved if kept is None else kept
@@ -131,11 +133,25 @@ class Session:
     def source(self, name: str) -> Numbers | None:
         """Labels of the atlas or the model, or as they were computed, as numbers; None if they were not kept."""
         if name not in self._maps:
-            path = self.folder / SOURCES[name]
-            found = load_labels(path, allow_empty=True) if path.is_file() else None
-            usable = found is not None and found.grid.axes_relative_to(self.grid) is not None
-            self._maps[name] = self._numbers_of(found) if found is not None and usable else None
+            self._maps[name] = self._read(self.folder / SOURCES[name])
         return self._maps[name]
+
+    @property
+    def annotators(self) -> list[str]:
+        """Names of the people whose version is kept."""
+        return sorted(name for name in self._annotators if (self.folder / VERSIONS / version_file(name)).is_file())
+
+    def version_by(self, annotator: str) -> Numbers:
+        """Labels as a person accepted them last, as numbers; InputError if that was not kept."""
+        found = self._read(self.folder / VERSIONS / version_file(annotator))
+        if found is None:
+            raise InputError(f"no version by {annotator!r} was kept")
+        return found
+
+    def _read(self, path: Path) -> Numbers | None:
+        found = load_labels(path, allow_empty=True) if path.is_file() else None
+        usable = found is not None and found.grid.axes_relative_to(self.grid) is not None
+        return self._numbers_of(found) if found is not None and usable else None
 
     def _count(self, numbers: Numbers) -> NDArray[np.int64]:
         counts = np.zeros(len(self.values) + 1, np.int64)
@@ -217,6 +233,11 @@ class Session:
         verb = "reset" if source == "automatic" else f"take {source}"
         return self.edit(verb, number, by, Patch((0, 0, 0), labels == number), overwrite=overwrite)
 
+    def take_version(self, number: int, by: str, annotator: str, *, overwrite: bool) -> Done:
+        """Take a structure as a person accepted it last; InputError if that was not kept."""
+        patch = Patch((0, 0, 0), self.version_by(annotator) == number)
+        return self.edit("take version", number, by, patch, overwrite=overwrite)
+
     def remove(self, number: int, by: str) -> Done:
         """Say that the scan does not show a structure."""
         return self.edit("absent", number, by, Patch((0, 0, 0), np.zeros(self.grid.shape, bool)))
@@ -294,9 +315,16 @@ class Session:
     # Accepting
 
     def accept(self, numbers: Sequence[int], by: str) -> None:
-        """Write the draft as the result, with these structures as accepted; it is on the disk when this returns."""
-        values = [self.values[n - 1] for n in numbers]
-        self._save("accept", numbers, by, lambda labels, automatic: accept(self.run, values, labels, automatic, by))
+        """Write the draft as the result, with these structures as accepted; it is on the disk when this returns.
+
+        Who has a name gets a version of their own, which acceptance by others leaves as it is.
+        """
+        values, by = [self.values[n - 1] for n in numbers], by.strip()
+        version = version_file(by) if by else ""
+        self._save(
+            "accept", numbers, by, lambda labels, automatic: accept(self.run, values, labels, automatic, by), version
+        )
+        self._annotators |= {by} - {""}
 
     def reopen(self, numbers: Sequence[int], by: str) -> None:
         """Withdraw the acceptance of structures."""
@@ -307,11 +335,18 @@ class Session:
         """Note what somebody says of the case; :func:`remark_of` gives the last one."""
         self._log("remark", by, (), remark=content)
 
-    def _save(self, verb: str, numbers: Sequence[int], by: str, change: Callable[[Volume, Volume], RunRecord]) -> None:
+    def _save(
+        self,
+        verb: str,
+        numbers: Sequence[int],
+        by: str,
+        change: Callable[[Volume, Volume], RunRecord],
+        version: str = "",
+    ) -> None:
         labels, automatic = (self.as_stored(one, self.values) for one in (self.numbers, self.automatic))
         run = change(labels, automatic)
         self._log(verb, by, tuple(numbers), saved=_digest(self.numbers))
-        update_labels(LabelledQuery(self.stored, labels, self.structures, run, {}), automatic, self.folder)
+        update_labels(LabelledQuery(self.stored, labels, self.structures, run, {}), automatic, self.folder, version)
         self.run, self.stamp = RunRecord.read(self.folder / RUN), stamp_of(self.folder)
 
     def as_stored(self, numbers: Numbers, values: Sequence[int]) -> Volume:
@@ -359,6 +394,7 @@ class Session:
         """Do again what the log has since the labels on the disk were saved."""
         path = self.folder / EDITS
         lines = read_log(path)
+        self._annotators = {line["by"] for line in lines if line["verb"] == "accept" and line["by"]}
         self.version = int(lines[-1]["version"]) if lines else 0
         known = [n for n, line in enumerate(lines) if line.get("labels") == digest]
         if not known:
@@ -392,6 +428,13 @@ class Session:
             del self.history[self.cursor :]
             self.history.append(Entry(line["verb"], numbers, change, clicked, plane and (plane[0], plane[1])))
             self.cursor = len(self.history)
+
+
+def version_file(annotator: str) -> str:
+    """Name the file of a person's version: safe on any disk, and another for any other name."""
+    plain = re.sub("[^a-z0-9]+", "-", annotator.lower()).strip("-")[:40]
+    digest = hashlib.sha256(annotator.encode()).hexdigest()[:8]
+    return f"{'-'.join(filter(None, (plain, digest)))}.nii.gz"
 
 
 def stamp_of(folder: Path, name: str = RUN) -> int:

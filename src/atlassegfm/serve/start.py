@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import secrets
 import socket
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from urllib.parse import urlsplit
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..core.errors import InputError
 from .app import Desk, make_app
@@ -21,6 +24,8 @@ from .protocols import SCANS, has_nninteractive, mount
 _TOKEN_BYTES = 24
 #: Connections at a time, and seconds after which an idle one is closed.
 _MOST_CONNECTIONS, _IDLE_SECONDS = 100, 20
+#: Seconds in which the head of a request has to arrive.
+MOST_HEAD_SECONDS = 20.0
 #: Seconds that workers of a run have to end when the server does.
 _GRACE_SECONDS = 10.0
 _LOCAL = frozenset({"127.0.0.1", "::1", "localhost"})
@@ -61,6 +66,54 @@ class Place:
         return found
 
 
+class _Connection(H11Protocol):
+    """A connection that is closed when the head of a request is late: uvicorn would wait for ever.
+
+    A hundred such ones, which need no token, would keep everybody else out. Bodies have their limit in the guard.
+    """
+
+    _late: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first request."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Wait on if the head is not complete; what comes after it counts no longer."""
+        super().data_received(data)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        if self._late is not None:
+            self._late.cancel()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        awaited = self.conn.their_state is h11.IDLE
+        if self._late is not None and not awaited:
+            self._late.cancel()
+            self._late = None
+        elif self._late is None and awaited:
+            self._late = self.loop.call_later(MOST_HEAD_SECONDS, self.transport.abort)
+
+
+def server_of(guard: Guard) -> uvicorn.Server:
+    """Configure the server that answers what the guard lets in."""
+    # No log of requests: addresses hold the token.
+    config = uvicorn.Config(
+        guard,
+        http=_Connection,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=_IDLE_SECONDS,
+        limit_concurrency=_MOST_CONNECTIONS,
+    )
+    return uvicorn.Server(config)
+
+
 def checked_origin(text: str) -> str:
     """Check the origin of a page, such as http://localhost:3000; InputError if it is none."""
     try:
@@ -86,19 +139,10 @@ def serve(desk: Desk, place: Place, announce: Callable[[dict[str, str | None]], 
         app = make_app(desk)
         mount(app, desk)
         guard = Guard(app, token, place.names, place.is_local, place.origins, SCANS)
-        # No log of requests: addresses hold the token.
-        config = uvicorn.Config(
-            guard,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=_IDLE_SECONDS,
-            limit_concurrency=_MOST_CONNECTIONS,
-        )
         url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/{token}/"
         announce({"url": url, "monailabel": url, "nninteractive": url.rstrip("/") if has_nninteractive() else None})
         try:
-            uvicorn.Server(config).run(sockets=[listening])
+            server_of(guard).run(sockets=[listening])
         finally:
             if desk.cohort is not None:
                 desk.cohort.stop(_GRACE_SECONDS)

@@ -54,6 +54,7 @@ def state(session: Session) -> dict[str, Any]:
         "version": session.version,
         "undo": session.cursor,
         "redo": len(session.history) - session.cursor,
+        "annotators": session.annotators,
         "structures": [
             _structure(row, one.color, volumes[n], n + 1 in touched)
             for n, (row, one) in enumerate(zip(session.run.structures, session.structures, strict=True))

@@ -19,7 +19,7 @@ function element(name, text = "", kind = "", more = {}) {
 const desk = {
   client: sessionStorage.getItem("client") ?? crypto.randomUUID(), cases: [], run: null, context: null,
   id: null, name: "", version: 0, undo: 0, redo: 0, structures: [], structure: 1,
-  scan: null, labels: null, maps: {}, show: { atlas: false, model: false }, colors: [[0, 0, 0]],
+  scan: null, labels: null, maps: {}, show: { atlas: false, model: false, version: false }, annotators: [], annotator: "", colors: [[0, 0, 0]],
   shape: [1, 1, 1], spacing: [1, 1, 1], cross: [0, 0, 0], centre: [0, 0, 0], zoom: 1, active: 0,
   tool: "move", size: 8, deep: false, overwrite: false,
   window: { low: 0, high: 1 }, windows: [], opacity: 22, hidden: false, solo: false, layout: "all", busy: 0,
@@ -203,7 +203,7 @@ async function open(id, again = false) {
     const [detail, scan] = await Promise.all([call(`cases/${id}`), same && desk.scan ? null : bytes(`cases/${id}/scan`)]);
     const labels = numbersOf(await inflate(await bytes(`cases/${id}/labels/draft`)), detail.bytes);
     if (id !== desk.id) return;
-    Object.assign(desk, detail, { name: row?.name ?? "", labels, maps: {} });
+    Object.assign(desk, detail, { name: row?.name ?? "", labels, maps: {}, annotator: detail.annotators[0] ?? "" });
     if (scan) desk.scan = new Int16Array(scan.buffer);
     desk.colors = [[0, 0, 0], ...detail.structures.map((found) => found.color)];
     if (!same) {
@@ -213,7 +213,7 @@ async function open(id, again = false) {
       look(centre(desk.structure) ?? detail.shape.map((n) => n / 2));
     }
     one("#window").replaceChildren(...detail.windows.map((found, n) => element("option", found.name, "", { value: n })), element("option", "by hand", "", { value: "hand", hidden: true }));
-    for (const kind of ["atlas", "model"]) {
+    for (const kind of ["atlas", "model", "version"]) {
       if (desk.show[kind]) await showMap(kind);
     }
     one("#case-name").textContent = desk.name;
@@ -240,10 +240,11 @@ const home = () => { desk.centre = desk.shape.map((n) => (n - 1) / 2); desk.zoom
 const look = (voxel) => { desk.cross = voxel.map((n, axis) => Math.max(0, Math.min(desk.shape[axis] - 1, Math.round(n)))); };
 
 async function showMap(kind) {
-  if (!desk.sources.includes(kind)) return;
-  const id = desk.id;
-  const found = numbersOf(await inflate(await bytes(`cases/${id}/labels/${kind}`)), desk.bytes);
-  if (id === desk.id) desk.maps[kind] = found;
+  const id = desk.id, whose = desk.annotator;
+  if (kind === "version" ? !whose : !desk.sources.includes(kind)) return;
+  const sent = await (kind === "version" ? bytes(`cases/${id}/version`, { name: whose }) : bytes(`cases/${id}/labels/${kind}`));
+  const found = numbersOf(await inflate(sent), desk.bytes);
+  if (id === desk.id && whose === desk.annotator) desk.maps[kind] = found;
   draw();
 }
 
@@ -300,14 +301,9 @@ function detailOf(found, n) {
   if (desk.sources.length === 2) add("Go to disagreement", "Where atlas and model differ most (J)", () => act("jump"), "", look);
   const outlines = element("span", "", "outlines");
   if (desk.sources.length) look.append(outlines);
-  for (const kind of desk.sources) {
-    const label = element("label", "", "switch", { title: `Outline of the ${kind}'s answer (K)` });
-    const tick = element("input", "", "", { type: "checkbox", checked: desk.show[kind] });
-    tick.addEventListener("change", () => outline(kind, tick.checked));
-    label.append(tick, element("i", "", `key-${kind}`), kind);
-    outlines.append(label);
-  }
+  for (const kind of desk.sources) outlines.append(outlineSwitch(kind, kind, `Outline of the ${kind}'s answer (K)`));
   box.append(buttons, look);
+  if (desk.annotators.length) box.append(versionsOf(found, add));
   const others = desk.structures.map((other, m) => [other, m + 1]).filter(([other, m]) => m !== n && !other.accepted);
   if (!found.accepted && others.length) {
     const row = element("div", "", "verbs"), list = element("select", "", "", { id: "other" });
@@ -322,6 +318,30 @@ function detailOf(found, n) {
     box.append(row);
   }
   return [box];
+}
+
+function outlineSwitch(kind, text, title) {
+  const label = element("label", "", "switch", { title });
+  const tick = element("input", "", "", { type: "checkbox", checked: desk.show[kind] });
+  tick.addEventListener("change", () => outline(kind, tick.checked));
+  label.append(tick, element("i", "", `key-${kind}`), text);
+  return label;
+}
+
+// What each person accepted last, to look at and to take.
+function versionsOf(found, add) {
+  const row = element("div", "", "verbs"), list = element("select", "", "", { id: "annotator" });
+  list.setAttribute("aria-label", "whose version");
+  list.append(...desk.annotators.map((name) => element("option", name, "", { value: name, selected: name === desk.annotator })));
+  list.addEventListener("change", () => {
+    desk.annotator = list.value;
+    delete desk.maps.version;
+    outline("version", desk.show.version);
+  });
+  row.append(list);
+  if (!found.accepted) add("Take", "This structure as they accepted it last", () => edit("version", { annotator: desk.annotator }), "", row);
+  row.append(outlineSwitch("version", "version", "Outline of what they accepted last"));
+  return row;
 }
 
 function outline(kind, wanted) {
@@ -387,7 +407,8 @@ async function post(what, body, id = desk.id) {
   const answer = await call(`cases/${id}/${what}`, { version: desk.version, by: who(), ...body });
   if (id !== desk.id) return answer;
   if (answer.changed) await paste(desk.labels, desk.shape, answer.changed, desk.bytes);
-  Object.assign(desk, { version: answer.version, undo: answer.undo, redo: answer.redo, structures: answer.structures });
+  Object.assign(desk, { version: answer.version, undo: answer.undo, redo: answer.redo, structures: answer.structures, annotators: answer.annotators });
+  if (!desk.annotators.includes(desk.annotator)) desk.annotator = desk.annotators[0] ?? "";
   showStructures();
   draw();
   drawSolid();
@@ -419,8 +440,11 @@ const step = (what) => enqueue(async () => {
 });
 const accept = (structures = null) => enqueue(async () => {
   await post("accept", { structures });
+  delete desk.maps.version;
+  if (desk.show.version) await showMap("version");
   const left = desk.structures.filter((found) => !found.accepted).length;
-  say(left ? `accepted; ${left} left` : "the case is accepted, and on the disk");
+  const others = desk.annotators.filter((name) => name !== who()), kept = others.length ? `; kept beside it: the version by ${others.join(", ")}` : "";
+  say((left ? `accepted; ${left} left` : "the case is accepted, and on the disk") + kept);
   if (structures && left) choose(worst(), true);
   await poll();
 });
@@ -477,7 +501,7 @@ function endStroke() {
 function clickAt(voxel) {
   const ijk = voxel.map((n, axis) => Math.max(0, Math.min(desk.shape[axis] - 1, Math.round(n))));
   look(ijk);
-  say("the model answers …");
+  say("the built-in model answers …");
   const inside = desk.labels[ijk[0] + desk.shape[0] * (ijk[1] + desk.shape[1] * ijk[2])] === desk.structure;
   edit("click", { ijk, positive: !inside });
 }
@@ -575,7 +599,7 @@ const set = (name, value) => {
   draw();
 };
 const HINTS = {
-  move: "Click or drag: the crosshair. Double click: one plane.", click: "Click into an error: outside the structure to add, inside to take away; the model answers.",
+  move: "Click or drag: the crosshair. Double click: one plane.", click: "Click into an error: outside the structure to add, inside to take away; the built-in model answers.",
   paint: "Draw on the slice; some slices are enough, I interpolates between them.", erase: "Erase the chosen structure on the slice.",
 };
 const take = (tool) => { set("tool", tool); say(HINTS[tool]); };

@@ -68,7 +68,7 @@ export class SliceView {
       this.trace(at, numbers, x, y, (n) => desk.isShown(n), others);
       for (const [n, path] of others) this.stroke(path, desk.color(n), n === desk.structure ? 2.4 : 1.4, []);
     }
-    for (const [kind, color, dash] of [["atlas", "#ff6ea9", [6, 4]], ["model", "#45d0ff", [2, 3]]]) {
+    for (const [kind, color, dash] of [["atlas", "#ff6ea9", [6, 4]], ["model", "#45d0ff", [2, 3]], ["version", "#ffd23f", [8, 2]]]) {
       if (!desk.maps[kind] || !desk.show[kind]) continue;
       const paths = new Map();
       this.trace(at, this.cut(desk, desk.maps[kind]), x, y, (n) => n === desk.structure, paths);

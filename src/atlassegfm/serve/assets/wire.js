@@ -29,7 +29,7 @@ async function send(path, body) {
 }
 
 export const call = async (path, body) => (await send(path, body)).json();
-export const bytes = async (path) => new Uint8Array(await (await send(path)).arrayBuffer());
+export const bytes = async (path, body) => new Uint8Array(await (await send(path, body)).arrayBuffer());
 
 const through = async (content, stream) =>
   new Uint8Array(await new Response(new Blob([content]).stream().pipeThrough(stream)).arrayBuffer());
