@@ -158,8 +158,8 @@ class Atlas:
 
         Raises InputError if one of them fits none.
         """
-        names = [one.strip() for one in wanted.split(",") if one.strip()]
-        picked = pick_values({one.value: one.name for one in self.structures}, names, f"{setting}={wanted}: ")
+        names = {one.value: one.name for one in self.structures}
+        picked = pick_values(names, [*filter(None, wanted.split(","))], f"{setting}={wanted}: ")
         return frozenset(self.values.index(value) + 1 for value in picked)
 
     def matched(self, first: Atlas, name: str = "the atlas") -> Atlas:

@@ -73,9 +73,7 @@ class RegionPrompt:
 Prompt = ClickPrompt | BoxPrompt | MaskPrompt | RegionPrompt
 
 
-def make_prompt(
-    kind: PromptKind, probability: LocalMap, across: int = 2, *, tubular: bool = False
-) -> Prompt | None:
+def make_prompt(kind: PromptKind, probability: LocalMap, across: int = 2, *, tubular: bool = False) -> Prompt | None:
     """Turn the warped mask of one structure, in [0, 1], into a prompt; None where no voxel reaches :data:`INSIDE`.
 
     ``across`` is the axis that slices lie across, of 0, 1 and 2; ``tubular`` as of a :class:`MaskPrompt`.

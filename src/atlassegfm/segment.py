@@ -102,7 +102,9 @@ def segment(
         predicted, masks = None, dict[int, LocalMap]()
         if model is not None and prompt is not None:
             with clock.stage("model") as report:
-                predicted = PromptedScan(model, prompt, scan, context.atlas.names, tubular).predict(warped.masks, report)
+                predicted = PromptedScan(model, prompt, scan, context.atlas.names, tubular).predict(
+                    warped.masks, report
+                )
             if context.gate is None:
                 with clock.stage("gate") as report:
                     context = train_context(context, model, settings, device=device, on_part=report)

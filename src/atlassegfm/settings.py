@@ -457,6 +457,11 @@ class Settings:
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of the random numbers: the same one gives the same result on the same machine."""
 
+    @field_validator("tubular")
+    @classmethod
+    def _strip_names(cls, tubular: str) -> str:
+        return ",".join(name.strip() for name in tubular.split(","))
+
     @field_validator("model")
     @classmethod
     def _sort_models(cls, model: str) -> str:

@@ -127,7 +127,9 @@ def make_branches(seed: int) -> tuple[Branch, ...]:
     for place, side in zip(places, random.permutation((-1, 1, -1, 1)), strict=True):
         direction = _unit(np.array((side, random.uniform(0.1, 0.9), random.normal(0, 0.3))))
         radius = random.uniform(2.5, 3.1)
-        branches.append(Branch(0, float(place), direction, random.uniform(19, 25), (radius, 0.8 * radius), winding(2.0)))
+        branches.append(
+            Branch(0, float(place), direction, random.uniform(19, 25), (radius, 0.8 * radius), winding(2.0))
+        )
         divide(len(branches) - 1, 2)
     return tuple(branches)
 
@@ -202,36 +204,48 @@ class Subject:
         return Volume(data.astype(np.float32), grid), Volume(labels.astype(np.uint8), grid)
 
 
-def write_trees(folder: Path, seeds: Sequence[int], subjects: int = 2, *, coarser: float = 1.0) -> tuple[Pair, ...]:
-    """Write a data set in nnU-Net raw layout with subjects of each tree; give all pairs of subjects with one tree.
+def tree_pairs(seeds: Sequence[int], subjects: int = 2) -> tuple[Pair, ...]:
+    """Make all pairs of subjects with one tree, by the names of their scans."""
+    return tuple(
+        Pair(_name(seed, one), _name(seed, other))
+        for seed in seeds
+        for one in range(subjects)
+        for other in range(subjects)
+        if one != other
+    )
 
-    ``coarser`` enlarges the voxels. What is there already stays: a seed always makes the same scans.
+
+def write_trees(
+    folder: Path, seeds: Sequence[int], subjects: int = 2, *, coarser: float = 1.0, again: bool = False
+) -> None:
+    """Write a dataset in nnU-Net raw layout with subjects of each tree.
+
+    ``coarser`` enlarges the voxels. A seed always makes the same scans: what is there stays, unless ``again``. Raises
+    InputError if the folder cannot be written.
     """
-    names = {(seed, n): f"tree{seed:02}{chr(ord('a') + n)}" for seed in seeds for n in range(subjects)}
     with disk_errors(folder):
         for kind in ("imagesTr", "labelsTr"):
             (folder / kind).mkdir(parents=True, exist_ok=True)
-    for (seed, n), name in names.items():
-        files = folder / "imagesTr" / f"{name}_0000.nii.gz", folder / "labelsTr" / f"{name}.nii.gz"
-        if not all(file.exists() for file in files):
-            subject = Subject(seed, n)
-            image, labels = subject.scan(subject.grid(coarser))
-            save_volume(replace(image, data=np.rint(image.data).astype(np.int16)), files[0])
-            save_volume(labels, files[1], structures=[VESSELS])
-    listed = sorted(file.name.removesuffix(".nii.gz") for file in (folder / "labelsTr").glob("*.nii.gz"))
+    for seed in seeds:
+        for number in range(subjects):
+            name = _name(seed, number)
+            files = folder / "imagesTr" / f"{name}_0000.nii.gz", folder / "labelsTr" / f"{name}.nii.gz"
+            if again or not all(file.exists() for file in files):
+                subject = Subject(seed, number)
+                image, labels = subject.scan(subject.grid(coarser))
+                save_volume(replace(image, data=np.rint(image.data).astype(np.int16)), files[0])
+                save_volume(labels, files[1], structures=[VESSELS])
     content = {
         "channel_names": {"0": "CT"},
         "labels": {"background": 0, VESSELS.name: VESSELS.value},
-        "numTraining": len(listed),
+        "numTraining": len(list((folder / "labelsTr").glob("*.nii.gz"))),
         "file_ending": ".nii.gz",
     }
     write_text(folder / "dataset.json", json.dumps(content, indent=1) + "\n")
-    return tuple(
-        Pair(name, names[seed, other])
-        for (seed, n), name in names.items()
-        for other in range(subjects)
-        if other != n
-    )
+
+
+def _name(seed: int, number: int) -> str:
+    return f"tree{seed:03}-{number + 1}"
 
 
 def _tissue(points: Points, random: np.random.Generator) -> Floats:

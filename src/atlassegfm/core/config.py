@@ -273,7 +273,9 @@ def gate_settings(settings: Any) -> dict[str, Any]:
     These are ``fusion``, ``tubular`` and the sections of the chosen models in ``models``, without those marked
     :data:`RUNTIME_ONLY`.
     """
-    return _without(settings, ("fusion.", "tubular", *(f"models.{name}." for name in settings.model_names)), RUNTIME_ONLY)
+    return _without(
+        settings, ("fusion.", "tubular", *(f"models.{name}." for name in settings.model_names)), RUNTIME_ONLY
+    )
 
 
 def quality_settings(settings: Any) -> dict[str, Any]:

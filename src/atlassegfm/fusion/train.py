@@ -46,8 +46,8 @@ def train_gate_on_atlas(
 
     Each structure's label is warped at random with an error of realistic size, the models are prompted with it on the
     atlas's image, and the gate is trained on these masks against the atlas's labels; before that, the weights of
-    several models. Of the settings ``fusion``,
-    ``tubular`` and ``seed`` are used; ``on_part`` is called with the name of each structure, then of each step of the training.
+    several models. Of the settings ``fusion``, ``tubular`` and ``seed`` are used; ``on_part`` is called with the name
+    of each structure, then of each step of the training.
     """
     labels, image, options = atlas.numbered, atlas.image, settings.fusion
     boxes = ndimage.find_objects(labels.data)
