@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from atlassegfm.core.config import with_overrides
 from atlassegfm.core.dataset import load_dataset
 from atlassegfm.core.errors import InputError
 from atlassegfm.core.geometry import Grid
-from atlassegfm.core.image import Volume
+from atlassegfm.core.image import Volume, save_volume
 from atlassegfm.core.mask import LocalMap
 from atlassegfm.evaluate.metrics import score_masks
 from atlassegfm.models.base import PromptedScan
@@ -30,6 +32,8 @@ from atlassegfm.settings import Settings
 from conftest import Run
 from scenes import QUICK_GATE
 
+#: Scan and labels of each of two subjects.
+Scans = tuple[tuple[Volume, Volume], tuple[Volume, Volume]]
 COARSER = 1.7
 #: A registration of a second or two.
 QUICK = (
@@ -55,20 +59,20 @@ def cldice(result: Volume, reference: Volume) -> float:
 
 
 @pytest.fixture(scope="module")
-def pair() -> tuple[tuple[Volume, Volume], tuple[Volume, Volume]]:
+def pair() -> Scans:
     """Two subjects with one tree: scan and labels of each."""
     one, other = (Subject(4, n) for n in range(2))
     return one.scan(one.grid(COARSER)), other.scan(other.grid(COARSER))
 
 
-def test_seed_makes_the_same_scan_again(pair: tuple[tuple[Volume, Volume], tuple[Volume, Volume]]) -> None:
+def test_seed_makes_the_same_scan_again(pair: Scans) -> None:
     again = Subject(4, 1).scan(Subject(4, 1).grid(COARSER))
     for made, remade in zip(pair[1], again, strict=True):
         np.testing.assert_array_equal(made.data, remade.data)
 
 
 def test_subjects_share_the_branches_and_nothing_else(
-    pair: tuple[tuple[Volume, Volume], tuple[Volume, Volume]],
+    pair: Scans,
 ) -> None:
     one, other = Subject(4, 0), Subject(4, 1)
     assert len(one.vessels) == len(other.vessels) == len(make_branches(4)) > 20
@@ -99,6 +103,22 @@ def test_trees_are_written_as_a_dataset(tmp_path: Path) -> None:
     assert dataset.cases[0].image.stat().st_mtime_ns == kept
 
 
+def test_published_layout_of_avt_is_listed_and_read(pair: Scans, tmp_path: Path) -> None:
+    """By the program of the page on vessels: a folder for each patient in one for each centre."""
+    for place, (image, labels) in zip(("Dongyang/D1", "Rider/R1"), pair, strict=True):
+        (tmp_path / place).mkdir(parents=True)
+        save_volume(image, tmp_path / place / f"{place[-2:]}.nrrd")
+        save_volume(labels, tmp_path / place / f"{place[-2:]}.seg.nrrd", structures=[VESSELS])
+    page = (Path(__file__).parent.parent / "docs/how-to/vessels.md").read_text(encoding="utf-8")
+    program = page.split("```python\n")[1].split("```")[0]
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    dataset = load_dataset(tmp_path)
+    assert [case.name for case in dataset.cases] == ["D1", "R1"]
+    atlas = Atlas.from_files(dataset.case("D1").image, dataset.case("D1").labels)
+    np.testing.assert_array_equal(atlas.labels.data, pair[0][1].data)
+    assert atlas.numbers_of("*", "tubular") == {1}
+
+
 # What is done for vessels
 
 
@@ -121,19 +141,17 @@ def test_branch_is_followed_as_far_as_a_registration_errs(sign: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def atlas(pair: tuple[tuple[Volume, Volume], tuple[Volume, Volume]]) -> Atlas:
+def atlas(pair: Scans) -> Atlas:
     return Atlas.from_volumes(*pair[0], [VESSELS])
 
 
 @pytest.fixture(scope="module")
-def result(atlas: Atlas, pair: tuple[tuple[Volume, Volume], tuple[Volume, Volume]]) -> Segmentation:
+def result(atlas: Atlas, pair: Scans) -> Segmentation:
     settings = with_overrides(Settings(), [*QUICK, *QUICK_GATE, "tubular=vessels"])
     return segment(Context(atlas, settings), pair[1][0], device="cpu")
 
 
-def test_fused_vessels_are_nearer_than_the_atlas(
-    result: Segmentation, pair: tuple[tuple[Volume, Volume], tuple[Volume, Volume]]
-) -> None:
+def test_fused_vessels_are_nearer_than_the_atlas(result: Segmentation, pair: Scans) -> None:
     reference = pair[1][1]
     assert cldice(result.labels, reference) >= cldice(result.atlas_labels, reference) + 0.05
 
@@ -153,7 +171,7 @@ def test_vessels_have_no_verdict_of_organs(result: Segmentation) -> None:
     assert judge(quality.evidence, "builtin", 0.1, tubular=True).verdict == "failed"
 
 
-def test_unknown_vessel_is_named(atlas: Atlas, pair: tuple[tuple[Volume, Volume], tuple[Volume, Volume]]) -> None:
+def test_unknown_vessel_is_named(atlas: Atlas, pair: Scans) -> None:
     settings = with_overrides(Settings(), ["tubular=aorta, vess*"])
     with pytest.raises(InputError, match=r"^tubular=aorta,vess\*: no structure 'aorta'.*1 \(vessels\)"):
         segment(Context(atlas, settings), pair[1][0], device="cpu")
