@@ -292,7 +292,7 @@ def projection_figure(panel: Panel, masks: Mapping[str, NDArray[np.bool_]], affi
     axis = panel.view.normal
     flat = tuple(slice(0, 1 if a == axis else side.stop - side.start) for a, side in enumerate(panel.box))
     onto = replace(panel, index=0, box=flat)
-    projected = {kind: cut(mask.any(axis=axis, keepdims=True), onto) for kind, mask in masks.items()}
+    projected = {kind: cut(np.asarray(mask.any(axis=axis, keepdims=True)), onto) for kind, mask in masks.items()}
     return slice_figure(None, onto, None, projected, affine) | {"name": f"{panel.view.name}, projected"}
 
 
