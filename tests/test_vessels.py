@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,11 +26,13 @@ from atlassegfm.models.base import PromptedScan
 from atlassegfm.models.table import load_chosen
 from atlassegfm.models.tubes import follow_branches
 from atlassegfm.quality.verdict import NOT_JUDGED_TUBULAR, judge
-from atlassegfm.report.slices import projection_figure, structure_panels
+from atlassegfm.records import RunRecord
+from atlassegfm.report import write_report
 from atlassegfm.result import Segmentation
 from atlassegfm.segment import segment
 from atlassegfm.settings import Settings
 from conftest import Run
+from result_folders import WITHOUT_PICTURES, write_result
 from scenes import QUICK_GATE
 
 #: Scan and labels of each of two subjects.
@@ -193,13 +196,17 @@ def test_structures_that_are_not_marked_are_predicted_the_same() -> None:
     assert not np.array_equal(plain[3].to_full(grid.shape), marked[3].to_full(grid.shape))
 
 
-def test_projection_shows_what_leaves_the_slice() -> None:
-    mask = np.zeros((30, 20, 10), bool)
-    mask[np.arange(30), np.arange(30) // 2, np.arange(30) // 4] = True
-    panels = structure_panels(mask, (0, 0, 0), mask.shape, np.ones(3))
-    figures = [projection_figure(panel, {"result": mask[panel.box]}, np.eye(4)) for panel in panels]
-    assert [one["name"] for one in figures] == ["axial, projected", "coronal, projected", "sagittal, projected"]
-    assert all(len(one["outlines"]) == 1 for one in figures)
+def test_report_projects_vessels_and_no_other(tmp_path: Path) -> None:
+    write_result(tmp_path / "a", 0)
+    run = RunRecord.read(tmp_path / "a/run.json")
+    run.model_copy(update={"settings": {**run.settings, "tubular": "nod*"}}).write(tmp_path / "a/run.json")
+    write_report(tmp_path, options=WITHOUT_PICTURES)
+    page = (tmp_path / "a/report.html").read_text(encoding="utf-8")
+    for one in scenes.STRUCTURES:
+        section = page.split(f'id="s{one.value}"')[1].split("</section>")[0]
+        projected = re.findall(r"<figcaption>(\w+), projected</figcaption>", section)
+        assert projected == (["axial", "coronal", "sagittal"] if one.name == "node" else [])
+        assert section.count('<path class="result" d="M') >= 2 * (1 + bool(projected))
 
 
 def test_seeds_are_numbers(run: Run) -> None:
