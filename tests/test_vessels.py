@@ -37,7 +37,7 @@ from scenes import QUICK_GATE
 
 #: Scan and labels of each of two subjects.
 Scans = tuple[tuple[Volume, Volume], tuple[Volume, Volume]]
-COARSER = 1.7
+COARSER = 2.0
 #: A registration of a second or two.
 QUICK = (
     "registration.coarse_voxels=8000",
@@ -46,6 +46,9 @@ QUICK = (
     "registration.instance.local_voxels=60000",
     "registration.instance.iterations=[15]",
     "registration.instance.ensemble=1",
+    "registration.linear_iterations=10",
+    "registration.candidates=1",
+    "fusion.simulation.sizes=[0.07, 0.14]",
 )
 
 
