@@ -224,5 +224,5 @@ def test_benchmark_of_made_vessels(run: Run) -> None:
     sets = [part for one in (*QUICK, *QUICK_GATE) for part in ("--set", one)]
     outcome = run("benchmark", "vessels", "-o", "out", "--seeds", "0", "--no-plots", "--json", *sets)
     assert outcome.code == 0
-    means = {one["method"]: one["means"]["cldice"] for one in outcome.json["columns"]}
+    means = {one["method"]: one["structures"][0]["cldice"]["mean"] for one in outcome.json["columns"]}
     assert means["fused"] > means["atlas"] + 0.05
