@@ -18,7 +18,7 @@ from .core.errors import InputError
 from .core.files import PathLike
 from .core.geometry import Grid
 from .core.image import ImageLike, Volume, checked_image, label_values, load_labels, smallest_label_type
-from .core.labels import LabelEntry, LabelTable, Structure, dataset_json_of, listed, read_names_file
+from .core.labels import LabelEntry, LabelTable, Structure, dataset_json_of, listed, pick_values, read_names_file
 from .core.text import counted
 from .dicom import EVERYTHING, Selection, is_dicom_input, open_image, open_labels, with_structures
 
@@ -152,6 +152,15 @@ class Atlas:
         """
         values = np.array((0, *self.values), smallest_label_type(max(self.values)))
         return Volume(values[numbers], grid, query.source).turned_to(query.grid)
+
+    def numbers_of(self, wanted: str, setting: str) -> frozenset[int]:
+        """Find the numbers of structures by value, name or pattern with commas between, as a ``setting`` names them.
+
+        Raises InputError if one of them fits none.
+        """
+        names = {one.value: one.name for one in self.structures}
+        picked = pick_values(names, [*filter(None, wanted.split(","))], f"{setting}={wanted}: ")
+        return frozenset(self.values.index(value) + 1 for value in picked)
 
     def matched(self, first: Atlas, name: str = "the atlas") -> Atlas:
         """Give its structures the values, names and colours that an atlas of the same names has for them.

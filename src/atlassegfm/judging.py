@@ -62,6 +62,7 @@ def judge_structures(
     judges = {n: _judge_of(job, warped, n) for n in range(1, len(structures) + 1)}
     evidence = _evidence(job, warped, judges, answers, labels)
     voxels = np.bincount(labels.ravel(), minlength=len(structures) + 1)
+    tubular = next(iter(job.atlases.values())).numbers_of(job.settings.tubular, "tubular")
     calibrated = is_calibrated(job.settings, transform_given=job.transform_given)
     results = []
     for n, structure in enumerate(structures, start=1):
@@ -78,6 +79,7 @@ def judge_structures(
                 place=place,
                 surplus=_surplus(job.expected.get(structure.name)),
                 calibrated=calibrated,
+                tubular=n in tubular,
             )
         else:  # what the field of view does not show cannot be wrong, but somebody may expect it there
             quality = StructureQuality("review" if status == "outside" else "failed", reason)

@@ -57,9 +57,10 @@ class BoxPrompt:
 
 @dataclass(frozen=True, eq=False)
 class MaskPrompt:
-    """The soft mask itself, on the query."""
+    """The soft mask itself, on the query; ``tubular`` if it is a vessel, to be followed beyond it."""
 
     probability: LocalMap
+    tubular: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,16 +73,16 @@ class RegionPrompt:
 Prompt = ClickPrompt | BoxPrompt | MaskPrompt | RegionPrompt
 
 
-def make_prompt(kind: PromptKind, probability: LocalMap, across: int = 2) -> Prompt | None:
+def make_prompt(kind: PromptKind, probability: LocalMap, across: int = 2, *, tubular: bool = False) -> Prompt | None:
     """Turn the warped mask of one structure, in [0, 1], into a prompt; None where no voxel reaches :data:`INSIDE`.
 
-    ``across`` is the axis that slices lie across, of 0, 1 and 2.
+    ``across`` is the axis that slices lie across, of 0, 1 and 2; ``tubular`` as of a :class:`MaskPrompt`.
     """
     inside = probability.values >= INSIDE
     if not inside.any():
         return None
     if kind == "mask":
-        return MaskPrompt(probability)
+        return MaskPrompt(probability, tubular)
     if kind == "region":
         return RegionPrompt(probability)
     # Click and box point at one object: stray parts of a warped mask would drag both off it.

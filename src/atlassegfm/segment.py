@@ -82,6 +82,7 @@ def segment(
     scan = canonical_scan(query, "the query" if query.source is None else str(query.source.path))
     model = model or load_chosen(settings, device)
     context.check_model(model)
+    tubular = context.atlas.numbers_of(settings.tubular, "tubular")
     if transforms and context.others:
         raise InputError("a transform was given, and the context has several atlases; give a context of one")
     several = min(len(context.atlases), settings.most_atlases)
@@ -101,7 +102,9 @@ def segment(
         predicted, masks = None, dict[int, LocalMap]()
         if model is not None and prompt is not None:
             with clock.stage("model") as report:
-                predicted = PromptedScan(model, prompt, scan, context.atlas.names).predict(warped.masks, report)
+                predicted = PromptedScan(model, prompt, scan, context.atlas.names, tubular).predict(
+                    warped.masks, report
+                )
             if context.gate is None:
                 with clock.stage("gate") as report:
                     context = train_context(context, model, settings, device=device, on_part=report)

@@ -443,6 +443,10 @@ class Settings:
     prompt: Literal["auto", "click", "box", "mask"] = "auto"
     """What the model is prompted with; "auto" is the best of the prompts it takes."""
 
+    tubular: str = ""
+    """Structures that are vessels, by value, name or pattern with commas between, as aorta,*vein: the built-in model
+    follows them beyond the warped atlas, their branches are kept, and they are not judged: verdicts are for organs."""
+
     most_atlases: Annotated[int, Field(ge=1)] = 5
     """Atlases of a context that are registered in full to a query: those that fit it best after a rough
     rigid fit."""
@@ -452,6 +456,11 @@ class Settings:
 
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seed of the random numbers: the same one gives the same result on the same machine."""
+
+    @field_validator("tubular")
+    @classmethod
+    def _strip_names(cls, tubular: str) -> str:
+        return ",".join(name.strip() for name in tubular.split(","))
 
     @field_validator("model")
     @classmethod

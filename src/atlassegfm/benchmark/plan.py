@@ -16,9 +16,12 @@ from .records import PlanRecord
 #: Scored of each pair, and each of several models by its name, their mixture then being the model. "paper": the paper's
 #: gate on the same masks as the default one. "oracle": a perfect gate.
 METHODS = ("atlas", "model", "paper", "fused", "oracle")
-PLAN, PAIRS = "plan.json", "pairs"
+#: ``TREES`` are the scans of ``benchmark vessels``.
+PLAN, PAIRS, TREES = "plan.json", "pairs", "trees"
 #: Files of a benchmark's folder; one with any other is not touched.
-OUTPUTS = frozenset({PLAN, PAIRS, "results.csv", "times.csv", "summary.json", "report.md", "dice.png", "dice-time.png"})
+OUTPUTS = frozenset(
+    {PLAN, PAIRS, TREES, "results.csv", "times.csv", "summary.json", "report.md", "dice.png", "dice-time.png"}
+)
 
 
 @dataclass(frozen=True)

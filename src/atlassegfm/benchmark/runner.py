@@ -15,7 +15,7 @@ from ..core.files import check_replaceable, disk_errors
 from ..core.labels import listed
 from ..jobs.fingerprint import file_record, is_unchanged
 from .pairs import PairRunner
-from .plan import OUTPUTS, PAIRS, PLAN, Plan, Variant, slug
+from .plan import OUTPUTS, PAIRS, PLAN, TREES, Plan, Variant, slug
 from .protocols import Pair
 from .records import PairRecord, PlanRecord
 
@@ -92,7 +92,7 @@ def _prepare(plan: Plan, out: Path, *, force: bool) -> None:
     check_replaceable(out, OUTPUTS | unfinished)
     if force:
         shutil.rmtree(out / PAIRS, ignore_errors=True)
-        for name in OUTPUTS - {PAIRS}:
+        for name in OUTPUTS - {PAIRS, TREES}:
             (out / name).unlink(missing_ok=True)
     if path.exists():
         try:

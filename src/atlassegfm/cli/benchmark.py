@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
 
@@ -47,13 +47,8 @@ app = typer.Typer(
 class BenchmarkOptions(ScreenOptions, DeviceOptions, SettingsOptions):
     """Options of all comparisons."""
 
-    dataset: Path = argument("DATASET", "Folder in nnU-Net raw layout, with labels.")
     out: Path = required("--out -o OUT", "Folder of the benchmark; an interrupted one is continued.")
-    cases: str | None = option("--cases A,B,...", "Cases that take part.")
-    labels: str | None = labels_option()
     tolerance: str = tolerance_option()
-    cldice: str | None = cldice_option()
-    channel: int = option("--channel N", "Channel of the scans.", 0)
     model_path: Path | None = option("--model-path PATH", "File or folder of the model's weights.")
     accept_licence: bool = flag("--accept-licence", "Accept the licence of the models' weights; recorded once.")
     plots: bool = option("--plots/--no-plots", "Draw plots (extra 'report').", True)
@@ -65,7 +60,18 @@ class BenchmarkOptions(ScreenOptions, DeviceOptions, SettingsOptions):
 
 
 @options
-class PairOptions(BenchmarkOptions):
+class DatasetOptions(BenchmarkOptions):
+    """Options of comparisons on a dataset."""
+
+    dataset: Path = argument("DATASET", "Folder in nnU-Net raw layout, with labels.")
+    cases: str | None = option("--cases A,B,...", "Cases that take part.")
+    labels: str | None = labels_option()
+    cldice: str | None = cldice_option()
+    channel: int = option("--channel N", "Channel of the scans.", 0)
+
+
+@options
+class PairOptions(DatasetOptions):
     """Options of comparisons on pairs of one atlas and a query."""
 
     protocol: str = option(
@@ -209,7 +215,7 @@ def engines(options: EnginesOptions) -> None:
 
 
 @options
-class AtlasesOptions(BenchmarkOptions):
+class AtlasesOptions(DatasetOptions):
     """Options of ``benchmark atlases``."""
 
     counts: str = option("--counts N,N,...", "Numbers of atlases, drawn at random for each query.", "1,2,3,5")
@@ -250,6 +256,53 @@ def atlases(options: AtlasesOptions) -> None:
         return [*made, _with(base, f"{options.selected} of {most}", most_atlases=options.selected)]
 
     _run(f"sets of atlases, {counted(options.draws, 'draw')} a query", columns, options)
+
+
+@options
+class VesselsOptions(BenchmarkOptions):
+    """Options of ``benchmark vessels``."""
+
+    seeds: str = option("--seeds N,N,...", "Trees, by their seeds.", "4,5,6,7,8,9")
+    subjects: int = option("--subjects N", "Subjects with each tree, of which all pairs are run.", 2, min=2)
+    model: str | None = option("--model NAME[,NAME]", "Segmentation model, or several [default: builtin].")
+    as_organs: bool = flag("--as-organs", "Do not mark the vessels as tubular, to see what that is worth.")
+    #: What other comparisons ask for is known of made scans.
+    cases: ClassVar[str | None] = None
+    labels: ClassVar[str | None] = None
+    cldice: ClassVar[str | None] = "*"
+    channel: ClassVar[int] = 0
+
+    @property
+    def dataset(self) -> Path:
+        """Folder of the made scans."""
+        from ..benchmark.plan import TREES
+
+        return self.out / TREES
+
+    def pairs(self, _cases: Sequence[str], _seed: int) -> tuple[Pair, ...]:
+        """Make all pairs of subjects with one tree."""
+        from ..benchmark.vessels import tree_pairs
+
+        return tree_pairs(_seeds(self.seeds), self.subjects)
+
+
+@command(app, "vessels")
+def vessels(options: VesselsOptions) -> None:
+    """Made vascular trees, as CT angiography shows them: the whole method on thin structures, in clDice, Dice and HD95.
+
+    Subjects with one tree have the same branches and nothing else. Settings were chosen on the seeds 0 to 3.
+    """
+
+    def columns(base: Variant, _notes: list[str]) -> list[Variant]:
+        from ..benchmark.plan import OUTPUTS
+        from ..benchmark.vessels import VESSELS, write_trees
+        from ..core.files import check_replaceable
+
+        check_replaceable(options.out, OUTPUTS)
+        write_trees(options.dataset, _seeds(options.seeds), options.subjects, again=options.force)
+        return [_with(base, "default", tubular="" if options.as_organs else VESSELS.name)]
+
+    _run(f"made vessels, seeds {options.seeds}", columns, options)
 
 
 @options
@@ -312,7 +365,11 @@ def _usable_engines(base: Variant, device: str, notes: list[str]) -> list[str]:
     return names
 
 
-def _run(title: str, columns: Callable[[Variant, list[str]], list[Variant]], options: BenchmarkOptions) -> None:
+def _run(
+    title: str,
+    columns: Callable[[Variant, list[str]], list[Variant]],
+    options: DatasetOptions | VesselsOptions,
+) -> None:
     """Run a benchmark and print its table; ``columns`` makes the variants of a plain one, and may add to the notes."""
     with options.session() as session:
         if options.plots:
@@ -353,7 +410,7 @@ def _run(title: str, columns: Callable[[Variant, list[str]], list[Variant]], opt
         raise typer.Exit(EXIT_FAILURES)
 
 
-def _plan(title: str, variants: Sequence[Variant], options: BenchmarkOptions) -> Plan:
+def _plan(title: str, variants: Sequence[Variant], options: DatasetOptions | VesselsOptions) -> Plan:
     """Plan the run, checked as far as possible without opening a scan."""
     from ..benchmark import Plan
     from ..core.dataset import load_dataset, pick_structures
@@ -415,6 +472,13 @@ def _parsed(text: str, base: Variant) -> Variant:
         raise InputError(f"--variant {text}: expected NAME:KEY=VALUE, with semicolons between several")
     settings = with_overrides(base.settings, assignments, option=f"--variant {name}:")
     return replace(base, name=name.strip(), settings=settings)
+
+
+def _seeds(text: str) -> list[int]:
+    parts = split_list(text, "--seeds")
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise InputError(f"--seeds {text}: expected whole numbers from 0 on with commas between, as 4,5,6")
+    return sorted({int(part) for part in parts})
 
 
 def _shape(text: str) -> tuple[int, int, int]:

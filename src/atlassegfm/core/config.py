@@ -270,10 +270,12 @@ def _comment(text: str, allowed: str = "") -> list[str]:
 def gate_settings(settings: Any) -> dict[str, Any]:
     """Settings that a trained gate depends on besides model and prompt, by dotted key.
 
-    These are ``fusion`` and the sections of the chosen models in ``models``, without those marked
+    These are ``fusion``, ``tubular`` and the sections of the chosen models in ``models``, without those marked
     :data:`RUNTIME_ONLY`.
     """
-    return _without(settings, ("fusion.", *(f"models.{name}." for name in settings.model_names)), RUNTIME_ONLY)
+    return _without(
+        settings, ("fusion.", "tubular", *(f"models.{name}." for name in settings.model_names)), RUNTIME_ONLY
+    )
 
 
 def quality_settings(settings: Any) -> dict[str, Any]:

@@ -46,8 +46,8 @@ def train_gate_on_atlas(
 
     Each structure's label is warped at random with an error of realistic size, the models are prompted with it on the
     atlas's image, and the gate is trained on these masks against the atlas's labels; before that, the weights of
-    several models. Of the settings ``fusion`` and
-    ``seed`` are used; ``on_part`` is called with the name of each structure, then of each step of the training.
+    several models. Of the settings ``fusion``, ``tubular`` and ``seed`` are used; ``on_part`` is called with the name
+    of each structure, then of each step of the training.
     """
     labels, image, options = atlas.numbered, atlas.image, settings.fusion
     boxes = ndimage.find_objects(labels.data)
@@ -55,7 +55,8 @@ def train_gate_on_atlas(
         n: LocalMap(tuple(side.start for side in box), (labels.data[box] == n).astype(np.float32))
         for n, box in enumerate(boxes, start=1)
     }
-    scan = PromptedScan(model, prompt, image, atlas.names)
+    tubular = atlas.numbers_of(settings.tubular, "tubular")
+    scan = PromptedScan(model, prompt, image, atlas.names, tubular)
     sizes = options.simulation.sizes
     draws = count_draws(boxes, len(sizes))
     drawn_masks: list[dict[int, LocalMap]] = []
@@ -100,6 +101,8 @@ def train_gate_on_atlas(
         return gate
 
     def smoothing(n: int) -> float:
+        if n in tubular:  # a fraction of the trunk's radius takes away the branches
+            return 0.0
         trials = (
             (correction.apply(image, n, drawn[n].atlas, masks), truths[n])
             for masks, drawn in zip(fused, samples, strict=True)

@@ -173,13 +173,15 @@ class Prediction:
 class PromptedScan:
     """A scan, float32 in RAS-canonical array order, and the models that segment it from prompts of one kind.
 
-    The scan is encoded at the first prediction. The name of structure number n is at position n - 1 of ``names``.
+    The scan is encoded at the first prediction. The name of structure number n is at position n - 1 of ``names``;
+    ``tubular`` are the numbers of vessels.
     """
 
     model: Models
     kind: PromptKind
     image: Volume
     names: Sequence[str]
+    tubular: frozenset[int] = frozenset()
 
     @cached_property
     def _encoded(self) -> Mapping[str, tuple[Segmenter, Any]]:
@@ -212,7 +214,7 @@ class PromptedScan:
     def _prompts(self, masks: Mapping[int, LocalMap]) -> dict[int, Prompt]:
         """Prompts of the masks that are not empty."""
         across = self.image.grid.slice_axis
-        made = {n: make_prompt(self.kind, mask, across) for n, mask in masks.items()}
+        made = {n: make_prompt(self.kind, mask, across, tubular=n in self.tubular) for n, mask in masks.items()}
         return {n: prompt for n, prompt in made.items() if prompt is not None}
 
 

@@ -8,6 +8,8 @@ It has no weights and nothing in it is random. Per structure, on a crop around t
    prior. Three views are averaged: intensity over the crop; smoothed intensity with its local deviation; intensity in
    the neighbourhood, on a bilateral grid (Chen, Paris, Durand 2007).
 3. *Border.* A Markov random field with contrast-sensitive couplings (Boykov, Jolly 2001), solved by mean field.
+
+Structures marked as tubular are then followed beyond the prompt (:mod:`.tubes`).
 """
 
 from collections.abc import Callable, Mapping
@@ -27,6 +29,7 @@ from ..core.parallel import parallel_map
 from ..prompts import INSIDE, BoxPrompt, ClickPrompt, MaskPrompt, Prompt, RegionPrompt, crop_mask, inside_scan
 from ..settings import ModelSettings
 from .base import OnPrompt, in_turn, usable_device
+from .tubes import follow_branches
 
 Field = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -35,6 +38,8 @@ Mask = NDArray[np.bool_]
 #: Expected error of a prompt's border, as a fraction of the structure's radius and at most in mm: of a registered mask,
 #: and of a ball or ellipsoid in place of an unknown shape (about twice that, not tuned).
 _MASK_ERROR, _SHAPE_ERROR = (0.2, 6.0), (0.4, 12.0)
+#: The same of a registered vessel, whatever its radius.
+_TUBE_ERROR = (np.inf, 2.5)
 #: Smallest expected error, in mm and in voxels: labels are not drawn better.
 _SMALLEST_ERROR_MM, _SMALLEST_ERROR_VOXELS = 1.0, 0.5
 #: Reach outside the prompt, in expected errors and in voxels: beyond, the prior is below 3 %.
@@ -109,7 +114,11 @@ class BuiltinSegmenter:
 
     def _predict_one(self, image: Volume, prompt: Prompt) -> LocalMap:
         if isinstance(prompt, MaskPrompt | RegionPrompt):
-            return self._refine(image, inside_scan(prompt.probability, image.grid.shape), _MASK_ERROR)
+            prompted = inside_scan(prompt.probability, image.grid.shape)
+            if isinstance(prompt, MaskPrompt) and prompt.tubular and prompted[1].any():
+                found = self._refine(image, prompted, _TUBE_ERROR)
+                return follow_branches(image, prompted, _radius_mm(prompted[1], image.grid.spacing_mm), found)
+            return self._refine(image, prompted, _MASK_ERROR)
         shape = _ball(image, prompt) if isinstance(prompt, ClickPrompt) else _ellipsoid(image, prompt)
         # The first round finds the structure from a shape that is not its own, the second its border.
         found = self._refine(image, shape, _SHAPE_ERROR)

@@ -24,6 +24,8 @@ VERDICTS: tuple[Verdict, ...] = ("accepted", "good", "review", "failed")
 LEAST_CONFIDENCE = 0.45
 #: Reason of structures without a verdict.
 NOT_JUDGED = "not judged: verdicts are calibrated for the default registration only"
+#: Reason of vessels, which have no verdict.
+NOT_JUDGED_TUBULAR = "not judged: verdicts are calibrated for organs, and this is a vessel"
 #: A second place in the scan that matches a structure worse by less than this is named in the reason.
 _CLOSE_MARGIN = 0.1
 #: Objections are at least so many standard deviations of the calibration from its mean.
@@ -85,14 +87,18 @@ def judge(
     place: Place | None = None,
     surplus: float = 0.0,
     calibrated: bool = True,
+    tubular: bool = False,
 ) -> StructureQuality:
     """Estimate the Dice of one structure and give a verdict; neither unless ``calibrated`` (:func:`is_calibrated`).
 
-    ``model`` is its name, or "none"; ``confidence`` that of the registration, in [0, 1]; ``outside`` the fraction of
-    the atlas's structure outside the field of view; ``place`` where the structure search found it; ``surplus`` is added
-    to the estimate.
+    A ``tubular`` structure has neither, unless the registration itself has failed: what is evidence of a good organ is
+    none of a good vessel. ``model`` is its name, or "none"; ``confidence`` that of the registration, in [0, 1];
+    ``outside`` the fraction of the atlas's structure outside the field of view; ``place`` where the structure search
+    found it; ``surplus`` is added to the estimate.
     """
     remarks = cut_remark(outside), _place_remark(place)
+    if calibrated and tubular and confidence >= LEAST_CONFIDENCE:
+        return StructureQuality(None, _joined(NOT_JUDGED_TUBULAR, *remarks), evidence=evidence)
     if not calibrated:
         return StructureQuality(None, _joined(NOT_JUDGED, *remarks), evidence=evidence)
     regression = regressions().get(model, regressions()["model"])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import InputError, MissingExtraError
 from ..core.image import Volume, label_boxes, load_labels
-from ..core.labels import Structure, listed, read_names_file, shortened, structures_of
+from ..core.labels import Structure, listed, pick_values, read_names_file, shortened, structures_of
 from ..core.overlap import dice_per_structure
 from ..core.record import Record
 from ..dicom import is_dicom_input, open_image
@@ -119,7 +119,13 @@ def write_case(
         thumbnail=_thumbnail(maps),
         has_image=maps.image is not None,
     )
-    sections = {one.value: _section(maps, one) for one in maps.structures if one.value in maps.boxes}
+    wanted = [*filter(None, case.run.settings.get("tubular", "").split(","))]
+    tubular = pick_values({one.value: one.name for one in maps.structures}, wanted)
+    sections = {
+        one.value: _section(maps, one, tubular=one.value in tubular)
+        for one in maps.structures
+        if one.value in maps.boxes
+    }
     size = reduction(maps.result.grid, options.viewer_voxels) if options.viewer_voxels else None
     estimates = [one.quality.estimated_dice for one in case.run.structures if one.quality is not None]
     write_page(
@@ -267,8 +273,8 @@ def _thumbnail(maps: _Maps) -> dict[str, Any]:
     return slices.thumbnail(maps.image, maps.result.data, colors, panel, maps.window(inside, whole))
 
 
-def _section(maps: _Maps, structure: Structure) -> dict[str, Any]:
-    """Draw three slices of one structure, which meet in ``centre_mm`` (RAS+)."""
+def _section(maps: _Maps, structure: Structure, *, tubular: bool) -> dict[str, Any]:
+    """Draw three slices of one structure, which meet in ``centre_mm`` (RAS+), and projections of a tubular one."""
     value, grid = structure.value, maps.result.grid
     box = maps.boxes[value]
     masks = {kind: volume.data[box] == value for kind, volume in maps.labels.items()}
@@ -283,6 +289,9 @@ def _section(maps: _Maps, structure: Structure) -> dict[str, Any]:
         shapes: dict[str, NDArray[np.bool_]] = {kind: cut(maps.labels[kind].data, panel) == value for kind in drawn}
         figures.append(slices.slice_figure(maps.image, panel, window, shapes, grid.affine))
         ijk[panel.view.normal] = panel.index
+    for panel in panels if tubular else ():
+        shapes = {kind: maps.labels[kind].data[panel.box] == value for kind in drawn}
+        figures.append(slices.projection_figure(panel, shapes, grid.affine))
     return {
         "name": structure.name,
         "color": structure.color,

@@ -7,7 +7,7 @@ the anatomical direction, two where it lies between two axes, as in DICOM.
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -282,6 +282,18 @@ def slice_figure(
         "bar_mm": bar_length_mm(panel.width_mm),
         "outlines": [(kind, path) for kind, mask in masks.items() if (path := outline(mask, panel))],
     }
+
+
+def projection_figure(panel: Panel, masks: Mapping[str, NDArray[np.bool_]], affine: _Floats) -> dict[str, Any]:
+    """Build a projection of masks along the normal of a panel, as :func:`slice_figure`: a vessel leaves every slice.
+
+    Masks, by kind, are on the panel's box.
+    """
+    axis = panel.view.normal
+    flat = tuple(slice(0, 1 if a == axis else side.stop - side.start) for a, side in enumerate(panel.box))
+    onto = replace(panel, index=0, box=flat)
+    projected = {kind: cut(np.asarray(mask.any(axis=axis, keepdims=True)), onto) for kind, mask in masks.items()}
+    return slice_figure(None, onto, None, projected, affine) | {"name": f"{panel.view.name}, projected"}
 
 
 def thumbnail(
