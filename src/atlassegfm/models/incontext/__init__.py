@@ -6,7 +6,7 @@ of :data:`BASELINES` and a module of its name here. Importing this package does 
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -111,6 +111,10 @@ class Baseline:
     def title(self) -> str:
         """Name in tables, which says so where weights are random."""
         return f"{self.name} (random weights)" if self.random_weights else self.name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describe as plain values what its results depend on; of a path the last part."""
+        return asdict(self) | {"path": self.path and self.path.name}
 
     def load(self, device: str) -> InContextModel:
         """Load it onto "cpu" or "cuda".
