@@ -66,17 +66,20 @@ def load(device: str, weights: Callable[[], Path | None], support: int | None = 
     place = usable_device(device)
     try:
         with broken_torchvision_hidden():
+            from huggingface_hub import errors
             from transformers import SegGptConfig, SegGptForImageSegmentation
     except ImportError:
         raise MissingExtraError("the in-context baseline 'seggpt'", "seggpt") from None
     path = weights()
     state = None if path is None else _read(path)
+    # From version 5 on configurations are checked; before, there was no such error.
+    misfit: type[Exception] = getattr(errors, "StrictDataclassError", ValueError)
     try:
         config = SegGptConfig(**({} if path is None else _config_beside(path)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = SegGptForImageSegmentation(config)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, misfit) as error:
         found = str(error).partition("\n")[0] or type(error).__name__
         version = installed_version("transformers")
         raise ModelError(
