@@ -137,7 +137,7 @@ def show(options: ShowOptions) -> None:
     lines = [
         ("model", row.name),
         ("what it is", row.summary),
-        ("prompts, best first", ", ".join(row.prompts)),
+        ("prompts, best first", ", ".join(row.prompts) or "none"),
         ("Dice in the paper", ", ".join(f"{kind} {dice:g} %" for kind, dice in row.paper_dice.items()) or "none"),
         ("extra", f"{row.extra} ({_STATES[content['extra_installed']][0]})" if row.extra else "none needed"),
         ("licence of the code", row.code_licence),
