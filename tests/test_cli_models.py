@@ -293,6 +293,7 @@ def test_show_as_json(run: Run, add_model: Callable[..., Any], mirror: Mirror, m
         "licence": "CC0-1.0",
         "licence_url": "https://example.org/licence",
         "package": "",
+        "is_release": False,
         "non_commercial": False,
         "licence_accepted": None,
         "looked_in": [str(models / "toy")],
