@@ -30,6 +30,7 @@ from scipy import ndimage
 
 from atlassegfm.atlas import Atlas, canonical_scan
 from atlassegfm.benchmark.pairs import restricted
+from atlassegfm.benchmark.verdicts import BAD, FOUND, LOST, auroc, triage
 from atlassegfm.context import Context, customize
 from atlassegfm.core.dataset import load_dataset
 from atlassegfm.core.geometry import Grid
@@ -51,12 +52,10 @@ SETS: Mapping[str, tuple[int, ...]] = {
 }
 #: Cases of each set, the first by name.
 CASES = 6
-#: Results of a Dice below the first should not be good, below the second they are lost; this fraction may be missed.
-BAD, LOST, MISSED = 0.7, 0.3, 0.05
+#: This fraction of the bad results may be judged good.
+MISSED = 0.05
 #: Of the results below the bound of "failed" at least this fraction is bad.
 FAILED = 0.5
-#: Fraction of the bad results that triage has to find.
-FOUND = 0.95
 #: Weight of the ridge penalty, and the range to which the Dice is clipped for the fit: what is better than good or
 #: worse than failed need not be told apart.
 RIDGE, RANGE = 200.0, (0.4, 0.85)
@@ -245,12 +244,6 @@ def curve(scores: NDArray[np.float64], dices: NDArray[np.float64]) -> tuple[tupl
     return tuple((round(float(x), 5), round(float(np.clip(y, 0, 1)), 5)) for x, y in knots)
 
 
-def auroc(scores: NDArray[np.float64], is_bad: NDArray[np.bool_]) -> float:
-    """Compute the probability that a bad result has a lower score than another one; ties count half."""
-    bad, other = scores[is_bad][:, None], scores[~is_bad][None]
-    return float(((bad < other) + 0.5 * (bad == other)).mean()) if bad.size and other.size else float("nan")
-
-
 def bounds(estimates: NDArray[np.float64], is_bad: NDArray[np.bool_]) -> tuple[float, float]:
     """Find the estimates from which on a result is good, and below which it failed (:data:`MISSED`, :data:`FAILED`)."""
     steps = np.unique(estimates)
@@ -259,13 +252,6 @@ def bounds(estimates: NDArray[np.float64], is_bad: NDArray[np.bool_]) -> tuple[f
         float(at) for at in steps if at <= good and (below := estimates < at).any() and is_bad[below].mean() >= FAILED
     ]
     return round(good, 4), round(failed[-1] if failed else good, 4)
-
-
-def triage(estimates: NDArray[np.float64], is_bad: NDArray[np.bool_]) -> float:
-    """Compute the fraction of all results to look at, worst estimates first, to find :data:`FOUND` of the bad ones."""
-    order = np.argsort(estimates, kind="stable")
-    found = np.cumsum(is_bad[order]) / is_bad.sum()
-    return float((np.argmax(found >= FOUND) + 1) / len(order))
 
 
 def report(kind: str, rows: Sequence[Row], names: Sequence[str]) -> Regression:

@@ -290,7 +290,7 @@ def score(dice: float, status: Any = "ok", cldice: float | None = None) -> Struc
 def test_records_come_back_from_json(tmp_path: Path) -> None:
     rows = (
         Row("query", 1, "nan", score(0.75), "atlas"),
-        Row("query", 1, "liver", score(math.nan, "both_empty", math.nan), "model"),
+        Row("query", 1, "liver", score(math.nan, "both_empty", math.nan), "model", 0.5, "review"),
     )
     record = PairRecord(
         variant="v",

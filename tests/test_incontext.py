@@ -393,7 +393,7 @@ def test_benchmark_with_given_weights(data: Path, run: Run, request: pytest.Fixt
     assert "random weights" not in page
     assert f"Weights: {BASELINES[name].weights_licence}." in page
     variant = json.loads((data / "one/plan.json").read_text())["variants"][name]
-    assert variant["baseline"] == {"name": name, "path": path.name, "random_weights": False, "support": 2}
+    assert variant["baseline"] == {"name": name, "path": str(path), "random_weights": False, "support": 2}
 
 
 @pytest.mark.parametrize(

@@ -337,8 +337,17 @@ def test_command_line(tmp_path: Path, run: Run) -> None:
     assert all({1, 2, 3} >= set(one["atlases"]) for one in done.json["results"][0]["structures"])
     assert done.json["results"][0]["structures"][0]["atlases"] == [1, 2, 3]
     assert run("context", "remove", context, "2").code == 0
-    shown = run("context", "show", context, "--json").json["atlases"]
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in (2, 3):  # of an earlier look
+        (pictures / f"atlas-{number}.png").write_bytes(b"")
+    shown = run("context", "show", context, "--json", "--pictures", str(pictures)).json["atlases"]
     assert [one["files"][0] for one in shown] == [demo.ATLAS, "c.nii.gz"]
+    drawn = {path.name: path.read_bytes() for path in pictures.iterdir()}
+    assert set(drawn) == {"atlas-1.png", "atlas-2.png"}
+    assert drawn["atlas-1.png"] != drawn["atlas-2.png"]
+    (pictures / "mine.txt").touch()
+    assert run("context", "show", context, "--pictures", str(pictures)).code == 2
     refused = run("context", "remove", context, "1")
     assert refused.code == 2
     assert "expected 2 to 2" in refused.err

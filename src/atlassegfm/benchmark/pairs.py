@@ -94,14 +94,14 @@ class PairRunner:
         query, reference = self._query(pair.query)
         model = self.load(variant)
         atlases = () if variant.prompts_from == "user" else self._atlases_of(variant, pair)
-        failure, cost = "", dict[str, Any]()
+        failure, cost, judged = "", dict[str, Any](), dict[tuple[str, int], dict[str, Any]]()
         try:
             if variant.baseline is not None:
                 results = self._in_context(model, self._atlas(pair.atlas), query, cost)
             elif not atlases:
                 results = self._click(model, query, reference, cost)
             else:
-                results = self._segment(variant, atlases, query, model, cost)
+                results, judged = self._segment(variant, atlases, query, model, cost)
                 if "model" in results:
                     results["oracle"] = oracle(results["atlas"], results["model"], reference)
         except (RegistrationError, ModelError) as error:
@@ -111,6 +111,7 @@ class PairRunner:
         self._on_stage("scoring")
         atlas_values = set(self._atlas(atlases[0]).values if atlases else self._plan.values)
         rows = self._score(pair, results, reference, atlas_values, failed=bool(failure))
+        rows = tuple(replace(row, **judged.get((row.method, row.value), {})) for row in rows)
         unnamed = sorted(self._unnamed.get(pair.atlas, set()) | self._unnamed.get(pair.query, set()))
         return PairRecord(variant=variant.name, pair=pair, rows=rows, failure=failure, unnamed=tuple(unnamed), **cost)
 
@@ -135,7 +136,8 @@ class PairRunner:
 
     def _segment(
         self, variant: Variant, names: Sequence[str], query: Volume, model: Models | None, cost: dict[str, Any]
-    ) -> dict[str, Volume]:
+    ) -> tuple[dict[str, Volume], dict[tuple[str, int], dict[str, Any]]]:
+        """Segment; label maps by method, and by method and label value what the result says of itself."""
         device, context = self._plan.device, self._context(variant, names, model)
         with _measured_memory(device, cost):
             result = segment(context, query, device=device, on_stage=self._on_stage, model=model)
@@ -148,11 +150,11 @@ class PairRunner:
         cost["confidence"] = round(float(registration.confidence), 6)
         cost["folding"] = round(float(registration.folding), 8)
         if result.model_labels is None:
-            return {"atlas": result.atlas_labels}
+            return {"atlas": result.atlas_labels}, _judged("atlas", result)
         results = {"atlas": result.atlas_labels, **result.member_labels, "model": result.model_labels}
         if "paper" in variant.scored and result.gate is not None:
             results["paper"] = fused_by(result.gate.as_the_paper(), context.atlas, result)
-        return results | {"fused": result.labels}
+        return results | {"fused": result.labels}, _judged("fused", result)
 
     def _in_context(
         self, model: InContextModel, atlas: Atlas, query: Volume, cost: dict[str, Any]
@@ -239,6 +241,19 @@ class PairRunner:
             self._models.clear()
             self._models[key] = load_chosen(chosen, self._plan.device)
         return self._models.get(key)
+
+
+def _judged(method: str, result: Segmentation) -> dict[tuple[str, int], dict[str, Any]]:
+    """Estimate and verdict of each structure of a result, as fields of its rows; none where nothing is judged."""
+    if not result.is_judged:
+        return {}
+    judged = {}
+    for one in result.structures:
+        quality = one.quality
+        estimate = None if quality is None or quality.estimated_dice is None else round(quality.estimated_dice, 6)
+        verdict = (quality and quality.verdict) or one.status
+        judged[method, one.structure.value] = {"estimated_dice": estimate, "verdict": verdict}
+    return judged
 
 
 @contextmanager

@@ -16,10 +16,13 @@ class Row(CaseScore):
     """Scores of one structure of one query by one of :data:`METHODS`.
 
     The status "failed" is that of a pair that ended in an error: it counts as missed. "not_in_atlas": the atlas does
-    not have the structure, and nothing is scored.
+    not have the structure, and nothing is scored. ``estimated_dice`` and ``verdict``, or the status of a structure that
+    was not found, are what the result says of itself: of one method alone, fused or, without a model, the atlas.
     """
 
     method: str
+    estimated_dice: float | None = None
+    verdict: str | None = None
 
 
 class PairRecord(Record):

@@ -26,6 +26,7 @@ from ..models.incontext import describe_baseline
 from .plan import IN_CONTEXT, PLAN, Plan
 from .protocols import Pair
 from .records import PairRecord, Row
+from .verdicts import BAD, FOUND, LOST, verdict_summary
 
 #: Fewest pairs, and atlases among them, of a bootstrap interval: fewer say nothing on other scans or atlases.
 LEAST_PAIRS, LEAST_ATLASES = 10, 2
@@ -165,6 +166,7 @@ def _keys(record: PairRecord) -> dict[str, str]:
 def _score_rows(records: Sequence[PairRecord]) -> list[dict[str, Any]]:
     return [
         {**_keys(record), "method": row.method, "value": row.value, "structure": row.structure, **vars(row.scores)}
+        | {"estimated_dice": row.estimated_dice, "verdict": row.verdict}
         for record in records
         for row in record.rows
     ] + [{**_keys(record), "status": "not_scored"} for record in records if not record.rows]
@@ -197,6 +199,7 @@ def _summary(
                 "over_pairs": {"dice": plain_row(vars(spread(column.pair_means())))},
                 "over_atlases": {"dice": plain_row(vars(column.over_atlases()))},
                 "atlases": plain_row(column.by_atlas()),
+                "verdicts": verdict_summary(column.rows),
             }
             for column in columns
         ],
@@ -238,8 +241,8 @@ class _Page:
 
     def lines(self) -> Iterator[str]:
         """Give the whole page."""
-        sections = (self._head, self._methods, self._differences, self._per_structure, self._per_atlas, self._costs)
-        for section in sections:
+        scores = (self._head, self._methods, self._differences, self._per_structure, self._per_atlas)
+        for section in (*scores, self._verdicts, self._costs):
             yield from section()
         if self.plots:
             yield from ("![Dice of each structure](dice.png)", "", "![Dice against time](dice-time.png)")
@@ -347,6 +350,33 @@ class _Page:
         spreads = [column.over_atlases() for column in self.columns]
         lines.append(["mean ± sd", *(f"{decimal(one.mean, 3)} ± {decimal(one.sd, 3)}" for one in spreads)])
         yield from _markdown(lines)
+
+    def _verdicts(self) -> Iterator[str]:
+        judged = {title: verdict_summary(column.rows) for column, title in self.titles.items()}
+        if not any(judged.values()):
+            return
+        yield from ("## Verdicts", "")
+        yield (
+            "What the results say of themselves without labels, beside the true Dice "
+            f"(bad: below {BAD}, lost: below {LOST}).\n"
+        )
+        lines = [["method", "verdict", "structures", "Dice", "bad", "lost"]]
+        notes = []
+        for title, found in judged.items():
+            if found is None:
+                continue
+            for verdict, one in found["verdicts"].items():
+                counts = [str(one[name]) for name in ("structures", "bad", "lost")]
+                lines.append([title, verdict, counts[0], decimal(one["dice"], 3), *counts[1:]])
+            note = (
+                f"{title}: {found['not_good']:.0%} of the structures are not judged good; of {found['bad']} bad ones "
+            )
+            note += f"{found['bad_but_good']} are"
+            if found["auroc"] is not None:
+                note += f"; AUROC of the estimate {found['auroc']:.3f}; looking at {found['looked_at']:.0%} of them, "
+                note += f"the worst estimates first, finds {FOUND:.0%} of the bad ones"
+            notes += [f"{note}. The estimate is off by {found['error']:.3f} in the mean.", ""]
+        yield from (*_markdown(lines, words=2), *notes)
 
     def _costs(self) -> Iterator[str]:
         device, records = self.plan.device, self.records

@@ -14,7 +14,7 @@ from .customize import expected_rows, measured, print_expected
 from .fields import argument, command, names_option, option, options, required
 from .help import Group
 from .options import DeviceOptions, ScreenOptions, StructureOptions
-from .session import print_json, print_table
+from .session import Session, print_json, print_table
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -32,6 +32,9 @@ class ShowOptions(ScreenOptions):
     """Options of ``context show``."""
 
     context: Path = argument("CTX", "A folder that `atlassegfm customize` wrote.")
+    pictures: Path | None = option(
+        "--pictures FOLDER", "Draw each atlas with its structures into this folder, as atlas-N.png (extra 'report')."
+    )
 
 
 @options
@@ -63,10 +66,17 @@ class MeasureOptions(ScreenOptions, DeviceOptions):
 @command(app, "show")
 def show(options: ShowOptions) -> None:
     """List the atlases of a context: their files, voxels, and which structures they have."""
-    with options.session():
+    with options.session() as session:
         from ..context import Context
 
+        if options.pictures is not None:
+            from ..report import require_report_extra
+
+            require_report_extra()
+        session.progress("reading the context")
         context = Context.load(options.context)
+        if options.pictures is not None:
+            _draw(context, options.pictures, session)
     _print(context, as_json=options.as_json)
 
 
@@ -126,6 +136,20 @@ def measure(options: MeasureOptions) -> None:
         session.progress("writing")
         context.save(options.context)
     _print(context, as_json=options.as_json)
+
+
+def _draw(context: Context, folder: Path, session: Session) -> None:
+    """Draw each atlas; pictures of atlases are replaced, a folder with anything else is refused."""
+    from ..core.files import replaced_folder
+    from ..report import draw_overview
+
+    count = len(context.atlases)
+    with replaced_folder(folder, frozenset(path.name for path in folder.glob("atlas-*.png"))) as temporary:
+        for number, atlas in enumerate(context.atlases, start=1):
+            session.progress(f"drawing atlas {number} of {count}")
+            structures = [one for one in atlas.structures if one.value in atlas.present]
+            path = temporary / f"atlas-{number}.png"
+            draw_overview(atlas.image, atlas.labels, structures, path, title=f"Atlas {number} of {count}")
 
 
 def _print(context: Context, *, as_json: bool) -> None:

@@ -113,8 +113,8 @@ class Baseline:
         return f"{self.name} (random weights)" if self.random_weights else self.name
 
     def to_dict(self) -> dict[str, Any]:
-        """Describe as plain values what its results depend on; of a path the last part."""
-        return asdict(self) | {"path": self.path and self.path.name}
+        """Describe as plain values what its results depend on."""
+        return asdict(self) | {"path": self.path and str(self.path)}
 
     def load(self, device: str) -> InContextModel:
         """Load it onto "cpu" or "cuda".
