@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
-from atlassegfm.models import MODELS, accept_licence
+from atlassegfm.models import BASELINES, MODELS, accept_licence
 from atlassegfm.quality.estimate import regressions
 from atlassegfm.settings import RegistrationSettings
 
@@ -84,7 +84,7 @@ def made_up_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the weights of whoever runs the tests out of them; those made up here are under nobody's licence."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ATLASSEGFM_MODELS", str(tmp_path_factory.mktemp("models")))
-        for name in MODELS:
+        for name in (*MODELS, *BASELINES):
             accept_licence(name)
         yield
 

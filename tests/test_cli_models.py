@@ -27,7 +27,15 @@ from atlassegfm.core.image import Volume, save_volume
 from atlassegfm.core.labels import Structure
 from atlassegfm.core.mask import LocalMap
 from atlassegfm.demo.run import DemoOutcome
-from atlassegfm.models import MODELS, ModelDescription, accept_licence, fetch_weights, licence_accepted, load_model
+from atlassegfm.models import (
+    BASELINES,
+    MODELS,
+    ModelDescription,
+    accept_licence,
+    fetch_weights,
+    licence_accepted,
+    load_model,
+)
 from atlassegfm.models.weights import ACCEPTANCE, RECORD, PublishedWeights, WeightsFile
 from atlassegfm.prompts import Prompt, PromptKind, RegionPrompt
 from atlassegfm.settings import Settings
@@ -210,7 +218,7 @@ def test_whether_the_extra_is_installed(
 
 def test_every_model_is_in_the_documentation() -> None:
     page = (Path(__file__).parents[1] / "docs/how-to/models.md").read_text()
-    for name, row in MODELS.items():
+    for name, row in (MODELS | BASELINES).items():
         assert f"`{name}`" in page
         if row.weights is not None:
             assert row.weights.repository in page
@@ -285,6 +293,7 @@ def test_show_as_json(run: Run, add_model: Callable[..., Any], mirror: Mirror, m
         "licence": "CC0-1.0",
         "licence_url": "https://example.org/licence",
         "package": "",
+        "is_release": False,
         "non_commercial": False,
         "licence_accepted": None,
         "looked_in": [str(models / "toy")],

@@ -18,7 +18,7 @@ import pytest
 
 from atlassegfm.core.errors import MissingExtraError
 from atlassegfm.core.extras import is_installed, requirements
-from atlassegfm.models import MODELS
+from atlassegfm.models import BASELINES, MODELS
 from atlassegfm.registration import ENGINES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,7 +67,11 @@ def _extras_in_errors() -> set[str]:
 
 
 def test_every_extra_that_is_asked_for_exists() -> None:
-    asked = _extras_in_errors() | {row.extra for row in MODELS.values()} | {row.extra for row in ENGINES.values()}
+    asked = (
+        _extras_in_errors()
+        | {row.extra for row in (MODELS | BASELINES).values()}
+        | {row.extra for row in ENGINES.values()}
+    )
     assert asked - {""} <= set(EXTRAS)
     assert len(asked) > 4
 

@@ -327,7 +327,7 @@ def test_missing_extra(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, name: 
 
 
 def modeling() -> Any:
-    with network_module._broken_torchvision_hidden():
+    with network_module.broken_torchvision_hidden():
         return importlib.import_module("transformers.models.sam2_video.modeling_sam2_video")
 
 
@@ -365,7 +365,7 @@ def test_broken_torchvision_is_hidden_only_while_needed(monkeypatch: pytest.Monk
     monkeypatch.setattr(network_module, "_torchvision_is_sound", lambda: False)
 
     def fail_within() -> None:
-        with network_module._broken_torchvision_hidden():
+        with network_module.broken_torchvision_hidden():
             assert [place.is_torchvision_available() for place in places] == [False, False]
             raise KeyError
 

@@ -125,7 +125,7 @@ def original_layout(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def build(config: Mapping[str, Any]) -> Any:
     """A network of an architecture, with transformers' own random weights."""
-    with network_module._broken_torchvision_hidden(), torch.random.fork_rng(devices=[]):
+    with network_module.broken_torchvision_hidden(), torch.random.fork_rng(devices=[]):
         from transformers import Sam2VideoConfig, Sam2VideoModel
 
         return Sam2VideoModel(Sam2VideoConfig(**config))

@@ -23,12 +23,13 @@ from ..evaluate.scores import check_grids, score_volumes
 from ..fusion.gate import Gate, fuse_structures
 from ..fusion.label_map import count_parts, label_map, remove_islands
 from ..models.base import Models
+from ..models.incontext import InContextModel
 from ..models.table import load_chosen
 from ..prompts import make_prompt
 from ..result import Segmentation
 from ..segment import segment
 from ..settings import NO_MODEL
-from .plan import Plan, Variant
+from .plan import IN_CONTEXT, Plan, Variant
 from .protocols import Pair
 from .records import PairRecord, Row
 
@@ -72,7 +73,7 @@ class PairRunner:
         self._contexts: dict[tuple[str, str], Context] = {}  # by the atlas and the settings of the gate
         self._taken = ""
         self._queries: dict[str, tuple[Volume, Volume]] = {}
-        self._models: dict[Any, Models | None] = {}
+        self._models: dict[Any, Any] = {}
         self._unnamed: dict[str, set[int]] = {}
 
     def run(self, variant: Variant, pair: Pair) -> PairRecord:
@@ -95,7 +96,9 @@ class PairRunner:
         atlases = () if variant.prompts_from == "user" else self._atlases_of(variant, pair)
         failure, cost, judged = "", dict[str, Any](), dict[tuple[str, int], dict[str, Any]]()
         try:
-            if not atlases:
+            if variant.baseline is not None:
+                results = self._in_context(model, self._atlas(pair.atlas), query, cost)
+            elif not atlases:
                 results = self._click(model, query, reference, cost)
             else:
                 results, judged = self._segment(variant, atlases, query, model, cost)
@@ -142,6 +145,8 @@ class PairRunner:
         inside = {f"registration: {name}": seconds for name, seconds in registration.seconds.items()}
         cost["seconds"] = {name: round(seconds, 3) for name, seconds in {**result.seconds, **inside}.items()}
         cost["total_seconds"] = round(sum(result.seconds.values()), 3)
+        gate = 0 if result.gate is None else result.gate.parameter_count
+        cost["parameters"] = sum(registration.parameter_count.values()) + gate
         cost["confidence"] = round(float(registration.confidence), 6)
         cost["folding"] = round(float(registration.folding), 8)
         if result.model_labels is None:
@@ -150,6 +155,18 @@ class PairRunner:
         if "paper" in variant.scored and result.gate is not None:
             results["paper"] = fused_by(result.gate.as_the_paper(), context.atlas, result)
         return results | {"fused": result.labels}, _judged("fused", result)
+
+    def _in_context(
+        self, model: InContextModel, atlas: Atlas, query: Volume, cost: dict[str, Any]
+    ) -> dict[str, Volume]:
+        scan = canonical_scan(query, "the query")
+        cost["parameters"] = model.parameters
+        with _measured_memory(self._plan.device, cost):
+            start = time.perf_counter()
+            numbers = label_map(model.predict(atlas, scan, self._on_stage), scan.grid.shape)
+            cost["total_seconds"] = round(time.perf_counter() - start, 3)
+        cost["seconds"] = {IN_CONTEXT: cost["total_seconds"]}
+        return {IN_CONTEXT: atlas.label_values(numbers, scan.grid, query)}
 
     def _click(self, model: Any, query: Volume, reference: Volume, cost: dict[str, Any]) -> dict[str, Volume]:
         """Prompt the model with one click into the middle of each true structure, as a user would."""
@@ -211,8 +228,13 @@ class PairRunner:
             found = ", ".join(map(str, sorted(unknown)))
             logger.warning("%s: dataset.json does not name the label values %s; taken as background", path, found)
 
-    def load(self, variant: Variant) -> Models | None:
-        """Load the models of a variant; another one is dropped first, as two may not fit into memory."""
+    def load(self, variant: Variant) -> Any:
+        """Load the models of a variant, or its baseline; others are dropped first, as two may not fit into memory."""
+        if variant.baseline is not None:
+            if variant.baseline not in self._models:
+                self._models.clear()
+                self._models[variant.baseline] = variant.baseline.load(self._plan.device)
+            return self._models[variant.baseline]
         chosen = variant.settings
         key = (chosen.model, chosen.model_path, chosen.models)
         if chosen.model != NO_MODEL and key not in self._models:

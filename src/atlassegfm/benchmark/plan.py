@@ -9,6 +9,7 @@ from ..core.config import to_dict
 from ..core.dataset import Dataset
 from ..core.version import __version__, library_versions
 from ..evaluate.tolerances import Tolerances
+from ..models.incontext import Baseline
 from ..settings import NO_MODEL, Settings
 from .protocols import Pair
 from .records import PlanRecord
@@ -16,6 +17,8 @@ from .records import PlanRecord
 #: Scored of each pair, and each of several models by its name, their mixture then being the model. "paper": the paper's
 #: gate on the same masks as the default one. "oracle": a perfect gate.
 METHODS = ("atlas", "model", "paper", "fused", "oracle")
+#: Scored of an in-context baseline, which has nothing else.
+IN_CONTEXT = "in context"
 #: ``TREES`` are the scans of ``benchmark vessels``.
 PLAN, PAIRS, TREES = "plan.json", "pairs", "trees"
 #: Files of a benchmark's folder; one with any other is not touched.
@@ -34,10 +37,20 @@ class Variant:
     prompts_from: Literal["atlas", "user"] = "atlas"
     methods: tuple[str, ...] | None = None  # which of those scored tables show; None for all
     atlases: int | None = None  # of each pair's so many, the first ones; None for all
+    baseline: Baseline | None = None  # an in-context network instead of the method, from one atlas
+
+    @property
+    def weighted(self) -> tuple[str, ...]:
+        """Models, or the baseline, whose published weights are used where they have any."""
+        if self.baseline is not None:
+            return () if self.baseline.random_weights else (self.baseline.name,)
+        return self.settings.model_names
 
     @property
     def scored(self) -> tuple[str, ...]:
         """Methods that this variant has; "paper" only where its gate does more than the paper's."""
+        if self.baseline is not None:
+            return (IN_CONTEXT,)
         if self.prompts_from == "user":
             return ("model",)
         if self.settings.model == NO_MODEL:
@@ -88,6 +101,7 @@ class Plan:
                     "atlases": one.atlases,
                     "settings": to_dict(one.settings),
                 }
+                | ({} if one.baseline is None else {"baseline": one.baseline.to_dict()})
                 for one in self.variants
             },
             device=self.device,

@@ -17,6 +17,7 @@ from ..core.labels import shortened
 from ..core.text import counted
 from ..evaluate.statistics import spread
 from ..report import require_report_extra
+from .plan import IN_CONTEXT
 from .records import PairRecord
 from .tables import Column, decimal, name_of, title_of
 
@@ -42,7 +43,7 @@ _METHOD_LOOKS = {
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
 _MARKERS = ("o", "s", "D", "^", "v")
 #: Of each variant the first of these that it has is drawn against time.
-_FINAL = ("fused", "paper", "model", "atlas", "oracle")
+_FINAL = ("fused", "paper", "model", "atlas", "oracle", IN_CONTEXT)
 _STYLE: Any = {
     "font.family": "DejaVu Sans",  # comes with matplotlib: the same letters on every machine
     "font.size": 12,

@@ -39,6 +39,9 @@ class PairRecord(Record):
     """Wall time of each stage; those of the registration begin with "registration: "."""
 
     total_seconds: float = Field(default=0.0, description="Of all stages, files already read.")
+    parameters: int | None = None
+    """Of an in-context network; else those that registration and gate have fitted."""
+
     peak_memory_mb: int | None = None
     gpu_memory_mb: int | None = None
     confidence: float | None = Field(default=None, description="Of the registration.")

@@ -22,7 +22,8 @@ from ..core.labels import listed
 from ..core.text import counted
 from ..evaluate.statistics import LEVEL, Interval, Spread, macro_mean, paired_bootstrap, spread
 from ..evaluate.summary import SMALL_ML, Summary, plain_row, summarise, write_scores
-from .plan import PLAN, Plan
+from ..models.incontext import describe_baseline
+from .plan import IN_CONTEXT, PLAN, Plan
 from .protocols import Pair
 from .records import PairRecord, Row
 from .verdicts import BAD, FOUND, LOST, verdict_summary
@@ -174,7 +175,7 @@ def _score_rows(records: Sequence[PairRecord]) -> list[dict[str, Any]]:
 def _cost_rows(records: Sequence[PairRecord]) -> list[dict[str, Any]]:
     stages = list(dict.fromkeys(stage for record in records for stage in record.seconds))
     return [
-        {**_keys(record), "failure": record.failure, "seconds": record.total_seconds}
+        {**_keys(record), "failure": record.failure, "seconds": record.total_seconds, "parameters": record.parameters}
         | {name: getattr(record, name) for name in ("peak_memory_mb", "gpu_memory_mb", "confidence", "folding")}
         | {f"{stage} seconds": record.seconds.get(stage) for stage in stages}
         for record in records
@@ -265,6 +266,21 @@ class _Page:
             found = ", ".join(map(str, unnamed))
             yield f"Label values that dataset.json does not name, taken as background where a case has them: {found}."
         yield ""
+        yield from self._baselines()
+
+    def _baselines(self) -> Iterator[str]:
+        baselines = [one.baseline for one in self.plan.variants if one.baseline is not None]
+        if any(one.random_weights for one in baselines):
+            yield (
+                "**Rows with random weights are no results**: they show that a baseline runs, and what it costs. Their "
+                "Dice says nothing about it."
+            )
+            yield ""
+        for one in baselines:
+            licence = "random weights" if one.random_weights else describe_baseline(one.name).weights_licence
+            yield f"- {one.name}: {describe_baseline(one.name).summary.partition(': ')[2]}. Weights: {licence}."
+        if baselines:
+            yield ""
 
     def _methods(self) -> Iterator[str]:
         yield from ("## Methods", "")
@@ -291,7 +307,8 @@ class _Page:
         )
         cells: dict[str, list[str]] = {}
         for one in self.comparisons:
-            if one.first.variant == one.second.variant or one.first.method == one.second.method:
+            methods = {one.first.method, one.second.method}
+            if one.first.variant == one.second.variant or len(methods) == 1 or methods == {"fused", IN_CONTEXT}:
                 title = f"{self.titles[one.first]} − {self.titles[one.second]}"
                 difference, low, high = map(_signed, (one.interval.difference, one.interval.low, one.interval.high))
                 few = math.isnan(one.interval.low)
@@ -368,7 +385,8 @@ class _Page:
         every = dict.fromkeys(stage for record in records for stage in record.seconds)
         stages = [stage for stage in every if not stage.startswith("registration: ")]
         memories = {"peak MB": "peak_memory_mb"} | ({"GPU MB": "gpu_memory_mb"} if device == "cuda" else {})
-        lines = [["variant", "seconds", "slowest", *stages, *memories]]
+        counted_weights = any(variant.baseline is not None for variant in self.plan.variants)
+        lines = [["variant", "seconds", "slowest", *stages, *memories, *(["parameters"] * counted_weights)]]
         for variant in self.plan.variants:
             if done := [one for one in records if one.variant == variant.name and not one.failure]:
                 totals = [one.total_seconds for one in done]
@@ -376,7 +394,12 @@ class _Page:
                 peaks = [max(getattr(one, name) or 0 for one in done) for name in memories.values()]
                 numbers = [float(np.mean(totals)), max(totals), *means]
                 lines.append([variant.name, *(decimal(number, 1) for number in numbers), *map(str, peaks)])
+                if counted_weights:
+                    lines[-1].append(str(max(one.parameters or 0 for one in done)))
         yield from _markdown(lines)
+        if counted_weights:
+            yield "Parameters: weights of an in-context network; of the method those fitted by registration and gate."
+            yield ""
 
 
 def _markdown(lines: Sequence[Sequence[str]], words: int = 1) -> Iterable[str]:

@@ -215,6 +215,44 @@ def engines(options: EnginesOptions) -> None:
 
 
 @options
+class IclOptions(ModelBenchmarkOptions):
+    """Options of ``benchmark icl``."""
+
+    baselines: str | None = option("--baselines A,B,...", "Baselines to compare with [default: all].")
+    support: int | None = option("--support N", "Slices of the atlas for a slice [default: the baseline's].", min=1)
+    random_weights: bool = flag(
+        "--random-weights", "Run the baselines with random weights: what they cost, not how good they are."
+    )
+
+
+@command(app, "icl")
+def icl(options: IclOptions) -> None:
+    """The paper's Tables 1 to 3 and 5: in-context baselines on the same pairs, with time, memory and parameters.
+
+    universeg, tyche and seggpt segment a scan from slices of the atlas, without registration. Their weights are fetched
+    by `models fetch NAME`, or named as --model-path NAME=PATH,NAME=PATH.
+    """
+    from ..models import BASELINES
+    from ..models.incontext import Baseline, describe_baseline
+
+    with options.session():
+        names = split_list(options.baselines, "--baselines") or tuple(BASELINES)
+        for name in names:
+            describe_baseline(name)
+        paths, others = _baseline_paths(options.model_path, names)
+        if paths and options.random_weights:
+            raise InputError(f"--model-path names weights of {', '.join(paths)}, and --random-weights asks for none")
+    made = [Baseline(name, paths.get(name), options.random_weights, options.support) for name in names]
+
+    def columns(base: Variant, _notes: list[str]) -> list[Variant]:
+        own = replace(base, name="AtlasSegFM", methods=("atlas", "fused"))
+        return [own, *(replace(base, name=one.title, baseline=one) for one in made)]
+
+    options = replace(options, model_path=others)  # type: ignore[type-var]  # a dataclass by `options`
+    _run(f"in-context baselines, {options.title}", columns, options)
+
+
+@options
 class AtlasesOptions(DatasetOptions):
     """Options of ``benchmark atlases``."""
 
@@ -380,7 +418,7 @@ def _run(
         notes: list[str] = []
         plan = _plan(title, columns(Variant("", options.settings()), notes), options)
         if options.accept_licence:
-            accept_licences([name for one in plan.variants for name in one.settings.model_names], session)
+            accept_licences([name for one in plan.variants for name in one.weighted], session)
         dataset, cases = plan.dataset, [case.name for case in plan.dataset.cases]
         pairs, of = counted(len(plan.pairs), "pair"), counted(len(cases), "case")
         session.note(f"{dataset.name}: {pairs} of {of}: {', '.join(cases)}")
@@ -460,6 +498,19 @@ def _with_models(variant: Variant, models: Sequence[str]) -> list[Variant]:
         text = ",".join(f"{row.name}={paths[row.name]}" for row in rows)
         made[n] = replace(one, settings=replace(one.settings, model_path=text))
     return made
+
+
+def _baseline_paths(given: Path | None, names: Sequence[str]) -> tuple[dict[str, Path], Path | None]:
+    """Part the paths of weights into those of baselines and those of models."""
+    from ..models import BASELINES
+
+    parts = [] if given is None else str(given).split(",")
+    paths = {name: Path(path).expanduser() for name, sign, path in (part.partition("=") for part in parts) if sign}
+    of_baselines = {name: path for name, path in paths.items() if name in BASELINES}
+    if unused := [name for name in of_baselines if name not in names]:
+        raise InputError(f"--model-path names weights of {', '.join(unused)}, not among --baselines {','.join(names)}")
+    others = [part for part in parts if part.partition("=")[0] not in of_baselines]
+    return of_baselines, Path(",".join(others)) if others else None
 
 
 def _parsed(text: str, base: Variant) -> Variant:

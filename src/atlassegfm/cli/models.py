@@ -87,12 +87,16 @@ class VerifyOptions(ScreenOptions, ModelOptions, DeviceOptions):
 def list_models(options: ListOptions) -> None:
     """List the segmentation models, and whether what they need is there."""
     with open_session(quiet=True):
-        from ..models import MODELS, ModelDescription
+        from ..models import BASELINES, MODELS, ModelDescription
         from ..models.weights import folder_with_weights, folders_of
         from ..settings import NO_MODEL
 
         rows = []
-        for row in (*MODELS.values(), ModelDescription(NO_MODEL, "the result is the warped atlas", (), "")):
+        for row in (
+            *MODELS.values(),
+            *BASELINES.values(),
+            ModelDescription(NO_MODEL, "the result is the warped atlas", (), ""),
+        ):
             found = row.weights and folder_with_weights(row.weights, folders_of(row.name, row.weights))
             weights = {"needs_weights": row.weights is not None, "weights": found and str(found)}
             licence = "" if row.name == NO_MODEL else row.weights_licence
@@ -133,7 +137,7 @@ def show(options: ShowOptions) -> None:
     lines = [
         ("model", row.name),
         ("what it is", row.summary),
-        ("prompts, best first", ", ".join(row.prompts)),
+        ("prompts, best first", ", ".join(row.prompts) or "none"),
         ("Dice in the paper", ", ".join(f"{kind} {dice:g} %" for kind, dice in row.paper_dice.items()) or "none"),
         ("extra", f"{row.extra} ({_STATES[content['extra_installed']][0]})" if row.extra else "none needed"),
         ("licence of the code", row.code_licence),
@@ -235,12 +239,12 @@ def verify(options: VerifyOptions) -> None:
 
 
 def _describe(name: str) -> ModelDescription:
-    from ..models import describe_model
+    from ..models import describe_published
     from ..settings import NO_MODEL
 
     if name == NO_MODEL:
         raise InputError(f"{NO_MODEL!r} stands for no model, where the result is the warped atlas; name a model")
-    return describe_model(name)
+    return describe_published(name)
 
 
 def _described(row: ModelDescription) -> dict[str, Any]:

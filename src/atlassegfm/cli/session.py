@@ -35,11 +35,11 @@ _NARROWEST = 12
 
 def accept_licences(models: Iterable[str], session: Session) -> None:
     """Record that the user accepts the licences of the weights of these models, and name them."""
-    from ..models import accept_licence, describe_model, licence_accepted
+    from ..models import accept_licence, describe_published, licence_accepted
     from ..settings import NO_MODEL
 
     for name in dict.fromkeys(models):
-        weights = None if name == NO_MODEL else describe_model(name).weights
+        weights = None if name == NO_MODEL else describe_published(name).weights
         if weights is not None and weights.non_commercial and licence_accepted(name) is None:
             accept_licence(name)
             session.say(f"licence of the weights of {name} accepted: {weights.licence}, {weights.licence_url}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: Environment variable that names a mirror of Hugging Face, as its own programs read it.
 ENDPOINT_VARIABLE = "HF_ENDPOINT"
-_ENDPOINT = "https://huggingface.co"
+_ENDPOINT, _RELEASES = "https://huggingface.co", "https://github.com"
 #: Called with the number of each structure as the model turns to it.
 OnPrompt = Callable[[int], None]
 
@@ -43,7 +43,8 @@ class PublishedWeights:
 
     ``repository`` is "owner/name" on Hugging Face, ``revision`` the commit that is downloaded. Where an installed
     package carries the files, they are its name and version on the package index, and ``package`` the name it is
-    imported by. ``licence`` is an SPDX expression or words. If ``non_commercial``, it must be accepted before use.
+    imported by; if ``is_release``, they are owner, name and tag of a release on GitHub. ``licence`` is an SPDX
+    expression or words. If ``non_commercial``, it must be accepted before use.
     """
 
     repository: str
@@ -53,18 +54,23 @@ class PublishedWeights:
     licence_url: str
     non_commercial: bool
     package: str = ""
+    is_release: bool = False
 
     @property
     def page(self) -> str:
         """Address of the page that lists the files, or name and version of the package that carries them."""
         if self.package:
             return f"the package {self.repository} {self.revision}"
+        if self.is_release:
+            return f"{_RELEASES}/{self.repository}/releases/tag/{quote(self.revision)}"
         return f"{_endpoint()}/{self.repository}/tree/{quote(self.revision, safe='')}"
 
     def url_of(self, file: WeightsFile) -> str:
         """Address of a file, or the package as of :attr:`page`; InputError if ``HF_ENDPOINT`` is no address."""
         if self.package:
             return self.page
+        if self.is_release:
+            return f"{_RELEASES}/{self.repository}/releases/download/{quote(self.revision)}/{quote(file.path)}"
         return f"{_endpoint()}/{self.repository}/resolve/{quote(self.revision, safe='')}/{quote(file.path)}"
 
 

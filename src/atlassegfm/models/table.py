@@ -11,6 +11,7 @@ from ..prompts import PromptKind
 from ..settings import NO_MODEL, ModelSettings, Settings
 from . import weights as _weights
 from .base import Ensemble, ModelDescription, Models, PublishedWeights, Segmenter, WeightsFile
+from .incontext import BASELINES
 
 #: Revision, sizes and sums as MONAI Label pins them.
 _NNINTERACTIVE_FILES = (
@@ -131,10 +132,18 @@ def shared_prompts(rows: Sequence[ModelDescription]) -> tuple[PromptKind, ...]:
 
 def describe_model(name: str) -> ModelDescription:
     """Describe a model; raise InputError, with the known names, if there is none."""
+    if name in BASELINES:
+        advice = f"it takes no prompt: compare with it by atlassegfm benchmark icl --baselines {name}"
+        raise InputError(f"{name!r} is an in-context baseline, no model; {advice}")
     if name not in MODELS:
         known = (NO_MODEL, *MODELS)
         raise InputError(f"unknown model {name!r}{did_you_mean(name, known)}; known models: {', '.join(known)}")
     return MODELS[name]
+
+
+def describe_published(name: str) -> ModelDescription:
+    """Describe a model, or an in-context baseline, which has weights too; errors as of :func:`describe_model`."""
+    return BASELINES[name] if name in BASELINES else describe_model(name)
 
 
 def load_model(name: str, device: str, settings: ModelSettings | None = None, path: Path | None = None) -> Segmenter:
@@ -216,12 +225,12 @@ def prompt_kind(settings: Settings) -> PromptKind | None:
 
 def accept_licence(name: str) -> str | None:
     """Record that the user accepts the licence of a model's weights, as :func:`.weights.accept_licence`."""
-    return _weights.accept_licence(name, describe_model(name).weights)
+    return _weights.accept_licence(name, describe_published(name).weights)
 
 
 def licence_accepted(name: str) -> str | None:
     """Return the date on which the licence of a model's weights was accepted; None if it was not, or need not be."""
-    return _weights.licence_accepted(name, describe_model(name).weights)
+    return _weights.licence_accepted(name, describe_published(name).weights)
 
 
 def licences_accepted(settings: Settings) -> str | None:
@@ -233,5 +242,5 @@ def fetch_weights(
     name: str, folder: Path | None = None, on_stage: Callable[[str], None] | None = None
 ) -> _weights.Fetched | None:
     """Download the weights of a model as :func:`~atlassegfm.models.weights.fetch`; None if it has none."""
-    published = describe_model(name).weights
+    published = describe_published(name).weights
     return None if published is None else _weights.fetch(name, published, folder, on_stage)

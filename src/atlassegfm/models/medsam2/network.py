@@ -277,7 +277,7 @@ def load_network(path: Path, device: torch.device) -> Network:
     """
     weights = named_weights(load_state(path, wanted=_WANTED), path, wanted=_WANTED, key="model")
     require_packages()
-    with _broken_torchvision_hidden():
+    with broken_torchvision_hidden():
         config_class, model_class, session_class = _import_classes()
         settings = _config_beside(path) or copy.deepcopy(dict(PUBLISHED_CONFIG))
         try:
@@ -352,7 +352,7 @@ def _unsupported(what: str) -> ModelError:
     )
 
 
-def _broken_torchvision_hidden() -> ExitStack:
+def broken_torchvision_hidden() -> ExitStack:
     """Hide a torchvision that does not load, as one built for another torch, from transformers, which would load it."""
     hidden = ExitStack()
     if not _torchvision_is_sound():
