@@ -23,7 +23,7 @@ from ..evaluate.scores import check_grids, score_volumes
 from ..fusion.gate import Gate, fuse_structures
 from ..fusion.label_map import count_parts, label_map, remove_islands
 from ..models.base import Models
-from ..models.incontext import InContextModel
+from ..models.incontext import Baseline, InContextModel
 from ..models.table import load_chosen
 from ..prompts import make_prompt
 from ..result import Segmentation
@@ -235,6 +235,8 @@ class PairRunner:
                 self._models.clear()
                 self._models[variant.baseline] = variant.baseline.load(self._plan.device)
             return self._models[variant.baseline]
+        # A large network that waits would count in the memory of others.
+        self._models = {key: model for key, model in self._models.items() if not isinstance(key, Baseline)}
         chosen = variant.settings
         key = (chosen.model, chosen.model_path, chosen.models)
         if chosen.model != NO_MODEL and key not in self._models:
