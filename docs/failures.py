@@ -84,7 +84,7 @@ FAILURES = (
     Failure(
         "dark_spleen",
         "An organ that looks different",
-        "The spleen has a third of its brightness, and half of it is missed. The other organs do not suffer.",
+        "The spleen has a third of its brightness, and a third of it is missed. The other organs do not suffer.",
         dark_spleen,
     ),
     Failure(
