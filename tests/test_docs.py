@@ -128,6 +128,7 @@ def test_notebook_on_a_small_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = _run_notebook(tmp_path, monkeypatch)
     assert names["result"].verdict == "good"
