@@ -17,7 +17,8 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo extras test test-all test-install test-napari trial fuzz check format results bench gpu-check profile docs clean
+.PHONY: help demo extras test test-all test-install test-lowest test-napari dist trial fuzz check format results bench \
+	gpu-check profile docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,7 +39,18 @@ trial: $(STAMPS)/test ## walk a newcomer's first day through the command line, a
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -s tests/test_trial.py
 
 test-install: $(STAMPS)/test ## install the wheel into an empty environment, then an extra as its error message says
-	$(BIN)/python -m pytest tests/test_install.py
+	$(BIN)/python -m pytest -s tests/test_install.py
+
+test-lowest: $(STAMPS)/venv ## run the fast tests with the lowest versions that pyproject.toml allows (8 GB, in build/lowest)
+	$(BIN)/python -m venv --clear build/lowest
+	build/lowest/bin/python -m pip install --disable-pip-version-check uv
+	build/lowest/bin/uv pip install --python build/lowest/bin/python --resolution lowest-direct \
+		--editable '.[all]' --group test
+	$(ONE_THREAD) build/lowest/bin/python -m pytest -n 2 -m "not slow" -o filterwarnings=default
+
+dist: $(STAMPS)/test ## check what the wheel and the source archive hold, and build both into dist/
+	$(BIN)/python -m pytest -q -m "not slow" tests/test_install.py
+	$(BIN)/python -m hatchling build --clean
 
 test-napari: $(STAMPS)/test ## open results in napari itself, which gets an environment of its own
 	$(BIN)/python -m venv $(NAPARI)
