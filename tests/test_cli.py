@@ -156,9 +156,9 @@ def test_keep_writes_the_steps_between(folder: Path, run: Run) -> None:
         *CASE,
         *("atlas.nii.gz", "model.nii.gz", "probability.nii.gz", "transform"),
     }
-    others = {"report.html", "overview.png", "members", "edits.jsonl", "automatic.nii.gz"} | set(FORMATS.values()) - {
-        "segmentation.nii.gz"
-    }
+    others = {"report.html", "overview.png", "members", "edits.jsonl", "automatic.nii.gz", "versions"} | set(
+        FORMATS.values()
+    ) - {"segmentation.nii.gz"}
     assert {path.name for path in kept.iterdir()} == RESULT_NAMES - others
     result = load_labels(kept / "segmentation.nii.gz")
     for name in ("atlas.nii.gz", "model.nii.gz"):

@@ -212,17 +212,17 @@ def test_report_projects_vessels_and_no_other(tmp_path: Path) -> None:
         assert section.count('<path class="result" d="M') >= 2 * (1 + bool(projected))
 
 
-def test_seeds_are_numbers(run: Run) -> None:
-    outcome = run("benchmark", "vessels", "-o", "out", "--seeds", "4,x")
+def test_seeds_are_numbers(run: Run, tmp_path: Path) -> None:
+    outcome = run("benchmark", "vessels", "-o", str(tmp_path / "out"), "--seeds", "4,x")
     assert outcome.code == 2
     assert outcome.err == "error: --seeds 4,x: expected whole numbers from 0 on with commas between, as 4,5,6\n"
-    assert not Path("out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_benchmark_of_made_vessels(run: Run) -> None:
+def test_benchmark_of_made_vessels(run: Run, tmp_path: Path) -> None:
     sets = [part for one in (*QUICK, *QUICK_GATE) for part in ("--set", one)]
-    outcome = run("benchmark", "vessels", "-o", "out", "--seeds", "0", "--no-plots", "--json", *sets)
+    outcome = run("benchmark", "vessels", "-o", str(tmp_path / "out"), "--seeds", "0", "--no-plots", "--json", *sets)
     assert outcome.code == 0
     means = {one["method"]: one["structures"][0]["cldice"]["mean"] for one in outcome.json["columns"]}
     assert means["fused"] > means["atlas"] + 0.05

@@ -44,7 +44,7 @@ class SegmentOptions(ScreenOptions, DeviceOptions, ModelOptions, AtlasOptions):
     series: str | None = series_option()
     entities: str | None = option(
         "--entities A,B,...",
-        "Of BIDS datasets take these scans only, by entities and suffix as in file names: sub-01,ses-1,T1w.",
+        "Take these scans only of BIDS datasets, by entities and suffix as in file names: sub-01,ses-1,T1w.",
     )
     keep: bool = flag("--keep", "Also write atlas, model and probability maps, and the transform.")
     report: bool = flag("--report", "Also write OUT/report.html and a page for each case; keeps what --keep keeps.")
