@@ -226,3 +226,4 @@ def test_benchmark_of_made_vessels(run: Run, tmp_path: Path) -> None:
     assert outcome.code == 0
     means = {one["method"]: one["structures"][0]["cldice"]["mean"] for one in outcome.json["columns"]}
     assert means["fused"] > means["atlas"] + 0.05
+    assert "| clDice |" in (tmp_path / "out" / "report.md").read_text()

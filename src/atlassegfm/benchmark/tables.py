@@ -149,11 +149,16 @@ def name_of(method: str) -> str:
 
 
 def main_table(columns: Sequence[Column]) -> list[list[str]]:
-    """Arrange the main scores: a head, and a line for each column; variants are named if there are several."""
-    lines = [["variant", "method", "Dice", "sd atlases", "worst pair", "NSD", "HD95 mm"]]
+    """Arrange the main scores: a head, and a line for each column; variants are named if there are several.
+
+    clDice is among them where a structure was scored by it: its mean is over these alone.
+    """
+    has_cldice = any("cldice" in column.summary.means for column in columns)
+    lines = [["variant", "method", "Dice", "sd atlases", "worst pair", "NSD", "HD95 mm", *["clDice"] * has_cldice]]
     for column in columns:
         means, sd, worst = column.summary.means, column.over_atlases().sd, spread(column.pair_means()).low
         numbers = [(means["dice"], 4), (sd, 3), (worst, 3), (means["nsd"], 3), (means["hd95_mm"], 1)]
+        numbers += [(means.get("cldice", math.nan), 3)] * has_cldice
         lines.append([column.variant, name_of(column.method), *(decimal(*number) for number in numbers)])
     several = len({column.variant for column in columns}) > 1
     return lines if several else [line[1:] for line in lines]
