@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -217,10 +217,10 @@ class Found:
         return f"OMP_NUM_THREADS=1 atlassegfm {shlex.join(self.job.command('../shared/data'))}"
 
     def seconds(self, variant: str) -> tuple[float, float, int]:
-        """Mean and largest seconds of a pair, and the largest memory in MB."""
+        """Median and largest seconds of a pair, and the largest memory in MB."""
         rows = [row for row in self.costs if row["variant"] == variant and not row["failure"]]
         seconds = [float(row["seconds"]) for row in rows]
-        return mean(seconds), max(seconds), max(int(row["peak_memory_mb"] or 0) for row in rows)
+        return median(seconds), max(seconds), max(int(row["peak_memory_mb"] or 0) for row in rows)
 
 
 def page(found: Mapping[str, Found]) -> Iterator[str]:
