@@ -161,13 +161,13 @@ python docs/failures.py      # makes this page and its pictures again, in some m
 
 TAIL = """## On real scans
 
-Their pictures are not ours to show; where you have the sets, `--picture` draws them. Of 418 structures of four sets
+Their pictures are not ours to show; where you have the sets, `--report` draws them. Of 418 structures of four sets
 27 have a Dice below 0.7: one is judged `good`, eleven `review`, fifteen `failed` ([accuracy](quality.md#accuracy)).
 The worst pair of Abd-MR, where the spleen is looked for in the wrong place:
 
 ```sh
 atlassegfm segment --atlas imagesTr/abdmr_008_0000.nii.gz --labels labelsTr/abdmr_008.nii.gz \\
-  imagesTr/abdmr_015_0000.nii.gz -o results --picture
+  imagesTr/abdmr_015_0000.nii.gz -o results --report
 ```
 
 | structure | verdict | estimated Dice | true Dice | reason |

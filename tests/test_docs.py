@@ -173,3 +173,24 @@ def test_quick_blocks_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.name)
 def test_all_runnable_blocks_run(page: Path, tmp_path: Path) -> None:
     assert _run_blocks(page, tmp_path / "work", slow=True) > 0
+
+
+def test_options_that_pages_show_exist() -> None:
+    """Of every `atlassegfm` command in a block: options are those of the reference, which is made from the code."""
+    sections = re.split(r"\n#+ `atlassegfm ", (ROOT / "docs/reference/commands.md").read_text(encoding="utf-8"))[1:]
+    known = {section.partition("`")[0]: set(re.findall(r"--[a-z][a-z-]*", section)) for section in sections}
+    seen = 0
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = re.sub(r"^.*?atlassegfm ", "", line.partition(" #")[0]).split()
+                names = [" ".join(words[:2]), *words[:1]]
+                command = next((name for name in names if name in known), None)
+                if "atlassegfm " not in line or command is None:
+                    continue
+                for option in (word.partition("=")[0] for word in words if re.match(r"--[a-z]", word)):
+                    seen += 1
+                    # `benchmark DATASET` is `benchmark protocol DATASET`.
+                    its = known[command] | (known["benchmark protocol"] if command == "benchmark" else set())
+                    assert option in its or option.replace("--no-", "--") in its, f"{page.name}: {line}"
+    assert seen > 50

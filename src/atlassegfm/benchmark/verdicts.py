@@ -44,8 +44,7 @@ def verdict_summary(rows: Sequence[Row]) -> dict[str, Any] | None:
     A structure that was not found counts with its status as its verdict, and with an estimate of 0. Those that the
     reference does not have are left out.
     """
-    judged = [row for row in rows if row.verdict is not None and row.scores.dice is not None]
-    judged = [row for row in judged if not math.isnan(row.scores.dice)]
+    judged = [row for row in rows if row.verdict is not None and not math.isnan(row.scores.dice)]
     if not judged:
         return None
     dices = np.array([row.scores.dice for row in judged])

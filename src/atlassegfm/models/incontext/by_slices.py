@@ -25,8 +25,8 @@ from ...core.mask import LocalMap
 from ..base import intensities
 from ..slices import choose_view, is_hounsfield
 
-#: Intensities are cut at these percentiles of voxels that are not 0, or at these Hounsfield units, as it is reported of
-#: the scans that UniverSeg was trained on.
+#: Intensities are cut at these percentiles of voxels that are not 0, or at these Hounsfield units: after the UniverSeg
+#: paper's account of its training scans, which was not checked against code.
 _PERCENTILES, _HOUNSFIELD = (0.5, 99.5), (-500.0, 1000.0)
 
 
