@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise, permutations
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,14 @@ from atlassegfm.result import Segmentation
 from atlassegfm.segment import segment
 from atlassegfm.settings import Settings
 
-SETS: Mapping[str, tuple[int, ...]] = {
-    "Dataset001_AbdMR": (1, 2, 3, 4),
-    "Dataset002_AbdCT": (1, 2, 3, 6),
-    "Dataset005_Cardiac": (1, 2, 3),
-    "Dataset004_Hippocampus": (1, 2),
+#: Structures of each set by label value, and of how many other cases each case is the atlas: where there are many
+#: structures, one pair tells as much as all of another set.
+SETS: Mapping[str, tuple[Sequence[int], int]] = {
+    "Dataset001_AbdMR": ((1, 2, 3, 4), 5),
+    "Dataset002_AbdCT": ((1, 2, 3, 6), 5),
+    "Dataset005_Cardiac": ((1, 2, 3), 5),
+    "Dataset004_Hippocampus": ((1, 2), 5),
+    "Dataset003_OASIS": (range(1, 208), 1),
 }
 #: Cases of each set, the first by name.
 CASES = 6
@@ -111,7 +114,7 @@ class Job:
         with limited_threads(1):
             dataset = load_dataset(self.data / self.dataset)
             case, other = dataset.case(self.atlas), dataset.case(self.query)
-            atlas = restricted(Atlas.from_files(case.image, case.labels), SETS[self.dataset], case.labels)
+            atlas = restricted(Atlas.from_files(case.image, case.labels), SETS[self.dataset][0], case.labels)
             context = _with_gate(Context(atlas, Settings(model=self.model)), self.gate)
             scan, truth = load_image(other.image), load_labels(other.labels)
             if self.varied:
@@ -128,10 +131,12 @@ class Job:
 def jobs(data: Path, out: Path, model: str) -> Iterator[Job]:
     """List all jobs: queries as they are first, and atlases in turn, so that gates are trained side by side."""
     for is_varied in (False, True):
-        for name in SETS:
+        for name, (_, others) in SETS.items():
             cases = sorted(case.name for case in load_dataset(data / name).cases)[:CASES]
-            pairs = sorted(permutations(cases, 2), key=lambda pair: (cases.index(pair[1]) - cases.index(pair[0])) % 99)
-            yield from (Job(data, out, name, atlas, query, is_varied, model) for atlas, query in pairs)
+            for step in range(1, others + 1):
+                queries = cases[step:] + cases[:step]
+                for atlas, query in zip(cases, queries, strict=True):
+                    yield Job(data, out, name, atlas, query, is_varied, model)
 
 
 def varied(scan: Volume, truth: Volume, seed: int) -> tuple[Volume, Volume]:

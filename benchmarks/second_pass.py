@@ -1,9 +1,11 @@
-"""What the second pass of a cohort is worth: 24 scans, five of them hard.
+"""What the second pass of a cohort is worth: 24 scans, five of them hard; or scans as they are, each case the atlas.
 
     python benchmarks/second_pass.py ../shared/data/Dataset002_AbdCT OUT        # about 20 minutes on one core
+    python benchmarks/second_pass.py ../shared/data/Dataset002_AbdCT OUT --every-atlas
 
 Scans of a few patients repeat, each time deformed a little by another smooth field. The hard ones are of two patients
-in whom structures are lost with this atlas, and who are not among the others. Prints the Dice of each structure that
+in whom structures are lost with this atlas, and who are not among the others. With --every-atlas each case of the
+dataset is the atlas of a cohort of all others, unchanged. Prints the Dice of each structure that
 the second pass may change, before and after, the seconds of both passes, and whether anything that was good changed.
 Results of an earlier call in OUT are kept.
 """
@@ -14,13 +16,15 @@ import argparse
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from atlassegfm.core.dataset import Dataset, load_dataset
+from atlassegfm.core.dataset import Case, Dataset, load_dataset
 from atlassegfm.core.image import Volume, load_image, load_labels, save_volume
 from atlassegfm.core.overlap import dice
 from atlassegfm.records import RunRecord, StatusRecord
@@ -59,42 +63,56 @@ def make_cohort(dataset: Dataset, atlas: str, hard: list[str], out: Path) -> Non
 
 
 def main() -> None:
-    """Make the cohort, run both passes and compare."""
+    """Make the cohorts, run both passes and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dataset", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--atlas", default="abdct_003")
     parser.add_argument("--hard", default="abdct_008,abdct_013")
     parser.add_argument("--structures", default="spleen,right_kidney,left_kidney,liver")
+    parser.add_argument("--every-atlas", action="store_true", help="cohorts of the scans as they are")
     arguments = parser.parse_args()
     out, dataset = arguments.out, load_dataset(arguments.dataset)
-    make_cohort(dataset, arguments.atlas, arguments.hard.split(","), out)
-    atlas, first, both = dataset.case(arguments.atlas), out / "first", out / "both"
-    command = [
-        sys.executable,
-        "-m",
-        "atlassegfm",
-        "segment",
-        "--atlas",
-        str(atlas.image),
-        "--labels",
-        str(atlas.labels),
-    ]
-    command += ["--structures", arguments.structures, str(out / "scans"), "-o"]
+    cohorts = []
+    for atlas in dataset.cases if arguments.every_atlas else (dataset.case(arguments.atlas),):
+        cohort = out / atlas.name if arguments.every_atlas else out
+        if arguments.every_atlas:
+            truth = {case.name: case.labels for case in dataset.cases if case.name != atlas.name}
+            scans = [str(dataset.case(name).image) for name in truth]
+        else:
+            make_cohort(dataset, atlas.name, arguments.hard.split(","), out)
+            truth = {file.name.removesuffix(".nii.gz"): file for file in (out / "truth").iterdir()}
+            scans = [str(out / "scans")]
+        run_passes(atlas, arguments.structures, scans, cohort)
+        cohorts.append((cohort, truth))
+    compare(cohorts)
+
+
+def run_passes(atlas: Case, structures: str, scans: Sequence[str], out: Path) -> None:
+    """Segment the scans in one pass, and in two."""
+    first, both = out / "first", out / "both"
+    command = [sys.executable, "-m", "atlassegfm", "segment", "--atlas", str(atlas.image), "--labels"]
+    command += [str(atlas.labels), "--structures", structures, *scans, "-o"]
     subprocess.run([*command, str(first), "--no-second-pass"], check=True, stdout=subprocess.DEVNULL)
     if not both.exists():
         shutil.copytree(first, both)
     subprocess.run([*command, str(both)], check=True)
-    compare(out)
 
 
-def compare(out: Path) -> None:
-    """Print each structure of the hard cases, and of others that were tried; and whether good ones changed."""
-    changed_good, scores, seconds = 0, {"hard": [], "other": []}, [0.0, 0.0]
-    for folder in sorted(path.parent for path in out.glob("both/*/run.json")):
+def compare(cohorts: Sequence[tuple[Path, Mapping[str, Path]]]) -> None:
+    """Print each structure of cases that were tried; and whether good ones changed."""
+    changed_good, scores, seconds = 0, defaultdict[str, list[tuple[float, float]]](list), [0.0, 0.0]
+    runs = [(out, path.parent, truth) for out, truth in cohorts for path in sorted(out.glob("both/*/run.json"))]
+    for out, folder, truths in runs:
         run, status = RunRecord.read(folder / "run.json"), StatusRecord.read(folder / "status.json")
-        files = (out / "truth" / f"{folder.name}.nii.gz", out / "first" / folder.name, folder)
-        truth, *found = (load_labels(one / "segmentation.nii.gz" if one.is_dir() else one).data for one in files)
+        truth, *found = (
+            load_labels(file).data
+            for file in (
+                truths[folder.name],
+                out / "first" / folder.name / "segmentation.nii.gz",
+                folder / "segmentation.nii.gz",
+            )
+        )
         tried = status.second_pass
         seconds[0] += status.total_seconds
         seconds[1] += 0.0 if tried is None else tried.seconds
@@ -111,7 +129,7 @@ def compare(out: Path) -> None:
                     if one.recovered
                     else f"{old[1]} {tried.reason}"
                 )
-                print(f"{folder.name:20} {one.name:12} {before:.3f} -> {after:.3f}  {text}")
+                print(f"{out.name} {folder.name:20} {one.name:12} {before:.3f} -> {after:.3f}  {text}")
     for kind, pairs in scores.items():
         means = np.mean(pairs, axis=0)
         low = (np.array(pairs) < 0.7).sum(axis=0)

@@ -18,11 +18,16 @@ from atlassegfm.atlas import Atlas
 from atlassegfm.check import check_files
 from atlassegfm.check.findings import Check, FileReport, Finding
 from atlassegfm.cli.check import as_table
+from atlassegfm.context import Context
+from atlassegfm.core.config import with_overrides
 from atlassegfm.core.errors import InputError, RegistrationError
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume, load_image, load_labels, save_volume
 from atlassegfm.core.labels import Structure
+from atlassegfm.jobs.work import warnings_on
 from atlassegfm.quality.mirror import fit_to_atlas, is_inverted
+from atlassegfm.segment import segment
+from atlassegfm.settings import Settings
 from conftest import SHEARED, affine_of, rotation
 from scenes import ATLAS, BODY_RADII, STRUCTURES, Patient, straight_grid
 
@@ -538,6 +543,20 @@ class TestAgainstAnAtlas:
         assert "original DICOM" in one.remedy
         assert wrong.atlas is not None
         assert wrong.atlas.mirrored_gain == pytest.approx(-well.atlas.mirrored_gain, abs=1e-3)
+
+    def test_segmenting_doubts_swapped_sides(self, atlas: Atlas) -> None:
+        settings = with_overrides(Settings(model="none"), ["registration.deformable=false"])
+        context, scan = Context(atlas, settings), OTHER.scan(turned("LPS"))
+        right, wrong = segment(context, scan), segment(context, mirrored(scan))
+        assert right.sides is not None
+        assert not right.swapped
+        assert wrong.sides is not None
+        assert wrong.sides.gain == pytest.approx(-right.sides.gain, abs=1e-3)
+        assert len([told for told in warnings_on(wrong) if "swapped" in told]) == 1
+        assert not [told for told in warnings_on(right) if "swapped" in told]
+        found = [one.quality for one in wrong.structures if one.status == "present" and one.quality is not None]
+        assert found
+        assert all(one.verdict in ("review", "failed") and "swapped" in one.reason for one in found)
 
     @pytest.mark.parametrize("flip", [False, True])
     def test_another_part_of_the_body(self, atlas: Atlas, tmp_path: Path, flip: bool) -> None:

@@ -327,6 +327,7 @@ def outcome_of(confidence: float, structures: list[tuple[str, str | None]], *, i
     """As much of a result as doubts are made of: its confidence, and status and verdict of each structure."""
     return SimpleNamespace(
         is_judged=is_judged,
+        swapped=False,
         registration=SimpleNamespace(confidence=confidence),
         structures=[
             SimpleNamespace(status=status, quality=None if verdict is None else SimpleNamespace(verdict=verdict))

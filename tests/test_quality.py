@@ -70,6 +70,15 @@ def test_the_same_again_has_nothing_against_it() -> None:
     assert evidence.dissimilarity == evidence.dissimilarity_overall == 0  # nothing was compared
 
 
+def test_surface_of_a_ball_and_of_a_plate() -> None:
+    voxels = GRID.voxel_to_world(np.argwhere(np.ones(SHAPE))).reshape(*SHAPE, 3)
+    radius = 14.0
+    ball = np.linalg.norm(voxels - voxels[15, 13, 11], axis=-1) < radius
+    assert gather(case(ball))[1].surface_to_volume == pytest.approx(3 / radius, rel=0.06)
+    plate = cuboid((1, 1, 6), (28, 24, 2))
+    assert gather(case(plate))[1].surface_to_volume == pytest.approx(2 / 3 * 2 * (1 / 42 + 1 / 48 + 1 / 5))
+
+
 def test_volume_and_place() -> None:
     evidence = gather(case(cuboid((10, 8, 6), (5, 8, 8))))[1]
     assert evidence.volume_change == pytest.approx(np.log(0.5))

@@ -19,7 +19,8 @@ from .fusion.mixture import Mixture
 from .models.base import Prediction
 from .prompts import used_prompt
 from .quality.evidence import Case, Evidence, gather
-from .quality.verdict import StructureQuality, Verdict, is_calibrated, judge
+from .quality.mirror import Sides
+from .quality.verdict import SWAPPED, StructureQuality, at_most, is_calibrated, judge
 from .registration import Registration
 from .result import MemberResult, StructureResult
 from .settings import Settings
@@ -31,13 +32,17 @@ _PRIOR_CASES = 6
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What a result was made from: the query as it came and in RAS-canonical order, and atlases by their number."""
+    """What a result was made from: the query as it came and in RAS-canonical order, and atlases by their number.
+
+    ``sides`` are those of the query, None where they were not compared.
+    """
 
     query: Volume
     scan: Volume
     atlases: Mapping[int, Atlas]
     registrations: Mapping[int, Registration]
     settings: Settings
+    sides: Sides | None = None
     transform_given: bool = False
     expected: Mapping[str, Expected] = field(default_factory=dict)
 
@@ -85,8 +90,9 @@ def judge_structures(
             quality = StructureQuality("review" if status == "outside" else "failed", reason)
         if status == "present" and n in answers and is_empty_prediction(answers[n]):
             reason = "the model found nothing there, and the warped atlas was kept"
-            verdict: Verdict = "failed" if quality.verdict == "failed" else "review"
-            quality = replace(quality, verdict=verdict, reason=f"{reason}; {quality.reason}")
+            quality = at_most("review", quality, reason)
+        if job.sides is not None and job.sides.swapped:
+            quality = at_most("review", quality, SWAPPED)
         prompt = None if predicted is None else predicted.prompts.get(n)
         results.append(
             StructureResult(

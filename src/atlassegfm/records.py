@@ -119,6 +119,10 @@ class RegistrationRecord(Record):
     atlases: tuple[int, ...] | None = Field(default=None, description="Those of several that were registered in full.")
     source: Literal["fitted", "given"]
     confidence: float | None = Field(description="In [0, 1]; null for a given transform that was not compared.")
+    mirrored_gain: float | None = Field(
+        default=None, description="How much better the query's mirror image fits, in [-1, 1]; null if not compared."
+    )
+    swapped: bool = Field(default=False, description="Whether left and right of the query seem to be swapped.")
     members: int = Field(description="Fits of the deformable stage, averaged.")
     folding: float | None = Field(description="Fraction of the body where the Jacobian determinant is not positive.")
     jacobian: dict[str, float | None] | None
@@ -244,6 +248,11 @@ class RunRecord(Record):
     versions: dict[str, str]
     dicom: dict[str, Any] | None = Field(default=None, description="Name and comparison when read back, for each file.")
     probability: tuple[str, ...] | None = Field(default=None, description="Structures of probability.nii.gz, in order.")
+
+    @property
+    def swapped(self) -> bool:
+        """Whether left and right of the query seem to be swapped."""
+        return self.registration.swapped
 
     @property
     def is_judged(self) -> bool:

@@ -11,6 +11,7 @@ from .core.mask import LocalMap
 from .fusion.gate import Gate
 from .prompts import PromptKind, UsedPrompt
 from .quality.coverage import cut_remark
+from .quality.mirror import Sides
 from .quality.verdict import StructureQuality, Verdict, is_calibrated, overall
 from .registration import Place, Registration
 from .settings import Settings
@@ -68,10 +69,10 @@ class Segmentation:
     model. ``probabilities`` are by label value, on ``grid``, the query's in
     RAS-canonical array order, without structures that were outside or absent before the fusion. ``registrations`` map
     query world to atlas world, by number of the atlas in the context, from 1 on; ``transform_given`` if it was given,
-    not optimised here. ``gate``, ``prompt`` and
-    ``model_labels`` are None without a model. ``seconds`` is the wall time of each stage; ``provenance`` holds files,
-    versions or server of the model, as plain values; ``licence_accepted`` is the date (ISO 8601) on which the licence
-    of the model's weights was accepted, None where that is not needed.
+    not optimised here. ``sides`` compare the query with its mirror image, None where that was not done. ``gate``,
+    ``prompt`` and ``model_labels`` are None without a model. ``seconds`` is the wall time of each stage; ``provenance``
+    holds files, versions or server of the model, as plain values; ``licence_accepted`` is the date (ISO 8601) on which
+    the licence of the model's weights was accepted, None where that is not needed.
     """
 
     labels: Volume
@@ -82,6 +83,7 @@ class Segmentation:
     probabilities: Mapping[int, StructureMaps]
     structures: tuple[StructureResult, ...]
     registrations: Mapping[int, Registration]
+    sides: Sides | None
     transform_given: bool
     gate: Gate | None
     settings: Settings
@@ -100,6 +102,11 @@ class Segmentation:
     def registration(self) -> Registration:
         """That of the nearest atlas."""
         return self.registrations[self.nearest_atlas]
+
+    @property
+    def swapped(self) -> bool:
+        """Whether left and right of the query seem to be swapped."""
+        return self.sides is not None and self.sides.swapped
 
     @property
     def is_judged(self) -> bool:

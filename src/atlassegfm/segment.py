@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from .atlas import canonical_scan
+from .atlas import Atlas, canonical_scan
 from .context import Context, train_context
 from .core.device import memory_errors, reproducible, resolve_device
 from .core.errors import InputError
@@ -25,7 +25,8 @@ from .fusion.mixture import mix_structures
 from .judging import Job, judge_structures, with_members
 from .models.base import Models, PromptedScan
 from .models.table import licences_accepted, load_chosen, prompt_kind
-from .registration import register_all, registration_from
+from .quality.mirror import Sides, compare_sides
+from .registration import Registration, register_all, registration_from
 from .result import Segmentation, StructureMaps
 from .settings import Settings
 from .transforms.maps import Transform
@@ -113,7 +114,9 @@ def segment(
                 masks = mix_structures(predicted.members, context.gate.mixture)
             fused, labels = _fuse(context, scan, warped, masks, settings, device)
         with clock.stage("quality"):
-            job = Job(query, scan, atlases, registrations, settings, bool(transforms), context.expected)
+            nearest = max(registrations, key=lambda number: registrations[number].confidence)
+            sides = _sides(scan, atlases[nearest], registrations[nearest], settings, device)
+            job = Job(query, scan, atlases, registrations, settings, sides, bool(transforms), context.expected)
             structures = judge_structures(job, warped, predicted, masks, labels)
     model_labels = None if predicted is None else label_map(masks, scan.grid.shape)
     members = predicted.members if predicted is not None and len(predicted.members) > 1 else {}
@@ -133,6 +136,7 @@ def segment(
         probabilities={context.atlas.values[n - 1]: maps for n, maps in fused.items()},
         structures=structures,
         registrations=registrations,
+        sides=sides,
         transform_given=bool(transforms),
         gate=None if predicted is None else context.gate,
         settings=settings,
@@ -142,6 +146,13 @@ def segment(
         provenance={} if predicted is None else predicted.provenance,
         licence_accepted=None if predicted is None else licences_accepted(settings),
     )
+
+
+def _sides(scan: Volume, atlas: Atlas, found: Registration, settings: Settings, device: str) -> Sides | None:
+    """Compare the fit of the scan with that of its mirror image; None where the linear stages did not run."""
+    if found.linear_cost is None:
+        return None
+    return compare_sides(scan, atlas, found.linear_cost, settings.registration, device)
 
 
 def _fuse(

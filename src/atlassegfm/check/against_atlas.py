@@ -11,9 +11,6 @@ from ..quality.coverage import CUT_FRACTION, OUTSIDE_FRACTION
 from .findings import AtlasReport, Finding, list_items, note, warning
 from .intensity import inversion_findings, modality_findings
 
-#: Gain, a fraction of the cost of misplaced scans, above which the better fit of the mirror image is reported, and that
-#: for nearly symmetric anatomy, where the gain of a right scan may be above 0.
-MIRRORED_GAIN, SYMMETRIC_GAIN = 0.006, 0.02
 #: Correlation of the intensities of scan and atlas inside the body below which inverted contrast is reported.
 LEAST_CORRELATION = -0.3
 
@@ -30,7 +27,7 @@ def compare_with_atlas(volume: Volume, atlas: Atlas, name: str) -> tuple[AtlasRe
     report = AtlasReport(
         found.resembles,
         round(found.resemblance, 3),
-        round(found.mirrored_gain, 4),
+        round(found.sides.gain, 4),
         None if math.isnan(found.correlation) else round(found.correlation, 3),
         None if math.isnan(found.histogram_distance) else round(found.histogram_distance, 3),
         {structure: round(100 * (1 - fraction), 1) for structure, fraction in outside},
@@ -47,17 +44,16 @@ def compare_with_atlas(volume: Volume, atlas: Atlas, name: str) -> tuple[AtlasRe
 
 def _fit_findings(found: mirror.AtlasFit, *, inverted: bool) -> Iterator[Finding]:
     """Findings on sides and contrast; ``inverted``: the scan alone shows that already."""
-    least = SYMMETRIC_GAIN if found.symmetric else MIRRORED_GAIN
-    if found.mirrored_gain > least:
+    if found.sides.swapped:
         yield warning(
-            f"the mirror image fits the atlas better by {100 * found.mirrored_gain:.1f} % of the cost of misplaced "
+            f"the mirror image fits the atlas better by {100 * found.sides.gain:.1f} % of the cost of misplaced "
             "scans (usually below 0): left and right of the scan seem to be swapped (or those of the atlas); organs "
             "would be looked for, and labelled, on the wrong side",
             "compare with the original DICOM or a known side (liver, heart, a marker), and convert the scan again",
         )
-    elif found.mirrored_gain > -least:
+    elif found.sides.undecided:
         yield note(
-            f"the mirror image fits as well (better by {100 * found.mirrored_gain:.1f} %), as in nearly symmetric "
+            f"the mirror image fits as well (better by {100 * found.sides.gain:.1f} %), as in nearly symmetric "
             "anatomy: left and right cannot be told apart, and swapped sides would not be found for certain",
             "look at a known side, if the header is not certain",
         )

@@ -382,6 +382,8 @@ def run_record(segmentation: Segmentation, inputs: RunInputs) -> records.RunReco
             atlases=tuple(segmentation.registrations) if several else None,
             source="given" if segmentation.transform_given else "fitted",
             confidence=_rounded(found.confidence),
+            mirrored_gain=None if (sides := segmentation.sides) is None else _rounded(sides.gain),
+            swapped=segmentation.swapped,
             members=len(found.members),
             folding=_rounded(found.folding, 6),
             jacobian=_rounded_fields(found.jacobian, 6),

@@ -21,7 +21,7 @@ from ..fusion.gate import Gate
 from ..models.base import Models
 from ..models.table import describe_models, load_chosen, weights_paths, with_weights_paths
 from ..models.weights import find_weights
-from ..quality.verdict import LEAST_CONFIDENCE, describe_confidence
+from ..quality.verdict import LEAST_CONFIDENCE, SWAPPED, describe_confidence
 from ..records import FileRecord, Provenance, RunRecord, State, StatusRecord, StructureRecord
 from ..result import Segmentation, StructureResult
 from ..segment import segment
@@ -281,6 +281,8 @@ def warnings_on(result: Segmentation | RunRecord) -> list[str]:
     # NaN and None, where it was not measured, are not.
     if result.is_judged and confidence is not None and confidence < LEAST_CONFIDENCE:
         found.append(f"{describe_confidence(confidence)}; is it the same part of the body?")
+    if result.swapped:
+        found.append(f"{SWAPPED}; compare with the original or a known side, such as liver or heart")
     if not any(one.status == "present" for one in result.structures):
         found.append("no structure of the atlas was found")
     # What is out of view is never failed, and says nothing on what is in it.

@@ -39,8 +39,41 @@ _LEAST_RESEMBLANCE, _LEAST_WHERE_LITTLE_IS_SHARED = 0.28, 0.5
 _MOST_VOXELS = 600_000
 #: Largest fraction of the cost of misplaced scans up to which both mirror images fit well.
 _SYMMETRIC = 0.5
+#: Gain, a fraction of the cost of misplaced scans, above which the mirror image fits better, and that for nearly
+#: symmetric anatomy, where the gain of a right scan may be above 0.
+_MIRRORED_GAIN, _SYMMETRIC_GAIN = 0.006, 0.02
 #: Distance of both distributions of intensities less this times their correlation; larger ones are of two modalities.
 _MODALITY_CORRELATION_WEIGHT, _MODALITY_BOUND = 0.3, -0.005
+
+
+@dataclass(frozen=True)
+class Sides:
+    """Fit of a scan's mirror image against that of the scan itself."""
+
+    gain: float  # cost of the scan less that of its mirror image, 1 for scans that are nothing like each other
+    symmetric: bool  # whether both fit so well that little tells them apart
+
+    @classmethod
+    def of(cls, cost: float, mirrored_cost: float) -> Sides:
+        """Compare the costs of both linear fits."""
+        from ..registration.affine import MISMATCH_PENALTY
+
+        misplaced = 2 * MISMATCH_PENALTY  # cost of both scans
+        return cls((cost - mirrored_cost) / misplaced, max(cost, mirrored_cost) < _SYMMETRIC * misplaced)
+
+    @property
+    def _least(self) -> float:
+        return _SYMMETRIC_GAIN if self.symmetric else _MIRRORED_GAIN
+
+    @property
+    def swapped(self) -> bool:
+        """Whether left and right of the scan, or of the atlas, seem to be swapped."""
+        return self.gain > self._least
+
+    @property
+    def undecided(self) -> bool:
+        """Whether neither image fits better by enough to tell left from right."""
+        return not self.swapped and self.gain > -self._least
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,8 +82,7 @@ class AtlasFit:
 
     confidence: float  # of the better fit of scan and mirror image, in [0, 1]
     shared: float  # fraction of the field of view that is body in both
-    mirrored_gain: float  # its cost less that of its mirror image, 1 for scans that are nothing like each other
-    symmetric: bool  # whether both mirror images fit so well that little tells them apart
+    sides: Sides
     correlation: float  # of intensities where both show body, in [-1, 1]; NaN where no body overlaps
     histogram_distance: float  # of intensities where both surely show body, in [0, 1]; NaN where they do not
     outside: Mapping[int, float]  # fraction of each structure out of the field of view, in [0, 1], by label value
@@ -86,7 +118,7 @@ def fit_to_atlas(
     scan cannot be used, a :class:`.RegistrationError` if it shows nothing but background.
     """
     # Late: is_inverted() needs no PyTorch.
-    from ..registration.affine import MISMATCH_PENALTY, fit
+    from ..registration.affine import fit
     from ..registration.dissimilarity import measure
     from ..registration.pyramid import level_spacings_mm, prepare
     from .coverage import outside_fractions
@@ -99,19 +131,34 @@ def fit_to_atlas(
     spacings = level_spacings_mm(scan.grid, (settings.coarse_voxels, settings.fine_voxels))
     spacings = tuple(max(spacing, finest) for spacing in spacings)
     annotated = prepare(atlas.image, atlas.labels, spacings[-1], "atlas")
-    # Both on one grid, which is its own mirror image, as if the header had the sides swapped.
-    sides = [
-        prepare(Volume(one, scan.grid), None, spacings[-1], name) for one in (data, np.ascontiguousarray(data[::-1]))
-    ]
-    (straight, cost), (mirrored, mirrored_cost) = (fit(side, annotated, spacings, settings, "cpu") for side in sides)
-    misplaced = 2 * MISMATCH_PENALTY  # cost of both scans
-    gain, symmetric = (cost - mirrored_cost) / misplaced, max(cost, mirrored_cost) < _SYMMETRIC * misplaced
-    better, side = (mirrored, sides[1]) if gain > 0 else (straight, sides[0])
+    shown = Volume(data, scan.grid)
+    images = [prepare(one, None, spacings[-1], name) for one in (shown, _mirrored(shown))]
+    (straight, cost), (mirrored, mirrored_cost) = (fit(one, annotated, spacings, settings, "cpu") for one in images)
+    sides = Sides.of(cost, mirrored_cost)
+    better, side = (mirrored, images[1]) if sides.gain > 0 else (straight, images[0])
     correlation, distance = _compare_intensities(side, annotated, better, spacings[-1])
     outside = dict(zip(atlas.values, outside_fractions(atlas, better, scan.grid), strict=True))
     found = measure(side, annotated, better, spacings[-1])
     correlation = -correlation if inverted else correlation
-    return AtlasFit(found.confidence, float(found.weight.mean()), gain, symmetric, correlation, distance, outside)
+    return AtlasFit(found.confidence, float(found.weight.mean()), sides, correlation, distance, outside)
+
+
+def compare_sides(
+    scan: Volume, atlas: Atlas, cost: float, settings: RegistrationSettings, device: str = "cpu"
+) -> Sides:
+    """Fit the mirror image of a scan in RAS-canonical order, against ``cost`` of the scan's own linear fit."""
+    from ..registration.affine import fit
+    from ..registration.pyramid import level_spacings_mm, prepare
+
+    spacings = level_spacings_mm(scan.grid, (settings.coarse_voxels, settings.fine_voxels))
+    annotated = prepare(atlas.image, atlas.labels, spacings[-1], "atlas")
+    mirrored = prepare(_mirrored(scan), None, spacings[-1], "query")
+    return Sides.of(cost, fit(mirrored, annotated, spacings, settings, device)[1])
+
+
+def _mirrored(scan: Volume) -> Volume:
+    """Mirror a scan on its own grid, as if the header had the sides swapped."""
+    return Volume(np.ascontiguousarray(scan.data[::-1]), scan.grid)
 
 
 def is_inverted(scan: Volume) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from ..core.config import quality_settings
@@ -26,6 +26,8 @@ LEAST_CONFIDENCE = 0.45
 NOT_JUDGED = "not judged: verdicts are calibrated for the default registration only"
 #: Reason of vessels, which have no verdict.
 NOT_JUDGED_TUBULAR = "not judged: verdicts are calibrated for organs, and this is a vessel"
+#: Reason where the mirror image of the query fits the atlas better.
+SWAPPED = "left and right of the scan seem to be swapped: its mirror image fits the atlas better"
 #: A second place in the scan that matches a structure worse by less than this is named in the reason.
 _CLOSE_MARGIN = 0.1
 #: Objections are at least so many standard deviations of the calibration from its mean.
@@ -40,6 +42,8 @@ _REASONS = {
     "volume_change": "its volume is {factor:.2f} times the atlas's (on average {usual:.2f})",
     "abs_volume_change": "its volume is {factor:.2f} times the atlas's (on average off by a factor of {usual:.2f})",
     "log_volume": "it is small ({ml:.1f} ml, on average {usual_ml:.0f} ml), and small ones are found less reliably",
+    "surface_to_volume": "it is thin ({value:.2f} mm² of surface for each mm³, on average {mean:.2f}), and thin ones "
+    "are found less reliably",
     "brightness_difference": "its brightness differs from the atlas's by {value:.0%} of the intensity range (on "
     "average {mean:.0%})",
     "brightness_iqr": "its brightness varies by {value:.0%} of the intensity range (on average {mean:.0%})",
@@ -112,6 +116,12 @@ def judge(
     elif verdict != "good":
         reason = _joined(f"{reason} (good from {good_from:.2f})", _worst_objection(evidence, regression))
     return StructureQuality(verdict, _joined(reason, *remarks), estimate, low, high, evidence)
+
+
+def at_most(verdict: Verdict, quality: StructureQuality, reason: str) -> StructureQuality:
+    """Lower a verdict, or the lack of one, to ``verdict`` where it is better, and put ``reason`` first."""
+    lowered = overall([verdict, quality.verdict])
+    return replace(quality, verdict=lowered, reason=_joined(reason, quality.reason))
 
 
 def describe_confidence(confidence: float) -> str:

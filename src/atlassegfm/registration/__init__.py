@@ -82,8 +82,8 @@ def register(
     found = Registration(initial or Affine.identity(), None)
     if wants_linear and not by_engine:
         with clock.stage("linear"):
-            linear, _ = affine.fit(query, atlas, spacings, settings, device)
-        found = Registration(linear, None, parameter_count={"linear": 12 if settings.affine else 6})
+            linear, cost = affine.fit(query, atlas, spacings, settings, device)
+        found = Registration(linear, None, parameter_count={"linear": 12 if settings.affine else 6}, linear_cost=cost)
     places: Mapping[int, Place] = {}
     if settings.deformable or by_engine:
         start = None
@@ -100,7 +100,8 @@ def register(
         with clock.stage("deformable"):
             pair = pyramid.Pair(fixed, moving, query, atlas, moving_labels)
             fitted = engine.load()(pair, None if by_engine else found.linear, start, settings, device)
-        found = replace(fitted, parameter_count={**found.parameter_count, **fitted.parameter_count})
+        counts = {**found.parameter_count, **fitted.parameter_count}
+        found = replace(fitted, parameter_count=counts, linear_cost=found.linear_cost)
     with clock.stage("assess"):
         measured = dissimilarity.measure(query, atlas, found.fixed_to_moving, spacings[-1])
         folding, jacobian = deformation_statistics(found.field, found.local, query.body)

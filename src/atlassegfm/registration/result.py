@@ -41,7 +41,8 @@ class Registration:
     and "deformable" (on its finest levels). ``dissimilarity`` is that of the scans after all stages, None if not
     measured; ``folding`` the fraction of the query's body in which space is folded, in [0, 1]; ``jacobian`` describes
     volume changes in the body, within the labels' box where there is a local field. ``places`` are those of the
-    structure search by label value, without structures whose own place was not believed.
+    structure search by label value, without structures whose own place was not believed. ``linear_cost`` is that of the
+    linear stages, None where they did not run.
     """
 
     linear: Affine
@@ -54,6 +55,7 @@ class Registration:
     parameter_count: Mapping[str, int] = dataclass_field(default_factory=dict)
     further_members: tuple[Transform, ...] = ()
     places: Mapping[int, Place] = dataclass_field(default_factory=dict)
+    linear_cost: float | None = None
 
     @property
     def confidence(self) -> float:
