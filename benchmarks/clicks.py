@@ -1,9 +1,9 @@
 """Play a user who clicks into errors, and report the Dice by the number of clicks, and how long a click takes.
 
-    python benchmarks/clicks.py DATASET OUT [--atlas CASE] [--clicks N] [--all] [--each]
+    python benchmarks/clicks.py DATASET OUT [--atlas CASE,...] [--model NAME,...] [--clicks N] [--all] [--each]
 
-DATASET is an nnU-Net raw folder. One case is the atlas (the first by default); the others are segmented into OUT, as
-`atlassegfm segment --keep` does it, unless they are there. The user clicks at the middle of the largest error of all
+DATASET is an nnU-Net raw folder. One case is the atlas (the first by default, or each of several in turn); the others
+are segmented into OUT/CASE, as `atlassegfm segment --keep` does it, unless they are there. The user clicks at the middle of the largest error of all
 structures that are not judged good: the place deepest in it; outside the structure to add, inside to take away. The
 labels of a query are read for that alone.
 """
@@ -36,25 +36,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--atlas", help="case of the atlas")
+    parser.add_argument("--atlas", help="case of the atlas, or several, each in turn")
+    parser.add_argument("--model", default="builtin", help="model of the results; the built-in one answers clicks")
     parser.add_argument("--clicks", type=int, default=6, help="clicks a case at most")
     parser.add_argument("--all", action="store_true", help="click into structures that are judged good too")
     parser.add_argument("--each", action="store_true", help="each time one click into every such structure")
     options = parser.parse_args()
     images = {path.name.removesuffix("_0000.nii.gz"): path for path in sorted((options.dataset / "imagesTr").iterdir())}
-    atlas = options.atlas or next(iter(images))
-    queries = {name: path for name, path in images.items() if name != atlas}
-    labels = options.dataset / "labelsTr"
-    command = [sys.executable, "-m", "atlassegfm", "segment", "--atlas", images[atlas], "--labels"]
-    command += [labels / f"{atlas}.nii.gz", *queries.values(), "-o", options.out, "--keep"]
-    subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
-    scores, seconds, counts = [], [], []
-    for name, path in queries.items():
-        curve, times = play(options.out / path.name.removesuffix(".nii.gz"), path, labels / f"{name}.nii.gz", options)
-        scores.append(curve)
-        seconds += times
-        counts.append(len(times))
-        print(f"{name}: {' '.join(f'{score:.3f}' for score in curve)}  {len(times)} clicks", flush=True)
+    labels, scores, seconds, counts = options.dataset / "labelsTr", [], [], []
+    for atlas in options.atlas.split(",") if options.atlas else [next(iter(images))]:
+        queries, out = {name: path for name, path in images.items() if name != atlas}, options.out / atlas
+        command = [sys.executable, "-m", "atlassegfm", "segment", "--atlas", images[atlas], "--labels"]
+        command += [labels / f"{atlas}.nii.gz", *queries.values(), "-o", out, "--keep", "--model", options.model]
+        subprocess.run([str(word) for word in command], check=True, stdout=subprocess.DEVNULL)
+        for name, path in queries.items():
+            curve, times = play(out / path.name.removesuffix(".nii.gz"), path, labels / f"{name}.nii.gz", options)
+            scores.append(curve)
+            seconds += times
+            counts.append(len(times))
+            print(f"{atlas}, {name}: {' '.join(f'{one:.3f}' for one in curve)}  {len(times)} clicks", flush=True)
     print("clicks a case  " + "  ".join(f"{n:5d}" for n in range(options.clicks + 1)))
     print("mean Dice      " + "  ".join(f"{score:.3f}" for score in np.mean(scores, axis=0)))
     print(f"median clicks a case {statistics.median(counts):g}; {len(seconds)} clicks in all", end="")

@@ -77,8 +77,9 @@ def main() -> None:
     for atlas in dataset.cases if arguments.every_atlas else (dataset.case(arguments.atlas),):
         cohort = out / atlas.name if arguments.every_atlas else out
         if arguments.every_atlas:
-            truth = {case.name: case.labels for case in dataset.cases if case.name != atlas.name}
-            scans = [str(dataset.case(name).image) for name in truth]
+            queries = [case for case in dataset.cases if case.name != atlas.name]
+            truth = {case.image.name.removesuffix(".nii.gz"): case.labels for case in queries}
+            scans = [str(case.image) for case in queries]
         else:
             make_cohort(dataset, atlas.name, arguments.hard.split(","), out)
             truth = {file.name.removesuffix(".nii.gz"): file for file in (out / "truth").iterdir()}
