@@ -3,9 +3,9 @@
     python benchmarks/clicks.py DATASET OUT [--atlas CASE,...] [--model NAME,...] [--clicks N] [--all] [--each]
 
 DATASET is an nnU-Net raw folder. One case is the atlas (the first by default, or each of several in turn); the others
-are segmented into OUT/CASE, as `atlassegfm segment --keep` does it, unless they are there. The user clicks at the middle of the largest error of all
-structures that are not judged good: the place deepest in it; outside the structure to add, inside to take away. The
-labels of a query are read for that alone.
+are segmented into OUT/CASE, as `atlassegfm segment --keep` does it, unless they are there. The user clicks at the
+middle of the largest error of all structures that are not judged good: the place deepest in it; outside the structure
+to add, inside to take away. The labels of a query are read for that alone.
 """
 
 from __future__ import annotations
