@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -497,7 +498,8 @@ def test_the_command_prints_the_addresses(folder: tuple[Path, Path]) -> None:
     try:
         assert process.stdout is not None
         found = json.loads(process.stdout.readline())
-        assert list(found) == ["url", "monailabel", "nninteractive"]
+        assert list(found) == ["url", "monailabel", "nninteractive", "ohif"]
+        assert found["ohif"] == (f"{found['url']}ohif/" if find_spec("monailabel") else None)
         assert found["monailabel"].endswith("/")
         answer = httpx.get(f"{found['monailabel']}info/", headers={"origin": "http://x.example"})
         assert answer.json()["name"] == "AtlasSegFM"

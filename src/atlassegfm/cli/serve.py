@@ -86,9 +86,11 @@ def serve(options: ServeOptions) -> None:
             )
 
         def announce(addresses: dict[str, str | None]) -> None:
-            page = f"page      {addresses['url']}"
-            said = f"{page}\n3D Slicer, OHIF and napari take this address too; Ctrl-C ends the server"
-            typer.echo(json.dumps(addresses) if options.as_json else said)
+            said = [f"page      {addresses['url']}"]
+            if addresses["ohif"]:
+                said.append(f"OHIF      {addresses['ohif']}")
+            said.append("3D Slicer, OHIF and napari take the page's address too; Ctrl-C ends the server")
+            typer.echo(json.dumps(addresses) if options.as_json else "\n".join(said))
             if options.open_page:
                 typer.launch(str(addresses["url"]))
 

@@ -19,6 +19,7 @@ from ..core.errors import InputError
 from .app import Desk, make_app
 from .guard import Guard
 from .protocols import SCANS, has_nninteractive, mount
+from .protocols.ohif import folder_of_ohif
 
 #: Bytes of chance in a token.
 _TOKEN_BYTES = 24
@@ -140,7 +141,8 @@ def serve(desk: Desk, place: Place, announce: Callable[[dict[str, str | None]], 
         mount(app, desk)
         guard = Guard(app, token, place.names, place.is_local, place.origins, SCANS)
         url = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/{token}/"
-        announce({"url": url, "monailabel": url, "nninteractive": url.rstrip("/") if has_nninteractive() else None})
+        addresses = {"url": url, "monailabel": url, "nninteractive": url.rstrip("/") if has_nninteractive() else None}
+        announce({**addresses, "ohif": f"{url}ohif/" if folder_of_ohif() is not None else None})
         try:
             server_of(guard).run(sockets=[listening])
         finally:
