@@ -130,14 +130,14 @@ class Job:
 
 
 def jobs(data: Path, out: Path, model: str) -> Iterator[Job]:
-    """List all jobs: queries as they are first, and atlases in turn, so that gates are trained side by side."""
+    """List all jobs: queries as they are first, and sets and atlases in turn, so that a part tells of all."""
     for is_varied in (False, True):
-        for name, (_, others) in SETS.items():
-            cases = sorted(case.name for case in load_dataset(data / name).cases)[:CASES]
-            for step in range(1, others + 1):
-                queries = cases[step:] + cases[:step]
-                for atlas, query in zip(cases, queries, strict=True):
-                    yield Job(data, out, name, atlas, query, is_varied, model)
+        for step in range(1, CASES):
+            for name, (_, others) in SETS.items():
+                cases = sorted(case.name for case in load_dataset(data / name).cases)[:CASES]
+                if step <= others:
+                    for atlas, query in zip(cases, cases[step:] + cases[:step], strict=True):
+                        yield Job(data, out, name, atlas, query, is_varied, model)
 
 
 def varied(scan: Volume, truth: Volume, seed: int) -> tuple[Volume, Volume]:
