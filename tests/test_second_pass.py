@@ -35,7 +35,7 @@ from atlassegfm.jobs.second_pass import (
 from atlassegfm.jobs.store import LabelledQuery, RunInputs, read_labels, rewrite_result, write_result
 from atlassegfm.quality.verdict import StructureQuality, Verdict
 from atlassegfm.records import RunRecord, StatusRecord
-from atlassegfm.registration import Registration
+from atlassegfm.registration import Place, Registration
 from atlassegfm.result import Segmentation
 from atlassegfm.segment import segment
 from atlassegfm.settings import Settings
@@ -389,6 +389,19 @@ def test_what_is_no_better_is_not_taken(
     better, why = choose(run, change(result), TRIED, result.labels, {})
     assert better == {}
     assert reason in why
+
+
+@pytest.mark.parametrize(("estimate", "second", "taken"), [(0.75, 1.7, True), (0.75, 1.1, False), (0.9, 1.1, True)])
+def test_an_uncertain_place_is_taken_only_if_it_is_good(
+    pair: tuple[RunRecord, Segmentation], estimate: float, second: float, taken: bool
+) -> None:
+    run, result = pair
+    found = estimated(result, estimate)
+    place = Place(30.0, 1.0, second, 60.0)
+    found = replace(found, structures=tuple(replace(one, place=place) for one in found.structures))
+    better, why = choose(run, found, TRIED, result.labels, {})
+    assert (better.keys() == {KIDNEY}) is taken
+    assert taken or "another place" in why
 
 
 def test_what_is_unlike_the_cohort_or_lies_on_good_structures_is_not_taken(

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 FEWEST_CASES, MOST_TRIED = 5, 0.25
 #: The estimated Dice of a structure that is taken over is higher by at least this.
 LEAST_GAIN = 0.05
+#: One that is not good is taken over only if the match of its second best place in the scan is worse by at least this.
+LEAST_MARGIN = 0.2
 #: Largest fraction of a structure that is taken over which lies on others that keep their voxels.
 MOST_SHARED = 0.2
 
@@ -272,11 +274,14 @@ def choose(
     """
     if not result.registration.confidence >= LEAST_CONFIDENCE:
         return {}, f"confidence of the registration with {tried.donor.name} is {result.registration.confidence:.2f}"
-    better, against, first = {}, [], {one.value: First.of(one) for one in run.structures}
-    for new in (structure_record(one) for one in result.structures if one.structure.value in tried.wanted):
+    better, against, first = {}, [], {record.value: First.of(record) for record in run.structures}
+    for one in (one for one in result.structures if one.structure.value in tried.wanted):
+        new = structure_record(one)
         found = First.of(new)
         if found.status != "present" or found.estimate - first[new.value].estimate < LEAST_GAIN:
             against.append(f"{new.name}: the estimate is no better ({found.estimate:.2f})")
+        elif not found.is_good and one.place is not None and one.place.margin < LEAST_MARGIN:
+            against.append(f"{new.name}: another place matches nearly as well (worse by {one.place.margin:.2f})")
         elif not found.is_cut and outliers(np.array([*volumes.get(new.value, ()), found.volume_ml]))[-1]:
             against.append(f"{new.name}: {found.volume_ml:.1f} ml are an outlier among the volumes of the cohort")
         else:
