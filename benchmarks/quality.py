@@ -1,9 +1,10 @@
 """Fit and check the estimate of the Dice coefficient from evidence that needs no labels (atlassegfm.quality).
 
-Every ordered pair of the cases of four sets is segmented, the query as it is and varied: thick slices, a part of the
-field of view, or noise and another contrast. Evidence and true Dice are kept in one file a pair, and gates in one an
-atlas, so that an interrupted run goes on. A ridge regression is fitted for each kind of result and cross-validated by
-query, by atlas and by set; bounds of the verdicts follow from the estimates left out by query.
+Every ordered pair of the cases of four sets, and six of OASIS, is segmented, the query as it is and varied: thick
+slices, a part of the field of view, or noise and another contrast. Evidence and true Dice are kept in one file a pair,
+and gates in one an atlas, so that an interrupted run goes on. A ridge regression is fitted for each kind of result, and
+for thin structures apart, and cross-validated by query, by atlas and by set; bounds of the verdicts follow from the
+estimates left out by query.
 
     python benchmarks/quality.py DATA OUT --workers 2            # continues where it stopped
     python benchmarks/quality.py DATA OUT --write                # and write the calibration into the package
@@ -16,7 +17,6 @@ import argparse
 import json
 import pickle
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -39,7 +39,7 @@ from atlassegfm.core.image import Volume, load_image, load_labels
 from atlassegfm.core.overlap import dice
 from atlassegfm.core.parallel import limited_threads
 from atlassegfm.quality import estimate
-from atlassegfm.quality.estimate import CALIBRATION, Regression, Term
+from atlassegfm.quality.estimate import CALIBRATION, THIN, THIN_FROM, Regression, Term
 from atlassegfm.quality.evidence import Case, Evidence, gather
 from atlassegfm.result import Segmentation
 from atlassegfm.segment import segment
@@ -62,18 +62,22 @@ MISSED = 0.05
 FAILED = 0.5
 #: Weight of the ridge penalty, and the range to which the Dice is clipped for the fit: what is better than good or
 #: worse than failed need not be told apart.
-RIDGE, RANGE = 0.5, (0.4, 0.85)
+RIDGE, RANGE = 200.0, (0.4, 0.85)
 #: Quantiles of the scores between which the curve from scores to Dice has a knot, and how far it goes on at its ends.
 BINS, BEYOND = (0.0, 0.03, 0.08, 0.16, 0.3, 0.5, 0.7, 0.85, 1.0), 0.2
 #: A structure of fewer voxels in the query says nothing.
 FEWEST_VOXELS = 50
 #: Kind of the results that each regression is fitted on, and evidence left out of it: another model's certainty is not
-#: comparable to the built-in one's, and without a model there is neither certainty nor agreement.
+#: comparable to the built-in one's, and without a model there is neither certainty nor agreement. How thin a structure
+#: is tells nothing among those that are not.
 REGRESSIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "builtin": ("builtin", ()),
-    "builtin,litemedsam": ("builtin,litemedsam", ()),
-    "model": ("builtin", ("certainty",)),
-    "none": ("none", ("certainty", "agreement", "offset")),
+    "builtin": ("builtin", ("thinness",)),
+    "builtin,litemedsam": ("builtin,litemedsam", ("thinness",)),
+    "model": ("builtin", ("thinness", "certainty")),
+    "none": ("none", ("thinness", "certainty", "agreement", "offset")),
+    f"{THIN}builtin": ("builtin", ()),
+    f"{THIN}model": ("builtin", ("certainty",)),
+    f"{THIN}none": ("none", ("certainty", "agreement", "offset")),
 }
 
 Row = dict[str, Any]
@@ -217,24 +221,15 @@ def _row(kind: str, value: int, labels: NDArray[Any], truth: Volume, evidence: E
     return {"kind": kind, "value": value, "dice": score, "evidence": asdict(evidence)}
 
 
-def shares(rows: Sequence[Row]) -> NDArray[np.float64]:
-    """Share of each row in a fit, 1 in all: sets count the same, whatever the number of their structures."""
-    counts = Counter(row["set"] for row in rows)
-    return np.array([1 / (len(counts) * counts[row["set"]]) for row in rows])
-
-
 def fit(rows: Sequence[Row], names: Sequence[str]) -> Regression:
     """Fit a ridge regression of the clipped Dice on evidence; its curve leads nowhere, interval and bounds are 0."""
     evidence, scores = _arrays(rows, names)
-    share, wanted = shares(rows), np.clip(scores, *RANGE)
-    mean, level = share @ evidence, float(share @ wanted)
-    deviation = np.sqrt(share @ (evidence - mean) ** 2) + 1e-9
+    wanted, mean, deviation = np.clip(scores, *RANGE), evidence.mean(axis=0), evidence.std(axis=0) + 1e-9
     scaled = np.clip((evidence - mean) / deviation, -estimate.MAX_DEVIATIONS, estimate.MAX_DEVIATIONS)
-    shared = scaled.T * share
-    weight = np.linalg.solve(shared @ scaled + RIDGE * np.eye(len(names)), shared @ (wanted - level))
+    weight = np.linalg.solve(scaled.T @ scaled + RIDGE * np.eye(len(names)), scaled.T @ (wanted - wanted.mean()))
     columns = zip(mean.tolist(), deviation.tolist(), weight.tolist(), strict=True)
     terms = {name: Term(*column) for name, column in zip(names, columns, strict=True)}
-    return Regression(level, (), 0.0, 0.0, 0.0, 0.0, terms)
+    return Regression(float(wanted.mean()), (), 0.0, 0.0, 0.0, 0.0, terms)
 
 
 def left_out(rows: Sequence[Row], names: Sequence[str], group: Callable[[Row], str]) -> NDArray[np.float64]:
@@ -249,30 +244,22 @@ def left_out(rows: Sequence[Row], names: Sequence[str], group: Callable[[Row], s
     return scores
 
 
-def curve(
-    scores: NDArray[np.float64], dices: NDArray[np.float64], share: NDArray[np.float64]
-) -> tuple[tuple[float, float], ...]:
+def curve(scores: NDArray[np.float64], dices: NDArray[np.float64]) -> tuple[tuple[float, float], ...]:
     """Lead scores to mean Dice coefficients, both rising (:data:`BINS`)."""
     order = np.argsort(scores, kind="stable")
-    ends = np.searchsorted(np.cumsum(share[order]), BINS)
-    parts = [order[first:last] for first, last in pairwise(ends)]
-    at = [float(np.average(scores[part], weights=share[part])) for part in parts]
-    means = [np.average(dices[part], weights=share[part]) for part in parts]
-    rising = np.maximum.accumulate(means) + 1e-4 * np.arange(len(parts))
+    parts = [order[int(a * len(order)) : int(b * len(order))] for a, b in pairwise(BINS)]
+    at = [float(scores[part].mean()) for part in parts]
+    rising = np.maximum.accumulate([dices[part].mean() for part in parts]) + 1e-4 * np.arange(len(parts))
     knots = [(at[0] - BEYOND, rising[0] - BEYOND), *zip(at, rising, strict=True), (at[-1] + BEYOND, 1.0)]
     return tuple((round(float(x), 5), round(float(np.clip(y, 0, 1)), 5)) for x, y in knots)
 
 
-def bounds(
-    estimates: NDArray[np.float64], is_bad: NDArray[np.bool_], share: NDArray[np.float64]
-) -> tuple[float, float]:
+def bounds(estimates: NDArray[np.float64], is_bad: NDArray[np.bool_]) -> tuple[float, float]:
     """Find the estimates from which on a result is good, and below which it failed (:data:`MISSED`, :data:`FAILED`)."""
-    steps, bad = np.unique(estimates), share * is_bad
-    good = next(float(at) for at in steps if bad[estimates >= at].sum() <= MISSED * bad.sum())
+    steps = np.unique(estimates)
+    good = next(float(at) for at in steps if (estimates[is_bad] >= at).mean() <= MISSED)
     failed = [
-        float(at)
-        for at in steps
-        if at <= good and (below := estimates < at).any() and bad[below].sum() >= FAILED * share[below].sum()
+        float(at) for at in steps if at <= good and (below := estimates < at).any() and is_bad[below].mean() >= FAILED
     ]
     return round(good, 4), round(failed[-1] if failed else good, 4)
 
@@ -280,15 +267,17 @@ def bounds(
 def report(kind: str, rows: Sequence[Row], names: Sequence[str]) -> Regression:
     """Fit one kind of result, and print what the fit is worth on results left out of it."""
     scores = _arrays(rows, names)[1]
-    is_bad, regression, share = scores < BAD, fit(rows, names), shares(rows)
+    is_bad, regression = scores < BAD, fit(rows, names)
     print(f"\n{kind}: {len(rows)} structures, {int(is_bad.sum())} with a Dice below {BAD}")
     groups: dict[str, Callable[[Row], str]] = {
         "query": lambda row: row["set"] + row["query"],
         "atlas": lambda row: row["set"] + row["atlas"],
         "set": lambda row: row["set"],
     }
-    regression = replace(regression, curve=curve(left_out(rows, names, groups["query"]), scores, share))
+    regression = replace(regression, curve=curve(left_out(rows, names, groups["query"]), scores))
     for left, group in groups.items():
+        if len({group(row) for row in rows}) == 1:
+            continue
         estimates = np.interp(left_out(rows, names, group), *zip(*regression.curve, strict=True))
         off = scores - estimates
         print(
@@ -296,8 +285,8 @@ def report(kind: str, rows: Sequence[Row], names: Sequence[str]) -> Regression:
             f"{np.corrcoef(estimates, scores)[0, 1]:.3f}, mean error {np.abs(off).mean():.3f}"
         )
         if left == "query":
-            low, high = np.quantile(off, (0.1, 0.9), weights=share, method="inverted_cdf")
-            good, failed = bounds(estimates, is_bad, share)
+            low, high = np.percentile(off, (10, 90))
+            good, failed = bounds(estimates, is_bad)
             regression = replace(regression, below=float(-low), above=float(high), good_from=good, failed_below=failed)
             print(f"  look at {triage(estimates, is_bad):.0%} of the structures to find {FOUND:.0%} of these")
         for name, is_varied in sorted({(row["set"], row["varied"]) for row in rows}):
@@ -327,6 +316,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for one file a pair")
     parser.add_argument("--model", default="builtin", help="what to measure: builtin, or builtin,litemedsam")
     parser.add_argument("--workers", type=int, default=2, help="pairs measured side by side, one thread each")
+    parser.add_argument("--fit", default="", help="fit those alone whose names begin so, as thin or builtin")
     parser.add_argument("--write", action="store_true", help="write the calibration into the package")
     parser.add_argument("--only-measured", action="store_true", help="take the pairs that OUT has, measure no more")
     arguments = parser.parse_args()
@@ -341,7 +331,9 @@ def main() -> None:
     rows = [row for job in all_jobs if job.file.exists() for row in job.rows()]
     regressions = dict(estimate.regressions())
     for name, (kind, without) in REGRESSIONS.items():
-        if mine := [row for row in rows if row["kind"] == kind]:
+        is_thin = name.startswith(THIN)
+        mine = [row for row in rows if row["kind"] == kind and (row["evidence"]["thinness"] >= THIN_FROM) is is_thin]
+        if mine and name.startswith(arguments.fit):
             regressions[name] = report(name, mine, [n for n in Evidence.__dataclass_fields__ if n not in without])
     if arguments.write:
         file = Path(estimate.__file__).with_name(CALIBRATION)

@@ -195,4 +195,4 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
 def under_review(calibrated: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verdicts of "review" for whatever was found, however good it is."""
     shipped = {kind: replace(one, good_from=1.1, failed_below=0.0) for kind, one in regressions().items()}
-    monkeypatch.setattr("atlassegfm.quality.verdict.regressions", lambda: shipped)
+    monkeypatch.setattr("atlassegfm.quality.estimate.regressions", lambda: shipped)

@@ -13,9 +13,9 @@ from atlassegfm.core.config import with_overrides
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap
+from atlassegfm.quality import estimate, verdict
 from atlassegfm.quality import evidence as module
-from atlassegfm.quality import verdict
-from atlassegfm.quality.estimate import Regression, Term, regressions
+from atlassegfm.quality.estimate import Regression, Term, regression_of, regressions
 from atlassegfm.quality.evidence import Case, Evidence, gather
 from atlassegfm.quality.verdict import VERDICTS, explain, is_calibrated, judge, overall
 from atlassegfm.registration import Place, Registration
@@ -70,13 +70,28 @@ def test_the_same_again_has_nothing_against_it() -> None:
     assert evidence.dissimilarity == evidence.dissimilarity_overall == 0  # nothing was compared
 
 
-def test_surface_of_a_ball_and_of_a_plate() -> None:
+def test_thinness_of_a_ball_and_of_a_plate() -> None:
+    voxel_mm = 4.0
+    grid = straight_grid((16, 14, 14), (voxel_mm,) * 3)
+    difference = Dissimilarity(grid, np.zeros(grid.shape, np.float32), np.ones(grid.shape, np.float32))
+    registration = Registration(Affine.identity(), None, dissimilarity=difference)
     voxels = GRID.voxel_to_world(np.argwhere(np.ones(SHAPE))).reshape(*SHAPE, 3)
     radius = 14.0
     ball = np.linalg.norm(voxels - voxels[15, 13, 11], axis=-1) < radius
-    assert gather(case(ball))[1].surface_to_volume == pytest.approx(3 / radius, rel=0.06)
-    plate = cuboid((1, 1, 6), (28, 24, 2))
-    assert gather(case(plate))[1].surface_to_volume == pytest.approx(2 / 3 * 2 * (1 / 42 + 1 / 48 + 1 / 5))
+    assert gather(case(ball, registration=registration))[1].thinness == pytest.approx(voxel_mm * 3 / radius, rel=0.06)
+    plate = gather(case(cuboid((1, 1, 6), (28, 24, 2)), registration=registration))[1]
+    assert plate.thinness == pytest.approx(voxel_mm * 2 / 3 * 2 * (1 / 42 + 1 / 48 + 1 / 5))
+    assert gather(case(ball))[1].thinness == 0  # nothing was compared
+
+
+def test_thin_structures_have_a_calibration_of_their_own() -> None:
+    shipped = regressions()
+    thick, thin = replace(NOTHING, thinness=1.3), replace(NOTHING, thinness=1.5)
+    for model in ("builtin", "none"):
+        assert regression_of(model, thick) == shipped[model]
+        assert regression_of(model, thin) == shipped[f"thin {model}"]
+    assert regression_of("nninteractive", thick) == shipped["model"]
+    assert regression_of("nninteractive", thin) == regression_of("builtin,litemedsam", thin) == shipped["thin model"]
 
 
 def test_volume_and_place() -> None:
@@ -183,7 +198,7 @@ NOTHING = Evidence(**dict.fromkeys((field.name for field in fields(Evidence)), 0
 def test_estimate_is_linear_within_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     terms = {"agreement": Term(0.9, 0.05, 0.04), "displacement": Term(0.2, 0.1, -0.06)}
     monkeypatch.setattr(
-        verdict,
+        estimate,
         "regressions",
         lambda: {"model": Regression(0.8, ((0.0, 0.0), (1.0, 1.0)), 0.1, 0.05, 0.78, 0.62, terms)},
     )
@@ -211,11 +226,12 @@ def test_estimate_is_linear_within_limits(monkeypatch: pytest.MonkeyPatch) -> No
 def test_shipped_calibration_fits_the_evidence() -> None:
     names = {field.name for field in fields(Evidence)}
     shipped = regressions()
-    without = {"builtin": set(), "builtin,litemedsam": set(), "model": {"certainty"}}
-    without["none"] = {"certainty", "agreement", "offset"}
-    assert shipped.keys() == without.keys()
+    without = {"builtin": set(), "model": {"certainty"}, "none": {"certainty", "agreement", "offset"}}
+    usual = {kind: left | {"thinness"} for kind, left in (without | {"builtin,litemedsam": set()}).items()}
+    left_out = usual | {f"thin {kind}": left for kind, left in without.items()}
+    assert shipped.keys() == left_out.keys()
     for kind, regression in shipped.items():
-        assert set(regression.terms) == names - without[kind]
+        assert set(regression.terms) == names - left_out[kind]
         assert min(term.deviation for term in regression.terms.values()) > 0
         assert 0 < min(regression.below, regression.above) <= max(regression.below, regression.above) < 0.3
         assert regression.terms["dissimilarity"].weight < 0
@@ -226,7 +242,7 @@ def test_every_piece_of_evidence_can_be_explained() -> None:
         assert explain(field.name, NOTHING, 1.0)
 
 
-@pytest.mark.parametrize("kind", ["builtin", "builtin,litemedsam", "model", "none"])
+@pytest.mark.parametrize("kind", ["builtin", "builtin,litemedsam", "model", "none", "thin builtin"])
 def test_a_reason_is_on_the_wrong_side_of_its_usual_value(kind: str) -> None:
     """A regression may have a sign that nobody expects: a small difference of brightness is no objection."""
     low_is_bad = {"agreement", "certainty", "log_volume", "separation_product", "place_margin"}

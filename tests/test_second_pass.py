@@ -287,7 +287,7 @@ def planned(cases: list[Case], work: SegmentWork) -> list[tuple[str, str]]:
 
 
 def test_the_worst_are_tried_first_with_the_donor_most_alike(tmp_path: Path) -> None:
-    cases = [write_run(tmp_path, f"d{n}", 0.9, volume=40 + 5 * n) for n in range(4)]
+    cases = [write_run(tmp_path, f"d{n}", 0.9, volume=40 + 5 * n) for n in range(6)]
     cases += [write_run(tmp_path, "bad", 0.4, volume=54), write_run(tmp_path, "worse", 0.2, volume=46)]
     cases += [write_run(tmp_path, "not reached", 0.6), write_run(tmp_path, "other body", 0.0, confidence=0.2)]
     work = make_work(tmp_path)

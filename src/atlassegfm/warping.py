@@ -20,7 +20,7 @@ from .fusion.label_map import label_map
 from .fusion.voting import vote
 from .prompts import INSIDE
 from .quality.coverage import OUTSIDE_FRACTION, outside_fractions
-from .quality.estimate import regressions
+from .quality.estimate import regression_of
 from .quality.evidence import Case, gather
 from .registration import Registration, rank
 from .result import Status
@@ -132,7 +132,7 @@ def _estimates(atlas: Atlas, warped: Warped, scan: Volume, registration: Registr
         answers={},
         labels=warped.labels,
     )
-    return {n: regressions()[NO_MODEL].estimate(one) for n, one in gather(case).items()}
+    return {n: regression_of(NO_MODEL, one).estimate(one) for n, one in gather(case).items()}
 
 
 def _why_missing(mask: LocalMap, outside: float) -> tuple[Status, str] | None:

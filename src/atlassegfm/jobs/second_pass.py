@@ -108,7 +108,7 @@ def plan_second_pass(cases: Sequence[Case], work: SegmentWork) -> tuple[list[Try
     lowest = np.where(cohort.wanted, cohort.estimates, np.inf).min(axis=1)
     # Scans that hardly resemble the atlas come last; equal ones stay in the order of their names.
     order = [int(n) for n in np.lexsort((lowest, cohort.is_other)) if np.isfinite(lowest[n])]
-    chosen = order[: math.ceil(MOST_TRIED * len(cases))]
+    chosen = order[: int(MOST_TRIED * len(cases))]
     donors = np.setdiff1d(np.arange(len(found)), chosen)
     tries = []
     for n in chosen:

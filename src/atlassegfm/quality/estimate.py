@@ -17,6 +17,11 @@ from .evidence import Evidence
 CALIBRATION = "calibration.json"
 #: Evidence is clipped to this many standard deviations from its mean: the regression does not extrapolate.
 MAX_DEVIATIONS = 3.0
+#: Structures at least so thin (:attr:`.Evidence.thinness`) have a calibration of their own: cortical areas, and others
+#: of which a border that is off by a voxel costs half. Organs, parts of the heart and the hippocampus stay below.
+THIN_FROM = 1.4
+#: What the names of these calibrations begin with.
+THIN = "thin "
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,16 @@ class Regression:
 
 @cache
 def regressions() -> Mapping[str, Regression]:
-    """Load the regressions by model: those measured by name or names, any other as "model", and "none"."""
+    """Load the regressions by model: those measured by name or names, any other as "model", and "none".
+
+    Those with names that begin with :data:`THIN` are for thin structures.
+    """
     text = resources.files(__package__).joinpath(CALIBRATION).read_text(encoding="utf-8")
     return TypeAdapter(dict[str, Regression]).validate_python(json.loads(text)["regressions"])
+
+
+def regression_of(model: str, evidence: Evidence) -> Regression:
+    """Return the regression for a structure in a result of this model, or of "none"."""
+    kind = THIN if evidence.thinness >= THIN_FROM else ""
+    found = regressions()
+    return found.get(f"{kind}{model}", found[f"{kind}model"])

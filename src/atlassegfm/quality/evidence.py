@@ -48,7 +48,7 @@ class Evidence:
     volume_change: float  # logarithm of the result's volume over the atlas's after the linear registration
     abs_volume_change: float
     log_volume: float  # logarithm of the result's volume in mm^3
-    surface_to_volume: float  # of the result, 1/mm: a border that is off by 1 mm costs a thin structure more
+    thinness: float  # surface over volume of the result, times the voxel size at which scans are compared
     brightness_difference: float  # of the medians
     brightness_iqr: float  # interquartile range of brightness in the result
     iqr_difference: float
@@ -99,6 +99,7 @@ def gather(case: Case) -> dict[int, Evidence]:
     difference = case.registration.dissimilarity
     near = {} if difference is None else _neighbourhoods(case, present, difference.grid)
     overall = 0.0 if difference is None else difference.mean()
+    voxel_mm = 0.0 if difference is None else float(difference.grid.spacing_mm.max())
     to_query = case.registration.linear.inverse()
     growth = abs(float(np.linalg.det(to_query.matrix[:3, :3])))
     shifts_mm = {n: _shift_mm(case, n, atlas_boxes[n - 1], to_query) for n in present}
@@ -121,7 +122,7 @@ def gather(case: Case) -> dict[int, Evidence]:
             volume_change=change,
             abs_volume_change=abs(change),
             log_volume=float(np.log(volume_mm3)),
-            surface_to_volume=_surface_mm2(mask, case.query.grid) / volume_mm3,
+            thinness=_surface_mm2(mask, case.query.grid) / volume_mm3 * voxel_mm,
             brightness_difference=abs(found.median - expected.median),
             brightness_iqr=found.iqr,
             iqr_difference=abs(found.iqr - expected.iqr),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from ..core.config import quality_settings
 from ..settings import Settings
 from .coverage import cut_remark
-from .estimate import Regression, regressions
+from .estimate import Regression, regression_of
 from .evidence import Evidence
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ _REASONS = {
     "volume_change": "its volume is {factor:.2f} times the atlas's (on average {usual:.2f})",
     "abs_volume_change": "its volume is {factor:.2f} times the atlas's (on average off by a factor of {usual:.2f})",
     "log_volume": "it is small ({ml:.1f} ml, on average {usual_ml:.0f} ml), and small ones are found less reliably",
-    "surface_to_volume": "it is thin ({value:.2f} mm² of surface for each mm³, on average {mean:.2f}), and thin ones "
-    "are found less reliably",
+    "thinness": "it is thin for the voxels at which scans are compared ({value:.1f}, on average {mean:.1f}), and thin "
+    "ones are found less reliably",
     "brightness_difference": "its brightness differs from the atlas's by {value:.0%} of the intensity range (on "
     "average {mean:.0%})",
     "brightness_iqr": "its brightness varies by {value:.0%} of the intensity range (on average {mean:.0%})",
@@ -105,7 +105,7 @@ def judge(
         return StructureQuality(None, _joined(NOT_JUDGED_TUBULAR, *remarks), evidence=evidence)
     if not calibrated:
         return StructureQuality(None, _joined(NOT_JUDGED, *remarks), evidence=evidence)
-    regression = regressions().get(model, regressions()["model"])
+    regression = regression_of(model, evidence)
     estimate = min(max(regression.estimate(evidence) + surplus, 0.0), 1.0)
     low, high = max(estimate - regression.below, 0.0), min(estimate + regression.above, 1.0)
     good_from = regression.good_from
