@@ -102,8 +102,8 @@ $(STAMPS)/venv:
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/run: $(STAMPS)/venv pyproject.toml constraints.txt
-	@echo "Installing the program with the extra 'report' into .venv; PyTorch is the largest part"
-	$(INSTALL) --editable '.[report]'
+	@echo "Installing the program with the extras 'itk' and 'report' into .venv; PyTorch is the largest part"
+	$(INSTALL) --editable '.[itk,report]'
 	@touch $@
 
 # Of MONAI Label the tests use the client, which needs none of what its server does.

@@ -214,6 +214,11 @@ def test_wheel_and_extra_in_an_empty_environment(wheel: Path, tmp_path: Path) ->
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "demo/demo.png").exists()
     print(f"demo in {time.monotonic() - begun:.0f} s; with the extra 'report' {_mebibytes(tmp_path / 'env')} MiB")  # noqa: T201
+    data = [tmp_path / "demo/data" / name for name in ("atlas.nii.gz", "atlas_labels.nii.gz", "query.nii.gz")]
+    options = ("--model", "none", "--keep", "--report", "-o", "out")
+    ended = call(program, "segment", "--atlas", data[0], "--labels", *data[1:], *options)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "out/query/transform/affine.tfm").exists()
     # The other way of the documentation: the extra of the wheel.
     assert call(python, "-m", "pip", "install", "--quiet", f"{wheel}[dicom]").returncode == 0
     assert call(python, "-c", "import pydicom, highdicom, gdcm").returncode == 0

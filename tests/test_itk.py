@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -361,14 +362,11 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path, monkeyp
         write_transform(tmp_path / "t", LINEAR, FIELD, VIEW)
 
     def refuse(*_: Any, **__: Any) -> None:
-        raise RuntimeError("disk full")
+        raise OSError("the disk refuses")
 
-    monkeypatch.setattr(sitk, "WriteImage", refuse)
+    monkeypatch.setattr(nib.Nifti1Image, "to_filename", refuse)
     with pytest.raises(InputError, match=r"other: cannot write there \(the disk refuses\); choose another place"):
         write_transform(tmp_path / "other", LINEAR, FIELD, VIEW)
-    monkeypatch.setattr(sitk, "WriteTransform", refuse)
-    with pytest.raises(InputError, match=r"other: cannot write there \(the disk refuses\)"):
-        write_transform(tmp_path / "other", LINEAR, None, VIEW)
     with pytest.raises(InputError, match=r"absent/t: cannot write there \(No such file or directory\)"):
         write_transform(tmp_path / "absent" / "t", LINEAR, None, VIEW)
     assert [path.name for path in tmp_path.iterdir()] == ["t"]
@@ -684,6 +682,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_volume(QUERY.scan(GRID), tmp_path / "other.nii.gz")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_without_simpleitk(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transforms are written all the same; what needs SimpleITK says so before anything is registered."""
+    save_volume(QUERY.scan(GRID), folder / "query.nrrd")
+    monkeypatch.setitem(sys.modules, "SimpleITK", None)
+    write_transform(folder / "t", LINEAR, FIELD, VIEW)
+    query = ("segment", *ATLAS_ARGUMENTS, "query.nii.gz", "-o", "out")
+    for arguments, extra in {
+        (*query, "--transform", "t"): "itk",
+        (*query, "--format", "nifti,seg.nrrd"): "itk",
+        ("segment", "--atlas", "query.nrrd", *ATLAS_ARGUMENTS[2:], "query.nii.gz", "-o", "out"): "itk",
+        ("convert", "labels.nii.gz", "-o", "labels.mha"): "itk",
+        ("serve", "--review-only", "--scans", ".", "-o", "out"): "server",
+    }.items():
+        outcome = run(*arguments)
+        assert (outcome.code, outcome.out) == (2, ""), arguments
+        assert f"needs the extra '{extra}'" in outcome.err, arguments
+    assert not {path.name for path in folder.iterdir()} & {"out", "labels.mha"}
 
 
 @pytest.fixture

@@ -203,6 +203,7 @@ def _settings(options: SegmentOptions, session: Session) -> tuple[Settings, Cont
 
 def _check_installed(options: SegmentOptions, settings: Settings, formats: tuple[str, ...]) -> None:
     """Check model, prompt, engine and formats before hours of work that need them."""
+    from ..core.itk import require_itk_extra
     from ..jobs.store import check_formats
     from ..models.table import prompt_kind
     from ..registration import require_engine
@@ -212,6 +213,8 @@ def _check_installed(options: SegmentOptions, settings: Settings, formats: tuple
         require_pictures()
     if options.transform is None:
         require_engine(settings.registration)
+    else:
+        require_itk_extra("--transform")
     options.selection()
     check_formats(formats)
 

@@ -73,7 +73,7 @@ def serve(options: ServeOptions) -> None:
         options.check()
         from ..core.extras import require
 
-        require("the page to review results", "server", "fastapi", "uvicorn")
+        require("the page to review results", "server", "fastapi", "uvicorn", "SimpleITK")
         from ..core.files import output_folder
         from ..serve.start import Place, checked_origin, serve
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import InputError
+from .extras import require
 from .geometry import LPS_FLIP, Grid
 from .labels import LabelEntry, Structure, from_slicer_metadata, slicer_segments, to_slicer_metadata
 from .volume import Source, Volume, check_real, damage_errors, grid_of, spatial_shape
@@ -16,10 +17,14 @@ from .volume import Source, Volume, check_real, damage_errors, grid_of, spatial_
 SEGMENTATION_SUFFIX = ".seg.nrrd"
 
 
-def load_itk(path: Path) -> Volume:
-    """Read an NRRD or MetaImage file; raises InputError."""
-    import SimpleITK as sitk
+def require_itk_extra(feature: str) -> Any:
+    """Import SimpleITK for a feature; MissingExtraError if it is not installed."""
+    return require(feature, "itk", "SimpleITK")
 
+
+def load_itk(path: Path) -> Volume:
+    """Read an NRRD or MetaImage file; raises InputError, or MissingExtraError without SimpleITK."""
+    sitk = require_itk_extra(f"{path}: reading NRRD and MetaImage")
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
@@ -76,8 +81,7 @@ def _flattened(
 
 def save_itk(volume: Volume, path: Path, structures: Sequence[Structure] | None, *, compress: bool = True) -> None:
     """Write an NRRD or MetaImage file; with structures, NRRD has the header of a 3D Slicer segmentation."""
-    import SimpleITK as sitk
-
+    sitk = require_itk_extra("writing NRRD and MetaImage")
     image = sitk.GetImageFromArray(np.ascontiguousarray(np.moveaxis(volume.data, (0, 1, 2), (2, 1, 0))))
     set_itk_grid(image, volume.grid)
     for key, text in to_slicer_metadata(structures or (), volume.grid.shape).items():

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -82,17 +82,20 @@ def limited_threads(count: int | None) -> Iterator[None]:
         yield
         return
     with changed_environment(thread_variables(count)):
-        import SimpleITK
         import torch
 
-        threads, itk = torch.get_num_threads(), SimpleITK.ProcessObject.GetGlobalDefaultNumberOfThreads()
-        torch.set_num_threads(count)
-        SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(count)
+        before: list[tuple[Callable[[int], object], int]] = [(torch.set_num_threads, torch.get_num_threads())]
+        with suppress(ImportError):  # of an extra
+            from SimpleITK import ProcessObject as itk
+
+            before.append((itk.SetGlobalDefaultNumberOfThreads, itk.GetGlobalDefaultNumberOfThreads()))
+        for set_threads, _ in before:
+            set_threads(count)
         try:
             yield
         finally:
-            torch.set_num_threads(threads)
-            SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(itk)
+            for set_threads, number in before:
+                set_threads(number)
 
 
 #: Where Linux shows a process its memory, and takes the request to begin a new peak ("5": proc(5)).

@@ -38,6 +38,7 @@ from ..core.errors import InputError
 from ..core.files import replaced_files, replaced_folder
 from ..core.geometry import Grid
 from ..core.image import Volume, load_labels, save_masks, save_volume, smallest_label_type
+from ..core.itk import require_itk_extra
 from ..core.labels import (
     Structure,
     file_names,
@@ -117,13 +118,15 @@ def check_formats(formats: Sequence[str], query: Volume | None = None) -> None:
     """Check that results can be written in these formats, DICOM ones for the ``query`` if it is given.
 
     InputError if a format is unknown, none is given, or a DICOM format is wanted and the query is no DICOM series;
-    MissingExtraError if the packages for DICOM are not installed.
+    MissingExtraError if the packages for DICOM or NRRD are not installed.
     """
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         first = unknown[0] if unknown else ""
         meant = did_you_mean(first, FORMATS)
         raise InputError(f"unknown format {first!r}{meant}; expected some of {', '.join(FORMATS)}, commas between")
+    if any(FORMATS[name].endswith(".nrrd") for name in formats):
+        require_itk_extra("writing NRRD")
     others = [name for name in formats if name in _DICOM_FORMATS]
     if others:
         dicom.require_dicom_extra()

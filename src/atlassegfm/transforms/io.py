@@ -33,10 +33,11 @@ from ..core.errors import InputError
 from ..core.files import PathLike, atomic_path, check_readable
 from ..core.geometry import LPS_FLIP, Grid
 from ..core.image import IMAGE_SUFFIXES, NIFTI_SUFFIXES, image_suffix
-from ..core.itk import itk_grid, set_itk_grid
+from ..core.itk import itk_grid, require_itk_extra
 from .maps import Affine, Chain, DisplacementField, Transform, displacement_on, stages_of
 
 if TYPE_CHECKING:
+    import nibabel as nib
     import SimpleITK as sitk
 
 AFFINE_FILE, FIELD_FILE, LOCAL_FILE, NOTE_FILE = "affine.tfm", "field.nii.gz", "local.nii.gz", "transform.json"
@@ -116,24 +117,17 @@ def write_transform(
     inside ``view``, the grid of the query. A field on sheared nodes, which ITK does not know, is sampled onto
     orthogonal ones. InputError if ``folder`` exists, its parent does not, or the disk refuses.
     """
-    import SimpleITK as sitk
-
     folder = Path(folder)
     if folder.exists() or folder.is_symlink():
         raise InputError(f"{folder}: exists already, and the transform is to go there; choose another place")
     given = {LOCAL_FILE: local, FIELD_FILE: field}
     fields = {name: _on_orthogonal_nodes(one, view) for name, one in given.items() if one is not None}
     nodes = {name: _Nodes.of(one, view) for name, one in fields.items()}
-    matrix = LPS_FLIP @ linear.matrix @ LPS_FLIP
-    affine = sitk.AffineTransform(matrix[:3, :3].ravel().tolist(), matrix[:3, 3].tolist())
     with atomic_path(folder) as new:
         new.mkdir()
-        try:
-            sitk.WriteTransform(affine, str(new / AFFINE_FILE))
-            for name, one in fields.items():
-                sitk.WriteImage(_itk_image(one, nodes[name]), str(new / name), useCompression=True)
-        except RuntimeError:
-            raise OSError("the disk refuses") from None
+        (new / AFFINE_FILE).write_text(_itk_text(linear), encoding="ascii")
+        for name, one in fields.items():
+            _nifti_image(one, nodes[name]).to_filename(new / name)
         (new / NOTE_FILE).write_text(json.dumps(_note(nodes), indent=2) + "\n", encoding="utf-8")
 
 
@@ -151,8 +145,9 @@ def read_transform(path: PathLike) -> Transform:
     .mha, .nrrd) with three numbers a voxel. Beyond a field's nodes the displacement of its border holds on, unlike ITK.
 
     Raises InputError if the path is not such a transform, or the transform is 2-D, has a part of another kind (a
-    B-spline), NaN or infinite numbers, or an affine that cannot be undone.
+    B-spline), NaN or infinite numbers, or an affine that cannot be undone; MissingExtraError without SimpleITK.
     """
+    require_itk_extra("reading transforms")
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; expected a saved transform")
@@ -253,14 +248,25 @@ def _note(nodes: dict[str, _Nodes]) -> dict[str, Any]:
     }
 
 
-def _itk_image(field: DisplacementField, nodes: _Nodes) -> sitk.Image:
-    """The field with its margin, in LPS: SimpleITK writes it as ANTs does, NIfTI with five axes and intent 1007."""
-    import SimpleITK as sitk
+def _itk_text(linear: Affine) -> str:
+    """The linear part as ITK writes it, in LPS; without SimpleITK, which is an extra."""
+    matrix = LPS_FLIP @ linear.matrix @ LPS_FLIP
+    numbers = [*matrix[:3, :3].ravel().tolist(), *matrix[:3, 3].tolist()]
+    head = "#Insight Transform File V1.0\n#Transform 0\nTransform: AffineTransform_double_3_3"
+    return f"{head}\nParameters: {' '.join(map(repr, numbers))}\nFixedParameters: 0 0 0\n"
+
+
+def _nifti_image(field: DisplacementField, nodes: _Nodes) -> nib.Nifti1Image:
+    """The field with its margin, in LPS, as ITK and ANTs write it: five axes and intent 1007."""
+    import nibabel as nib
 
     padded = np.pad(field.displacement_mm, [(0, 0), *nodes.margin.T.tolist()], mode="edge")
-    vectors = np.ascontiguousarray(np.moveaxis(padded, (0, 1, 2, 3), (3, 2, 1, 0)) * _LPS_SIGNS)
-    image = sitk.GetImageFromArray(vectors, isVector=True)
-    set_itk_grid(image, nodes.stored)
+    vectors = np.moveaxis(padded, 0, 3)[:, :, :, None] * _LPS_SIGNS
+    image = nib.Nifti1Image(vectors, nodes.stored.affine)
+    image.header.set_intent("vector")
+    image.header.set_xyzt_units("mm")
+    image.set_sform(nodes.stored.affine, code="scanner")
+    image.set_qform(nodes.stored.affine, code="scanner")
     return image
 
 
