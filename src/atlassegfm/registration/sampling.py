@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,30 +14,38 @@ from torch import Tensor
 
 from ..core.compiled import in_slabs
 
-#: A compiled loop: from points, (N, 3), to values, (N,), and derivatives by position, (N, 3), in a slab.
-PointLoop = Callable[[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], int, int], None]
+#: Added to maps to voxels, (B, 3, 4), of arrays with a border of one voxel.
+BORDER = torch.tensor([[0.0, 0, 0, 1]])
+#: A compiled loop over the points from first to last by (B, 3, 4) maps: (B, K, 4, 4); see :func:`sums_by`.
+MapLoop = Callable[[NDArray[np.float32], int, int], NDArray[np.float64]]
 
 
-def at_points(points: Tensor, loop: PointLoop) -> Tensor:
-    """Evaluate a function of position at points on a CPU, (B, N, 3), by a compiled loop: (B, N), differentiable."""
-    values: Tensor = _AtPoints.apply(points, loop)  # type: ignore[no-untyped-call]
-    return values
+def with_ones(points: Tensor) -> NDArray[np.float32]:
+    """(4, N) points x, y, z, 1, as compiled loops take them, of (N, 3)."""
+    return F.pad(points.cpu(), (0, 1), value=1).T.contiguous().numpy()
 
 
-class _AtPoints(torch.autograd.Function):
+def sums_by(maps: Tensor, loop: MapLoop, count: int) -> Tensor:
+    """Sum K functions of position over ``count`` points moved by linear maps, (B, 3, 4), on a CPU: (B, K) float64.
+
+    Differentiable in the maps; the points themselves are known to the compiled loop alone. It returns each function
+    and its three derivatives by position, times the point (x, y, z, 1) before it was moved, in sum.
+    """
+    sums: Tensor = _SumsBy.apply(maps, loop, count)  # type: ignore[no-untyped-call]
+    return sums
+
+
+class _SumsBy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, points: Tensor, loop: PointLoop) -> Tensor:
-        where = points.detach().contiguous()
-        # Memory of PyTorch, as its matrix products round differently where NumPy's happens to be aligned otherwise.
-        values, slopes = torch.empty(points.shape[:-1]), torch.empty_like(where)
-        arrays = where.reshape(-1, 3).numpy(), values.reshape(-1).numpy(), slopes.reshape(-1, 3).numpy()
-        in_slabs(lambda *part: loop(*arrays, *part), values.numel(), values.numel())
-        ctx.save_for_backward(slopes)
-        return values
+    def forward(ctx: Any, maps: Tensor, loop: MapLoop, count: int) -> Tensor:
+        numbers = maps.detach().contiguous().numpy()
+        sums = torch.from_numpy(sum(in_slabs(partial(loop, numbers), count, count * len(maps))))
+        ctx.save_for_backward(sums[:, :, 1:])
+        return sums[:, :, 0, 3]
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        return upstream[..., None] * ctx.saved_tensors[0], None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        return (upstream[..., None, None] * ctx.saved_tensors[0]).sum(dim=1), None, None
 
 
 def sample_at(channels: Tensor, where: Tensor) -> Tensor:
