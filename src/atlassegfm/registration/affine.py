@@ -19,13 +19,15 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 
 from ..core.adam import Adam
+from ..core.compiled import in_slabs
+from ..core.parallel import parallel_map
 from ..settings import RegistrationSettings
 from ..transforms.maps import Affine
 from . import kernels
 from .features import mind_ssc
-from .kernels import Array
+from .kernels import Doubles
 from .pyramid import Level, Scan, axes_of, frame_grid, on_grid
-from .sampling import BORDER, sums_by, with_ones
+from .sampling import evaluate, with_ones
 
 #: Penalty of foreground on background: the median dissimilarity (sum over 12 channels) of two misplaced abdomens.
 MISMATCH_PENALTY = 2.2
@@ -36,8 +38,10 @@ _LEAST_FOREGROUND = 0.05
 _PENALTIES = (np.float32(MISMATCH_PENALTY), np.float32(_OUTSIDE_PENALTY), np.float32(_LEAST_FOREGROUND))
 #: Voxels of labelled structures weigh 1 + this in the atlas.
 _STRUCTURE_EMPHASIS = 3.0
-#: Standard deviations of the priors on rotation (radians), log scale and log shear, and the weight of the priors.
-_PRIOR_ROTATION, _PRIOR_SCALE, _PRIOR_SHEAR, _PRIOR_WEIGHT = 0.15, 0.15, 0.1, 0.02
+#: Standard deviations of the priors on rotations (radians), log scales and log shears, and the weight of the priors.
+_PRIORS, _PRIOR_WEIGHT = torch.tensor([0.15] * 6 + [0.1] * 3), 0.02
+#: Added to an affine to voxels of an array with a border of one voxel.
+ONE_VOXEL = np.array([[0.0, 0, 0, 1]] * 3 + [[0.0] * 4])
 #: Of rotations about the axes, stretches along them, and shears: 3 x 3 matrices, row by row.
 _GENERATORS = torch.tensor(
     [
@@ -139,32 +143,34 @@ class _WeightedScan:
         device = self.features.device
         self.points_mm = torch.as_tensor(level.grid.voxel_to_world(ijk), dtype=torch.float32).to(device)
         self.point_features = self.features.flatten(1)[:, index.to(device)]
-        self._to_voxel = torch.as_tensor(level.grid.inverse_affine[:3], dtype=torch.float32).to(device)
         # A border of zeros for the compiled loop: what lies outside is zero in every channel.
         padded = F.pad(self.channels, [1] * 6)
         self._padded = padded[:-2].cpu().movedim(0, -1).contiguous().numpy(), *padded[-2:].cpu().numpy()
-        self._points = with_ones(self.points_mm)
-        self._targets = np.ascontiguousarray(self.point_features.T.cpu().numpy())
+        self._to_padded = level.grid.inverse_affine + ONE_VOXEL
+        self._targets, self._points = (
+            np.ascontiguousarray(self.point_features.T.cpu().numpy()),
+            with_ones(self.points_mm),
+        )
 
-    def penalty_of(self, other: _WeightedScan, matrix: Tensor, offset: Tensor) -> Tensor:
-        """(B,) mean penalty of another scan's points, mapped into this one."""
-        to_voxel, shift = self._to_voxel.split((3, 1), dim=1)
-        maps = torch.cat((to_voxel @ matrix, to_voxel @ offset[..., None] + shift), dim=2)
-        by_device = self._penalty if maps.device.type == "cpu" else self._penalty_by_torch
-        return by_device(other, maps)
+    def penalty_of(self, other: _WeightedScan, maps: Doubles) -> tuple[Doubles, Doubles]:
+        """(B,) mean penalties of another scan's points mapped into this one by (B, 4, 4), in mm; by a compiled loop.
 
-    def _penalty(self, other: _WeightedScan, maps: Tensor) -> Tensor:
-        """(B,) mean penalty of another scan's points by linear maps to voxels, (B, 3, 4); by a compiled loop."""
+        And their derivatives by the maps, (B, 4, 4).
+        """
         points, targets = other._points, other._targets
+        to_padded = np.ascontiguousarray((self._to_padded @ maps)[:, :3], dtype=np.float32)
 
-        def penalties(numbers: Array, first: int, last: int) -> NDArray[np.float64]:
-            return kernels.penalty_sums(self._padded, points, targets, _PENALTIES, numbers, first, last)
+        def penalties(first: int, last: int) -> Doubles:
+            return kernels.penalty_sums(self._padded, points, targets, _PENALTIES, to_padded, first, last)
 
-        return sums_by(maps + BORDER, penalties, len(targets))[:, 0] / len(targets)
+        means = sum(in_slabs(penalties, len(targets), len(targets) * len(maps)))[:, 0] / len(targets)
+        return means[:, 0, 3], self._to_padded[:3].T @ means[:, 1:]
 
-    def _penalty_by_torch(self, other: _WeightedScan, maps: Tensor) -> Tensor:
-        """The same by PyTorch, on any device."""
-        ijk = other.points_mm @ maps[:, :, :3].transpose(1, 2) + maps[:, None, :, 3]
+    def penalty_by_torch(self, other: _WeightedScan, matrix: Tensor, offset: Tensor) -> Tensor:
+        """(B,) mean penalties by (B, 3, 3) matrices and (B, 3) offsets; by PyTorch, on any device."""
+        mapped = other.points_mm @ matrix.transpose(1, 2) + offset[:, None]
+        inverse = torch.as_tensor(self.level.grid.inverse_affine, dtype=torch.float32, device=mapped.device)
+        ijk = mapped @ inverse[:3, :3].T + inverse[:3, 3]
         last = torch.tensor(self.level.grid.shape, dtype=torch.float32, device=ijk.device) - 1
         where = (ijk / last * 2 - 1).flip(-1)[:, None, None]
         volumes = self.channels.expand(len(ijk), -1, -1, -1, -1)
@@ -179,14 +185,34 @@ class _WeightedScan:
 
 def _cost(parameters: Tensor, query: _WeightedScan, atlas: _WeightedScan, centre_mm: Tensor) -> Tensor:
     """(B, 12) parameters to (B,) costs."""
+    by_device = agreement if parameters.device.type == "cpu" else agreement_by_torch
+    prior = (parameters[:, 3:] / _PRIORS.to(parameters.device)).pow(2).sum(dim=1)
+    return by_device(parameters, query, atlas, centre_mm) + _PRIOR_WEIGHT * prior
+
+
+def agreement(parameters: Tensor, query: _WeightedScan, atlas: _WeightedScan, centre_mm: Tensor) -> Tensor:
+    """Sum the mean penalties of both scans under linear maps of (B, 12) parameters: (B,), by compiled loops."""
+
+    def penalties(numbers: Doubles) -> tuple[Doubles, Doubles]:
+        maps, by_parameters = linear_maps(numbers, centre_mm)
+        back = np.linalg.inv(maps)
+        ways = (atlas, query, maps), (query, atlas, back)
+        found = parallel_map(lambda way: way[0].penalty_of(*way[1:]), ways, most=len(ways))
+        (of_query, slopes), (of_atlas, slopes_back) = found
+        transposed = back.swapaxes(1, 2)
+        # The derivative of an inverse.
+        slopes = slopes - transposed @ slopes_back @ transposed
+        return (of_query + of_atlas)[:, None], np.einsum("bij,bpij->bp", slopes, by_parameters)[:, None]
+
+    return evaluate(parameters, penalties)[:, 0]
+
+
+def agreement_by_torch(parameters: Tensor, query: _WeightedScan, atlas: _WeightedScan, centre_mm: Tensor) -> Tensor:
+    """The same by PyTorch, on any device."""
     matrix, offset = affine_maps(parameters, centre_mm)
     inverse = torch.linalg.inv(matrix)
-    agreement = atlas.penalty_of(query, matrix, offset)
-    agreement = agreement + query.penalty_of(atlas, inverse, -(inverse @ offset[..., None])[..., 0])
-    parts = zip(parameters[:, 3:].split(3, dim=1), (_PRIOR_ROTATION, _PRIOR_SCALE, _PRIOR_SHEAR), strict=True)
-    rotation, scale, shear = ((part / deviation).pow(2).sum(dim=1) for part, deviation in parts)
-    prior: Tensor = rotation + scale + shear
-    return agreement + _PRIOR_WEIGHT * prior
+    of_query = atlas.penalty_by_torch(query, matrix, offset)
+    return of_query + query.penalty_by_torch(atlas, inverse, -(inverse @ offset[..., None])[..., 0])
 
 
 def _minimise(
@@ -223,6 +249,14 @@ def affine_maps(parameters: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     rotation, strain = torch.matrix_exp(torch.cat((turn, stretch)).reshape(-1, 3, 3)).chunk(2)
     matrix = rotation @ strain
     return matrix, centre + parameters[:, :3] - (matrix @ centre[:, None])[..., 0]
+
+
+def linear_maps(parameters: Doubles, centre: Tensor) -> tuple[Doubles, Doubles]:
+    """:func:`affine_maps` as (B, 4, 4), and their derivatives by the parameters, (B, 12, 4, 4); on a CPU."""
+    generators = _GENERATORS.double().numpy().reshape(-1, 3, 3)
+    maps, slopes = np.zeros((len(parameters), 4, 4)), np.zeros((len(parameters), 12, 4, 4))
+    kernels.linear_maps(parameters, centre.double().numpy(), generators, maps, slopes)
+    return maps, slopes
 
 
 def homogeneous(matrix: Tensor, offset: Tensor) -> NDArray[np.float64]:

@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 from ..core.compiled import compiled, inlined
 
 Array = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 #: Of MIND-SSC: as a constant, so that the compiler lays the channels into vector registers.
 _CHANNELS = 12
+#: Terms of the series of a matrix exponential: exact for all rotations and stretches that occur.
+_SERIES = 18
 #: Points whose terms are kept before they are summed, in single precision.
 _RUN = 64
 
@@ -92,6 +95,67 @@ def _compare(
     return squares, by_factor, by_i, by_j, by_k
 
 
+@compiled
+def linear_maps(parameters: Doubles, centre: Doubles, generators: Doubles, maps: Doubles, slopes: Doubles) -> None:
+    """Linear maps, (B, 4, 4), of (B, 12) parameters, as of :func:`.affine.affine_maps`, and derivatives, (B, 12, 4, 4).
+
+    ``generators``, (9, 3, 3), are those of rotations, and of stretches and shears. Results are zero when it is called.
+    """
+    # Rotation and strain are exponentials, computed by their series; the derivative by each generator comes with them.
+    exponents, powers, sums = np.empty((2, 3, 3)), np.empty((11, 3, 3)), np.empty((11, 3, 3))
+    for b in range(len(parameters)):
+        for row in range(3):
+            for column in range(3):
+                exponents[0, row, column] = exponents[1, row, column] = 0.0
+                for n in range(9):
+                    exponents[min(n // 3, 1), row, column] += parameters[b, 3 + n] * generators[n, row, column]
+                for slot in range(11):
+                    powers[slot, row, column] = sums[slot, row, column] = 1.0 if slot < 2 and row == column else 0.0
+        for order in range(1, _SERIES + 1):
+            for slot in range(10, -1, -1):
+                factor = slot if slot < 2 else min(slot // 5, 1)
+                for row in range(3):
+                    x, y, z = powers[slot, row, 0], powers[slot, row, 1], powers[slot, row, 2]
+                    p, q, r = powers[factor, row, 0], powers[factor, row, 1], powers[factor, row, 2]
+                    for column in range(3):
+                        e, f, g = (
+                            exponents[factor, 0, column],
+                            exponents[factor, 1, column],
+                            exponents[factor, 2, column],
+                        )
+                        term = x * e + y * f + z * g
+                        if slot > 1:
+                            e, f, g = (
+                                generators[slot - 2, 0, column],
+                                generators[slot - 2, 1, column],
+                                generators[slot - 2, 2, column],
+                            )
+                            term += p * e + q * f + r * g
+                        powers[slot, row, column] = term / order
+                        sums[slot, row, column] += term / order
+        for slot in range(1, 11):
+            # The map itself, then the derivatives: that of one factor, times the other.
+            one, other = (slot, 1) if 1 < slot < 5 else (0, slot)
+            for row in range(3):
+                shift = 0.0
+                for column in range(3):
+                    value = 0.0
+                    for n in range(3):
+                        value += sums[one, row, n] * sums[other, n, column]
+                    shift -= value * centre[column]
+                    if slot == 1:
+                        maps[b, row, column] = value
+                    else:
+                        slopes[b, slot + 1, row, column] = value
+                if slot == 1:
+                    maps[b, row, 3] = shift + centre[row] + parameters[b, row]
+                else:
+                    slopes[b, slot + 1, row, 3] = shift
+        maps[b, 3, 3] = 1
+        for axis in range(3):
+            slopes[b, axis, axis, 3] = 1
+
+
 @inlined
 def _mapped(maps: Array, b: int, points: Array, n: int) -> tuple[Any, Any, Any]:
     """Point n of (4, N), each (x, y, z, 1), by the linear map b of (B, 3, 4)."""
@@ -104,7 +168,7 @@ def _mapped(maps: Array, b: int, points: Array, n: int) -> tuple[Any, Any, Any]:
 
 
 @inlined
-def _add(terms: Array, points: Array, first: int, count: int, sums: NDArray[np.float64]) -> None:
+def _add(terms: Array, points: Array, first: int, count: int, sums: Doubles) -> None:
     """Add the products of terms, (K, 4, _RUN), and points from ``first`` on, (4, N), over a run, to (K, 4, 4)."""
     for column in range(4):
         along = points[column, first : first + count]
@@ -164,7 +228,7 @@ def add_difference(
 
 
 @compiled
-def structure_sums(query: Any, sample: Any, maps: Array, first: int, last: int) -> NDArray[np.float64]:
+def structure_sums(query: Any, sample: Any, maps: Array, first: int, last: int) -> Doubles:
     """Compare weighted points of a structure, (4, N), by each of the linear maps, (B, 3, 4), with the query.
 
     ``query`` is intensity and field of view, (I, J, K), and MIND-SSC, (I, J, K, 12); ``sample`` are points, and at each
@@ -202,7 +266,7 @@ def structure_sums(query: Any, sample: Any, maps: Array, first: int, last: int) 
 @compiled
 def penalty_sums(
     scan: Any, points: Array, targets: Array, penalties: Any, maps: Array, first: int, last: int
-) -> NDArray[np.float64]:
+) -> Doubles:
     """Sum penalties of foreground points, (4, N), of another scan by each of the linear maps, (B, 3, 4): (B, 1, 4, 4).
 
     ``scan`` is MIND-SSC times foreground, (I, J, K, 12), foreground and field of view, (I, J, K); ``targets`` are
@@ -301,6 +365,33 @@ def gather_across(planes: Array, tables: Any, result: Array, first: int, last: i
                 for c in range(planes.shape[3]):
                     result[component, a, b, c] += (one - u) * planes[component, i, b, c]
                     result[component, a + 1, b, c] += u * planes[component, i, b, c]
+
+
+@compiled
+def smooth_control(result: Array, scratch: Array, first: int, last: int) -> None:
+    """Smooth (3, A, B, C) in place by two means over 3 x 3 x 3 points, the border repeated. Slabs along components."""
+    _, na, nb, nc = result.shape
+    third = np.float32(1 / 3)
+    for n in range(first, last):
+        for _ in range(2):
+            for a in range(na):
+                low, high = max(a - 1, 0), min(a + 1, na - 1)
+                for b in range(nb):
+                    for c in range(nc):
+                        total = result[n, low, b, c] + result[n, a, b, c] + result[n, high, b, c]
+                        scratch[n, a, b, c] = third * total
+            for a in range(na):
+                for b in range(nb):
+                    low, high = max(b - 1, 0), min(b + 1, nb - 1)
+                    for c in range(nc):
+                        # Along the second axis, then the third.
+                        total = scratch[n, a, low, c] + scratch[n, a, b, c] + scratch[n, a, high, c]
+                        result[n, a, b, c] = third * total
+                    before = result[n, a, b, 0]
+                    for c in range(nc):
+                        here = result[n, a, b, c]
+                        result[n, a, b, c] = third * (before + here + result[n, a, b, min(c + 1, nc - 1)])
+                        before = here
 
 
 @inlined

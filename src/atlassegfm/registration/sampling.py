@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core.compiled import in_slabs
-
-#: Added to maps to voxels, (B, 3, 4), of arrays with a border of one voxel.
-BORDER = torch.tensor([[0.0, 0, 0, 1]])
-#: A compiled loop over the points from first to last by (B, 3, 4) maps: (B, K, 4, 4); see :func:`sums_by`.
-MapLoop = Callable[[NDArray[np.float32], int, int], NDArray[np.float64]]
+#: A function from (B, P) to (B, K), and its derivatives, (B, K, P).
+Known = Callable[[NDArray[np.float64]], tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
 def with_ones(points: Tensor) -> NDArray[np.float32]:
@@ -25,27 +20,22 @@ def with_ones(points: Tensor) -> NDArray[np.float32]:
     return F.pad(points.cpu(), (0, 1), value=1).T.contiguous().numpy()
 
 
-def sums_by(maps: Tensor, loop: MapLoop, count: int) -> Tensor:
-    """Sum K functions of position over ``count`` points moved by linear maps, (B, 3, 4), on a CPU: (B, K) float64.
-
-    Differentiable in the maps; the points themselves are known to the compiled loop alone. It returns each function
-    and its three derivatives by position, times the point (x, y, z, 1) before it was moved, in sum.
-    """
-    sums: Tensor = _SumsBy.apply(maps, loop, count)  # type: ignore[no-untyped-call]
-    return sums
+def evaluate(parameters: Tensor, function: Known) -> Tensor:
+    """Evaluate a function that knows its derivatives at (B, P) on a CPU: (B, K) float64, differentiable."""
+    values: Tensor = _Evaluated.apply(parameters, function)  # type: ignore[no-untyped-call]
+    return values
 
 
-class _SumsBy(torch.autograd.Function):
+class _Evaluated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, maps: Tensor, loop: MapLoop, count: int) -> Tensor:
-        numbers = maps.detach().contiguous().numpy()
-        sums = torch.from_numpy(sum(in_slabs(partial(loop, numbers), count, count * len(maps))))
-        ctx.save_for_backward(sums[:, :, 1:])
-        return sums[:, :, 0, 3]
+    def forward(ctx: Any, parameters: Tensor, function: Known) -> Tensor:
+        values, slopes = function(parameters.detach().double().numpy())
+        ctx.slopes = torch.from_numpy(slopes)
+        return torch.from_numpy(values)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-        return (upstream[..., None, None] * ctx.saved_tensors[0]).sum(dim=1), None, None
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return (upstream[..., None] * ctx.slopes).sum(dim=1), None
 
 
 def sample_at(channels: Tensor, where: Tensor) -> Tensor:

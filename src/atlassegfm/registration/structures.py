@@ -20,6 +20,7 @@ from scipy.fft import next_fast_len
 from torch import Tensor
 
 from ..core.adam import Adam
+from ..core.compiled import in_slabs
 from ..core.image import Volume
 from ..core.mask import LocalMap
 from ..core.parallel import parallel_map
@@ -27,12 +28,12 @@ from ..prompts import INSIDE
 from ..transforms.maps import Affine, DisplacementField, field_from_voxels
 from ..transforms.resample import warp_labels
 from . import kernels
-from .affine import affine_maps, homogeneous
+from .affine import ONE_VOXEL, affine_maps, homogeneous, linear_maps
 from .features import mind_ssc
-from .kernels import Array
+from .kernels import Array, Doubles
 from .pyramid import Level, Scan, frame_grid, on_grid
 from .result import Place
-from .sampling import BORDER, sums_by, with_ones
+from .sampling import evaluate, with_ones
 
 #: Standard deviation of the prior on a translation, as a fraction of the field of view's size (its volume's cube root).
 _PRIOR_FRACTION = 0.1
@@ -341,10 +342,8 @@ class StructureFit:
 
     def _terms(self, parameters: Tensor, sample: _Sample) -> tuple[Tensor, Tensor]:
         """MIND-SSC difference and cost without the prior on the shift, (n,) each."""
-        matrix, offset = affine_maps(parameters, sample.centre)
-        by_device = self._sums if matrix.device.type == "cpu" else self._sums_by_torch
-        maps = torch.cat((matrix, offset[..., None]), dim=2)
-        mind_difference, seen, mean, square, product = by_device(maps, sample).unbind(dim=1)
+        by_device = self._sums if parameters.device.type == "cpu" else self._sums_by_torch
+        mind_difference, seen, mean, square, product = by_device(parameters, sample).unbind(dim=1)
         cost = mind_difference + _OUTSIDE_PENALTY * (1 - seen)
         penalties = (_ROTATION_PENALTY, _STRETCH_PENALTY, _SHEAR_PENALTY)
         for penalty, part in zip(penalties, parameters[:, 3:].split(3, dim=1), strict=True):
@@ -358,21 +357,26 @@ class StructureFit:
         cost = cost + _CORRELATION_WEIGHT * (1 - correlation)
         return mind_difference, cost + _INTENSITY_WEIGHT * squared_difference
 
-    def _sums(self, maps: Tensor, sample: _Sample) -> Tensor:
-        """Weighted sums over a sample moved by maps to the query's voxels, (B, 3, 4); it fades to zero at its border.
+    def _sums(self, parameters: Tensor, sample: _Sample) -> Tensor:
+        """Weighted sums over a sample moved by linear maps to the query, which fades to zero beyond its border.
 
         Squared MIND-SSC difference, field of view, the query's intensity, its square, its product with the sample's:
-        (B, 5) float64.
+        (B, 5) float64. By a compiled loop.
         """
 
-        def sums(numbers: Array, first: int, last: int) -> NDArray[np.float64]:
-            return kernels.structure_sums(self._padded, sample.arrays, numbers, first, last)
+        def sums(numbers: Doubles) -> tuple[Doubles, Doubles]:
+            maps, by_parameters = linear_maps(numbers, sample.centre)
+            to_padded = np.ascontiguousarray((maps + ONE_VOXEL)[:, :3], dtype=np.float32)
+            loop, count = partial(kernels.structure_sums, self._padded, sample.arrays, to_padded), len(sample.weight)
+            found = sum(in_slabs(loop, count, count * len(maps)))
+            return found[:, :, 0, 3], np.einsum("bkij,bpij->bkp", found[:, :, 1:], by_parameters[:, :, :3])
 
-        return sums_by(maps + BORDER, sums, len(sample.weight))
+        return evaluate(parameters, sums)
 
-    def _sums_by_torch(self, maps: Tensor, sample: _Sample) -> Tensor:
+    def _sums_by_torch(self, parameters: Tensor, sample: _Sample) -> Tensor:
         """The same by PyTorch, on any device."""
-        mapped = sample.points @ maps[:, :, :3].transpose(1, 2) + maps[:, None, :, 3]
+        matrix, offset = affine_maps(parameters, sample.centre)
+        mapped = sample.points @ matrix.transpose(1, 2) + offset[:, None]
         shape = torch.tensor(self._query.shape[2:], dtype=torch.float32, device=mapped.device)
         where = ((mapped + 0.5) / shape * 2 - 1).flip(-1)[:, None, None]
         volumes = self._query.expand(len(mapped), -1, -1, -1, -1)
