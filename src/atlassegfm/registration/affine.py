@@ -23,7 +23,7 @@ from ..core.compiled import in_slabs
 from ..core.parallel import parallel_map
 from ..settings import RegistrationSettings
 from ..transforms.maps import Affine
-from . import kernels
+from . import exponentials, kernels
 from .features import mind_ssc
 from .kernels import Doubles
 from .pyramid import Level, Scan, axes_of, frame_grid, on_grid
@@ -255,7 +255,7 @@ def linear_maps(parameters: Doubles, centre: Tensor) -> tuple[Doubles, Doubles]:
     """:func:`affine_maps` as (B, 4, 4), and their derivatives by the parameters, (B, 12, 4, 4); on a CPU."""
     generators = _GENERATORS.double().numpy().reshape(-1, 3, 3)
     maps, slopes = np.zeros((len(parameters), 4, 4)), np.zeros((len(parameters), 12, 4, 4))
-    kernels.linear_maps(parameters, centre.double().numpy(), generators, maps, slopes)
+    exponentials.linear_maps(parameters, centre.double().numpy(), generators, maps, slopes)
     return maps, slopes
 
 
