@@ -195,9 +195,9 @@ def agreement(parameters: Tensor, query: _WeightedScan, atlas: _WeightedScan, ce
 
     def penalties(numbers: Doubles) -> tuple[Doubles, Doubles]:
         maps, by_parameters = linear_maps(numbers, centre_mm)
-        back = np.linalg.inv(maps)
+        back = np.linalg.inv(maps).astype(np.float64)
         ways = (atlas, query, maps), (query, atlas, back)
-        found = parallel_map(lambda way: way[0].penalty_of(*way[1:]), ways, most=len(ways))
+        found = parallel_map(lambda way: way[0].penalty_of(way[1], way[2]), ways, most=len(ways))
         (of_query, slopes), (of_atlas, slopes_back) = found
         transposed = back.swapaxes(1, 2)
         # The derivative of an inverse.
