@@ -73,7 +73,7 @@ JOBS = (
     Job("abdmr-models", "Dataset001_AbdMR", after=(*ALL_PAIRS, *BOTH_MODELS)),
     Job("abdct-models", "Dataset002_AbdCT", after=(*ALL_PAIRS, *FOUR_ORGANS, *BOTH_MODELS)),
     Job("cardiac-models", "Dataset005_Cardiac", after=(*ALL_PAIRS, *BOTH_MODELS)),
-    Job("hippocampus-models", "Dataset004_Hippocampus", after=(*ALL_PAIRS, *BOTH_MODELS, "--every", "10")),
+    Job("hippocampus-models", "Dataset004_Hippocampus", after=(*ALL_PAIRS, *BOTH_MODELS, "--every", "50")),
     *(
         Job(f"{name}-atlases", dataset, before=("atlases",), after=(*labels, "--counts", "1,3,5"))
         for name, dataset, labels in (
