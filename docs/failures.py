@@ -70,8 +70,8 @@ FAILURES = (
     Failure(
         "mirrored",
         "Left and right are swapped",
-        "A converter lost a sign, and the liver is on the left. Four structures are flagged. The kidneys are not: each "
-        "is found well, under the name of the other. `check` warns before anything is computed.",
+        "A converter lost a sign, and the liver is on the left. Each kidney is found well, under the name of the "
+        "other: only the fit of the mirror image tells. `check` warns before anything is computed, `segment` after.",
         mirrored,
     ),
     Failure(
