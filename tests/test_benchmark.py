@@ -561,8 +561,15 @@ def in_metres(path: Path) -> None:
     save_volume(Volume(volume.data, Grid(volume.grid.shape, np.diag([1e-3] * 3 + [1]) @ volume.grid.affine)), path)
 
 
-@pytest.mark.parametrize("change", [lambda path: path.write_bytes(b"not an image"), Path.unlink, elsewhere, in_metres])
-@pytest.mark.parametrize("case", ["case_1", "case_2"])
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        ("case_1", lambda path: path.write_bytes(b"not an image")),
+        ("case_2", Path.unlink),
+        ("case_1", elsewhere),
+        ("case_2", in_metres),
+    ],
+)
 def test_a_case_that_cannot_be_used_costs_its_pairs_alone(
     dataset: Dataset, tmp_path: Path, case: str, change: Callable[[Path], object], spy: Spy
 ) -> None:
