@@ -233,7 +233,7 @@ def page(found: Mapping[str, Found]) -> Iterator[str]:
         "Written by `make results`; nothing here is typed by hand. AtlasSegFM "
         f"{version} (format {', '.join(formats)} of results), the same default settings and the built-in model on "
         f"every set, {os.cpu_count()} CPU cores ({platform.machine()}), no GPU. Benchmarks ran side by side, one "
-        "thread each: the seconds are those of one thread on a busy machine. The section on time has an idle one."
+        "thread each: the seconds are those of one thread on a busy machine."
     )
     yield ""
     yield (

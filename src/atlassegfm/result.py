@@ -13,7 +13,7 @@ from .prompts import PromptKind, UsedPrompt
 from .quality.coverage import cut_remark
 from .quality.mirror import Sides
 from .quality.verdict import StructureQuality, Verdict, is_calibrated, overall
-from .registration import Place, Registration
+from .registration import Place, Registration, nearest_of
 from .settings import Settings
 
 Status = Literal["present", "absent", "outside"]
@@ -96,7 +96,7 @@ class Segmentation:
     @property
     def nearest_atlas(self) -> int:
         """Number of the atlas whose registration has the highest confidence."""
-        return max(self.registrations, key=lambda number: self.registrations[number].confidence)
+        return nearest_of(self.registrations)
 
     @property
     def registration(self) -> Registration:

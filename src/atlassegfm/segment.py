@@ -26,7 +26,7 @@ from .judging import Job, judge_structures, with_members
 from .models.base import Models, PromptedScan
 from .models.table import licences_accepted, load_chosen, prompt_kind
 from .quality.mirror import Sides, compare_sides
-from .registration import Registration, register_all, registration_from
+from .registration import Registration, nearest_of, register_all, registration_from
 from .result import Segmentation, StructureMaps
 from .settings import Settings
 from .transforms.maps import Transform
@@ -114,7 +114,7 @@ def segment(
                 masks = mix_structures(predicted.members, context.gate.mixture)
             fused, labels = _fuse(context, scan, warped, masks, settings, device)
         with clock.stage("quality"):
-            nearest = max(registrations, key=lambda number: registrations[number].confidence)
+            nearest = nearest_of(registrations)
             sides = _sides(scan, atlases[nearest], registrations[nearest], settings, device)
             job = Job(query, scan, atlases, registrations, settings, sides, bool(transforms), context.expected)
             structures = judge_structures(job, warped, predicted, masks, labels)

@@ -275,7 +275,9 @@ def choose(
     if not result.registration.confidence >= LEAST_CONFIDENCE:
         return {}, f"confidence of the registration with {tried.donor.name} is {result.registration.confidence:.2f}"
     better, against, first = {}, [], {record.value: First.of(record) for record in run.structures}
-    for one in (one for one in result.structures if one.structure.value in tried.wanted):
+    for one in result.structures:
+        if one.structure.value not in tried.wanted:
+            continue
         new = structure_record(one)
         found = First.of(new)
         if found.status != "present" or found.estimate - first[new.value].estimate < LEAST_GAIN:

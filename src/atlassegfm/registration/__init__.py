@@ -23,13 +23,14 @@ from ..settings import InstanceSettings, RegistrationSettings
 from ..transforms.jacobian import deformation_statistics, nodes_in
 from ..transforms.maps import Affine, Transform, points_over, stages_of
 from .engines import ENGINES, require_engine
-from .result import Place, Registration
+from .result import Place, Registration, nearest_of
 
 __all__ = [
     "ENGINES",
     "Labelled",
     "Place",
     "Registration",
+    "nearest_of",
     "rank",
     "register",
     "register_all",

@@ -29,6 +29,11 @@ class Place:
         return 1.0 if self.second_cost is None else min(self.second_cost - self.cost, 1.0)
 
 
+def nearest_of(registrations: Mapping[int, Registration]) -> int:
+    """Return the number of the atlas whose registration has the highest confidence."""
+    return max(registrations, key=lambda number: registrations[number].confidence)
+
+
 @dataclass(frozen=True, eq=False)
 class Registration:
     """The transform of one pair, query world to atlas world (RAS+ mm), and how it was found.
