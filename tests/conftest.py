@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -123,6 +124,19 @@ def browser() -> Iterator[Callable[..., Any]]:
             return playwright.chromium.launch(executable_path=program, args=arguments)
 
         yield start
+
+
+@pytest.fixture
+def mirror_images() -> None:
+    """Let ``segment`` fit mirror images in this test."""
+
+
+@pytest.fixture(autouse=True)
+def _few_fits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the fits of mirror images, hundreds of them; tests of them ask for them, and other processes make them."""
+    if "mirror_images" not in request.fixturenames:
+        module = importlib.import_module("atlassegfm.segment")
+        monkeypatch.setattr(module, "_sides", lambda *_: None)
 
 
 @pytest.fixture

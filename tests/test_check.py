@@ -550,6 +550,7 @@ class TestAgainstAnAtlas:
         assert wrong.atlas is not None
         assert wrong.atlas.mirrored_gain == pytest.approx(-well.atlas.mirrored_gain, abs=1e-3)
 
+    @pytest.mark.usefixtures("mirror_images")
     def test_segmenting_doubts_swapped_sides(self, atlas: Atlas) -> None:
         settings = with_overrides(Settings(model="none"), ["registration.deformable=false"])
         context, scan = Context(atlas, settings), OTHER.scan(turned("LPS"))
