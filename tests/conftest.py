@@ -133,7 +133,7 @@ def mirror_images() -> None:
 
 @pytest.fixture(autouse=True)
 def _few_fits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the fits of mirror images, hundreds of them; tests of them ask for them, and other processes make them."""
+    """Leave out the fits of mirror images, hundreds of them; tests of these ask for them."""
     if "mirror_images" not in request.fixturenames:
         module = importlib.import_module("atlassegfm.segment")
         monkeypatch.setattr(module, "_sides", lambda *_: None)
