@@ -11,32 +11,31 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core.compiled import in_slabs
-
-#: A compiled loop: from points, (N, 3), to values, (N,), and derivatives by position, (N, 3), in a slab.
-PointLoop = Callable[[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], int, int], None]
+#: A function from (B, P) to (B, K), and its derivatives, (B, K, P).
+Known = Callable[[NDArray[np.float64]], tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
-def at_points(points: Tensor, loop: PointLoop) -> Tensor:
-    """Evaluate a function of position at points on a CPU, (B, N, 3), by a compiled loop: (B, N), differentiable."""
-    values: Tensor = _AtPoints.apply(points, loop)  # type: ignore[no-untyped-call]
+def with_ones(points: Tensor) -> NDArray[np.float32]:
+    """(4, N) points x, y, z, 1, as compiled loops take them, of (N, 3)."""
+    return F.pad(points.cpu(), (0, 1), value=1).T.contiguous().numpy()
+
+
+def evaluate(parameters: Tensor, function: Known) -> Tensor:
+    """Evaluate a function that knows its derivatives at (B, P) on a CPU: (B, K) float64, differentiable."""
+    values: Tensor = _Evaluated.apply(parameters, function)  # type: ignore[no-untyped-call]
     return values
 
 
-class _AtPoints(torch.autograd.Function):
+class _Evaluated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, points: Tensor, loop: PointLoop) -> Tensor:
-        where = points.detach().contiguous()
-        # Memory of PyTorch, as its matrix products round differently where NumPy's happens to be aligned otherwise.
-        values, slopes = torch.empty(points.shape[:-1]), torch.empty_like(where)
-        arrays = where.reshape(-1, 3).numpy(), values.reshape(-1).numpy(), slopes.reshape(-1, 3).numpy()
-        in_slabs(lambda *part: loop(*arrays, *part), values.numel(), values.numel())
-        ctx.save_for_backward(slopes)
-        return values
+    def forward(ctx: Any, parameters: Tensor, function: Known) -> Tensor:
+        values, slopes = function(parameters.detach().double().numpy())
+        ctx.slopes = torch.from_numpy(slopes)
+        return torch.from_numpy(values)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        return upstream[..., None] * ctx.saved_tensors[0], None
+        return (upstream[..., None] * ctx.slopes).sum(dim=1), None
 
 
 def sample_at(channels: Tensor, where: Tensor) -> Tensor:
