@@ -27,7 +27,7 @@ from . import exponentials, kernels
 from .features import mind_ssc
 from .kernels import Doubles
 from .pyramid import Level, Scan, axes_of, frame_grid, on_grid
-from .sampling import evaluate, with_ones
+from .sampling import evaluate, off_centre, sample_points, with_ones
 
 #: Penalty of foreground on background: the median dissimilarity (sum over 12 channels) of two misplaced abdomens.
 MISMATCH_PENALTY = 2.2
@@ -139,10 +139,11 @@ class _WeightedScan:
         cumulative = torch.cumsum(self.weight.flatten().double().cpu(), dim=0)
         comb = (torch.arange(points, dtype=torch.float64) + 0.5) * (float(cumulative[-1]) / points)
         index = torch.unique(torch.searchsorted(cumulative, comb).clamp_max(len(cumulative) - 1))
-        ijk = np.stack(np.unravel_index(index.numpy(), level.grid.shape), axis=1)
         device = self.features.device
-        self.points_mm = torch.as_tensor(level.grid.voxel_to_world(ijk), dtype=torch.float32).to(device)
-        self.point_features = self.features.flatten(1)[:, index.to(device)]
+        voxels = torch.stack(torch.unravel_index(index, level.grid.shape), dim=1).to(device)
+        ijk = off_centre(voxels, level.grid.shape)
+        self.points_mm = torch.as_tensor(level.grid.voxel_to_world(ijk.cpu().numpy()), dtype=torch.float32).to(device)
+        self.point_features = sample_points(self.features, ijk)
         # A border of zeros for the compiled loop: what lies outside is zero in every channel.
         padded = F.pad(self.channels, [1] * 6)
         self._padded = padded[:-2].cpu().movedim(0, -1).contiguous().numpy(), *padded[-2:].cpu().numpy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+#: Powers of the inverse root of x^4 = x + 1; modulo 1, their multiples fill the unit cube evenly.
+_EVEN_STEPS = 1.2207440846057596 ** -torch.arange(1, 4, dtype=torch.float64)
 #: A function from (B, P) to (B, K), and its derivatives, (B, K, P).
 Known = Callable[[NDArray[np.float64]], tuple[NDArray[np.float64], NDArray[np.float64]]]
 
@@ -36,6 +38,26 @@ class _Evaluated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         return (upstream[..., None] * ctx.slopes).sum(dim=1), None
+
+
+def off_centre(voxels: Tensor, shape: Sequence[int]) -> Tensor:
+    """Move voxels, (N, 3), each to another point of its middle half, within the array: (N, 3) float32.
+
+    A translation by whole voxels puts all centres on nodes of the other grid at once, where a sum over them has a kink,
+    a false maximum and no derivative: fits that started there went astray. The points are spread evenly, by Roberts'
+    additive recurrence; over the whole voxel they would be no better, and interpolation would smooth their features.
+    """
+    steps = torch.arange(1, len(voxels) + 1, dtype=torch.float64)[:, None] * _EVEN_STEPS
+    moves = (steps % 1 - 0.5) / 2
+    last = torch.tensor(shape, dtype=torch.float64, device=voxels.device) - 1
+    return torch.minimum((voxels + moves.to(voxels.device)).clamp_min(0), last).float()
+
+
+def sample_points(channels: Tensor, points: Tensor) -> Tensor:
+    """Sample (C, I, J, K) at (N, 3) voxels by linear interpolation, (C, N); border values beyond the border."""
+    last = torch.tensor(channels.shape[1:], dtype=torch.float32, device=channels.device) - 1
+    where = (points / last.clamp_min(1) * 2 - 1).flip(-1)
+    return sample_at(channels[None], where[None, :, None, None])[0, :, :, 0, 0]
 
 
 def sample_at(channels: Tensor, where: Tensor) -> Tensor:

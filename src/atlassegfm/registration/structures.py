@@ -33,7 +33,7 @@ from .features import mind_ssc
 from .kernels import Array, Doubles
 from .pyramid import Level, Scan, frame_grid, on_grid
 from .result import Place
-from .sampling import evaluate, with_ones
+from .sampling import evaluate, off_centre, sample_points, with_ones
 
 #: Standard deviation of the prior on a translation, as a fraction of the field of view's size (its volume's cube root).
 _PRIOR_FRACTION = 0.1
@@ -58,7 +58,7 @@ _ROUGH_POINTS, _FINAL_POINTS = 1000, 4000
 _ROUGH_ITERATIONS, _FINAL_ITERATIONS = 15, 50
 _SHIFT_STEP, _SHAPE_STEP = 0.15, 0.02
 #: MIND-SSC difference up to which a translation may be worse than none; beyond it brightness was misleading.
-_MIND_TOLERANCE = 0.03
+_MIND_TOLERANCE = 0.08
 #: Penalties of squared rotation (radians), stretch and shear (logarithms).
 _ROTATION_PENALTY, _STRETCH_PENALTY, _SHEAR_PENALTY = 0.8, 0.4, 0.8
 #: Factor of the cost in the exponent of a structure's weight in the blending: structures that match worse count less.
@@ -290,10 +290,10 @@ class StructureFit:
         weight = patch.weight[inside.unbind(dim=1)]
         weight = weight / weight.sum()
         points = inside + torch.tensor([side.start for side in patch.box], device=inside.device)
-        i, j, k = points.unbind(dim=1)
         centre = (points * weight[:, None]).sum(dim=0)
-        image, mind = self._atlas_image[i, j, k], self._atlas_mind[:, i, j, k]
-        return _Sample(points.float(), weight, image, mind, centre)
+        points = off_centre(points, self._atlas_image.shape)
+        image, mind = sample_points(self._atlas_image[None], points)[0], sample_points(self._atlas_mind, points)
+        return _Sample(points, weight, image, mind, centre)
 
     def _best(self, patch: Patch, shifts: Tensor) -> tuple[NDArray[np.float64], Place] | None:
         """The best map from warped atlas to query, in voxels, and its place, from (n, 3) translations."""
