@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from atlassegfm.core import compiled
 from atlassegfm.core.geometry import Grid
@@ -26,6 +27,7 @@ from atlassegfm.fusion import correction_features
 from atlassegfm.registration import affine, features, kernels, structures
 from atlassegfm.registration.objective import Objective, Scans, Weights, smooth_control
 from atlassegfm.registration.pyramid import Level
+from atlassegfm.registration.sampling import off_centre
 from atlassegfm.transforms import kernels as warping
 
 #: Anisotropic, and with axes of a single voxel.
@@ -199,6 +201,36 @@ def test_penalty_of_the_linear_stages_is_that_of_pytorch(shape: tuple[int, int, 
         results.append((value.float(), *torch.autograd.grad(value.sum(), parameters)))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("shift", [(0, 0, 0), (2, -1, 1)])
+def test_derivatives_hold_where_a_shift_puts_all_voxels_on_nodes(shift: tuple[int, int, int]) -> None:
+    def scan(number: int) -> affine._WeightedScan:
+        image = torch.from_numpy(ndimage.gaussian_filter(floats(number, 20, 18, 16), 1.5) * 8)[None, None]
+        everywhere = torch.ones_like(image)
+        return affine._WeightedScan(Level(Grid(image.shape[2:], np.eye(4)), image, everywhere, everywhere, None), 0.0)
+
+    one, other, parameters = scan(0), scan(1), torch.zeros(1, 12)
+    parameters[0, :3] = torch.tensor(shift)
+    agreement = partial(affine.agreement, query=one, atlas=other, centre_mm=torch.tensor([10.0, 9, 8]))
+    steps = torch.eye(12)[:6] * torch.tensor([0.1] * 3 + [0.01] * 9)
+    differences = (agreement(parameters + steps) - agreement(parameters - steps)) / (2 * steps.sum(dim=1))
+    slopes = torch.autograd.grad(agreement(parameters.requires_grad_(True)).sum(), parameters)[0][0, :6]
+    for part in (slice(3), slice(3, 6)):
+        error = (slopes[part] - differences[part]).norm() / differences[part].norm()
+        assert error < 0.3
+
+
+@given(SHAPES, SEEDS)
+@FEW
+def test_points_off_the_centres_stay_in_their_voxels_and_spread(shape: tuple[int, int, int], seed: int) -> None:
+    voxels = torch.from_numpy(np.random.default_rng(seed).integers(0, shape, (64, 3)))
+    points = off_centre(voxels, shape)
+    assert ((points - voxels).abs() <= 0.25).all()
+    assert ((points >= 0) & (points <= torch.tensor(shape) - 1)).all()
+    inner = ((voxels > 0) & (voxels < torch.tensor(shape) - 1)).all(dim=1)
+    moves = (points - voxels)[inner]
+    assert len(torch.unique(moves.mul(1000).round(), dim=0)) == len(moves)
 
 
 def linear_parameters(seed: int) -> torch.Tensor:
