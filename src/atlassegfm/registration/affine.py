@@ -140,8 +140,8 @@ class _WeightedScan:
         comb = (torch.arange(points, dtype=torch.float64) + 0.5) * (float(cumulative[-1]) / points)
         index = torch.unique(torch.searchsorted(cumulative, comb).clamp_max(len(cumulative) - 1))
         device = self.features.device
-        voxels = torch.stack(torch.unravel_index(index, level.grid.shape), dim=1).to(device)
-        ijk = off_centre(voxels, level.grid.shape)
+        voxels = np.stack(np.unravel_index(index.numpy(), level.grid.shape), axis=1)
+        ijk = off_centre(torch.from_numpy(voxels).to(device), level.grid.shape)
         self.points_mm = torch.as_tensor(level.grid.voxel_to_world(ijk.cpu().numpy()), dtype=torch.float32).to(device)
         self.point_features = sample_points(self.features, ijk)
         # A border of zeros for the compiled loop: what lies outside is zero in every channel.
