@@ -172,3 +172,34 @@ def displace_mask(mask: Any, displacement: Array, tables: Any, result: Array, fi
                         value += weight * (one - z) * mask[l + far_i, m + far_j, n]
                         value += weight * z * mask[l + far_i, m + far_j, n + 1]
                 result[i, j, k] = value
+
+
+@compiled
+def look_up(
+    grid: Any, tables: Any, near: Any, bins: Array, begins: Any, result: Array, first: int, last: int
+) -> None:
+    """Interpolate a grid of place and intensity, (A, B, C, D), at the voxels of ``near``, (I, J, K), in their order.
+
+    ``tables`` are, for each voxel along an axis, two cells and the fraction between them, ``bins`` the fractional place
+    of each of the N voxels along the last axis of the grid; ``begins`` counts those before each plane. Slabs along I.
+    """
+    (low_i, high_i, part_i), (low_j, high_j, part_j), (low_k, high_k, part_k) = tables
+    top = grid.shape[3] - 1
+    for i in range(first, last):
+        n = begins[i]
+        for j in range(near.shape[1]):
+            for k in range(near.shape[2]):
+                if not near[i, j, k]:
+                    continue
+                below = min(int(bins[n]), top)
+                above, part, value = min(below + 1, top), bins[n] - below, np.float32(0)
+                for far_i in range(2):
+                    a, u = (high_i[i], part_i[i]) if far_i else (low_i[i], 1 - part_i[i])
+                    for far_j in range(2):
+                        b, v = (high_j[j], u * part_j[j]) if far_j else (low_j[j], u * (1 - part_j[j]))
+                        for far_k in range(2):
+                            c, w = (high_k[k], v * part_k[k]) if far_k else (low_k[k], v * (1 - part_k[k]))
+                            cell = grid[a, b, c]
+                            value += w * (cell[below] + part * (cell[above] - cell[below]))
+                result[n] = value
+                n += 1

@@ -88,7 +88,10 @@ def train_gate_on_atlas(
         return gate
 
     on_part("correction")
-    fused = [{n: fuse(one.atlas, one.model, gate, device=device) for n, one in drawn.items()} for drawn in samples]
+    fused = [
+        dict(zip(drawn, parallel_map(lambda one: fuse(one.atlas, one.model, gate, device=device), drawn.values())))
+        for drawn in samples
+    ]
 
     def features(which: tuple[int, int]) -> BorderFeatures | None:
         draw, n = which
