@@ -1,4 +1,4 @@
-"""Inner loops over boxes of voxels, compiled by Numba: distances, smoothing, means over blocks and back, displaced masks.
+"""Inner loops over boxes of voxels, compiled by Numba: distances, smoothing, means over blocks and back, warped masks.
 
 A kernel computes its part from ``first`` to ``last`` of one axis (:func:`.compiled.in_slabs`).
 """
@@ -163,21 +163,19 @@ def displace_mask(mask: Any, displacement: Array, tables: Any, result: Array, fi
                 if not (0 < x < end_i and 0 < y < end_j and 0 < z < end_k):
                     result[i, j, k] = 0
                     continue
-                l, m, n = int(x), int(y), int(z)
-                x, y, z = x - np.float32(l), y - np.float32(m), z - np.float32(n)
+                a0, b0, c0 = int(x), int(y), int(z)
+                x, y, z = x - np.float32(a0), y - np.float32(b0), z - np.float32(c0)
                 value = np.float32(0)
                 for far_i in range(2):
                     for far_j in range(2):
                         weight = (x if far_i else one - x) * (y if far_j else one - y)
-                        value += weight * (one - z) * mask[l + far_i, m + far_j, n]
-                        value += weight * z * mask[l + far_i, m + far_j, n + 1]
+                        value += weight * (one - z) * mask[a0 + far_i, b0 + far_j, c0]
+                        value += weight * z * mask[a0 + far_i, b0 + far_j, c0 + 1]
                 result[i, j, k] = value
 
 
 @compiled
-def look_up(
-    grid: Any, tables: Any, near: Any, bins: Array, begins: Any, result: Array, first: int, last: int
-) -> None:
+def look_up(grid: Any, tables: Any, near: Any, bins: Array, begins: Any, result: Array, first: int, last: int) -> None:
     """Interpolate a grid of place and intensity, (A, B, C, D), at the voxels of ``near``, (I, J, K), in their order.
 
     ``tables`` are, for each voxel along an axis, two cells and the fraction between them, ``bins`` the fractional place

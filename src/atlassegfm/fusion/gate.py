@@ -172,10 +172,12 @@ def fuse_structures(
     Masks are in [0, 1], by number of the structure; the result has the numbers of ``predicted``. Where the model
     predicts nothing, the warped atlas is kept: small structures would be lost.
     """
-    fused = {
-        n: warped[n] if is_empty_prediction(mask) else fuse(warped[n], mask, gate, device=device)
-        for n, mask in predicted.items()
-    }
+
+    def mix(n: int) -> LocalMap:
+        mask = predicted[n]
+        return warped[n] if is_empty_prediction(mask) else fuse(warped[n], mask, gate, device=device)
+
+    fused = dict(zip(predicted, parallel_map(mix, predicted), strict=True))
     if gate.correction is None:
         return fused
     correction, grid = gate.correction, image.grid
