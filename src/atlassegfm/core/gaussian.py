@@ -27,7 +27,7 @@ def gaussian(
     for one, count in zip(sigmas, values.shape, strict=True):
         radius = int(truncate * one + 0.5)
         window = np.exp(-0.5 * (np.arange(radius + 1) / max(one, 1e-9)) ** 2)
-        weights.append((window / (2 * window.sum() - 1)).astype(np.float32))
+        weights.append(window / (2 * window.sum() - 1))
         sources.append(np.pad(np.arange(count), radius, "symmetric" if beyond == "mirror" else "edge"))
     in_slabs(
         lambda *part: kernels.smooth(values, tuple(weights), tuple(sources), result, *part), len(values), values.size

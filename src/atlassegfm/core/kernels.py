@@ -106,7 +106,8 @@ def smooth(values: Array, weights: Any, sources: Any, result: Array, first: int,
     (wi, wj, wk), (si, sj, sk) = weights, sources
     ri, rj, rk = len(wi) - 1, len(wj) - 1, len(wk) - 1
     nj, nk = result.shape[1:]
-    plane, row, line = np.empty((nj, nk), np.float32), np.empty(nk, np.float32), np.empty(nk + 2 * rk, np.float32)
+    # In double precision: differences of smoothed squares would drown in rounding.
+    plane, row, line = np.empty((nj, nk)), np.empty(nk), np.empty(nk + 2 * rk)
     for i in range(first, last):
         for j in range(nj):
             own, along = plane[j], values[i, j]
@@ -115,7 +116,7 @@ def smooth(values: Array, weights: Any, sources: Any, result: Array, first: int,
             for r in range(1, ri + 1):
                 low, high, weight = values[si[i + ri - r], j], values[si[i + ri + r], j], wi[r]
                 for k in range(nk):
-                    own[k] += weight * (low[k] + high[k])
+                    own[k] += weight * (np.float64(low[k]) + high[k])
         for j in range(nj):
             along = plane[j]
             for k in range(nk):
@@ -126,13 +127,14 @@ def smooth(values: Array, weights: Any, sources: Any, result: Array, first: int,
                     row[k] += weight * (low[k] + high[k])
             for k in range(len(line)):
                 line[k] = row[sk[k]]
-            own = result[i, j]
             for k in range(nk):
-                own[k] = wk[0] * line[k + rk]
+                row[k] = wk[0] * line[k + rk]
             for r in range(1, rk + 1):
                 low, high, weight = line[rk - r : rk - r + nk], line[rk + r : rk + r + nk], wk[r]
                 for k in range(nk):
-                    own[k] += weight * (low[k] + high[k])
+                    row[k] += weight * (low[k] + high[k])
+            for k in range(nk):
+                result[i, j, k] = row[k]
 
 
 @compiled
