@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from atlassegfm.core import compiled
+from atlassegfm.core import kernels as box_kernels
+from atlassegfm.core.gaussian import gaussian
 from atlassegfm.core.geometry import Grid
 from atlassegfm.core.mask import signed_distance_mm
 from atlassegfm.core.parallel import limited_threads
@@ -361,3 +363,27 @@ def test_block_means_and_back(shape: tuple[int, int, int], seed: int, strides: t
     for voxel in np.ndindex(*shape):
         place = (np.array(voxel) + 0.5) / strides - 0.5
         assert back[voxel] == pytest.approx(crude_value(means, place), abs=1e-5)
+
+
+@given(SHAPES, SEEDS, st.sampled_from(("mirror", "nearest")), st.tuples(*[st.sampled_from((0.0, 0.1, 0.7, 2.5))] * 3))
+@FEW
+def test_gaussian(shape: tuple[int, int, int], seed: int, beyond: Any, sigma: tuple[float, ...]) -> None:
+    values = floats(seed, *shape)
+    crude = ndimage.gaussian_filter(values, sigma, mode={"mirror": "reflect"}.get(beyond, beyond), truncate=3)
+    np.testing.assert_allclose(gaussian(values, sigma, beyond=beyond, truncate=3), crude, atol=1e-5)
+
+
+@given(SHAPES, SEEDS)
+@FEW
+def test_look_up_of_place_and_intensity(shape: tuple[int, int, int], seed: int) -> None:
+    random, grid, near = np.random.default_rng(seed), floats(seed, 3, 4, 3, 6), floats(seed + 1, *shape) > 0.3
+    places = [random.uniform(0, cells - 1.001, count) for cells, count in zip(grid.shape, shape, strict=False)]
+    bins = random.uniform(0, 5, np.count_nonzero(near)).astype(np.float32)
+    bins[:1] = 5
+    tables = tuple((at.astype(int), at.astype(int) + 1, (at % 1).astype(np.float32)) for at in places)
+    begins = np.cumsum([0, *np.count_nonzero(near, axis=(1, 2))])
+    found = np.empty_like(bins)
+    for i in reversed(range(shape[0])):
+        box_kernels.look_up(grid, tables, near, bins, begins, found, i, i + 1)
+    points = np.stack([*(at[index] for at, index in zip(places, np.nonzero(near), strict=True)), bins])
+    np.testing.assert_allclose(found, ndimage.map_coordinates(grid, points, order=1), atol=1e-5)

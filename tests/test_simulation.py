@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -13,6 +15,8 @@ from atlassegfm.core.overlap import dice
 from atlassegfm.fusion import simulation
 from atlassegfm.fusion.simulation import random_field, simulate_mask
 from atlassegfm.settings import SimulationSettings
+from atlassegfm.transforms.maps import DisplacementField
+from atlassegfm.transforms.resample import warp_labels
 from conftest import rotation
 from scenes import straight_grid
 
@@ -72,6 +76,27 @@ def test_mask_depends_on_seed_and_structure_alone() -> None:
     half = simulate(Volume(labels.data[:16], cut), 0.1, 3)
     assert min(half.start) >= 0
     assert all(last <= n for last, n in zip(half.stop, cut.shape, strict=True))
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_mask_is_the_label_warped_by_the_field(monkeypatch: pytest.MonkeyPatch, *, cut: bool) -> None:
+    affine = np.eye(4)
+    affine[:3, :3] = rotation(10, 20, 30) @ np.diag([1.0, 1.5, 2.0])
+    affine[:3, 3] = 0 if cut else -affine[:3, :3] @ (15.5, 11.5, 9.5)
+    labels = ball(12.0, Grid((32, 24, 20), affine))
+    fields = []
+
+    def kept(*args: Any) -> DisplacementField:
+        fields.append(random_field(*args))
+        return fields[-1]
+
+    monkeypatch.setattr(simulation, "random_field", kept)
+    found = simulate(labels, 0.2, 0).to_full(labels.grid.shape)
+    expected = warp_labels(labels, (5,), labels.grid, fields[0])[5].to_full(labels.grid.shape)
+    inside = np.zeros(labels.grid.shape, bool)  # beyond its grid a field holds on, and a mask has ended
+    inside[simulate(labels, 0.2, 0).box] = True
+    np.testing.assert_allclose(found[inside], expected[inside], atol=1e-4)
+    assert (found > 0.5).any()
 
 
 def test_voxel_and_scattered_structure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import ndimage
 from scipy.special import logit
 
 from ..core.compiled import in_slabs
+from ..core.gaussian import gaussian
 from ..core.image import Volume
 from ..core.mask import LocalMap, ball_radius_mm, signed_distance_mm
 from ..prompts import INSIDE
@@ -78,10 +78,13 @@ def border_features(
         return downsample(values.on_box(start, stop), strides)
 
     warped, own = on_blocks(atlas), on_blocks(mask)
-    others = np.zeros_like(own)
+    highest = np.zeros(np.subtract(stop, start), np.float32)
     for other, values in masks.items():
-        if other != number and (np.less(values.start, stop) & np.less(start, values.stop)).all():
-            np.maximum(others, on_blocks(values), out=others)
+        first, last = np.maximum(start, values.start), np.minimum(stop, values.stop)
+        if other != number and (first < last).all():
+            part = highest[tuple(map(slice, first - start, last - start))]
+            np.maximum(part, values.values[tuple(map(slice, first - values.start, last - values.start))], out=part)
+    others = downsample(highest, strides)
     inside_atlas, inside = warped >= INSIDE, own >= INSIDE
     if not inside_atlas.any() or not inside.any():
         return None
@@ -115,7 +118,7 @@ class _View:
     error_mm: float
 
     def smooth(self, values: Array, sigma_mm: float) -> Array:
-        return np.asarray(ndimage.gaussian_filter(values, sigma_mm / self.spacing_mm, truncate=2.5))
+        return gaussian(values, sigma_mm / self.spacing_mm, truncate=2.5)
 
     def gradient(self, values: Array) -> Array:
         """(3, N) derivatives along the axes, per mm; 0 along an axis of one voxel."""

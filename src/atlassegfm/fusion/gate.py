@@ -41,7 +41,7 @@ _MIN_WEIGHT = 0.01
 _CHUNK = 1 << 15
 #: Voxels of all samples, and of one at most and at least, that the default gate is trained on, drawn at random of more;
 #: the paper's takes all.
-_ALL_VOXELS, _MOST_VOXELS, _FEWEST_VOXELS = 1_000_000, 50_000, 5_000
+_ALL_VOXELS, _MOST_VOXELS, _FEWEST_VOXELS = 250_000, 50_000, 2_000
 #: Scores of two starts that agree to this many digits count as equal.
 _TIE_DIGITS = 6
 
@@ -134,7 +134,7 @@ def train_gate(samples: Iterable[GateSample], settings: FusionSettings | None = 
     samples, limit = list(samples), None
     if settings.gate == "default":
         limit = min(max(_ALL_VOXELS // max(len(samples), 1), _FEWEST_VOXELS), _MOST_VOXELS)
-    prepared = [_prepare(one, settings.kernels, device, limit) for one in samples]
+    prepared = parallel_map(lambda one: _prepare(one, settings.kernels, device, limit), samples)
     usable = [one for one in prepared if one is not None]
     start = _best_start(usable) if settings.start == "best" else settings.start
     gate = Gate.constant(start, settings.kernels)
@@ -172,10 +172,12 @@ def fuse_structures(
     Masks are in [0, 1], by number of the structure; the result has the numbers of ``predicted``. Where the model
     predicts nothing, the warped atlas is kept: small structures would be lost.
     """
-    fused = {
-        n: warped[n] if is_empty_prediction(mask) else fuse(warped[n], mask, gate, device=device)
-        for n, mask in predicted.items()
-    }
+
+    def mix(n: int) -> LocalMap:
+        mask = predicted[n]
+        return warped[n] if is_empty_prediction(mask) else fuse(warped[n], mask, gate, device=device)
+
+    fused = dict(zip(predicted, parallel_map(mix, predicted), strict=True))
     if gate.correction is None:
         return fused
     correction, grid = gate.correction, image.grid

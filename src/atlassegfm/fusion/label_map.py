@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from ..core.image import smallest_label_type
 from ..core.mask import LocalMap, bounding_box
+from ..core.parallel import parallel_map
 from ..prompts import INSIDE
 
 #: Weight of the warped atlas where several structures are found at one voxel.
@@ -71,12 +72,13 @@ def label_map(
 
 def count_parts(labels: NDArray[Any]) -> dict[int, int]:
     """Count the connected parts of each structure, at least 1, of a label map of numbers from 1, 0 for background."""
-    counts = {}
-    for number, box in enumerate(ndimage.find_objects(labels), start=1):
-        if box is not None:
-            sizes = np.bincount(ndimage.label(labels[box] == number, _CONNECTIVITY)[0].ravel())[1:]
-            counts[number] = max(int((sizes >= _LEAST_FRACTION * sizes.sum()).sum()), 1)
-    return counts
+    boxes = {number: box for number, box in enumerate(ndimage.find_objects(labels), start=1) if box is not None}
+
+    def count(number: int) -> int:
+        sizes = np.bincount(ndimage.label(labels[boxes[number]] == number, _CONNECTIVITY)[0].ravel())[1:]
+        return max(int((sizes >= _LEAST_FRACTION * sizes.sum()).sum()), 1)
+
+    return dict(zip(boxes, parallel_map(count, boxes), strict=True))
 
 
 def remove_islands(
@@ -87,15 +89,20 @@ def remove_islands(
     ``fused`` and ``warped`` are masks in [0, 1], ``labels`` is the label map of ``fused``; structures without a number
     in ``parts`` stay as they are. Returns the masks, 0 on islands, and their label map.
     """
-    masks = dict(fused)
-    for number, box in enumerate(ndimage.find_objects(labels), start=1):
-        if box is None or number not in parts:
-            continue
+    boxes = {number: box for number, box in enumerate(ndimage.find_objects(labels), start=1) if box and number in parts}
+
+    def cleared(number: int) -> LocalMap:
+        box, mask = boxes[number], fused[number]
         islands = find_islands(labels[box] == number, parts[number])
-        if islands.any():
-            start, values = fused[number].start, fused[number].values.copy()
-            values[tuple(slice(side.start - s, side.stop - s) for side, s in zip(box, start, strict=True))][islands] = 0
-            masks[number] = LocalMap(start, values)
+        if not islands.any():
+            return mask
+        values = mask.values.copy()
+        values[tuple(slice(side.start - s, side.stop - s) for side, s in zip(box, mask.start, strict=True))][
+            islands
+        ] = 0
+        return LocalMap(mask.start, values)
+
+    masks = {**fused, **dict(zip(boxes, parallel_map(cleared, boxes), strict=True))}
     changed = any(masks[n] is not mask for n, mask in fused.items())
     return masks, label_map(masks, labels.shape, warped) if changed else labels
 

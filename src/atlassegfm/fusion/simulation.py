@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from ..core.compiled import in_slabs
 from ..core.geometry import Grid
 from ..core.image import Volume
 from ..core.mask import LocalMap, ball_radius_mm
 from ..transforms.maps import DisplacementField
-from ..transforms.resample import warp_labels
 
 #: Nodes of the random field in one sigma; it is linear between them.
 _NODES_PER_SIGMA = 2
@@ -24,6 +24,8 @@ _NODES_PER_SIGMA = 2
 _TRUNCATE = 3
 #: Margin around a structure in standard deviations of the displacement: 1 component in 16 000 is larger.
 _MARGIN = 4.0
+#: Smaller values of a mask are set to 0, as those of warped labels.
+_FLOOR = 0.01
 #: Upper limit of nodes. A sigma too small for it, as of lesions scattered over a body, is enlarged.
 _MAX_NODES = 2_000_000
 
@@ -36,6 +38,8 @@ def simulate_mask(
     ``box`` holds all voxels of ``labels`` with the ``value``. ``size`` is the standard deviation of the displacement
     along each axis, ``sigma`` that of the Gaussian that smooths it, both as fractions of the structure's radius.
     """
+    from ..core import kernels
+
     inside = labels.data[box] == value
     spacing_mm = labels.grid.spacing_mm
     radius_mm = ball_radius_mm(np.count_nonzero(inside) * labels.grid.voxel_volume_mm3)
@@ -44,8 +48,21 @@ def simulate_mask(
     start = np.maximum(first - margin, 0)
     onto = labels.grid.crop(start, np.minimum(last + margin, labels.grid.shape))
     field = random_field(onto, size * radius_mm, sigma * radius_mm, np.random.default_rng(list(seed)))
-    alone = Volume(inside.astype(np.uint8), labels.grid.crop(first, last))
-    warped = warp_labels(alone, (1,), onto, field)[1]
+    # Both grids have the same axes: the places of voxels among the nodes are known axis by axis.
+    to_node, tables = field.grid.inverse_affine @ onto.affine, []
+    for axis, count in enumerate(onto.shape):
+        place = np.clip(np.arange(count) * to_node[axis, axis] + to_node[axis, 3], 0, field.grid.shape[axis] - 1)
+        low = place.astype(np.int64)
+        high = np.minimum(low + 1, field.grid.shape[axis] - 1)
+        own = np.arange(count) + (start - first)[axis] + 1  # of the mask with a border of one voxel
+        tables.append((low, high, (place - low).astype(np.float32), own.astype(np.float32)))
+    to_voxel = labels.grid.inverse_affine[:3, :3].astype(np.float32)
+    displacement = np.einsum("ab,bijk->aijk", to_voxel, field.displacement_mm)
+    values = np.empty(onto.shape, np.float32)
+    mask = np.pad(inside.view(np.uint8), 1)
+    in_slabs(lambda *part: kernels.displace_mask(mask, displacement, tuple(tables), values, *part), len(values))
+    values[values < _FLOOR] = 0
+    warped = LocalMap.from_full(values)
     return warped if warped.is_empty else LocalMap(tuple((warped.start + start).tolist()), warped.values)
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
+from ..core.gaussian import gaussian
 from ..core.geometry import Grid
 from ..core.mask import LocalMap, ball_radius_mm, bounding_box
 from ..core.overlap import dice
@@ -71,5 +71,5 @@ def best_smoothing(trials: Iterable[tuple[LocalMap, LocalMap]], grid: Grid) -> f
 
 
 def _gaussian(values: Array, sigma_mm: float, spacing_mm: NDArray[np.float64]) -> Array:
-    smoothed: Array = ndimage.gaussian_filter(values, sigma_mm / spacing_mm, mode="nearest", truncate=_TRUNCATE)
+    smoothed = gaussian(values, sigma_mm / spacing_mm, beyond="nearest", truncate=_TRUNCATE)
     return np.clip(smoothed, 0, 1, out=smoothed)  # rounding may leave the range

@@ -88,7 +88,11 @@ def train_gate_on_atlas(
         return gate
 
     on_part("correction")
-    fused = [{n: fuse(one.atlas, one.model, gate, device=device) for n, one in drawn.items()} for drawn in samples]
+
+    def fused_mask(one: GateSample) -> LocalMap:
+        return fuse(one.atlas, one.model, gate, device=device)
+
+    fused = [dict(zip(drawn, parallel_map(fused_mask, drawn.values()), strict=True)) for drawn in samples]
 
     def features(which: tuple[int, int]) -> BorderFeatures | None:
         draw, n = which

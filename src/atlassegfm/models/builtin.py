@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from ..core.compiled import in_slabs
+from ..core.gaussian import gaussian
 from ..core.geometry import Grid
 from ..core.image import Volume
 from ..core.mask import LocalMap, signed_distance_mm
@@ -75,6 +77,8 @@ _STRAY_PROBABILITY = 0.49
 _MOST_PARALLEL = 2
 #: Percentiles of the crop's intensities between which bins are laid.
 _RANGE_PERCENT = (0.5, 99.5)
+#: Percentiles and medians are those of about so many voxels, evenly taken of more.
+_COUNTED = 200_000
 #: Bins of the three views (along both axes of the second), and sigma of their smoothing in bins.
 _BINS, _TEXTURE_BINS, _NEIGHBOURHOOD_BINS = 64, 24, 16
 _BINS_SMOOTHING, _TEXTURE_SMOOTHING, _NEIGHBOURHOOD_SMOOTHING = 1.5, 1.0, 0.8
@@ -145,14 +149,15 @@ class BuiltinSegmenter:
         prior = np.minimum(distance_mm[near] * np.float32(_PRIOR_SLOPE / error_mm), np.float32(largest))
         del distance_mm
         data = _normalised(image.data[tuple(map(slice, first, first + crop.shape))], near)
-        log_odds = np.full(crop.shape, -_LARGEST_LOG_ODDS)
+        log_odds = np.full(crop.shape, -_LARGEST_LOG_ODDS, np.float32)
         posterior = prior + _EVIDENCE_WEIGHT * _evidence(data, near, prior, spacing_mm)
         log_odds[near] = posterior.clip(-_LARGEST_LOG_ODDS, _LARGEST_LOG_ODDS)
         probability = _mean_field(log_odds, _couplings(data, near, spacing_mm), self.device)
         probability[~near] = 0
-        parts, _ = ndimage.label(probability >= INSIDE)
-        stray = (parts > 0) & ~np.isin(parts, np.unique(parts[crop]))
-        probability[stray] = _STRAY_PROBABILITY
+        parts, count = ndimage.label(probability >= INSIDE)
+        is_stray = np.arange(count + 1) > 0
+        is_stray[parts[crop]] = False
+        probability[is_stray[parts]] = _STRAY_PROBABILITY
         return LocalMap(tuple(first.tolist()), probability)
 
 
@@ -216,10 +221,14 @@ def _radius_mm(mask: Mask, spacing_mm: Doubles) -> float:
 
 def _normalised(image: Field, near: Mask) -> Field:
     """A copy in which most voxels that count lie in [0, 1], none beyond [-1, 2]: sums of squares stay exact."""
-    low, high = np.percentile(image[near], _RANGE_PERCENT)
+    low, high = np.percentile(_some(image[near]), _RANGE_PERCENT)
     if high <= low:
         return np.zeros(image.shape, np.float32)
     return np.asarray((image - np.float32(low)) / np.float32(high - low)).clip(-1, 2)
+
+
+def _some(values: Field) -> Field:
+    return values[:: len(values) // _COUNTED + 1]
 
 
 def _evidence(image: Field, near: Mask, prior: Field, spacing_mm: Doubles) -> Doubles:
@@ -230,9 +239,9 @@ def _evidence(image: Field, near: Mask, prior: Field, spacing_mm: Doubles) -> Do
     inside = _sigmoid(prior).clip(_LEAST_PRIOR, 1 - _LEAST_PRIOR)
     value = _binned(image[near], _BINS)
     sigma = _TEXTURE_MM / spacing_mm
-    mean = ndimage.gaussian_filter(image, sigma)
-    variance = ndimage.gaussian_filter(image * image, sigma)[near] - mean[near] ** 2
-    smoothed = _whole(_binned(mean[near], _TEXTURE_BINS))
+    mean = gaussian(image, sigma)[near]
+    variance = gaussian(image * image, sigma)[near] - mean**2
+    smoothed = _whole(_binned(mean, _TEXTURE_BINS))
     deviation = _whole(_binned(np.sqrt(variance.clip(0)), _TEXTURE_BINS))
     del mean, variance
     everywhere = _histogram_evidence(_whole(value), (_BINS,), inside, _BINS_SMOOTHING)
@@ -245,7 +254,7 @@ def _evidence(image: Field, near: Mask, prior: Field, spacing_mm: Doubles) -> Do
 
 def _binned(values: Field, bins: int) -> Field:
     """Values to fractional bins, 0 to ``bins`` - 1."""
-    low, high = np.percentile(values, _RANGE_PERCENT)
+    low, high = np.percentile(_some(values), _RANGE_PERCENT)
     if high <= low:
         return np.zeros(values.shape, np.float32)
     return np.asarray((values - np.float32(low)) * np.float32((bins - 1) / (high - low))).clip(0, bins - 1)
@@ -272,21 +281,22 @@ def _histogram_evidence(bin_of: NDArray[np.int64], shape: tuple[int, ...], insid
     return np.asarray(evidence[bin_of])
 
 
-def _neighbourhood_evidence(value: Field, near: Mask, inside: Field, spacing_mm: Doubles) -> Doubles:
+def _neighbourhood_evidence(value: Field, near: Mask, inside: Field, spacing_mm: Doubles) -> Field:
     """(N,) evidence by densities in the neighbourhood of each voxel, on a grid of place and intensity."""
+    from ..core import kernels
+
     cell_mm = np.maximum(_NEIGHBOURHOOD_MM, spacing_mm)
     last = np.array(near.shape) - 1
     # Cells count from the middle of the crop: a flipped scan gives the flipped result. One more a side for the blur.
     reach = np.floor(last / 2 * spacing_mm / cell_mm + 0.5).astype(np.int64) + 1
     shape = (*(int(n) for n in 2 * reach + 1), _NEIGHBOURHOOD_BINS)
-    place = np.empty((4, len(value)))
-    cell = np.zeros(len(value), np.int64)
+    cell, tables = np.zeros(len(value), np.int64), []
     for axis, index in enumerate(np.nonzero(near)):
         offset = (np.arange(near.shape[axis]) - last[axis] / 2) * (spacing_mm[axis] / cell_mm[axis])
         nearest = (np.sign(offset) * np.floor(np.abs(offset) + 0.5)).astype(np.int64)
         cell = cell * shape[axis] + (nearest + reach[axis])[index]
-        place[axis] = (offset + reach[axis])[index]
-    place[3] = value
+        low = np.floor(offset + reach[axis])
+        tables.append((low.astype(np.int64), low.astype(np.int64) + 1, (offset + reach[axis] - low).astype(np.float32)))
     cell = cell * _NEIGHBOURHOOD_BINS + _whole(value)
 
     cells = int(np.prod(shape))
@@ -305,7 +315,10 @@ def _neighbourhood_evidence(value: Field, near: Mask, inside: Field, spacing_mm:
         )
         if sweep + 1 < _EM_SWEEPS:
             of_inside = np.bincount(cell, _sigmoid(log_odds + evidence.ravel()[cell]), cells)
-    return np.asarray(ndimage.map_coordinates(evidence, place, order=1, mode="nearest"))
+    result, grid = np.empty(len(value), np.float32), evidence.astype(np.float32)
+    begins = np.cumsum([0, *np.count_nonzero(near, axis=(1, 2))])
+    in_slabs(lambda *part: kernels.look_up(grid, tuple(tables), near, value, begins, result, *part), len(near))
+    return result
 
 
 def _shrunk_log_ratio(inside: Doubles, outside: Doubles) -> Doubles:
@@ -323,18 +336,21 @@ def _couplings(image: Field, near: Mask, spacing_mm: Doubles) -> list[Field]:
         along = near.swapaxes(0, axis)
         counted = step.swapaxes(0, axis)[along[:-1] & along[1:]]
         if len(counted):
-            medians.append(float(np.median(np.abs(counted))))
+            medians.append(float(np.median(np.abs(_some(counted)))))
     # The median of |difference| of two voxels with normal noise is 0.954 standard deviations of the noise.
     noise = max(min(medians, default=0.0) / 0.954, _SMALLEST_NOISE)
     couplings = []
     for axis, step in enumerate(steps):
-        similarity = np.exp(-0.25 * (step / np.float32(_CONTRAST_NOISES * noise)) ** 2)
+        step /= np.float32(2 * _CONTRAST_NOISES * noise)
+        similarity = np.exp(np.negative(np.square(step, out=step), out=step), out=step)
         strongest = _COUPLING * float(spacing_mm.min() / spacing_mm[axis])
-        couplings.append((strongest * (_SMALLEST_COUPLING + (1 - _SMALLEST_COUPLING) * similarity)).astype(np.float32))
+        similarity *= np.float32(strongest * (1 - _SMALLEST_COUPLING))
+        similarity += np.float32(strongest * _SMALLEST_COUPLING)
+        couplings.append(similarity)
     return couplings
 
 
-def _mean_field(log_odds: Doubles, couplings: list[Field], device: torch.device) -> Field:
+def _mean_field(log_odds: Field, couplings: list[Field], device: torch.device) -> Field:
     """(I, J, K) marginal probabilities of the random field."""
     own = torch.from_numpy(log_odds).to(device, torch.float32)
     links = [torch.from_numpy(coupling).to(device, torch.float32) for coupling in couplings]

@@ -14,6 +14,7 @@ from ..core.geometry import Grid
 from ..core.image import Volume
 from ..core.mask import LocalMap
 from ..core.overlap import dice
+from ..core.parallel import parallel_map
 from ..prompts import INSIDE
 from ..registration import Registration
 from ..transforms.maps import Affine
@@ -103,8 +104,9 @@ def gather(case: Case) -> dict[int, Evidence]:
     to_query = case.registration.linear.inverse()
     growth = abs(float(np.linalg.det(to_query.matrix[:3, :3])))
     shifts_mm = {n: _shift_mm(case, n, atlas_boxes[n - 1], to_query) for n in present}
-    usual_mm, evidence = np.median(list(shifts_mm.values()), axis=0), {}
-    for n in present:
+    usual_mm = np.median(list(shifts_mm.values()), axis=0)
+
+    def measure(n: int) -> Evidence:
         warped, mask = case.warped[n], _mask(case.labels, n, boxes[n - 1])
         label = _mask(case.atlas_labels.data, n, atlas_boxes[n - 1])
         found = _brightness(case.query, case.labels, n, mask.box, query_range)
@@ -116,7 +118,7 @@ def gather(case: Case) -> dict[int, Evidence]:
         warped_centre, centre = (_centroid_mm(one, case.query.grid) for one in (warped, mask))
         shift_mm = shifts_mm[n]
         dissimilarity = 0.0 if difference is None else difference.mean(near[n])
-        evidence[n] = Evidence(
+        return Evidence(
             agreement=_agreement(warped, mask),
             certainty=_certainty(case.answers.get(n)),
             volume_change=change,
@@ -138,7 +140,8 @@ def gather(case: Case) -> dict[int, Evidence]:
             blur=_blur(warped),
             place_margin=case.registration.places[n].margin if n in case.registration.places else 0.0,
         )
-    return evidence
+
+    return dict(zip(present, parallel_map(measure, present), strict=True))
 
 
 def _mask(labels: NDArray[Any], number: int, box: tuple[slice, slice, slice]) -> LocalMap:
