@@ -54,6 +54,10 @@ class InstanceSettings:
     structure_emphasis: _NotNegative = 4.0
     """Additional weight of a voxel in or near a structure of the atlas: 1 + this, and 1 elsewhere."""
 
+    centreline_emphasis: Annotated[_NotNegative, QUALITY_NEUTRAL] = 12.0
+    """Additional weight of a voxel on the centre line of a ``tubular`` structure; a mm beside it counts hardly less, a
+    cm nothing."""
+
     ensemble: Annotated[int, Field(ge=1, le=4), QUALITY_NEUTRAL] = 2
     """Fits with different weights, each as slow, whose warped labels are averaged; the first transform is reported."""
 
