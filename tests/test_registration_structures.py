@@ -17,7 +17,7 @@ from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap
 from atlassegfm.registration import Place, pyramid, structures
-from atlassegfm.registration.affine import affine_maps
+from atlassegfm.registration.affine import _parameters_of, affine_maps, homogeneous
 from atlassegfm.registration.features import mind_ssc
 from atlassegfm.transforms.maps import Affine
 from conftest import affine_of, rotation
@@ -47,6 +47,14 @@ def test_linear_maps_turn_stretch_and_never_mirror(numbers: list[float]) -> None
     np.testing.assert_allclose(
         matrix @ centre.numpy() + offset, centre.numpy() + numbers[:3], atol=1e-3 * max(1.0, np.abs(matrix).max())
     )
+
+
+@given(st.lists(st.floats(-1.0, 1.0), min_size=12, max_size=12))
+def test_parameters_of_a_linear_map_give_it_again(numbers: list[float]) -> None:
+    centre = torch.tensor([10.0, -20.0, 30.0])
+    matrix, offset = affine_maps(torch.tensor([numbers]), centre)
+    linear = Affine(homogeneous(matrix[0], offset[0]))
+    np.testing.assert_allclose(_parameters_of(linear, centre.double().numpy())[0], numbers, atol=1e-3)
 
 
 # --- translations -----------------------------------------------------------------------------------------------------
@@ -205,6 +213,31 @@ def test_map_of_an_organ_that_moved_turned_and_grew(brightness: bool, voxels: fl
     np.testing.assert_allclose(
         found.mask, ndimage.affine_transform(mask, back[:3, :3], back[:3, 3], order=1), atol=1e-5
     )
+
+
+def test_organ_that_another_atlas_has_found_is_not_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    atlas, mask = organ(AT_REST)
+    query, truth = organ(TURNED)
+    fit = structures.StructureFit(level_of(query), level_of(atlas), 1.0, float(SIZE), brightness=True)
+    centre, known = np.argwhere(truth > 0).mean(axis=0), Place(30.0, 0.9, 1.0, 50.0)
+    patches, search = list[structures.Patch](), fit.candidates
+
+    def searched(patch: structures.Patch, count: int) -> torch.Tensor:
+        patches.append(patch)
+        return search(patch, count)
+
+    monkeypatch.setattr(fit, "candidates", searched)
+    found = fit.fit(LocalMap((0, 0, 0), mask), centre + 1, known)
+    assert not patches
+    assert found is not None
+    assert dice(found.mask, truth) > 0.9
+    assert found.place.margin == pytest.approx(known.margin)
+    # Where nothing is like it, it is.
+    elsewhere, alone = fit.fit(LocalMap((0, 0, 0), mask), centre - 16, known), fit.fit(LocalMap((0, 0, 0), mask))
+    assert len(patches) == 2
+    assert elsewhere is not None
+    assert alone is not None
+    np.testing.assert_array_equal(elsewhere.to_query, alone.to_query)
 
 
 def test_of_two_places_the_one_that_fits_in_the_end_is_kept() -> None:

@@ -8,7 +8,7 @@ linear maps are fitted from the best of them, roughly at first, and the one that
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -30,7 +30,7 @@ from .affine import affine_maps, homogeneous
 from .features import mind_ssc
 from .kernels import Array
 from .pyramid import Level, Scan, frame_grid, on_grid
-from .result import Place
+from .result import Guide, Place
 from .sampling import at_points
 
 #: Standard deviation of the prior on a translation, as a fraction of the field of view's size (its volume's cube root).
@@ -112,11 +112,13 @@ def fit(
     device: str,
     *,
     brightness: bool = True,
+    guide: Guide | None = None,
 ) -> Search:
     """Fit a linear map to each structure and blend them to one smooth field, applied before ``linear``.
 
     ``brightness`` compares intensities beside MIND-SSC: that tells organs of similar form apart, but misleads where the
-    contrast of organs differs between the scans.
+    contrast of organs differs between the scans. Structures that a ``guide`` has found are fitted from there, and
+    searched for where that does not match.
     """
     grid = frame_grid(fixed.intensity.grid, spacing_mm)
     query, atlas = on_grid(fixed, grid, device), on_grid(moving, grid, device, linear)
@@ -129,7 +131,13 @@ def fit(
     masks = {n: maps[n] for n in sorted(large) if (maps[n].values >= INSIDE).sum() >= _FEWEST_VOXELS}
     # A GPU works on one structure at a time.
     most = _MOST_PARALLEL if device == "cpu" else 1
-    found = dict(zip(masks, parallel_map(structures.fit, masks.values(), most=most), strict=True))
+
+    def fitted(value: int) -> _StructureMap | None:
+        if guide is None or value not in guide.places:
+            return structures.fit(masks[value])
+        return structures.fit(masks[value], grid.world_to_voxel(guide.centres_mm[value]), guide.places[value])
+
+    found = dict(zip(masks, parallel_map(fitted, masks, most=most), strict=True))
     matched = {value: one for value, one in found.items() if one is not None}
     blended = _blend(list(matched.values()), size_mm / spacing_mm) if matched else None
     return Search(
@@ -260,14 +268,21 @@ class StructureFit:
         squared_difference = square - 2 * product + own_square
         return cost + _CORRELATION_WEIGHT * (1 - correlation) + _INTENSITY_WEIGHT * squared_difference
 
-    def fit(self, mask: LocalMap) -> _StructureMap | None:
+    def fit(
+        self, mask: LocalMap, near: NDArray[np.float64] | None = None, known: Place | None = None
+    ) -> _StructureMap | None:
         """Fit the map of a structure of the warped atlas: the best of those from all candidate places.
 
+        ``near`` is where its centre seems to be, (3,) voxels: there is no search where the best map leads there, and
+        the place is as certain as the ``known`` one.
         None if the structure is out of the atlas's view or the best map takes it out of the query's, or if MIND-SSC
         alone is lower without any map than with the best one or at its first translation: brightness was misleading.
         """
         patch = self.patch(mask)
-        found = None if patch is None else self._best(patch, self.candidates(patch, _CANDIDATES))
+        if patch is None:
+            return None
+        found = None if near is None or known is None else self._nearby(patch, mask, near, known)
+        found = found or self._best(patch, self.candidates(patch, _CANDIDATES))
         if found is None:
             return None
         to_query, place = found
@@ -275,6 +290,20 @@ class StructureFit:
         whole = mask.on_box((0, 0, 0), self._query.shape[2:])
         moved = ndimage.affine_transform(whole, back[:3, :3], back[:3, 3], order=1)
         return _StructureMap(to_query, whole, moved.astype(np.float32), place) if moved.any() else None
+
+    def _nearby(
+        self, patch: Patch, mask: LocalMap, near: NDArray[np.float64], known: Place
+    ) -> tuple[NDArray[np.float64], Place] | None:
+        """As :meth:`_best`, from one place and from none; None also where the best map leads elsewhere."""
+        centre = np.argwhere(mask.values >= INSIDE).mean(axis=0) + mask.start
+        found = self._best(patch, torch.as_tensor(near - centre, dtype=torch.float32, device=self._query.device)[None])
+        if found is None:
+            return None
+        matrix, place = found
+        if np.linalg.norm(matrix[:3, :3] @ centre + matrix[:3, 3] - near) > _ELSEWHERE_SIZES * patch.voxels ** (1 / 3):
+            return None
+        second_cost = None if known.second_cost is None else place.cost + known.second_cost - known.cost
+        return matrix, replace(place, second_cost=second_cost, second_distance_mm=known.second_distance_mm)
 
     def _sample(self, patch: Patch) -> _Sample:
         """Compare all voxels with a weight, or :data:`_FINAL_POINTS` of them."""
