@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from atlassegfm.core import compiled
 from atlassegfm.core.geometry import Grid
@@ -26,7 +27,7 @@ from atlassegfm.fusion import correction_features
 from atlassegfm.registration import affine, features, kernels, structures
 from atlassegfm.registration.objective import Objective, Scans, Weights, smooth_control
 from atlassegfm.registration.pyramid import Level
-from atlassegfm.registration.sampling import at_points
+from atlassegfm.registration.sampling import off_centre
 from atlassegfm.transforms import kernels as warping
 
 #: Anisotropic, and with axes of a single voxel.
@@ -68,27 +69,38 @@ def off_nodes(points: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 @given(SHAPES, SEEDS)
-@FEW
-def test_sample_and_its_slope(shape: tuple[int, int, int], seed: int) -> None:
-    image, points = floats(seed, *shape), off_nodes(points_around(shape, 20, seed + 1))
-    values, slopes = np.empty(20, np.float32), np.empty((20, 3), np.float32)
-    kernels.sample(image, points, values, slopes, 0, 20)
-    np.testing.assert_allclose(values, [crude_value(image, p) for p in points], atol=1e-5)
-    np.testing.assert_allclose(slopes, [crude_slope(image, p) for p in points], atol=1e-2)
-
-
-@given(SHAPES, SEEDS)
-@FEW
-def test_squared_difference_and_its_slope(shape: tuple[int, int, int], seed: int) -> None:
-    mind, targets = floats(seed, *shape, 12), floats(seed + 1, 5, 12)
-    points = off_nodes(points_around(shape, 10, seed + 2))
-    values, slopes = np.empty(10, np.float32), np.empty((10, 3), np.float32)
-    kernels.difference_at(mind, points, targets, values, slopes, 0, 10)
-    for n, point in enumerate(points):
-        found = np.array([crude_value(mind[..., c], point) for c in range(12)]) - targets[n % 5]
-        slope = np.array([crude_slope(mind[..., c], point) for c in range(12)])
-        assert values[n] == pytest.approx((found**2).sum(), rel=1e-4, abs=1e-5)
-        np.testing.assert_allclose(slopes[n], 2 * found @ slope, atol=3e-2)
+@settings(max_examples=10, deadline=None)
+def test_sums_over_a_structure_and_their_slopes(shape: tuple[int, int, int], seed: int) -> None:
+    image, seen, mind = floats(seed, *shape), floats(seed + 1, *shape), floats(seed + 2, *shape, 12)
+    places, weights, own, targets = (
+        floats(seed + n, *size) for n, size in ((3, (3, 3)), (4, (3,)), (5, (3,)), (6, (3, 12)))
+    )
+    points = np.vstack([places.T, np.ones((1, 3), np.float32)])
+    # A turn would lead single points onto nodes, where the derivative jumps.
+    move = off_nodes(points_around(shape, 1, seed + 7))[0] - 0.01
+    maps = np.stack([np.c_[np.diag(scale), move] for scale in ((0.01, 0.01, 0.01), (0.0, 0.01, 0.02))]).astype(
+        np.float32
+    )
+    found = kernels.structure_sums((image, seen, mind), (points, weights, own, targets), maps, 0, 3)
+    for one, sums in zip(maps, found, strict=True):
+        expected = np.zeros((5, 4, 4))
+        for point, weight, other, target in zip(points.T, weights, own, targets, strict=True):
+            place = one @ point
+            channels = [*np.moveaxis(mind, -1, 0), image, seen]
+            values = np.array([crude_value(channel, place) for channel in channels])
+            slopes = np.array([crude_slope(channel, place) for channel in channels])
+            difference, (here, inside) = values[:12] - target, values[12:]
+            by_here, by_inside = slopes[12:]
+            terms = (
+                (difference @ difference, 2 * difference @ slopes[:12]),
+                (inside, by_inside),
+                (here, by_here),
+                (here**2, 2 * here * by_here),
+                (here * other, other * by_here),
+            )
+            expected += [weight * np.outer([value, *slope], point) for value, slope in terms]
+        np.testing.assert_allclose(sums, expected, atol=6e-2)
+        np.testing.assert_allclose(sums[:, 0], expected[:, 0], atol=1e-3)
 
 
 @given(st.tuples(*[st.integers(2, 9)] * 3), SEEDS, st.integers(0, 7), st.sampled_from(range(5)))
@@ -145,11 +157,11 @@ def test_objective_on_a_gpu_is_that_on_the_cpu() -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
-@given(st.tuples(*[st.integers(1, 6)] * 3), SEEDS)
+@given(st.tuples(*[st.integers(1, 6)] * 3), SEEDS, st.sampled_from((torch.float32, torch.float64)))
 @FEW
-def test_smoothing_of_the_control_grid_is_two_means(shape: tuple[int, int, int], seed: int) -> None:
-    control = torch.from_numpy(floats(seed, 1, 3, *shape)).double().requires_grad_(True)
-    upstream, expected = torch.from_numpy(floats(seed + 1, 1, 3, *shape)).double(), control
+def test_smoothing_of_the_control_grid_is_two_means(shape: tuple[int, int, int], seed: int, dtype: torch.dtype) -> None:
+    control = torch.from_numpy(floats(seed, 1, 3, *shape)).to(dtype).requires_grad_(True)
+    upstream, expected = torch.from_numpy(floats(seed + 1, 1, 3, *shape)).to(dtype), control
     for _ in range(2):
         expected = F.avg_pool3d(F.pad(expected, [1] * 6, mode="replicate"), 3, stride=1)
     found = smooth_control(control)
@@ -182,17 +194,48 @@ def test_penalty_of_the_linear_stages_is_that_of_pytorch(shape: tuple[int, int, 
         image, weight = (torch.from_numpy(floats(seed + 2 * number + n, 1, 1, *shape)) for n in range(2))
         return affine._WeightedScan(Level(Grid(shape, np.eye(4)), image, torch.ones_like(image), weight, None), 0.0, 50)
 
-    one, other = scan(0), scan(1)
-    count = len(other.points_mm)
-    points = (
-        torch.from_numpy(off_nodes(points_around(shape, 2 * count, seed))).reshape(2, count, 3).requires_grad_(True)
-    )
+    one, other, parameters = scan(0), scan(1), linear_parameters(seed)
     results = []
-    for penalties in (one._penalties, one._penalties_by_torch):
-        value = penalties(other, points)
-        results.append((value, *torch.autograd.grad(value.sum(), points)))
+    for agreement in (affine.agreement, affine.agreement_by_torch):
+        value = agreement(parameters, one, other, torch.tensor([1.0, -2.0, 0.5]))
+        results.append((value.float(), *torch.autograd.grad(value.sum(), parameters)))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("shift", [(0, 0, 0), (2, -1, 1)])
+def test_derivatives_hold_where_a_shift_puts_all_voxels_on_nodes(shift: tuple[int, int, int]) -> None:
+    def scan(number: int) -> affine._WeightedScan:
+        image = torch.from_numpy(ndimage.gaussian_filter(floats(number, 20, 18, 16), 1.5) * 8)[None, None]
+        everywhere = torch.ones_like(image)
+        return affine._WeightedScan(Level(Grid(image.shape[2:], np.eye(4)), image, everywhere, everywhere, None), 0.0)
+
+    one, other, parameters = scan(0), scan(1), torch.zeros(1, 12)
+    parameters[0, :3] = torch.tensor(shift)
+    agreement = partial(affine.agreement, query=one, atlas=other, centre_mm=torch.tensor([10.0, 9, 8]))
+    steps = torch.eye(12)[:6] * torch.tensor([0.1] * 3 + [0.01] * 9)
+    differences = (agreement(parameters + steps) - agreement(parameters - steps)) / (2 * steps.sum(dim=1))
+    slopes = torch.autograd.grad(agreement(parameters.requires_grad_(True)).sum(), parameters)[0][0, :6]
+    for part in (slice(3), slice(3, 6)):
+        error = (slopes[part] - differences[part]).norm() / differences[part].norm()
+        assert error < 0.3
+
+
+@given(SHAPES, SEEDS)
+@FEW
+def test_points_off_the_centres_stay_in_their_voxels_and_spread(shape: tuple[int, int, int], seed: int) -> None:
+    voxels = torch.from_numpy(np.random.default_rng(seed).integers(0, shape, (64, 3)))
+    points = off_centre(voxels, shape)
+    assert ((points - voxels).abs() <= 0.25).all()
+    assert ((points >= 0) & (points <= torch.tensor(shape) - 1)).all()
+    inner = ((voxels > 0) & (voxels < torch.tensor(shape) - 1)).all(dim=1)
+    moves = (points - voxels)[inner]
+    assert len(torch.unique(moves.mul(1000).round(), dim=0)) == len(moves)
+
+
+def linear_parameters(seed: int) -> torch.Tensor:
+    """Those of two linear maps."""
+    return torch.from_numpy(np.random.default_rng(seed).normal(0, 0.2, (2, 12))).float().requires_grad_(True)
 
 
 @given(st.tuples(*[st.integers(2, 8)] * 3), SEEDS)
@@ -201,24 +244,33 @@ def test_comparison_of_structures_is_that_of_pytorch(shape: tuple[int, int, int]
     image = torch.from_numpy(floats(seed, 1, 1, *shape))
     level = Level(Grid(shape, np.eye(4)), image, torch.ones_like(image), torch.ones_like(image), None)
     fit = structures.StructureFit(level, level, 1.0, 10.0, brightness=True)
-    mind = torch.from_numpy(floats(seed + 1, 12, 15))
-    mapped = torch.from_numpy(off_nodes(points_around(shape, 30, seed + 2))).reshape(2, 15, 3).requires_grad_(True)
-    for found, expected in zip(fit._compared(mapped, mind), fit._compared_by_torch(mapped, mind), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
-        one, other = (torch.autograd.grad(values.sum(), mapped, retain_graph=True)[0] for values in (found, expected))
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
+    points, weight, own = (
+        torch.from_numpy(floats(seed + n, *size)) for n, size in ((1, (15, 3)), (2, (15,)), (3, (15,)))
+    )
+    mind, parameters = torch.from_numpy(floats(seed + 4, 12, 15)), linear_parameters(seed)
+    points = points * torch.tensor(shape)
+    sample = structures._Sample(points, weight / weight.sum(), own, mind, points.mean(dim=0))
+    found, expected = fit._sums(parameters, sample), fit._sums_by_torch(parameters, sample)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    one, other = (torch.autograd.grad(values.sum(), parameters)[0] for values in (found, expected))
+    torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
 
 
-def test_at_points_passes_the_slope_on() -> None:
-    def squares(points: Any, values: Any, slopes: Any, first: int, last: int) -> None:
-        values[first:last] = (points[first:last] ** 2).sum(axis=1)
-        slopes[first:last] = 2 * points[first:last]
+@given(SEEDS, st.sampled_from((0.1, 1.0)))
+@FEW
+def test_linear_maps_are_those_of_pytorch(seed: int, size: float) -> None:
+    parameters, centre = linear_parameters(seed) * (5 * size), torch.tensor([80.0, -50.0, 30.0])
+    maps, slopes = affine.linear_maps(parameters.detach().double().numpy(), centre)
 
-    points = torch.from_numpy(floats(0, 2, 5, 3)).requires_grad_(True)
-    value = at_points(points, squares)
-    torch.testing.assert_close(value, points.pow(2).sum(dim=-1))
-    (found,) = torch.autograd.grad((value * torch.arange(5)).sum(), points)
-    torch.testing.assert_close(found, 2 * points.detach() * torch.arange(5)[:, None])
+    def by_torch(numbers: torch.Tensor) -> torch.Tensor:
+        matrix, offset = affine.affine_maps(numbers, centre)
+        return torch.cat((matrix, offset[..., None]), dim=2)
+
+    np.testing.assert_allclose(maps[:, :3], by_torch(parameters).detach(), rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(maps[:, 3], [[0, 0, 0, 1]] * 2)
+    jacobian = torch.autograd.functional.jacobian(by_torch, parameters)
+    for n in range(2):
+        np.testing.assert_allclose(slopes[n, :, :3].transpose(1, 2, 0), jacobian[n, :, :, n], rtol=1e-4, atol=1e-2)
 
 
 @given(SHAPES, SEEDS)

@@ -215,31 +215,6 @@ def test_map_of_an_organ_that_moved_turned_and_grew(brightness: bool, voxels: fl
     )
 
 
-def test_organ_that_another_atlas_has_found_is_not_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    atlas, mask = organ(AT_REST)
-    query, truth = organ(TURNED)
-    fit = structures.StructureFit(level_of(query), level_of(atlas), 1.0, float(SIZE), brightness=True)
-    centre, known = np.argwhere(truth > 0).mean(axis=0), Place(30.0, 0.9, 1.0, 50.0)
-    patches, search = list[structures.Patch](), fit.candidates
-
-    def searched(patch: structures.Patch, count: int) -> torch.Tensor:
-        patches.append(patch)
-        return search(patch, count)
-
-    monkeypatch.setattr(fit, "candidates", searched)
-    found = fit.fit(LocalMap((0, 0, 0), mask), centre + 1, known)
-    assert not patches
-    assert found is not None
-    assert dice(found.mask, truth) > 0.9
-    assert found.place.margin == pytest.approx(known.margin)
-    # Where nothing is like it, it is.
-    elsewhere, alone = fit.fit(LocalMap((0, 0, 0), mask), centre - 16, known), fit.fit(LocalMap((0, 0, 0), mask))
-    assert len(patches) == 2
-    assert elsewhere is not None
-    assert alone is not None
-    np.testing.assert_array_equal(elsewhere.to_query, alone.to_query)
-
-
 def test_of_two_places_the_one_that_fits_in_the_end_is_kept() -> None:
     atlas, mask = organ(AT_REST)
     # A smooth lookalike of the same form lies nearer than the organ itself, which is turned and stretched.

@@ -18,7 +18,6 @@ from atlassegfm.atlas import Atlas
 from atlassegfm.context import Context, Expected, customize
 from atlassegfm.core.config import with_overrides
 from atlassegfm.core.errors import InputError
-from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume, save_volume
 from atlassegfm.core.labels import Structure
 from atlassegfm.core.mask import LocalMap
@@ -27,13 +26,12 @@ from atlassegfm.core.parallel import limited_threads
 from atlassegfm.fusion.voting import vote
 from atlassegfm.jobs.fingerprint import atlas_digest, context_digest
 from atlassegfm.leave_one_out import measure
-from atlassegfm.registration import Place, affine, rank, register, register_all
-from atlassegfm.registration.result import Guide
+from atlassegfm.registration import rank, register, register_all
 from atlassegfm.segment import segment
 from atlassegfm.settings import Settings
-from atlassegfm.transforms.maps import Affine, points_over
+from atlassegfm.transforms.maps import Affine
 from atlassegfm.warping import atlases_for
-from conftest import Run, affine_of
+from conftest import Run
 from scenes import PAPER_GATE, STRUCTURES, UNREGISTERED, Patient, save_demo_pair, straight_grid
 
 GRID = straight_grid()
@@ -212,33 +210,6 @@ def test_registrations_side_by_side_are_those_of_each_alone(monkeypatch: pytest.
         for one, (image, labels) in zip(found, labelled, strict=True):
             alone = register(scan, image, LINEAR.registration, moving_labels=labels)
             np.testing.assert_array_equal(one.linear.matrix, alone.linear.matrix)
-
-
-def test_further_atlases_begin_from_what_the_first_has_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    short = ("registration.instance.iterations=[2]", "registration.instance.ensemble=1", *ROUGH[1:])
-    settings = with_overrides(Settings(), short).registration
-    atlases = [atlas_of(NEAR[0]), atlas_of(NEAR[1], without=(STRUCTURES[0].value,))]
-    labelled = [(one.image, one.numbered) for one in (*atlases[:1], atlases[1].matched(atlases[0]))]
-    searches, search = list[int](), affine.search_translations
-    monkeypatch.setattr(affine, "search_translations", lambda *given: (searches.append(1), search(*given))[1])
-    scan = QUERY.scan(GRID)
-    first, second = register_all(scan, labelled, settings)
-    assert len(searches) == 1
-    assert first.places.keys() > second.places.keys()
-    alone = register(scan, labelled[1][0], settings, moving_labels=labelled[1][1])
-    points_mm = points_over(GRID)
-    assert np.linalg.norm(second.linear.map(points_mm) - alone.linear.map(points_mm), axis=1).mean() < 3
-
-
-def test_guide_leads_to_the_structures_of_another_atlas() -> None:
-    data = np.zeros((10, 10, 10), np.uint8)
-    data[4:7, 5:8, 2:5] = 2
-    labels = Volume(data, Grid(data.shape, affine_of(np.diag([2.0, 2.0, 2.0]), (5.0, 0.0, 0.0))))
-    guide = Guide(Affine.identity(), {2: np.array([1.0, 2.0, 3.0])}, {2: Place(0.0, 1.0, None, None)})
-    start = guide.start(labels)
-    assert start is not None
-    np.testing.assert_allclose(start.map(guide.centres_mm[2]), [15, 12, 6])
-    assert guide.start(replace(labels, data=data // 2)) is None
 
 
 # What to expect.

@@ -1,16 +1,16 @@
-"""The optimiser Adam by PyTorch's own functional form.
+"""The optimiser Adam, with PyTorch's numbers.
 
 The class ``torch.optim.Adam`` loads PyTorch's compiler with its first step, which takes longer than the registration of
-a small scan; the function it calls does not.
+a small scan, and its checks take longer than a step on few numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 #: Added to the root of the mean squared gradient: the default of PyTorch.
 _EPSILON = 1e-8
@@ -34,7 +34,7 @@ class Adam:
         self._decay_rates, self._weight_decay = decay_rates, weight_decay
         self._means = [torch.zeros_like(one) for one in self.parameters]
         self._squares = [torch.zeros_like(one) for one in self.parameters]
-        self._steps = [torch.tensor(0.0) for _ in self.parameters]
+        self._steps = 0
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], *, factor: float = 1.0, momentum: float | None = None) -> None:
@@ -43,22 +43,14 @@ class Adam:
         ``momentum`` is used in this step in place of the first of the ``decay_rates``.
         """
         first, second = self._decay_rates
-        states = (self.parameters, gradients, self._means, self._squares, self._steps)
-        for rate, *state in zip(self.rates, *states, strict=True):
-            parameter, gradient, mean, square, count = ([one] for one in state)
-            adamw(
-                parameter,
-                gradient,
-                mean,
-                square,
-                [],
-                count,
-                foreach=False,
-                amsgrad=False,
-                beta1=first if momentum is None else momentum,
-                beta2=second,
-                lr=rate * factor,
-                weight_decay=self._weight_decay,
-                eps=_EPSILON,
-                maximize=False,
-            )
+        first = first if momentum is None else momentum
+        self._steps += 1
+        root = sqrt(1 - second**self._steps)
+        states = (self.parameters, gradients, self._means, self._squares)
+        for rate, parameter, gradient, mean, square in zip(self.rates, *states, strict=True):
+            if self._weight_decay:
+                parameter.mul_(1 - rate * factor * self._weight_decay)
+            mean.lerp_(gradient, 1 - first)
+            square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+            scale = (square.sqrt() / root).add_(_EPSILON)
+            parameter.addcdiv_(mean, scale, value=-rate * factor / (1 - first**self._steps))

@@ -14,8 +14,8 @@ from typing import Any, TypeVar, cast
 
 from .parallel import parallel_map
 
-#: Slabs of a job: enough to keep four threads busy to the end.
-_SLABS = 8
+#: Slabs of a job, at most: enough to keep four threads busy to the end; and voxels or points of each, at least.
+_SLABS, _SLAB_SIZE = 8, 15_000
 #: Slabs computed at a time, at most, and the voxels or points from which that pays.
 _MOST_PARALLEL, _SMALL_SIZE = 4, 30_000
 #: Sums may be taken in the order that vector registers suggest, and products added without rounding in between.
@@ -63,6 +63,8 @@ def in_slabs(kernel: Callable[[int, int], Any], length: int, size: int = _SMALL_
 
     ``size`` is the number of voxels or points of all: few are computed in the calling thread, sooner than others start.
     """
-    bounds = [length * n // _SLABS for n in range(_SLABS + 1)]
+    most = _MOST_PARALLEL if size >= _SMALL_SIZE else 1
+    count = min(_SLABS, max(size // _SLAB_SIZE, 1))
+    bounds = [length * n // count for n in range(count + 1)]
     parts = [(first, last) for first, last in pairwise(bounds) if last > first]
-    return list(parallel_map(lambda part: kernel(*part), parts, most=_MOST_PARALLEL if size >= _SMALL_SIZE else 1))
+    return list(parallel_map(lambda part: kernel(*part), parts, most=most))

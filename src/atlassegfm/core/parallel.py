@@ -38,9 +38,8 @@ def parallel_map(work: Callable[[T], R], parts: Iterable[T], *, most: int = _MOS
     the number of cores, at most ``most``. A nested call runs in its own thread only. Parts are taken a few ahead;
     yields what ``work`` returned, in their order.
     """
-    allowed = os.environ.get("OMP_NUM_THREADS", "")
-    count = min(int(allowed) if allowed.isdecimal() else usable_cores(), most)
-    if count <= 1 or getattr(_here, "is_part", False):
+    count = 1 if most == 1 or getattr(_here, "is_part", False) else min(_allowed_threads(), most)
+    if count <= 1:
         yield from map(work, parts)
         return
     with ThreadPoolExecutor(count, initializer=setattr, initargs=(_here, "is_part", True)) as pool:
@@ -55,6 +54,11 @@ def parallel_map(work: Callable[[T], R], parts: Iterable[T], *, most: int = _MOS
         finally:
             for future in under_way:
                 future.cancel()
+
+
+def _allowed_threads() -> int:
+    allowed = os.environ.get("OMP_NUM_THREADS", "")
+    return int(allowed) if allowed.isdecimal() else usable_cores()
 
 
 def thread_variables(count: int) -> dict[str, str]:

@@ -18,7 +18,7 @@ from scipy.special import expit
 
 from ..core.image import Volume
 from ..core.mask import LocalMap
-from .correction_features import Array, border_features, downsample, log_odds, upsample
+from .correction_features import Array, BorderFeatures, border_features, downsample, log_odds, upsample
 
 #: Width of both hidden layers, and of the embedding of a structure.
 HIDDEN_WIDTH, EMBEDDING_WIDTH = 32, 8
@@ -106,10 +106,11 @@ class Correction:
 
         The result is float32 in [0, 1]; the mask itself if it has no border.
         """
-        mask = masks[number]
         near = border_features(image, number, atlas, masks)
-        if near is None:
-            return mask
+        return masks[number] if near is None else self.apply_near(near, number, masks[number])
+
+    def apply_near(self, near: BorderFeatures, number: int, mask: LocalMap) -> LocalMap:
+        """Correct a mask whose features are known."""
         added = np.zeros(near.band.shape, np.float32)
         added[near.band] = self.strength * self._predict(near.values, number)
         values = mask.on_box(near.start, near.stop)
@@ -131,18 +132,13 @@ class Correction:
 
 
 def make_training_sample(
-    image: Volume, number: int, atlas: LocalMap, masks: Mapping[int, LocalMap], truth: LocalMap, *, seed: Sequence[int]
-) -> TrainingSample | None:
-    """Make a training sample of one simulated mask on the atlas's scan; None if the mask has no border.
+    near: BorderFeatures, number: int, mask: LocalMap, truth: LocalMap, *, seed: Sequence[int]
+) -> TrainingSample:
+    """Make a training sample of the fused mask of one simulated error on the atlas's scan, and its features.
 
-    ``number``, ``atlas`` and ``masks`` are as of :func:`.border_features`, ``atlas`` being the simulated mask;
     ``truth`` is the atlas's label, 0 or 1; ``seed`` is that of the choice of voxels.
     """
-    near = border_features(image, number, atlas, masks)
-    if near is None:
-        return None
-    odds = log_odds(masks[number].on_box(near.start, near.stop))
-    inside = truth.on_box(near.start, near.stop)
+    odds, inside = log_odds(mask.on_box(near.start, near.stop)), truth.on_box(near.start, near.stop)
     voxels = np.random.default_rng(list(seed)).permutation(len(near.values))[:_SAMPLE_VOXELS]
     targets = (downsample(array, near.strides)[near.band][voxels] for array in (odds, inside))
     return TrainingSample(number, near.values[voxels], *targets)

@@ -16,6 +16,7 @@ from ..models.base import Models, PromptedScan
 from ..prompts import PromptKind
 from ..settings import Settings
 from .correction import TrainingSample, make_training_sample
+from .correction_features import BorderFeatures, border_features
 from .gate import Gate, GateSample, fuse, train_gate
 from .mixture import best_mixture, mix_structures
 from .simulation import simulate_mask
@@ -23,6 +24,8 @@ from .smoothing import best_smoothing
 
 #: Simulated masks, at most, and voxels of their structures' boxes; where they allow it, at least so many draws.
 _MOST_MASKS, _MOST_VOXELS, _FEWEST_DRAWS = 128, 16_000_000, 2
+#: Features are kept from the training to the choice of the smoothing up to so many numbers (600 MB), else made again.
+_MOST_KEPT = 150_000_000
 
 
 def count_draws(boxes: Sequence[tuple[slice, slice, slice]], most: int) -> int:
@@ -87,27 +90,35 @@ def train_gate_on_atlas(
     on_part("correction")
     fused = [{n: fuse(one.atlas, one.model, gate, device=device) for n, one in drawn.items()} for drawn in samples]
 
-    def training_sample(which: tuple[int, int]) -> TrainingSample | None:
+    def features(which: tuple[int, int]) -> BorderFeatures | None:
         draw, n = which
-        one, seed = samples[draw][n], (settings.seed, draw, n)
-        return make_training_sample(image, n, one.atlas, fused[draw], one.truth, seed=seed)
+        return border_features(image, n, samples[draw][n].atlas, fused[draw])
 
     from .correction_training import train_correction
 
-    drawn_structures = [(draw, n) for draw, drawn in enumerate(samples) for n in drawn]
-    training = [one for one in parallel_map(training_sample, drawn_structures) if one is not None]
+    training: list[TrainingSample] = []
+    kept: dict[tuple[int, int], BorderFeatures | None] = {}
+    drawn_structures, kept_numbers = [(draw, n) for draw, drawn in enumerate(samples) for n in drawn], 0
+    for (draw, n), near in zip(drawn_structures, parallel_map(features, drawn_structures), strict=True):
+        if near is not None:
+            seed = (settings.seed, draw, n)
+            training.append(make_training_sample(near, n, fused[draw][n], samples[draw][n].truth, seed=seed))
+            kept_numbers += near.values.size
+        if kept_numbers <= _MOST_KEPT:
+            kept[draw, n] = near
     correction = train_correction(training, len(truths), options.correction, seed=settings.seed)
     if correction is None:
         return gate
 
+    def corrected(draw: int, n: int) -> LocalMap:
+        near = kept.pop((draw, n)) if (draw, n) in kept else features((draw, n))
+        mask = fused[draw][n]
+        return mask if near is None else correction.apply_near(near, n, mask)
+
     def smoothing(n: int) -> float:
         if n in tubular:  # a fraction of the trunk's radius takes away the branches
             return 0.0
-        trials = (
-            (correction.apply(image, n, drawn[n].atlas, masks), truths[n])
-            for masks, drawn in zip(fused, samples, strict=True)
-            if n in drawn
-        )
+        trials = ((corrected(draw, n), truths[n]) for draw, drawn in enumerate(samples) if n in drawn)
         return best_smoothing(trials, image.grid)
 
     on_part("smoothing")

@@ -282,10 +282,10 @@ def _neighbourhood_evidence(value: Field, near: Mask, inside: Field, spacing_mm:
     place = np.empty((4, len(value)))
     cell = np.zeros(len(value), np.int64)
     for axis, index in enumerate(np.nonzero(near)):
-        offset = (index - last[axis] / 2) * (spacing_mm[axis] / cell_mm[axis])
+        offset = (np.arange(near.shape[axis]) - last[axis] / 2) * (spacing_mm[axis] / cell_mm[axis])
         nearest = (np.sign(offset) * np.floor(np.abs(offset) + 0.5)).astype(np.int64)
-        cell = cell * shape[axis] + nearest + reach[axis]
-        place[axis] = offset + reach[axis]
+        cell = cell * shape[axis] + (nearest + reach[axis])[index]
+        place[axis] = (offset + reach[axis])[index]
     place[3] = value
     cell = cell * _NEIGHBOURHOOD_BINS + _whole(value)
 

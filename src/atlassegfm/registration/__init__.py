@@ -19,13 +19,11 @@ from ..core.geometry import Grid
 from ..core.image import Volume
 from ..core.parallel import parallel_map
 from ..core.progress import StageClock
-from ..prompts import INSIDE
 from ..settings import InstanceSettings, RegistrationSettings
 from ..transforms.jacobian import deformation_statistics, nodes_in
 from ..transforms.maps import Affine, Transform, points_over, stages_of
-from ..transforms.resample import warp_labels
 from .engines import ENGINES, require_engine
-from .result import Guide, Place, Registration, nearest_of
+from .result import Place, Registration, nearest_of
 
 __all__ = [
     "ENGINES",
@@ -44,8 +42,6 @@ __all__ = [
 Labelled = tuple[Volume, Volume]
 #: Steps of the fit by which atlases are ranked; more of them, or an affine fit, rank no better.
 _RANKING_ITERATIONS = 5
-#: Margin of a place from which on a structure is found for certain, and further atlases begin there.
-_SURE_MARGIN = 0.1
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -58,15 +54,14 @@ def register(
     *,
     moving_labels: Volume | None = None,
     initial: Affine | None = None,
-    guide: Guide | None = None,
     device: str = "cpu",
     on_stage: Callable[[str], None] | None = None,
 ) -> Registration:
     """Register the atlas to the query, both float32 intensities in any array order and any field of view.
 
     With ``moving_labels`` on the atlas's grid similarity weighs more near labelled structures, and each structure is
-    searched for on its own. ``initial`` replaces the linear stages; a ``guide`` from another atlas saves searches for
-    what that has found. ``device`` is "cpu" or "cuda". ``on_stage`` is called with the name of each stage as it begins.
+    searched for on its own. ``initial`` replaces the linear stages. ``device`` is "cpu" or "cuda". ``on_stage`` is
+    called with the name of each stage as it begins.
 
     Raises :class:`.RegistrationError` if one of the scans holds nothing but background or an external engine fails, and
     :class:`.MissingExtraError` if the engine is another package's that is not installed.
@@ -88,18 +83,13 @@ def register(
     found = Registration(initial or Affine.identity(), None)
     if wants_linear and not by_engine:
         with clock.stage("linear"):
-            near = None if guide is None or moving_labels is None else guide.start(moving_labels)
-            if near is None:
-                linear, cost = affine.fit(query, atlas, spacings, settings, device)
-            else:
-                linear, cost = affine.refine(query, atlas, near, spacings, settings, device)
+            linear, cost = affine.fit(query, atlas, spacings, settings, device)
         found = Registration(linear, None, parameter_count={"linear": 12 if settings.affine else 6}, linear_cost=cost)
     places: Mapping[int, Place] = {}
     if settings.deformable or by_engine:
         start = None
         if settings.structure_search and moving_labels is not None and engine.takes_start:
-            scans = query, atlas, moving_labels
-            search = partial(structures.fit, *scans, found.linear, spacings[-1], device, guide=guide)
+            search = partial(structures.fit, query, atlas, moving_labels, found.linear, spacings[-1], device)
             with clock.stage("structures"):
                 searched, robust = search(), False
                 if settings.instance.contrast_robust:
@@ -130,38 +120,19 @@ def register_all(
 ) -> list[Registration]:
     """Register several atlases to one query; as :func:`register`, on a CPU side by side with one thread each.
 
-    The first one comes before the others, which begin from what it has found. ``on_stage`` is called with the stages
-    of a single atlas, or with the number of each of several as it begins.
+    ``on_stage`` is called with the stages of a single atlas, or with the number of each of several as it begins.
     """
-    settings, report, several = settings or RegistrationSettings(), on_stage or (lambda _: None), len(atlases) > 1
+    report = on_stage or (lambda _: None)
 
-    def one(number: int, guide: Guide | None = None) -> Registration:
-        moving, labels = atlases[number]
-        if several:
-            report(f"atlas {number + 1} of {len(atlases)}")
-        stages = None if several else on_stage
-        return register(fixed, moving, settings, moving_labels=labels, guide=guide, device=device, on_stage=stages)
+    def one(numbered: tuple[int, Labelled]) -> Registration:
+        number, (moving, labels) = numbered
+        if len(atlases) > 1:
+            report(f"atlas {number} of {len(atlases)}")
+        stages = on_stage if len(atlases) == 1 else None
+        return register(fixed, moving, settings, moving_labels=labels, device=device, on_stage=stages)
 
-    first = one(0)
-    if not several:
-        return [first]
-    guide = _guide(first, fixed, atlases[0][1], settings)
-    return [first, *_side_by_side(partial(one, guide=guide), range(1, len(atlases)), device)]
-
-
-def _guide(found: Registration, query: Volume, labels: Volume, settings: RegistrationSettings) -> Guide:
-    """Find the centres of the structures of which the registration of an atlas with these labels is certain."""
-    from . import pyramid
-
-    places = {value: place for value, place in found.places.items() if place.margin >= _SURE_MARGIN}
-    spacing_mm = pyramid.level_spacings_mm(query.grid, (settings.coarse_voxels, settings.fine_voxels))[-1]
-    grid = pyramid.frame_grid(query.grid, spacing_mm)
-    inside = {
-        value: np.argwhere(mask.values >= INSIDE) + mask.start
-        for value, mask in warp_labels(labels, [*places], grid, found.fixed_to_moving).items()
-    }
-    centres_mm = {value: grid.voxel_to_world(ijk.mean(axis=0)) for value, ijk in inside.items() if len(ijk)}
-    return Guide(found.linear, centres_mm, {value: places[value] for value in centres_mm})
+    numbered = list(enumerate(atlases, start=1))
+    return [one(numbered[0])] if len(atlases) == 1 else _side_by_side(one, numbered, device)
 
 
 def _side_by_side(work: Callable[[T], R], parts: Sequence[T], device: str) -> list[R]:

@@ -9,24 +9,27 @@ more near its labelled structures.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from scipy.fft import next_fast_len
 from scipy.linalg import polar
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from ..core.adam import Adam
+from ..core.compiled import in_slabs
+from ..core.parallel import parallel_map
 from ..settings import RegistrationSettings
 from ..transforms.maps import Affine
-from . import kernels
+from . import exponentials, kernels
 from .features import mind_ssc
-from .kernels import Array
+from .kernels import Doubles
 from .pyramid import Level, Scan, axes_of, frame_grid, on_grid
-from .sampling import at_points
+from .sampling import evaluate, off_centre, sample_points, with_ones
 
 #: Penalty of foreground on background: the median dissimilarity (sum over 12 channels) of two misplaced abdomens.
 MISMATCH_PENALTY = 2.2
@@ -37,8 +40,24 @@ _LEAST_FOREGROUND = 0.05
 _PENALTIES = (np.float32(MISMATCH_PENALTY), np.float32(_OUTSIDE_PENALTY), np.float32(_LEAST_FOREGROUND))
 #: Voxels of labelled structures weigh 1 + this in the atlas.
 _STRUCTURE_EMPHASIS = 3.0
-#: Standard deviations of the priors on rotation (radians), log scale and log shear, and the weight of the priors.
-_PRIOR_ROTATION, _PRIOR_SCALE, _PRIOR_SHEAR, _PRIOR_WEIGHT = 0.15, 0.15, 0.1, 0.02
+#: Standard deviations of the priors on rotations (radians), log scales and log shears, and the weight of the priors.
+_PRIORS, _PRIOR_WEIGHT = torch.tensor([0.15] * 6 + [0.1] * 3), 0.02
+#: Added to an affine to voxels of an array with a border of one voxel.
+ONE_VOXEL = np.array([[0.0, 0, 0, 1]] * 3 + [[0.0] * 4])
+#: Of rotations about the axes, stretches along them, and shears: 3 x 3 matrices, row by row.
+_GENERATORS = torch.tensor(
+    [
+        [0.0, 0, 0, 0, 0, -1, 0, 1, 0],
+        [0.0, 0, 1, 0, 0, 0, -1, 0, 0],
+        [0.0, -1, 0, 1, 0, 0, 0, 0, 0],
+        [1.0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [0.0, 0, 0, 0, 1, 0, 0, 0, 0],
+        [0.0, 0, 0, 0, 0, 0, 0, 0, 1],
+        [0.0, 1, 0, 1, 0, 0, 0, 0, 0],
+        [0.0, 0, 1, 0, 0, 0, 1, 0, 0],
+        [0.0, 0, 0, 0, 0, 1, 0, 1, 0],
+    ]
+)
 #: Points drawn from the foreground of each scan on the coarse and the fine level.
 _COARSE_POINTS, _FINE_POINTS = 3_000, 6_000
 #: Candidate translations closer than this fraction of the field of view are one.
@@ -112,27 +131,21 @@ def _weighted(
 def search_translations(query: _WeightedScan, atlas: _WeightedScan, count: int) -> NDArray[np.float64]:
     """Find the best translations by whole voxels by FFT: (n, 3) mm (RAS+) from query to atlas world, best first."""
     query_shape, atlas_shape = np.array(query.level.grid.shape), np.array(atlas.level.grid.shape)
-    size = (query_shape + atlas_shape - 1).tolist()
-    spectrum, correlation = partial(torch.fft.rfftn, s=size), partial(torch.fft.irfftn, s=size)
-
-    def one_sided(query_weight: Tensor, atlas_weight: Tensor, *, atlas_pays: bool) -> Tensor:
-        w_query, w_atlas = spectrum(query_weight), spectrum(atlas_weight)
-        # sum of w w' (f - f')^2 = w f^2 * w' + w * w' f'^2 - 2 sum over channels of (w f) * (w' f')
-        product = spectrum(query_weight * query.features.pow(2).sum(dim=0)).conj() * w_atlas
-        product += w_query.conj() * spectrum(atlas_weight * atlas.features.pow(2).sum(dim=0))
-        for mine, other in zip(query.features, atlas.features, strict=True):
-            product -= 2 * (spectrum(query_weight * mine).conj() * spectrum(atlas_weight * other))
-        difference, both = correlation(product), correlation(w_query.conj() * w_atlas)
-        if atlas_pays:
-            total, inside = float(atlas_weight.sum()), spectrum(query.level.inside[0, 0]).conj() * w_atlas
-        else:
-            total, inside = float(query_weight.sum()), w_query.conj() * spectrum(atlas.level.inside[0, 0])
-        seen = correlation(inside)
-        penalty: Tensor = difference + MISMATCH_PENALTY * (seen - both) + _OUTSIDE_PENALTY * (total - seen)
-        return penalty / max(total, 1e-6)
-
-    cost = one_sided(query.weight, atlas.weight, atlas_pays=True)
-    costs = (cost + one_sided(query.weight, atlas.level.weight[0, 0], atlas_pays=False)).cpu().numpy()
+    size = [next_fast_len(int(n), real=True) for n in query_shape + atlas_shape - 1]
+    # The mean penalties of both scans' voxels, but for a constant; both are linear in a weight of the atlas.
+    atlas_total, query_total = (max(float(scan.weight.sum()), 1e-6) for scan in (atlas, query))
+    atlas_pays, seen_pays = atlas.weight / atlas_total, MISMATCH_PENALTY - _OUTSIDE_PENALTY
+    paid = atlas_pays + atlas.level.weight[0, 0] / query_total
+    own, other = (scan.features.pow(2).sum(dim=0) for scan in (query, atlas))
+    # sum of w w' (f - f')^2 = w f^2 * w' + w * w' f'^2 - 2 sum over channels of (w f) * (w' f')
+    by_weight = paid * (other - MISMATCH_PENALTY) + seen_pays / query_total * atlas.level.inside[0, 0]
+    of_query = (query.weight * own, query.weight, query.level.inside[0, 0], *(query.weight * query.features))
+    of_atlas = (paid, by_weight, seen_pays * atlas_pays, *(-2 * paid * atlas.features))
+    spectra = (torch.fft.rfftn(torch.stack(channels), s=size, dim=(1, 2, 3)) for channels in (of_query, of_atlas))
+    product = reduce(lambda one, two: (one.conj() * two).sum(dim=0), spectra)
+    costs = torch.fft.irfftn(product, s=size).cpu().numpy()
+    for axis, (beyond, before) in enumerate(zip(atlas_shape, size - query_shape + 1, strict=True)):
+        costs[(slice(None),) * axis + (slice(beyond, before),)] = np.inf  # no voxels meet
     reach = max(1, round(_CANDIDATE_DISTANCE * float(query_shape.max())))
     shifts = []
     for _ in range(count):
@@ -160,32 +173,39 @@ class _WeightedScan:
         cumulative = torch.cumsum(self.weight.flatten().double().cpu(), dim=0)
         comb = (torch.arange(points, dtype=torch.float64) + 0.5) * (float(cumulative[-1]) / points)
         index = torch.unique(torch.searchsorted(cumulative, comb).clamp_max(len(cumulative) - 1))
-        ijk = np.stack(np.unravel_index(index.numpy(), level.grid.shape), axis=1)
-        self.points_mm = torch.as_tensor(level.grid.voxel_to_world(ijk), dtype=torch.float32).to(self.features.device)
-        self.point_features = self.features.flatten(1)[:, index.to(self.features.device)]
+        device = self.features.device
+        voxels = torch.stack(torch.unravel_index(index, level.grid.shape), dim=1).to(device)
+        ijk = off_centre(voxels, level.grid.shape)
+        self.points_mm = torch.as_tensor(level.grid.voxel_to_world(ijk.cpu().numpy()), dtype=torch.float32).to(device)
+        self.point_features = sample_points(self.features, ijk)
         # A border of zeros for the compiled loop: what lies outside is zero in every channel.
         padded = F.pad(self.channels, [1] * 6)
         self._padded = padded[:-2].cpu().movedim(0, -1).contiguous().numpy(), *padded[-2:].cpu().numpy()
+        self._to_padded = level.grid.inverse_affine + ONE_VOXEL
+        self._targets, self._points = (
+            np.ascontiguousarray(self.point_features.T.cpu().numpy()),
+            with_ones(self.points_mm),
+        )
 
-    def penalty_of(self, other: _WeightedScan, matrix: Tensor, offset: Tensor) -> Tensor:
-        """(B,) mean penalty of another scan's points, mapped into this one."""
+    def penalty_of(self, other: _WeightedScan, maps: Doubles) -> tuple[Doubles, Doubles]:
+        """(B,) mean penalties of another scan's points mapped into this one by (B, 4, 4), in mm; by a compiled loop.
+
+        And their derivatives by the maps, (B, 4, 4).
+        """
+        points, targets = other._points, other._targets
+        to_padded = np.ascontiguousarray((self._to_padded @ maps)[:, :3], dtype=np.float32)
+
+        def penalties(first: int, last: int) -> Doubles:
+            return kernels.penalty_sums(self._padded, points, targets, _PENALTIES, to_padded, first, last)
+
+        means = sum(in_slabs(penalties, len(targets), len(targets) * len(maps)))[:, 0] / len(targets)
+        return means[:, 0, 3], self._to_padded[:3].T @ means[:, 1:]
+
+    def penalty_by_torch(self, other: _WeightedScan, matrix: Tensor, offset: Tensor) -> Tensor:
+        """(B,) mean penalties by (B, 3, 3) matrices and (B, 3) offsets; by PyTorch, on any device."""
         mapped = other.points_mm @ matrix.transpose(1, 2) + offset[:, None]
         inverse = torch.as_tensor(self.level.grid.inverse_affine, dtype=torch.float32, device=mapped.device)
         ijk = mapped @ inverse[:3, :3].T + inverse[:3, 3]
-        by_device = self._penalties if ijk.device.type == "cpu" else self._penalties_by_torch
-        return by_device(other, ijk).mean(dim=1)
-
-    def _penalties(self, other: _WeightedScan, ijk: Tensor) -> Tensor:
-        """(B, N) penalties of another scan's points at (B, N, 3) voxels, by a compiled loop."""
-        targets = np.ascontiguousarray(other.point_features.T.numpy())
-
-        def penalties(points: Array, values: Array, slopes: Array, first: int, last: int) -> None:
-            kernels.penalty_at(self._padded, points, targets, _PENALTIES, values, slopes, first, last)
-
-        return at_points(ijk + 1, penalties)
-
-    def _penalties_by_torch(self, other: _WeightedScan, ijk: Tensor) -> Tensor:
-        """The same by PyTorch, on any device."""
         last = torch.tensor(self.level.grid.shape, dtype=torch.float32, device=ijk.device) - 1
         where = (ijk / last * 2 - 1).flip(-1)[:, None, None]
         volumes = self.channels.expand(len(ijk), -1, -1, -1, -1)
@@ -195,19 +215,39 @@ class _WeightedScan:
         difference = foreground[:, None] * other.point_features - features
         penalty = difference.pow(2).sum(dim=1) / foreground.clamp_min(_LEAST_FOREGROUND)
         penalty = penalty + MISMATCH_PENALTY * (inside - foreground).clamp_min(0)
-        return penalty + _OUTSIDE_PENALTY * (1 - inside)
+        return (penalty + _OUTSIDE_PENALTY * (1 - inside)).mean(dim=1)
 
 
 def _cost(parameters: Tensor, query: _WeightedScan, atlas: _WeightedScan, centre_mm: Tensor) -> Tensor:
     """(B, 12) parameters to (B,) costs."""
+    by_device = agreement if parameters.device.type == "cpu" else agreement_by_torch
+    prior = (parameters[:, 3:] / _PRIORS.to(parameters.device)).pow(2).sum(dim=1)
+    return by_device(parameters, query, atlas, centre_mm) + _PRIOR_WEIGHT * prior
+
+
+def agreement(parameters: Tensor, query: _WeightedScan, atlas: _WeightedScan, centre_mm: Tensor) -> Tensor:
+    """Sum the mean penalties of both scans under linear maps of (B, 12) parameters: (B,), by compiled loops."""
+
+    def penalties(numbers: Doubles) -> tuple[Doubles, Doubles]:
+        maps, by_parameters = linear_maps(numbers, centre_mm)
+        back = np.linalg.inv(maps).astype(np.float64)
+        ways = (atlas, query, maps), (query, atlas, back)
+        found = parallel_map(lambda way: way[0].penalty_of(way[1], way[2]), ways, most=len(ways))
+        (of_query, slopes), (of_atlas, slopes_back) = found
+        transposed = back.swapaxes(1, 2)
+        # The derivative of an inverse.
+        slopes = slopes - transposed @ slopes_back @ transposed
+        return (of_query + of_atlas)[:, None], np.einsum("bij,bpij->bp", slopes, by_parameters)[:, None]
+
+    return evaluate(parameters, penalties)[:, 0]
+
+
+def agreement_by_torch(parameters: Tensor, query: _WeightedScan, atlas: _WeightedScan, centre_mm: Tensor) -> Tensor:
+    """The same by PyTorch, on any device."""
     matrix, offset = affine_maps(parameters, centre_mm)
     inverse = torch.linalg.inv(matrix)
-    agreement = atlas.penalty_of(query, matrix, offset)
-    agreement = agreement + query.penalty_of(atlas, inverse, -(inverse @ offset[..., None])[..., 0])
-    parts = zip(parameters[:, 3:].split(3, dim=1), (_PRIOR_ROTATION, _PRIOR_SCALE, _PRIOR_SHEAR), strict=True)
-    rotation, scale, shear = ((part / deviation).pow(2).sum(dim=1) for part, deviation in parts)
-    prior: Tensor = rotation + scale + shear
-    return agreement + _PRIOR_WEIGHT * prior
+    of_query = atlas.penalty_by_torch(query, matrix, offset)
+    return of_query + query.penalty_by_torch(atlas, inverse, -(inverse @ offset[..., None])[..., 0])
 
 
 def _minimise(
@@ -239,11 +279,10 @@ def affine_maps(parameters: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     without translation leaves ``centre`` in place. Returns matrices, (B, 3, 3) of positive determinant, and offsets,
     (B, 3).
     """
-    a, b, c, x, y, z, xy, xz, yz = parameters[:, 3:].unbind(dim=1)
-    zero = torch.zeros_like(a)
-    skew = torch.stack((zero, -c, b, c, zero, -a, -b, a, zero), dim=1).reshape(-1, 3, 3)
-    stretch = torch.stack((x, xy, xz, xy, y, yz, xz, yz, z), dim=1).reshape(-1, 3, 3)
-    matrix = torch.matrix_exp(skew) @ torch.matrix_exp(stretch)
+    generators = _GENERATORS.to(parameters.device)
+    turn, stretch = parameters[:, 3:6] @ generators[:3], parameters[:, 6:] @ generators[3:]
+    rotation, strain = torch.matrix_exp(torch.cat((turn, stretch)).reshape(-1, 3, 3)).chunk(2)
+    matrix = rotation @ strain
     return matrix, centre + parameters[:, :3] - (matrix @ centre[:, None])[..., 0]
 
 
@@ -255,6 +294,14 @@ def _parameters_of(linear: Affine, centre_mm: NDArray[np.float64]) -> Tensor:
     shift, turned = linear.map(centre_mm) - centre_mm, Rotation.from_matrix(rotation).as_rotvec()
     parameters = np.concatenate((shift, turned, np.diag(logs), logs[[0, 0, 1], [1, 2, 2]]))
     return torch.as_tensor(parameters, dtype=torch.float32)[None]
+
+
+def linear_maps(parameters: Doubles, centre: Tensor) -> tuple[Doubles, Doubles]:
+    """:func:`affine_maps` as (B, 4, 4), and their derivatives by the parameters, (B, 12, 4, 4); on a CPU."""
+    generators = _GENERATORS.double().numpy().reshape(-1, 3, 3)
+    maps, slopes = np.zeros((len(parameters), 4, 4)), np.zeros((len(parameters), 12, 4, 4))
+    exponentials.linear_maps(parameters, centre.double().numpy(), generators, maps, slopes)
+    return maps, slopes
 
 
 def homogeneous(matrix: Tensor, offset: Tensor) -> NDArray[np.float64]:

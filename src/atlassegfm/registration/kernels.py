@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 from ..core.compiled import compiled, inlined
 
 Array = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 #: Of MIND-SSC: as a constant, so that the compiler lays the channels into vector registers.
 _CHANNELS = 12
+#: Points whose terms are kept before they are summed, in single precision.
+_RUN = 64
 
 
 @inlined
@@ -90,13 +93,28 @@ def _compare(
     return squares, by_factor, by_i, by_j, by_k
 
 
-@compiled
-def sample(image: Array, points: Array, values: Array, slopes: Array, first: int, last: int) -> None:
-    """Read an image, (I, J, K), at points, (N, 3): values, (N,), and derivatives by position, (N, 3)."""
-    flat = image.ravel()
-    for n in range(first, last):
-        at, steps, fractions, along = _cells((points[n, 0], points[n, 1], points[n, 2]), image.shape)
-        values[n], slopes[n, 0], slopes[n, 1], slopes[n, 2] = _read(flat, at, steps, fractions, along)
+@inlined
+def _mapped(maps: Array, b: int, points: Array, n: int) -> tuple[Any, Any, Any]:
+    """Point n of (4, N), each (x, y, z, 1), by the linear map b of (B, 3, 4)."""
+    x, y, z = points[0, n], points[1, n], points[2, n]
+    return (
+        maps[b, 0, 0] * x + maps[b, 0, 1] * y + maps[b, 0, 2] * z + maps[b, 0, 3],
+        maps[b, 1, 0] * x + maps[b, 1, 1] * y + maps[b, 1, 2] * z + maps[b, 1, 3],
+        maps[b, 2, 0] * x + maps[b, 2, 1] * y + maps[b, 2, 2] * z + maps[b, 2, 3],
+    )
+
+
+@inlined
+def _add(terms: Array, points: Array, first: int, count: int, sums: Doubles) -> None:
+    """Add the products of terms, (K, 4, _RUN), and points from ``first`` on, (4, N), over a run, to (K, 4, 4)."""
+    for column in range(4):
+        along = points[column, first : first + count]
+        for term in range(terms.shape[0]):
+            for row in range(4):
+                values, total = terms[term, row], np.float32(0)
+                for m in range(count):
+                    total += values[m] * along[m]
+                sums[term, row, column] += total
 
 
 @compiled
@@ -147,53 +165,79 @@ def add_difference(
 
 
 @compiled
-def difference_at(
-    mind: Array, points: Array, targets: Array, values: Array, slopes: Array, first: int, last: int
-) -> None:
-    """Sum squared differences of MIND-SSC, (I, J, K, 12), at points, (B N, 3), to N targets, (N, 12), for each of B.
+def structure_sums(query: Any, sample: Any, maps: Array, first: int, last: int) -> Doubles:
+    """Compare weighted points of a structure, (4, N), by each of the linear maps, (B, 3, 4), with the query.
 
-    ``values``, (B N,), become the sums over the channels, ``slopes``, (B N, 3), their derivatives by position.
+    ``query`` is intensity and field of view, (I, J, K), and MIND-SSC, (I, J, K, 12); ``sample`` are points, and at each
+    its weight, intensity and MIND-SSC, (N, 12), in the atlas. The result, (B, 5, 4, 4), are weighted sums as of
+    :func:`.sampling.sums_by`: the squared MIND-SSC difference, the field of view, the query's intensity, its square,
+    and its product with the atlas's.
     """
+    image, inside, mind = query
+    points, weights, own, targets = sample
     flat, wanted = mind.ravel(), targets.ravel()
-    for n in range(first, last):
-        at, steps, fractions, along = _cells((points[n, 0], points[n, 1], points[n, 2]), mind.shape)
-        found = _compare(flat, at, steps, fractions, wanted, n % len(targets) * _CHANNELS, np.float32(1))
-        values[n] = found[0]
-        for axis in range(3):
-            slopes[n, axis] = 2 * along[axis] * found[2 + axis]
+    intensity, is_seen = image.ravel(), inside.ravel()
+    sums, terms = np.zeros((len(maps), 5, 4, 4)), np.empty((5, 4, _RUN), np.float32)
+    for b in range(len(maps)):
+        for begin in range(first, last, _RUN):
+            count = min(_RUN, last - begin)
+            for m in range(count):
+                n = begin + m
+                at, steps, fractions, along = _cells(_mapped(maps, b, points, n), mind.shape)
+                here = _read(intensity, at, steps, fractions, along)
+                seen = _read(is_seen, at, steps, fractions, along)
+                found = _compare(flat, at, steps, fractions, wanted, n * _CHANNELS, np.float32(1))
+                weight = weights[n]
+                terms[0, 0, m], terms[3, 0, m] = weight * found[0], weight * here[0] * here[0]
+                for axis in range(3):
+                    terms[0, 1 + axis, m] = 2 * weight * along[axis] * found[2 + axis]
+                    terms[3, 1 + axis, m] = 2 * weight * here[0] * here[1 + axis]
+                for row in range(4):
+                    terms[1, row, m] = weight * seen[row]
+                    terms[2, row, m] = weight * here[row]
+                    terms[4, row, m] = weight * own[n] * here[row]
+            _add(terms, points, begin, count, sums[b])
+    return sums
 
 
 @compiled
-def penalty_at(
-    scan: Any, points: Array, targets: Array, penalties: Any, values: Array, slopes: Array, first: int, last: int
-) -> None:
-    """Penalties of foreground points, (B N, 3), of another scan: the terms of :mod:`.affine`, and their derivatives.
+def penalty_sums(
+    scan: Any, points: Array, targets: Array, penalties: Any, maps: Array, first: int, last: int
+) -> Doubles:
+    """Sum penalties of foreground points, (4, N), of another scan by each of the linear maps, (B, 3, 4): (B, 1, 4, 4).
 
-    ``scan`` is MIND-SSC times foreground, (I, J, K, 12), foreground and field of view, (I, J, K); N ``targets`` are
-    (N, 12), for each of B; ``penalties`` are those of a mismatch, of a point out of view, and the least foreground.
+    ``scan`` is MIND-SSC times foreground, (I, J, K, 12), foreground and field of view, (I, J, K); ``targets`` are
+    (N, 12); ``penalties`` are those of a mismatch, of a point out of view, and the least foreground: the terms of
+    :mod:`.affine`. The result is as of :func:`.sampling.sums_by`.
     """
     mind, foreground, inside = scan
     mismatch, outside, least = penalties
     flat, wanted = mind.ravel(), targets.ravel()
     is_body, is_seen = foreground.ravel(), inside.ravel()
-    for n in range(first, last):
-        at, steps, fractions, along = _cells((points[n, 0], points[n, 1], points[n, 2]), mind.shape)
-        body = _read(is_body, at, steps, fractions, along)
-        seen = _read(is_seen, at, steps, fractions, along)
-        found = _compare(flat, at, steps, fractions, wanted, n % len(targets) * _CHANNELS, body[0])
-        divisor = max(body[0], least)
-        value = found[0] / divisor + mismatch * max(seen[0] - body[0], np.float32(0)) + outside * (1 - seen[0])
-        by_body = 2 * found[1] / divisor
-        if body[0] > least:
-            by_body -= found[0] / (divisor * divisor)
-        by_seen = -outside
-        if seen[0] > body[0]:
-            by_body -= mismatch
-            by_seen += mismatch
-        values[n] = value
-        for axis in range(3):
-            of_mind = 2 * along[axis] * found[2 + axis] / divisor
-            slopes[n, axis] = of_mind + by_body * body[1 + axis] + by_seen * seen[1 + axis]
+    sums, terms = np.zeros((len(maps), 1, 4, 4)), np.empty((1, 4, _RUN), np.float32)
+    for b in range(len(maps)):
+        for begin in range(first, last, _RUN):
+            count = min(_RUN, last - begin)
+            for m in range(count):
+                n = begin + m
+                at, steps, fractions, along = _cells(_mapped(maps, b, points, n), mind.shape)
+                body = _read(is_body, at, steps, fractions, along)
+                seen = _read(is_seen, at, steps, fractions, along)
+                found = _compare(flat, at, steps, fractions, wanted, n * _CHANNELS, body[0])
+                divisor = max(body[0], least)
+                by_body, by_seen = 2 * found[1] / divisor, -outside
+                if body[0] > least:
+                    by_body -= found[0] / (divisor * divisor)
+                if seen[0] > body[0]:
+                    by_body -= mismatch
+                    by_seen += mismatch
+                mismatched = mismatch * max(seen[0] - body[0], np.float32(0))
+                terms[0, 0, m] = found[0] / divisor + mismatched + outside * (1 - seen[0])
+                for axis in range(3):
+                    of_mind = 2 * along[axis] * found[2 + axis] / divisor
+                    terms[0, 1 + axis, m] = of_mind + by_body * body[1 + axis] + by_seen * seen[1 + axis]
+            _add(terms, points, begin, count, sums[b])
+    return sums
 
 
 @compiled
@@ -258,6 +302,33 @@ def gather_across(planes: Array, tables: Any, result: Array, first: int, last: i
                 for c in range(planes.shape[3]):
                     result[component, a, b, c] += (one - u) * planes[component, i, b, c]
                     result[component, a + 1, b, c] += u * planes[component, i, b, c]
+
+
+@compiled
+def smooth_control(result: Array, scratch: Array, first: int, last: int) -> None:
+    """Smooth (3, A, B, C) in place by two means over 3 x 3 x 3 points, the border repeated. Slabs along components."""
+    _, na, nb, nc = result.shape
+    third = np.float32(1 / 3)
+    for n in range(first, last):
+        for _ in range(2):
+            for a in range(na):
+                low, high = max(a - 1, 0), min(a + 1, na - 1)
+                for b in range(nb):
+                    for c in range(nc):
+                        total = result[n, low, b, c] + result[n, a, b, c] + result[n, high, b, c]
+                        scratch[n, a, b, c] = third * total
+            for a in range(na):
+                for b in range(nb):
+                    low, high = max(b - 1, 0), min(b + 1, nb - 1)
+                    for c in range(nc):
+                        # Along the second axis, then the third.
+                        total = scratch[n, a, low, c] + scratch[n, a, b, c] + scratch[n, a, high, c]
+                        result[n, a, b, c] = third * total
+                    before = result[n, a, b, 0]
+                    for c in range(nc):
+                        here = result[n, a, b, c]
+                        result[n, a, b, c] = third * (before + here + result[n, a, b, min(c + 1, nc - 1)])
+                        before = here
 
 
 @inlined

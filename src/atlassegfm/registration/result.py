@@ -7,13 +7,9 @@ from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..transforms.maps import Affine, Chain, DisplacementField, Transform
 
 if TYPE_CHECKING:
-    from ..core.image import Volume
     from ..transforms.jacobian import JacobianStatistics
     from .dissimilarity import Dissimilarity
 
@@ -31,33 +27,6 @@ class Place:
     def margin(self) -> float:
         """How much worse the second place is, in [0, 1]; 1 if there is none."""
         return 1.0 if self.second_cost is None else min(self.second_cost - self.cost, 1.0)
-
-
-@dataclass(frozen=True, eq=False)
-class Guide:
-    """What one registration of a query tells those of further atlases.
-
-    ``linear`` is its map from query to atlas world; ``centres_mm`` are those of the structures that it found for
-    certain, (3,) RAS+ mm in the query's world, and ``places`` those of its search, both by label value.
-    """
-
-    linear: Affine
-    centres_mm: Mapping[int, NDArray[np.float64]]
-    places: Mapping[int, Place]
-
-    def start(self, labels: Volume) -> Affine | None:
-        """Shift the linear map so that most centres come to those of an atlas's labels; None if it has none of them."""
-        inside = {value: np.argwhere(labels.data == value) for value in self.centres_mm}
-        shifts_mm = [
-            labels.grid.voxel_to_world(ijk.mean(axis=0)) - self.linear.map(self.centres_mm[value])
-            for value, ijk in inside.items()
-            if len(ijk)
-        ]
-        if not shifts_mm:
-            return None
-        matrix = self.linear.matrix.copy()
-        matrix[:3, 3] += np.median(shifts_mm, axis=0)
-        return Affine(matrix)
 
 
 def nearest_of(registrations: Mapping[int, Registration]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,32 +11,53 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..core.compiled import in_slabs
+#: Powers of the inverse root of x^4 = x + 1; modulo 1, their multiples fill the unit cube evenly.
+_EVEN_STEPS = 1.2207440846057596 ** -torch.arange(1, 4, dtype=torch.float64)
+#: A function from (B, P) to (B, K), and its derivatives, (B, K, P).
+Known = Callable[[NDArray[np.float64]], tuple[NDArray[np.float64], NDArray[np.float64]]]
 
-#: A compiled loop: from points, (N, 3), to values, (N,), and derivatives by position, (N, 3), in a slab.
-PointLoop = Callable[[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], int, int], None]
+
+def with_ones(points: Tensor) -> NDArray[np.float32]:
+    """(4, N) points x, y, z, 1, as compiled loops take them, of (N, 3)."""
+    return F.pad(points.cpu(), (0, 1), value=1).T.contiguous().numpy()
 
 
-def at_points(points: Tensor, loop: PointLoop) -> Tensor:
-    """Evaluate a function of position at points on a CPU, (B, N, 3), by a compiled loop: (B, N), differentiable."""
-    values: Tensor = _AtPoints.apply(points, loop)  # type: ignore[no-untyped-call]
+def evaluate(parameters: Tensor, function: Known) -> Tensor:
+    """Evaluate a function that knows its derivatives at (B, P) on a CPU: (B, K) float64, differentiable."""
+    values: Tensor = _Evaluated.apply(parameters, function)  # type: ignore[no-untyped-call]
     return values
 
 
-class _AtPoints(torch.autograd.Function):
+class _Evaluated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, points: Tensor, loop: PointLoop) -> Tensor:
-        where = points.detach().contiguous()
-        # Memory of PyTorch, as its matrix products round differently where NumPy's happens to be aligned otherwise.
-        values, slopes = torch.empty(points.shape[:-1]), torch.empty_like(where)
-        arrays = where.reshape(-1, 3).numpy(), values.reshape(-1).numpy(), slopes.reshape(-1, 3).numpy()
-        in_slabs(lambda *part: loop(*arrays, *part), values.numel(), values.numel())
-        ctx.save_for_backward(slopes)
-        return values
+    def forward(ctx: Any, parameters: Tensor, function: Known) -> Tensor:
+        values, slopes = function(parameters.detach().double().numpy())
+        ctx.slopes = torch.from_numpy(slopes)
+        return torch.from_numpy(values)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        return upstream[..., None] * ctx.saved_tensors[0], None
+        return (upstream[..., None] * ctx.slopes).sum(dim=1), None
+
+
+def off_centre(voxels: Tensor, shape: Sequence[int]) -> Tensor:
+    """Move voxels, (N, 3), each to another point of its middle half, within the array: (N, 3) float32.
+
+    A translation by whole voxels puts all centres on nodes of the other grid at once, where a sum over them has a kink,
+    a false maximum and no derivative: fits that started there went astray. The points are spread evenly, by Roberts'
+    additive recurrence; over the whole voxel they would be no better, and interpolation would smooth their features.
+    """
+    steps = torch.arange(1, len(voxels) + 1, dtype=torch.float64)[:, None] * _EVEN_STEPS
+    moves = (steps % 1 - 0.5) / 2
+    last = torch.tensor(shape, dtype=torch.float64, device=voxels.device) - 1
+    return torch.minimum((voxels + moves.to(voxels.device)).clamp_min(0), last).float()
+
+
+def sample_points(channels: Tensor, points: Tensor) -> Tensor:
+    """Sample (C, I, J, K) at (N, 3) voxels by linear interpolation, (C, N); border values beyond the border."""
+    last = torch.tensor(channels.shape[1:], dtype=torch.float32, device=channels.device) - 1
+    where = (points / last.clamp_min(1) * 2 - 1).flip(-1)
+    return sample_at(channels[None], where[None, :, None, None])[0, :, :, 0, 0]
 
 
 def sample_at(channels: Tensor, where: Tensor) -> Tensor:

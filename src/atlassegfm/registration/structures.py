@@ -8,17 +8,19 @@ linear maps are fitted from the best of them, roughly at first, and the one that
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.fft import next_fast_len
 from torch import Tensor
 
 from ..core.adam import Adam
+from ..core.compiled import in_slabs
 from ..core.image import Volume
 from ..core.mask import LocalMap
 from ..core.parallel import parallel_map
@@ -26,12 +28,12 @@ from ..prompts import INSIDE
 from ..transforms.maps import Affine, DisplacementField, field_from_voxels
 from ..transforms.resample import warp_labels
 from . import kernels
-from .affine import affine_maps, homogeneous
+from .affine import ONE_VOXEL, affine_maps, homogeneous, linear_maps
 from .features import mind_ssc
-from .kernels import Array
+from .kernels import Array, Doubles
 from .pyramid import Level, Scan, frame_grid, on_grid
-from .result import Guide, Place
-from .sampling import at_points
+from .result import Place
+from .sampling import evaluate, off_centre, sample_points, with_ones
 
 #: Standard deviation of the prior on a translation, as a fraction of the field of view's size (its volume's cube root).
 _PRIOR_FRACTION = 0.1
@@ -56,7 +58,7 @@ _ROUGH_POINTS, _FINAL_POINTS = 1000, 4000
 _ROUGH_ITERATIONS, _FINAL_ITERATIONS = 15, 50
 _SHIFT_STEP, _SHAPE_STEP = 0.15, 0.02
 #: MIND-SSC difference up to which a translation may be worse than none; beyond it brightness was misleading.
-_MIND_TOLERANCE = 0.03
+_MIND_TOLERANCE = 0.08
 #: Penalties of squared rotation (radians), stretch and shear (logarithms).
 _ROTATION_PENALTY, _STRETCH_PENALTY, _SHEAR_PENALTY = 0.8, 0.4, 0.8
 #: Factor of the cost in the exponent of a structure's weight in the blending: structures that match worse count less.
@@ -112,13 +114,11 @@ def fit(
     device: str,
     *,
     brightness: bool = True,
-    guide: Guide | None = None,
 ) -> Search:
     """Fit a linear map to each structure and blend them to one smooth field, applied before ``linear``.
 
     ``brightness`` compares intensities beside MIND-SSC: that tells organs of similar form apart, but misleads where the
-    contrast of organs differs between the scans. Structures that a ``guide`` has found are fitted from there, and
-    searched for where that does not match.
+    contrast of organs differs between the scans.
     """
     grid = frame_grid(fixed.intensity.grid, spacing_mm)
     query, atlas = on_grid(fixed, grid, device), on_grid(moving, grid, device, linear)
@@ -131,13 +131,7 @@ def fit(
     masks = {n: maps[n] for n in sorted(large) if (maps[n].values >= INSIDE).sum() >= _FEWEST_VOXELS}
     # A GPU works on one structure at a time.
     most = _MOST_PARALLEL if device == "cpu" else 1
-
-    def fitted(value: int) -> _StructureMap | None:
-        if guide is None or value not in guide.places:
-            return structures.fit(masks[value])
-        return structures.fit(masks[value], grid.world_to_voxel(guide.centres_mm[value]), guide.places[value])
-
-    found = dict(zip(masks, parallel_map(fitted, masks, most=most), strict=True))
+    found = dict(zip(masks, parallel_map(structures.fit, masks.values(), most=most), strict=True))
     matched = {value: one for value, one in found.items() if one is not None}
     blended = _blend(list(matched.values()), size_mm / spacing_mm) if matched else None
     return Search(
@@ -187,6 +181,11 @@ class _Sample:
     image: Tensor  # (N,)
     mind: Tensor  # (12, N)
     centre: Tensor  # (3,), of rotation and stretch
+
+    @cached_property
+    def arrays(self) -> tuple[Array, ...]:
+        """Points, (4, N), weights, intensities and MIND-SSC, (N, 12), for the compiled loop."""
+        return with_ones(self.points), self.weight.numpy(), self.image.numpy(), self.mind.T.contiguous().numpy()
 
     def subsampled(self) -> _Sample:
         """Draw :data:`_ROUGH_POINTS` of the voxels, with the same centre."""
@@ -245,14 +244,14 @@ class StructureFit:
         image, mind = self._atlas_image[patch.box], self._atlas_mind[:, *patch.box]
         window = tuple(slice(part.start, part.stop + 2 * self._reach) for part in patch.box)
         query, shifts = self._scene[:, *window], slice(2 * self._reach + 1)
-        size = query.shape[1:]
-        spectrum = partial(torch.fft.rfftn, s=size)
+        size = [next_fast_len(n, real=True) for n in query.shape[1:]]
+        spectrum = partial(torch.fft.rfftn, s=size, dim=(-3, -2, -1))
 
         def at_shifts(product: Tensor) -> Tensor:
             costs: Tensor = torch.fft.irfftn(product, s=size)[shifts, shifts, shifts]
             return costs
 
-        kernel, scene = spectrum(weight).conj(), spectrum(query, dim=(1, 2, 3))
+        kernel, scene = spectrum(weight).conj(), spectrum(query)
         mean, square, seen = (at_shifts(kernel * scene[channel]) for channel in range(3))
         cross = kernel * spectrum(self._scene_mind_norm[window])
         for channel in range(len(mind)):
@@ -268,21 +267,14 @@ class StructureFit:
         squared_difference = square - 2 * product + own_square
         return cost + _CORRELATION_WEIGHT * (1 - correlation) + _INTENSITY_WEIGHT * squared_difference
 
-    def fit(
-        self, mask: LocalMap, near: NDArray[np.float64] | None = None, known: Place | None = None
-    ) -> _StructureMap | None:
+    def fit(self, mask: LocalMap) -> _StructureMap | None:
         """Fit the map of a structure of the warped atlas: the best of those from all candidate places.
 
-        ``near`` is where its centre seems to be, (3,) voxels: there is no search where the best map leads there, and
-        the place is as certain as the ``known`` one.
         None if the structure is out of the atlas's view or the best map takes it out of the query's, or if MIND-SSC
         alone is lower without any map than with the best one or at its first translation: brightness was misleading.
         """
         patch = self.patch(mask)
-        if patch is None:
-            return None
-        found = None if near is None or known is None else self._nearby(patch, mask, near, known)
-        found = found or self._best(patch, self.candidates(patch, _CANDIDATES))
+        found = None if patch is None else self._best(patch, self.candidates(patch, _CANDIDATES))
         if found is None:
             return None
         to_query, place = found
@@ -291,20 +283,6 @@ class StructureFit:
         moved = ndimage.affine_transform(whole, back[:3, :3], back[:3, 3], order=1)
         return _StructureMap(to_query, whole, moved.astype(np.float32), place) if moved.any() else None
 
-    def _nearby(
-        self, patch: Patch, mask: LocalMap, near: NDArray[np.float64], known: Place
-    ) -> tuple[NDArray[np.float64], Place] | None:
-        """As :meth:`_best`, from one place and from none; None also where the best map leads elsewhere."""
-        centre = np.argwhere(mask.values >= INSIDE).mean(axis=0) + mask.start
-        found = self._best(patch, torch.as_tensor(near - centre, dtype=torch.float32, device=self._query.device)[None])
-        if found is None:
-            return None
-        matrix, place = found
-        if np.linalg.norm(matrix[:3, :3] @ centre + matrix[:3, 3] - near) > _ELSEWHERE_SIZES * patch.voxels ** (1 / 3):
-            return None
-        second_cost = None if known.second_cost is None else place.cost + known.second_cost - known.cost
-        return matrix, replace(place, second_cost=second_cost, second_distance_mm=known.second_distance_mm)
-
     def _sample(self, patch: Patch) -> _Sample:
         """Compare all voxels with a weight, or :data:`_FINAL_POINTS` of them."""
         inside = torch.nonzero(patch.weight > 0)
@@ -312,10 +290,10 @@ class StructureFit:
         weight = patch.weight[inside.unbind(dim=1)]
         weight = weight / weight.sum()
         points = inside + torch.tensor([side.start for side in patch.box], device=inside.device)
-        i, j, k = points.unbind(dim=1)
         centre = (points * weight[:, None]).sum(dim=0)
-        image, mind = self._atlas_image[i, j, k], self._atlas_mind[:, i, j, k]
-        return _Sample(points.float(), weight, image, mind, centre)
+        points = off_centre(points, self._atlas_image.shape)
+        image, mind = sample_points(self._atlas_image[None], points)[0], sample_points(self._atlas_mind, points)
+        return _Sample(points, weight, image, mind, centre)
 
     def _best(self, patch: Patch, shifts: Tensor) -> tuple[NDArray[np.float64], Place] | None:
         """The best map from warped atlas to query, in voxels, and its place, from (n, 3) translations."""
@@ -364,48 +342,48 @@ class StructureFit:
 
     def _terms(self, parameters: Tensor, sample: _Sample) -> tuple[Tensor, Tensor]:
         """MIND-SSC difference and cost without the prior on the shift, (n,) each."""
-        weight = sample.weight
-        matrix, offset = affine_maps(parameters, sample.centre)
-        mapped = sample.points @ matrix.transpose(1, 2) + offset[:, None]
-        image, seen, mind_difference = self._compared(mapped, sample.mind)
-        seen, mind_difference = (seen * weight).sum(dim=1), (mind_difference * weight).sum(dim=1)
+        by_device = self._sums if parameters.device.type == "cpu" else self._sums_by_torch
+        mind_difference, seen, mean, square, product = by_device(parameters, sample).unbind(dim=1)
         cost = mind_difference + _OUTSIDE_PENALTY * (1 - seen)
         penalties = (_ROTATION_PENALTY, _STRETCH_PENALTY, _SHEAR_PENALTY)
         for penalty, part in zip(penalties, parameters[:, 3:].split(3, dim=1), strict=True):
             cost = cost + penalty * part.pow(2).sum(dim=1)
         if not self._brightness:
             return mind_difference, cost
-        own_centred = sample.image - (sample.image * weight).sum()
-        centred = image - (image * weight).sum(dim=1, keepdim=True)
-        variance = (centred.pow(2) * weight).sum(dim=1) * (own_centred.pow(2) * weight).sum()
-        correlation = (centred * own_centred * weight).sum(dim=1) / torch.sqrt(variance + _VARIANCE_FLOOR)
-        squared_difference = ((image - sample.image).pow(2) * weight).sum(dim=1)
+        own_mean, own_square = (sample.image * sample.weight).sum(), (sample.image**2 * sample.weight).sum()
+        variance = (square - mean**2).clamp_min(0) * (own_square - own_mean**2)
+        correlation = (product - mean * own_mean) / torch.sqrt(variance + _VARIANCE_FLOOR)
+        squared_difference = square - 2 * product + own_square
         cost = cost + _CORRELATION_WEIGHT * (1 - correlation)
         return mind_difference, cost + _INTENSITY_WEIGHT * squared_difference
 
-    def _compared(self, mapped: Tensor, mind: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Intensity, field of view, and squared MIND-SSC difference to (12, N), at (B, N, 3) voxels: (B, N) each.
+    def _sums(self, parameters: Tensor, sample: _Sample) -> Tensor:
+        """Weighted sums over a sample moved by linear maps to the query, which fades to zero beyond its border.
 
-        The query fades to zero in the voxel around it.
+        Squared MIND-SSC difference, field of view, the query's intensity, its square, its product with the sample's:
+        (B, 5) float64. By a compiled loop.
         """
-        if mapped.device.type != "cpu":
-            return self._compared_by_torch(mapped, mind)
-        image, seen, features = self._padded
-        targets = np.ascontiguousarray(mind.T.numpy())
 
-        def difference(points: Array, values: Array, slopes: Array, first: int, last: int) -> None:
-            kernels.difference_at(features, points, targets, values, slopes, first, last)
+        def sums(numbers: Doubles) -> tuple[Doubles, Doubles]:
+            maps, by_parameters = linear_maps(numbers, sample.centre)
+            to_padded = np.ascontiguousarray((maps + ONE_VOXEL)[:, :3], dtype=np.float32)
+            loop, count = partial(kernels.structure_sums, self._padded, sample.arrays, to_padded), len(sample.weight)
+            found = sum(in_slabs(loop, count, count * len(maps)))
+            return found[:, :, 0, 3], np.einsum("bkij,bpij->bkp", found[:, :, 1:], by_parameters[:, :, :3])
 
-        one, other = (at_points(mapped + 1, partial(kernels.sample, channel)) for channel in (image, seen))
-        return one, other, at_points(mapped + 1, difference)
+        return evaluate(parameters, sums)
 
-    def _compared_by_torch(self, mapped: Tensor, mind: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _sums_by_torch(self, parameters: Tensor, sample: _Sample) -> Tensor:
         """The same by PyTorch, on any device."""
+        matrix, offset = affine_maps(parameters, sample.centre)
+        mapped = sample.points @ matrix.transpose(1, 2) + offset[:, None]
         shape = torch.tensor(self._query.shape[2:], dtype=torch.float32, device=mapped.device)
         where = ((mapped + 0.5) / shape * 2 - 1).flip(-1)[:, None, None]
         volumes = self._query.expand(len(mapped), -1, -1, -1, -1)
         sampled = F.grid_sample(volumes, where, padding_mode="zeros", align_corners=False)[:, :, 0, 0]
-        return sampled[:, 0], sampled[:, 1], (sampled[:, 2:] - mind).pow(2).sum(dim=1)
+        image, seen, difference = sampled[:, 0], sampled[:, 1], (sampled[:, 2:] - sample.mind).pow(2).sum(dim=1)
+        compared = torch.stack((difference, seen, image, image**2, image * sample.image), dim=1)
+        return (compared * sample.weight).sum(dim=2, dtype=torch.float64)
 
 
 def _drawn(count: int, most: int) -> Tensor:
