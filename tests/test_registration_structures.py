@@ -17,7 +17,7 @@ from atlassegfm.core.geometry import Grid
 from atlassegfm.core.image import Volume
 from atlassegfm.core.mask import LocalMap
 from atlassegfm.registration import Place, pyramid, structures
-from atlassegfm.registration.affine import affine_maps
+from atlassegfm.registration.affine import _parameters_of, affine_maps, homogeneous
 from atlassegfm.registration.features import mind_ssc
 from atlassegfm.transforms.maps import Affine
 from conftest import affine_of, rotation
@@ -47,6 +47,14 @@ def test_linear_maps_turn_stretch_and_never_mirror(numbers: list[float]) -> None
     np.testing.assert_allclose(
         matrix @ centre.numpy() + offset, centre.numpy() + numbers[:3], atol=1e-3 * max(1.0, np.abs(matrix).max())
     )
+
+
+@given(st.lists(st.floats(-1.0, 1.0), min_size=12, max_size=12))
+def test_parameters_of_a_linear_map_give_it_again(numbers: list[float]) -> None:
+    centre = torch.tensor([10.0, -20.0, 30.0])
+    matrix, offset = affine_maps(torch.tensor([numbers]), centre)
+    linear = Affine(homogeneous(matrix[0], offset[0]))
+    np.testing.assert_allclose(_parameters_of(linear, centre.double().numpy())[0], numbers, atol=1e-3)
 
 
 # --- translations -----------------------------------------------------------------------------------------------------

@@ -120,7 +120,9 @@ class RegistrationRecord(Record):
     source: Literal["fitted", "given"]
     confidence: float | None = Field(description="In [0, 1]; null for a given transform that was not compared.")
     mirrored_gain: float | None = Field(
-        default=None, description="How much better the query's mirror image fits, in [-1, 1]; null if not compared."
+        default=None,
+        description="How much better the query's mirror image fits, in [-1, 1], roughly where it is far behind; "
+        "null if not compared.",
     )
     swapped: bool = Field(default=False, description="Whether left and right of the query seem to be swapped.")
     members: int = Field(description="Fits of the deformable stage, averaged.")

@@ -152,7 +152,7 @@ def _sides(scan: Volume, atlas: Atlas, found: Registration, settings: Settings, 
     """Compare the fit of the scan with that of its mirror image; None where the linear stages did not run."""
     if found.linear_cost is None:
         return None
-    return compare_sides(scan, atlas, found.linear_cost, settings.registration, device)
+    return compare_sides(scan, atlas, found.linear, found.linear_cost, settings.registration, device)
 
 
 def _fuse(

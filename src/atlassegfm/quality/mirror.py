@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..atlas import Atlas, canonical_scan
+from ..core.geometry import Grid
 from ..core.image import Volume
 from ..settings import RegistrationSettings
 from ..transforms.maps import Affine
@@ -42,6 +43,8 @@ _SYMMETRIC = 0.5
 #: Gain, a fraction of the cost of misplaced scans, above which the mirror image fits better, and that for nearly
 #: symmetric anatomy, where the gain of a right scan may be above 0.
 _MIRRORED_GAIN, _SYMMETRIC_GAIN = 0.006, 0.02
+#: Gain of a rough fit of the mirror image below minus which it is not fitted in full.
+_CLEARLY_BEHIND = 0.025
 #: Distance of both distributions of intensities less this times their correlation; larger ones are of two modalities.
 _MODALITY_CORRELATION_WEIGHT, _MODALITY_BOUND = 0.3, -0.005
 
@@ -144,16 +147,38 @@ def fit_to_atlas(
 
 
 def compare_sides(
-    scan: Volume, atlas: Atlas, cost: float, settings: RegistrationSettings, device: str = "cpu"
+    scan: Volume, atlas: Atlas, linear: Affine, cost: float, settings: RegistrationSettings, device: str = "cpu"
 ) -> Sides:
-    """Fit the mirror image of a scan in RAS-canonical order, against ``cost`` of the scan's own linear fit."""
-    from ..registration.affine import fit
+    """Fit the mirror image of a scan in RAS-canonical order, against ``linear``, the scan's own fit, and its ``cost``.
+
+    On the coarse level, from the reflected own fit, most mirror images are so far behind that this decides.
+    """
+    from ..registration.affine import fit, refine
     from ..registration.pyramid import level_spacings_mm, prepare
 
     spacings = level_spacings_mm(scan.grid, (settings.coarse_voxels, settings.fine_voxels))
     annotated = prepare(atlas.image, atlas.labels, spacings[-1], "atlas")
-    mirrored = prepare(_mirrored(scan), None, spacings[-1], "query")
+    own, mirrored = (prepare(one, None, spacings[-1], "query") for one in (scan, _mirrored(scan)))
+    coarse, unchanged = spacings[:1], replace(settings, linear_iterations=1)
+    own_cost = refine(own, annotated, linear, coarse, unchanged, device)[1]
+    begin = _reflected(linear, scan.grid, own)
+    rough = Sides.of(own_cost, refine(mirrored, annotated, begin, coarse, settings, device)[1])
+    if rough.gain < -_CLEARLY_BEHIND:
+        return rough
     return Sides.of(cost, fit(mirrored, annotated, spacings, settings, device)[1])
+
+
+def _reflected(linear: Affine, grid: Grid, scan: Scan) -> Affine:
+    """Guess the linear map of a scan's mirror image on its own grid: its body is symmetric, and so is the atlas's."""
+    across = grid.affine[:3, 0] / grid.spacing_mm[0]
+    reflection = np.eye(3) - 2 * np.outer(across, across)
+    foreground = scan.foreground
+    centre_mm = foreground.grid.voxel_to_world(np.argwhere(foreground.data > 0).mean(axis=0))
+    mirrored_mm = grid.centre_mm + reflection @ (centre_mm - grid.centre_mm)
+    matrix = np.eye(4)
+    matrix[:3, :3] = reflection @ linear.matrix[:3, :3] @ reflection
+    matrix[:3, 3] = linear.map(centre_mm) - matrix[:3, :3] @ mirrored_mm
+    return Affine(matrix)
 
 
 def _mirrored(scan: Volume) -> Volume:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.fft import next_fast_len
+from scipy.linalg import polar
+from scipy.spatial.transform import Rotation
 from torch import Tensor
 
 from ..core.adam import Adam
@@ -72,15 +74,10 @@ def fit(
     Without the rigid stage there is no search, and the affine fit starts from the scanner's coordinates. Costs, mean
     penalties of both scans plus priors, compare between fits of the same atlas on the same levels only.
     """
-    axes = axes_of(fixed.intensity.grid)
     centre = torch.as_tensor(fixed.intensity.grid.centre_mm, dtype=torch.float32, device=device)
     parameters, costs = torch.zeros((1, 12), device=device), torch.full((1,), torch.inf, device=device)
     for number, spacing in enumerate(spacings_mm):
-        points = _COARSE_POINTS if number == 0 else _FINE_POINTS
-        query, atlas = (
-            _WeightedScan(on_grid(scan, frame_grid(scan.intensity.grid, spacing, axes), device), emphasis, points)
-            for scan, emphasis in ((fixed, 0.0), (moving, _STRUCTURE_EMPHASIS))
-        )
+        query, atlas = _weighted(fixed, moving, number, spacing, device)
         cost = partial(_cost, query=query, atlas=atlas, centre_mm=centre)
         minimise = partial(_minimise, cost=cost, spacing_mm=spacing, iterations=settings.linear_iterations)
         if number == 0 and settings.rigid:
@@ -92,6 +89,43 @@ def fit(
         parameters = parameters[torch.argsort(costs, stable=True)[:_FINE_CANDIDATES]]
     matrix, offset = affine_maps(parameters[:1], centre)
     return Affine(homogeneous(matrix[0], offset[0])), float(costs.min())
+
+
+def refine(
+    fixed: Scan,
+    moving: Scan,
+    start: Affine,
+    spacings_mm: tuple[float, ...],
+    settings: RegistrationSettings,
+    device: str = "cpu",
+) -> tuple[Affine, float]:
+    """Fit the linear map from one that is nearly right, on each level in turn: no search; and its cost.
+
+    Parameters and costs are as of :func:`fit`; a single iteration gives the start and its cost.
+    """
+    centre = fixed.intensity.grid.centre_mm
+    centre_mm = torch.as_tensor(centre, dtype=torch.float32, device=device)
+    parameters, costs = _parameters_of(start, centre).to(device), torch.zeros(1)
+    for number, spacing in enumerate(spacings_mm):
+        query, atlas = _weighted(fixed, moving, number, spacing, device)
+        cost = partial(_cost, query=query, atlas=atlas, centre_mm=centre_mm)
+        iterations, rigid = settings.linear_iterations, not settings.affine
+        parameters, costs = _minimise(parameters, cost, spacing, iterations, rigid=rigid)
+    matrix, offset = affine_maps(parameters, centre_mm)
+    return Affine(homogeneous(matrix[0], offset[0])), float(costs.min())
+
+
+def _weighted(
+    fixed: Scan, moving: Scan, number: int, spacing_mm: float, device: str
+) -> tuple[_WeightedScan, _WeightedScan]:
+    """Both scans on a level, which is the coarse one if its ``number`` is 0."""
+    axes, points = axes_of(fixed.intensity.grid), _COARSE_POINTS if number == 0 else _FINE_POINTS
+
+    def weighted(scan: Scan, emphasis: float) -> _WeightedScan:
+        grid = frame_grid(scan.intensity.grid, spacing_mm, axes)
+        return _WeightedScan(on_grid(scan, grid, device), emphasis, points)
+
+    return weighted(fixed, 0.0), weighted(moving, _STRUCTURE_EMPHASIS)
 
 
 def search_translations(query: _WeightedScan, atlas: _WeightedScan, count: int) -> NDArray[np.float64]:
@@ -250,6 +284,16 @@ def affine_maps(parameters: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
     rotation, strain = torch.matrix_exp(torch.cat((turn, stretch)).reshape(-1, 3, 3)).chunk(2)
     matrix = rotation @ strain
     return matrix, centre + parameters[:, :3] - (matrix @ centre[:, None])[..., 0]
+
+
+def _parameters_of(linear: Affine, centre_mm: NDArray[np.float64]) -> Tensor:
+    """(1, 12) parameters that :func:`affine_maps` turns into a linear map of positive determinant."""
+    rotation, stretch = polar(linear.matrix[:3, :3])
+    values, axes = np.linalg.eigh(stretch)
+    logs = axes @ np.diag(np.log(values)) @ axes.T
+    shift, turned = linear.map(centre_mm) - centre_mm, Rotation.from_matrix(rotation).as_rotvec()
+    parameters = np.concatenate((shift, turned, np.diag(logs), logs[[0, 0, 1], [1, 2, 2]]))
+    return torch.as_tensor(parameters, dtype=torch.float32)[None]
 
 
 def linear_maps(parameters: Doubles, centre: Tensor) -> tuple[Doubles, Doubles]:
