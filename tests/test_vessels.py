@@ -1,14 +1,17 @@
-"""Vessels: made trees, and what the method does for structures that are marked as tubular."""
+"""Vessels: made trees, and what registration and method do for structures that are marked as tubular."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import sys
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy import ndimage
 
 import scenes
@@ -27,11 +30,16 @@ from atlassegfm.models.table import load_chosen
 from atlassegfm.models.tubes import follow_branches
 from atlassegfm.quality.verdict import NOT_JUDGED_TUBULAR, judge
 from atlassegfm.records import RunRecord
+from atlassegfm.registration import pyramid
+from atlassegfm.registration.centreline import find_centreline
+from atlassegfm.registration.engines import instance
 from atlassegfm.report import write_report
 from atlassegfm.result import Segmentation
 from atlassegfm.segment import segment
-from atlassegfm.settings import Settings
+from atlassegfm.settings import NO_MODEL, InstanceSettings, RegistrationSettings, Settings
+from atlassegfm.transforms.maps import Affine
 from conftest import Run
+from deformations import centred_grid
 from result_folders import WITHOUT_PICTURES, write_result
 from scenes import QUICK_GATE
 
@@ -125,6 +133,55 @@ def test_published_layout_of_avt_is_listed_and_read(pair: Scans, tmp_path: Path)
     assert atlas.numbers_of("*", "tubular") == {1}
 
 
+# Registration
+
+
+def two_vessels(grid: Grid, branch_mm: float) -> tuple[Volume, Volume]:
+    """A trunk of 10 mm radius at x = -16 mm and a branch of 2 mm at (16, ``branch_mm``) in tissue, both along z."""
+    x, y, _ = np.moveaxis(grid.voxel_to_world(np.moveaxis(np.indices(grid.shape), 0, -1)), -1, 0)
+    trunk_mm, branch_mm = np.hypot(x + 16, y) - 10, np.hypot(x - 16, y - branch_mm) - 2
+    tissue = ndimage.gaussian_filter(np.random.default_rng(0).normal(0, 1, grid.shape), 1.5)
+    data = 0.4 + 0.7 * tissue + 0.5 * np.clip(0.5 - np.minimum(trunk_mm, branch_mm) / 2, 0, 1)
+    labels = np.select([trunk_mm < 0, branch_mm < 0], [3, 7])
+    return Volume(data.astype(np.float32), grid), Volume(labels.astype(np.uint8), grid)
+
+
+def test_closeness_falls_with_the_distance_from_the_centre_line_whatever_the_calibre() -> None:
+    grid = centred_grid((41, 33, 25), np.diag([2.0] * 3))
+    labels = two_vessels(grid, 0)[1]
+    line = find_centreline(labels, {3, 7})
+    assert line is not None
+    # The query lies 4 mm along y.
+    shift = np.eye(4)
+    shift[1, 3] = -4
+    closeness = line.closeness(grid, Affine(shift))
+    x, y, _ = np.moveaxis(grid.voxel_to_world(np.moveaxis(np.indices(grid.shape), 0, -1)), -1, 0)
+    from_line_mm = np.hypot(np.abs(x) - 16, y - 4)
+    middle = np.s_[:, :, 9:16]  # thinning shortens ends
+    expected = np.where(from_line_mm < 11.9, np.exp(-0.5 * (from_line_mm / 3) ** 2), 0)
+    np.testing.assert_allclose(closeness[middle], expected[middle], atol=1e-3)
+    assert find_centreline(labels, {5}) is None
+
+
+def test_branch_is_aligned_as_its_trunk_is() -> None:
+    grid = centred_grid((41, 33, 25), np.diag([2.0] * 3))
+    (moving, labels), (fixed, _) = two_vessels(grid, 0), two_vessels(grid, 4)
+    prepared = pyramid.prepare(fixed, None, 2, "query"), pyramid.prepare(moving, labels, 2, "atlas")
+    options = InstanceSettings(level_voxels=(20_000,), local_voxels=0, iterations=(20,), smoothness=(5.0,), ensemble=1)
+
+    def missed_mm(tubular: Collection[int], emphasis: float = 12) -> float:
+        settings = RegistrationSettings(instance=replace(options, centreline_emphasis=emphasis))
+        pair = pyramid.Pair(fixed, moving, *prepared, labels, find_centreline(labels, tubular))
+        found = instance.fit(pair, Affine.identity(), None, settings, "cpu").fixed_to_moving
+        branch: NDArray[np.float64] = np.stack([np.full(9, 16.0), np.full(9, 4.0), np.linspace(-12, 12, 9)], axis=1)
+        return abs(float(found.map(branch)[:, 1].mean()))
+
+    as_organ = missed_mm(())
+    assert missed_mm({7}) < 0.8
+    assert as_organ > 1.5
+    assert missed_mm({7}, emphasis=0) == as_organ
+
+
 # What is done for vessels
 
 
@@ -160,6 +217,13 @@ def result(atlas: Atlas, pair: Scans) -> Segmentation:
 def test_fused_vessels_are_nearer_than_the_atlas(result: Segmentation, pair: Scans) -> None:
     reference = pair[1][1]
     assert cldice(result.labels, reference) >= cldice(result.atlas_labels, reference) + 0.05
+
+
+def test_marked_vessels_are_nearer_before_any_model(atlas: Atlas, result: Segmentation, pair: Scans) -> None:
+    settings = with_overrides(Settings(), [*QUICK, f"model={NO_MODEL}"])
+    as_organs = segment(Context(atlas, settings), pair[1][0], device="cpu")
+    reference = pair[1][1]
+    assert cldice(result.atlas_labels, reference) >= cldice(as_organs.labels, reference) + 0.02
 
 
 def test_vessels_are_not_smoothed(result: Segmentation) -> None:

@@ -96,7 +96,9 @@ def segment(
                 found = [registration_from(transforms, scan, context.atlas.image, settings.registration)]
             else:
                 labelled = [(one.image, one.numbered) for one in atlases.values()]
-                found = register_all(scan, labelled, settings.registration, device=device, on_stage=report)
+                found = register_all(
+                    scan, labelled, settings.registration, tubular=tubular, device=device, on_stage=report
+                )
         registrations = dict(zip(atlases, found, strict=True))
         with clock.stage("warping"):
             warped = warp_atlases(atlases, scan, registrations)

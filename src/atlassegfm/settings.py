@@ -54,6 +54,10 @@ class InstanceSettings:
     structure_emphasis: _NotNegative = 4.0
     """Additional weight of a voxel in or near a structure of the atlas: 1 + this, and 1 elsewhere."""
 
+    centreline_emphasis: Annotated[_NotNegative, QUALITY_NEUTRAL] = 12.0
+    """Additional weight of a voxel on the centre line of a structure that the setting ``tubular`` names; it falls with
+    the distance, as a Gaussian of sigma 3 mm."""
+
     ensemble: Annotated[int, Field(ge=1, le=4), QUALITY_NEUTRAL] = 2
     """Fits with different weights, each as slow, whose warped labels are averaged; the first transform is reported."""
 
@@ -444,8 +448,9 @@ class Settings:
     """What the model is prompted with; "auto" is the best of the prompts it takes."""
 
     tubular: str = ""
-    """Structures that are vessels, by value, name or pattern with commas between, as aorta,*vein: the built-in model
-    follows them beyond the warped atlas, their branches are kept, and they are not judged: verdicts are for organs."""
+    """Structures that are vessels, by value, name or pattern with commas between, as aorta,*vein: the
+    registration (engine ``instance``) weighs their centre lines, the built-in model follows them beyond the warped
+    atlas, their branches are kept, and they are not judged: verdicts are for organs."""
 
     most_atlases: Annotated[int, Field(ge=1)] = 5
     """Atlases of a context that are registered in full to a query: those that fit it best after a rough

@@ -34,13 +34,14 @@ _PARITIES = ((0, 0, 0), (1, 1, 1), (0, 1, 1), (1, 0, 0), (1, 1, 0), (0, 0, 1), (
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights of the terms, and that of structures; see the settings of the same names."""
+    """Weights of the terms, and those of structures and centre lines; see the settings of the same names."""
 
     mind: float = 1.0
     correlation: float = 1.0
     smoothness: float = 1.0
     emphasis: float = 1.0
     folding: float = 0.0
+    centreline: float = 1.0
 
 
 class Scans:

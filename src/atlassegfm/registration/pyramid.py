@@ -16,6 +16,7 @@ from ..core.geometry import Grid
 from ..core.image import Volume
 from ..transforms.maps import DisplacementField, Transform
 from ..transforms.resample import resample
+from .centreline import Centreline
 
 #: Foreground is brighter than this fraction of the range from the 1st to the 99th percentile: tissue in CT and MR,
 #: skull-stripped ones too, and small crops whole.
@@ -62,13 +63,17 @@ class Level:
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """The input of an engine: query and atlas as they came and prepared for the finest level, the atlas's labels."""
+    """The input of an engine: query and atlas as they came and prepared for the finest level, the atlas's labels.
+
+    ``centreline`` is that of the structures that are vessels.
+    """
 
     fixed: Volume
     moving: Volume
     fixed_scan: Scan
     moving_scan: Scan
     moving_labels: Volume | None
+    centreline: Centreline | None = None
 
     def crop(self, box: Grid, fixed_to_moving: Transform) -> tuple[Scan, Scan]:
         """Prepare both scans around a box in the fixed world, reduced no further than the box's grid needs."""

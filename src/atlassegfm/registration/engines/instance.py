@@ -28,6 +28,7 @@ from ...core.parallel import parallel_map
 from ...settings import InstanceSettings, RegistrationSettings
 from ...transforms.maps import Affine, Chain, DisplacementField, Transform, displacement_on, field_from_voxels
 from ...transforms.resample import resample
+from ..centreline import Centreline
 from ..objective import STRIDE, Objective, Scans, Weights, smooth_control
 from ..pyramid import Pair, Scan, Start, axes_of, level_grid, on_grid
 from ..result import Registration
@@ -49,7 +50,7 @@ _EMPHASIS_REACH = 0.03
 
 #: Members of the ensemble after the first: smoother, mostly MIND-SSC, mostly correlation.
 _FURTHER_MEMBERS = (
-    Weights(smoothness=3.0, emphasis=0.25),
+    Weights(smoothness=3.0, emphasis=0.25, centreline=0.25),
     Weights(mind=2.0, correlation=0.3),
     Weights(mind=0.4, correlation=2.0),
 )
@@ -115,10 +116,10 @@ class _Member:
         grid = level_grid(view, axes_of(view), self.options.level_voxels[number], float(view.spacing_mm.min()))
         scans, (iterations, weights) = (pair.fixed_scan, pair.moving_scan), self._weights(number, self.contrast_robust)
         if begin is None or not self.options.diffeomorphic:
-            level = _Level(*scans, grid, self.linear, self.options, self.device)
+            level = self._level(*scans, grid, self.linear)
             return level.fit(begin, weights, iterations)
         # Sums of maps that can be undone may fold; maps one after the other do not.
-        level = _Level(*scans, grid, Chain((begin, self.linear)), self.options, self.device)
+        level = self._level(*scans, grid, Chain((begin, self.linear)))
         added, count = level.fit(None, weights, iterations)
         return displacement_on(Chain((added, begin)), grid), count
 
@@ -128,9 +129,12 @@ class _Member:
         box = self._labels_box(field, transform)
         if box is None:
             return None, 0
-        level = _Level(*self.pair.crop(box, transform), box, transform, self.options, self.device)
+        level = self._level(*self.pair.crop(box, transform), box, transform)
         iterations, weights = self._weights(len(self.options.level_voxels))
         return level.fit(None, weights, iterations, fixed_border=True)
+
+    def _level(self, fixed: Scan, moving: Scan, grid: Grid, transform: Transform) -> _Level:
+        return _Level(fixed, moving, grid, transform, self.options, self.device, self.pair.centreline)
 
     def _labels_box(self, field: DisplacementField, transform: Transform) -> Grid | None:
         """Grid of the last level: around the warped labels, no finer than the query; None if they are out of view."""
@@ -158,9 +162,14 @@ class _Member:
         names = ("mind_weight", "correlation_weight", "smoothness")
         lists = (self.options.iterations, *(getattr(self.options, prefix + name) for name in names))
         iterations, mind, correlation, smoothness = (values[min(level, len(values) - 1)] for values in lists)
-        emphasis = self.options.structure_emphasis * factors.emphasis
-        weights = mind * factors.mind, correlation * factors.correlation, smoothness * factors.smoothness
-        return iterations, Weights(*weights, emphasis, self.options.folding_penalty)
+        return iterations, Weights(
+            mind * factors.mind,
+            correlation * factors.correlation,
+            smoothness * factors.smoothness,
+            self.options.structure_emphasis * factors.emphasis,
+            self.options.folding_penalty,
+            self.options.centreline_emphasis * factors.centreline,
+        )
 
 
 def _sizes(labels: Volume) -> dict[int, int]:
@@ -173,10 +182,17 @@ class _Level:
     """One pair on one grid in the fixed world, through the transform found before this level."""
 
     def __init__(
-        self, fixed: Scan, moving: Scan, grid: Grid, transform: Transform, options: InstanceSettings, device: str
+        self,
+        fixed: Scan,
+        moving: Scan,
+        grid: Grid,
+        transform: Transform,
+        options: InstanceSettings,
+        device: str,
+        centreline: Centreline | None,
     ) -> None:
         self.grid, self.options, self.device = grid, options, device
-        self.labelled, self.transform = moving.labelled, transform
+        self.labelled, self.transform, self.centreline = moving.labelled, transform, centreline
         self.scans = Scans(on_grid(fixed, grid, device), on_grid(moving, grid, device, transform))
 
     def fit(
@@ -184,7 +200,7 @@ class _Level:
     ) -> tuple[DisplacementField, int]:
         """Optimise an addition to ``start``, with ``fixed_border`` 0 at the grid's border; their sum on the grid."""
         base = self._in_voxels(start)
-        objective = Objective(self.scans, base, self._weight(start, weights.emphasis), weights)
+        objective = Objective(self.scans, base, self._weight(start, weights), weights)
         control = torch.zeros_like(objective.coarse_base, requires_grad=True)
         free = torch.ones_like(objective.coarse_base[:, :1])
         if fixed_border:
@@ -205,15 +221,18 @@ class _Level:
         control = smooth_control(control)
         return integrate_velocity(control / STRIDE, _SQUARINGS) * STRIDE if self.options.diffeomorphic else control
 
-    def _weight(self, start: DisplacementField | None, emphasis: float) -> Tensor:
+    def _weight(self, start: DisplacementField | None, weights: Weights) -> Tensor:
         """(1, 1, I, J, K) voxel weights, 1 in sum: the query's foreground, more near the atlas's structures."""
-        weight = self.scans.weight
-        if emphasis and self.labelled is not None:
-            transform = self.transform if start is None else Chain((start, self.transform))
+        weight = foreground = self.scans.weight
+        transform = self.transform if start is None else Chain((start, self.transform))
+        if weights.emphasis and self.labelled is not None:
             near = resample(self.labelled, self.grid, transform)
             size_mm = float(np.prod(np.array(self.grid.shape) * self.grid.spacing_mm)) ** (1 / 3)
             near = ndimage.gaussian_filter(near, _EMPHASIS_REACH * size_mm / self.grid.spacing_mm)
-            weight = weight * (1 + emphasis * torch.from_numpy(near).to(self.device)[None, None])
+            weight = foreground * (1 + weights.emphasis * torch.from_numpy(near).to(self.device)[None, None])
+        if weights.centreline and self.centreline is not None:
+            close = torch.from_numpy(self.centreline.closeness(self.grid, transform)).to(self.device)[None, None]
+            weight = weight + weights.centreline * foreground * close
         # In double precision: the order of a sum depends on the threads.
         return weight / max(float(weight.sum(dtype=torch.float64)), 1e-6)
 
