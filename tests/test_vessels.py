@@ -36,7 +36,7 @@ from atlassegfm.registration.engines import instance
 from atlassegfm.report import write_report
 from atlassegfm.result import Segmentation
 from atlassegfm.segment import segment
-from atlassegfm.settings import NO_MODEL, InstanceSettings, RegistrationSettings, Settings
+from atlassegfm.settings import InstanceSettings, RegistrationSettings, Settings
 from atlassegfm.transforms.maps import Affine
 from conftest import Run
 from deformations import centred_grid
@@ -217,13 +217,6 @@ def result(atlas: Atlas, pair: Scans) -> Segmentation:
 def test_fused_vessels_are_nearer_than_the_atlas(result: Segmentation, pair: Scans) -> None:
     reference = pair[1][1]
     assert cldice(result.labels, reference) >= cldice(result.atlas_labels, reference) + 0.05
-
-
-def test_marked_vessels_are_nearer_before_any_model(atlas: Atlas, result: Segmentation, pair: Scans) -> None:
-    settings = with_overrides(Settings(), [*QUICK, f"model={NO_MODEL}"])
-    as_organs = segment(Context(atlas, settings), pair[1][0], device="cpu")
-    reference = pair[1][1]
-    assert cldice(result.atlas_labels, reference) >= cldice(as_organs.labels, reference) + 0.02
 
 
 def test_vessels_are_not_smoothed(result: Segmentation) -> None:
