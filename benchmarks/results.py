@@ -225,16 +225,22 @@ class Found:
 
 def page(found: Mapping[str, Found]) -> Iterator[str]:
     """docs/results.md, line by line."""
-    formats = sorted({str(one.summary["format"]) for one in found.values()})
+    newest = max(int(one.summary["format"]) for one in found.values())
+    older = [name for name, one in found.items() if int(one.summary["format"]) < newest]
     version = next(iter(found.values())).summary["version"]
     yield "# Results"
     yield ""
     yield (
         "Written by `make results`; nothing here is typed by hand. AtlasSegFM "
-        f"{version} (format {', '.join(formats)} of results), the same default settings and the built-in model on "
+        f"{version} (format {newest} of results), the same default settings and the built-in model on "
         f"every set, {os.cpu_count()} CPU cores ({platform.machine()}), no GPU. Benchmarks ran side by side, one "
         "thread each: the seconds are those of one thread on a busy machine."
     )
+    if older:
+        yield (
+            f"An older version of the program measured {', '.join(older)}: their tables, columns of one atlas and one "
+            "model too, differ a little from what today's would give."
+        )
     yield ""
     yield (
         "All figures are on the query's own grid, by the definitions in [Scores](explanation/scores.md). The query's "

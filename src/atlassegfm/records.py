@@ -12,7 +12,7 @@ from .quality.verdict import Verdict
 from .result import Status
 
 #: Raised by hand when results or these files change: results with another number are computed again.
-RESULTS_FORMAT = 6
+RESULTS_FORMAT = 7
 State = Literal["done", "failed", "left"]
 SEGMENTATION, RUN, STATUS = "segmentation.nii.gz", "run.json", "status.json"
 #: Formats of a segmentation, and the file or folder of each.
