@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -153,16 +153,15 @@ def compare_sides(
 
     On the coarse level, from the reflected own fit, most mirror images are so far behind that this decides.
     """
-    from ..registration.affine import fit, refine
+    from ..registration.affine import fit, refined_cost
     from ..registration.pyramid import level_spacings_mm, prepare
 
     spacings = level_spacings_mm(scan.grid, (settings.coarse_voxels, settings.fine_voxels))
     annotated = prepare(atlas.image, atlas.labels, spacings[-1], "atlas")
     own, mirrored = (prepare(one, None, spacings[-1], "query") for one in (scan, _mirrored(scan)))
-    coarse, unchanged = spacings[:1], replace(settings, linear_iterations=1)
-    own_cost = refine(own, annotated, linear, coarse, unchanged, device)[1]
-    begin = _reflected(linear, scan.grid, own)
-    rough = Sides.of(own_cost, refine(mirrored, annotated, begin, coarse, settings, device)[1])
+    own_cost = refined_cost(own, annotated, linear, spacings[0], 1, device)
+    begin, steps = _reflected(linear, scan.grid, own), settings.linear_iterations
+    rough = Sides.of(own_cost, refined_cost(mirrored, annotated, begin, spacings[0], steps, device))
     if rough.gain < -_CLEARLY_BEHIND:
         return rough
     return Sides.of(cost, fit(mirrored, annotated, spacings, settings, device)[1])

@@ -77,7 +77,8 @@ def fit(
     centre = torch.as_tensor(fixed.intensity.grid.centre_mm, dtype=torch.float32, device=device)
     parameters, costs = torch.zeros((1, 12), device=device), torch.full((1,), torch.inf, device=device)
     for number, spacing in enumerate(spacings_mm):
-        query, atlas = _weighted(fixed, moving, number, spacing, device)
+        points = _COARSE_POINTS if number == 0 else _FINE_POINTS
+        query, atlas = _weighted(fixed, moving, spacing, points, device)
         cost = partial(_cost, query=query, atlas=atlas, centre_mm=centre)
         minimise = partial(_minimise, cost=cost, spacing_mm=spacing, iterations=settings.linear_iterations)
         if number == 0 and settings.rigid:
@@ -91,35 +92,26 @@ def fit(
     return Affine(homogeneous(matrix[0], offset[0])), float(costs.min())
 
 
-def refine(
-    fixed: Scan,
-    moving: Scan,
-    start: Affine,
-    spacings_mm: tuple[float, ...],
-    settings: RegistrationSettings,
-    device: str = "cpu",
-) -> tuple[Affine, float]:
-    """Fit the linear map from one that is nearly right, on each level in turn: no search; and its cost.
+def refined_cost(
+    fixed: Scan, moving: Scan, start: Affine, spacing_mm: float, iterations: int, device: str = "cpu"
+) -> float:
+    """Fit an affine from one that is nearly right, on the coarse level alone, and return its cost, as of :func:`fit`.
 
-    Parameters and costs are as of :func:`fit`; a single iteration gives the start and its cost.
+    A single iteration gives the cost of ``start`` itself, from fixed to moving world in mm.
     """
     centre = fixed.intensity.grid.centre_mm
+    query, atlas = _weighted(fixed, moving, spacing_mm, _COARSE_POINTS, device)
     centre_mm = torch.as_tensor(centre, dtype=torch.float32, device=device)
-    parameters, costs = _parameters_of(start, centre).to(device), torch.zeros(1)
-    for number, spacing in enumerate(spacings_mm):
-        query, atlas = _weighted(fixed, moving, number, spacing, device)
-        cost = partial(_cost, query=query, atlas=atlas, centre_mm=centre_mm)
-        iterations, rigid = settings.linear_iterations, not settings.affine
-        parameters, costs = _minimise(parameters, cost, spacing, iterations, rigid=rigid)
-    matrix, offset = affine_maps(parameters, centre_mm)
-    return Affine(homogeneous(matrix[0], offset[0])), float(costs.min())
+    cost = partial(_cost, query=query, atlas=atlas, centre_mm=centre_mm)
+    begin = _parameters_of(start, centre).to(device)
+    return float(_minimise(begin, cost, spacing_mm, iterations, rigid=False)[1])
 
 
 def _weighted(
-    fixed: Scan, moving: Scan, number: int, spacing_mm: float, device: str
+    fixed: Scan, moving: Scan, spacing_mm: float, points: int, device: str
 ) -> tuple[_WeightedScan, _WeightedScan]:
-    """Both scans on a level, which is the coarse one if its ``number`` is 0."""
-    axes, points = axes_of(fixed.intensity.grid), _COARSE_POINTS if number == 0 else _FINE_POINTS
+    """Both scans on a level, and so many points of each."""
+    axes = axes_of(fixed.intensity.grid)
 
     def weighted(scan: Scan, emphasis: float) -> _WeightedScan:
         grid = frame_grid(scan.intensity.grid, spacing_mm, axes)
